@@ -1,0 +1,68 @@
+"""Contract in memory: every key of a batch, with shape, dtype and meaning. What data makes and models take.
+
+B batch rows, T tokens, S samples.
+
+| key         | type         | meaning                                                                              |
+|-------------|--------------|--------------------------------------------------------------------------------------|
+| modality    | str          | "text", ...: one modality a microbatch                                                |
+| positions   | int64 [S]    | positions of this microbatch's samples in the plan                                    |
+| input_ids   | int32 [B, T] | tokens; what padding holds is unspecified                                             |
+| target_mask | bool [B, T]  | True where the token at this place is supervised as a target; place 0 never is        |
+| documents   | Documents    | how each row divides into documents that must not see each other; absent: one per row |
+| dropped     | dict         | samples that were replaced while this microbatch was made: {reason: count}            |
+
+All tensors of a batch are on the CPU; the training loop moves them. S may differ from B: samples are packed into rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+Batch: TypeAlias = dict[str, Any]
+
+# a target with this value is not counted in a loss
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of each row, by length, known on the host.
+
+    Attention stays within a document, and rotary positions restart at 0 in each. Padding at the end of a row is a
+    segment of its own.
+    """
+
+    # int32 [num_segments], the segments of row 0, then of row 1, ...; those of a row sum to T; all > 0
+    lengths: np.ndarray
+    # int32 [B], segments in each row
+    num_per_row: np.ndarray
+    # bool [num_segments], True where a segment is padding
+    is_padding: np.ndarray
+
+    def trimmed(self, num_tokens: int) -> "Documents":
+        """The same rows, cut to their first `num_tokens` tokens."""
+        rows = np.repeat(np.arange(len(self.num_per_row)), self.num_per_row)
+        totals = np.cumsum(self.lengths)
+        first = np.cumsum(self.num_per_row) - self.num_per_row
+        row_starts = (totals - self.lengths)[first] if len(first) else first
+        starts = totals - self.lengths - row_starts[rows]
+        lengths = np.minimum(self.lengths, num_tokens - starts)
+        keep = lengths > 0
+        return Documents(
+            lengths=lengths[keep].astype(np.int32),
+            num_per_row=np.bincount(rows[keep], minlength=len(self.num_per_row)).astype(np.int32),
+            is_padding=self.is_padding[keep],
+        )
+
+
+class LossOutput(NamedTuple):
+    """What a model's forward returns when it is given targets. All are tensors on the model's device.
+
+    `sum` is the loss summed over valid targets (scalar, with a gradient even if there are none); `count` their
+    number (scalar); `logs` are further sums by name, divided by the count before they are logged.
+    """
+
+    sum: Any
+    count: Any
+    logs: dict[str, Any]

@@ -1,0 +1,1 @@
+"""Every config dataclass, torch-free."""

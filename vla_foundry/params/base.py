@@ -1,0 +1,47 @@
+"""What every config dataclass is made from: strict frozen dataclasses, and choices by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import draccus
+
+P = TypeVar("P", bound=type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseParams:
+    """Base of every config dataclass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
+    """Base of params whose concrete class is chosen by the key `type`. Each role sets its own `_choice_registry`."""
+
+    # the config path of the choice, as the user types it
+    choice_path: ClassVar[str] = "type"
+
+    @property
+    def type(self) -> str:
+        """The name this class is registered as."""
+        return self.get_choice_name(type(self))
+
+
+def _register(cls: P, name: str) -> P:
+    for role in cls.__mro__:
+        registry: dict[str, Any] | None = role.__dict__.get("_choice_registry")
+        if registry is not None:
+            if registry.get(name, cls) is not cls:
+                raise ValueError(f"{role.choice_path} '{name}' is registered twice. Choose another name.")
+            registry[name] = cls
+    return cls
+
+
+def register_model_params(name: str) -> Callable[[P], P]:
+    """Register a dataclass as the params of the model called `name`, in every role it has."""
+    return lambda cls: _register(cls, name)
+
+
+def register_data_params(name: str) -> Callable[[P], P]:
+    """Register a dataclass as the params of the data type called `name`."""
+    return lambda cls: _register(cls, name)

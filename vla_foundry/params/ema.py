@@ -1,0 +1,28 @@
+"""Exponential moving average of the weights."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_foundry.params.base import BaseParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAParams(BaseParams):
+    """`--ema.`"""
+
+    # keep an average of the weights; it is validated and saved beside them
+    enabled: bool = False
+    # vanilla: decay alpha; ema: the decay grows as 1 - (1 + step / inv_gamma)^-power
+    type: Literal["vanilla", "ema"] = "ema"
+    # decay of vanilla
+    alpha: float = 0.999
+    # steps during which the average copies the weights
+    update_after_step: int = 0
+    # time scale of the growth of ema's decay, steps
+    inv_gamma: float = 1.0
+    # exponent of the growth of ema's decay
+    power: float = 0.75
+    # smallest decay of ema
+    min_value: float = 0.0
+    # largest decay of ema
+    max_value: float = 0.9999

@@ -1,0 +1,59 @@
+"""The root of the config tree."""
+
+from dataclasses import dataclass, field
+
+from vla_foundry.params.base import BaseParams
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.models.base import ModelParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExperimentParams(BaseParams):
+    """One training run."""
+
+    # name of the run and of its folder; null: made from date, model, learning rate and batch size
+    name: str | None = None
+    # folder that holds run folders
+    save_path: str = "experiments"
+    # continue: auto = the newest checkpoint of the run with this name, if there is one
+    resume: str | None = None
+    # s3:// folder that the run folder is copied to after each checkpoint
+    remote_sync: str | None = None
+    # print the resolved config with the origin of each value, and stop
+    resolve_configs: bool = False
+    # folder that resolve_configs writes resolved_config.yaml to
+    resolve_configs_path: str | None = None
+    # log to Weights & Biases; null: if its credentials are there
+    wandb: bool | None = None
+    # its entity; null: its own default
+    wandb_entity: str | None = None
+    # its project
+    wandb_project_name: str = "vla_foundry"
+    # its tags
+    wandb_tags: list[str] = field(default_factory=list)
+    # write TensorBoard files to the run folder
+    tensorboard: bool = False
+    # steps between two log lines
+    log_every_n_steps: int = 20
+    # least severe level that is logged
+    log_level: str = "INFO"
+    # samples to train on
+    total_train_samples: int | None = None
+    # the same, in passes over the data
+    num_epochs: int | None = None
+    # checkpoints to save, evenly over the run
+    num_checkpoints: int = 5
+    # checkpoints to keep; null: all
+    max_checkpoint_limit: int | None = None
+    # samples to validate on; null: no validation
+    total_val_samples: int | None = None
+    # checkpoints between two validations
+    val_every_n_checkpoints: int = 1
+    data: DataParams
+    model: ModelParams
+    hparams: HyperParams = field(default_factory=HyperParams)
+    distributed: DistributedParams = field(default_factory=DistributedParams)
+    ema: EMAParams = field(default_factory=EMAParams)

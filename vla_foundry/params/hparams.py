@@ -1,0 +1,52 @@
+"""Hyper-parameters of the optimization: batch sizes, learning rate, optimizer, precision."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_foundry.params.base import BaseParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperParams(BaseParams):
+    """`--hparams.`"""
+
+    # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
+    precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
+    # samples per optimizer step over all ranks
+    global_batch_size: int = 512
+    # samples per forward pass on one rank; accumulation fills up to the global batch
+    per_gpu_batch_size: int = 8
+    # seed of weights, data order and noise
+    seed: int = 42
+    # peak learning rate
+    lr: float = 1e-4
+    # shape of the learning rate over steps
+    lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
+    # warm-up: steps, or below 1 a fraction of all steps
+    warmup: float = 1000
+    # decay of warmup_constant_decay at the end: steps, or below 1 a fraction of all steps
+    decay: float = 0.3
+    # learning rate at the end of the schedule
+    lr_cooldown_end: float = 0.0
+    # cosine never falls below this
+    force_min_lr: float = 0.0
+    # optimizer
+    optimizer: Literal["adamw"] = "adamw"
+    # decoupled weight decay, on matrices only
+    wd: float = 0.01
+    # AdamW beta 1
+    beta1: float = 0.9
+    # AdamW beta 2
+    beta2: float = 0.95
+    # AdamW epsilon
+    eps: float = 1e-8
+    # weight of mean(logsumexp(logits)^2) in a language model's loss
+    z_loss_coefficient: float = 0.0
+    # largest global gradient norm; null: not clipped
+    grad_clip_norm: float | None = None
+    # recompute each block's activations in the backward pass
+    grad_checkpointing: bool = False
+    # torch.compile each block
+    torchcompile: bool = False
+    # steps in a row with a non-finite loss or gradient, after which the run stops
+    max_skipped_steps: int = 20

@@ -1,0 +1,70 @@
+"""Params of the native transformer and of Hugging Face causal language models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_foundry.params.base import register_model_params
+from vla_foundry.params.models.base import LanguageModelParams
+
+
+@register_model_params("transformer")
+@dataclass(frozen=True, kw_only=True)
+class TransformerParams(LanguageModelParams):
+    """The native pre-norm transformer."""
+
+    # normalisation before attention and feed-forward
+    norm_type: Literal[
+        "default_layer_norm",
+        "lp_layer_norm",
+        "gain_only_lp_layer_norm",
+        "gain_only_layer_norm",
+        "no_wb_layer_norm",
+        "rms_norm",
+    ] = "default_layer_norm"
+    # feed-forward: gated SiLU, or GELU
+    ffn_type: Literal["swiglu", "gelu"] = "swiglu"
+    # normalise queries and keys over their full width
+    qk_norm: bool = False
+    # rotary (tables always fp32), or none; rotary_float32 also rotates in fp32
+    positional_embedding_type: Literal["rotary", "rotary_float32", "none"] = "rotary"
+    # base of the rotary frequencies
+    rope_theta: float = 10000.0
+    # imported bf16-trained checkpoints: round the rotary frequencies to bf16 as their training did
+    rope_bf16_frequencies: bool = False
+    # attention kernel; torch_attn and auto: PyTorch's scaled dot product attention
+    attn_name: Literal["auto", "torch_attn"] = "torch_attn"
+    # model width
+    hidden_dim: int = 96
+    # number of blocks
+    n_layers: int = 8
+    # query heads
+    n_heads: int = 4
+    # key and value heads (grouped-query attention); null: as many as query heads
+    n_kv_heads: int | None = None
+    # width of a head; null: hidden_dim / n_heads
+    head_dim: int | None = None
+    # rows of the token embedding; 0: no embedding and no output head
+    vocab_size: int = 50432
+    # normalise the token embeddings
+    post_embed_norm: bool = False
+    # epsilon of every norm
+    norm_eps: float = 1e-5
+    # one matrix for the token embedding and the output head
+    weight_tying: bool = False
+    # return logits in fp32
+    cast_output_to_float32: bool = False
+    # longest sequence, tokens
+    max_seq_len: int = 2048
+    # each token sees only itself and earlier ones
+    is_causal: bool = True
+
+
+@register_model_params("transformer_hf")
+@dataclass(frozen=True, kw_only=True)
+class TransformerHFParams(LanguageModelParams):
+    """Any Hugging Face causal language model (AutoModelForCausalLM)."""
+
+    # Hugging Face model name, hf://owner/name or folder
+    hf_pretrained: str
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True

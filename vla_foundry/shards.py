@@ -1,0 +1,237 @@
+"""Contract on disk: a dataset is a folder of tar shards with a manifest and, beside each shard, an index.
+
+    manifest.jsonl            one line a shard: {"shard": "shard_000000", "num_sequences": 512, "num_bytes": ..., ...}
+    shard_000000.tar          an uncompressed WebDataset tar
+    shard_000000.index.json   where each sample's bytes lie in the tar (see ShardIndex)
+    provenance.json           what made the dataset
+
+`shard` is the path of the tar relative to the manifest's folder, without ".tar". Foreign datasets may lack
+num_bytes, sha256 and the index.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, Literal
+
+MANIFEST_NAME = "manifest.jsonl"
+PROVENANCE_NAME = "provenance.json"
+INDEX_VERSION = 1
+# member suffixes of a shard of tokenized records; its one sample key is the shard's name
+TOKENS_SUFFIX = {"uint16": "tokens.u16", "uint32": "tokens.u32"}
+DOCUMENT_ENDS_SUFFIX = "document_ends.u32"
+DOCUMENT_OFFSETS_SUFFIX = "document_offsets.u64"
+RECORDS_INFO_SUFFIX = "records.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestEntry:
+    """One line of a manifest."""
+
+    # path of the tar relative to the manifest's folder, without ".tar"
+    shard: str
+    # samples (or tokenized records) in the shard
+    num_sequences: int
+    # size of the tar, bytes; None in foreign manifests
+    num_bytes: int | None = None
+    # SHA-256 of the tar, hexadecimal; None in foreign manifests
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberSpan:
+    """Where the bytes of one tar member lie."""
+
+    # first byte of the member's content within the tar
+    offset: int
+    # bytes
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecords:
+    """A shard of tokenized records: N records of `record_length` little-endian tokens, and their document boundaries.
+
+    With o = document_offsets, record n holds the documents that end (exclusively) at its tokens
+    document_ends[o[n]:o[n + 1]]; the last of them is the number of valid tokens, what follows it in the record is
+    padding. A document may go on in the next record; a boundary lies after each end-of-sequence token.
+    """
+
+    # "uint16" or "uint32", little-endian
+    dtype: Literal["uint16", "uint32"]
+    # tokens in a record (seq_len + 1)
+    record_length: int
+    # (N, record_length) tokens
+    tokens: MemberSpan
+    # (number of documents,) uint32
+    document_ends: MemberSpan
+    # (N + 1,) uint64
+    document_offsets: MemberSpan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where each sample of a shard lies: either `samples` (WebDataset groups of members) or `records` is set."""
+
+    # samples or records in the shard
+    num_sequences: int
+    # size of the tar when it was indexed, bytes
+    num_bytes: int
+    # one per sample: (sample key, {member suffix in lower case: span}), in the order of the tar
+    samples: tuple[tuple[str, dict[str, MemberSpan]], ...] = ()
+    records: TokenRecords | None = None
+
+
+def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
+    """Parse the text of a manifest.
+
+    Args:
+        text: JSON lines; empty lines are skipped; keys that are not ours are ignored.
+        origin: where the text comes from, for messages.
+
+    Raises:
+        ValueError: a line is not what it should be (named by number), or there is none.
+    """
+    entries = [
+        _parse_manifest_line(line, f"{origin} line {number}")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not entries:
+        raise ValueError(f"{origin} lists no shards. Write it with `vla-foundry manifest build`.")
+    names = [entry.shard for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{origin} lists shard '{twice}' more than once. Remove all but one line.")
+    return entries
+
+
+def _parse_manifest_line(line: str, where: str) -> ManifestEntry:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg}).") from None
+    if not isinstance(values, dict) or not isinstance(values.get("shard"), str) or not values["shard"]:
+        raise ValueError(f"{where} needs a key 'shard' with the name of a tar.")
+    count = values.get("num_sequences")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"{where} needs a key 'num_sequences' with a whole number >= 0, got {count!r}.")
+    shard = values["shard"].removesuffix(".tar")
+    if shard.startswith("/") or ".." in shard.split("/"):
+        raise ValueError(f"{where}: shard '{shard}' leaves the manifest's folder. Use a path inside it.")
+    return ManifestEntry(
+        shard=shard, num_sequences=count, num_bytes=values.get("num_bytes"), sha256=values.get("sha256")
+    )
+
+
+def format_manifest(entries: Iterable[ManifestEntry]) -> str:
+    """Format a manifest, one JSON object a line, unknown values left out."""
+    rows = ({key: value for key, value in asdict(entry).items() if value is not None} for entry in entries)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Split a member's name as WebDataset does: at the first dot after the last slash; the suffix in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def index_shard(file: BinaryIO) -> ShardIndex:
+    """Read a whole tar's headers and return where its samples lie.
+
+    Args:
+        file: the tar, seekable, at its beginning.
+
+    Raises:
+        ValueError: the file is not a readable tar, or holds two members of one name in one sample.
+    """
+    samples: list[tuple[str, dict[str, MemberSpan]]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile() or member.name.startswith("__"):
+                    continue
+                key, suffix = split_member_name(member.name)
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                if suffix in samples[-1][1]:
+                    raise ValueError(f"member '{member.name}' stands twice in its sample")
+                samples[-1][1][suffix] = MemberSpan(offset=member.offset_data, size=member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"not a readable tar ({error})") from None
+    num_bytes = file.seek(0, 2)
+    for key, members in samples:
+        for suffix, span in members.items():
+            if span.offset + span.size > num_bytes:
+                raise ValueError(f"member '{key}.{suffix}' is cut off")
+    if len(samples) == 1 and RECORDS_INFO_SUFFIX in samples[0][1]:
+        return _index_records(file, samples[0][1], num_bytes)
+    return ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
+
+
+def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: int) -> ShardIndex:
+    span = members[RECORDS_INFO_SUFFIX]
+    file.seek(span.offset)
+    info = json.loads(file.read(span.size))
+    records = TokenRecords(
+        dtype=info["dtype"],
+        record_length=info["record_length"],
+        tokens=members[TOKENS_SUFFIX[info["dtype"]]],
+        document_ends=members[DOCUMENT_ENDS_SUFFIX],
+        document_offsets=members[DOCUMENT_OFFSETS_SUFFIX],
+    )
+    return ShardIndex(num_sequences=info["num_sequences"], num_bytes=num_bytes, records=records)
+
+
+def format_index(index: ShardIndex) -> str:
+    """Format an index as the JSON of `<shard>.index.json`."""
+    values: dict[str, Any] = {
+        "version": INDEX_VERSION,
+        "num_sequences": index.num_sequences,
+        "num_bytes": index.num_bytes,
+    }
+    if index.records is not None:
+        values["records"] = asdict(index.records)
+    else:
+        values["samples"] = [
+            [key, {suffix: [span.offset, span.size] for suffix, span in members.items()}]
+            for key, members in index.samples
+        ]
+    return json.dumps(values, separators=(",", ":"))
+
+
+def parse_index(text: str, origin: str) -> ShardIndex:
+    """Parse the JSON of `<shard>.index.json`.
+
+    Raises:
+        ValueError: it is not such an index, or of another version.
+    """
+    try:
+        values = json.loads(text)
+        if values["version"] != INDEX_VERSION:
+            raise ValueError(f"version {values['version']}, not {INDEX_VERSION}")
+        if "records" in values:
+            spans = {name: MemberSpan(**values["records"].pop(name)) for name in _RECORD_SPANS}
+            records = TokenRecords(**values["records"], **spans)
+            return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], records=records)
+        samples = tuple(
+            (key, {suffix: MemberSpan(offset=offset, size=size) for suffix, (offset, size) in members.items()})
+            for key, members in values["samples"]
+        )
+        return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], samples=samples)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{origin} is not a shard index ({error}). Delete it; it will be made again.") from None
+
+
+_RECORD_SPANS = ("tokens", "document_ends", "document_offsets")
+
+
+def sha256_of(file: BinaryIO, chunk_size: int = 1 << 22) -> str:
+    """Return the SHA-256 of what is left to read in `file`, hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(chunk_size):
+        digest.update(chunk)
+    return digest.hexdigest()
