@@ -1,0 +1,96 @@
+"""The import layers and the fences around third-party packages hold, in lazy imports too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
+
+# from the top down; an import may only go down, or stay within its own entry
+LAYERS: list[set[str]] = [
+    {"cli", "main", "quickstart"},
+    {"evaluation", "viz"},
+    {"training", "inference"},
+    {"models", "data", "preprocessing", "simulators"},
+    {"params", "shards", "run_folder"},
+    {"io", "robotics", "text", "images"},
+    {"registry", "world", "batch"},
+]
+# (importer, imported) within one layer
+ALLOWED_SIDEWAYS = {("cli", "main"), ("cli", "quickstart")} | {
+    (importer, imported)
+    for importer in ("params", "shards", "run_folder")
+    for imported in ("params", "shards", "run_folder")
+}
+# third-party package -> where it may be imported
+FENCES: dict[str, tuple[str, ...]] = {
+    "torch.distributed.fsdp": ("training/distributed.py",),
+    "ray": ("preprocessing/",),
+    "boto3": ("io/",),
+    "botocore": ("io/",),
+    "fsspec": ("io/",),
+    "huggingface_hub": ("io/",),
+    "wandb": ("training/metrics.py",),
+    "metaworld": ("simulators/metaworld.py",),
+    "mujoco": ("simulators/metaworld.py",),
+}
+TORCH_FREE = ("params/", "io/", "shards.py", "registry.py", "world.py", "batch.py", "run_folder.py", "cli.py")
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> list[tuple[str, int]]:
+    """Every module a file imports, wherever in the file, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} has a relative import"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def layer_of(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [file for file in FILES if file.parent != PACKAGE or file.stem != "__init__"], ids=str)
+def test_imports_go_down_the_layers(path: Path) -> None:
+    importer = part_of(path)
+    for module, line in imports_of(path):
+        if not module.startswith("vla_foundry.") or module == "vla_foundry.__version__":
+            continue
+        imported = module.split(".")[1]
+        if imported == importer or (importer, imported) in ALLOWED_SIDEWAYS:
+            continue
+        assert layer_of(imported) > layer_of(importer), f"{path}:{line} imports {module}, which is not below {importer}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_third_party_packages_stay_behind_their_fences(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    for module, line in imports_of(path):
+        for package, places in FENCES.items():
+            if module == package or module.startswith(package + "."):
+                assert name.startswith(places), f"{path}:{line} imports {package}, allowed in {places}"
+        if name.startswith(TORCH_FREE):
+            assert module.split(".")[0] != "torch", f"{path}:{line} imports torch"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_LINES, f"{path} has {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            size = node.end_lineno - node.lineno + 1
+            assert size <= MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name} has {size} lines"
