@@ -1,6 +1,8 @@
 """Settings that hold for every test: no hub, no telemetry, and published data only where it is named."""
 
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,33 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("VLA_FOUNDRY_SHARED_DATA names no folder of published data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """Variables that lead boto3 to an object store of this session, which answers over HTTP."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name, `s3://...`, of a new bucket; this process finds its store."""
+    from boto3.session import Session
+
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    Session().client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
