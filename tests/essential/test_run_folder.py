@@ -1,0 +1,82 @@
+"""Which checkpoint of a run folder is taken, and what is said of the damaged ones."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from vla_foundry.run_folder import (
+    COMPLETE_NAME,
+    MODEL_WEIGHTS_NAME,
+    find_checkpoint,
+    is_complete,
+    list_step_folders,
+    read_step,
+    step_folder_name,
+    verify,
+)
+
+
+def write_step(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / step_folder_name(step)
+    (folder / "training_state").mkdir(parents=True)
+    contents = {MODEL_WEIGHTS_NAME: b"weights %d" % step, "training_state/shard.safetensors": b"moments %d" % step}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    complete = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in contents.items()}
+    (folder / COMPLETE_NAME).write_text(json.dumps(complete))
+    return folder
+
+
+def test_the_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> None:
+    folders = [write_step(tmp_path, step) for step in (9, 10, 100_000_000)]
+    assert find_checkpoint(tmp_path) == folders[2]
+    assert find_checkpoint(tmp_path / "checkpoints") == folders[2]
+    assert find_checkpoint(str(folders[0])) == folders[0]
+    assert [read_step(folder) for folder in list_step_folders(tmp_path)] == [100_000_000, 10, 9]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fault"),
+    [
+        (MODEL_WEIGHTS_NAME, lambda file: file.write_bytes(b"w"), "has 1 bytes, not the 9"),
+        (MODEL_WEIGHTS_NAME, lambda file: file.write_bytes(b"weightz 9"), "SHA-256"),
+        (MODEL_WEIGHTS_NAME, lambda file: file.unlink(), "is missing"),
+        (COMPLETE_NAME, lambda file: file.unlink(), "never finished"),
+        (COMPLETE_NAME, lambda file: file.write_text("[]"), "not readable"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"model'), "not readable"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path, name: str, damage, fault: str) -> None:
+    older, newest = write_step(tmp_path, 4), write_step(tmp_path, 9)
+    damage(newest / name)
+    notices: list[str] = []
+    assert find_checkpoint(tmp_path, notify=notices.append) == older
+    assert len(notices) == 1
+    assert fault in notices[0]
+    assert str(newest / name) in notices[0]
+    with pytest.raises(ValueError, match=fault):
+        verify(newest)
+    with pytest.raises(ValueError, match=fault):
+        find_checkpoint(newest)
+    damage(older / name)
+    with pytest.raises(ValueError, match=f"no usable checkpoint.*step_00000009.*{fault}"):
+        find_checkpoint(tmp_path)
+
+
+def test_only_the_files_that_are_asked_for_need_be_right(tmp_path: Path) -> None:
+    folder = write_step(tmp_path, 3)
+    (folder / "training_state/shard.safetensors").write_bytes(b"MOMENTS 3")
+    assert find_checkpoint(tmp_path, only=[MODEL_WEIGHTS_NAME]) == folder
+    assert is_complete(folder)
+    with pytest.raises(ValueError, match=r"training_state/shard\.safetensors"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_folder_without_checkpoints_is_said_to_have_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".writing_step_00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no step folders"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_checkpoint(tmp_path / "nothing")

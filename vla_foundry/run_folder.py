@@ -1,0 +1,156 @@
+"""Contract on disk: what a run folder holds, and which of its checkpoints is complete.
+
+    <save_path>/<name>/
+      config.yaml, config_model.yaml   the resolved config, whole and its model section
+      provenance.json                  versions, commit and command that made the run
+      metrics.jsonl                    one JSON object a line
+      tokenizer/                       a Hugging Face tokenizer folder
+      checkpoints/step_00000120/
+        model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
+        training_state/                optimizer moments, sharded, tensors only (safetensors)
+        state.json                     step, counters, parameter groups, the plan of the data
+        COMPLETE                       {file: [bytes, SHA-256]}; a step folder without it is not a checkpoint
+
+A step folder is written aside, as `.writing_step_...`, and renamed when all of it is on the disk.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from vla_foundry.shards import sha256_of
+
+CONFIG_NAME = "config.yaml"
+MODEL_CONFIG_NAME = "config_model.yaml"
+PROVENANCE_NAME = "provenance.json"
+METRICS_NAME = "metrics.jsonl"
+TOKENIZER_FOLDER = "tokenizer"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+MODEL_WEIGHTS_NAME = "model.safetensors"
+EMA_WEIGHTS_NAME = "ema.safetensors"
+TRAINING_STATE_FOLDER = "training_state"
+STATE_NAME = "state.json"
+COMPLETE_NAME = "COMPLETE"
+WRITING_PREFIX = ".writing_"
+
+_STEP_PATTERN = re.compile(r"step_(\d+)")
+
+
+def step_folder_name(step: int) -> str:
+    """The name of the folder of the checkpoint made after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def read_step(step_folder: Path) -> int:
+    """The number of optimizer steps in a step folder's name."""
+    match = _STEP_PATTERN.fullmatch(step_folder.name)
+    if match is None:
+        raise ValueError(f"'{step_folder}' is not a checkpoint: its name must be step_<number>.")
+    return int(match.group(1))
+
+
+def list_step_folders(run_folder: Path) -> list[Path]:
+    """The step folders of a run, newest first, complete or not."""
+    checkpoints = run_folder / CHECKPOINTS_FOLDER
+    if not checkpoints.is_dir():
+        return []
+    folders = [path for path in checkpoints.iterdir() if path.is_dir() and _STEP_PATTERN.fullmatch(path.name)]
+    return sorted(folders, key=read_step, reverse=True)
+
+
+def is_complete(step_folder: Path) -> bool:
+    """True if every file that COMPLETE lists is there with its size. Contents are not read; see `find_fault`."""
+    return _find_size_fault(step_folder, None) is None
+
+
+def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | None:
+    """Compare a step folder with its COMPLETE file, sizes and SHA-256.
+
+    Args:
+        only: names of the files to compare; all if not given.
+
+    Returns:
+        None, or what is wrong with the first wrong file, beginning with its path.
+    """
+    fault = _find_size_fault(step_folder, only)
+    if fault is not None:
+        return fault
+    for name, (_, expected) in _read_complete(step_folder).items():
+        if only is None or name in only:
+            with (step_folder / name).open("rb") as file:
+                if sha256_of(file) != expected:
+                    return f"{step_folder / name} does not have the SHA-256 it was written with"
+    return None
+
+
+def verify(step_folder: Path) -> None:
+    """Check every file of a step folder.
+
+    Raises:
+        ValueError: a file is missing, cut off or changed; the message names it.
+    """
+    fault = find_fault(step_folder)
+    if fault is not None:
+        raise ValueError(f"Checkpoint {step_folder} is not usable: {fault}. Use an older step folder.")
+
+
+def find_checkpoint(
+    path: str | Path, *, only: Collection[str] | None = None, notify: Callable[[str], None] | None = None
+) -> Path:
+    """Return the step folder that `path` means: itself, or the newest complete one of a run folder.
+
+    Args:
+        path: a run folder or a step folder.
+        only: names of the files that must be right, all if not given. Reading weights alone need not read the rest.
+        notify: called with one line for each newer checkpoint that is passed over because it is damaged.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no usable checkpoint; the message says what is wrong with the newest.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Checkpoint folder {folder} does not exist. Give a run folder or one of its step folders."
+        )
+    if (folder / COMPLETE_NAME).is_file() or _STEP_PATTERN.fullmatch(folder.name):
+        fault = find_fault(folder, only)
+        if fault is not None:
+            raise ValueError(f"Checkpoint {folder} is not usable: {fault}. Use an older step folder.")
+        return folder
+    run_folder = folder.parent if folder.name == CHECKPOINTS_FOLDER else folder
+    first_fault = ""
+    for step_folder in list_step_folders(run_folder):
+        fault = find_fault(step_folder, only)
+        if fault is None:
+            return step_folder
+        first_fault = first_fault or fault
+        if notify is not None:
+            notify(f"Checkpoint {step_folder.name} is passed over: {fault}.")
+    reason = f": {first_fault}" if first_fault else f", for {run_folder / CHECKPOINTS_FOLDER} has no step folders"
+    raise ValueError(f"{run_folder} has no usable checkpoint{reason}.")
+
+
+def _read_complete(step_folder: Path) -> dict[str, tuple[int, str]]:
+    entries = json.loads((step_folder / COMPLETE_NAME).read_text())
+    return {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+
+
+def _find_size_fault(step_folder: Path, only: Collection[str] | None) -> str | None:
+    if not (step_folder / COMPLETE_NAME).is_file():
+        return f"{step_folder / COMPLETE_NAME} is missing, so it was never finished"
+    try:
+        entries = _read_complete(step_folder)
+    except (ValueError, TypeError, AttributeError):
+        return f"{step_folder / COMPLETE_NAME} is not readable"
+    for name, (size, _) in entries.items():
+        if only is not None and name not in only:
+            continue
+        path = step_folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, not the {size} it was written with"
+    return None

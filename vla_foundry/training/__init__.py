@@ -1,0 +1,1 @@
+"""The model-agnostic training loop and what it stands on."""

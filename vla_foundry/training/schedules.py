@@ -1,0 +1,62 @@
+"""The learning rate as a pure function of the step."""
+
+import numpy as np
+
+from vla_foundry.params.hparams import HyperParams
+
+
+def learning_rates(params: HyperParams, total_steps: int) -> np.ndarray:
+    """Return the learning rate of every step of a run, float64 (total_steps,).
+
+    The rate rises linearly and reaches the peak with the last warm-up step; decaying shapes reach their end value
+    with the last step of the run (a run, or what is left of it, of one step is at the end value).
+
+    Raises:
+        ValueError: warm-up and decay do not fit into the run.
+    """
+    steps = np.arange(total_steps)
+    warmup_steps = count_steps(params.warmup, total_steps)
+    decay_steps = count_decay_steps(params, total_steps)
+    decay_start = total_steps - decay_steps
+    warming = np.minimum((steps + 1) / max(warmup_steps, 1), 1.0)
+    progress = np.clip((steps - decay_start + 1) / max(decay_steps, 1), 0.0, 1.0)
+    if params.lr_scheduler == "linear":
+        left = 1.0 - progress
+    else:
+        left = 0.5 * (1.0 + np.cos(np.pi * progress))
+    rates = np.where(
+        steps < warmup_steps, params.lr * warming, params.lr_cooldown_end + left * (params.lr - params.lr_cooldown_end)
+    )
+    if params.lr_scheduler == "cosine":
+        rates = np.where(steps < warmup_steps, rates, np.maximum(rates, params.force_min_lr))
+    return rates
+
+
+def count_steps(value: float, total_steps: int) -> int:
+    """Return the number of steps that `hparams.warmup` or `hparams.decay` means: below 1 it is a fraction."""
+    return int(value * total_steps) if value < 1 else int(value)
+
+
+def count_decay_steps(params: HyperParams, total_steps: int) -> int:
+    """Return over how many steps at the end of the run the learning rate falls.
+
+    Raises:
+        ValueError: warm-up and decay do not fit into the run.
+    """
+    warmup_steps = count_steps(params.warmup, total_steps)
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"hparams.warmup ({params.warmup:g}) is {warmup_steps} steps, more than the run's {total_steps}. "
+            f"Use fewer steps, or a fraction of the run such as --hparams.warmup 0.05."
+        )
+    if params.lr_scheduler == "constant":
+        return 0
+    if params.lr_scheduler != "warmup_constant_decay":
+        return total_steps - warmup_steps
+    decay_steps = count_steps(params.decay, total_steps)
+    if warmup_steps + decay_steps > total_steps:
+        raise ValueError(
+            f"hparams.warmup ({warmup_steps} steps) and hparams.decay ({decay_steps} steps) must fit into the run's "
+            f"{total_steps} steps. Lower one of them."
+        )
+    return decay_steps
