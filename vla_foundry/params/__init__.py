@@ -1,1 +1,49 @@
 """Every config dataclass, torch-free."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vla_foundry.params.base import register_data_params, register_model_params
+    from vla_foundry.params.data.base import DataParams
+    from vla_foundry.params.distributed import DistributedParams
+    from vla_foundry.params.ema import EMAParams
+    from vla_foundry.params.experiment import TrainExperimentParams
+    from vla_foundry.params.hparams import HyperParams
+    from vla_foundry.params.loading import dump_params, load_experiment_params_from_yaml, load_params_from_yaml
+    from vla_foundry.params.models.base import ModelParams
+
+__all__ = [
+    "DataParams",
+    "DistributedParams",
+    "EMAParams",
+    "HyperParams",
+    "ModelParams",
+    "TrainExperimentParams",
+    "dump_params",
+    "load_experiment_params_from_yaml",
+    "load_params_from_yaml",
+    "register_data_params",
+    "register_model_params",
+]
+
+# public name -> module that defines it; imported when the name is used
+_MODULES = {
+    "DataParams": "data.base",
+    "DistributedParams": "distributed",
+    "EMAParams": "ema",
+    "HyperParams": "hparams",
+    "ModelParams": "models.base",
+    "TrainExperimentParams": "experiment",
+    "dump_params": "loading",
+    "load_experiment_params_from_yaml": "loading",
+    "load_params_from_yaml": "loading",
+    "register_data_params": "base",
+    "register_model_params": "base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

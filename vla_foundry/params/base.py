@@ -20,11 +20,23 @@ class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
 
     # the config path of the choice, as the user types it
     choice_path: ClassVar[str] = "type"
+    # name of the type that a slot of this role has when nothing else tells; None: it must be told
+    native_type: ClassVar[str | None] = None
+
+    @classmethod
+    def default_choice_name(cls) -> str | None:
+        """The native type of this role."""
+        return cls.native_type
+
+    @classmethod
+    def registered_name(cls) -> str:
+        """The name this class is registered as."""
+        return cls.get_choice_name(cls)
 
     @property
     def type(self) -> str:
         """The name this class is registered as."""
-        return self.get_choice_name(type(self))
+        return self.registered_name()
 
 
 def _register(cls: P, name: str) -> P:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import vla_foundry.params.data
+import vla_foundry.params.models  # noqa: F401  (both register the types there are)
 from vla_foundry.params.base import BaseParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.distributed import DistributedParams
@@ -14,6 +16,8 @@ from vla_foundry.params.models.base import ModelParams
 class TrainExperimentParams(BaseParams):
     """One training run."""
 
+    # modules to import first: they register your own models, data types and so on
+    plugins: list[str] = field(default_factory=list)
     # name of the run and of its folder; null: made from date, model, learning rate and batch size
     name: str | None = None
     # folder that holds run folders

@@ -1,0 +1,3 @@
+"""Params of every data type; importing this registers them."""
+
+from vla_foundry.params.data import text as text

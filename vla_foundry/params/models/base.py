@@ -25,3 +25,4 @@ class LanguageModelParams(ModelParams):
     """Role: anything that maps tokens or their embeddings to hidden states and logits."""
 
     _choice_registry = {}
+    native_type = "transformer"

@@ -1,0 +1,59 @@
+"""`vla-foundry <command> ...`: pick a command; its module is imported when it is called."""
+
+import importlib
+import sys
+
+_COMMANDS = {
+    "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
+    "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
+    "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
+    "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
+    "quickstart": ("vla_foundry.quickstart:main", "the whole way on this machine: real data, training, output"),
+}
+
+_USAGE = """usage: vla-foundry COMMAND ...
+
+From language to vision-language to robot actions: one codebase, one training loop.
+
+commands (vla-foundry COMMAND --help says more):
+{commands}
+
+A command takes --config_path FILE and --section.field VALUE; sections of `train` are data, model, hparams,
+distributed and ema (vla-foundry train --help hparams; vla-foundry train --help model.type=transformer).
+"""
+
+
+def usage() -> str:
+    """The text of `vla-foundry --help`."""
+    return _USAGE.format(commands="\n".join(f"  {name:<14}{what}" for name, (_, what) in _COMMANDS.items()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `vla-foundry`.
+
+    Args:
+        argv: the words after `vla-foundry`; those of this process if not given.
+
+    Raises:
+        SystemExit: 2 after an error of the user's, which is printed as one line `error: ...`.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("--help", "-h", "help"):
+        sys.stdout.write(usage())
+        return
+    from vla_foundry.params.command_line import run_command
+
+    run_command(_dispatch, words)
+
+
+def _dispatch(words: list[str]) -> None:
+    if words[0] not in _COMMANDS:
+        from vla_foundry.params.command_line import unknown_command_message
+
+        raise ValueError(unknown_command_message(words[0], list(_COMMANDS)))
+    module, _, function = _COMMANDS[words[0]][0].partition(":")
+    getattr(importlib.import_module(module), function)(words[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Config values before they have types: a tree in which each leaf knows where it was written."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+TYPE_KEY = "type"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a line of a file, or the command line."""
+
+    # path of the file, or what else to say ("command line", "default", "resolved from hparams.seed")
+    source: str
+    # line in the file, from 1; None where there are no lines
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+    @property
+    def prefix(self) -> str:
+        """What an error message begins with: the file and the line, or nothing."""
+        return "" if self.line is None else f"{self}: "
+
+
+COMMAND_LINE = Origin("command line")
+DEFAULT = Origin("default")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One word or number as it was written; the type of its field decides what it means."""
+
+    text: str
+    # written in quotes: never null, and text where the field may be text or a number
+    quoted: bool = False
+
+
+# a Scalar, None, True (a flag without a value), or a list or dict of these
+Value: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value with its origin."""
+
+    value: Value
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A mapping with its origin."""
+
+    children: dict[Any, "Leaf | Branch"]
+    origin: Origin
+    # keys given before `type` was changed -> the type they were given for (None: no type was given with them)
+    superseded: dict[Any, str | None] = field(default_factory=dict)
+
+
+Node: TypeAlias = Leaf | Branch
+
+
+def merge(base: Node, over: Node) -> Node:
+    """Lay `over` on `base`: mappings merge key by key at every depth, anything else of `over` replaces."""
+    if isinstance(base, Leaf) or isinstance(over, Leaf):
+        return over
+    children = dict(base.children)
+    for key, node in over.children.items():
+        children[key] = merge(children[key], node) if key in children else node
+    superseded = dict(base.superseded)
+    if TYPE_KEY in over.children and _type_text(over) != _type_text(base):
+        superseded.update(dict.fromkeys(base.children, _type_text(base)))
+    superseded.update(over.superseded)
+    for key in over.children.keys() - over.superseded.keys():
+        superseded.pop(key, None)
+    return Branch(children, over.origin, superseded)
+
+
+def _type_text(branch: Branch) -> str | None:
+    node = branch.children.get(TYPE_KEY)
+    return node.value.text if isinstance(node, Leaf) and isinstance(node.value, Scalar) else None
+
+
+def place(path: tuple[str, ...], node: Node) -> Node:
+    """Return a tree that holds `node` at `path` and nothing else."""
+    for key in reversed(path):
+        node = Branch({key: node}, node.origin)
+    return node
+
+
+def to_value(node: Node) -> Value:
+    """Return a tree as a value, without origins."""
+    if isinstance(node, Leaf):
+        return node.value
+    return {key: to_value(child) for key, child in node.children.items()}
+
+
+def to_node(value: Value, origin: Origin) -> Node:
+    """Return a value as a tree, all of one origin."""
+    if isinstance(value, dict):
+        return Branch({key: to_node(item, origin) for key, item in value.items()}, origin)
+    return Leaf(value, origin)
+
+
+def without(branch: Branch, key: Any) -> Branch:
+    """Return the branch without one of its keys."""
+    return replace(branch, children={name: node for name, node in branch.children.items() if name != key})
