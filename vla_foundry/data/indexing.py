@@ -1,0 +1,90 @@
+"""The index of a shard: read from beside it, or made on first use and kept."""
+
+import hashlib
+import logging
+import os
+from typing import BinaryIO
+
+from vla_foundry.io.uri import read_text, write_text
+from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index
+
+_BLOCK = 512
+_logger = logging.getLogger(__name__)
+
+
+def user_cache_folder() -> str:
+    """Return the folder for caches of this user."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(root, "vla_foundry")
+
+
+def index_name(tar_name: str) -> str:
+    """Return the name of the index that belongs to a tar."""
+    return tar_name.removesuffix(".tar") + ".index.json"
+
+
+def load_index(file: BinaryIO, path: str) -> ShardIndex:
+    """Return the index of a local shard.
+
+    An index beside the shard is used if it fits it (see `_fits`); else one from this user's cache; else the tar is
+    read once and its index is written beside it or, where that is not allowed, into the cache.
+
+    Args:
+        file: the open tar.
+        path: its path.
+
+    Raises:
+        ValueError: the file is not a readable tar.
+    """
+    beside = index_name(path)
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
+    cached = os.path.join(user_cache_folder(), "indexes", f"{digest}.index.json")
+    for candidate in (beside, cached):
+        index = _read_fitting(file, candidate)
+        if index is not None:
+            return index
+    file.seek(0)
+    try:
+        index = index_shard(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. Make the shard again, or take it out of the manifest.") from None
+    text = format_index(index)
+    try:
+        write_text(beside, text)
+    except OSError:  # a folder that may not be written to
+        write_text(cached, text)
+    return index
+
+
+def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
+    if not os.path.exists(candidate):
+        return None
+    try:
+        index = parse_index(read_text(candidate), candidate)
+        if _fits(file, index):
+            return index
+        _logger.info("%s belongs to an earlier state of its shard; it is made again.", candidate)
+    except ValueError as error:
+        _logger.info("%s", error)
+    return None
+
+
+def _fits(file: BinaryIO, index: ShardIndex) -> bool:
+    """Check an index against its tar: the size of the tar, and the headers of the first and the last member."""
+    if os.fstat(file.fileno()).st_size != index.num_bytes:
+        return False
+    if index.records is not None:
+        spans = [index.records.tokens, index.records.document_offsets]
+    else:
+        spans = [span for _, members in (*index.samples[:1], *index.samples[-1:]) for span in members.values()]
+    return all(_has_header(file, span) for span in spans)
+
+
+def _has_header(file: BinaryIO, span: MemberSpan) -> bool:
+    header = os.pread(file.fileno(), _BLOCK, max(span.offset - _BLOCK, 0))
+    size = header[124:136].rstrip(b"\0 ")
+    if header[257:262] != b"ustar":
+        return False
+    if not size.isdigit():  # sizes of 8 GiB and above are binary
+        return True
+    return int(size, 8) == span.size

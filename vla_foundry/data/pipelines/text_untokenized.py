@@ -1,0 +1,217 @@
+"""Modality `text_untokenized`: raw text, tokenized while training and packed into rows within the microbatch.
+
+A document is its text's tokens and one end-of-sequence token. One longer than seq_len + 1 tokens is divided into pieces
+that overlap by one token, so that each of its tokens is a target exactly once. Pieces are packed first-fit, longest
+first, into rows of one length T per microbatch: T - 1 is a multiple of 64 (or seq_len), chosen so that rows x T is
+smallest. Rows depend on the samples of the microbatch alone, and nothing is carried over to the next.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_foundry.batch import Batch
+from vla_foundry.data.pipelines.base import Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.text import create_padding_batch, create_text_batch
+from vla_foundry.data.reader import ShardReader
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.text import TextUntokenizedDataParams
+
+TEXT_SUFFIXES = ("json", "txt")
+ROW_MULTIPLE = 64
+# a longer sample could fill the accelerator's memory by itself
+MAX_ROWS_PER_SAMPLE = 16
+_MAX_CANDIDATES = 16
+
+
+def decode_text(sample: Sample) -> Sample:
+    """Decode the text of a sample: the "text" of a JSON object, or the member itself if it does not begin with "{".
+
+    Raises:
+        ValueError: there is no such member, or it is not UTF-8, or not such an object.
+    """
+    suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in sample), None)
+    if suffix is None:
+        members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+        raise ValueError(f"it has no member {' or '.join(TEXT_SUFFIXES)} with text, only {members or 'none'}")
+    text = sample[suffix].decode("utf-8")
+    if suffix == "json" and text.startswith("{"):
+        text = json.loads(text).get("text")
+        if not isinstance(text, str):
+            raise ValueError("its JSON has no key 'text' with a string")
+    return {**sample, "text": text}
+
+
+def drop_empty(sample: Sample) -> Sample | None:
+    """Drop a sample without text."""
+    return sample if sample["text"].strip() else None
+
+
+class Tokenize:
+    """A stage: `text` -> `input_ids`, int32, ending with the end-of-sequence token.
+
+    Args:
+        tokenizer: name or folder of the tokenizer, loaded when the first sample comes.
+    """
+
+    def __init__(self, tokenizer: str) -> None:
+        self.name = tokenizer
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let each loader process load its own."""
+        return {"name": self.name, "_tokenizer": None}
+
+    def load(self) -> None:
+        """Load the tokenizer now.
+
+        Raises:
+            ValueError: it has no end-of-sequence token.
+        """
+        from vla_foundry.text.tokenizers import load_tokenizer
+
+        self._tokenizer = load_tokenizer(self.name)
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"data.tokenizer '{self.name}' has no end-of-sequence token. Choose one that has.")
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Tokenize."""
+        tokens = self._tokenizer(sample["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return {**sample, "input_ids": np.asarray([*tokens, self._tokenizer.eos_token_id], dtype=np.int32)}
+
+
+class BoundLength:
+    """A stage that refuses a document of more than `max_tokens` tokens."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Check.
+
+        Raises:
+            ValueError: the document is longer.
+        """
+        if len(sample["input_ids"]) > self.max_tokens:
+            raise ValueError(
+                f"{len(sample['input_ids'])} tokens are more than {MAX_ROWS_PER_SAMPLE} rows of data.seq_len; "
+                "`vla-foundry preprocess text_untokenized` divides long documents"
+            )
+        return sample
+
+
+class TextUntokenizedPipeline:
+    """Makes packed rows of text.
+
+    Args:
+        params: the dataset's params.
+        stages: what turns a member into `input_ids`; the default ones if not given.
+    """
+
+    def __init__(self, params: TextUntokenizedDataParams, stages: Sequence[Stage] | None = None) -> None:
+        if params.tokenizer is None:
+            raise ValueError("data.tokenizer is missing: modality text_untokenized needs one (name or folder).")
+        self.seq_len = params.seq_len
+        self.mask_documents = params.mask_documents
+        self._tokenize = Tokenize(params.tokenizer)
+        self._bound = BoundLength(MAX_ROWS_PER_SAMPLE * params.seq_len)
+        self.stages = (decode_text, drop_empty, self._tokenize, self._bound) if stages is None else tuple(stages)
+        self._is_loaded = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let each loader process load its own tokenizer."""
+        return {**self.__dict__, "_is_loaded": False}
+
+    def check(self, reader: ShardReader) -> None:
+        """See Pipeline."""
+
+    def create_batch(self, rows: Rows) -> Batch:
+        """See Pipeline."""
+        if not self._is_loaded:
+            self._tokenize.load()
+            self._is_loaded = True
+        documents = [sample["input_ids"] for sample in rows.read_samples(self.stages)]
+        pieces = [piece for document in documents for piece in split_document(document, self.seq_len)]
+        length, packed = pack([len(piece.tokens) for piece in pieces], self.seq_len)
+        input_ids = np.zeros((len(packed), length), dtype=np.int32)
+        ends, continued = [], []
+        for row, numbers in enumerate(packed):
+            place = 0
+            row_ends = []
+            for number in numbers:
+                piece = pieces[number]
+                input_ids[row, place : place + len(piece.tokens)] = piece.tokens
+                if piece.is_continued:
+                    continued.append((row, place))
+                place += len(piece.tokens)
+                row_ends.append(place)
+            ends.append(np.asarray(row_ends, dtype=np.uint32))
+        batch = create_text_batch(input_ids, ends, mask_documents=self.mask_documents)
+        for row, place in continued:  # this token was a target in the piece before
+            batch["target_mask"][row, place] = False
+        return batch
+
+    def create_empty_batch(self) -> Batch:
+        """See Pipeline."""
+        return create_padding_batch(min(ROW_MULTIPLE, self.seq_len) + 1, mask_documents=self.mask_documents)
+
+
+@register_pipeline("text_untokenized")
+def create_text_untokenized_pipeline(params: DataParams) -> TextUntokenizedPipeline:
+    """Create the pipeline of raw text."""
+    assert isinstance(params, TextUntokenizedDataParams), "modality text_untokenized needs its own data.type"
+    return TextUntokenizedPipeline(params)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A stretch of a document that fits into a row."""
+
+    tokens: np.ndarray
+    # True if its first token is the last one of the piece before
+    is_continued: bool
+
+
+def split_document(tokens: np.ndarray, seq_len: int) -> list[Piece]:
+    """Divide a document into pieces of at most seq_len + 1 tokens that overlap by one."""
+    starts = range(0, max(len(tokens) - 1, 1), seq_len)
+    return [Piece(tokens[start : start + seq_len + 1], start > 0) for start in starts]
+
+
+def pack(lengths: Sequence[int], seq_len: int) -> tuple[int, list[list[int]]]:
+    """Choose the length of rows, and which pieces stand in each.
+
+    Args:
+        lengths: tokens in each piece, at most seq_len + 1.
+        seq_len: rows have at most seq_len + 1 tokens.
+
+    Returns:
+        T, and for each row the numbers of its pieces in order.
+    """
+    shortest = min(-(-max(max(lengths) - 1, 1) // ROW_MULTIPLE) * ROW_MULTIPLE, seq_len)
+    candidates = [*range(shortest, seq_len, ROW_MULTIPLE), seq_len]
+    if len(candidates) > _MAX_CANDIDATES:
+        chosen = np.linspace(0, len(candidates) - 1, _MAX_CANDIDATES).round().astype(int)
+        candidates = [candidates[number] for number in chosen]
+    plans = [(candidate + 1, _first_fit(lengths, candidate + 1)) for candidate in candidates]
+    return min(plans, key=lambda plan: (len(plan[1]) * plan[0], len(plan[1])))
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    rooms: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        length = lengths[number]
+        row = next((row for row, room in enumerate(rooms) if room >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            rooms.append(capacity)
+        rows[row].append(number)
+        rooms[row] -= length
+    return rows

@@ -1,0 +1,290 @@
+"""Which sample stands at position g of the training order: a pure function of shard sizes, weights and seed.
+
+Global batch b is positions [b * G, (b + 1) * G). A position is resolved in three steps, none of which depends on what
+was read before, on ranks or on workers:
+
+1. Batch -> dataset. Each batch holds each dataset's share, rounded down or up; which slot of the batch belongs to
+   which dataset is a keyed permutation. Here a later step may hand whole blocks of slots to one modality.
+2. Dataset -> ordinal. How many samples of a dataset came before batch b has a closed form (see `_num_before`).
+3. Ordinal -> (epoch, shard, row). Each epoch permutes the shards, then the samples within blocks of shards.
+
+No I/O happens here. Memory is a few integers per shard; a position costs O(log shards).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from vla_foundry.data.permutation import draw_below, hash_int, hash_ints, permute
+
+PLAN_VERSION = 1
+# what a hash is for: part of its key, so that no two draws are the same number
+_SLOTS, _SHARDS, _SAMPLES, _REPLACEMENT = 1, 2, 3, 4
+# shares are counted in units of 2**-32 samples
+_UNIT_BITS = 32
+_UNIT = 1 << _UNIT_BITS
+_MAX_LAYOUTS = 64
+# replacements of a bad sample are first drawn from its own block, whose shards are at hand, then from everywhere
+NUM_NEAR_REPLACEMENTS = 4
+
+
+class Location(NamedTuple):
+    """Where samples lie; four int64 arrays [n]."""
+
+    dataset: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    epoch: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """One epoch of one dataset: shards in their order, and the blocks that they form."""
+
+    # int64 [num_shards], shard at each place
+    order: np.ndarray
+    # int64 [num_shards + 1], samples before each place
+    starts: np.ndarray
+    # int64 [num_blocks + 1], samples before each block
+    block_starts: np.ndarray
+    # uint64 [num_blocks], key of the permutation within each block
+    block_keys: np.ndarray
+
+
+class SamplePlan:
+    """The order of samples.
+
+    Args:
+        shard_sizes: for each dataset, the number of samples in each shard, in the order of the manifest.
+        weights: share of each dataset, any positive numbers.
+        seed: seed of all permutations.
+        global_batch_size: G, samples per optimizer step.
+        block_size: samples are shuffled within blocks of shards of about this many samples.
+        shuffle: False: shards and samples in the order of the manifest.
+
+    Raises:
+        ValueError: a dataset is empty, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        global_batch_size: int,
+        block_size: int,
+        shuffle: bool = True,
+    ) -> None:
+        self._shard_sizes = [np.asarray(sizes, dtype=np.int64) for sizes in shard_sizes]
+        self.num_samples_of = [int(sizes.sum()) for sizes in self._shard_sizes]
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.block_size = block_size
+        self.shuffle = shuffle
+        self._boundaries = _share_boundaries(weights, global_batch_size)
+        self._layouts: OrderedDict[tuple[int, int], _Layout] = OrderedDict()
+        assert len(weights) == len(shard_sizes), "one weight per dataset"
+        if block_size < 1:
+            raise ValueError(f"data.shuffle_buffer_size ({block_size}) must be at least 1.")
+        for dataset, num_samples in enumerate(self.num_samples_of):
+            if num_samples == 0:
+                raise ValueError(f"Dataset {dataset} of data.dataset_manifest holds no samples.")
+
+    @property
+    def num_datasets(self) -> int:
+        """Number of datasets."""
+        return len(self._shard_sizes)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all datasets together, each counted once."""
+        return sum(self.num_samples_of)
+
+    @property
+    def shares(self) -> list[int]:
+        """What each dataset has of a global batch, in units of 2**-32 samples; they sum to G * 2**32."""
+        return np.diff(self._boundaries).tolist()
+
+    def locate(self, positions: np.ndarray) -> Location:
+        """Return the sample at each position.
+
+        Args:
+            positions: int64 [n], each >= 0.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        dataset, ordinal = self._dataset_ordinals(positions)
+        num_samples = np.asarray(self.num_samples_of, dtype=np.int64)[dataset]
+        epoch, index = np.divmod(ordinal, num_samples)
+        shard, row = np.empty_like(positions), np.empty_like(positions)
+        for group, layout in self._groups(dataset, epoch):
+            index_in_order = self._shuffle_in_blocks(layout, index[group])
+            shard[group], row[group] = _split_by_shard(layout, index_in_order)
+        return Location(dataset, shard, row, epoch)
+
+    def replacements(self, positions: np.ndarray, attempt: int) -> Location:
+        """Return what stands in for the samples at `positions`, if they are bad: another sample of the same dataset.
+
+        Args:
+            positions: int64 [n].
+            attempt: 0 for the first replacement, 1 if that is bad too, and so on.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        dataset, ordinal = self._dataset_ordinals(positions)
+        num_samples = np.asarray(self.num_samples_of, dtype=np.int64)[dataset]
+        epoch, index = np.divmod(ordinal, num_samples)
+        draws = hash_ints(hash_ints(hash_int(self.seed, _REPLACEMENT, attempt), positions), epoch)
+        shard, row = np.empty_like(positions), np.empty_like(positions)
+        for group, layout in self._groups(dataset, epoch):
+            starts, sizes = np.zeros(1, dtype=np.int64), num_samples[group]
+            if attempt < NUM_NEAR_REPLACEMENTS:
+                block = np.searchsorted(layout.block_starts, index[group], side="right") - 1
+                starts = layout.block_starts[block]
+                sizes = layout.block_starts[block + 1] - starts
+            chosen = starts + draw_below(draws[group], sizes).astype(np.int64)
+            shard[group], row[group] = _split_by_shard(layout, chosen)
+        return Location(dataset, shard, row, epoch)
+
+    def num_positions_in_one_epoch(self) -> int:
+        """Return how many positions, from the first, repeat no sample of any dataset."""
+        if self.num_datasets == 1:
+            return self.num_samples
+        low, high = 0, self.num_samples // self.global_batch_size + 2
+        limits = np.asarray(self.num_samples_of)
+        while high - low > 1:  # full batches: the largest number that takes no more than is there
+            middle = (low + high) // 2
+            fits = bool((self._num_before(np.asarray([middle]))[0] <= limits).all())
+            low, high = (middle, high) if fits else (low, middle)
+        batch = np.arange(low * self.global_batch_size, (low + 1) * self.global_batch_size)
+        repeated = np.flatnonzero(self.locate(batch).epoch)
+        return int(batch[repeated[0]]) if len(repeated) else int(batch[-1]) + 1
+
+    def shards_ahead(self, position: int) -> list[tuple[int, int]]:
+        """Return (dataset, shard) in the order of need: each dataset's block at `position`, then its next block."""
+        batch = np.asarray([position // self.global_batch_size])
+        ordinals = [position] if self.num_datasets == 1 else self._num_before(batch)[0].tolist()
+        now: list[tuple[int, int]] = []
+        later: list[tuple[int, int]] = []
+        for dataset, ordinal in enumerate(ordinals):
+            epoch, index = divmod(ordinal, self.num_samples_of[dataset])
+            layout = self._layout(dataset, epoch)
+            block = int(np.searchsorted(layout.block_starts, index, side="right")) - 1
+            now += [(dataset, shard) for shard in _shards_of_block(layout, block)]
+            if block + 2 < len(layout.block_starts):
+                following, block = layout, block + 1
+            else:
+                following, block = self._layout(dataset, epoch + 1), 0
+            later += [(dataset, shard) for shard in _shards_of_block(following, block)]
+        return list(dict.fromkeys(now + later))
+
+    def _dataset_ordinals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return each position's dataset and its number among the samples of that dataset."""
+        if self.num_datasets == 1:
+            return np.zeros_like(positions), positions
+        batch, slot = np.divmod(positions, self.global_batch_size)
+        slot = permute(slot, self.global_batch_size, hash_ints(hash_int(self.seed, _SLOTS), batch))
+        batches, of_position = np.unique(batch, return_inverse=True)
+        edges = ((self._boundaries + _reversed_bits(batches)[:, None]) >> _UNIT_BITS)[of_position]  # (n, D + 1)
+        dataset = (slot[:, None] >= edges[:, 1:]).sum(axis=1)
+        rows = np.arange(len(positions))
+        return dataset, self._num_before(batches)[of_position, dataset] + slot - edges[rows, dataset]
+
+    def _num_before(self, batches: np.ndarray) -> np.ndarray:
+        """Return how many samples of each dataset stand before each batch, int64 [batches, datasets].
+
+        Batch b gives the first d datasets floor((A_d + v_b) / U) slots, with A_d their share of a batch in units of
+        1 / U and v_b the binary digits of b reversed (the van der Corput sequence). So each dataset's count is its
+        share rounded down or up, and over the batches [k * 2**j, (k + 1) * 2**j) it is the share of these rounded down
+        or up too. The sum over all b' < b is split into such aligned ranges, one per binary digit of b.
+        """
+        whole, fraction = np.divmod(self._boundaries, _UNIT)
+        batches = batches[:, None, None]  # (batches, boundaries, digits)
+        digit = np.arange(_UNIT_BITS, dtype=np.int64)
+        in_range = (batches >> digit) & 1
+        lowest = _reversed_bits(batches) & ((1 << (_UNIT_BITS - 1 - digit)) - 1)
+        threshold = (_UNIT - fraction)[:, None]  # v_b at or above it rounds up
+        missing = np.maximum(threshold - lowest, 0)
+        num_below = -((-missing) >> (_UNIT_BITS - digit))
+        num_up = (in_range * ((1 << digit) - num_below)).sum(axis=2)
+        periods = batches[:, :, 0] >> _UNIT_BITS
+        before = whole * batches[:, :, 0] + num_up + periods * fraction
+        return np.diff(before, axis=1)
+
+    def _shuffle_in_blocks(self, layout: _Layout, index: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return index
+        block = np.searchsorted(layout.block_starts, index, side="right") - 1
+        start = layout.block_starts[block]
+        size = layout.block_starts[block + 1] - start
+        return start + permute(index - start, size, layout.block_keys[block])
+
+    def _groups(self, dataset: np.ndarray, epoch: np.ndarray) -> list[tuple[np.ndarray | slice, _Layout]]:
+        """Divide positions by dataset and epoch."""
+        if not len(dataset):
+            return []
+        if (dataset == dataset[0]).all() and (epoch == epoch[0]).all():
+            return [(slice(None), self._layout(int(dataset[0]), int(epoch[0])))]
+        pairs, of_position = np.unique(np.stack([dataset, epoch]), axis=1, return_inverse=True)
+        of_position = of_position.reshape(-1)
+        return [
+            (np.flatnonzero(of_position == number), self._layout(int(pair[0]), int(pair[1])))
+            for number, pair in enumerate(pairs.T)
+        ]
+
+    def _layout(self, dataset: int, epoch: int) -> _Layout:
+        """Lay out an epoch of a dataset; the latest ones are kept, as a memo only."""
+        layout = self._layouts.get((dataset, epoch))
+        if layout is None:
+            layout = self._create_layout(dataset, epoch)
+            self._layouts[dataset, epoch] = layout
+            if len(self._layouts) > max(_MAX_LAYOUTS, 2 * self.num_datasets):
+                self._layouts.popitem(last=False)
+        else:
+            self._layouts.move_to_end((dataset, epoch))
+        return layout
+
+    def _create_layout(self, dataset: int, epoch: int) -> _Layout:
+        sizes = self._shard_sizes[dataset]
+        order = np.flatnonzero(sizes)
+        if self.shuffle:
+            order = order[permute(np.arange(len(order)), len(order), hash_int(self.seed, _SHARDS, dataset, epoch))]
+        starts = np.concatenate([[0], np.cumsum(sizes[order])])
+        # a block begins at each shard that is the first to begin at or after a multiple of block_size
+        block_of_shard = starts[:-1] // self.block_size
+        begins = np.flatnonzero(np.diff(block_of_shard, prepend=-1))
+        keys = hash_ints(hash_int(self.seed, _SAMPLES, dataset, epoch), np.arange(len(begins)))
+        return _Layout(order, starts, np.append(starts[begins], starts[-1]), keys)
+
+
+def _share_boundaries(weights: Sequence[float], global_batch_size: int) -> np.ndarray:
+    """Return the cumulated shares of the datasets, in units of 2**-32 samples, int64 [num_datasets + 1]."""
+    if not 1 <= global_batch_size < 1 << 30:
+        raise ValueError(f"hparams.global_batch_size ({global_batch_size}) must be in 1 .. 2**30 - 1.")
+    exact = [Fraction(0)]
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data.dataset_weighting must hold positive numbers, got {list(weights)}.")
+        exact.append(exact[-1] + Fraction(weight))
+    return np.asarray([round(part / exact[-1] * global_batch_size * _UNIT) for part in exact], dtype=np.int64)
+
+
+def _reversed_bits(values: np.ndarray) -> np.ndarray:
+    """Reverse the lowest 32 binary digits of each value."""
+    result = values & (_UNIT - 1)
+    for shift, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        result = ((result & mask) << shift) | ((result >> shift) & mask)
+    return result
+
+
+def _split_by_shard(layout: _Layout, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    place = np.searchsorted(layout.starts, index, side="right") - 1
+    return layout.order[place], index - layout.starts[place]
+
+
+def _shards_of_block(layout: _Layout, block: int) -> list[int]:
+    first, end = np.searchsorted(layout.starts[:-1], layout.block_starts[block : block + 2])
+    return layout.order[first:end].tolist()

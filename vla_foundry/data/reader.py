@@ -1,0 +1,242 @@
+"""Indexed access to shards: any sample or record by (dataset, shard, row), without reading what lies before it."""
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from vla_foundry.data.cache import RemoteShard, ShardCache
+from vla_foundry.data.indexing import index_name, load_index
+from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
+from vla_foundry.shards import ManifestEntry, ShardIndex, TokenRecords, parse_index
+
+# shards that a process keeps open: each costs a file descriptor or a memory map, and its index
+_MAX_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A manifest and what it lists."""
+
+    # where the manifest is; its folder holds the shards
+    manifest: str
+    # what its samples are: the name of a pipeline
+    modality: str
+    entries: tuple[ManifestEntry, ...]
+
+    def shard_uri(self, shard: int) -> str:
+        """Return the name of a tar."""
+        return join_uri(parent_uri(self.manifest), self.entries[shard].shard + ".tar")
+
+    def remote_shard(self, shard: int) -> RemoteShard:
+        """Return what is known of a remote tar."""
+        entry = self.entries[shard]
+        return RemoteShard(uri=self.shard_uri(shard), num_bytes=entry.num_bytes, sha256=entry.sha256)
+
+    @property
+    def is_remote(self) -> bool:
+        """True if its shards have to be downloaded."""
+        return is_remote(self.manifest)
+
+
+class TokenShard:
+    """A shard of tokenized records, mapped into memory.
+
+    Args:
+        uri: its name, for messages.
+        file: the open tar; may be closed afterwards.
+        records: where its arrays lie.
+        num_records: N.
+
+    Raises:
+        ValueError: the arrays do not fit each other.
+    """
+
+    def __init__(self, uri: str, file: BinaryIO, records: TokenRecords, num_records: int) -> None:
+        self.uri = uri
+        self.record_length = records.record_length
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+        def view(offset: int, size: int, dtype: str) -> np.ndarray:
+            item_size = np.dtype(dtype).itemsize
+            if size % item_size or offset + size > len(memory):
+                raise ValueError(f"{uri}: its records are cut off. Make the dataset again.")
+            return np.frombuffer(memory, dtype=dtype, count=size // item_size, offset=offset)
+
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[records.dtype]
+        tokens = view(records.tokens.offset, records.tokens.size, dtype)
+        # uint16 or uint32 (N, record_length)
+        self.tokens = tokens[: num_records * self.record_length].reshape(-1, self.record_length)
+        # uint32 (num_documents,), uint64 (N + 1,); see shards.TokenRecords
+        self.document_ends = view(records.document_ends.offset, records.document_ends.size, "<u4")
+        self.document_offsets = view(records.document_offsets.offset, records.document_offsets.size, "<u8")
+        if not self._is_consistent(num_records):
+            raise ValueError(f"{uri}: its document boundaries do not fit its {num_records} records. Make it again.")
+
+    def _is_consistent(self, num_records: int) -> bool:
+        offsets, ends = self.document_offsets.astype(np.int64), self.document_ends.astype(np.int64)
+        if len(self.tokens) != num_records or len(offsets) != num_records + 1:
+            return False
+        if offsets[0] != 0 or offsets[-1] != len(ends) or (np.diff(offsets) < 1).any():
+            return False
+        lengths = np.diff(ends, prepend=0)
+        lengths[offsets[:-1]] = ends[offsets[:-1]]
+        return len(ends) == 0 or bool(lengths.min() > 0 and ends.max() <= self.record_length)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class SampleShard:
+    """A shard of WebDataset samples, read member by member.
+
+    The index is kept in arrays: member i has the suffix `suffixes[suffix_numbers[i]]`, and sample n has the members
+    starts[n] .. starts[n + 1] - 1.
+
+    Args:
+        uri: its name, for messages.
+        file: the open tar, which the shard keeps.
+        index: its index.
+    """
+
+    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
+        self.uri = uri
+        self._file = file
+        members = [(suffix, span) for _, spans in index.samples for suffix, span in spans.items()]
+        self._keys = [key for key, _ in index.samples]
+        self._starts = np.cumsum([0] + [len(spans) for _, spans in index.samples])
+        self._suffixes = sorted({suffix for suffix, _ in members})
+        numbers = {suffix: number for number, suffix in enumerate(self._suffixes)}
+        self._suffix_numbers = np.asarray([numbers[suffix] for suffix, _ in members], dtype=np.int32)
+        self._offsets = np.asarray([span.offset for _, span in members], dtype=np.int64)
+        self._sizes = np.asarray([span.size for _, span in members], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample: what the names of its members begin with."""
+        return self._keys[row]
+
+    def read(self, row: int) -> dict[str, bytes]:
+        """Return the content of each member of a sample by its suffix.
+
+        Raises:
+            ValueError: the file ends before a member does.
+        """
+        members = range(self._starts[row], self._starts[row + 1])
+        return {self._suffixes[self._suffix_numbers[member]]: self._read_member(member) for member in members}
+
+    def _read_member(self, member: int) -> bytes:
+        size = int(self._sizes[member])
+        content = os.pread(self._file.fileno(), size, int(self._offsets[member]))
+        while len(content) < size:  # one read returns at most 2 GiB
+            more = os.pread(self._file.fileno(), size - len(content), int(self._offsets[member]) + len(content))
+            if not more:
+                raise ValueError("the file is cut off")
+            content += more
+        return content
+
+
+class ShardReader:
+    """Opens shards when they are asked for and keeps the latest open.
+
+    Args:
+        datasets: what to read.
+        cache: where remote shards go.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], cache: ShardCache) -> None:
+        self.datasets = tuple(datasets)
+        self.cache = cache
+        self._open: OrderedDict[tuple[int, int], TokenShard | SampleShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave open files behind when a loader process is started."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def open(self, dataset: int, shard: int) -> TokenShard | SampleShard:
+        """Return a shard, open.
+
+        Raises:
+            FileNotFoundError: there is no such tar.
+            ValueError: the tar is not what its manifest says.
+        """
+        opened = self._open.get((dataset, shard))
+        if opened is None:
+            opened = self._open_anew(dataset, shard)
+            self._open[dataset, shard] = opened
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end((dataset, shard))
+        return opened
+
+    def _open_anew(self, number: int, shard: int) -> TokenShard | SampleShard:
+        dataset, uri = self.datasets[number], self.datasets[number].shard_uri(shard)
+        if dataset.is_remote:
+            file, path = self.cache.open(dataset.remote_shard(shard))
+            _fetch_index(uri, path)
+        else:
+            file, path = _open_local(uri, dataset.manifest)
+        is_kept = False
+        try:
+            _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
+            index = load_index(file, path)
+            _check_count(dataset, shard, index.num_sequences)
+            if index.records is not None:
+                return TokenShard(uri, file, index.records, index.num_sequences)
+            is_kept = True
+            return SampleShard(uri, file, index)
+        finally:
+            if not is_kept:
+                file.close()
+
+
+def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:
+    path = os.path.expanduser(path)
+    try:
+        return open(path, "rb"), path
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Shard {path}, which {manifest} lists, is missing.") from None
+
+
+def _fetch_index(uri: str, path: str) -> None:
+    """Copy the index of a remote shard, if it has one, beside the shard in the cache."""
+    if not exists(index_name(path)):
+        try:
+            write_text(index_name(path), read_text(index_name(uri)))
+        except FileNotFoundError:
+            return
+
+
+def _check_size(dataset: Dataset, shard: int, num_bytes: int) -> None:
+    expected = dataset.entries[shard].num_bytes
+    if expected is not None and expected != num_bytes:
+        raise ValueError(
+            f"{dataset.shard_uri(shard)} has {num_bytes} bytes, but {dataset.manifest} says {expected}: it was cut off "
+            f"or written again. Check all shards with `vla-foundry manifest verify {parent_uri(dataset.manifest)}`."
+        )
+
+
+def _check_count(dataset: Dataset, shard: int, num_sequences: int) -> None:
+    expected = dataset.entries[shard].num_sequences
+    if expected != num_sequences:
+        raise ValueError(
+            f"{dataset.shard_uri(shard)} holds {num_sequences} samples, but {dataset.manifest} says {expected}. "
+            f"Write the manifest anew with `vla-foundry manifest build {parent_uri(dataset.manifest)}`."
+        )
+
+
+def read_remote_record_length(dataset: Dataset) -> int | None:
+    """Return the tokens in a record of a remote dataset; None if it has none, or if only a download would tell."""
+    name = index_name(dataset.shard_uri(0))
+    try:
+        records = parse_index(read_text(name), name).records
+    except FileNotFoundError:
+        return None
+    return records.record_length if records is not None else None
