@@ -1,0 +1,250 @@
+"""Save and restore a TrainState as a step folder (see run_folder.py): written aside, flushed, hashed, then renamed.
+
+Weights and average are whole files; the optimizer's moments are sharded, each rank writing its own, in the
+safetensors storage of torch.distributed.checkpoint, which reads them back under any number of ranks. Nothing is
+pickled to the disk.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from vla_foundry.run_folder import (
+    CHECKPOINTS_FOLDER,
+    COMPLETE_NAME,
+    EMA_WEIGHTS_NAME,
+    MODEL_WEIGHTS_NAME,
+    STATE_NAME,
+    TRAINING_STATE_FOLDER,
+    WRITING_PREFIX,
+    list_step_folders,
+    step_folder_name,
+)
+from vla_foundry.shards import sha256_of
+from vla_foundry.training.distributed import (
+    gather_objects,
+    local_shard,
+    main_rank_first,
+    named_persistent_buffers,
+    shard_like,
+)
+from vla_foundry.training.state import TrainState
+from vla_foundry.training.weights_file import read_weights, write_weights
+from vla_foundry.world import World
+
+STATE_VERSION = 1
+# bytes of moments in one file, about; what a rank holds twice while it writes
+_FILE_SIZE = 1 << 30
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(
+    run_folder: Path, state: TrainState, *, world: World, facts: Mapping[str, Any], max_checkpoints: int | None = None
+) -> Path:
+    """Collective: call on every rank. Write the checkpoint of `state.step`; when it returns it is on the disk.
+
+    Args:
+        facts: what else is kept in state.json under its own keys, JSON-able (the plan of the data, ids of loggers).
+        max_checkpoints: older ones are deleted beyond this number; None: all are kept.
+
+    Returns:
+        The step folder.
+    """
+    final = run_folder / CHECKPOINTS_FOLDER / step_folder_name(state.step)
+    folder = final.with_name(WRITING_PREFIX + final.name)
+    main_rank_first(world, lambda: _create_empty(folder))
+    files: dict[str, tuple[int, str]] = {}
+    files[MODEL_WEIGHTS_NAME] = write_weights(folder / MODEL_WEIGHTS_NAME, model_tensors(state), is_main=world.is_main)
+    if state.ema is not None:
+        files[EMA_WEIGHTS_NAME] = write_weights(folder / EMA_WEIGHTS_NAME, ema_tensors(state), is_main=world.is_main)
+    _write_moments(folder / TRAINING_STATE_FOLDER, state)
+    files.update(_hash_moments(folder, world))
+    scalars = {"version": STATE_VERSION, **_read_scalars(state), "world_size": world.world_size, **facts}
+    main_rank_first(world, lambda: _finish(folder, final, files, scalars, max_checkpoints))
+    return final
+
+
+def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
+    """Collective: call on every rank. Restore `state` in place from a verified step folder.
+
+    Returns:
+        The contents of state.json; under "notices", lines that the user should see.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or of another version.
+    """
+    saved = json.loads((step_folder / STATE_NAME).read_text())
+    if saved["version"] != STATE_VERSION:
+        raise ValueError(
+            f"{step_folder / STATE_NAME} has version {saved['version']}; this code reads {STATE_VERSION}. "
+            "Use --model.resume_weights_only true."
+        )
+    read_weights(step_folder / MODEL_WEIGHTS_NAME, model_tensors(state))
+    _load_moments(step_folder / TRAINING_STATE_FOLDER, state, saved["optimizer"]["steps"])
+    state.step = saved["step"]
+    for name, value in saved["counters"].items():
+        getattr(state.counters, name).fill_(value)
+    saved["notices"] = []
+    if state.ema is not None:
+        if (step_folder / EMA_WEIGHTS_NAME).is_file():
+            read_weights(step_folder / EMA_WEIGHTS_NAME, ema_tensors(state))
+        else:
+            for name, average in state.ema.averages.items():
+                average.copy_(local_shard(state.parameters[name]))
+            saved["notices"].append(f"{step_folder} has no average of the weights; it starts from the weights.")
+    return saved
+
+
+def model_tensors(state: TrainState) -> dict[str, Tensor]:
+    """All weights and persistent buffers, sharded as they are, by name; a tied weight once."""
+    return {**state.parameters, **named_persistent_buffers(state.model)}
+
+
+def ema_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The same with averages in the place of trainable weights."""
+    assert state.ema is not None
+    averages = {name: shard_like(value, state.parameters[name]) for name, value in state.ema.averages.items()}
+    return {**model_tensors(state), **averages}
+
+
+def _read_scalars(state: TrainState) -> dict[str, Any]:
+    names = {parameter: name for name, parameter in state.parameters.items()}
+    steps = {names[parameter]: int(values["step"]) for parameter, values in _optimizer_states(state).items()}
+    groups = [
+        {
+            "names": [names[parameter] for parameter in group["params"]],
+            **{key: group[key] for key in ("weight_decay", "betas", "eps")},
+        }
+        for group in state.optimizer.param_groups
+    ]
+    return {
+        "step": state.step,
+        "total_steps": len(state.schedule),
+        "counters": {name: int(value) for name, value in vars(state.counters).items()},
+        "optimizer": {"steps": steps, "groups": groups},
+    }
+
+
+def _create_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / TRAINING_STATE_FOLDER).mkdir(parents=True)
+
+
+def _optimizer_states(state: TrainState) -> dict[nn.Parameter, dict[str, Tensor]]:
+    # torch types its keys as tensors
+    return cast(dict[nn.Parameter, dict[str, Tensor]], state.optimizer.state)
+
+
+def _moment_tensors(state: TrainState) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in state.parameters.items()}
+    tensors = {
+        f"{moment}.{names[parameter]}": values[moment]
+        for parameter, values in _optimizer_states(state).items()
+        for moment in _MOMENTS
+    }
+    # the storage can not slice scalars
+    return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
+
+
+def _write_moments(folder: Path, state: TrainState) -> None:
+    tensors = _moment_tensors(state)
+    files: dict[str, int] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + size // _FILE_SIZE
+        size += tensor.numel() * tensor.element_size()
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    with _quiet():
+        state_dict_saver.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _load_moments(folder: Path, state: TrainState, steps: Mapping[str, int]) -> None:
+    unknown = sorted(steps.keys() - state.parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"{folder} holds moments of {unknown[0]}, which this model lacks. Use --model.resume_weights_only true."
+        )
+    for name, step in steps.items():
+        parameter = state.parameters[name]
+        state.optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=local_shard(parameter).device),
+            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS},
+        }
+    if steps:
+        with _quiet():
+            state_dict_loader.load(
+                _moment_tensors(state),
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                no_dist=not dist.is_initialized(),
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says of a single process, and of its own deprecated parts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        yield
+
+
+def _hash_moments(folder: Path, world: World) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file of moments; each rank reads its share of them."""
+    paths = sorted((folder / TRAINING_STATE_FOLDER).iterdir())
+    mine: dict[str, tuple[int, str]] = {}
+    for path in paths[world.rank :: world.world_size]:
+        with path.open("rb") as file:
+            mine[str(path.relative_to(folder))] = (path.stat().st_size, sha256_of(file))
+    merged: dict[str, tuple[int, str]] = {}
+    for part in gather_objects(mine):
+        merged.update(part)
+    return merged
+
+
+def _finish(
+    folder: Path,
+    final: Path,
+    files: dict[str, tuple[int, str]],
+    scalars: Mapping[str, Any],
+    max_checkpoints: int | None,
+) -> None:
+    content = json.dumps(scalars, indent=1).encode()
+    _write_durably(folder / STATE_NAME, content)
+    with (folder / STATE_NAME).open("rb") as file:
+        files[STATE_NAME] = (len(content), sha256_of(file))
+    _write_durably(folder / COMPLETE_NAME, json.dumps(files, indent=1).encode())
+    _flush_folder(folder / TRAINING_STATE_FOLDER)
+    _flush_folder(folder)
+    # only a damaged checkpoint can be in the way: a run goes on from its newest sound one
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    _flush_folder(final.parent)
+    if max_checkpoints is not None:
+        for old in list_step_folders(final.parent.parent)[max(max_checkpoints, 1) :]:
+            shutil.rmtree(old)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,253 @@
+"""How a single-device model is spread over processes: the only file that knows of wrappers, meshes and process groups.
+
+Applied in this order: activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters stay what they were
+(fp32 masters); lower-precision compute is autocast's matter, so that numbers do not depend on the wrapper.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.world import World
+
+# what wrappers put into the names of parameters
+_WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def start_process_group(params: DistributedParams, world: World) -> None:
+    """Collective: call on every rank. Join the process group, if the run needs one.
+
+    CPU tensors always go over gloo, so that hosts can agree on something without touching the accelerator.
+
+    Raises:
+        ValueError: NCCL is asked for without a GPU.
+    """
+    on_gpu = world.device.startswith("cuda")
+    if params.dist_backend == "nccl" and not on_gpu:
+        raise ValueError(
+            f"distributed.dist_backend 'nccl' needs a GPU, but this process runs on '{world.device}'. "
+            "Use --distributed.dist_backend auto."
+        )
+    if world.world_size == 1 and not params.fsdp:
+        return
+    if on_gpu:
+        torch.cuda.set_device(world.device)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if on_gpu and params.dist_backend != "gloo" else "gloo",
+        # one process alone needs no rendezvous
+        init_method=None if world.world_size == 1 else params.dist_url,
+        store=dist.HashStore() if world.world_size == 1 else None,  # pyright: ignore[reportPrivateImportUsage]
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=params.timeout_s),
+    )
+
+
+def stop_process_group() -> None:
+    """Collective: call on every rank. Leave the process group after a run that ended well.
+
+    After an error do not call it: other ranks may wait in a collective; the launcher ends them.
+    """
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def parallelize(
+    model: nn.Module,
+    params: DistributedParams,
+    *,
+    world: World,
+    grad_checkpointing: bool = False,
+    compile_blocks: bool = False,
+) -> nn.Module:
+    """Collective: call on every rank. Spread `model` over the processes, in place, and move it to its device.
+
+    Args:
+        model: on the CPU, the same on every rank; `blocks()` names the units that are wrapped.
+
+    Returns:
+        What a training step calls: the model itself, or its DDP wrapper.
+    """
+    blocks: list[nn.Module] = model.blocks()  # pyright: ignore[reportCallIssue]
+    if grad_checkpointing:
+        blocks = _checkpoint_activations(model, blocks)
+    if compile_blocks:
+        for block in blocks:
+            block.compile()
+    if params.fsdp:
+        return _shard(model, blocks, params, world)
+    model.to(world.device)
+    if world.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """Replace each block by one that recomputes its activations in the backward pass."""
+    wrapped: dict[nn.Module, nn.Module] = {
+        block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT) for block in blocks
+    }
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in wrapped:
+                parent.register_module(name, wrapped[child])
+    return [wrapped[block] for block in blocks]
+
+
+def create_mesh(world: World) -> DeviceMesh:
+    """Return the mesh that parameters are sharded over: all ranks, in one dimension."""
+    return init_device_mesh(torch.device(world.device).type, (world.world_size,), mesh_dim_names=("shard",))
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams, world: World) -> nn.Module:
+    # FSDP2 can not shard scalars; they are few, and reduce_unsharded_gradients sees to their gradients
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for scalar in scalars:
+        scalar.data = scalar.data.to(world.device)
+    options: dict[str, Any] = {
+        "mesh": create_mesh(world),
+        "reshard_after_forward": params.fsdp_reshard_after_forward,
+        "offload_policy": CPUOffloadPolicy() if params.fsdp_cpu_offload else OffloadPolicy(),
+        "ignored_params": scalars,
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Reduce gradients over ranks in backward passes inside this context, or leave them for a later one."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def reduce_unsharded_gradients(module: nn.Module) -> None:
+    """Collective: call on every rank. Average the gradients that FSDP leaves alone (those of scalars)."""
+    if isinstance(module, FSDPModule):
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                all_reduce(parameter.grad)
+                parameter.grad.div_(dist.get_world_size())
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered parameters, so that the next forward sees what was written into the shards since."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by the name they have without wrappers; a tied one once."""
+    return {strip_wrapper_names(name): parameter for name, parameter in model.named_parameters()}
+
+
+def named_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a checkpoint, by the name they have without wrappers."""
+    buffers = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                buffers[strip_wrapper_names(name)] = buffer
+    return buffers
+
+
+def strip_wrapper_names(name: str) -> str:
+    """Return the name that a parameter has without wrappers."""
+    for part in _WRAPPER_NAMES:
+        name = name.replace(part, "")
+    return name
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds (all of it if it is not sharded), sharing its memory, detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """View a rank's part as the sharded tensor it belongs to, which is laid out like `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Collective: call on every rank. Return the whole of a tensor."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Collective: call on every rank. Sum a tensor over ranks, in place, without waiting on the host."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Collective: call on every rank. Return rank 0's value."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collective: call on every rank. Return the values of all ranks, in order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Collective: call on every rank. Wait, on the host, for all ranks."""
+    all_reduce(torch.zeros(1))
+
+
+def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
+    """Collective: call on every rank. Run `action` on rank 0 and return its result everywhere.
+
+    An error on rank 0 is raised on every rank, so that none waits for it.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            result = action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,65 @@
+"""Exponential moving average of the weights, kept on each rank for its own shards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.training.distributed import local_shard
+
+
+class EMA:
+    """The average of every trainable parameter; a tied one is averaged once.
+
+    Kept in fp32, or in the parameters' own precision if that is higher.
+    """
+
+    def __init__(self, params: EMAParams, parameters: dict[str, nn.Parameter]) -> None:
+        self._params = params
+        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        # by name, this rank's part
+        self.averages: dict[str, Tensor] = {
+            name: local_shard(parameter).to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in self._parameters.items()
+        }
+
+    def update(self, num_updates: Tensor, skip: Tensor) -> None:
+        """Move the averages towards the weights, or nowhere where `skip` is 1; without a host sync.
+
+        Args:
+            num_updates: updates of the weights before the present one, one integer on the weights' device.
+            skip: 1.0 if the present update was skipped, else 0.0; scalar.
+        """
+        weight = (1.0 - ema_decay(self._params, num_updates)) * (1.0 - skip)
+        weights = {dtype: weight.reshape(()).to(dtype) for dtype in {value.dtype for value in self.averages.values()}}
+        averages = list(self.averages.values())
+        current = [local_shard(p).to(a.dtype) for p, a in zip(self._parameters.values(), averages, strict=True)]
+        # lerp is exact at both ends: a weight of 0 changes nothing, a weight of 1 copies
+        torch._foreach_lerp_(averages, current, [weights[average.dtype] for average in averages])  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Put the averages in the place of the weights, and the weights back afterwards, bit by bit."""
+        weights = [local_shard(parameter) for parameter in self._parameters.values()]
+        kept = [weight.clone() for weight in weights]
+        torch._foreach_copy_(weights, list(self.averages.values()))  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, kept)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def ema_decay(params: EMAParams, num_updates: Tensor) -> Tensor:
+    """Return the decay of the update that follows `num_updates` others.
+
+    Vanilla: `alpha`, and a copy (0) in the first update and until `update_after_step`. Else, with
+    s = num_updates - update_after_step - 1: a copy while s <= 0, then 1 - (1 + s / inv_gamma)^-power, clamped.
+    """
+    if params.type == "vanilla":
+        alpha = torch.full_like(num_updates, params.alpha, dtype=torch.float64)
+        return torch.where(num_updates > params.update_after_step, alpha, torch.zeros_like(alpha))
+    steps = (num_updates - params.update_after_step - 1).clamp(min=0).to(torch.float64)
+    decay = (1.0 - (1.0 + steps / params.inv_gamma) ** -params.power).clamp(params.min_value, params.max_value)
+    return torch.where(steps > 0, decay, torch.zeros_like(decay))

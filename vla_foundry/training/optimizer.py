@@ -1,0 +1,105 @@
+"""AdamW: which weights decay, the norm of the gradient, and an update that can be skipped on the device."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from vla_foundry.params.hparams import HyperParams
+
+# modules whose `weight` is a matrix that maps features to features, and so decays
+_MATRIX_MODULES = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def create_optimizer(model: nn.Module, params: HyperParams, lr: Tensor) -> torch.optim.AdamW:
+    """Create fused AdamW over the trainable parameters, with weight decay on matrices only.
+
+    Args:
+        model: after it was sharded.
+        lr: scalar on the parameters' device; the step writes the learning rate into it.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    decayed = decayed_parameters(model)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # one kernel can not take sharded and whole tensors together
+            groups.setdefault((parameter in decayed, isinstance(parameter, DTensor)), []).append(parameter)
+    if not groups:
+        raise ValueError("No weight of the model is trainable. Set model.freeze to false in at least one part of it.")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": params.wd if has_decay else 0.0}
+            for (has_decay, _), parameters in groups.items()
+        ],
+        lr=lr,
+        betas=(params.beta1, params.beta2),
+        eps=params.eps,
+        fused=True,
+    )
+
+
+def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that weight decay applies to: weights of linear maps and convolutions.
+
+    Not embeddings (nor an output head tied to one), norms, biases and whatever else is no matrix between features.
+    """
+    matrices: set[nn.Parameter] = set()
+    embeddings: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            embeddings.add(module.weight)  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, _MATRIX_MODULES + _hugging_face_matrix_modules()):
+            matrices.add(module.weight)  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, nn.MultiheadAttention):
+            projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+            matrices.update(weight for weight in projections if isinstance(weight, nn.Parameter))
+    return matrices - embeddings
+
+
+def _hugging_face_matrix_modules() -> tuple[type[nn.Module], ...]:
+    # GPT-2's own linear layer; a model that has it has imported its module
+    module = sys.modules.get("transformers.pytorch_utils")
+    return (module.Conv1D,) if module is not None else ()
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Collective: call on every rank. Return the L2 norm of all gradients, a scalar on the parameters' device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norms = [get_total_norm(whole)] if whole else []
+    if sharded:
+        norm = get_total_norm(sharded)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`; without a host sync."""
+    for sharded in (False, True):
+        group = [parameter for parameter in parameters if isinstance(parameter, DTensor) is sharded]
+        if group:
+            clip_grads_with_norm_(group, max_norm, norm)
+
+
+def step_optimizer(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """Update the weights, or, where the scalar `skip` is 1, leave weights, moments and step counts as they are.
+
+    The decision stays on the device: fused AdamW takes it as it takes a gradient scaler's.
+    """
+    optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()

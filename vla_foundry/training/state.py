@@ -1,0 +1,112 @@
+"""The one object that a training step changes and a checkpoint holds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.params.hparams import HyperParams
+from vla_foundry.training.distributed import named_parameters, reduce_unsharded_gradients
+from vla_foundry.training.ema import EMA
+from vla_foundry.training.optimizer import clip_gradients, create_optimizer, gradient_norm, step_optimizer
+from vla_foundry.training.schedules import learning_rates
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Counts that live on the device, int64 (1,), so that a skipped update needs no host."""
+
+    # updates of the weights; the learning rate follows this, not the step
+    updates: Tensor
+    # steps whose update was skipped
+    skipped: Tensor
+    # of them, those since the last update
+    skipped_in_row: Tensor
+    # the most of them in a row since the host last looked
+    longest_row: Tensor
+    # valid targets trained on, over all ranks
+    targets: Tensor
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Weights, optimizer, average and counters of a run. Created after the model was parallelized."""
+
+    # the model itself, whose names are the checkpoint's
+    model: nn.Module
+    # what a step calls: the model, or its DDP wrapper
+    forward: nn.Module
+    # by name without wrappers; a tied one once
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    ema: EMA | None
+    # of each update, (total_steps,), and of the present one, ()
+    schedule: Tensor
+    lr: Tensor
+    counters: Counters
+    # steps done: the global batches consumed, skipped updates included
+    step: int = 0
+
+
+def create_train_state(
+    model: nn.Module, forward: nn.Module, *, hparams: HyperParams, ema: EMAParams, total_steps: int
+) -> TrainState:
+    """Create the state of a run at step 0.
+
+    Raises:
+        ValueError: nothing is trainable, or the schedule does not fit into `total_steps`.
+    """
+    parameters = named_parameters(model)
+    # the device that the optimizer works on; the CPU where FSDP keeps the shards there
+    device = next(iter(parameters.values())).device
+    # fused AdamW takes a learning rate on a GPU in single precision only
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    lr = torch.zeros((), dtype=dtype, device=device)
+    return TrainState(
+        model=model,
+        forward=forward,
+        parameters=parameters,
+        optimizer=create_optimizer(model, hparams, lr),
+        ema=EMA(ema, parameters) if ema.enabled else None,
+        schedule=torch.as_tensor(learning_rates(hparams, total_steps), dtype=dtype, device=device),
+        lr=lr,
+        counters=Counters(**{name: _zero(device) for name in Counters.__dataclass_fields__}),
+    )
+
+
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def update_weights(state: TrainState, loss: Tensor, *, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Collective: call on every rank. Clip the gradients and update weights and average; all on the device.
+
+    A loss or gradient that is not finite skips the update: weights, moments, their step counts, learning rate and
+    average stay as they are, and the skip is counted.
+
+    Args:
+        loss: of the step, the same on every rank; scalar.
+        max_norm: bound of the gradient norm; None: not clipped.
+
+    Returns:
+        The gradient norm before clipping, and 1.0 if the update was skipped, else 0.0; scalars.
+    """
+    counters = state.counters
+    parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
+    reduce_unsharded_gradients(state.model)
+    norm = gradient_norm(parameters)
+    skip = 1.0 - (norm.isfinite() & loss.to(norm.device).isfinite()).float()
+    if max_norm is not None:
+        clip_gradients(parameters, max_norm, norm)
+    position = counters.updates.clamp(max=len(state.schedule) - 1)
+    state.lr.copy_(state.schedule.index_select(0, position).reshape(()))
+    step_optimizer(state.optimizer, skip)
+    if state.ema is not None:
+        state.ema.update(counters.updates, skip)
+    skipped = skip.long()
+    counters.updates += 1 - skipped
+    counters.skipped += skipped
+    counters.skipped_in_row.add_(1).mul_(skipped)
+    counters.longest_row.copy_(torch.maximum(counters.longest_row, counters.skipped_in_row))
+    return norm, skip
