@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vla_foundry.params.base import register_model_params
-from vla_foundry.params.models.base import LanguageModelParams
+from vla_foundry.params.models.base import LanguageModelParams, TokenLimits
 
 
 @register_model_params("transformer")
@@ -57,6 +57,30 @@ class TransformerParams(LanguageModelParams):
     max_seq_len: int = 2048
     # each token sees only itself and earlier ones
     is_causal: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "n_layers", "n_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size ({self.vocab_size}) must not be negative; 0 is a model without tokens.")
+        if self.head_dim is None and self.hidden_dim % self.n_heads:
+            raise ValueError(
+                f"hidden_dim ({self.hidden_dim}) must be a multiple of n_heads ({self.n_heads}). "
+                f"Change one, or set head_dim."
+            )
+        head_dim = self.head_dim or self.hidden_dim // self.n_heads
+        if self.positional_embedding_type != "none" and (head_dim < 2 or head_dim % 2):
+            raise ValueError(f"head_dim ({head_dim}) must be even: rotary positions turn pairs of numbers.")
+        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+            raise ValueError(
+                f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads}): "
+                f"each key head serves the same number of query heads."
+            )
+
+    def token_limits(self) -> TokenLimits:
+        """Its own vocabulary and longest sequence."""
+        return TokenLimits(vocab_size=self.vocab_size or None, max_seq_len=self.max_seq_len)
 
 
 @register_model_params("transformer_hf")

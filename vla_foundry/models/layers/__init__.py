@@ -1,0 +1,1 @@
+"""Parts of models: norms, rotary positions, feed-forwards, attention and its cache."""

@@ -1,0 +1,246 @@
+"""Attention over rows of tokens that may divide into segments (documents, padding) that must not see each other.
+
+There is never a dense T x T mask: segments are attended one by one on the CPU, by variable-length attention on a GPU.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from vla_foundry.batch import Documents
+
+# releases of torch differ in how variable-length attention is told to be causal, and in grouped queries
+_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+
+
+class _Run(NamedTuple):
+    """Neighbouring segments of one length, attended in one call."""
+
+    num_segments: int
+    length: int
+    is_padding: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """How the tokens of a (B, T) batch, in row-major order, divide into segments."""
+
+    # neighbouring segments of one length
+    runs: tuple[_Run, ...]
+    # int32 [num_segments + 1], where each segment starts, and the end; on the batch's device
+    starts: Tensor
+    # tokens of the longest segment
+    max_length: int
+    # the same, rounded up: a bound that changes less often, for compiled blocks are made again when it does
+    bound: int
+    # int64 [B, T], place of each token within its segment; on the batch's device
+    positions: Tensor
+
+
+def create_segments(documents: Documents | None, is_causal: bool, device: torch.device) -> Segments | None:
+    """Lay out the documents of a batch for attention; None where plain attention over whole rows is the same.
+
+    That is so for rows of one document, and under a causal mask for one document followed by padding: it never looks
+    ahead. Nothing waits for the device.
+    """
+    if documents is None or _are_whole_rows(documents, is_causal):
+        return None
+    lengths = documents.lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    is_new_run = np.ones(len(lengths), dtype=bool)
+    is_new_run[1:] = (np.diff(lengths) != 0) | (np.diff(documents.is_padding) != 0)
+    first = np.flatnonzero(is_new_run)
+    sizes = np.diff(np.append(first, len(lengths)))
+    return Segments(
+        runs=tuple(
+            _Run(int(n), int(lengths[i]), bool(documents.is_padding[i])) for i, n in zip(first, sizes, strict=True)
+        ),
+        starts=_to_device(np.concatenate(([0], ends)).astype(np.int32), device),
+        max_length=int(lengths.max()),
+        bound=-(-int(lengths.max()) // 128) * 128,
+        positions=_to_device(positions.reshape(len(documents.num_per_row), -1), device),
+    )
+
+
+def _are_whole_rows(documents: Documents, is_causal: bool) -> bool:
+    firsts = np.cumsum(documents.num_per_row) - documents.num_per_row
+    may_follow = documents.is_padding if is_causal else np.zeros_like(documents.is_padding)
+    is_first = np.zeros(len(documents.lengths), dtype=bool)
+    is_first[firsts] = True
+    # at most one segment of padding after the first segment
+    return bool((documents.num_per_row <= 2).all() and (is_first | may_follow).all())
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # a copy from pageable memory would wait for the device
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def attend(
+    queries: Float[Tensor, "B T H K"],
+    keys: Float[Tensor, "B T G K"],
+    values: Float[Tensor, "B T G K"],
+    *,
+    segments: Segments | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Float[Tensor, "B T H K"]:
+    """Scaled dot-product attention of each token to its own segment; G key heads serve H = n x G query heads.
+
+    Args:
+        segments: None: a row is one segment. Padding segments give zeros, or what attention among padding gives.
+        scale: factor of the scores; None: 1/sqrt(K).
+        window: within segments, a token sees itself and the window - 1 tokens before it (causal only).
+    """
+    if segments is None:
+        assert window is None, "a window is for segments"
+        return _attend_rows(queries, keys, values, is_causal=is_causal, dropout=dropout, scale=scale)
+    flat = tuple(x.flatten(0, 1) for x in (queries, keys, values))  # (B T, H, K)
+    head_dim = queries.shape[-1]
+    can_varlen = queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0
+    if can_varlen and head_dim % 8 == 0 and head_dim <= 256:
+        output = _attend_varlen(*flat, segments=segments, is_causal=is_causal, scale=scale, window=window)
+    else:
+        output = _attend_runs_untraced(*flat, segments, is_causal, dropout, scale, window)
+    return output.view_as(queries)
+
+
+def _attend_rows(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    is_causal: bool,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(B, T, H, K) x (B, S, G, K) -> (B, T, H, K). `mask` is True where a query may see a key."""
+    output = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=queries.shape[2] != keys.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def _attend_runs(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    is_causal: bool,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    # split, not slices: the gradient of each slice would be as large as the batch
+    sizes = [run.num_segments * run.length for run in segments.runs]
+    outputs = []
+    for run, q, k, v in zip(segments.runs, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
+        if run.is_padding:
+            outputs.append(torch.zeros_like(q))
+            continue
+        shape = (run.num_segments, run.length)
+        mask = None
+        if window is not None and window < run.length:
+            near = torch.ones(run.length, run.length, dtype=torch.bool, device=q.device)
+            mask = near.tril().triu(1 - window)
+        output = _attend_rows(
+            *(x.unflatten(0, shape) for x in (q, k, v)),
+            is_causal=is_causal and mask is None,
+            dropout=dropout,
+            scale=scale,
+            mask=mask,
+        )
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)
+
+
+# the lengths change with every batch: traced, they would compile the block again each time
+_attend_runs_untraced: Any = torch.compiler.disable(_attend_runs)
+
+
+def _attend_varlen(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    segments: Segments,
+    is_causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    if is_causal and "window_size" in _VARLEN_OPTIONS:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif is_causal:
+        assert window is None, "this release of torch has no sliding windows"
+        options["is_causal"] = True
+    if queries.shape[1] != keys.shape[1]:
+        if "enable_gqa" in _VARLEN_OPTIONS:
+            options["enable_gqa"] = True
+        else:
+            repeats = queries.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+    starts = segments.starts
+    output = varlen_attn(queries, keys, values, starts, starts, segments.bound, segments.bound, **options)
+    assert isinstance(output, Tensor)
+    return output
+
+
+def attend_cached(
+    queries: Float[Tensor, "B T H K"],
+    keys: Float[Tensor, "B S G K"],
+    values: Float[Tensor, "B S G K"],
+    mask: Tensor | None,
+) -> Float[Tensor, "B T H K"]:
+    """Attention of new tokens to the cached ones and to themselves; `mask` (B or 1, 1, T, S) is True where it may."""
+    return _attend_rows(queries, keys, values, is_causal=False, mask=mask)
+
+
+class MaskedRows(NamedTuple):
+    """What a mask of padding says of each row."""
+
+    # the rows as one document and the padding behind it, once in `order`
+    documents: Documents
+    # int64 [B], real tokens
+    counts: np.ndarray
+    # int64 [B, T], the token that comes at each place so that real ones are in front; None: they are already
+    order: np.ndarray | None
+
+
+def read_mask(attention_mask: Shaped[Tensor, "B T"]) -> MaskedRows | None:
+    """Describe a mask that is 0 at padding, anywhere in a row; None where nothing is masked. Waits for the device."""
+    is_real = attention_mask.cpu().numpy().astype(bool)
+    num_rows, num_tokens = is_real.shape
+    counts = is_real.sum(1)
+    if (counts == num_tokens).all():
+        return None
+    order = np.argsort(~is_real, axis=1, kind="stable")
+    pairs = np.stack([counts, num_tokens - counts], axis=1)  # (B, 2)
+    documents = Documents(
+        lengths=pairs[pairs > 0].astype(np.int32),
+        num_per_row=(pairs > 0).sum(1).astype(np.int32),
+        is_padding=np.tile([False, True], (num_rows, 1))[pairs > 0],
+    )
+    is_in_place = bool((order == np.arange(num_tokens)).all())
+    return MaskedRows(documents, counts, None if is_in_place else order)

@@ -1,0 +1,135 @@
+"""Losses as sums over valid targets; a language model's never builds the logits of all its tokens at once."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from vla_foundry.batch import IGNORE_INDEX, LossOutput
+from vla_foundry.models.base import count_valid_targets
+
+# Logits held at a time. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
+_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+
+
+def language_model_loss(
+    hidden: Float[Tensor, "B T D"],
+    head: Float[Tensor, "V D"],
+    targets: Int[Tensor, "B T"],
+    *,
+    z_loss_coefficient: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> LossOutput:
+    """Cross-entropy of `hidden @ head.T` against `targets`, plus the z-loss, without building all logits.
+
+    sum over valid targets of  logsumexp(logits) - logits[target] + z_loss_coefficient * logsumexp(logits)^2
+
+    The gradients are computed in the forward pass, chunk by chunk, so that logits are neither stored nor made twice;
+    memory beside inputs and gradients is one chunk of logits, whatever V. Under autocast the products are in its
+    dtype and everything else, the sum over chunks too, is in fp32.
+
+    Args:
+        targets: IGNORE_INDEX where there is none; such places add nothing, to the z-loss neither.
+        chunk_tokens: tokens per chunk; chosen by device and V if not given.
+
+    Returns:
+        LossOutput with logs `cross_entropy` and `z_loss` (weighted by its coefficient); they add up to `sum`.
+    """
+    flat_hidden = hidden.flatten(0, 1)
+    flat_targets = targets.flatten()
+    if hidden.device.type == "cpu":
+        # no host synchronisation to fear here, so places without a target cost nothing
+        kept = (flat_targets != IGNORE_INDEX).nonzero().squeeze(1)
+        if kept.numel() < flat_targets.numel():
+            flat_hidden, flat_targets = flat_hidden.index_select(0, kept), flat_targets.index_select(0, kept)
+    device_type = hidden.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.dtype
+    if chunk_tokens is None:
+        chunk_tokens = _choose_chunk_tokens(head.shape[0], device_type)
+    total, z_loss = _ChunkedLinearCrossEntropy.apply(
+        flat_hidden, head, flat_targets, z_loss_coefficient, chunk_tokens, dtype, torch.is_grad_enabled()
+    )  # type: ignore[misc]
+    z_loss = z_loss.detach()
+    logs = {"cross_entropy": total.detach() - z_loss, "z_loss": z_loss}
+    return LossOutput(sum=total, count=count_valid_targets(flat_targets), logs=logs)
+
+
+def _choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
+    tokens = _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]) // max(1, vocab_size)
+    # whole tiles of the matrix multiplication
+    return max(1, tokens // 32 * 32 if tokens >= 32 else tokens)
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """(hidden [N, D], head [V, D], targets [N]) -> (sum of losses, sum of its z-loss part), both scalars."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        z_loss_coefficient: float,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        is_grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2] if is_grad_enabled else (False, False)  # type: ignore
+        with torch.autocast(hidden.device.type, enabled=False):
+            accumulator = torch.promote_types(dtype, torch.float32)
+            weight = head.to(dtype)
+            total = hidden.new_zeros((), dtype=accumulator)
+            z_total = hidden.new_zeros((), dtype=accumulator)
+            hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+            head_grad = torch.zeros_like(head, dtype=accumulator) if needs_head else None
+            for start in range(0, hidden.shape[0], chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                inputs = hidden[rows].to(dtype)
+                logits = (inputs @ weight.T).to(accumulator)
+                losses, z_losses = _losses_and_gradient_(logits, targets[rows], z_loss_coefficient)
+                total += losses.sum()
+                z_total += z_losses.sum()
+                gradient = logits.to(dtype)
+                if hidden_grad is not None:
+                    hidden_grad[rows] = gradient @ weight
+                if head_grad is not None:
+                    _add_product_(head_grad, gradient, inputs)
+        ctx.save_for_backward(hidden_grad, head_grad)  # type: ignore
+        ctx.head_dtype = head.dtype  # type: ignore
+        ctx.mark_non_differentiable(z_total)  # type: ignore
+        return total, z_total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, total_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # scaled in place, for the head's is as large as the head: a second backward is refused by autograd
+        hidden_grad, head_grad = ctx.saved_tensors  # type: ignore
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(total_grad.to(hidden_grad.dtype))
+        if head_grad is not None:
+            head_grad = head_grad.mul_(total_grad).to(ctx.head_dtype)  # type: ignore
+        return hidden_grad, head_grad, None, None, None, None, None
+
+
+def _losses_and_gradient_(logits: Tensor, targets: Tensor, z_loss_coefficient: float) -> tuple[Tensor, Tensor]:
+    """Return each row's loss and its z-loss part, and turn `logits` in place into the gradient of the losses' sum."""
+    is_valid = (targets != IGNORE_INDEX).unsqueeze(1)
+    columns = targets.long().clamp(min=0).unsqueeze(1)
+    weight = is_valid.to(logits.dtype)
+    target_logits = logits.gather(1, columns)
+    largest = logits.amax(1, keepdim=True)
+    normalizer = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    log_normalizer = normalizer.log() + largest
+    z_losses = z_loss_coefficient * log_normalizer.square() * weight
+    losses = (log_normalizer - target_logits) * weight + z_losses
+    logits.mul_((1 + 2 * z_loss_coefficient * log_normalizer) * weight / normalizer)
+    logits.scatter_add_(1, columns, -weight)
+    return losses, z_losses
+
+
+def _add_product_(head_grad: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """head_grad += gradient.T @ inputs."""
+    if head_grad.dtype == gradient.dtype:
+        head_grad.addmm_(gradient.T, inputs)
+    else:
+        head_grad.add_(gradient.T @ inputs)

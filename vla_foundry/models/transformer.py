@@ -1,0 +1,323 @@
+"""The native transformer: pre-norm blocks of attention with rotary positions and a gated feed-forward.
+
+    x = post_embed_norm(embeddings(input_ids))
+    for each block:  x = x + out_proj(attention(attention_norm(x)));  x = x + feed_forward(ffn_norm(x))
+    logits = output(norm(x))
+
+There are no biases. The names of modules and the order of rows in fused matrices are those of published checkpoints:
+in_proj is [q; k; v] with the heads in order, w12 is [gate; up].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vla_foundry.batch import Documents, LossOutput
+from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.models.layers.attention import Segments, attend, attend_cached, create_segments, read_mask
+from vla_foundry.models.layers.feed_forward import SwiGLU, create_feed_forward
+from vla_foundry.models.layers.kv_cache import CacheStep, KVCache, LayerCache
+from vla_foundry.models.layers.norms import RMSNorm, create_norm
+from vla_foundry.models.layers.rotary import RotaryTables, Rotation, rotate
+from vla_foundry.models.losses import language_model_loss
+from vla_foundry.models.registry import register_model
+from vla_foundry.params.models.transformer import TransformerParams
+
+
+class Attention(nn.Module):
+    """Multi-head attention; n_kv_heads < n_heads is grouped-query attention."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        self.head_dim = params.head_dim or params.hidden_dim // params.n_heads
+        self.num_heads = params.n_heads
+        self.num_kv_heads = params.n_kv_heads or params.n_heads
+        self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.in_proj = nn.Linear(params.hidden_dim, sum(self.widths), bias=False)
+        self.out_proj = nn.Linear(self.widths[0], params.hidden_dim, bias=False)
+        if params.qk_norm:
+            self.q_norm = create_norm(params.norm_type, self.widths[0], params.norm_eps)
+            self.k_norm = create_norm(params.norm_type, self.widths[1], params.norm_eps)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None,
+        segments: Segments | None,
+        is_causal: bool,
+        cache: LayerCache | None,
+        cache_step: CacheStep | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend within segments, or to the cache where `cache_step` says so."""
+        queries, keys, values = self.in_proj(x).split(self.widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            # over all heads at once; an fp32 norm under autocast must not change the dtype of attention
+            queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # (B, T, H, K)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if cache is not None:
+            keys, values = cache.write(keys, values, cache_step)
+        if cache_step is not None:
+            output = attend_cached(queries, keys, values, cache_step.mask)
+        else:
+            output = attend(queries, keys, values, segments=segments, is_causal=is_causal)
+        return self.out_proj(output.flatten(2))  # (B, T, D)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to what came in."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        self.attention = Attention(params)
+        self.feed_forward = create_feed_forward(params.ffn_type, params.hidden_dim)
+        self.attention_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
+        self.ffn_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None = None,
+        segments: Segments | None = None,
+        is_causal: bool = True,
+        cache: LayerCache | None = None,
+        cache_step: CacheStep | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return x with what this block adds."""
+        x = x + self.attention(self.attention_norm(x), rotation, segments, is_causal, cache, cache_step)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class _Rows(NamedTuple):
+    """How the tokens of a batch see each other, and where they stand."""
+
+    # int64 [B, T], puts the real tokens of each row in front; None: they are
+    order: Tensor | None
+    segments: Segments | None
+    cache_step: CacheStep | None
+    rotation: Rotation | None
+
+
+class Transformer(nn.Module):
+    """Tokens, or their embeddings, to hidden states, logits, or a loss."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        self.params = params
+        self.max_seq_len = params.max_seq_len
+        dim = params.hidden_dim
+        self.embeddings = nn.Embedding(params.vocab_size, dim) if params.vocab_size else None
+        self.post_embed_norm = create_norm(params.norm_type, dim, params.norm_eps) if params.post_embed_norm else None
+        self.layers = nn.ModuleList(Block(params) for _ in range(params.n_layers))
+        self.norm = create_norm(params.norm_type, dim, params.norm_eps)
+        self.output = nn.Linear(dim, params.vocab_size, bias=False) if params.vocab_size else None
+        self.rotary = None
+        if params.positional_embedding_type != "none":
+            self.rotary = RotaryTables(
+                params.head_dim or dim // params.n_heads,
+                max_seq_len=params.max_seq_len,
+                theta=params.rope_theta,
+                bf16_frequencies=params.rope_bf16_frequencies,
+                rotate_in_float32=params.positional_embedding_type == "rotary_float32",
+            )
+        self._tie()
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        documents: Documents | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        is_causal: bool | None = None,
+        output_hidden_states: bool = False,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> LossOutput | LanguageModelOutput:
+        """Run the model.
+
+        Args:
+            attention_mask: 1 for tokens, 0 for padding, anywhere in a row: padding is never attended to and takes no
+                position. (B, T), or (B, past + T) with a cache. Reading it waits for the device: training gives
+                `documents` instead.
+            documents: how each row divides into documents that do not see each other, each from position 0.
+            targets: what to predict at each place, IGNORE_INDEX for nothing; asks for the loss instead of logits.
+            is_causal: overrides the params.
+            use_cache: return keys and values, for the next call's `past_key_values`. For inference: they carry no
+                gradient.
+            logits_to_keep: logits of the last so many places only; 0: all.
+
+        Returns:
+            LossOutput if there are targets, else LanguageModelOutput.
+
+        Raises:
+            ValueError: arguments that exclude each other, or more tokens than model.max_seq_len.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        cache = (past_key_values or KVCache(len(self.layers))) if use_cache or past_key_values is not None else None
+        is_causal = self.params.is_causal if is_causal is None else is_causal
+        rows = self._arrange(x, attention_mask, documents, is_causal, cache)
+        if rows.order is not None:
+            x = _reorder(x, rows.order)
+        hidden_states = [x]
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x = block(x, rows.rotation, rows.segments, is_causal, layer_cache, rows.cache_step)
+            if output_hidden_states:
+                hidden_states.append(x)
+        hidden_states[-1] = x = self.norm(x)
+        if rows.order is not None:
+            back = rows.order.argsort(dim=1)
+            hidden_states = [_reorder(h, back) for h in hidden_states]
+            x = hidden_states[-1]
+        if targets is not None:
+            if self.output is None:
+                raise ValueError("model.vocab_size is 0: a model without an output head has no loss over tokens.")
+            return language_model_loss(x, self.output.weight, targets, z_loss_coefficient=z_loss_coefficient)
+        return LanguageModelOutput(
+            logits=self._logits(x[:, -logits_to_keep:]),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            past_key_values=cache,
+        )
+
+    def _arrange(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        documents: Documents | None,
+        is_causal: bool,
+        cache: KVCache | None,
+    ) -> _Rows:
+        """Work out, once for all blocks, who sees whom and from which position."""
+        B, T, _ = x.shape
+        if documents is not None and (attention_mask is not None or cache is not None):
+            raise ValueError("documents exclude attention_mask and a cache of keys and values.")
+        if cache is not None and not is_causal:
+            raise ValueError("A cache of keys and values needs causal attention (model.is_causal).")
+        masked = None if attention_mask is None else read_mask(attention_mask[:, -T:])
+        order = None if masked is None or masked.order is None else torch.from_numpy(masked.order).to(x.device)
+        cache_step = None if cache is None else cache.plan(B, T, None if masked is None else masked.counts, x.device)
+        segments = None
+        if cache_step is None:
+            segments = create_segments(documents if masked is None else masked.documents, is_causal, x.device)
+        longest = T if segments is None else segments.max_length
+        longest = longest if cache_step is None else cache_step.num_slots
+        if longest > self.max_seq_len:
+            raise ValueError(
+                f"A sequence of {longest} tokens is longer than model.max_seq_len ({self.max_seq_len}). "
+                f"Shorten it, or raise model.max_seq_len."
+            )
+        rotation = None
+        if self.rotary is not None:
+            places = cache_step.slots if cache_step is not None else T if segments is None else segments.positions
+            rotation = self.rotary(places)
+        return _Rows(order, segments, cache_step, rotation)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            if self.embeddings is None:
+                raise ValueError("model.vocab_size is 0: a model without token embeddings takes inputs_embeds.")
+            inputs_embeds = self.embeddings(input_ids)
+        assert inputs_embeds is not None
+        return inputs_embeds if self.post_embed_norm is None else self.post_embed_norm(inputs_embeds)
+
+    def _logits(self, x: Tensor) -> Tensor | None:
+        if self.output is None:
+            return None
+        logits = self.output(x)
+        return logits.float() if self.params.cast_output_to_float32 else logits
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return list(self.layers)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights: normal, cut off at 3 sigma, with sigma 1/sqrt(D); norms are 1 and biases 0.
+
+        What writes to the residual stream has its sigma divided by sqrt(2 (block + 1)).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm | RMSNorm):
+                module.reset_parameters()
+        std = self.params.hidden_dim**-0.5
+        for head in (self.embeddings, None if self.params.weight_tying else self.output):
+            if head is not None:
+                _init_normal(head.weight, std)
+        layers: Any = self.layers
+        for i, block in enumerate(layers):
+            ffn = block.feed_forward
+            inner, outer = (ffn.w12, ffn.w3) if isinstance(ffn, SwiGLU) else (ffn[0], ffn[2])
+            for weight in (block.attention.in_proj.weight, inner.weight):
+                _init_normal(weight, std)
+            for weight in (block.attention.out_proj.weight, outer.weight):
+                _init_normal(weight, std / (2 * (i + 1)) ** 0.5)
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
+        """Make room for `num_tokens` tokens; rows that exist are kept, new ones are drawn as at the start.
+
+        Args:
+            pad_to_multiple_of: the number of rows is rounded up to a multiple of it, for fast matrix products.
+
+        Returns:
+            The number of rows, never fewer than before.
+        """
+        if self.embeddings is None or self.output is None:
+            raise ValueError("model.vocab_size is 0: there is no embedding to resize.")
+        old = self.embeddings.weight
+        rows = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        if num_tokens <= old.shape[0]:
+            return old.shape[0]
+        for module in (self.embeddings, self.output):
+            grown = module.weight.new_empty(rows, old.shape[1])
+            _init_normal(grown, old.shape[1] ** -0.5)
+            grown[: old.shape[0]] = module.weight
+            module.weight = nn.Parameter(grown, requires_grad=module.weight.requires_grad)
+        self.embeddings.num_embeddings = self.output.out_features = rows
+        self._tie()
+        return rows
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """6 per weight of a matrix product and 12 L H K seq_len for attention, causal or not (PaLM, appendix B)."""
+        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
+        weights += self.output.weight.numel() if self.output is not None else 0
+        attention = self.params.n_heads * (self.params.head_dim or self.params.hidden_dim // self.params.n_heads)
+        return 6.0 * weights + 12.0 * self.params.n_layers * attention * seq_len
+
+    def _tie(self) -> None:
+        if self.params.weight_tying and self.embeddings is not None and self.output is not None:
+            self.output.weight = self.embeddings.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        # moving a module from the meta device makes new parameters, one for each of two tied names
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Take the tokens of each row of (B, T, D) in `order` (B, T)."""
+    return x.gather(1, order.unsqueeze(-1).expand_as(x))
+
+
+def _init_normal(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+@register_model("transformer")
+def create_transformer(params: TransformerParams, load_pretrained: bool = True) -> Transformer:
+    """Build the native transformer; it has no published weights of its own, so `load_pretrained` changes nothing."""
+    return Transformer(params)

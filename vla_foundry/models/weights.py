@@ -1,0 +1,201 @@
+"""Weights from a checkpoint into a model: our step folders, .safetensors, and .pt files of earlier code."""
+
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vla_foundry.io.uri import download, is_remote, join_uri, list_files, name_of
+from vla_foundry.run_folder import (
+    CHECKPOINTS_FOLDER,
+    COMPLETE_NAME,
+    EMA_WEIGHTS_NAME,
+    MODEL_WEIGHTS_NAME,
+    find_checkpoint,
+    list_step_folders,
+)
+
+# tables that earlier code stored and that are computed here
+_COMPUTED = re.compile(r"(^|\.)inv_freq$")
+_EARLIER_CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
+_STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
+_NUM_NAMED = 3
+
+
+def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = False) -> None:
+    """Load all weights of a checkpoint into `model`, in place; every name and shape must fit.
+
+    Values are converted to the dtypes of the model. Where two names are tied, either one in the file is enough.
+
+    Args:
+        path: a run folder (its newest complete checkpoint), a step folder, a .safetensors or a .pt file; local, s3://
+            or hf://.
+        use_ema: the averaged weights, where `path` is a folder.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it can not be read, or its names and shapes are not the model's.
+    """
+    with open_checkpoint(path, use_ema=use_ema) as tensors:
+        _load(model, tensors, str(path))
+
+
+def find_tied_names(model: nn.Module) -> dict[str, str]:
+    """Map each further name of a parameter that has several to its first one."""
+    firsts: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = firsts.setdefault(id(parameter), name)
+        if first != name:
+            tied[name] = first
+    return tied
+
+
+def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
+    """Return the weights file that a local run or step folder means; a run folder means its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it has no complete checkpoint, or no averaged weights.
+    """
+    folder = Path(folder)
+    name = EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME
+    checkpoints = folder if folder.name == CHECKPOINTS_FOLDER else folder / CHECKPOINTS_FOLDER
+    if not list_step_folders(folder) and checkpoints.is_dir():
+        # of an earlier run; by number, for checkpoint_10 comes after checkpoint_9
+        earlier = [path for path in checkpoints.iterdir() if _EARLIER_CHECKPOINT.fullmatch(path.name)]
+        if earlier:
+            newest = max(earlier, key=_earlier_number)
+            return newest.with_name(newest.name.replace("checkpoint_", "ema_")) if use_ema else newest
+    path = find_checkpoint(folder, only={name}) / name
+    if not path.is_file():
+        fix = "The run kept no average of its weights (ema.enabled)." if use_ema else "Use another checkpoint."
+        raise ValueError(f"Checkpoint {path.parent} has no {name}. {fix}")
+    return path
+
+
+@contextmanager
+def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapping[str, "_Entry"]]:
+    """Open a checkpoint for reading tensor by tensor; see `load_model_checkpoint` for what `path` may be.
+
+    Yields:
+        name -> entry, with names as the model without wrappers has them.
+    """
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_weights_") as folder:
+        location = str(path)
+        if is_remote(location):
+            source = location if _is_file_name(location) else _find_remote_weights(location, use_ema)
+            local = Path(folder) / name_of(source)
+            download(source, str(local))
+        else:
+            local = Path(location)
+            local = local if _is_file_name(local.name) else find_weights_file(local, use_ema=use_ema)
+        if not local.is_file():
+            raise FileNotFoundError(f"Checkpoint {path} does not exist.")
+        if local.suffix != ".safetensors":
+            yield _clean_names({name: _Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt(local)})
+            return
+        try:
+            file = safe_open(local, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
+        with file:
+            yield _clean_names({name: _lazy_entry(file, name) for name in file.keys()})  # noqa: SIM118
+
+
+class _Entry:
+    """A stored tensor: its shape, and how to read it."""
+
+    def __init__(self, shape: torch.Size, read: Callable[[], Tensor]) -> None:
+        self.shape = shape
+        self.read = read
+
+
+def _lazy_entry(file: safe_open, name: str) -> _Entry:
+    return _Entry(torch.Size(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+
+
+def _constant(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith((".safetensors", ".pt"))
+
+
+def _earlier_number(path: Path) -> int:
+    match = _EARLIER_CHECKPOINT.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _find_remote_weights(folder: str, use_ema: bool) -> str:
+    marks = [file for file in list_files(folder) if _STEP_MARK.search(file) or file == join_uri(folder, COMPLETE_NAME)]
+    if not marks:
+        raise ValueError(f"{folder} has no complete checkpoint. Give a run folder, a step folder or a weights file.")
+
+    def step_of(mark: str) -> int:
+        match = _STEP_MARK.search(mark)
+        return int(match.group(2)) if match else 0
+
+    newest = max(marks, key=step_of)
+    return join_uri(newest.removesuffix(COMPLETE_NAME), EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME)
+
+
+def _read_pt(path: Path) -> list[tuple[str, Tensor]]:
+    """The tensors of a file by torch.save, which is read without running anything it holds."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"Checkpoint {path} can not be read safely (tensors and plain values only): {reason}"
+        ) from None
+    for key in ("state_dict", "ema_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not weights by name.")
+    return [(str(name), value) for name, value in content.items() if isinstance(value, Tensor)]
+
+
+def _clean_names(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Take out what torch.compile and DDP put into names, and tables that are computed."""
+    names = {name: name.replace("_orig_mod.", "") for name in entries}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {old: new.removeprefix("module.") for old, new in names.items()}
+    return {names[name]: entry for name, entry in entries.items() if not _COMPUTED.search(names[name])}
+
+
+@torch.no_grad()
+def _load(model: nn.Module, entries: Mapping[str, _Entry], source: str) -> None:
+    tensors = model.state_dict(keep_vars=True)
+    tied = find_tied_names(model)
+    given = {tied.get(name, name) for name in entries}
+    missing = sorted(name for name in tensors if tied.get(name, name) not in given)
+    unexpected = sorted(name for name in entries if name not in tensors)
+    shapes = [
+        f"{name} {list(entry.shape)}, in the model {list(tensors[name].shape)}"
+        for name, entry in entries.items()
+        if name in tensors and entry.shape != tensors[name].shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    if any(names for _, names in faults):
+        listed = "; ".join(f"{what}: {_enumerate(names)}" for what, names in faults if names)
+        raise ValueError(
+            f"Checkpoint {source} does not fit the model: {listed}. Use the model params it was saved with "
+            f"(config_model.yaml of its run)."
+        )
+    for name, entry in entries.items():
+        if tied.get(name) not in entries:
+            tensors[name].copy_(entry.read())
+
+
+def _enumerate(names: list[str]) -> str:
+    more = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
