@@ -7,8 +7,12 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # run as a script, Python puts this folder first, where `io` and others would hide modules of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from vla_foundry.params.command_line import parse_command, run_command
+from vla_foundry.params.command_line import errors_once, parse, print_notices, run_command
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.facts import read_facts
+from vla_foundry.params.origins import print_resolved
+from vla_foundry.params.resolve import require_resolved, resolve_known
+from vla_foundry.world import read_world, read_world_size
 
 PROG = "vla-foundry train"
 
@@ -21,13 +25,22 @@ def main(argv: list[str]) -> None:
 
     Raises:
         ValueError: what the user can fix, in one line.
+        FileNotFoundError: a file that the config names is not there.
     """
-    params = parse_command(TrainExperimentParams, argv, prog=PROG)
+    with errors_once():
+        parsed = parse(TrainExperimentParams, argv, prog=PROG)
+    with errors_once("LOCAL_RANK"):
+        facts = read_facts(parsed.params, read_world_size(), offline=parsed.params.resolve_configs)
+        resolved = resolve_known(parsed.params, facts)
+    print_notices(parsed.notices + resolved.notices)
+    if parsed.params.resolve_configs:
+        print_resolved(resolved, parsed.origins)
+        return
+    params = require_resolved(resolved)
 
     import torch
 
     from vla_foundry.training.experiment import train  # pyright: ignore[reportMissingImports]
-    from vla_foundry.world import read_world
 
     train(params, read_world(torch.cuda.device_count()))
 

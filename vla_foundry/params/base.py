@@ -6,12 +6,42 @@ from typing import Any, ClassVar, TypeVar
 
 import draccus
 
+from vla_foundry.params.derivation import Derived, Facts
+
 P = TypeVar("P", bound=type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseParams:
-    """Base of every config dataclass."""
+    """Base of every config dataclass.
+
+    `__post_init__` checks a class's own fields; its messages begin with a field's name, and the front adds the path.
+    """
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Return the fields of this section that follow from others: {field: value and where it comes from}.
+
+        Args:
+            root: the whole config (TrainExperimentParams); sections before this one are derived already.
+            facts: what is known about the machine and the data.
+        """
+        return {}
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check this section against the others, once everything is derived.
+
+        Args:
+            root: the whole config (TrainExperimentParams).
+            facts: what is known about the machine and the data.
+            path: config path of this section, for messages; "" for the root.
+
+        Returns:
+            notices: what is no error, but worth saying.
+
+        Raises:
+            ValueError: what does not fit together, in one line with config paths and a fix.
+        """
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +72,8 @@ class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
 def _register(cls: P, name: str) -> P:
     for role in cls.__mro__:
         registry: dict[str, Any] | None = role.__dict__.get("_choice_registry")
-        if registry is not None:
+        # draccus gives ChoiceParams a registry too, in which a model and a data type of one name would collide
+        if registry is not None and role is not ChoiceParams:
             if registry.get(name, cls) is not cls:
                 raise ValueError(f"{role.choice_path} '{name}' is registered twice. Choose another name.")
             registry[name] = cls

@@ -2,11 +2,11 @@
 
 import posixpath
 
-from vla_foundry.params.presets import is_remote
+from vla_foundry.io.uri import is_remote
 from vla_foundry.params.tree import TYPE_KEY, Branch, Leaf, Scalar
 from vla_foundry.params.yaml_source import load_config
+from vla_foundry.run_folder import MODEL_CONFIG_NAME
 
-MODEL_CONFIG_NAME = "config_model.yaml"
 # a checkpoint lies at most this deep in its run's folder (run/checkpoints/step_N/model.safetensors)
 _DEPTH = 4
 

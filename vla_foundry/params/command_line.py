@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -68,6 +69,21 @@ def is_first_process() -> bool:
     """True unless the launcher says that this is another process than the first."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+@contextmanager
+def errors_once(environment_name: str = "RANK") -> Iterator[None]:
+    """Let only one process tell of an error that all processes have: the others leave with exit code 2, in silence.
+
+    Args:
+        environment_name: "RANK" for one process in all; "LOCAL_RANK" for one on each machine.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        if os.environ.get(environment_name, "0") != "0":
+            raise SystemExit(2) from None
+        raise
 
 
 def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> Parsed:
@@ -165,7 +181,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         if is_debug or not _is_users(error):
             raise
-        sys.stderr.write(f"error: {' '.join(_message(error).split())}\n")
+        where = "" if is_first_process() else f"process {os.environ.get('RANK', '?')}: "
+        sys.stderr.write(f"error: {where}{' '.join(_message(error).split())}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -8,7 +8,7 @@ from vla_foundry.params.base import BaseParams
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedParams(BaseParams):
-    """`--distributed.`"""
+    """`--distributed.` How the model is spread over processes."""
 
     # shard parameters, gradients and optimizer state with FSDP2; false: DDP when there is more than one process
     fsdp: bool = False

@@ -8,7 +8,7 @@ from vla_foundry.params.base import BaseParams
 
 @dataclass(frozen=True, kw_only=True)
 class EMAParams(BaseParams):
-    """`--ema.`"""
+    """`--ema.` An average of the weights over steps."""
 
     # keep an average of the weights; it is validated and saved beside them
     enabled: bool = False
@@ -26,3 +26,14 @@ class EMAParams(BaseParams):
     min_value: float = 0.0
     # largest decay of ema
     max_value: float = 0.9999
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("min_value", self.min_value), ("max_value", self.max_value)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} ({value}) must be between 0 and 1.")
+        if self.min_value > self.max_value:
+            raise ValueError(f"min_value ({self.min_value}) must not be above max_value ({self.max_value}).")
+        if self.inv_gamma <= 0 or self.update_after_step < 0:
+            raise ValueError(
+                f"inv_gamma ({self.inv_gamma}) must be above 0 and update_after_step ({self.update_after_step}) >= 0."
+            )

@@ -1,6 +1,7 @@
 """The root of the config tree."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import vla_foundry.params.data
 import vla_foundry.params.models  # noqa: F401  (both register the types there are)
@@ -43,7 +44,7 @@ class TrainExperimentParams(BaseParams):
     # steps between two log lines
     log_every_n_steps: int = 20
     # least severe level that is logged
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # samples to train on
     total_train_samples: int | None = None
     # the same, in passes over the data
@@ -61,3 +62,19 @@ class TrainExperimentParams(BaseParams):
     hparams: HyperParams = field(default_factory=HyperParams)
     distributed: DistributedParams = field(default_factory=DistributedParams)
     ema: EMAParams = field(default_factory=EMAParams)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "log_every_n_steps",
+            "total_train_samples",
+            "num_epochs",
+            "num_checkpoints",
+            "max_checkpoint_limit",
+            "total_val_samples",
+            "val_every_n_checkpoints",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1.")
+        if self.name is not None and (not self.name.strip("./ ") or "/" in self.name):
+            raise ValueError(f"name '{self.name}' can not be the name of a folder. Leave out slashes.")

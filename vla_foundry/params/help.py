@@ -7,7 +7,7 @@ from vla_foundry.params import schema
 from vla_foundry.params.base import ChoiceParams
 from vla_foundry.registry import unknown_name_message
 
-_WIDTH = 34
+_WIDTH = 38
 
 
 def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = ()) -> str:
@@ -60,7 +60,9 @@ def _leaf_line(cls: Any, name: str, flag: str) -> str:
     kind = schema.describe_type(schema.field_types(cls)[name])
     comment = schema.field_comments(cls).get(name, "")
     default = _default(cls, name)
-    return f"  {flag + ' ' + kind:<{_WIDTH}} {comment}{' ' if comment else ''}[{default}]"
+    head, tail = f"{flag} {kind}", f"{comment}{' ' if comment else ''}[{default}]"
+    # what is too long for its column has a line of its own
+    return f"  {head:<{_WIDTH}} {tail}" if len(head) <= _WIDTH else f"  {head}\n  {'':<{_WIDTH}} {tail}"
 
 
 def _default(cls: Any, name: str) -> str:

@@ -1,5 +1,6 @@
 """Hyper-parameters of the optimization: batch sizes, learning rate, optimizer, precision."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ from vla_foundry.params.base import BaseParams
 
 @dataclass(frozen=True, kw_only=True)
 class HyperParams(BaseParams):
-    """`--hparams.`"""
+    """`--hparams.` Batch sizes, learning rate, optimizer, precision."""
 
     # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
@@ -23,7 +24,7 @@ class HyperParams(BaseParams):
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
     # warm-up: steps, or below 1 a fraction of all steps
-    warmup: float = 1000
+    warmup: float = 1000.0
     # decay of warmup_constant_decay at the end: steps, or below 1 a fraction of all steps
     decay: float = 0.3
     # learning rate at the end of the schedule
@@ -50,3 +51,31 @@ class HyperParams(BaseParams):
     torchcompile: bool = False
     # steps in a row with a non-finite loss or gradient, after which the run stops
     max_skipped_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("global_batch_size", self.global_batch_size),
+            ("per_gpu_batch_size", self.per_gpu_batch_size),
+            ("max_skipped_steps", self.max_skipped_steps),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1.")
+        for name, value in (
+            ("warmup", self.warmup),
+            ("decay", self.decay),
+            ("wd", self.wd),
+            ("lr_cooldown_end", self.lr_cooldown_end),
+            ("force_min_lr", self.force_min_lr),
+            ("z_loss_coefficient", self.z_loss_coefficient),
+        ):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} ({value}) must be a number >= 0.")
+        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 0 and below 1.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr ({self.lr}) must be above 0.")
+        if self.lr_cooldown_end > self.lr:
+            raise ValueError(f"lr_cooldown_end ({self.lr_cooldown_end}) must not be above lr ({self.lr}).")
+        if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
+            raise ValueError(f"grad_clip_norm ({self.grad_clip_norm}) must be above 0, or null for no clipping.")

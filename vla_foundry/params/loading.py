@@ -87,6 +87,16 @@ def dump_value(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
+def dump_inline(value: Any) -> str:
+    """Write a value as YAML on one line."""
+    plain = to_plain(value)
+    text = yaml.dump(
+        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000, default_flow_style=True
+    )
+    # a scalar alone is followed by the marker of the end of a document
+    return text.removesuffix("...\n").strip()
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that our reader would take for a number or for null."""
 

@@ -4,6 +4,8 @@ import os
 import posixpath
 from pathlib import Path
 
+from vla_foundry.io.uri import is_remote
+
 _PREFIXES = ("vla_foundry/config_presets/", "config_presets/")
 
 
@@ -14,9 +16,10 @@ def preset_root() -> Path:
     return installed if installed.is_dir() else package.parent / "config_presets"
 
 
-def is_remote(location: str) -> bool:
-    """True for s3://, hf:// and the like."""
-    return "://" in location
+def display_name(location: str) -> str:
+    """A config file as a user would name it: presets begin with `config_presets/`, others are left as they are."""
+    root = f"{preset_root()}{os.sep}"
+    return f"config_presets/{location.removeprefix(root)}" if location.startswith(root) else location
 
 
 def find_config(name: str, folder: str | None = None) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from vla_foundry.params.presets import find_config, is_remote
+from vla_foundry.io.uri import is_remote, read_text
+from vla_foundry.params.presets import display_name, find_config
 from vla_foundry.params.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, to_value
 
 INCLUDE_KEY = "include"
@@ -55,13 +56,12 @@ def _load(location: str, chain: tuple[str, ...]) -> Node:
     if location in chain:
         circle = " -> ".join((*chain[chain.index(location) :], location))
         raise ValueError(f"{location} includes itself: {circle}. Remove one of these includes.")
-    return _parse(_read(location), location, posixpath.dirname(location) or ".", (*chain, location))
+    source = display_name(location)
+    return _parse(_read(location), source, posixpath.dirname(location) or ".", (*chain, location))
 
 
 def _read(location: str) -> str:
     if is_remote(location):
-        from vla_foundry.io.uri import read_text
-
         return read_text(location)
     try:
         with open(location, encoding="utf-8") as file:

@@ -1,8 +1,14 @@
 """What every dataset's params share."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from vla_foundry.params.base import BaseParams, ChoiceParams
+from vla_foundry.params.derivation import Derived, Facts
+from vla_foundry.registry import unknown_name_message
+
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +23,12 @@ class DatasetCacheParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class DataParams(ChoiceParams):
-    """`--data.` Base of every dataset's params; the concrete class is chosen by `type`."""
+    """`--data.` What is trained on, and how it is read; `type` chooses the kind of data."""
 
     _choice_registry = {}
     choice_path = "data.type"
+    # modalities that a dataset of this type can have; the first one is what it has if it does not say
+    modalities: ClassVar[tuple[str, ...]] = ()
 
     # manifests (local, s3:// or hf://), one per dataset
     dataset_manifest: list[str] = field(default_factory=list)
@@ -51,3 +59,69 @@ class DataParams(ChoiceParams):
     # go on although the order of the data has changed since the checkpoint
     accept_changed_data: bool = False
     dataset_cache: DatasetCacheParams = field(default_factory=DatasetCacheParams)
+
+    def __post_init__(self) -> None:
+        for prefix in ("", "val_"):
+            manifests = getattr(self, f"{prefix}dataset_manifest")
+            for name in (f"{prefix}dataset_modality", f"{prefix}dataset_weighting"):
+                entries = getattr(self, name)
+                if entries and len(entries) != len(manifests):
+                    raise ValueError(
+                        f"{name} has {len(entries)} entries and {prefix}dataset_manifest has {len(manifests)}. "
+                        f"Give one for each manifest, or leave {name} out."
+                    )
+            for weight in getattr(self, f"{prefix}dataset_weighting"):
+                if not 0 < weight < math.inf:
+                    raise ValueError(
+                        f"{prefix}dataset_weighting has the entry {weight:g}; every weight must be above 0."
+                    )
+            self._check_modalities(f"{prefix}dataset_modality", getattr(self, f"{prefix}dataset_modality"))
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len ({self.seq_len}) must be at least 1.")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers ({self.num_workers}) must be 0 or more.")
+        if self.prefetch_factor < 1 or self.shuffle_buffer_size < 1:
+            raise ValueError(
+                f"prefetch_factor ({self.prefetch_factor}) and shuffle_buffer_size ({self.shuffle_buffer_size}) "
+                "must be at least 1."
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction ({self.max_bad_fraction}) must be between 0 and 1.")
+
+    def _check_modalities(self, name: str, modalities: list[str]) -> None:
+        for modality in modalities:
+            if self.modalities and modality not in self.modalities:
+                message = unknown_name_message(name, modality, list(self.modalities))
+                raise ValueError(message.replace("is unknown", f"does not go with type '{self.type}'"))
+
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer that is named here (a name or a folder), for types that have one."""
+        return None
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The seed, the workers, and a modality and a weight for each dataset."""
+        derived: dict[str, Derived] = {}
+        if self.seed is None:
+            derived["seed"] = Derived(root.hparams.seed, "hparams.seed")
+        if self.num_workers is None:
+            workers = min(_MOST_WORKERS, max(1, facts.num_cpus // facts.ranks_per_node))
+            source = f"{facts.num_cpus} cores / {facts.ranks_per_node} ranks, at most {_MOST_WORKERS}"
+            derived["num_workers"] = Derived(workers, source)
+        for prefix in ("", "val_"):
+            count = len(getattr(self, f"{prefix}dataset_manifest"))
+            if count and not getattr(self, f"{prefix}dataset_weighting"):
+                derived[f"{prefix}dataset_weighting"] = Derived([1.0] * count, "equal weights")
+            if count and self.modalities and not getattr(self, f"{prefix}dataset_modality"):
+                derived[f"{prefix}dataset_modality"] = Derived([self.modalities[0]] * count, "data.type")
+        return derived
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that there are datasets to train on, and to validate on if that is asked for."""
+        if not self.dataset_manifest:
+            raise ValueError(f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl.")
+        if root.total_val_samples is not None and not self.val_dataset_manifest:
+            raise ValueError(
+                f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.val_dataset_manifest "
+                "FOLDER/manifest.jsonl, or leave total_val_samples out."
+            )
+        return []

@@ -1,9 +1,11 @@
 """Params of text datasets."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from vla_foundry.params.base import register_data_params
 from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.derivation import Derived, Facts
 
 
 @register_data_params("text")
@@ -11,13 +13,38 @@ from vla_foundry.params.data.base import DataParams
 class TextDataParams(DataParams):
     """Tokenized text: records of seq_len + 1 tokens."""
 
+    modalities = ("text", "text_untokenized")
+
     # attention stays within documents, and a document's first token is not predicted from the one before
     mask_documents: bool = True
     # tokenizer the text was tokenized with (name or folder): saved with the run, and checked against the model
     tokenizer: str | None = None
+
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer that is named here."""
+        return self.tokenizer
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The tokenizer too: the one that lies in a dataset's folder."""
+        derived = super().derive(root, facts)
+        found = next((dataset.tokenizer for dataset in facts.datasets if dataset.tokenizer is not None), None)
+        if self.tokenizer is None and found is not None:
+            derived["tokenizer"] = Derived(found.name, "the dataset's folder")
+        return derived
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that raw text has a tokenizer."""
+        notices = super().check(root, facts, path)
+        if self.tokenizer is None and "text_untokenized" in (*self.dataset_modality, *self.val_dataset_modality):
+            raise ValueError(
+                f"{path}.tokenizer is missing. Give --{path}.tokenizer NAME_OR_FOLDER to tokenize the text."
+            )
+        return notices
 
 
 @register_data_params("text_untokenized")
 @dataclass(frozen=True, kw_only=True)
 class TextUntokenizedDataParams(TextDataParams):
     """Raw text, tokenized while training and packed into rows."""
+
+    modalities = ("text_untokenized",)

@@ -6,8 +6,18 @@ from vla_foundry.params.base import ChoiceParams
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLimits:
+    """Which tokens a model can take."""
+
+    # token ids are below this; None: not known from the params
+    vocab_size: int | None = None
+    # longest sequence, tokens; None: not known from the params
+    max_seq_len: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelParams(ChoiceParams):
-    """`--model.` Base of every model's params; the concrete class is chosen by `type`."""
+    """`--model.` The model; `type` chooses its kind."""
 
     _choice_registry = {}
     choice_path = "model.type"
@@ -18,6 +28,10 @@ class ModelParams(ChoiceParams):
     resume_weights_only: bool = False
     # keep these weights as they are
     freeze: bool = False
+
+    def token_limits(self) -> TokenLimits:
+        """Which tokens this model can take; a model that holds a language model passes that one's on."""
+        return TokenLimits()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,64 @@
+"""What values are derived from: facts about the machine and the data, read once, and the result of one derivation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A fact that can not be had here and now."""
+
+    # what it would take, for "unresolved (needs ...)"
+    needs: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that follows from other values."""
+
+    # the value, or what it would take to know it
+    value: Any | Unavailable
+    # what it follows from, for "resolved from ..."
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What is known about a tokenizer."""
+
+    # its folder or name
+    name: str
+    # 1 + its largest token id
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What is known about one dataset."""
+
+    # its manifest
+    manifest: str
+    # samples in one pass over it
+    num_samples: int | Unavailable
+    # what its provenance.json says; empty if there is none
+    provenance: dict[str, Any]
+    # its own tokenizer folder, if it has one
+    tokenizer: TokenizerFacts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What `resolve` has to know besides the params."""
+
+    # number of processes
+    world_size: int = 1
+    # processes on this machine
+    ranks_per_node: int = 1
+    # CPU cores of this machine that this process may use
+    num_cpus: int = 1
+    # one per data.dataset_manifest
+    datasets: tuple[DatasetFacts, ...] = ()
+    # one per data.val_dataset_manifest
+    val_datasets: tuple[DatasetFacts, ...] = ()
+    # the tokenizer that data.tokenizer names, if that is a folder
+    tokenizer: TokenizerFacts | None = None
