@@ -172,18 +172,32 @@ def index_shard(file: BinaryIO) -> ShardIndex:
     return ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
 
 
+def format_records_info(*, dtype: str, record_length: int, num_sequences: int) -> str:
+    """Format the JSON member of a shard of tokenized records."""
+    return json.dumps({"dtype": dtype, "record_length": record_length, "num_sequences": num_sequences})
+
+
 def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: int) -> ShardIndex:
     span = members[RECORDS_INFO_SUFFIX]
     file.seek(span.offset)
-    info = json.loads(file.read(span.size))
-    records = TokenRecords(
-        dtype=info["dtype"],
-        record_length=info["record_length"],
-        tokens=members[TOKENS_SUFFIX[info["dtype"]]],
-        document_ends=members[DOCUMENT_ENDS_SUFFIX],
-        document_offsets=members[DOCUMENT_OFFSETS_SUFFIX],
-    )
-    return ShardIndex(num_sequences=info["num_sequences"], num_bytes=num_bytes, records=records)
+    try:
+        info = json.loads(file.read(span.size))
+        num_records, record_length = int(info["num_sequences"]), int(info["record_length"])
+        records = TokenRecords(
+            dtype=info["dtype"],
+            record_length=record_length,
+            tokens=members[TOKENS_SUFFIX[info["dtype"]]],
+            document_ends=members[DOCUMENT_ENDS_SUFFIX],
+            document_offsets=members[DOCUMENT_OFFSETS_SUFFIX],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its token records are not whole ({type(error).__name__}: {error})") from None
+    token_size = {"uint16": 2, "uint32": 4}[records.dtype]
+    if records.tokens.size != num_records * record_length * token_size:
+        raise ValueError(f"it has {records.tokens.size} bytes of tokens for {num_records} records of {record_length}")
+    if records.document_offsets.size != 8 * (num_records + 1):
+        raise ValueError(f"it has {records.document_offsets.size} bytes of offsets for {num_records} records")
+    return ShardIndex(num_sequences=num_records, num_bytes=num_bytes, records=records)
 
 
 def format_index(index: ShardIndex) -> str:
@@ -214,8 +228,9 @@ def parse_index(text: str, origin: str) -> ShardIndex:
         if values["version"] != INDEX_VERSION:
             raise ValueError(f"version {values['version']}, not {INDEX_VERSION}")
         if "records" in values:
-            spans = {name: MemberSpan(**values["records"].pop(name)) for name in _RECORD_SPANS}
-            records = TokenRecords(**values["records"], **spans)
+            spans = {name: MemberSpan(**values["records"][name]) for name in _RECORD_SPANS}
+            fields: dict[str, Any] = {**values["records"], **spans}
+            records = TokenRecords(**fields)
             return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], records=records)
         samples = tuple(
             (key, {suffix: MemberSpan(offset=offset, size=size) for suffix, (offset, size) in members.items()})

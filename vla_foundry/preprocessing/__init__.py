@@ -1,0 +1,1 @@
+"""Raw data in, shards out: jobs made of Ray tasks."""

@@ -1,0 +1,80 @@
+"""`vla-foundry preprocess <what>`: find the job, parse its params, run it."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from vla_foundry.params import preprocessing as params_module
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.registry import unknown_name_message
+
+# what -> (params class in params/preprocessing.py, module:function, one line of help); a job is imported when it runs
+JOBS = {
+    "text": (
+        "PreprocessTextParams",
+        "vla_foundry.preprocessing.text.tokenized:preprocess_text",
+        "text -> tokenized, packed shards",
+    ),
+    "text_untokenized": (
+        "PreprocessTextUntokenizedParams",
+        "vla_foundry.preprocessing.text.untokenized:preprocess_text_untokenized",
+        "text -> shards of raw text",
+    ),
+    "tokenizer": (
+        "TrainTokenizerParams",
+        "vla_foundry.preprocessing.text.tokenizer_training:train_tokenizer",
+        "text -> a byte-level BPE tokenizer",
+    ),
+}
+_LIST_FLAGS = ("--source", "--special_tokens")
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry preprocess`.
+
+    Args:
+        argv: the job, then its flags.
+
+    Raises:
+        ValueError: what the user can fix.
+        FileNotFoundError: a source does not exist.
+    """
+    if not argv or argv[0] in ("--help", "-h"):
+        lines = (f"  {name:<18}{line}\n" for name, (_, _, line) in JOBS.items())
+        sys.stdout.write("usage: vla-foundry preprocess <what> --help | FLAGS\n\n" + "".join(lines))
+        return
+    if argv[0] not in JOBS:
+        raise ValueError(unknown_name_message("preprocess", argv[0], sorted(JOBS)))
+    class_name, target, _ = JOBS[argv[0]]
+    params_class = getattr(params_module, class_name)
+    words = join_list_flags(argv[1:], _LIST_FLAGS)
+    params = parse_command(params_class, words, prog=f"vla-foundry preprocess {argv[0]}")
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(params)
+
+
+def join_list_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Turn `--source A B --source C` into one flag with a list, `--source ["A", "B", "C"]`.
+
+    A flag given one value that is a list already is left as it is.
+    """
+    words: list[str] = []
+    values: dict[str, list[str]] = {}
+    flag = None
+    for word in argv:
+        name, equals, text = word.partition("=")
+        if word.startswith("--"):
+            flag = name if name in flags else None
+            if flag is None:
+                words.append(word)
+            else:
+                values.setdefault(flag, []).extend([text] if equals else [])
+        elif flag is not None:
+            values[flag].append(word)
+        else:
+            words.append(word)
+    for name, items in values.items():
+        is_list = len(items) == 1 and items[0].lstrip().startswith("[")
+        words += [name, items[0] if is_list else json.dumps(items)]
+    return words

@@ -1,0 +1,226 @@
+"""Run a function over work units, as Ray tasks or in this process, and show how far it is."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# a task that fails for a reason of its own is run this often in all; its worker may also die this often
+_ATTEMPTS = 3
+_SECONDS_BETWEEN_LINES = 10.0
+_OBJECT_STORE_BYTES = 512 << 20
+# errors that the user must mend: running the task again would not help
+_USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One work unit of a job."""
+
+    # index within the job; names the unit's output
+    number: int
+    # what the user knows it as, for messages
+    name: str
+    # how much work it is, in any unit that is the same for all tasks of the job (bytes of input, frames)
+    weight: int
+    # what the function is given; picklable
+    payload: Any
+
+
+def run_tasks(
+    function: Callable[[Any, Task], Any],
+    tasks: Sequence[Task],
+    *,
+    shared: Any,
+    title: str,
+    num_workers: int | None,
+    ray_address: str | None,
+    done_weight: int = 0,
+) -> Iterator[tuple[Task, Any]]:
+    """Call `function(shared, task)` for every task and yield (task, result) as they finish, in any order.
+
+    The number of tasks under way is bounded. A task that fails is run again, twice at most; ValueError,
+    FileNotFoundError and PermissionError are not tried again.
+
+    Args:
+        function: at the top level of a module; must bear to be run again after it died half-way.
+        tasks: the work units.
+        shared: what all tasks need; sent to each node once.
+        title: name of the job on the progress line.
+        num_workers: tasks at a time; 0: in this process, without Ray; None: one per core.
+        ray_address: address of a cluster to join; None: Ray on this machine only.
+        done_weight: weight of the work that an earlier run has done, for the progress line.
+
+    Raises:
+        ValueError: a task failed for good; the message holds its name.
+    """
+    total = done_weight + sum(task.weight for task in tasks)
+    run = _run_here(function, tasks, shared) if num_workers == 0 else None
+    with show_progress(title, total, done_weight) as advance:
+        if run is None and tasks:
+            run = _run_on_ray(function, tasks, shared, num_workers, ray_address)
+        for task, result in run or ():
+            advance(task.weight)
+            yield task, result
+
+
+def _failure(task: Task, error: BaseException) -> ValueError:
+    text = " ".join(str(error).split())[:300]
+    return ValueError(f"'{task.name}' failed {_ATTEMPTS} times, the last time with {type(error).__name__}: {text}")
+
+
+def _run_here(function: Callable[[Any, Task], Any], tasks: Sequence[Task], shared: Any) -> Iterator[tuple[Task, Any]]:
+    for task in tasks:
+        yield task, _try_here(function, task, shared)
+
+
+def _try_here(function: Callable[[Any, Task], Any], task: Task, shared: Any) -> Any:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return function(shared, task)
+        except _USER_ERRORS:
+            raise
+        except Exception as error:  # the border of a task: its name is said, and it is counted
+            _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
+            if attempt == _ATTEMPTS:
+                raise _failure(task, error) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
+    """Join or start Ray, and yield the number of tasks to keep under way; what was started is ended."""
+    # read by Ray when it is imported or starts: no statistics, no `uv run` around each worker
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(
+            "Preprocessing needs Ray, which is not installed: uv pip install 'vla-foundry[preprocessing]', or give "
+            "--num_workers 0 to work in this process."
+        ) from None
+    is_ours = not ray.is_initialized()
+    if is_ours and ray_address is None:
+        ray.init(
+            address="local",
+            num_cpus=num_workers or num_cores(),
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    elif is_ours:
+        try:
+            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"No Ray cluster answers at --ray_address {ray_address}: {reason}") from None
+    try:
+        yield num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _run_on_ray(
+    function: Callable[[Any, Task], Any],
+    tasks: Sequence[Task],
+    shared: Any,
+    num_workers: int | None,
+    ray_address: str | None,
+) -> Iterator[tuple[Task, Any]]:
+    with _ray_cluster(num_workers, ray_address) as num_under_way:
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=False)(function)
+        shared_ref = ray.put(shared)
+        waiting = iter(tasks)
+        under_way: dict[Any, tuple[Task, int]] = {}
+        try:
+            while True:
+                for task in waiting:
+                    under_way[remote.remote(shared_ref, task)] = (task, 1)
+                    if len(under_way) >= num_under_way:
+                        break
+                if not under_way:
+                    return
+                ready, _ = ray.wait(list(under_way), num_returns=1)
+                task, attempt = under_way.pop(ready[0])
+                result, error = _result_of(ready[0])
+                if error is None:
+                    yield task, result
+                    continue
+                if isinstance(error, _USER_ERRORS):
+                    raise error
+                _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
+                if attempt == _ATTEMPTS:
+                    raise _failure(task, error) from error
+                under_way[remote.remote(shared_ref, task)] = (task, attempt + 1)
+        finally:
+            for reference in under_way:
+                ray.cancel(reference, force=True)
+
+
+def _result_of(reference: Any) -> tuple[Any, BaseException | None]:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference), None
+    except RayTaskError as error:
+        return None, error.cause if isinstance(error.cause, BaseException) else error
+    except RayError as error:  # the worker died, or memory ran out
+        return None, error
+
+
+@contextmanager
+def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds work done to a progress bar on a terminal, or else to a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
+        with Progress(
+            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)
+        ) as bar:
+            row = bar.add_task(title, total=total, completed=done)
+            yield lambda weight: bar.advance(row, weight)
+        return
+    lines = _ProgressLines(title, total, done)
+    yield lines.advance
+
+
+class _ProgressLines:
+    """Progress for where there is no terminal: a plain line every few seconds."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done = title, total, done
+        self._first_done = done
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, weight: int) -> None:
+        self._done += weight
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and self._done < self._total:
+            return
+        self._last_line = now
+        seconds = now - self._start
+        left = seconds * (self._total - self._done) / max(self._done - self._first_done, 1)
+        percentage = 100 * self._done / max(self._total, 1)
+        sys.stderr.write(f"{self._title}: {percentage:.1f}% after {seconds:.0f} s, ETA {left:.0f} s\n")
+        sys.stderr.flush()

@@ -1,0 +1,206 @@
+"""The output folder of a job: what is done already, what a changed configuration must not mix with, and the end.
+
+While a job runs, `_progress/plan.json` says what it makes, and `_progress/task_<number>.json` is written when a task
+has all its shards in place. The end is provenance.json, then the manifest, then `_progress` goes: a folder with a
+manifest is complete.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from vla_foundry.io.uri import (
+    delete,
+    is_remote,
+    join_uri,
+    list_sizes,
+    name_of,
+    read_text,
+    write_bytes,
+    write_text,
+)
+from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
+
+PROGRESS_FOLDER = "_progress"
+_PLAN_NAME = "plan.json"
+_NUM_THREADS = 16
+
+State = Literal["new", "begun", "complete"]
+
+
+class OutputFolder:
+    """Where a job writes its dataset.
+
+    Args:
+        uri: local or s3://.
+        plan: all that determines the bytes of the dataset, as JSON values.
+    """
+
+    def __init__(self, uri: str, plan: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.plan = json.loads(json.dumps(plan))
+
+    def begin(self, *, overwrite: bool) -> State:
+        """Look at what is there and make the folder ready.
+
+        Args:
+            overwrite: replace a dataset that was made, or begun, with another plan.
+
+        Raises:
+            ValueError: the folder holds something else, or a dataset of another plan; the message says what differs.
+        """
+        files = self._files()
+        if not files:
+            self._write_plan()
+            return "new"
+        found = self._found_plan(files)
+        if found is None:
+            example = min(files)
+            raise ValueError(f"--output {self.uri} holds other files ('{example}', ...). Choose an empty folder.")
+        differences = plan_differences(found, self.plan) or self._missing_shards(files)
+        if differences and not overwrite:
+            verb = "was made" if MANIFEST_NAME in files else "was begun"
+            raise ValueError(
+                f"--output {self.uri} {verb} with {'; '.join(differences[:3])}. "
+                "Choose another folder, or replace it with --overwrite true."
+            )
+        if differences:
+            self._clear(files)
+            self._write_plan()
+            return "new"
+        self._delete_temporaries()
+        if MANIFEST_NAME in files:
+            self._delete_progress(files)
+            return "complete"
+        return "begun"
+
+    def read_provenance(self) -> dict[str, Any]:
+        """The provenance of a complete dataset."""
+        return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME)))
+
+    def finished(self) -> dict[int, Any]:
+        """Results of the tasks that are done: {task number: result}."""
+        prefix = f"{PROGRESS_FOLDER}/task_"
+        names = [name for name in self._files() if name.startswith(prefix) and name.endswith(".json")]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            texts = list(pool.map(lambda name: read_text(join_uri(self.uri, name)), names))
+        numbers = [int(name.removeprefix(prefix).removesuffix(".json")) for name in names]
+        return {number: json.loads(text) for number, text in sorted(zip(numbers, texts, strict=True))}
+
+    def publish(self, entries: Iterable[ManifestEntry], provenance: str, files: Mapping[str, bytes]) -> None:
+        """Write extra files, the provenance and last the manifest; then the progress files go.
+
+        Args:
+            entries: the lines of the manifest.
+            provenance: the text of provenance.json.
+            files: {path within the folder: content}.
+
+        Raises:
+            ValueError: a shard that a task has written can not be seen from here.
+        """
+        entries = list(entries)
+        self._check_visible(entries)
+        for name, content in files.items():
+            write_bytes(join_uri(self.uri, name), content)
+        write_text(join_uri(self.uri, PROVENANCE_NAME), provenance)
+        write_text(join_uri(self.uri, MANIFEST_NAME), format_manifest(entries))
+        self._delete_progress(self._files())
+
+    def _check_visible(self, entries: list[ManifestEntry]) -> None:
+        sizes = self._files()
+        for entry in entries:
+            if sizes.get(f"{entry.shard}.tar") != entry.num_bytes:
+                raise ValueError(
+                    f"Shard {entry.shard} was written but is not whole in {self.uri} as seen from here. "
+                    "On a cluster, --output must be a folder that all nodes share, or s3://."
+                )
+
+    def _files(self) -> dict[str, int]:
+        """{path within the folder: size}, temporary files left out."""
+        try:
+            sizes = list_sizes(self.uri)
+        except FileNotFoundError:
+            return {}
+        base = self.uri if is_remote(self.uri) else os.path.expanduser(self.uri)
+        skip = len(base.rstrip("/")) + 1
+        return {name[skip:]: size for name, size in sizes.items() if not _is_temporary(name)}
+
+    def _found_plan(self, files: Mapping[str, int]) -> dict[str, Any] | None:
+        if MANIFEST_NAME in files and PROVENANCE_NAME in files:
+            return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME))).get("plan")
+        progress = f"{PROGRESS_FOLDER}/{_PLAN_NAME}"
+        return json.loads(read_text(join_uri(self.uri, progress))) if progress in files else None
+
+    def _missing_shards(self, files: Mapping[str, int]) -> list[str]:
+        if MANIFEST_NAME not in files:
+            return []
+        entries = parse_manifest(read_text(join_uri(self.uri, MANIFEST_NAME)), MANIFEST_NAME)
+        names = [f"{entry.shard}.tar" for entry in entries if files.get(f"{entry.shard}.tar") != entry.num_bytes]
+        return [f"{name}, which is now missing or cut" for name in names]
+
+    def _write_plan(self) -> None:
+        _write_json(join_uri(self.uri, PROGRESS_FOLDER, _PLAN_NAME), self.plan)
+
+    def _delete_all(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(lambda name: delete(join_uri(self.uri, name)), names))
+
+    def _delete_progress(self, files: Iterable[str]) -> None:
+        # the plan last: without it, what is left could not be told from foreign files
+        plan = f"{PROGRESS_FOLDER}/{_PLAN_NAME}"
+        self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != plan)
+        delete(join_uri(self.uri, plan))
+        if not is_remote(self.uri):
+            folder = os.path.join(os.path.expanduser(self.uri), PROGRESS_FOLDER)
+            if os.path.isdir(folder):
+                os.rmdir(folder)
+
+    def _clear(self, files: Mapping[str, int]) -> None:
+        """Delete a dataset. What is cut off half-way is known as ours by its plan, and is never taken for a dataset."""
+        self._delete_temporaries()
+        plan = join_uri(PROGRESS_FOLDER, _PLAN_NAME)
+        _write_json(join_uri(self.uri, plan), {"command": "deleting what was here before"})
+        delete(join_uri(self.uri, MANIFEST_NAME))
+        own = (".tar", ".index.json")
+        folders = (f"{PROGRESS_FOLDER}/", "tokenizer/")
+        self._delete_all(
+            name
+            for name in files
+            if name != plan and (name.endswith(own) or name.startswith(folders) or name == PROVENANCE_NAME)
+        )
+
+    def _delete_temporaries(self) -> None:
+        """Delete what a killed run left half-written; remote stores have no such files."""
+        if is_remote(self.uri):
+            return
+        for path in list_sizes(self.uri):
+            if _is_temporary(path):
+                os.unlink(path)
+
+
+def record_task(folder: str, number: int, result: Any) -> None:
+    """Note that a task is done; called by the task itself, when all its shards are in place."""
+    _write_json(join_uri(folder, PROGRESS_FOLDER, f"task_{number:06d}.json"), result)
+
+
+def _write_json(uri: str, values: Any) -> None:
+    write_text(uri, json.dumps(values, indent=1) + "\n")
+
+
+def _is_temporary(path: str) -> bool:
+    name = name_of(path)
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def plan_differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Name the leaves in which two plans differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(dict.fromkeys([*new, *old]))
+        return [
+            line
+            for name in names
+            for line in plan_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+        ]
+    return [] if old == new else [f"{path} {old!r} (now {new!r})"]

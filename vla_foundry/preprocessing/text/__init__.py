@@ -1,0 +1,1 @@
+"""Text jobs: tokenized shards, shards of raw text, and the training of a tokenizer."""

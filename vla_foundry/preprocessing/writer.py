@@ -1,0 +1,63 @@
+"""Write shards: WebDataset tars whose bytes depend on nothing but their content, each with its index."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from vla_foundry.io.uri import join_uri, open_output, write_text
+from vla_foundry.shards import ManifestEntry, format_index, index_shard, sha256_of
+
+
+class ShardWriter:
+    """Adds samples to one open tar; see open_shard."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
+        # known when open_shard's block has ended
+        self.entry: ManifestEntry | None = None
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add one sample: a member `<key>.<suffix>` for each suffix.
+
+        Args:
+            key: unique in the dataset, without a dot.
+            members: {suffix: content}; suffixes in lower case.
+        """
+        assert "." not in key.rpartition("/")[2], f"a sample key may have no dot: {key}"
+        for suffix, content in members.items():
+            assert suffix == suffix.lower(), f"a member's suffix must be in lower case: {suffix}"
+            info = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and group are 0
+            info.mode = 0o644
+            info.size = len(content)
+            self._tar.addfile(info, io.BytesIO(content))
+
+
+@contextmanager
+def open_shard(folder: str, shard: str) -> Iterator[ShardWriter]:
+    """Open `<folder>/<shard>.tar` for writing; it and then its index appear when the block ends without an error.
+
+    Afterwards the writer's `entry` is the shard's line for the manifest.
+    """
+    with open_output(join_uri(folder, f"{shard}.tar")) as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            writer = ShardWriter(tar)
+            yield writer
+        file.flush()
+        with open(file.name, "rb") as written:
+            index = index_shard(written)
+            written.seek(0)
+            digest = sha256_of(written)
+    write_text(join_uri(folder, f"{shard}.index.json"), format_index(index))
+    writer.entry = ManifestEntry(
+        shard=shard, num_sequences=index.num_sequences, num_bytes=index.num_bytes, sha256=digest
+    )
+
+
+def write_shard(folder: str, shard: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ManifestEntry:
+    """Write a whole shard of (key, {suffix: content}) and return its line for the manifest."""
+    with open_shard(folder, shard) as writer:
+        for key, members in samples:
+            writer.add(key, members)
+    assert writer.entry is not None, "open_shard sets the entry"
+    return writer.entry
