@@ -93,7 +93,8 @@ def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] =
     early = split_words(argv, lambda name: False)
     for text in early.values_of(PLUGINS_FLAG):
         import_plugins(_plugin_names(Leaf(Scalar(text), COMMAND_LINE)), f"--{PLUGINS_FLAG}")
-    words = split_words(argv, lambda name: bool in _leaf_options(cls, name))
+    # without positional words, the word behind a flag is its value, be it right or wrong
+    words = split_words(argv, lambda name: bool(positional) and bool in _leaf_options(cls, name))
     files = words.values_of(CONFIG_FLAG)
     if len(files) > 1:
         raise ValueError(f"--{CONFIG_FLAG} is given twice: {' and '.join(files)}. Include one from the other.")

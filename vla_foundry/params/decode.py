@@ -10,7 +10,7 @@ from vla_foundry.params.base import ChoiceParams
 from vla_foundry.params.choices import choose_type, drop_superseded
 from vla_foundry.params.migrations import migrations_of
 from vla_foundry.params.tree import TYPE_KEY, Branch, Leaf, Node, Origin, Scalar, to_node, to_value, without
-from vla_foundry.params.values import decode_value
+from vla_foundry.params.values import as_list, decode_value
 from vla_foundry.params.yaml_source import is_null
 
 
@@ -136,9 +136,12 @@ def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:
         return {name: decode(item_section, child, decoding, f"{path}.{name}") for name, child in node.children.items()}
     decoding.origins[path] = node.origin
     item_section = schema.section_class((get_args(hint) or (None,))[0]) if get_origin(hint) is list else None
-    if item_section is not None and isinstance(node, Leaf) and isinstance(node.value, list):
-        items = [to_node(item, node.origin) for item in node.value]
-        return [decode(item_section, item, decoding, f"{path}[{index}]") for index, item in enumerate(items)]
+    items = as_list(node.value, path, node.origin) if item_section is not None and isinstance(node, Leaf) else None
+    if items is not None:
+        return [
+            decode(item_section, to_node(item, node.origin), decoding, f"{path}[{index}]")
+            for index, item in enumerate(items)
+        ]
     return decode_value(hint, to_value(node), path, node.origin)
 
 

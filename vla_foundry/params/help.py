@@ -5,6 +5,7 @@ from typing import Any
 
 from vla_foundry.params import schema
 from vla_foundry.params.base import ChoiceParams
+from vla_foundry.params.tree import TYPE_KEY
 from vla_foundry.registry import unknown_name_message
 
 _WIDTH = 38
@@ -44,7 +45,6 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
         "",
         f"  {'--config_path FILE':<{_WIDTH}} a YAML file; flags win over it, whatever their order",
         f"  {'--SECTION include FILE':<{_WIDTH}} lay a YAML file over one section (in quotes)",
-        f"  {'--plugins MODULE':<{_WIDTH}} import a module with your own models, data types, ...",
         f"  {'--debug':<{_WIDTH}} show the traceback of an error",
     ]
     return "\n".join(lines) + "\n"
@@ -60,7 +60,7 @@ def _leaf_line(cls: Any, name: str, flag: str) -> str:
     kind = schema.describe_type(schema.field_types(cls)[name])
     comment = schema.field_comments(cls).get(name, "")
     default = _default(cls, name)
-    head, tail = f"{flag} {kind}", f"{comment}{' ' if comment else ''}[{default}]"
+    head, tail = f"{flag} {kind}", f"{comment}{' ' if comment else ''}({default})"
     # what is too long for its column has a line of its own
     return f"  {head:<{_WIDTH}} {tail}" if len(head) <= _WIDTH else f"  {head}\n  {'':<{_WIDTH}} {tail}"
 
@@ -92,7 +92,12 @@ def _format_topic(cls: Any, topic: str) -> str:
                 lines += [*_section_lines(member, path), ""]
         return "\n".join(lines)
     parent, _, leaf = path.rpartition(".")
-    lines = []
+    roles = [hint for hint in _sections(cls, parent) if schema.is_role(hint)] if leaf == TYPE_KEY else []
+    lines = [
+        f"  {f'{path}={name}':<{_WIDTH}} {_summary(member)}"
+        for role in roles
+        for name, member in sorted(schema.members(role).items())
+    ]
     for owner in _sections(cls, parent) if parent else [cls]:
         for member in schema.concrete_classes(owner):
             if leaf in schema.field_types(member):

@@ -154,7 +154,7 @@ def leaf_paths(cls: Any, depth: int = 0) -> Iterator[str]:
 
 
 def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
-    """The path that a user who typed the unknown `wanted` may have meant.
+    """The path, or "one or another", that a user who typed the unknown `wanted` may have meant.
 
     Args:
         root: the class of the whole config.
@@ -168,9 +168,27 @@ def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
     name = wanted.rpartition(".")[2]
     same_name = [path for path in paths if path.rpartition(".")[2] == name]
     if same_name:
-        return min(same_name, key=lambda path: (path.count("."), path))
+        depth = min(path.count(".") for path in same_name)
+        return " or ".join([path for path in same_name if path.count(".") == depth][:3])
     near = difflib.get_close_matches(wanted, [*siblings, *paths], n=1, cutoff=0.7)
-    return near[0] if near else None
+    if near:
+        return near[0]
+    last_names = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    near = difflib.get_close_matches(name, list(last_names), n=1, cutoff=0.7)
+    if near:
+        return last_names[near[0]]
+    phrase = name.replace("_", " ")
+    described = [(len(comment), path) for path, comment in _commented_paths(root) if phrase in comment]
+    return min(described)[1] if "_" in name and described else None
+
+
+def _commented_paths(cls: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    for member in concrete_classes(cls):
+        for name, hint in field_types(member).items():
+            section = section_class(hint)
+            yield prefix + name, field_comments(member).get(name, "")
+            if section is not None and depth < _MAX_DEPTH:
+                yield from _commented_paths(section, f"{prefix}{name}.", depth + 1)
 
 
 def describe_type(hint: Any) -> str:

@@ -62,13 +62,23 @@ class Branch:
 Node: TypeAlias = Leaf | Branch
 
 
-def merge(base: Node, over: Node) -> Node:
-    """Lay `over` on `base`: mappings merge key by key at every depth, anything else of `over` replaces."""
-    if isinstance(base, Leaf) or isinstance(over, Leaf):
+def merge(base: Node, over: Node, path: str = "") -> Node:
+    """Lay `over` on `base`: mappings merge key by key at every depth, anything else of `over` replaces.
+
+    Raises:
+        ValueError: `over` gives keys below what is a single value in `base`.
+    """
+    if isinstance(over, Leaf):
+        return over
+    if isinstance(base, Leaf):
+        if base.value is not None:
+            shown = f"'{base.value.text}'" if isinstance(base.value, Scalar) else "no mapping"
+            raise ValueError(f"{base.origin.prefix}{path} must be a mapping of keys, got {shown}.")
         return over
     children = dict(base.children)
     for key, node in over.children.items():
-        children[key] = merge(children[key], node) if key in children else node
+        below = f"{path}.{key}" if path else str(key)
+        children[key] = merge(children[key], node, below) if key in children else node
     superseded = dict(base.superseded)
     if TYPE_KEY in over.children and _type_text(over) != _type_text(base):
         superseded.update(dict.fromkeys(base.children, _type_text(base)))

@@ -155,7 +155,7 @@ def _decode_float(text: str) -> float | None:
 
 
 def _decode_sequence(hint: Any, value: Value, path: str, origin: Origin) -> Any:
-    items = _as_list(value, path, origin)
+    items = as_list(value, path, origin)
     if items is None:
         raise _wrong_type(hint, value, path, origin)
     arguments = get_args(hint) or (Any,)
@@ -173,7 +173,7 @@ def _decode_sequence(hint: Any, value: Value, path: str, origin: Origin) -> Any:
     return tuple(decoded) if is_tuple else decoded
 
 
-def _as_list(value: Value, path: str, origin: Origin) -> list[Value] | None:
+def as_list(value: Value, path: str, origin: Origin) -> list[Value] | None:
     """A list as written; one word stands for a list of one, and on the command line `a,b` for a list of two."""
     if isinstance(value, list):
         return value

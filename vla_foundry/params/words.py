@@ -7,7 +7,7 @@ from typing import Any
 from vla_foundry.params import schema
 from vla_foundry.params.tree import COMMAND_LINE, Branch, Leaf, Node, Scalar, merge, place
 from vla_foundry.params.values import BOOL_WORDS
-from vla_foundry.params.yaml_source import load_config, parse_inline
+from vla_foundry.params.yaml_source import is_null, load_config, parse_inline
 
 HELP_WORDS = ("--help", "-h")
 _INCLUDE = "include "
@@ -60,7 +60,7 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
             break
         elif word.startswith("--"):
             name, equals, text = word[2:].partition("=")
-            if not equals and has_value and (not is_switch(name) or str(following).lower() in BOOL_WORDS):
+            if not equals and has_value and (not is_switch(name) or _is_switch_value(str(following))):
                 flags.append((name, following))
                 index += 1
             else:
@@ -70,6 +70,10 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
         else:
             positional.append(word)
     return Words(flags=tuple(flags), positional=tuple(positional), help_topic=help_topic)
+
+
+def _is_switch_value(word: str) -> bool:
+    return word.lower() in BOOL_WORDS or is_null(Scalar(word))
 
 
 def flags_to_tree(cls: Any, words: Words) -> Branch:
@@ -109,4 +113,5 @@ def _flag_node(cls: Any, path: tuple[str, ...], text: str | None) -> tuple[bool,
             return False, parse_inline(stripped)
         except ValueError as error:
             raise ValueError(f"--{'.'.join(path)} '{text}': {error}") from None
-    return False, Leaf(Scalar(text), COMMAND_LINE)
+    # a null is no value here, so that keys may follow it
+    return False, Leaf(None if holds_keys and is_null(Scalar(text)) else Scalar(text), COMMAND_LINE)

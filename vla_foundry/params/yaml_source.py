@@ -22,6 +22,7 @@ INCLUDE_KEY = "include"
 _INCLUDE_TAG = "!include"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _STANDARD_TAG = "tag:yaml.org,2002:"
+_KNOWN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
 _NULL_WORDS = frozenset(("", "~", "null", "Null", "NULL"))
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -102,7 +103,7 @@ class _Reader:
         try:
             if node.tag == _INCLUDE_TAG:
                 return self.include(node)
-            if not node.tag.startswith(_STANDARD_TAG):
+            if node.tag.removeprefix(_STANDARD_TAG) not in _KNOWN_TAGS:
                 raise ValueError(f"{origin}: the tag {node.tag} is unknown. The one tag there is, is !include.")
             if isinstance(node, yaml.MappingNode):
                 return self.mapping(node)

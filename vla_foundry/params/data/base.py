@@ -36,9 +36,11 @@ class DataParams(ChoiceParams):
     dataset_modality: list[str] = field(default_factory=list)
     # share of each dataset in every batch; any positive numbers
     dataset_weighting: list[float] = field(default_factory=list)
-    # the same for validation
+    # manifests of the validation data
     val_dataset_manifest: list[str] = field(default_factory=list)
+    # modality of each validation dataset
     val_dataset_modality: list[str] = field(default_factory=list)
+    # share of each validation dataset
     val_dataset_weighting: list[float] = field(default_factory=list)
     # go over a dataset more than once where the budget asks for it
     allow_multiple_epochs: bool = False
@@ -92,7 +94,8 @@ class DataParams(ChoiceParams):
         for modality in modalities:
             if self.modalities and modality not in self.modalities:
                 message = unknown_name_message(name, modality, list(self.modalities))
-                raise ValueError(message.replace("is unknown", f"does not go with type '{self.type}'"))
+                message = message.replace("is unknown", f"does not go with type '{self.type}'")
+                raise ValueError(message.replace("Registered:", "Choose from:"))
 
     def tokenizer_name(self) -> str | None:
         """The tokenizer that is named here (a name or a folder), for types that have one."""

@@ -1,0 +1,109 @@
+"""Every preset is what it says, resolves, and is found from a source tree and from an installed package."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.facts import read_facts
+from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.presets import preset_root
+from vla_foundry.params.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
+JOBS = [str(path) for path in PRESETS if path.parts[0] == "training_jobs"]
+# folder of presets -> what they are
+SECTIONS = {"models": ModelParams, "hparams": HyperParams}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> str:
+    """The manifest of a dataset that is large enough for every job."""
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 10**9}) + "\n")
+    return str(path)
+
+
+def test_the_presets_there_are() -> None:
+    names = {str(path) for path in PRESETS}
+    assert {f"models/transformer_{size}.yaml" for size in ("tiny", "11m", "100m", "410m", "1b")} <= names
+    assert {"models/foundry_llm_1.2b.yaml", *JOBS} <= names
+    assert {path.parts[0] for path in PRESETS} == {*SECTIONS, "training_jobs"}
+
+
+@pytest.mark.parametrize("name", [str(path) for path in PRESETS if path.parts[0] in SECTIONS])
+def test_a_preset_of_a_section_loads_alone(name: str) -> None:
+    cls = SECTIONS[Path(name).parts[0]]
+    assert isinstance(load_params_from_yaml(cls, f"config_presets/{name}"), cls)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("name", JOBS)
+def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
+    name: str, world_size: int, manifest: str
+) -> None:
+    words = ["--config_path", f"config_presets/{name}"]
+    params = parse(TrainExperimentParams, [*words, "--data.dataset_manifest", manifest], prog="train").params
+    resolved = resolve(params, read_facts(params, world_size))
+    assert resolved.data.num_workers is not None
+    assert resolved.total_train_samples is not None
+    bare = parse(TrainExperimentParams, words, prog="train").params
+    with pytest.raises(ValueError, match=r"data\.dataset_manifest is empty"):
+        resolve(bare, read_facts(bare, world_size))
+
+
+def count_parameters(params: TransformerParams) -> tuple[int, int]:
+    """Parameters of a transformer with layer norms and SwiGLU: all, and those without embedding and output head."""
+    width = params.hidden_dim
+    ffn_width = 256 * -(-(8 * width // 3) // 256)
+    block = 4 * width * width + 3 * width * ffn_width + 2 * 2 * width
+    inner = params.n_layers * block + 2 * width * (1 + params.post_embed_norm)
+    return inner + 2 * params.vocab_size * width, inner
+
+
+@pytest.mark.parametrize("size", ["tiny", "11m", "100m", "410m", "1b"])
+def test_the_sizes_are_those_that_the_preset_states(size: str) -> None:
+    path = preset_root() / "models" / f"transformer_{size}.yaml"
+    params = load_params_from_yaml(ModelParams, str(path))
+    assert isinstance(params, TransformerParams)
+    stated = [
+        float(number) for number in re.findall(r"([\d.]+) M parameters, of which ([\d.]+) M", path.read_text())[0]
+    ]
+    for count, number in zip(count_parameters(params), stated, strict=True):
+        digits = len(str(number).partition(".")[2])
+        assert round(count / 1e6, digits) == number
+
+
+def test_the_papers_language_model_is_the_papers() -> None:
+    params = load_params_from_yaml(ModelParams, "config_presets/models/foundry_llm_1.2b.yaml")
+    assert params == TransformerParams(hidden_dim=2048, n_layers=24, n_heads=16, vocab_size=49_280, max_seq_len=2048)
+    assert round(count_parameters(params)[1] / 1e6, 1) == 1233.3
+
+
+def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: str) -> None:
+    # the layout of the wheel: the presets are a folder of the package
+    site = tmp_path / "site"
+    for name in ("params", "io"):
+        shutil.copytree(ROOT / "vla_foundry" / name, site / "vla_foundry" / name)
+    for path in (ROOT / "vla_foundry").glob("*.py"):
+        shutil.copy(path, site / "vla_foundry")
+    shutil.copytree(preset_root(), site / "vla_foundry" / "config_presets")
+    words = ["train", "--config_path", "training_jobs/llm_tiny.yaml", "--data.dataset_manifest", manifest]
+    result = subprocess.run(
+        [sys.executable, "-m", "vla_foundry.cli", *words, "--resolve_configs"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"hidden_dim: 64 +# config_presets/models/transformer_tiny\.yaml", result.stdout)

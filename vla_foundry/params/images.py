@@ -1,0 +1,115 @@
+"""Params of image augmentation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vla_foundry.params.base import BaseParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorJitterParams(BaseParams):
+    """Change of colours, the same for all images of a sample; in this order. Only in training."""
+
+    # on or off
+    enabled: bool = False
+    # brightness times a number within 1 - x .. 1 + x
+    brightness: float = 0.2
+    # contrast times a number within 1 - x .. 1 + x
+    contrast: float = 0.4
+    # saturation times a number within 1 - x .. 1 + x
+    saturation: float = 0.2
+    # hue plus a number in this range, in turns of the colour wheel; within -0.5 .. 0.5
+    hue: tuple[float, float] = (-0.05, 0.05)
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"color_jitter.{name} must be 0 or more, got {getattr(self, name)}.")
+        if not -0.5 <= self.hue[0] <= self.hue[1] <= 0.5:
+            raise ValueError(f"color_jitter.hue must be [low, high] within -0.5 .. 0.5, got {list(self.hue)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropParams(BaseParams):
+    """A part of each image, at the same place in all images of a sample. Not training: the part in the middle."""
+
+    # on or off
+    enabled: bool = False
+    # height and width: pixels, or shares of the image if both are 1 or less
+    shape: tuple[int, int] | tuple[float, float] = (224, 224)
+    # random: anywhere; center: in the middle
+    mode: Literal["random", "center"] = "random"
+
+    def __post_init__(self) -> None:
+        are_shares = [0 < side <= 1 for side in self.shape]
+        are_pixels = [side > 1 and side == int(side) for side in self.shape]
+        if not all(are_shares) and not all(are_pixels):
+            raise ValueError(
+                f"crop.shape must be two whole numbers of pixels or two shares in (0, 1], got {list(self.shape)}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCropParams(BaseParams):
+    """A part of random size and place, scaled to a fixed size. Not training: the middle part of the mean size."""
+
+    # on or off
+    enabled: bool = False
+    # area of the part, as a share of the image
+    scale: tuple[float, float] = (0.8, 1.0)
+    # aspect of the part, width / height, relative to the image's own
+    ratio: tuple[float, float] = (0.9, 1.1)
+    # height and width of the result, pixels; null: those of the image
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"random_resized_crop.scale must be [low, high] within (0, 1], got {list(self.scale)}.")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"random_resized_crop.ratio must be [low, high] above 0, got {list(self.ratio)}.")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"random_resized_crop.size must be [height, width] in pixels, got {list(self.size)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizontalFlipParams(BaseParams):
+    """Mirror left and right, all images of a sample or none. Words ("left") and robot actions are not mirrored."""
+
+    # on or off
+    enabled: bool = False
+    # share of the samples that are mirrored
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"horizontal_flip.probability must be within 0 .. 1, got {self.probability}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAugmentationParams(BaseParams):
+    """`--data.augmentation.image.` In this order: crop, random resized crop, flip, colours."""
+
+    # colours
+    color_jitter: ColorJitterParams = field(default_factory=ColorJitterParams)
+    # a part of fixed size
+    crop: CropParams = field(default_factory=CropParams)
+    # a part of random size
+    random_resized_crop: RandomResizedCropParams = field(default_factory=RandomResizedCropParams)
+    # mirroring
+    horizontal_flip: HorizontalFlipParams = field(default_factory=HorizontalFlipParams)
+
+    def __post_init__(self) -> None:
+        if self.crop.enabled and self.random_resized_crop.enabled:
+            raise ValueError(
+                "crop and random_resized_crop are both enabled: each chooses the part. Enable one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataAugmentationParams(BaseParams):
+    """`--data.augmentation.` How samples are changed at random."""
+
+    # false: none at all, in training too
+    enabled: bool = True
+    # what is done to images
+    image: ImageAugmentationParams = field(default_factory=ImageAugmentationParams)
