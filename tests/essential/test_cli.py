@@ -118,6 +118,11 @@ ERRORS = [
     (["--num_epochs", "2"], r"total_train_samples \(640\) and num_epochs \(2\) x 1000 samples = 2000 disagree\."),
     (["--total_train_samples", "null"], r"There is no budget\. Give --total_train_samples N or --num_epochs N\."),
     (["--total_train_samples", "9"], r"total_train_samples \(9\) is less than one global batch"),
+    (["--hparams.warmup", "11"], r"hparams\.warmup \(11\) is 11 steps, more than the run's 10\. Use fewer steps, or "),
+    (
+        ["--hparams.lr_scheduler", "warmup_constant_decay", "--hparams.decay", "10"],
+        r"hparams\.warmup \(1 steps\) and hparams\.decay \(10 steps\) must fit into the run's 10 steps",
+    ),
     # lengths and vocabularies
     (
         ["--data.seq_len", "1024"],

@@ -1,6 +1,6 @@
 """What has to fit together between the sections of a run: each check names both values and a fix."""
 
-from vla_foundry.params.budget import accumulation_steps, total_steps
+from vla_foundry.params.budget import accumulation_steps, count_decay_steps, total_steps
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.derivation import DatasetFacts, Derived, Facts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
@@ -38,7 +38,7 @@ def check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
     """Check that the budget makes steps, and how it divides.
 
     Raises:
-        ValueError: it is less than one step, or the batch does not divide.
+        ValueError: it is less than one step, the batch does not divide, or the schedule does not fit.
     """
     accumulation_steps(params, facts.world_size)
     if params.total_train_samples is None:
@@ -50,6 +50,7 @@ def check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
             f"total_train_samples ({params.total_train_samples}) is less than one global batch "
             f"(hparams.global_batch_size {batch}). Raise the one or lower the other."
         )
+    count_decay_steps(params.hparams, steps)
     notices = []
     left = params.total_train_samples - steps * batch
     if left:

@@ -36,7 +36,7 @@ DATA = TextDataParams(dataset_manifest=["a/manifest.jsonl"], seq_len=16)
 PARAMS = TrainExperimentParams(
     data=DATA,
     model=TransformerParams(max_seq_len=16, vocab_size=100),
-    hparams=HyperParams(global_batch_size=8, per_gpu_batch_size=4, seed=7),
+    hparams=HyperParams(global_batch_size=8, per_gpu_batch_size=4, seed=7, warmup=0.1),
     total_train_samples=800,
 )
 
