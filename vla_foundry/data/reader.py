@@ -99,7 +99,7 @@ class SampleShard:
 
     Args:
         uri: its name, for messages.
-        file: the open tar, which the shard keeps.
+        file: the open tar, which is closed when the shard is no longer used.
         index: its index.
     """
 
@@ -117,6 +117,10 @@ class SampleShard:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __del__(self) -> None:
+        """Close the file; not sooner, as a batch may use more shards than are kept open."""
+        self._file.close()
 
     def key(self, row: int) -> str:
         """Return the key of a sample: what the names of its members begin with."""

@@ -8,7 +8,7 @@ Either way it is replaced by another of the same dataset, chosen by a hash of it
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -137,11 +137,15 @@ class WebDatasetStage:
         return next(iter(self.stage([sample])), None)
 
 
+@runtime_checkable
 class Pipeline(Protocol):
     """Turns rows into the batch of one modality. It is sent to loader processes, so it must be picklable.
 
     Arrays in a batch are NumPy's here; the loader makes tensors of them.
     """
+
+    # small microbatches travel together, up to so many rows, where a message costs more than making its rows; else 1
+    rows_per_message: int
 
     def check(self, reader: ShardReader) -> None:
         """Look at the datasets before training.

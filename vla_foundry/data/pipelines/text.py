@@ -54,6 +54,8 @@ class TextPipeline:
             each stage; with others every record is a sample `{"input_ids", "document_ends"}` too.
     """
 
+    rows_per_message = 64
+
     def __init__(self, params: TextDataParams, stages: Sequence[Stage] = DEFAULT_STAGES) -> None:
         self.row_length = params.seq_len + 1
         self.mask_documents = params.mask_documents

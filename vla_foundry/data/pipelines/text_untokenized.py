@@ -18,7 +18,7 @@ from vla_foundry.data.pipelines.base import Rows, Sample, Stage, register_pipeli
 from vla_foundry.data.pipelines.text import create_padding_batch, create_text_batch
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.data.text import TextUntokenizedDataParams
+from vla_foundry.params.data.text import TextDataParams
 
 TEXT_SUFFIXES = ("json", "txt")
 ROW_MULTIPLE = 64
@@ -113,7 +113,9 @@ class TextUntokenizedPipeline:
         stages: what turns a member into `input_ids`; the default ones if not given.
     """
 
-    def __init__(self, params: TextUntokenizedDataParams, stages: Sequence[Stage] | None = None) -> None:
+    rows_per_message = 1
+
+    def __init__(self, params: TextDataParams, stages: Sequence[Stage] | None = None) -> None:
         if params.tokenizer is None:
             raise ValueError("data.tokenizer is missing: modality text_untokenized needs one (name or folder).")
         self.seq_len = params.seq_len
@@ -164,7 +166,7 @@ class TextUntokenizedPipeline:
 @register_pipeline("text_untokenized")
 def create_text_untokenized_pipeline(params: DataParams) -> TextUntokenizedPipeline:
     """Create the pipeline of raw text."""
-    assert isinstance(params, TextUntokenizedDataParams), "modality text_untokenized needs its own data.type"
+    assert isinstance(params, TextDataParams), "modality text_untokenized needs data.type text_untokenized"
     return TextUntokenizedPipeline(params)
 
 
