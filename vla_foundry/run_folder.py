@@ -5,6 +5,7 @@
       provenance.json                  versions, commit and command that made the run
       metrics.jsonl                    one JSON object a line
       tokenizer/                       a Hugging Face tokenizer folder
+      model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/
         model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
         training_state/                optimizer moments, sharded, tensors only (safetensors)
@@ -26,6 +27,7 @@ MODEL_CONFIG_NAME = "config_model.yaml"
 PROVENANCE_NAME = "provenance.json"
 METRICS_NAME = "metrics.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
+MODEL_FILES_FOLDER = "model_files"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 MODEL_WEIGHTS_NAME = "model.safetensors"

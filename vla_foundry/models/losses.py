@@ -1,6 +1,7 @@
 """Losses as sums over valid targets; a language model's never builds the logits of all its tokens at once."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -52,6 +53,19 @@ def language_model_loss(
     z_loss = z_loss.detach()
     logs = {"cross_entropy": total.detach() - z_loss, "z_loss": z_loss}
     return LossOutput(sum=total, count=count_valid_targets(flat_targets), logs=logs)
+
+
+def dense_language_model_loss(
+    logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"], *, z_loss_coefficient: float = 0.0
+) -> LossOutput:
+    """The same loss from logits that exist, for heads that are more than a matrix (scaled or capped logits)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    flat_targets = targets.flatten().long()
+    cross_entropy = F.cross_entropy(logits, flat_targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    is_valid = flat_targets != IGNORE_INDEX
+    z_loss = z_loss_coefficient * (logits.logsumexp(1).square() * is_valid).sum()
+    logs = {"cross_entropy": cross_entropy.detach(), "z_loss": z_loss.detach()}
+    return LossOutput(sum=cross_entropy + z_loss, count=is_valid.sum(), logs=logs)
 
 
 def _choose_chunk_tokens(vocab_size: int, device_type: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vla_foundry.io.uri import download, is_remote, join_uri, list_files, name_of
+from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_files, name_of
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -78,6 +78,17 @@ def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
         fix = "The run kept no average of its weights (ema.enabled)." if use_ema else "Use another checkpoint."
         raise ValueError(f"Checkpoint {path.parent} has no {name}. {fix}")
     return path
+
+
+def has_ema(path: str | Path) -> bool:
+    """True if a run or step folder has averaged weights beside its weights; a file stands for itself."""
+    location = str(path)
+    if _is_file_name(location):
+        return False
+    if is_remote(location):
+        return exists(_find_remote_weights(location, use_ema=True))
+    weights = find_weights_file(location)
+    return weights.name == MODEL_WEIGHTS_NAME and weights.with_name(EMA_WEIGHTS_NAME).is_file()
 
 
 @contextmanager

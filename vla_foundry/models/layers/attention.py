@@ -90,14 +90,14 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def attend(
     queries: Float[Tensor, "B T H K"],
     keys: Float[Tensor, "B T G K"],
-    values: Float[Tensor, "B T G K"],
+    values: Float[Tensor, "B T G M"],
     *,
     segments: Segments | None,
     is_causal: bool,
     dropout: float = 0.0,
     scale: float | None = None,
     window: int | None = None,
-) -> Float[Tensor, "B T H K"]:
+) -> Float[Tensor, "B T H M"]:
     """Scaled dot-product attention of each token to its own segment; G key heads serve H = n x G query heads.
 
     Args:
@@ -111,11 +111,11 @@ def attend(
     flat = tuple(x.flatten(0, 1) for x in (queries, keys, values))  # (B T, H, K)
     head_dim = queries.shape[-1]
     can_varlen = queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0
-    if can_varlen and head_dim % 8 == 0 and head_dim <= 256:
+    if can_varlen and head_dim % 8 == 0 and head_dim <= 256 and values.shape[-1] == head_dim:
         output = _attend_varlen(*flat, segments=segments, is_causal=is_causal, scale=scale, window=window)
     else:
         output = _attend_runs_untraced(*flat, segments, is_causal, dropout, scale, window)
-    return output.view_as(queries)
+    return output.unflatten(0, queries.shape[:2])
 
 
 def _attend_rows(

@@ -70,6 +70,14 @@ class KVCache:
             mask = torch.arange(num_slots, device=device) <= rows[:, None, :, None]
         return CacheStep(slots=slots, start=int(past[0]) if is_equal else None, num_slots=num_slots, mask=mask)
 
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep only these rows (named as transformers names it, so that generation treats both caches alike)."""
+        if self.lengths is not None:
+            self.lengths = self.lengths[rows.cpu().numpy()]
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
 
 def _write(buffer: Tensor | None, new: Tensor, step: CacheStep | None) -> tuple[Tensor, Tensor]:
     num_rows, num_tokens, *rest = new.shape

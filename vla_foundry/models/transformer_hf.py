@@ -1,0 +1,221 @@
+"""Any Hugging Face causal language model, with the forward of the native transformer.
+
+Its attention is Hugging Face's SDPA, except where a batch has documents: then each document is attended on its own, by
+an attention function registered with transformers, so that no T x T mask is built.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vla_foundry.batch import Documents, LossOutput
+from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.models.layers.attention import Segments, attend, create_segments
+from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+from vla_foundry.models.registry import register_model
+from vla_foundry.params.models.transformer import TransformerHFParams
+
+ATTENTION_NAME = "vla_foundry"
+# layers whose tokens meet in attention only
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# settings under which logits are not hidden @ head.T, and the value that turns each off
+_HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+def attend_documents(
+    module: nn.Module,
+    query: Float[Tensor, "B H T K"],
+    key: Float[Tensor, "B G S K"],
+    value: Float[Tensor, "B G S K"],
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "B T H K"], None]:
+    """Attention as transformers calls it; with `segments`, within each of them."""
+    if segments is None:
+        options["sliding_window"] = sliding_window
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
+        )
+    output = attend(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        segments=segments,
+        is_causal=bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal,
+        dropout=dropout,
+        scale=scaling,
+        window=sliding_window,
+    )
+    return output, None
+
+
+AttentionInterface.register(ATTENTION_NAME, attend_documents)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+class TransformerHF(nn.Module):
+    """A causal language model of transformers; its parameters have their names there, behind `model.`"""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        layer_types = set(getattr(config, "layer_types", None) or _ATTENTION_LAYERS)
+        self.keeps_documents = (
+            model._supports_sdpa
+            and model._supports_attention_backend
+            and not model._is_stateful
+            and layer_types <= _ATTENTION_LAYERS
+            and getattr(config, "attn_logit_softcapping", None) is None
+        )
+        if self.keeps_documents:
+            model.set_attn_implementation(ATTENTION_NAME)
+        head: Any = model.get_output_embeddings()
+        self.has_plain_head = getattr(head, "bias", None) is None and all(
+            getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
+        )
+        self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        documents: Documents | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        output_hidden_states: bool = False,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> LossOutput | LanguageModelOutput:
+        """Run the model; arguments and results are those of the native transformer.
+
+        Raises:
+            ValueError: `documents` were given and this architecture can not keep them apart.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": None if input_ids is None else input_ids.long(),
+            "inputs_embeds": inputs_embeds,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache or past_key_values is not None,
+            "output_hidden_states": output_hidden_states,
+        }
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        inputs |= self._arrange(given, attention_mask, documents)
+        if targets is None:
+            output = self.model(**inputs, logits_to_keep=logits_to_keep)
+            return LanguageModelOutput(output.logits, output.hidden_states, output.past_key_values)
+        if not self.has_plain_head:
+            return dense_language_model_loss(
+                self.model(**inputs).logits, targets, z_loss_coefficient=z_loss_coefficient
+            )
+        decoder: Any = self.model.base_model
+        head: Any = self.model.get_output_embeddings()
+        hidden = decoder(**inputs).last_hidden_state
+        return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+
+    def _arrange(self, given: Tensor, attention_mask: Tensor | None, documents: Documents | None) -> dict[str, Any]:
+        """Who sees whom and from which position, as transformers takes it."""
+        if documents is not None:
+            if attention_mask is not None:
+                raise ValueError("Give attention_mask or documents, not both.")
+            segments = create_segments(documents, True, given.device)
+            if segments is None:
+                return {}
+            if not self.keeps_documents:
+                raise ValueError(
+                    f"model.hf_pretrained: {type(self.model).__name__} can not keep the documents of a row apart. "
+                    f"Set --data.mask_documents false."
+                )
+            # a mask with four dimensions is passed on as it is; an empty one fails loudly should `segments` get lost
+            mask = torch.empty(given.shape[0], 1, 1, 0, device=given.device)
+            return {"segments": segments, "position_ids": segments.positions, "attention_mask": mask}
+        if attention_mask is None:
+            return {}
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return {"attention_mask": attention_mask, "position_ids": positions[:, -given.shape[1] :]}
+
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        names = set(self.model._no_split_modules or [])
+        return [module for module in self.model.modules() if type(module).__name__ in names]
+
+    def init_weights(self) -> None:
+        """Draw all weights as transformers does for this architecture."""
+        for module in self.model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+        self.model.init_weights()
+
+    def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
+        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
+        embedding: Any = self.model.get_input_embeddings()
+        if num_tokens > embedding.weight.shape[0]:
+            embedding = self.model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of)
+        return embedding.weight.shape[0]
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """6 per weight of a matrix product and 12 L H K seq_len for attention; all experts of a mixture count."""
+        head: Any = self.model.get_output_embeddings()
+        embedding: Any = self.model.get_input_embeddings()
+        ends = {id(head.weight), id(embedding.weight)}
+        weights = sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in ends) + head.weight.numel()
+        config = self.model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformerHF":
+        # rotary frequencies and the like stay fp32 in a model that is cast to another dtype
+        tables = [
+            (module, name, table)
+            for module in self.modules()
+            for name, table in module._buffers.items()
+            if table is not None and table.dtype == torch.float32 and name in module._non_persistent_buffers_set
+        ]
+        super()._apply(fn, recurse)
+        for module, name, table in tables:
+            moved = module._buffers[name]
+            if moved is not None and moved.dtype != table.dtype and not table.is_meta:
+                module._buffers[name] = table.to(moved.device)
+        return self
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture, so that a run can be loaded without asking for the published model again."""
+        self.model.config.save_pretrained(folder)
+
+
+@register_model("transformer_hf")
+def create_transformer_hf(params: TransformerHFParams, load_pretrained: bool = True) -> TransformerHF:
+    """Build the model that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+
+    Raises:
+        ValueError: there is no such model, or it is none that transformers knows.
+    """
+    name = params.hf_pretrained.removeprefix("hf://")
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+    try:
+        if load_pretrained and params.hf_load_weights:
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+    return TransformerHF(model.train())
