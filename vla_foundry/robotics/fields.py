@@ -1,0 +1,280 @@
+"""Names of low-dimensional fields, groups of fields that make a pose, the window around an anchor, column layouts.
+
+A field is a named signal with one row a frame. The published names follow
+
+    robot__{source}__{quantity}__{side}::{body}[__{component}][_relative]
+
+as in `robot__actual__poses__left::panda__xyz` or `robot__action__grippers__right::panda_hand`. Other names
+(`observation.state`) are fields too; they only have no parts.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vla_foundry.registry import unknown_name_message
+
+RELATIVE_SUFFIX = "_relative"
+
+_WORD = r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*?"
+_FIELD_PATTERN = re.compile(
+    rf"robot__(?P<source>actual|desired|action)__(?P<quantity>{_WORD})__(?P<side>{_WORD})"
+    rf"::(?P<body>{_WORD})(?:__(?P<component>{_WORD}))?(?P<relative>{RELATIVE_SUFFIX})?"
+)
+_IMAGE_PATTERN = re.compile(r"(?P<camera>.+)_t(?P<offset>-?\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldName:
+    """The parts of a field's name; `str()` of it is the name."""
+
+    # actual: measured; desired: commanded by the controller; action: commanded by the policy or the operator
+    source: Literal["actual", "desired", "action"]
+    # poses, grippers, joint_position, ...
+    quantity: str
+    # left, right
+    side: str
+    # panda, panda_hand
+    body: str
+    # xyz, rot_6d; None where the quantity has one component only
+    component: str | None = None
+    # expressed in the frame of the reference pose at the anchor
+    is_relative: bool = False
+
+    def __str__(self) -> str:
+        component = f"__{self.component}" if self.component else ""
+        relative = RELATIVE_SUFFIX if self.is_relative else ""
+        return f"robot__{self.source}__{self.quantity}__{self.side}::{self.body}{component}{relative}"
+
+
+def parse_field_name(name: str) -> FieldName | None:
+    """Parse a field's name; None if it does not follow the grammar above."""
+    match = _FIELD_PATTERN.fullmatch(name)
+    if match is None:
+        return None
+    parts = match.groupdict()
+    is_relative = parts.pop("relative") is not None
+    return FieldName(**parts, is_relative=is_relative)  # pyright: ignore[reportArgumentType]
+
+
+def is_relative_field(name: str) -> bool:
+    """True if the field holds poses relative to the reference pose at the anchor."""
+    return name.endswith(RELATIVE_SUFFIX)
+
+
+def relative_field(name: str) -> str:
+    """Return the name of the relative form of an absolute pose field.
+
+    Raises:
+        ValueError: the field is relative already.
+    """
+    if is_relative_field(name):
+        raise ValueError(f"field '{name}' is relative already: a relative of a relative pose has no meaning.")
+    return name + RELATIVE_SUFFIX
+
+
+def absolute_field(name: str) -> str:
+    """Return the name of the absolute pose field that a relative one was made from."""
+    return name.removesuffix(RELATIVE_SUFFIX)
+
+
+def actual_field(name: str) -> str:
+    """Return the measured field that belongs to a commanded one: `robot__action__X` -> `robot__actual__X`.
+
+    Raises:
+        ValueError: the name has no second part that could be replaced.
+    """
+    parts = absolute_field(name).split("__")
+    if len(parts) <= 2:
+        raise ValueError(
+            f"field '{name}' does not say what it is measured by (expected robot__<source>__...). "
+            "Give its pose group reference_position_key and reference_rotation_key."
+        )
+    return "__".join([parts[0], "actual", *parts[2:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoseGroup:
+    """The fields that together make one pose, and the fields of the pose that relative actions refer to."""
+
+    # name of the group, for messages
+    name: str
+    # field of the position (3 columns, metres)
+    position_key: str
+    # field of the rotation
+    rotation_key: str
+    # how the rotation is written; see rotations.py (the published data: rot_6d_rows)
+    rotation_format: str = "rot_6d_rows"
+    # fields of the reference pose; None: the measured ("actual") pose of the same body
+    reference_position_key: str | None = None
+    reference_rotation_key: str | None = None
+
+    @property
+    def reference_keys(self) -> tuple[str, str]:
+        """The fields (position, rotation) of the reference pose."""
+        return (
+            self.reference_position_key or actual_field(self.position_key),
+            self.reference_rotation_key or actual_field(self.rotation_key),
+        )
+
+    @property
+    def relative_keys(self) -> tuple[str, str]:
+        """The fields (position, rotation) that hold this pose relative to its reference at the anchor."""
+        return relative_field(self.position_key), relative_field(self.rotation_key)
+
+
+def parse_pose_groups(values: Sequence[Mapping[str, str]], origin: str = "pose_groups") -> tuple[PoseGroup, ...]:
+    """Read pose groups from a config.
+
+    Raises:
+        ValueError: a key is missing or unknown, a group is named twice, or a group holds relative fields.
+    """
+    groups = []
+    allowed = tuple(PoseGroup.__dataclass_fields__)
+    for number, value in enumerate(values):
+        missing = [key for key in allowed[:3] if not value.get(key)]
+        if missing:
+            raise ValueError(f"{origin}[{number}] needs the keys {', '.join(allowed[:3])}; missing: {missing[0]}.")
+        unknown = sorted(value.keys() - set(allowed))
+        if unknown:
+            raise ValueError(unknown_name_message(f"{origin}[{number}]", unknown[0], list(allowed)))
+        group = PoseGroup(**value)
+        relative = [key for key in (group.position_key, group.rotation_key) if is_relative_field(key)]
+        if relative:
+            raise ValueError(
+                f"{origin}[{number}] holds '{relative[0]}', which is relative already. "
+                f"Give '{absolute_field(relative[0])}'."
+            )
+        groups.append(group)
+    names = [group.name for group in groups]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{origin} names group '{twice}' twice. Choose another name for one of them.")
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The time steps around an anchor: `past` before it, the anchor itself, `future` after it."""
+
+    # steps before the anchor
+    past: int
+    # steps after the anchor
+    future: int
+
+    def __post_init__(self) -> None:
+        if self.past < 0 or self.future < 0:
+            raise ValueError(f"a window needs past ({self.past}) >= 0 and future ({self.future}) >= 0 steps.")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the window (T)."""
+        return self.past + 1 + self.future
+
+    @property
+    def anchor(self) -> int:
+        """Index of the anchor in the window."""
+        return self.past
+
+    @property
+    def offsets(self) -> range:
+        """Offset of each step from the anchor."""
+        return range(-self.past, self.future + 1)
+
+    def crop(self, inner: "Window") -> slice:
+        """Return where the steps of a smaller window around the same anchor lie in this one.
+
+        Raises:
+            ValueError: `inner` reaches beyond this window.
+        """
+        if inner.past > self.past or inner.future > self.future:
+            raise ValueError(
+                f"the window asked for ({inner.past} past, {inner.future} future steps) is larger than the stored one "
+                f"({self.past} past, {self.future} future). Ask for less or preprocess with more steps."
+            )
+        return slice(self.past - inner.past, self.past + 1 + inner.future)
+
+
+@dataclass(frozen=True)
+class FieldLayout:
+    """Fields side by side in one array (..., width), in a stated order."""
+
+    # fields in the order of their columns
+    fields: tuple[str, ...]
+    # columns of each field
+    widths: tuple[int, ...]
+
+    @classmethod
+    def create(cls, fields: Sequence[str], widths: Mapping[str, int], *, what: str = "field") -> "FieldLayout":
+        """Lay out `fields` with the widths that are known of them.
+
+        Args:
+            what: config path of the list, for messages (`data.action_fields`).
+
+        Raises:
+            ValueError: a field is unknown or given twice.
+        """
+        for number, name in enumerate(fields):
+            if name not in widths:
+                raise ValueError(unknown_name_message(what, name, sorted(widths)))
+            if name in fields[:number]:
+                raise ValueError(f"{what} lists '{name}' twice. Remove one.")
+        return cls(tuple(fields), tuple(widths[name] for name in fields))
+
+    @property
+    def width(self) -> int:
+        """Columns of the whole."""
+        return sum(self.widths)
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """Yield each field with its columns."""
+        start = 0
+        for name, width in zip(self.fields, self.widths, strict=True):
+            yield name, slice(start, start + width)
+            start += width
+
+    def concatenate(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Put the fields side by side: {field: (..., width)} -> (..., total width).
+
+        Raises:
+            ValueError: a field is missing or has another width.
+        """
+        parts = []
+        for name, width in zip(self.fields, self.widths, strict=True):
+            if name not in arrays:
+                raise ValueError(unknown_name_message("field", name, sorted(arrays)))
+            if arrays[name].shape[-1] != width:
+                raise ValueError(f"field '{name}' has {arrays[name].shape[-1]} columns, expected {width}.")
+            parts.append(arrays[name])
+        return np.concatenate(parts, axis=-1)
+
+    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Take the fields apart again: views of (..., total width)."""
+        if values.shape[-1] != self.width:
+            raise ValueError(f"fields {', '.join(self.fields)} need {self.width} columns, got {values.shape[-1]}.")
+        return {name: values[..., columns] for name, columns in self.slices()}
+
+
+def image_name(camera: str, offset: int) -> str:
+    """Name of a camera's image `offset` frames from the anchor, as the published members are named."""
+    return f"{camera}_t{offset}"
+
+
+def image_names(cameras: Sequence[str], offsets: Sequence[int]) -> list[str]:
+    """Names of a sample's images in the order of a batch: time-major, cameras within a time step."""
+    return [image_name(camera, offset) for offset in offsets for camera in cameras]
+
+
+def parse_image_name(name: str) -> tuple[str, int]:
+    """Split an image's name into camera and offset.
+
+    Raises:
+        ValueError: it is not `<camera>_t<offset>`.
+    """
+    match = _IMAGE_PATTERN.fullmatch(name)
+    if match is None:
+        raise ValueError(f"image '{name}' is not named <camera>_t<offset>.")
+    return match["camera"], int(match["offset"])

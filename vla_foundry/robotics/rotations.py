@@ -1,0 +1,324 @@
+"""Rotations in every form that robot data uses, to and from matrices: batched, float64, conventions explicit.
+
+A matrix R acts on column vectors: v_world = R v_body. Formats, as a config names them:
+
+| format            | width  | meaning                                                                            |
+|-------------------|--------|------------------------------------------------------------------------------------|
+| rot_6d_rows       | 6      | first two rows of R, one after the other (the published data)                      |
+| rot_6d_columns    | 6      | first two columns of R, one after the other (Zhou et al. 2019, arXiv:1812.07035)    |
+| quaternion_xyzw   | 4      | scalar last (SciPy, ROS)                                                           |
+| quaternion_wxyz   | 4      | scalar first (MuJoCo)                                                              |
+| axis_angle        | 3      | axis times angle, radians                                                          |
+| euler_<order>     | 3      | radians; `xyz` about fixed axes (R = Rz Ry Rx), `XYZ` about moving ones (R = Rx Ry Rz) |
+| matrix            | 9      | R, row by row                                                                      |
+
+What is not a rotation (a zero quaternion, parallel 6D vectors, NaN) is a ValueError that names the field and the index.
+"""
+
+import itertools
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64
+
+from vla_foundry.registry import unknown_name_message
+
+# below this sine of the angle between the two vectors of a 6D rotation they count as parallel
+_PARALLEL_LIMIT = 1e-7
+# largest deviation of R R^T from the identity that is taken for rounding (float32 data)
+_ORTHONORMAL_LIMIT = 1e-4
+
+_EULER_ORDERS = tuple(
+    "".join(order)
+    for letters in ("xyz", "XYZ")
+    for order in itertools.product(letters, repeat=3)
+    if order[0] != order[1] and order[1] != order[2]
+)
+_WIDTHS = {
+    "rot_6d_rows": 6,
+    "rot_6d_columns": 6,
+    "quaternion_xyzw": 4,
+    "quaternion_wxyz": 4,
+    "axis_angle": 3,
+    "matrix": 9,
+    **{f"euler_{order}": 3 for order in _EULER_ORDERS},
+}
+
+
+def rotation_width(rotation_format: str) -> int:
+    """Return the number of columns of a rotation format.
+
+    Raises:
+        ValueError: the format is unknown.
+    """
+    if rotation_format not in _WIDTHS:
+        raise ValueError(unknown_name_message("rotation format", rotation_format, list(_WIDTHS)))
+    return _WIDTHS[rotation_format]
+
+
+def rotation_to_matrix(
+    values: Float[np.ndarray, "*B R"], rotation_format: str, *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3 3"]:
+    """Turn rotations of any format into matrices.
+
+    Args:
+        field: what the values are, for messages.
+
+    Raises:
+        ValueError: unknown format, wrong width, or a value that is not a rotation.
+    """
+    width = rotation_width(rotation_format)
+    if values.shape[-1] != width:
+        raise ValueError(f"{field} has {values.shape[-1]} columns, but {rotation_format} needs {width}.")
+    kind, _, detail = rotation_format.rpartition("_")
+    if kind == "rot_6d":
+        return matrix_from_rot_6d(values, "rows" if detail == "rows" else "columns", field=field)
+    if kind == "quaternion":
+        return matrix_from_quaternion(values, "xyzw" if detail == "xyzw" else "wxyz", field=field)
+    if kind == "euler":
+        return matrix_from_euler(values, detail, field=field)
+    if rotation_format == "axis_angle":
+        return matrix_from_axis_angle(values, field=field)
+    matrix = _finite(values, field).reshape(*values.shape[:-1], 3, 3)
+    check_rotation_matrix(matrix, field=field)
+    return matrix
+
+
+def matrix_to_rotation(
+    matrix: Float[np.ndarray, "*B 3 3"], rotation_format: str, *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B R"]:
+    """Turn matrices into rotations of any format. The inverse of `rotation_to_matrix`.
+
+    Raises:
+        ValueError: unknown format, or a matrix that is not a rotation.
+    """
+    rotation_width(rotation_format)
+    kind, _, detail = rotation_format.rpartition("_")
+    if kind == "rot_6d":
+        return rot_6d_from_matrix(matrix, "rows" if detail == "rows" else "columns")
+    if kind == "quaternion":
+        return quaternion_from_matrix(matrix, "xyzw" if detail == "xyzw" else "wxyz", field=field)
+    if kind == "euler":
+        return euler_from_matrix(matrix, detail, field=field)
+    if rotation_format == "axis_angle":
+        return axis_angle_from_matrix(matrix, field=field)
+    return matrix.astype(np.float64).reshape(*matrix.shape[:-2], 9)
+
+
+def matrix_from_rot_6d(
+    values: Float[np.ndarray, "*B 6"], convention: Literal["rows", "columns"], *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3 3"]:
+    """Orthonormalize (Gram-Schmidt): the first keeps its direction, the second the plane, the third is their cross.
+
+    The vectors' lengths do not matter, so a network's output may be given.
+
+    Raises:
+        ValueError: a vector is zero or the two are parallel.
+    """
+    pairs = _finite(values, field).reshape(*values.shape[:-1], 2, 3)
+    length = np.sqrt(_dot(pairs, pairs))
+    if not (length > 1e-100).all() or not (length < 1e100).all():
+        # divided by the largest entry first: the square of 1e-200 is zero
+        largest = np.abs(pairs).max(axis=-1, keepdims=True)
+        _fail_where(np.any(largest[..., 0] == 0, axis=-1), field, "a vector of the 6D rotation is zero")
+        pairs = pairs / largest
+        length = np.sqrt(_dot(pairs, pairs))
+    pairs = pairs / length[..., None]
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    second = second - _dot(first, second)[..., None] * first
+    length = np.sqrt(_dot(second, second))
+    _fail_where(length < _PARALLEL_LIMIT, field, "the two vectors of the 6D rotation are parallel")
+    second = second / length[..., None]
+    # once more, because nearly parallel vectors leave a residue after one pass
+    second = second - _dot(first, second)[..., None] * first
+    second = second / np.sqrt(_dot(second, second))[..., None]
+    rows = np.empty((*values.shape[:-1], 3, 3))
+    rows[..., 0, :], rows[..., 1, :], rows[..., 2, :] = first, second, np.cross(first, second)
+    return rows if convention == "rows" else np.swapaxes(rows, -1, -2)
+
+
+def rot_6d_from_matrix(
+    matrix: Float[np.ndarray, "*B 3 3"], convention: Literal["rows", "columns"]
+) -> Float64[np.ndarray, "*B 6"]:
+    """Return the first two rows (or columns) of each matrix, one after the other."""
+    rows = matrix.astype(np.float64) if convention == "rows" else np.swapaxes(matrix.astype(np.float64), -1, -2)
+    return np.ascontiguousarray(rows[..., :2, :]).reshape(*matrix.shape[:-2], 6)
+
+
+def matrix_from_quaternion(
+    values: Float[np.ndarray, "*B 4"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3 3"]:
+    """Turn quaternions of any length but zero into matrices.
+
+    Raises:
+        ValueError: a quaternion is zero.
+    """
+    quaternion = _finite(values, field)
+    largest = np.abs(quaternion).max(axis=-1, keepdims=True)
+    _fail_where(largest[..., 0] == 0, field, "the quaternion is zero")
+    quaternion = quaternion / largest
+    quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
+    x, y, z, w = np.moveaxis(quaternion if order == "xyzw" else np.roll(quaternion, -1, axis=-1), -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def quaternion_from_matrix(
+    matrix: Float[np.ndarray, "*B 3 3"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 4"]:
+    """Turn matrices into unit quaternions with w >= 0.
+
+    Of the four ways to divide (Shepperd 1978) each matrix takes the one with the largest divisor.
+    """
+    R = matrix.astype(np.float64)
+    check_rotation_matrix(R, field=field)
+    a, b, c = R[..., 0, 0], R[..., 1, 1], R[..., 2, 2]
+    # 4 q q^T, from which any row is q times 4 q_i
+    outer = np.stack(
+        [
+            np.stack(
+                [1 + a - b - c, R[..., 0, 1] + R[..., 1, 0], R[..., 0, 2] + R[..., 2, 0], R[..., 2, 1] - R[..., 1, 2]],
+                -1,
+            ),
+            np.stack(
+                [R[..., 0, 1] + R[..., 1, 0], 1 - a + b - c, R[..., 1, 2] + R[..., 2, 1], R[..., 0, 2] - R[..., 2, 0]],
+                -1,
+            ),
+            np.stack(
+                [R[..., 0, 2] + R[..., 2, 0], R[..., 1, 2] + R[..., 2, 1], 1 - a - b + c, R[..., 1, 0] - R[..., 0, 1]],
+                -1,
+            ),
+            np.stack(
+                [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1], 1 + a + b + c],
+                -1,
+            ),
+        ],
+        axis=-2,
+    )  # (*B, 4, 4)
+    largest = np.argmax(np.diagonal(outer, axis1=-2, axis2=-1), axis=-1)
+    quaternion = np.take_along_axis(outer, largest[..., None, None], axis=-2)[..., 0, :]
+    quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
+    quaternion = np.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
+    return quaternion if order == "xyzw" else np.roll(quaternion, 1, axis=-1)
+
+
+def matrix_from_axis_angle(
+    values: Float[np.ndarray, "*B 3"], *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3 3"]:
+    """Turn axis times angle (radians) into matrices; zero is the identity."""
+    vector = _finite(values, field)
+    half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
+    # sin(half) / (2 half), smooth at zero
+    factor = np.sinc(half / np.pi) / 2
+    return matrix_from_quaternion(np.concatenate([vector * factor, np.cos(half)], axis=-1), "xyzw", field=field)
+
+
+def axis_angle_from_matrix(
+    matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3"]:
+    """Turn matrices into axis times angle, the angle in [0, pi] radians."""
+    quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
+    sine = np.linalg.norm(quaternion[..., :3], axis=-1, keepdims=True)
+    angle = 2 * np.arctan2(sine, quaternion[..., 3:])
+    safe = np.where(sine > 1e-12, sine, 1.0)
+    return quaternion[..., :3] * np.where(sine > 1e-12, angle / safe, 2.0)
+
+
+def matrix_from_euler(
+    angles: Float[np.ndarray, "*B 3"], order: str, *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3 3"]:
+    """Turn Euler angles (radians) into matrices.
+
+    Args:
+        order: axes in the order in which they are turned about; lower case: fixed axes, upper case: moving axes.
+    """
+    rotation_width(f"euler_{order}")
+    values = _finite(angles, field)
+    matrix = np.broadcast_to(np.eye(3), (*values.shape[:-1], 3, 3))
+    for axis, angle in zip(order, np.moveaxis(values, -1, 0), strict=True):
+        turn = _turn_about("xyz".index(axis.lower()), np.asarray(angle))
+        matrix = matrix @ turn if order.isupper() else turn @ matrix
+    return np.ascontiguousarray(matrix)
+
+
+def euler_from_matrix(
+    matrix: Float[np.ndarray, "*B 3 3"], order: str, *, field: str = "rotation"
+) -> Float64[np.ndarray, "*B 3"]:
+    """Turn matrices into Euler angles; where two axes fall together (gimbal lock) the third angle is zero.
+
+    By way of quaternions (Bernardes and Viollet 2022, doi:10.1371/journal.pone.0276302).
+    """
+    rotation_width(f"euler_{order}")
+    quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
+    fixed = order.lower() if order.islower() else order.lower()[::-1]
+    i, j, k = ("xyz".index(axis) for axis in fixed)
+    is_proper = i == k
+    if is_proper:
+        k = 3 - i - j
+    sign = (i - j) * (j - k) * (k - i) // 2
+    x, y, z, w = quaternion[..., i], quaternion[..., j], sign * quaternion[..., k], quaternion[..., 3]
+    a, b, c, d = (w, x, y, z) if is_proper else (w - y, x + z, y + w, z - x)
+    middle = 2 * np.arctan2(np.hypot(c, d), np.hypot(a, b))
+    half_sum, half_difference = np.arctan2(b, a), np.arctan2(d, c)
+    first, last = half_sum - half_difference, half_sum + half_difference
+    # gimbal lock: only the sum or the difference is known; all of it goes to the angle that is turned first
+    near_zero, near_pi = middle < 1e-9, np.pi - middle < 1e-9
+    first = np.where(near_zero, 2 * half_sum, np.where(near_pi, -2 * half_difference, first))
+    last = np.where(near_zero | near_pi, 0.0, last)
+    if not is_proper:
+        last, middle = sign * last, middle - np.pi / 2
+    angles = np.stack([first, middle, last], axis=-1)
+    angles[..., [0, 2]] = np.remainder(angles[..., [0, 2]] + np.pi, 2 * np.pi) - np.pi
+    return angles if order.islower() else angles[..., ::-1].copy()
+
+
+def rotation_angle(matrix: Float[np.ndarray, "*B 3 3"]) -> Float64[np.ndarray, "*B"]:
+    """Return how far each rotation turns, in [0, pi] radians."""
+    return np.asarray(np.linalg.norm(axis_angle_from_matrix(matrix), axis=-1))
+
+
+def check_rotation_matrix(matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "rotation") -> None:
+    """Check that each matrix is a rotation to the precision of float32.
+
+    Raises:
+        ValueError: one is not orthonormal, mirrors, or holds NaN.
+    """
+    deviation = np.abs(matrix @ np.swapaxes(matrix, -1, -2) - np.eye(3)).max(axis=(-1, -2))
+    mirrors = np.sum(np.cross(matrix[..., 0, :], matrix[..., 1, :]) * matrix[..., 2, :], axis=-1) < 0
+    # written so that NaN fails too
+    _fail_where(~(deviation < _ORTHONORMAL_LIMIT) | mirrors, field, "the matrix is not a rotation")
+
+
+def _turn_about(axis: int, angle: Float64[np.ndarray, "*B"]) -> Float64[np.ndarray, "*B 3 3"]:
+    cos, sin, zero, one = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
+    rows = [[one, zero, zero], [zero, cos, -sin], [zero, sin, cos]]
+    turn = np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+    return np.roll(turn, axis, axis=(-1, -2))
+
+
+def _dot(a: Float64[np.ndarray, "*B 3"], b: Float64[np.ndarray, "*B 3"]) -> Float64[np.ndarray, "*B"]:
+    # einsum: three times as fast here as a sum over the last axis
+    return np.asarray(np.einsum("...i,...i->...", a, b))
+
+
+def _finite(values: Float[np.ndarray, "*B R"], field: str) -> Float64[np.ndarray, "*B R"]:
+    values = values.astype(np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        _fail_where(~is_finite.all(axis=-1), field, "a value is not finite")
+    return values
+
+
+def _fail_where(bad: "Bool[np.ndarray, '*B'] | np.bool_", field: str, reason: str) -> None:
+    if np.any(bad):
+        raise ValueError(f"{field}{first_index(bad)} is not a rotation: {reason}.")
+
+
+def first_index(bad: "Bool[np.ndarray, '*B'] | np.bool_") -> str:
+    """Say where the first True is, for a message: ' at index 3, 1', or nothing for a scalar."""
+    index = [str(i) for i in np.argwhere(bad)[0]]
+    return f" at index {', '.join(index)}" if index else ""
