@@ -1,0 +1,191 @@
+"""Bytes of JPEG, PNG and WebP files -> images and depth, the same on every machine.
+
+JPEG is decoded by torchvision's operator where there is one, else by Pillow: to the same pixels, because both are
+libjpeg-turbo, but Pillow takes 1.6 times as long. (Its Python wrapper is deprecated since 0.29, so that it may go.) To
+decode at half size instead would save nothing, because entropy decoding is most of the work.
+
+- Orientation in EXIF is applied.
+- Grey, palette, CMYK and 16-bit pictures become 8-bit RGB (16 bits by rounding, v / 257).
+- Transparent pixels are laid over white.
+- Of an animation, the first picture is taken.
+
+A file that is cut short or has a broken structure is refused. A JPEG whose compressed pixels were altered may decode to
+wrong pixels, as with any decoder: the checksums of shards are what finds that.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import UInt8, UInt16
+from PIL import Image
+from torch import Tensor
+
+from vla_foundry.images.geometry import Size
+
+# larger pictures are refused before their memory is taken: 64 million pixels are 192 MB
+MAX_PIXELS = 1 << 26
+
+_JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP"
+# what Pillow raises on broken bytes, found by feeding it such
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+# torchvision.io.ImageReadMode.RGB
+_RGB_MODE = 3
+_ORIENTATION = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_from_array(array: UInt8[np.ndarray, "*batch H W 3"]) -> UInt8[Tensor, "*batch 3 H W"]:
+    """View an RGB array [..., H, W, 3] as images; memory is shared where the array can be written."""
+    writable = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+    return torch.from_numpy(writable).movedim(-1, -3)
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
+    """Decode a JPEG, PNG or WebP file to RGB.
+
+    Raises:
+        ValueError: one line; the bytes are none of these, broken, cut short, or of more than `max_pixels`.
+    """
+    decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
+    if decode_jpeg is None:
+        return _image_of(_open(data, max_pixels))
+    _check_size(_read_jpeg_size(data), max_pixels)
+    try:
+        # a bytearray, because torch wants memory that can be written
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, True)
+    except RuntimeError as error:
+        raise _broken("JPEG", data, str(error).splitlines()[0].rpartition(", ")[2]) from None
+
+
+@lru_cache(maxsize=1)
+def _jpeg_operator() -> Callable[[Tensor, int, bool], Tensor] | None:
+    """torchvision's decoder (encoded bytes, colour mode, apply EXIF orientation), or None where it has none."""
+    import torchvision.io
+
+    assert torchvision.io is not None  # the import registers the operator
+    return getattr(torch.ops.image, "decode_jpeg", None)
+
+
+def decode_depth(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt16[Tensor, "H W"]:
+    """Decode a grey PNG of 16 bits, unchanged.
+
+    Raises:
+        ValueError: one line; the bytes are no such file, broken, or of more than `max_pixels`.
+    """
+    if not data.startswith(_PNG):
+        raise ValueError(f"depth must be a grey PNG of 16 bits, got {len(data)} bytes that begin with {data[:4]!r}.")
+    picture = _open(data, max_pixels)
+    if not picture.mode.startswith("I"):
+        raise ValueError(f"depth must be a grey PNG of 16 bits, got a PNG of Pillow's mode {picture.mode}.")
+    return torch.from_numpy(np.array(picture).astype(np.uint16))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Open and load a PNG or WebP file whose size is allowed."""
+    if data.startswith(_JPEG):
+        kind = "JPEG"
+    elif data.startswith(_PNG):
+        kind = "PNG"
+    elif data[:4] == b"RIFF" and data[8:12] == _WEBP:
+        kind = "WEBP"
+    else:
+        raise ValueError(f"image of {len(data)} bytes is neither JPEG, PNG nor WebP (it begins with {data[:4]!r}).")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=[kind])
+        size = (picture.height, picture.width)
+        if size[0] * size[1] <= max_pixels:
+            picture.load()
+    except _PILLOW_ERRORS as error:
+        raise _broken(kind, data, " ".join(str(error).split()) or type(error).__name__) from None
+    _check_size(size, max_pixels)
+    return picture
+
+
+def _broken(kind: str, data: bytes, reason: str) -> ValueError:
+    return ValueError(f"{kind} of {len(data)} bytes is broken: {reason}")
+
+
+def _check_size(size: Size, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ValueError(
+            f"image of {size[1]} x {size[0]} pixels is too large: at most {max_pixels} pixels are decoded."
+        )
+
+
+def _read_jpeg_size(data: bytes) -> Size:
+    """Find the size in the frame header, without decoding."""
+    position = 2
+    while position + 9 <= len(data):
+        if data[position] != 0xFF:
+            break
+        marker = data[position + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
+            position += 1 if marker == 0xFF else 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return height, width
+        elif marker in (0xD9, 0xDA):  # end, or pixels without a frame
+            break
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    raise _broken("JPEG", data, "it has no frame header")
+
+
+def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
+    """Turn a loaded picture upright and into 8-bit RGB."""
+    transposition = _TRANSPOSITIONS.get(_read_orientation(picture.info.get("exif", b"")))
+    if transposition is not None:
+        picture = picture.transpose(transposition)
+    if picture.mode.startswith("I"):
+        grey = (np.array(picture).astype(np.uint32) + 128) // 257
+        return image_from_array(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2))
+    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(paper, layer)
+    return image_from_array(np.array(picture.convert("RGB")))
+
+
+def _read_orientation(exif: bytes) -> int:
+    """Return the orientation that EXIF data state, 1 (upright) if none; broken EXIF does not break the picture."""
+    start = 6 if exif.startswith(b"Exif\0\0") else 0
+    byte_order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
+    if byte_order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{byte_order}I", exif, start + 4)
+        (num_entries,) = struct.unpack_from(f"{byte_order}H", exif, start + directory)
+        for number in range(num_entries):
+            tag, _, _, value = struct.unpack_from(f"{byte_order}HHIH", exif, start + directory + 2 + 12 * number)
+            if tag == _ORIENTATION:
+                return value
+    except struct.error:
+        pass
+    return 1
