@@ -1,6 +1,7 @@
 """Collects the statistics of fields from batches of windows, in bounded memory."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Num
@@ -12,7 +13,8 @@ from vla_foundry.robotics.tdigest import DEFAULT_COMPRESSION, DEFAULT_MAX_EXACT,
 class StatisticsAccumulator:
     """Collects statistics of fields from batches of windows, in bounded memory.
 
-    Holds up to `max_exact` windows of each field as they are, and about as much again in sketches.
+    Up to `max_exact` windows of each field are kept as they are, and percentiles are exact; of more, a sketch is kept
+    beside the newest ones.
 
     Args:
         anchor_index: step of the windows that is the anchor (0 for single frames).
@@ -61,24 +63,29 @@ class StatisticsAccumulator:
             )
         start = 0
         while start < len(values):
-            start += buffer.append(values[start:], valid[start:])
             if buffer.is_full:
-                self._parts[name].append(self._take(buffer))
+                # only now that more follows: exactly max_exact windows are still kept as they are
+                self._parts[name].append(self._take(buffer, self._shape[1] // MERGE_WIDTH))
                 buffer.clear()
                 if len(self._parts[name]) >= MERGE_WIDTH:
                     self._parts[name] = [merge_field_statistics(self._parts[name])]
+            start += buffer.append(values[start:], valid[start:])
 
-    def _take(self, buffer: "_Buffer") -> FieldStatistics:
+    def _take(self, buffer: "_Buffer", keep: int) -> FieldStatistics:
+        """Summarize a buffer; cells of up to `keep` values are kept as they are."""
         compression, max_exact = self._shape
-        return _summarize(
-            *buffer.content(), anchor_index=self._anchor_index, compression=compression, max_exact=max_exact
+        sketched = _summarize(
+            *buffer.content(), anchor_index=self._anchor_index, compression=compression, max_exact=keep
         )
+        return replace(sketched, max_exact=max_exact)
 
     def finish(self) -> dict[str, FieldStatistics]:
         """Return the statistics of all that was added so far, fields in alphabetical order."""
         result = {}
         for name in sorted(self._buffers):
-            result[name] = merge_field_statistics([*self._parts[name], self._take(self._buffers[name])])
+            parts, max_exact = self._parts[name], self._shape[1]
+            last = self._take(self._buffers[name], max_exact // MERGE_WIDTH if parts else max_exact)
+            result[name] = merge_field_statistics([*parts, last])
         return result
 
 
