@@ -105,7 +105,7 @@ class _Rows(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Tokens, or their embeddings, to hidden states, logits, or a loss."""
+    """Tokens, or their embeddings, to hidden states, logits, or a loss. `create_model` gives it its weights."""
 
     def __init__(self, params: TransformerParams) -> None:
         super().__init__()
@@ -127,7 +127,6 @@ class Transformer(nn.Module):
                 rotate_in_float32=params.positional_embedding_type == "rotary_float32",
             )
         self._tie()
-        self.init_weights()
 
     def forward(
         self,
@@ -320,4 +319,11 @@ def _init_normal(weight: Tensor, std: float) -> None:
 @register_model("transformer")
 def create_transformer(params: TransformerParams, load_pretrained: bool = True) -> Transformer:
     """Build the native transformer; it has no published weights of its own, so `load_pretrained` changes nothing."""
-    return Transformer(params)
+    device = torch.get_default_device()
+    # without memory at first: torch would draw weights of its own, only for ours to replace them
+    with torch.device("meta"):
+        model = Transformer(params)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights()
+    return model
