@@ -8,7 +8,7 @@ _COMMANDS = {
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
-    "quickstart": ("vla_foundry.quickstart:main", "the whole way on this machine: real data, training, output"),
+    "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 
 _USAGE = """usage: vla-foundry COMMAND ...

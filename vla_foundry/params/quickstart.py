@@ -1,0 +1,26 @@
+"""Params of `vla-foundry quickstart`."""
+
+from dataclasses import dataclass, field
+
+from vla_foundry.params.base import BaseParams
+
+STAGES = ("llm",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartParams(BaseParams):
+    """The whole road on this machine, on data made here."""
+
+    # stages to run, in order
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    # folder that everything is written to; a second run goes on from what is there
+    output_dir: str = "quickstart_output"
+    # do every stage again
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"stages '{unknown[0]}' is unknown. Choose from: {', '.join(STAGES)}.")
+        if not self.stages:
+            raise ValueError(f"stages is empty. Choose from: {', '.join(STAGES)}.")

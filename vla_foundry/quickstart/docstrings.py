@@ -1,0 +1,88 @@
+"""Real English without a download: the docstrings of the standard library and of installed packages."""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import multiprocessing
+import sysconfig
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# shorter docstrings say little and repeat each other
+MIN_CHARACTERS = 80
+# one source file in this many is held out
+HELD_OUT_EVERY = 20
+_HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_processes: int) -> dict[str, int]:
+    """Write every long docstring once, as {"text": ...} lines; all of one source file to the same split.
+
+    Args:
+        output_dir: receives train/docstrings.jsonl and validation/docstrings.jsonl.
+        packages: installed packages to read besides the standard library; nothing of them is imported.
+        num_processes: processes that parse source files; the result does not depend on it.
+
+    Returns:
+        Documents and characters per split: {"train_documents": ..., "train_characters": ..., ...}.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    sources = [(root.name, path) for root in _source_roots(packages) for path in _source_files(root)]
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(read_docstrings, [path for _, path in sources], chunksize=16))
+    splits: dict[str, list[str]] = {"train": [], "validation": []}
+    seen: set[str] = set()
+    for (root_name, path), docstrings in zip(sources, found, strict=True):
+        split = "validation" if _is_held_out(f"{root_name}/{path.name}") else "train"
+        for text in docstrings:
+            if text not in seen:
+                seen.add(text)
+                splits[split].append(text)
+    counts = {}
+    for split, texts in splits.items():
+        target = output_dir / split / "docstrings.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        partial.replace(target)
+        counts[f"{split}_documents"] = len(texts)
+        counts[f"{split}_characters"] = sum(len(text) for text in texts)
+    return counts
+
+
+def read_docstrings(path: Path) -> list[str]:
+    """Return the long docstrings of one source file, in its order; none if it is not Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's code
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []
+    bodies = (node.body for node in ast.walk(tree) if isinstance(node, _HAS_DOCSTRING) and node.body)
+    firsts = (body[0].value for body in bodies if isinstance(body[0], ast.Expr))
+    texts = (node.value for node in firsts if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return [text for text in map(inspect.cleandoc, texts) if len(text) >= MIN_CHARACTERS]
+
+
+def _source_roots(packages: tuple[str, ...]) -> list[Path]:
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"The package '{name}' is not installed. Run: uv sync")
+        roots.append(Path(next(iter(spec.submodule_search_locations))))
+    return roots
+
+
+def _source_files(root: Path) -> list[Path]:
+    files = (path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_held_out(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT_EVERY == 0

@@ -1,0 +1,90 @@
+"""Run one step after another, each once: what is done is not done again."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+# with another version of one of these, steps are done again
+_PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One thing the quickstart does: a public command, or a function of its own."""
+
+    # name of the step and of its marker files
+    name: str
+    # what the user is told it does
+    what: str
+    # words of `vla-foundry <words>`, run as a subprocess; or else `function` runs here
+    words: tuple[str, ...] = ()
+    function: Callable[[], None] | None = None
+    # files it makes; it is not done while one is missing
+    outputs: tuple[Path, ...] = ()
+    # what it makes, as one folder: removed before the step is done in another way than before
+    folder: Path | None = None
+
+
+class StepFailedError(ValueError):
+    """A step's command ended with an error, which it has printed itself."""
+
+
+def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwrite: bool) -> None:
+    """Run steps in order, each once: one that was done, in the same way, is kept.
+
+    The way is a hash of the step's command, of all before it and of the versions at work. It is written down when a
+    step starts, so that a step that was interrupted goes on, and again when it is done.
+
+    Args:
+        markers: folder of these notes.
+        overwrite: do every step again.
+
+    Raises:
+        StepFailedError: a command failed; earlier steps stay done.
+    """
+    markers.mkdir(parents=True, exist_ok=True)
+    way = json.dumps({name: metadata.version(name) for name in _PINNED_PACKAGES})
+    for number, step in enumerate(steps, start=1):
+        way = hashlib.sha256((way + step.name + shlex.join(step.words)).encode()).hexdigest()
+        started, done = markers / f"{step.name}.started", markers / f"{step.name}.done"
+        console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
+        if step.words:
+            console.print(f"  $ vla-foundry {shlex.join(step.words)}", markup=False)
+        if not overwrite and _holds(done, way) and all(path.exists() for path in step.outputs):
+            console.print("  done before; kept")
+            continue
+        done.unlink(missing_ok=True)
+        if step.folder is not None and (overwrite or not _holds(started, way)):
+            shutil.rmtree(step.folder, ignore_errors=True)
+        started.write_text(way)
+        start = time.monotonic()
+        _run(step)
+        done.write_text(way)
+        console.print(f"  {time.monotonic() - start:.0f} s")
+
+
+def _holds(marker: Path, way: str) -> bool:
+    return marker.is_file() and marker.read_text() == way
+
+
+def _run(step: Step) -> None:
+    if step.function is not None:
+        step.function()
+        return
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run([sys.executable, "-m", "vla_foundry.cli", *step.words], env=environment, check=False)
+    if finished.returncode != 0:
+        raise StepFailedError(
+            f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to go on."
+        )
