@@ -79,6 +79,7 @@ class DataLoader:
         self._num_dropped = 0
         self._num_tokens = 0
         self._num_padding = 0
+        self._iterator: Any = None
         cache_params = params.dataset_cache
         folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
         cache = ShardCache(os.path.abspath(os.path.expanduser(folder)), int(cache_params.cache_size_gb * 1e9))
@@ -95,7 +96,7 @@ class DataLoader:
             pin_memory=world.device.startswith("cuda"),
             multiprocessing_context=start_context() if num_workers else None,
             prefetch_factor=max(2, -(-params.prefetch_factor // group_size)) if num_workers else None,
-            persistent_workers=num_workers > 0,
+            persistent_workers=num_workers > 0 and split == "train",  # between validations they would only take memory
             worker_init_fn=functools.partial(prepare_process, dict(os.environ)) if num_workers else None,
             generator=torch.Generator(),  # PyTorch draws a number per iterator: not from the trainer's generator
         )
@@ -144,7 +145,8 @@ class DataLoader:
             ValueError: training goes past one epoch without data.allow_multiple_epochs; or data can not be read.
         """
         self._groups.start = self._schedule.first_microbatch(first_global_batch)
-        iterator = iter(self._torch_loader)
+        self._iterator = None  # ends what is left of a validation
+        iterator = self._iterator = iter(self._torch_loader)
         widen_pipe(iterator)
         while True:
             try:
@@ -185,10 +187,9 @@ class DataLoader:
 
     def close(self) -> None:
         """Stop the loader processes."""
-        iterator = self._torch_loader._iterator
-        self._torch_loader._iterator = None
+        iterator, self._iterator, self._torch_loader._iterator = self._iterator, None, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+            iterator._shutdown_workers()
 
 
 def create_dataloader(
@@ -257,20 +258,14 @@ def create_dataloader(
 
 def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[list[Dataset], list[float]]:
     if prefix:
-        names, modalities = params.val_dataset_manifest, params.val_dataset_modality or params.dataset_modality[:1]
+        names, modalities = params.val_dataset_manifest, params.val_dataset_modality
         weights = params.val_dataset_weighting
     else:
         names, modalities, weights = params.dataset_manifest, params.dataset_modality, params.dataset_weighting
     if not names:
         raise ValueError(f"data.{prefix}dataset_manifest is empty. Name at least one manifest.jsonl.")
     weights = weights or [1.0] * len(names)
-    modalities = modalities or [params.type]
-    modalities = modalities * len(names) if len(modalities) == 1 else modalities
-    if not len(names) == len(modalities) == len(weights):
-        raise ValueError(
-            f"data.{prefix}dataset_manifest ({len(names)}), data.{prefix}dataset_modality ({len(modalities)}) and "
-            f"data.{prefix}dataset_weighting ({len(weights)}) must have the same length."
-        )
+    modalities = modalities or [*params.modalities[:1], params.type][:1] * len(names)
     if len(set(modalities)) > 1:
         raise ValueError(f"data.{prefix}dataset_modality must be the same for all datasets of a run, got {modalities}.")
     datasets = []

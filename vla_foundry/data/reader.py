@@ -99,13 +99,14 @@ class SampleShard:
 
     Args:
         uri: its name, for messages.
-        file: the open tar, which is closed when the shard is no longer used.
+        file: the open tar; may be closed afterwards.
         index: its index.
     """
 
     def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
+        # closed when the shard is no longer used: a batch may use more shards than are kept open
+        self._descriptor = os.dup(file.fileno())
         self.uri = uri
-        self._file = file
         members = [(suffix, span) for _, spans in index.samples for suffix, span in spans.items()]
         self._keys = [key for key, _ in index.samples]
         self._starts = np.cumsum([0] + [len(spans) for _, spans in index.samples])
@@ -119,8 +120,7 @@ class SampleShard:
         return len(self._keys)
 
     def __del__(self) -> None:
-        """Close the file; not sooner, as a batch may use more shards than are kept open."""
-        self._file.close()
+        os.close(self._descriptor)
 
     def key(self, row: int) -> str:
         """Return the key of a sample: what the names of its members begin with."""
@@ -137,9 +137,9 @@ class SampleShard:
 
     def _read_member(self, member: int) -> bytes:
         size = int(self._sizes[member])
-        content = os.pread(self._file.fileno(), size, int(self._offsets[member]))
+        content = os.pread(self._descriptor, size, int(self._offsets[member]))
         while len(content) < size:  # one read returns at most 2 GiB
-            more = os.pread(self._file.fileno(), size - len(content), int(self._offsets[member]) + len(content))
+            more = os.pread(self._descriptor, size - len(content), int(self._offsets[member]) + len(content))
             if not more:
                 raise ValueError("the file is cut off")
             content += more
@@ -187,18 +187,13 @@ class ShardReader:
             _fetch_index(uri, path)
         else:
             file, path = _open_local(uri, dataset.manifest)
-        is_kept = False
-        try:
+        with file:
             _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
             index = load_index(file, path)
             _check_count(dataset, shard, index.num_sequences)
             if index.records is not None:
                 return TokenShard(uri, file, index.records, index.num_sequences)
-            is_kept = True
             return SampleShard(uri, file, index)
-        finally:
-            if not is_kept:
-                file.close()
 
 
 def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:

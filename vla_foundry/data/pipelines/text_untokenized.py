@@ -24,11 +24,15 @@ TEXT_SUFFIXES = ("json", "txt")
 ROW_MULTIPLE = 64
 # a longer sample could fill the accelerator's memory by itself
 MAX_ROWS_PER_SAMPLE = 16
+# but so many tokens are always taken: `preprocess text_untokenized` makes samples of fewer bytes
+MIN_MAX_TOKENS = 1 << 15
 _MAX_CANDIDATES = 16
 
 
 def decode_text(sample: Sample) -> Sample:
     """Decode the text of a sample: the "text" of a JSON object, or the member itself if it does not begin with "{".
+
+    An object with `"is_last": false` is a part of a document that goes on in another sample.
 
     Raises:
         ValueError: there is no such member, or it is not UTF-8, or not such an object.
@@ -38,11 +42,12 @@ def decode_text(sample: Sample) -> Sample:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         raise ValueError(f"it has no member {' or '.join(TEXT_SUFFIXES)} with text, only {members or 'none'}")
     text = sample[suffix].decode("utf-8")
-    if suffix == "json" and text.startswith("{"):
-        text = json.loads(text).get("text")
-        if not isinstance(text, str):
-            raise ValueError("its JSON has no key 'text' with a string")
-    return {**sample, "text": text}
+    if suffix != "json" or not text.startswith("{"):
+        return {**sample, "text": text}
+    values = json.loads(text)
+    if not isinstance(values.get("text"), str):
+        raise ValueError("its JSON has no key 'text' with a string")
+    return {**sample, "text": values["text"], "is_last": values.get("is_last", True) is not False}
 
 
 def drop_empty(sample: Sample) -> Sample | None:
@@ -51,7 +56,7 @@ def drop_empty(sample: Sample) -> Sample | None:
 
 
 class Tokenize:
-    """A stage: `text` -> `input_ids`, int32, ending with the end-of-sequence token.
+    """A stage: `text` -> `input_ids`, int32, with an end-of-sequence token where the document ends.
 
     Args:
         tokenizer: name or folder of the tokenizer, loaded when the first sample comes.
@@ -82,7 +87,8 @@ class Tokenize:
         tokens = self._tokenizer(sample["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
-        return {**sample, "input_ids": np.asarray([*tokens, self._tokenizer.eos_token_id], dtype=np.int32)}
+        end = [self._tokenizer.eos_token_id] if sample.get("is_last", True) else []
+        return {**sample, "input_ids": np.asarray([*tokens, *end], dtype=np.int32)}
 
 
 class BoundLength:
@@ -99,7 +105,7 @@ class BoundLength:
         """
         if len(sample["input_ids"]) > self.max_tokens:
             raise ValueError(
-                f"{len(sample['input_ids'])} tokens are more than {MAX_ROWS_PER_SAMPLE} rows of data.seq_len; "
+                f"{len(sample['input_ids'])} tokens are more than {self.max_tokens}; "
                 "`vla-foundry preprocess text_untokenized` divides long documents"
             )
         return sample
@@ -121,7 +127,7 @@ class TextUntokenizedPipeline:
         self.seq_len = params.seq_len
         self.mask_documents = params.mask_documents
         self._tokenize = Tokenize(params.tokenizer)
-        self._bound = BoundLength(MAX_ROWS_PER_SAMPLE * params.seq_len)
+        self._bound = BoundLength(max(MAX_ROWS_PER_SAMPLE * params.seq_len, MIN_MAX_TOKENS))
         self.stages = (decode_text, drop_empty, self._tokenize, self._bound) if stages is None else tuple(stages)
         self._is_loaded = False
 
