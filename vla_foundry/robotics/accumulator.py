@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Num
 
-from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, join_steps, merge_field_statistics
-from vla_foundry.robotics.tdigest import DEFAULT_COMPRESSION, DEFAULT_MAX_EXACT, Sketch, sketch_sorted
+from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics
+from vla_foundry.robotics.tdigest import DEFAULT_COMPRESSION, DEFAULT_MAX_EXACT, place_cells, sketch_sorted
 
 
 class StatisticsAccumulator:
@@ -158,7 +158,7 @@ def _summarize(
     ordered = np.sort(np.where(valid[:, None], values, np.inf) if not valid.all() else values, axis=-1)
     mean, m2 = np.zeros((num_steps, width)), np.zeros((num_steps, width))
     lowest, highest = np.full((num_steps, width), np.inf), np.full((num_steps, width), -np.inf)
-    pieces: dict[int, tuple[np.ndarray, Sketch]] = {}
+    parts = []
     for n in np.unique(count).astype(int):
         steps = np.flatnonzero(count == n)
         # float64 before any arithmetic: the moments of float32 data too are the same in any order
@@ -169,8 +169,9 @@ def _summarize(
             mean[steps] = part[..., 0] + (part - part[..., :1]).mean(axis=-1)
             deviation = part - mean[steps][..., None]
             m2[steps] = np.einsum("tcn,tcn->tc", deviation, deviation)
-        cells = part.reshape(len(steps) * width, n)
-        pieces[n] = (steps, sketch_sorted(cells, compression=compression, max_exact=max_exact))
+        cells = (steps[:, None] * width + np.arange(width)).reshape(-1)
+        values_of_cells = part.reshape(len(cells), n)
+        parts.append((cells, sketch_sorted(values_of_cells, compression=compression, max_exact=max_exact)))
     return FieldStatistics(
         anchor_index=anchor_index,
         count=count,
@@ -178,7 +179,7 @@ def _summarize(
         m2_per_timestep=m2,
         lowest=lowest,
         highest=highest,
-        sketch=join_steps(list(pieces.values()), num_steps, width),
+        sketch=place_cells(parts, num_steps * width),
         compression=compression,
         max_exact=max_exact,
     )

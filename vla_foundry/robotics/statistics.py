@@ -21,6 +21,7 @@ from vla_foundry.robotics.tdigest import (
     Sketch,
     merge_cells,
     merge_sketches,
+    place_cells,
 )
 
 PERCENTILES = (1, 2, 5, 95, 98, 99)
@@ -150,17 +151,6 @@ class FieldStatistics:
 _FRACTIONS = np.array(PERCENTILES) / 100
 
 
-def join_steps(pieces: Sequence[tuple[np.ndarray, Sketch]], num_steps: int, width: int) -> Sketch:
-    """Put the sketches of some steps each into one of all steps."""
-    size = max((sketch.means.shape[1] for _, sketch in pieces), default=0)
-    means, weights = np.full((num_steps, width, size), np.inf), np.zeros((num_steps, width, size))
-    for steps, sketch in pieces:
-        used = sketch.means.shape[1]
-        means[steps, :, :used] = sketch.means.reshape(len(steps), width, used)
-        weights[steps, :, :used] = sketch.weights.reshape(len(steps), width, used)
-    return Sketch(means.reshape(num_steps * width, size), weights.reshape(num_steps * width, size))
-
-
 def merge_statistics(
     datasets: Sequence[Mapping[str, FieldStatistics]], *, shares: Sequence[float] | None = None
 ) -> dict[str, FieldStatistics]:
@@ -274,6 +264,7 @@ def _align(parts: Sequence[FieldStatistics]) -> list[FieldStatistics]:
 
 def _place(part: FieldStatistics, start: int, num_steps: int, anchor_index: int) -> FieldStatistics:
     steps = np.arange(start, start + part.num_steps)
+    cells = np.arange(start * part.width, (start + part.num_steps) * part.width)
 
     def placed(values: Float[np.ndarray, "T C"], empty: float) -> Float[np.ndarray, "S C"]:
         result = np.full((num_steps, part.width), empty)
@@ -290,5 +281,5 @@ def _place(part: FieldStatistics, start: int, num_steps: int, anchor_index: int)
         m2_per_timestep=placed(part.m2_per_timestep, 0.0),
         lowest=placed(part.lowest, np.inf),
         highest=placed(part.highest, -np.inf),
-        sketch=None if part.sketch is None else join_steps([(steps, part.sketch)], num_steps, part.width),
+        sketch=None if part.sketch is None else place_cells([(cells, part.sketch)], num_steps * part.width),
     )

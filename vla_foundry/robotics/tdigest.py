@@ -132,6 +132,8 @@ def compress_sketch(
     """
     if sketch.means.shape[1] == 0:
         return sketch
+    if (sketch.weights <= 1).all() and (sketch.weights == np.isfinite(sketch.means)).all():
+        return _sketch_values(sketch, compression, max_exact)
     # stable: the parts are sorted runs, which this sort merges in one pass
     order = np.argsort(sketch.means, axis=1, kind="stable")
     means = np.take_along_axis(sketch.means, order, axis=1)
@@ -150,6 +152,27 @@ def compress_sketch(
     # an unused place joins the group before it, with weight 0
     ranks = np.maximum(np.cumsum(is_first & used, axis=1) - 1, 0)
     return _combine(means, weights, ranks)
+
+
+def _sketch_values(sketch: Sketch, compression: int, max_exact: int) -> Sketch:
+    """Compress cells whose weights are all 1, which takes a third of the time."""
+    values, counts = np.sort(sketch.means, axis=1), sketch.counts.astype(np.int64)
+    parts = []
+    # few: the columns of a time step have the same count
+    for count in np.unique(counts):
+        cells = np.flatnonzero(counts == count)
+        parts.append((cells, sketch_sorted(values[cells, :count], compression=compression, max_exact=max_exact)))
+    return place_cells(parts, len(counts))
+
+
+def place_cells(parts: Sequence[tuple[Int[np.ndarray, " _"], Sketch]], num_cells: int) -> Sketch:
+    """Put sketches of some cells each, [(cells, sketch)], into one of `num_cells`; other cells stay empty."""
+    size = max((sketch.means.shape[1] for _, sketch in parts), default=0)
+    means, weights = np.full((num_cells, size), np.inf), np.zeros((num_cells, size))
+    for cells, sketch in parts:
+        used = sketch.means.shape[1]
+        means[cells, :used], weights[cells, :used] = sketch.means, sketch.weights
+    return Sketch(means, weights)
 
 
 def _combine(
