@@ -101,11 +101,11 @@ def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] =
     tree: Node = load_config(files[0]) if files else Branch({}, COMMAND_LINE)
     if not isinstance(tree, Branch):
         raise ValueError(f"{files[0]} holds no mapping of keys. Is it a config file?")
-    import_file_plugins(tree)
+    file_plugins = import_file_plugins(tree)
     if words.help_topic is not None:
         sys.stdout.write(format_help(cls, prog, words.help_topic, positional))
         raise SystemExit(0)
-    tree = merge(tree, _command_line_tree(cls, words, positional))
+    tree = merge(tree, _command_line_tree(cls, words, positional, file_plugins))
     return decode_tree(cls, tree)
 
 
@@ -114,7 +114,7 @@ def _leaf_options(cls: Any, name: str) -> list[Any]:
     return [option for hint in hints for option in schema.options(hint)]
 
 
-def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...]) -> Branch:
+def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...], file_plugins: list[str]) -> Branch:
     modules = [
         name for text in words.values_of(PLUGINS_FLAG) for name in _plugin_names(Leaf(Scalar(text), COMMAND_LINE))
     ]
@@ -124,7 +124,9 @@ def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...]) -> B
     tree = flags_to_tree(cls, words.without(CONFIG_FLAG, PLUGINS_FLAG))
     added = dict(tree.children)
     if modules:
-        added[PLUGINS_FLAG] = Leaf([Scalar(name) for name in modules], COMMAND_LINE)
+        # all that were imported are saved with the run
+        names = dict.fromkeys((*file_plugins, *modules))
+        added[PLUGINS_FLAG] = Leaf([Scalar(name) for name in names], COMMAND_LINE)
     rest = list(words.positional)
     for name in positional:
         if rest and name not in added:
@@ -137,11 +139,12 @@ def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...]) -> B
     return Branch(added, COMMAND_LINE, tree.superseded)
 
 
-def import_file_plugins(tree: Branch) -> None:
-    """Import the plug-ins that a config file names under its key `plugins`."""
+def import_file_plugins(tree: Branch) -> list[str]:
+    """Import the plug-ins that a config file names under its key `plugins`, and return their names."""
     node = tree.children.get(PLUGINS_FLAG)
-    if isinstance(node, Leaf):
-        import_plugins(_plugin_names(node), str(node.origin))
+    names = _plugin_names(node) if isinstance(node, Leaf) else []
+    import_plugins(names, "" if node is None else str(node.origin))
+    return names
 
 
 def _plugin_names(node: Leaf) -> list[str]:

@@ -40,7 +40,7 @@ class DatasetFacts:
     manifest: str
     # samples in one pass over it
     num_samples: int | Unavailable
-    # what its provenance.json says; empty if there is none
+    # what the part `dataset` of its provenance.json says (vocab_size, seq_len, ...); empty if there is none
     provenance: dict[str, Any]
     # its own tokenizer folder, if it has one
     tokenizer: TokenizerFacts | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text
@@ -9,8 +10,10 @@ from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, U
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.run_folder import TOKENIZER_FOLDER
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
+from vla_foundry.text.tokenizers import vocab_size_of
 
-_TOKENIZER_NAME = "tokenizer.json"
+# owner/name on the Hugging Face hub, or an old name without an owner
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
@@ -36,7 +39,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         val_datasets=tuple(
             _read_dataset(name, "data.val_dataset_manifest", offline) for name in data.val_dataset_manifest
         ),
-        tokenizer=_read_tokenizer(data.tokenizer_name(), offline),
+        tokenizer=_read_named_tokenizer(data.tokenizer_name(), offline),
     )
 
 
@@ -69,9 +72,15 @@ def _read_dataset(manifest: str, path: str, offline: bool) -> DatasetFacts:
     return DatasetFacts(
         manifest=manifest,
         num_samples=sum(entry.num_sequences for entry in entries),
-        provenance=_read_json(join_uri(folder, PROVENANCE_NAME)),
-        tokenizer=_read_tokenizer(join_uri(folder, TOKENIZER_FOLDER), offline),
+        provenance=_read_provenance(join_uri(folder, PROVENANCE_NAME)),
+        tokenizer=_read_dataset_tokenizer(join_uri(folder, TOKENIZER_FOLDER)),
     )
+
+
+def _read_provenance(location: str) -> dict[str, Any]:
+    """Return what a dataset says about itself: the part `dataset` of its provenance."""
+    dataset = _read_json(location).get("dataset", {})
+    return dataset if isinstance(dataset, dict) else {}
 
 
 def _read_json(location: str) -> dict[str, Any]:
@@ -83,13 +92,30 @@ def _read_json(location: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:
-    """Return the facts about a tokenizer folder; None for a name on the hub, which is read when it is used."""
-    is_out_of_reach = name is None or (offline and is_remote(name))
-    values = {} if is_out_of_reach else _read_json(join_uri(str(name), _TOKENIZER_NAME))
-    model, added = values.get("model"), values.get("added_tokens", [])
-    vocab = model.get("vocab", {}) if isinstance(model, dict) else {}
-    # Unigram lists its tokens in order, the others map them to ids
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in added]
-    return TokenizerFacts(name=str(name), vocab_size=1 + max(ids)) if ids else None
+def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
+    """Return the facts about a dataset's own tokenizer folder, or None if it has none."""
+    try:
+        return TokenizerFacts(name=folder, vocab_size=vocab_size_of(folder))
+    except FileNotFoundError:
+        return None
+
+
+def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:
+    """Return the facts about the tokenizer that data.tokenizer names; None if they are out of reach.
+
+    Raises:
+        FileNotFoundError: it can only be a folder of this machine, and there is none.
+    """
+    if name is None:
+        return None
+    is_hub_name = _HUB_NAME.fullmatch(name) is not None and not os.path.isdir(name)
+    location = f"hf://{name}" if is_hub_name else name
+    if is_remote(location) and offline:
+        return None
+    try:
+        return TokenizerFacts(name=name, vocab_size=vocab_size_of(location))
+    except (FileNotFoundError, ValueError):
+        if is_remote(location) or offline:
+            # what loads it will say what is wrong; this only looks at its size
+            return None
+        raise FileNotFoundError(f"data.tokenizer: {name} is no folder with a tokenizer.json.") from None

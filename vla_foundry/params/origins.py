@@ -49,15 +49,18 @@ def format_resolved(resolved: Resolved, origins: dict[str, Origin]) -> str:
 def _lines(section: Any, path: str, notes: dict[str, str]) -> list[str]:
     indent = "  " * (path.count(".") + 1 if path else 0)
     lines = []
+    values = (
+        section if isinstance(section, dict) else {item.name: getattr(section, item.name) for item in fields(section)}
+    )
     if isinstance(section, ChoiceParams):
         lines.append(_line(indent, TYPE_KEY, section.registered_name(), f"{path}.{TYPE_KEY}", notes))
-    for item in fields(section):
-        value = getattr(section, item.name)
-        full = f"{path}.{item.name}" if path else item.name
-        if is_dataclass(value):
-            lines += [f"{indent}{item.name}:", *_lines(value, full, notes)]
+    for name, value in values.items():
+        full = f"{path}.{name}" if path else name
+        holds_sections = isinstance(value, dict) and any(is_dataclass(part) for part in value.values())
+        if is_dataclass(value) or holds_sections:
+            lines += [f"{indent}{name}:", *_lines(value, full, notes)]
         else:
-            lines.append(_line(indent, item.name, value, full, notes))
+            lines.append(_line(indent, name, value, full, notes))
     return lines
 
 

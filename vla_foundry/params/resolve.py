@@ -75,12 +75,22 @@ def _derive(
 ) -> Any:
     """Return the section with derived values, and the sections in it likewise."""
     section = _fill(section, section.derive(root, facts), path, sources, unresolved)
-    inner = {
-        item.name: _derive(value, root, facts, f"{path}.{item.name}", sources, unresolved)
-        for item in fields(section)
-        if isinstance(value := getattr(section, item.name), BaseParams)
-    }
+    inner: dict[str, Any] = {}
+    for item in fields(section):
+        value: Any = getattr(section, item.name)
+        below = f"{path}.{item.name}"
+        if isinstance(value, BaseParams):
+            inner[item.name] = _derive(value, root, facts, below, sources, unresolved)
+        elif _is_dict_of_sections(value):
+            parts: dict[str, Any] = value
+            inner[item.name] = {
+                name: _derive(part, root, facts, f"{below}.{name}", sources, unresolved) for name, part in parts.items()
+            }
     return replace(section, **inner) if inner else section
+
+
+def _is_dict_of_sections(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(part, BaseParams) for part in value.values())
 
 
 def _fill(
@@ -101,6 +111,9 @@ def _check(section: BaseParams, root: TrainExperimentParams, facts: Facts, path:
     notices = section.check(root, facts, path)
     for item in fields(section):
         value = getattr(section, item.name)
-        if isinstance(value, BaseParams):
-            notices = notices + _check(value, root, facts, f"{path}.{item.name}")
+        parts = {item.name: value} if isinstance(value, BaseParams) else {}
+        if _is_dict_of_sections(value):
+            parts = {f"{item.name}.{name}": part for name, part in value.items()}
+        for name, part in parts.items():
+            notices = notices + _check(part, root, facts, f"{path}.{name}")
     return notices

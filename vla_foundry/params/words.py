@@ -55,6 +55,8 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
         if word in HELP_WORDS:
             help_topic = str(following) if has_value else ""
             index += has_value
+        elif word.startswith("--help="):
+            help_topic = word.partition("=")[2]
         elif word == "--":
             positional += argv[index:]
             break

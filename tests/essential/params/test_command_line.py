@@ -190,6 +190,17 @@ def test_a_plugin_is_imported_before_its_types_are_parsed(
     assert (params.model.type, params.model.plugin_width, params.plugins) == (name, 5, [name])
 
 
+def test_plugins_of_the_file_and_of_flags_are_all_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plugin_a", "plugin_b", "plugin_c"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "job.yaml").write_text("plugins: plugin_a\nmodel: {type: transformer}\ndata: {type: text}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["--plugins", "plugin_b", "--config_path", "job.yaml", "--plugins", "[plugin_c, plugin_a]"]
+    params = parse(TrainExperimentParams, words, prog="train").params
+    assert params.plugins == ["plugin_a", "plugin_b", "plugin_c"]
+
+
 def test_an_installed_package_can_announce_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "announced_plugin.py").write_text(PLUGIN.format(name="announced_model"))
     info = tmp_path / "announced-1.0.dist-info"
@@ -256,6 +267,7 @@ def test_help_on_a_topic_shows_its_leaves(
     capsys: pytest.CaptureFixture[str], topic: str, there: str, not_there: str
 ) -> None:
     text = read_help(capsys, "--help", topic)
+    assert text == read_help(capsys, f"--help={topic}")
     assert there in text
     assert not_there not in text
 

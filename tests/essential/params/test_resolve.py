@@ -3,17 +3,19 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vla_foundry.params import (
+    DataParams,
     DistributedParams,
     HyperParams,
     TrainExperimentParams,
     load_experiment_params_from_yaml,
+    register_data_params,
 )
 from vla_foundry.params.budget import accumulation_steps, checkpoint_steps, total_steps
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
@@ -226,7 +228,7 @@ def write_dataset(folder: Path, counts: list[int]) -> str:
 def test_facts_are_read_from_manifests_and_what_lies_beside_them(tmp_path: Path) -> None:
     first = write_dataset(tmp_path / "a", [10, 20])
     second = write_dataset(tmp_path / "b", [5])
-    (tmp_path / "a" / "provenance.json").write_text('{"vocab_size": 50, "seq_len": 16}')
+    (tmp_path / "a" / "provenance.json").write_text('{"dataset": {"vocab_size": 50, "seq_len": 16}}')
     (tmp_path / "b" / "tokenizer").mkdir()
     tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
     (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -257,6 +259,40 @@ def test_a_missing_manifest_is_an_error_before_training_and_a_gap_when_offline(t
         data = replace(DATA, dataset_manifest=[name], tokenizer="hf://a/b")
         facts = read_facts(replace(params, data=data), 1, offline=True)
         assert facts.datasets[0].num_samples == Unavailable(name)
+
+
+def test_a_tokenizer_folder_that_is_not_there_is_an_error_and_one_on_the_hub_is_not_waited_for(tmp_path: Path) -> None:
+    folder = str(tmp_path / "nowhere")
+    params = replace(PARAMS, data=TextDataParams(tokenizer=folder))
+    with pytest.raises(FileNotFoundError, match=r"^data\.tokenizer: \S*nowhere is no folder with a tokenizer\.json\.$"):
+        read_facts(params, 1)
+    assert read_facts(params, 1, offline=True).tokenizer is None
+    hub = replace(PARAMS, data=TextDataParams(tokenizer="owner/name"))
+    assert read_facts(hub, 1, offline=True).tokenizer is None
+
+
+@register_data_params("test_mixture")
+@dataclass(frozen=True, kw_only=True)
+class MixtureParams(DataParams):
+    """Named datasets."""
+
+    # the datasets
+    datasets: dict[str, DataParams] = field(default_factory=dict)
+
+
+def test_sections_in_a_dict_are_resolved_checked_and_printed_too(write: Write) -> None:
+    inner = TextDataParams(dataset_manifest=["b"], seq_len=16)
+    data = MixtureParams(dataset_manifest=["a/manifest.jsonl"], seq_len=16, datasets={"web": inner})
+    resolved = resolve_known(replace(PARAMS, data=data), FACTS)
+    assert isinstance(resolved.params.data, MixtureParams)
+    assert resolved.params.data.datasets["web"].seed == 7
+    assert resolved.sources["data.datasets.web.seed"] == "hparams.seed"
+    text = format_resolved(resolved, {"data.datasets.web.seq_len": Origin("job.yaml", 9)})
+    assert re.search(r"^      seq_len: 16 +# job\.yaml:9$", text, re.MULTILINE)
+    assert load_experiment_params_from_yaml(write("resolved.yaml", text)) == resolved.params
+    empty = replace(data, datasets={"web": TextDataParams(seq_len=16)})
+    with pytest.raises(ValueError, match=r"^data\.datasets\.web\.dataset_manifest is empty"):
+        resolve(replace(PARAMS, data=empty), FACTS)
 
 
 def test_a_folder_instead_of_its_manifest_says_what_was_meant(tmp_path: Path) -> None:
