@@ -110,10 +110,10 @@ def _fill(
 def _check(section: BaseParams, root: TrainExperimentParams, facts: Facts, path: str) -> list[str]:
     notices = section.check(root, facts, path)
     for item in fields(section):
-        value = getattr(section, item.name)
-        parts = {item.name: value} if isinstance(value, BaseParams) else {}
+        value: Any = getattr(section, item.name)
         if _is_dict_of_sections(value):
-            parts = {f"{item.name}.{name}": part for name, part in value.items()}
-        for name, part in parts.items():
-            notices = notices + _check(part, root, facts, f"{path}.{name}")
+            for name, part in value.items():
+                notices = notices + _check(part, root, facts, f"{path}.{item.name}.{name}")
+        elif isinstance(value, BaseParams):
+            notices = notices + _check(value, root, facts, f"{path}.{item.name}")
     return notices
