@@ -84,7 +84,7 @@ def count_targets(batches: Iterable[Batch]) -> np.ndarray:
     return counts
 
 
-def sketch_curve(points: list[tuple[float, float]], *, width: int = 64, height: int = 10) -> list[str]:
+def sketch_curve(points: list[tuple[int, float]], *, width: int = 64, height: int = 10) -> list[str]:
     """Draw losses over steps in characters, lines from the top down."""
     steps = np.array([step for step, _ in points], dtype=np.float64)
     losses = np.array([loss for _, loss in points], dtype=np.float64)
@@ -100,7 +100,7 @@ def sketch_curve(points: list[tuple[float, float]], *, width: int = 64, height: 
 
 
 def draw_loss_curve(
-    training: list[tuple[float, float]], validation: list[tuple[float, float]], baseline: float, path: Path
+    training: list[tuple[int, float]], validation: list[tuple[int, float]], baseline: float, path: Path
 ) -> None:
     """Draw the loss over steps as a PNG."""
     import matplotlib
