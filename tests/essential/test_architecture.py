@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"registry", "world", "batch", "randomness"},
 ]
 # (importer, imported) within one layer
-ALLOWED_SIDEWAYS = {("cli", "main"), ("cli", "quickstart"), ("images", "text")} | {
+ALLOWED_SIDEWAYS = {("cli", "main"), ("cli", "quickstart"), ("images", "text"), ("text", "io")} | {
     (importer, imported)
     for importer in ("params", "shards", "run_folder")
     for imported in ("params", "shards", "run_folder")
