@@ -122,6 +122,11 @@ BROKEN = {
     "not json": {"json.gz": gzip.compress(b"{")},
     "not tokens": {"json.gz": gzip.compress(b'["a", 1, 2, 3, 4, 5, 6, 7, 8]')},
     "negative": {"json.gz": gzip.compress(b"[-1, 1, 2, 3, 4, 5, 6, 7, 8]")},
+    "too large": {"json.gz": gzip.compress(b"[4294967296, 1, 2, 3, 4, 5, 6, 7, 8]")},
+    "fractions": {"json.gz": gzip.compress(b"[0.5, 1, 2, 3, 4, 5, 6, 7, 8]")},
+    "nested": {"json.gz": gzip.compress(b"[[0, 1, 2, 3, 4, 5, 6, 7, 8]]")},
+    "ragged": {"json.gz": gzip.compress(b"[[0], 1, 2, 3, 4, 5, 6, 7, 8]")},
+    "empty": {"json.gz": gzip.compress(b"[]")},
     "too short": {"json.gz": gzip.compress(b"[1, 2, 3]")},
     "no member": {"txt": b"text"},
 }

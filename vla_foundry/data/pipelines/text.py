@@ -14,6 +14,7 @@ from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 
 JSON_SUFFIX = "json.gz"
+_MAX_TOKEN = np.iinfo(np.int32).max
 
 
 def decode_json_tokens(sample: Sample) -> Sample:
@@ -24,10 +25,10 @@ def decode_json_tokens(sample: Sample) -> Sample:
     """
     if JSON_SUFFIX not in sample:
         return sample
-    values = json.loads(gzip.decompress(sample[JSON_SUFFIX]))
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 31 for value in values):
+    tokens = np.asarray(json.loads(gzip.decompress(sample[JSON_SUFFIX])))
+    if tokens.ndim != 1 or tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() > _MAX_TOKEN:
         raise ValueError(f"{JSON_SUFFIX} must hold a flat list of token ids")
-    return {**sample, "input_ids": np.asarray(values, dtype=np.int32)}
+    return {**sample, "input_ids": tokens.astype(np.int32)}
 
 
 def require_tokens(sample: Sample) -> Sample:
