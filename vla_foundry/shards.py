@@ -118,12 +118,15 @@ def _parse_manifest_line(line: str, where: str) -> ManifestEntry:
     count = values.get("num_sequences")
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{where} needs a key 'num_sequences' with a whole number >= 0, got {count!r}.")
+    num_bytes, sha256 = values.get("num_bytes"), values.get("sha256")
+    if not (num_bytes is None or (isinstance(num_bytes, int) and num_bytes >= 0)):
+        raise ValueError(f"{where}: 'num_bytes' must be a whole number >= 0, got {num_bytes!r}.")
+    if not (sha256 is None or isinstance(sha256, str)):
+        raise ValueError(f"{where}: 'sha256' must be text, got {sha256!r}.")
     shard = values["shard"].removesuffix(".tar")
     if shard.startswith("/") or ".." in shard.split("/"):
         raise ValueError(f"{where}: shard '{shard}' leaves the manifest's folder. Use a path inside it.")
-    return ManifestEntry(
-        shard=shard, num_sequences=count, num_bytes=values.get("num_bytes"), sha256=values.get("sha256")
-    )
+    return ManifestEntry(shard=shard, num_sequences=count, num_bytes=num_bytes, sha256=sha256)
 
 
 def format_manifest(entries: Iterable[ManifestEntry]) -> str:

@@ -169,6 +169,17 @@ def list_files(folder_or_glob: str) -> list[str]:
     return list(list_sizes(folder_or_glob))
 
 
+def list_relative(folder: str) -> dict[str, int]:
+    """List the files below a folder: {path within the folder: bytes}, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = (folder if is_remote(folder) else os.path.expanduser(folder)).rstrip("/") or "/"
+    base = folder if folder.endswith("/") else folder + "/"
+    return {path[len(base) :]: size for path, size in list_sizes(folder).items() if path.startswith(base)}
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file, atomically; folders are made."""
     _storage_of(uri).write_bytes(uri, data)

@@ -146,14 +146,14 @@ def _run_on_ray(
     with _ray_cluster(num_workers, ray_address) as num_under_way:
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=False)(function)
+        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=False)(_call_in_worker)
         shared_ref = ray.put(shared)
         waiting = iter(tasks)
         under_way: dict[Any, tuple[Task, int]] = {}
         try:
             while True:
                 for task in waiting:
-                    under_way[remote.remote(shared_ref, task)] = (task, 1)
+                    under_way[remote.remote(function, shared_ref, task)] = (task, 1)
                     if len(under_way) >= num_under_way:
                         break
                 if not under_way:
@@ -169,10 +169,15 @@ def _run_on_ray(
                 _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
                 if attempt == _ATTEMPTS:
                     raise _failure(task, error) from error
-                under_way[remote.remote(shared_ref, task)] = (task, attempt + 1)
+                under_way[remote.remote(function, shared_ref, task)] = (task, attempt + 1)
         finally:
             for reference in under_way:
                 ray.cancel(reference, force=True)
+
+
+def _call_in_worker(function: Callable[[Any, Task], Any], shared: Any, task: Task) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray shares out the cores
+    return function(shared, task)
 
 
 def _result_of(reference: Any) -> tuple[Any, BaseException | None]:
@@ -216,7 +221,8 @@ class _ProgressLines:
     def advance(self, weight: int) -> None:
         self._done += weight
         now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES and self._done < self._total:
+        is_end = self._done >= self._total and self._last_line > self._start
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and not is_end:
             return
         self._last_line = now
         seconds = now - self._start

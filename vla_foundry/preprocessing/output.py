@@ -15,7 +15,7 @@ from vla_foundry.io.uri import (
     delete,
     is_remote,
     join_uri,
-    list_sizes,
+    list_relative,
     name_of,
     read_text,
     write_bytes,
@@ -120,12 +120,9 @@ class OutputFolder:
     def _files(self) -> dict[str, int]:
         """{path within the folder: size}, temporary files left out."""
         try:
-            sizes = list_sizes(self.uri)
+            return {name: size for name, size in list_relative(self.uri).items() if not _is_temporary(name)}
         except FileNotFoundError:
             return {}
-        base = self.uri if is_remote(self.uri) else os.path.expanduser(self.uri)
-        skip = len(base.rstrip("/")) + 1
-        return {name[skip:]: size for name, size in sizes.items() if not _is_temporary(name)}
 
     def _found_plan(self, files: Mapping[str, int]) -> dict[str, Any] | None:
         if MANIFEST_NAME in files and PROVENANCE_NAME in files:
@@ -175,9 +172,7 @@ class OutputFolder:
         """Delete what a killed run left half-written; remote stores have no such files."""
         if is_remote(self.uri):
             return
-        for path in list_sizes(self.uri):
-            if _is_temporary(path):
-                os.unlink(path)
+        self._delete_all(name for name in list_relative(self.uri) if _is_temporary(name))
 
 
 def record_task(folder: str, number: int, result: Any) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.io.uri import is_remote
@@ -23,28 +23,28 @@ PLAN_VERSION = 1
 _PLAIN_FIELDS = ("source", "output", "num_workers", "ray_address", "overwrite", "max_bad_fraction")
 
 
-def run_text_job(
-    params: TextJobParams,
-    *,
-    command: str,
-    function: Callable[[Any, Task], Any],
-    shared: Mapping[str, Any],
-    task_bytes: int,
-    plan: Mapping[str, Any],
-    dataset: Mapping[str, Any],
-    files: Mapping[str, bytes],
-) -> None:
-    """Run a job over documents from start to finish, or from where a killed run left it.
+@dataclass(frozen=True, kw_only=True)
+class TextJob:
+    """What one kind of job over documents does, and what it makes."""
 
-    Args:
-        params: of the job.
-        command: its name, as the user types it.
-        function: (shared, task) -> the result of `finish_task`.
-        shared: what the function needs; `folder`, `seed` and `text_key` are added.
-        task_bytes: about how many bytes of text a task takes.
-        plan: what else determines the output's bytes, beside the params and the source.
-        dataset: facts for the provenance; counts are added.
-        files: further files of the dataset, {path within the folder: content}.
+    # as the user types it
+    command: str
+    # (shared, task) -> the result of `finish_task`
+    function: Callable[[Any, Task], Any]
+    # what the function needs; `folder`, `seed` and `text_key` are added
+    shared: Mapping[str, Any]
+    # about how many bytes of text a task takes
+    task_bytes: int
+    # what else determines the output's bytes, beside params and source; stands for params of the same name
+    plan: Mapping[str, Any]
+    # facts for the provenance; counts are added
+    dataset: Mapping[str, Any]
+    # further files of the dataset, {path within the folder: content}
+    files: Mapping[str, bytes]
+
+
+def run_text_job(params: TextJobParams, job: TextJob) -> None:
+    """Run a job over documents from start to finish, or from where a killed run left it.
 
     Raises:
         ValueError: the output folder holds something else, or too much of the source is bad.
@@ -52,11 +52,9 @@ def run_text_job(
     """
     check_apart(params.source, params.output)
     sources = list_sources(params.source)
-    values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *plan)}
-    output = OutputFolder(
-        params.output,
-        {"command": command, "version": PLAN_VERSION, "params": values, "source": sources.describe(), **plan},
-    )
+    values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *job.plan)}
+    plan = {"command": job.command, "version": PLAN_VERSION, "params": values, "source": sources.describe(), **job.plan}
+    output = OutputFolder(params.output, plan)
     state = output.begin(overwrite=params.overwrite)
     if state == "complete":
         say(f"{params.output} is complete; nothing to do.")
@@ -65,37 +63,44 @@ def run_text_job(
     if sources.ignored:
         endings = ", ".join(f"{count:,} {ending}" for ending, count in sorted(sources.ignored.items()))
         say(f"files that hold no text are left out: {endings}")
-    tasks = plan_tasks(sources.files, seed=params.seed, task_bytes=task_bytes)
-    done = output.finished() if state == "begun" else {}
+    tasks = plan_tasks(sources.files, seed=params.seed, task_bytes=job.task_bytes)
+    start = time.monotonic()
+    results = _run_tasks(params, job, tasks, output.finished() if state == "begun" else {}, sources.weight)
+    _finish(output, sources.weight, results, params, job)
+    say(f"{sources.weight / 1e6:,.1f} MB in {time.monotonic() - start:.1f} s")
+
+
+def _run_tasks(
+    params: TextJobParams, job: TextJob, tasks: list[Task], done: dict[int, Any], num_bytes: int
+) -> list[dict[str, Any]]:
+    """Run the tasks that are not done, and return the results of all in order."""
     if done:
         say(f"going on: {len(done):,} of {len(tasks):,} tasks are done")
-    start = time.monotonic()
     tally, results = Tally(), dict(done)
     for result in done.values():
         tally.add_json(result["tally"])
     for task, result in run_tasks(
-        function,
+        job.function,
         [task for task in tasks if task.number not in done],
-        shared={**shared, "folder": _absolute(params.output), "seed": params.seed, "text_key": params.text_key},
-        title=command,
+        shared={
+            **job.shared,
+            "folder": _absolute(params.output),
+            "seed": params.seed,
+            "text_key": params.text_key,
+        },
+        title=job.command,
         num_workers=params.num_workers,
         ray_address=params.ray_address,
         done_weight=sum(task.weight for task in tasks if task.number in done),
     ):
         results[task.number] = result
         tally.add_json(result["tally"])
-        tally.check(params.max_bad_fraction, sources.weight, is_final=False)
-    _finish(output, sources.weight, [results[number] for number in sorted(results)], params, dataset, files)
-    say(f"{sources.weight / 1e6:,.1f} MB in {time.monotonic() - start:.1f} s")
+        tally.check(params.max_bad_fraction, num_bytes, is_final=False)
+    return [results[task.number] for task in tasks]
 
 
 def _finish(
-    output: OutputFolder,
-    num_bytes: int,
-    results: list[dict[str, Any]],
-    params: TextJobParams,
-    dataset: Mapping[str, Any],
-    files: Mapping[str, bytes],
+    output: OutputFolder, num_bytes: int, results: list[dict[str, Any]], params: TextJobParams, job: TextJob
 ) -> None:
     tally = Tally()
     for result in results:  # in order of the tasks, so that examples do not depend on who was first
@@ -106,14 +111,14 @@ def _finish(
         raise ValueError(f"--source has no documents: {'; '.join(tally.describe()) or 'no rows'}.")
     totals = {name: sum(result["totals"][name] for result in results) for name in results[0]["totals"]}
     facts = {
-        **dataset,
+        **job.dataset,
         "num_documents": tally.num_documents,
         **totals,
         "num_sequences": sum(entry.num_sequences for entry in entries),
         "num_shards": len(entries),
         "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
     }
-    output.publish(entries, format_provenance(output.plan, facts, tally.to_json()), files)
+    output.publish(entries, format_provenance(output.plan, facts, tally.to_json()), job.files)
     for line in tally.describe():
         say(line)
     _report(facts)

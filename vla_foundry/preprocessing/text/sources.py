@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
@@ -162,12 +163,17 @@ def read_unit(unit: Unit, *, text_key: str, max_bytes: int) -> Iterator[Piece | 
         yield Skipped("unreadable", f"{unit.file.name}: not valid gzip ({error})", unit.weight)
 
 
-def _open(file: SourceFile) -> BinaryIO:
-    raw = open_input(file.uri)
-    if raw.seek(0, 2) != file.size:
-        raise ValueError(f"{file.uri} has changed since it was listed. Run again when nothing writes to it.")
-    raw.seek(0)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb")) if file.is_gzip else raw
+@contextmanager
+def _open(file: SourceFile) -> Iterator[BinaryIO]:
+    with open_input(file.uri) as raw:
+        if raw.seek(0, 2) != file.size:
+            raise ValueError(f"{file.uri} has changed since it was listed. Run again when nothing writes to it.")
+        raw.seek(0)
+        if not file.is_gzip:
+            yield raw
+            return
+        with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
+            yield cast(BinaryIO, unpacked)
 
 
 def _read_txt(unit: Unit, text_key: str, max_bytes: int) -> Iterator[Piece | Skipped]:

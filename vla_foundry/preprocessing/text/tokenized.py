@@ -1,7 +1,6 @@
 """`vla-foundry preprocess text`: documents -> tokens -> packed records -> shards, in one pass."""
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from vla_foundry.params.preprocessing import PreprocessTextParams
 from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.text.job import finish_task, read_documents, run_text_job, shard_name
+from vla_foundry.preprocessing.text.job import TextJob, finish_task, read_documents, run_text_job, shard_name
 from vla_foundry.preprocessing.text.packing import RecordPacker, token_type, write_records
 from vla_foundry.preprocessing.text.sources import Piece
 from vla_foundry.preprocessing.text.tally import Tally
@@ -33,8 +32,7 @@ def preprocess_text(params: PreprocessTextParams) -> None:
     """
     tokenizer = read_tokenizer(params.tokenizer, eos_token=params.eos_token)
     dtype = token_type(tokenizer.vocab_size)
-    run_text_job(
-        params,
+    job = TextJob(
         command="preprocess text",
         function=tokenize_task,
         shared={
@@ -55,11 +53,11 @@ def preprocess_text(params: PreprocessTextParams) -> None:
         },
         files={f"tokenizer/{name}": content for name, content in tokenizer.files.items()},
     )
+    run_text_job(params, job)
 
 
 def tokenize_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Tokenize and pack the documents of one task; a shard has at most samples_per_shard records, and at least half."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by Ray
     tally = Tally()
     most = shared["samples_per_shard"]
     packer = RecordPacker(shared["record_length"], shared["dtype"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from vla_foundry.params.preprocessing import PreprocessTextUntokenizedParams
 from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.text.job import finish_task, read_documents, run_text_job, shard_name
+from vla_foundry.preprocessing.text.job import TextJob, finish_task, read_documents, run_text_job, shard_name
 from vla_foundry.preprocessing.text.sources import Piece
 from vla_foundry.preprocessing.text.tally import Tally
 from vla_foundry.preprocessing.writer import write_shard
@@ -26,8 +26,7 @@ def preprocess_text_untokenized(params: PreprocessTextUntokenizedParams) -> None
         ValueError: the output folder will not do, or too much of the source is bad.
         FileNotFoundError: a source does not exist.
     """
-    run_text_job(
-        params,
+    job = TextJob(
         command="preprocess text_untokenized",
         function=write_task,
         shared={"samples_per_shard": params.samples_per_shard, "max_sample_bytes": params.max_sample_bytes},
@@ -36,6 +35,7 @@ def preprocess_text_untokenized(params: PreprocessTextUntokenizedParams) -> None
         dataset={"kind": "text_untokenized", "max_sample_bytes": params.max_sample_bytes},
         files={},
     )
+    run_text_job(params, job)
 
 
 def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:

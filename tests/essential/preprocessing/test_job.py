@@ -1,0 +1,105 @@
+"""Tasks run on Ray and here alike: failures are tried again, then reported by name, and never lost."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vla_foundry.preprocessing.job import Task, run_tasks
+
+
+def create_tasks(folder: Path, num_tasks: int = 5) -> list[Task]:
+    return [Task(number=n, name=f"file {n}", weight=10, payload=str(folder / f"{n}")) for n in range(num_tasks)]
+
+
+def square(shared: int, task: Task) -> int:
+    return shared + task.number**2
+
+
+def fail_twice(shared: str, task: Task) -> int:
+    """Fail on the first two calls for each task: by an error, or by the death of the worker."""
+    calls = len(list(Path(task.payload).parent.glob(f"{task.number}_*")))
+    Path(f"{task.payload}_{calls}").touch()
+    if calls < 2 and task.number == 3:
+        if shared == "die":
+            os._exit(1)
+        raise RuntimeError("out of luck")
+    return task.number
+
+
+def fail(shared: type, task: Task) -> None:
+    Path(f"{task.payload}_{time.monotonic_ns()}").touch()
+    if task.number == 2:
+        raise shared("no\nluck")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _functions_travel() -> None:
+    """Let Ray send this module's functions to its workers, which can not import it."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(params=["here", "ray"])
+def num_workers(request: pytest.FixtureRequest) -> int | None:
+    if request.param == "here":
+        return 0
+    request.getfixturevalue("ray_cluster")
+    return None
+
+
+def run(function, folder: Path, shared, num_workers: int | None) -> dict[int, object]:
+    found = run_tasks(
+        function, create_tasks(folder), shared=shared, title="test", num_workers=num_workers, ray_address=None
+    )
+    return {task.number: result for task, result in found}
+
+
+def test_every_task_gives_its_result(tmp_path: Path, num_workers: int | None):
+    assert run(square, tmp_path, 100, num_workers) == {n: 100 + n * n for n in range(5)}
+
+
+def test_failed_task_is_tried_again(tmp_path: Path, num_workers: int | None):
+    assert sorted(run(fail_twice, tmp_path, "raise", num_workers)) == list(range(5))
+    assert len(list(tmp_path.glob("3_*"))) == 3
+
+
+def test_dead_worker_is_replaced(tmp_path: Path, ray_cluster: str):
+    assert sorted(run(fail_twice, tmp_path, "die", None)) == list(range(5))
+    assert len(list(tmp_path.glob("3_*"))) == 3
+
+
+def test_task_that_keeps_failing_is_named(tmp_path: Path, num_workers: int | None):
+    with pytest.raises(ValueError, match=r"^'file 2' failed 3 times, the last time with RuntimeError: no luck$"):
+        run(fail, tmp_path, RuntimeError, num_workers)
+    assert len(list(tmp_path.glob("2_*"))) == 3
+
+
+def test_errors_of_the_user_are_not_tried_again(tmp_path: Path, num_workers: int | None):
+    with pytest.raises(ValueError, match=r"^no\sluck$"):
+        run(fail, tmp_path, ValueError, num_workers)
+    assert len(list(tmp_path.glob("2_*"))) == 1
+
+
+def test_missing_ray_is_one_line():
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from vla_foundry.preprocessing.job import Task, run_tasks\n"
+        "task = Task(number=0, name='x', weight=1, payload=None)\n"
+        "try: list(run_tasks(print, [task], shared=0, title='t', num_workers=1, ray_address=None))\n"
+        "except ValueError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "uv pip install 'vla-foundry[preprocessing]', or give --num_workers 0" in run.stdout
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("vla_foundry.preprocessing.job._SECONDS_BETWEEN_LINES", 0.0)
+    run(square, tmp_path, 0, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" after")[0] for line in lines] == [f"test: {20 * n}.0%" for n in range(1, 6)]
+    assert all(line.endswith(" s") and "ETA" in line for line in lines)

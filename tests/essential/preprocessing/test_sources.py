@@ -1,0 +1,166 @@
+"""Every document of every kind of file is read once, whatever the division; what is not a document is named."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vla_foundry.preprocessing.text.sources import (
+    Piece,
+    Skipped,
+    Unit,
+    list_sources,
+    read_unit,
+    split_bytes,
+)
+
+TEXTS = ["first", "größer 日本語\nwith lines", "x" * 50, '{"json": 1}', " spaces ", "last"]
+
+
+def read_all(place: Path, num_parts: int = 1, *, max_bytes: int = 1000) -> list[Piece | Skipped]:
+    rows: list[Piece | Skipped] = []
+    for file in list_sources([str(place)]).files:
+        for part in range(num_parts):
+            unit = Unit(file=file, part=part, num_parts=num_parts)
+            rows += read_unit(unit, text_key="text", max_bytes=max_bytes)
+    return rows
+
+
+def texts_of(rows: list[Piece | Skipped]) -> list[str]:
+    assert not [row for row in rows if isinstance(row, Skipped)]
+    return [row.text for row in rows if isinstance(row, Piece)]
+
+
+def write_parquet(path: Path, values: list, *, row_group_size: int = 2) -> None:
+    pq.write_table(pa.table({"other": [1] * len(values), "text": values}), path, row_group_size=row_group_size)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 200])
+def test_every_line_is_in_one_part_of_a_jsonl(tmp_path: Path, num_parts: int):
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines[:3]).encode() + b"\r\n\n")
+    (tmp_path / "b.jsonl").write_bytes("\n".join(lines[3:]).encode())  # no newline at the end
+    assert texts_of(read_all(tmp_path, num_parts)) == TEXTS
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 50])
+def test_every_row_is_in_one_part_of_a_parquet(tmp_path: Path, num_parts: int):
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    rows = read_all(tmp_path, num_parts)
+    assert texts_of(rows) == TEXTS
+    assert [row.document for row in rows if isinstance(row, Piece)] == [f"0/a.parquet row {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_gzipped_files_hold_the_same_documents(tmp_path: Path, kind: str):
+    plain = tmp_path / "plain" / f"a.{kind}"
+    plain.parent.mkdir()
+    if kind == "jsonl":
+        plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    elif kind == "parquet":
+        write_parquet(plain, TEXTS)
+    else:
+        plain.write_text("\n".join(TEXTS))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / f"a.{kind}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    expected = ["\n".join(TEXTS)] if kind == "txt" else TEXTS
+    assert texts_of(read_all(plain.parent)) == texts_of(read_all(tmp_path / "packed")) == expected
+
+
+def test_long_text_file_is_one_document_in_pieces(tmp_path: Path):
+    text = "".join(f"line {number} größer\n" for number in range(900_000))  # more than two blocks
+    (tmp_path / "long.txt").write_text(text)
+    rows = [row for row in read_all(tmp_path, max_bytes=100_000) if isinstance(row, Piece)]
+    assert "".join(row.text for row in rows) == text
+    assert [row.part for row in rows] == list(range(len(rows)))
+    assert [row.is_last for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert max(len(row.text.encode()) for row in rows) <= 100_000
+
+
+@pytest.mark.parametrize("text", ["日本語" * 100, "a b" * 200, "x" * 500, "é\n" * 150, "ab", "🙂" * 90])
+@pytest.mark.parametrize("max_bytes", [8, 13, 64, 1000])
+def test_split_bytes_loses_nothing(text: str, max_bytes: int):
+    pieces = list(split_bytes(text.encode(), max_bytes))
+    assert "".join(piece.decode() for piece in pieces) == text
+    assert all(0 < len(piece) <= max_bytes for piece in pieces)
+
+
+def test_rows_that_are_no_documents_are_named(tmp_path: Path):
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "  "}',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"other": "x"}',
+        b'["text"]',
+        b'{"text": "broken',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rows = read_all(tmp_path)
+    assert [row.text for row in rows if isinstance(row, Piece)] == ["good"]
+    starts = [sum(len(line) + 1 for line in lines[:number]) for number in range(len(lines))]
+    assert [(row.reason, row.where) for row in rows if isinstance(row, Skipped)] == [
+        (reason, f"0/a.jsonl byte {start}")
+        for reason, start in zip(
+            ["empty", "null", "not_a_string", "missing_key", "missing_key", "bad_json", "not_utf8", "not_unicode"],
+            starts[1:],
+            strict=True,
+        )
+    ]
+
+
+def test_parquet_rows_that_are_no_documents_are_named(tmp_path: Path):
+    write_parquet(tmp_path / "a.parquet", ["good", None, " "])
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"other": ["x", "y", "z"]}), tmp_path / "c.parquet")
+    rows = read_all(tmp_path, 2)
+    reasons = [row.reason for row in rows if isinstance(row, Skipped)]
+    assert reasons == ["null", "empty", "not_a_string", "not_a_string", "missing_key", "missing_key", "missing_key"]
+
+
+def test_unreadable_files_are_named_and_weighed(tmp_path: Path):
+    packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2000).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip at all")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 is not enough PAR1")
+    (tmp_path / "d.txt").write_bytes(b"abc \xff")
+    write_parquet(tmp_path / "e.parquet", TEXTS * 500, row_group_size=3000)
+    data = bytearray((tmp_path / "e.parquet").read_bytes())
+    data[60:400] = bytes(340)
+    (tmp_path / "e.parquet").write_bytes(data)
+    skipped = [row for row in read_all(tmp_path) if isinstance(row, Skipped)]
+    assert [row.reason for row in skipped] == ["unreadable", "unreadable", "unreadable", "not_utf8", "unreadable"]
+    assert [row.where[:5] for row in skipped] == ["0/a.j", "0/b.j", "0/c.p", "0/d.t", "0/e.p"]
+    assert all(row.num_bytes > 0 for row in skipped)
+
+
+def test_other_files_are_counted(tmp_path: Path):
+    for name in ("a.txt", "b.md", "c.md", "d", "e.csv.gz"):
+        (tmp_path / name).write_text("x")
+    sources = list_sources([str(tmp_path)])
+    assert [file.name for file in sources.files] == ["0/a.txt"]
+    assert sources.ignored == {".md": 2, "(none)": 1, ".csv.gz": 1}
+
+
+def test_places_without_text_are_errors(tmp_path: Path):
+    (tmp_path / "b.md").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"--source \S+b\.md has no text"):
+        list_sources([str(tmp_path / "b.md")])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list_sources([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match=r"a\.txt twice"):
+        list_sources([str(tmp_path / "a.txt"), str(tmp_path)])
+
+
+def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    unit = Unit(file=list_sources([str(tmp_path)]).files[0], part=0, num_parts=1)
+    (tmp_path / "a.txt").write_text("xy")
+    with pytest.raises(ValueError, match="has changed since it was listed"):
+        list(read_unit(unit, text_key="text", max_bytes=100))

@@ -1,0 +1,161 @@
+"""The contract on disk: what is written is read back, and what is wrong is named."""
+
+import io
+import json
+import tarfile
+import tempfile
+from typing import BinaryIO, cast
+
+import pytest
+
+from vla_foundry.shards import (
+    ManifestEntry,
+    ShardIndex,
+    format_index,
+    format_manifest,
+    format_records_info,
+    index_shard,
+    parse_index,
+    parse_manifest,
+    split_member_name,
+)
+
+
+def create_file(content: bytes) -> BinaryIO:
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def create_tar(members: list[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def index_of(content: bytes) -> ShardIndex:
+    with create_file(content) as file:
+        return index_shard(file)
+
+
+def records(**changes: bytes) -> list[tuple[str, bytes]]:
+    members = {
+        "records.json": format_records_info(dtype="uint16", record_length=3, num_sequences=2).encode(),
+        "tokens.u16": bytes(12),
+        "document_ends.u32": bytes(8),
+        "document_offsets.u64": bytes(24),
+    } | {name.replace("_json", ".json"): content for name, content in changes.items()}
+    return [(f"shard.{suffix}", content) for suffix, content in members.items() if content is not None]
+
+
+def test_manifest_is_read_back():
+    entries = [
+        ManifestEntry(shard="shards/a", num_sequences=3, num_bytes=10, sha256="ff"),
+        ManifestEntry(shard="b", num_sequences=0),
+    ]
+    text = format_manifest(entries)
+    assert json.loads(text.splitlines()[1]) == {"shard": "b", "num_sequences": 0}
+    assert parse_manifest(text, "m") == entries
+    assert parse_manifest(text.replace("\n", "\n\n").replace('"b"', '"b.tar"'), "m") == entries
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "m lists no shards"),
+        ("{", "m line 1 is not JSON"),
+        ('{"shard": "a", "num_sequences": 1}\n[]', "m line 2 needs a key 'shard'"),
+        ('{"num_sequences": 1}', "needs a key 'shard'"),
+        ('{"shard": "a"}', "needs a key 'num_sequences' with a whole number >= 0, got None"),
+        ('{"shard": "a", "num_sequences": -1}', "got -1"),
+        ('{"shard": "a", "num_sequences": true}', "got True"),
+        ('{"shard": "../a", "num_sequences": 1}', "leaves the manifest's folder"),
+        ('{"shard": "/a", "num_sequences": 1}', "leaves the manifest's folder"),
+        ('{"shard": "a", "num_sequences": 1}\n{"shard": "a.tar", "num_sequences": 1}', "'a' more than once"),
+        ('{"shard": "a", "num_sequences": 1, "num_bytes": "x"}', "num_bytes"),
+    ],
+)
+def test_wrong_manifest_is_named(text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_manifest(text, "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "suffix"),
+    [
+        ("a/b.c/d.Front.JPG", "a/b.c/d", "front.jpg"),
+        ("key.json", "key", "json"),
+        ("key", "key", ""),
+    ],
+)
+def test_member_names_split_as_webdataset_does(name: str, key: str, suffix: str):
+    from webdataset.tariterators import base_plus_ext
+
+    assert split_member_name(name) == (key, suffix)
+    if suffix:
+        assert base_plus_ext(name) == (key, name[len(key) + 1 :])
+
+
+def test_index_says_where_samples_lie():
+    data = create_tar([("a.JPG", b"12345"), ("a.txt", b"x"), ("__meta__", b"no"), ("b.txt", b"yy"), ("a.txt", b"zzz")])
+    index = index_of(data)
+    assert [key for key, _ in index.samples] == ["a", "b", "a"]  # neighbours alone are one sample
+    span = index.samples[0][1]["jpg"]
+    assert data[span.offset : span.offset + span.size] == b"12345"
+    assert index.num_sequences == 3
+    assert index.num_bytes == len(data)
+    assert parse_index(format_index(index), "i") == index
+
+
+def test_index_of_token_records_is_read_back():
+    index = index_of(create_tar(records()))
+    assert index.num_sequences == 2
+    assert index.samples == ()
+    assert index.records is not None
+    assert (index.records.dtype, index.records.record_length, index.records.tokens.size) == ("uint16", 3, 12)
+    assert parse_index(format_index(index), "i") == index
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.txt", b"1"), ("a.TXT", b"2")], "member 'a.TXT' stands twice"),
+        (records(**{"tokens.u16": bytes(10)}), "has 10 bytes of tokens for 2 records of 3"),
+        (records(**{"document_offsets.u64": bytes(16)}), "has 16 bytes of offsets for 2 records"),
+        (records(**{"records.json": b"{}"}), "token records are not whole"),
+        (records(**{"records.json": b"{"}), "token records are not whole"),
+        (records(**{"records.json": b'{"dtype": "float", "record_length": 3, "num_sequences": 2}'}), "are not whole"),
+        ([member for member in records() if "ends" not in member[0]], "are not whole"),
+    ],
+)
+def test_wrong_tar_is_named(members: list, message: str):
+    with pytest.raises(ValueError, match=message):
+        index_of(create_tar(members))
+
+
+@pytest.mark.parametrize("size", [0, 100, 600, 1500, 3000])
+def test_cut_tar_is_an_error(size: int):
+    data = create_tar([("a.txt", b"x" * 3000)])
+    with pytest.raises(ValueError, match="not a readable tar"):
+        index_of(data[:size])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 2}',
+        '{"version": 1}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "samples": [["a"]]}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "records": {}}',
+    ],
+)
+def test_wrong_index_is_named(text: str):
+    with pytest.raises(ValueError, match=r"^i is not a shard index"):
+        parse_index(text, "i")
