@@ -129,5 +129,8 @@ def test_a_model_from_outside_the_package_trains_and_its_run_loads_again(tmp_pat
     assert losses[-1] < 0.1
     # another process, which knows only the run's folder
     code = "from vla_foundry.params import ModelParams, load_params_from_yaml as load\n"
-    code += "print(load(ModelParams, 'runs/bigram/config.yaml'))"
-    assert run_python("-c", code, cwd=tmp_path).strip().endswith("freeze=False, num_tokens=4)")
+    code += "whole, alone = [load(ModelParams, f'runs/bigram/{name}.yaml') for name in ('config', 'config_model')]\n"
+    code += "print(whole == alone, whole)"
+    printed = run_python("-c", code, cwd=tmp_path).strip()
+    assert printed.startswith("True BigramParams(")
+    assert printed.endswith("num_tokens=4)")

@@ -33,9 +33,9 @@ def choose_type(
     given = branch.children.get(TYPE_KEY)
     if given is not None and not is_null(getattr(given, "value", given)):
         return _given_type(given, types, type_path), given.origin
-    checkpoint = branch.children.get(_CHECKPOINT_KEY)
-    if isinstance(checkpoint, Leaf) and isinstance(checkpoint.value, Scalar) and not is_null(checkpoint.value):
-        found = checkpoint_type(checkpoint.value.text)
+    checkpoint = checkpoint_of(branch)
+    if checkpoint is not None:
+        found = checkpoint_type(checkpoint)
         if found in types:
             return str(found), Origin(f"type of {path}.{_CHECKPOINT_KEY}")
     native = role.default_choice_name() if role.default_choice_name() in types else None
@@ -47,6 +47,14 @@ def choose_type(
         return able[0], Origin(f"the only type with the keys {', '.join(sorted(keys))}")
     names = ", ".join(sorted(able or types))
     raise ValueError(f"{branch.origin.prefix}{type_path} is missing. Choose one of: {names} (--{type_path} NAME).")
+
+
+def checkpoint_of(branch: Branch) -> str | None:
+    """The checkpoint that a branch starts from, if it names one."""
+    node = branch.children.get(_CHECKPOINT_KEY)
+    if isinstance(node, Leaf) and isinstance(node.value, Scalar) and not is_null(node.value):
+        return node.value.text
+    return None
 
 
 def _given_type(given: Any, types: dict[str, type], type_path: str) -> str:

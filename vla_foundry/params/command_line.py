@@ -186,7 +186,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if is_debug or not _is_users(error):
             raise
         where = "" if is_first_process() else f"process {os.environ.get('RANK', '?')}: "
-        sys.stderr.write(f"error: {where}{' '.join(_message(error).split())}\n")
+        sys.stderr.write(f"error: {where}{' '.join(_message(error).split()) or repr(error)}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

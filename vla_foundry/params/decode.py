@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
+from vla_foundry.io.uri import is_remote
 from vla_foundry.params import schema
 from vla_foundry.params.base import ChoiceParams
-from vla_foundry.params.choices import choose_type, drop_superseded
+from vla_foundry.params.choices import checkpoint_of, choose_type, drop_superseded
 from vla_foundry.params.migrations import migrations_of
 from vla_foundry.params.tree import TYPE_KEY, Branch, Leaf, Node, Origin, Scalar, to_node, to_value, without
 from vla_foundry.params.values import as_list, decode_value
@@ -84,6 +85,12 @@ def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any,
     if not issubclass(chosen, cls):
         raise ValueError(f"{origin.prefix}{_join(path, TYPE_KEY)} is '{name}', not '{cls.registered_name()}'.")
     decoding.origins[_join(path, TYPE_KEY)] = origin
+    checkpoint = checkpoint_of(tree)
+    if TYPE_KEY not in tree.children and checkpoint is not None and is_remote(checkpoint):
+        decoding.notices.append(
+            f"{_join(path, TYPE_KEY)} is taken to be '{name}': the config of {checkpoint} is not read for it. "
+            f"Give --{_join(path, TYPE_KEY)} if it is another."
+        )
     kept, dropped = drop_superseded(role, name, without(tree, TYPE_KEY), path)
     if dropped:
         changed = f"{_join(path, TYPE_KEY)} is now '{name}' ({origin})"

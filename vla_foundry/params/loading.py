@@ -7,7 +7,7 @@ import yaml
 
 from vla_foundry.params import schema
 from vla_foundry.params.base import ChoiceParams
-from vla_foundry.params.command_line import Parsed, decode_tree, import_file_plugins, print_notices
+from vla_foundry.params.command_line import PLUGINS_FLAG, Parsed, decode_tree, import_file_plugins, print_notices
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.tree import TYPE_KEY, Branch
 from vla_foundry.params.values import is_ambiguous
@@ -65,9 +65,14 @@ def _section_name(cls: Any, tree: Branch) -> str | None:
     return None
 
 
-def dump_params(params: Any) -> str:
-    """Write params as YAML that loads to equal params; every leaf is there, and every type."""
-    return dump_value(to_plain(params))
+def dump_params(params: Any, plugins: list[str] | None = None) -> str:
+    """Write params as YAML that loads to equal params; every leaf is there, and every type.
+
+    Args:
+        params: a whole config, or one section.
+        plugins: for a section, the modules that have to be imported before it is loaded; a whole config has them.
+    """
+    return dump_value(({PLUGINS_FLAG: plugins} if plugins else {}) | to_plain(params))
 
 
 def to_plain(value: Any) -> Any:

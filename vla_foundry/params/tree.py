@@ -88,6 +88,13 @@ def merge(base: Node, over: Node, path: str = "") -> Node:
     return Branch(children, over.origin, superseded)
 
 
+def as_one_layer(node: Node) -> Node:
+    """Return a tree that was merged from parts of equal rank: none of them was given for another type."""
+    if isinstance(node, Leaf):
+        return node
+    return Branch({key: as_one_layer(child) for key, child in node.children.items()}, node.origin)
+
+
 def _type_text(branch: Branch) -> str | None:
     node = branch.children.get(TYPE_KEY)
     return node.value.text if isinstance(node, Leaf) and isinstance(node.value, Scalar) else None

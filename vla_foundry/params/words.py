@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_foundry.params import schema
-from vla_foundry.params.tree import COMMAND_LINE, Branch, Leaf, Node, Scalar, merge, place
+from vla_foundry.params.tree import COMMAND_LINE, Branch, Leaf, Node, Scalar, as_one_layer, merge, place
 from vla_foundry.params.values import BOOL_WORDS
 from vla_foundry.params.yaml_source import is_null, load_config, parse_inline
 
@@ -87,17 +87,23 @@ def flags_to_tree(cls: Any, words: Words) -> Branch:
         ValueError: a flag has no name, or its mapping is no YAML.
         FileNotFoundError: an included file is not there.
     """
-    layers: list[tuple[tuple[bool, int], Node]] = []
+    includes: list[tuple[tuple[str, ...], Node]] = []
+    values: list[tuple[tuple[str, ...], Node]] = []
     for name, text in words.flags:
         path = tuple(name.split("."))
         if not all(path):
             raise ValueError(f"'--{name}' is no flag: write --section.field.")
         is_include, node = _flag_node(cls, path, text)
-        layers.append(((not is_include, len(path)), place(path, node)))
-    tree: Node = Branch({}, COMMAND_LINE)
-    for _, layer in sorted(layers, key=lambda item: item[0]):
-        tree = merge(tree, layer)
+        (includes if is_include else values).append((path, node))
+    tree = merge(_merge_shallow_first(includes), as_one_layer(_merge_shallow_first(values)))
     assert isinstance(tree, Branch)
+    return tree
+
+
+def _merge_shallow_first(flags: list[tuple[tuple[str, ...], Node]]) -> Node:
+    tree: Node = Branch({}, COMMAND_LINE)
+    for path, node in sorted(flags, key=lambda flag: len(flag[0])):
+        tree = merge(tree, place(path, node))
     return tree
 
 

@@ -1,5 +1,6 @@
 """Slots that hold one of several types: which one it is, and what becomes of another type's keys."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -111,6 +112,13 @@ def test_without_a_type_it_is_that_of_the_checkpoint(write: Write) -> None:
         robot("--model.eye.resume_from_checkpoint", step)
 
 
+def test_a_remote_checkpoint_is_not_read_for_a_type_and_that_is_said() -> None:
+    parsed = read("--model.type", "test_robot", "--model.eye.resume_from_checkpoint", "s3://bucket/run")
+    assert parsed.params.model.eye.type == "test_eye"
+    (notice,) = parsed.notices
+    assert notice.startswith("model.eye.type is taken to be 'test_eye': the config of s3://bucket/run is not read")
+
+
 def test_without_a_checkpoint_it_is_the_only_type_with_all_given_keys() -> None:
     parsed = read("--model.type", "test_robot", "--model.eye.hf_pretrained", "x", "--model.eye.width", "3")
     assert parsed.params.model.eye == BorrowedEyeParams(hf_pretrained="x", width=3)
@@ -160,6 +168,18 @@ def test_what_is_given_beside_the_new_type_is_never_dropped(write: Write) -> Non
     preset = write("robot.yaml", "type: test_robot\neye: {type: test_eye, width: 5, patch_size: 2}\n")
     with pytest.raises(ValueError, match=r"^model\.eye\.patch_size is unknown for model\.eye\.type 'test_eye_hf'"):
         read("--model", f"include {preset}", "--model.eye", "{type: test_eye_hf, hf_pretrained: x, patch_size: 3}")
+
+
+def test_flags_of_one_command_line_are_never_dropped_in_whatever_order() -> None:
+    pairs = (
+        ("--model.eye.patch_size", "2"),
+        ("--model.eye.hf_pretrained", "x"),
+        ("--model.eye.type", "test_eye_hf"),
+        ("--model.type", "test_robot"),
+    )
+    for order in itertools.permutations(pairs):
+        with pytest.raises(ValueError, match=r"^model\.eye\.patch_size is unknown for model\.eye\.type 'test_eye_hf'"):
+            read(*(word for pair in order for word in pair))
 
 
 def test_a_typing_error_in_a_preset_is_not_dropped_with_the_old_type(write: Write) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vla_foundry.io.uri import write_text
 from vla_foundry.params import (
     DataParams,
     HyperParams,
@@ -114,6 +115,15 @@ def test_a_file_of_the_section_alone_gives_it_too(write: Write) -> None:
     assert load_params_from_yaml(ModelParams, model) == TransformerParams(hidden_dim=8)
     with pytest.raises(ValueError, match=r"config_model\.yaml:1: type is 'transformer', not 'transformer_hf'"):
         load_params_from_yaml(TransformerHFParams, model)
+
+
+def test_a_remote_config_loads_with_what_it_includes(s3_bucket: str) -> None:
+    write_text(f"{s3_bucket}/hparams/base.yaml", "lr: 2\nwd: 2\n")
+    write_text(f"{s3_bucket}/jobs/llm/hparams.yaml", "<<: !include ../../hparams/base.yaml\nwd: 3\n")
+    params = load_params_from_yaml(HyperParams, f"{s3_bucket}/jobs/llm/hparams.yaml")
+    assert (params.lr, params.wd) == (2.0, 3.0)
+    with pytest.raises(FileNotFoundError, match=f"{s3_bucket}/nowhere.yaml"):
+        load_params_from_yaml(HyperParams, f"{s3_bucket}/nowhere.yaml")
 
 
 @pytest.mark.shared_data
