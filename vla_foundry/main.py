@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from vla_foundry.training.experiment import train  # pyright: ignore[reportMissingImports]
+    from vla_foundry.training.experiment import train
 
     train(params, read_world(torch.cuda.device_count()))
 
