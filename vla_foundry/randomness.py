@@ -6,17 +6,25 @@ from functools import lru_cache
 import numpy as np
 
 _MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @lru_cache(maxsize=1024)
-def _hash_purpose(purpose: str) -> int:
-    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+def _key(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "little")
 
 
-def _draw_words(count: int, *, seed: int, position: int, purpose: str) -> np.ndarray:
-    """Return `count` words of 64 random bits from the Philox stream of this key and counter."""
-    stream = np.random.Philox(key=[seed & _MASK, _hash_purpose(purpose)], counter=[0, 0, position & _MASK, 0])
-    return stream.random_raw(count)
+def _mix(value: int) -> int:
+    """Scramble 64 bits (the finalizer of SplitMix64, a bijection)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _draw_words(count: int, *, seed: int, position: int, purpose: str) -> list[int]:
+    """Return `count` words of 64 random bits; in Python, because numpy's generators take longer to set up."""
+    start = _mix((_key(seed, purpose) + _GOLDEN * (position + 1)) & _MASK)
+    return [_mix((start + _GOLDEN * number) & _MASK) for number in range(1, count + 1)]
 
 
 def draw_uniforms(count: int, *, seed: int, position: int, purpose: str) -> np.ndarray:
@@ -27,9 +35,10 @@ def draw_uniforms(count: int, *, seed: int, position: int, purpose: str) -> np.n
         position: of the sample in the plan, or the number of the step.
         purpose: what the draw is for; draws for different purposes are independent.
     """
-    return (_draw_words(count, seed=seed, position=position, purpose=purpose) >> np.uint64(11)) * 2.0**-53
+    words = _draw_words(count, seed=seed, position=position, purpose=purpose)
+    return np.array([(word >> 11) * 2.0**-53 for word in words])
 
 
 def draw_index(bound: int, *, seed: int, position: int, purpose: str) -> int:
     """Return an integer in 0 .. bound - 1, each as likely."""
-    return int(_draw_words(1, seed=seed, position=position, purpose=purpose)[0]) * bound >> 64
+    return _draw_words(1, seed=seed, position=position, purpose=purpose)[0] * bound >> 64

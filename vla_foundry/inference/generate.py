@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of
 # a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
 _DEPTH = 4
 
+_Stop: TypeAlias = Literal["end", "max_new_tokens", "max_seq_len"]
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -36,7 +38,7 @@ class Continuation:
     # the new tokens, without the one that ends a text
     tokens: list[int]
     # an end token came; max_new_tokens were made; or the model's max_seq_len is reached
-    stopped_by: Literal["end", "max_new_tokens", "max_seq_len"]
+    stopped_by: _Stop
 
 
 @torch.inference_mode()
@@ -60,23 +62,21 @@ def generate(
 
     Args:
         model: a language model; it is run in evaluation mode and left in the mode it was in.
-        attention_mask: 1 for the tokens of a prompt, 0 for padding, on either side.
-        seeds: one per row, for temperature > 0; 0, 1, 2, ... if not given.
-        use_cache: keep keys and values; false: run the whole row again for each token.
+        attention_mask: 1 for the tokens of a prompt, 0 for padding, wherever it is.
+        seeds: one per row, for temperature > 0; 0, 1, ... if not given.
+        use_cache: false: run whole rows again for each token, instead of keeping keys and values.
         prompt_inputs: further arguments of the model's first call, such as images.
 
     Raises:
         ValueError: a prompt is empty, or leaves no room for a token.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    input_ids, mask = _pad_left(input_ids, mask)
+    input_ids, mask = _pad_left(input_ids, attention_mask)
     limits = _token_limits(mask.sum(1).tolist(), getattr(model, "max_seq_len", None), max_new_tokens)
     alive = list(range(len(limits)))
     seeds = alive if seeds is None else seeds
     tokens: list[list[int]] = [[] for _ in alive]
-    reasons: list[Any] = [None for _ in alive]
-    was_training = model.training
-    model.eval()
+    stops: list[_Stop] = ["end" for _ in alive]
+    was_training, model = model.training, model.eval()
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, **(prompt_inputs or {})}
     for step in range(max_new_tokens):
         output = model(**inputs, use_cache=use_cache, logits_to_keep=1)
@@ -90,24 +90,23 @@ def generate(
         )
         kept = []
         for place, (row, token) in enumerate(zip(alive, new.tolist(), strict=True)):
-            if token in end_token_ids:
-                reasons[row] = "end"
-                continue
-            tokens[row].append(token)
-            if len(tokens[row]) == limits[row]:
-                reasons[row] = "max_new_tokens" if limits[row] == max_new_tokens else "max_seq_len"
-            else:
-                kept.append(place)
+            if token not in end_token_ids:
+                tokens[row].append(token)
+                if len(tokens[row]) < limits[row]:
+                    kept.append(place)
+                else:
+                    stops[row] = "max_new_tokens" if limits[row] == max_new_tokens else "max_seq_len"
         if not kept:
             break
         inputs = _next_inputs(inputs, new, output.past_key_values if use_cache else None, kept)
         alive = [alive[place] for place in kept]
     model.train(was_training)
-    return [Continuation(row, reason) for row, reason in zip(tokens, reasons, strict=True)]
+    return [Continuation(row, stop) for row, stop in zip(tokens, stops, strict=True)]
 
 
-def _pad_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _pad_left(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Move padding to the front of each row, so that every row ends with its prompt, and drop what no row needs."""
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
     order = mask.argsort(dim=1, stable=True)
     longest = max(1, int(mask.sum(1).max()))
     return input_ids.gather(1, order)[:, -longest:], mask.gather(1, order)[:, -longest:]

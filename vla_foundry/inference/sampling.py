@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from vla_foundry.randomness import draw_uniforms
 
 
 def choose_tokens(
@@ -36,12 +37,8 @@ def choose_tokens(
     # the likeliest token always stays
     dropped[:, 0] = False
     cumulative = probabilities.masked_fill(dropped, 0).cumsum(dim=-1)
-    draws = torch.tensor([draw_uniform(seed, step) for seed in seeds], dtype=torch.float64, device=logits.device)
+    uniforms = [draw_uniforms(1, seed=seed, position=step, purpose="next token")[0] for seed in seeds]
+    draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
     limits = draws[:, None] * cumulative[:, -1:]
     ranks = (cumulative <= limits).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     return tokens.gather(1, ranks).squeeze(1)
-
-
-def draw_uniform(seed: int, step: int) -> float:
-    """Number `step` of the stream called `seed`, uniform in [0, 1)."""
-    return float(np.random.Generator(np.random.Philox(key=[seed % 2**64, step])).random())

@@ -1,0 +1,184 @@
+"""Hugging Face models behave as the native one does: logits, losses, documents, padding, cache, meta device."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from vla_foundry.batch import IGNORE_INDEX, Documents
+from vla_foundry.models import create_model
+from vla_foundry.models.transformer_hf import TransformerHF
+from vla_foundry.params.models.transformer import TransformerHFParams
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def create_original(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)).eval()
+    if name == "gemma3":
+        return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **WINDOWS)).eval()
+    assert name == "gemma2"
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES)).eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, str]:
+    original = create_original(request.param)
+    folder = str(tmp_path_factory.mktemp(request.param))
+    original.save_pretrained(folder)
+    return original, folder
+
+
+def load(folder: str, **changes: Any) -> Any:
+    return create_model(TransformerHFParams(hf_pretrained=folder, **changes)).eval()
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_are_those_of_the_original(saved: tuple[PreTrainedModel, str]) -> None:
+    original, folder = saved
+    model, ids = load(folder), random_ids(2, 12)
+    output = model(input_ids=ids.int(), output_hidden_states=True)
+    assert torch.equal(output.logits, original(ids).logits)
+    assert next(model.parameters()).dtype == torch.float32
+    states = output.hidden_states
+    assert len(states) == 3
+    torch.testing.assert_close(model.model.lm_head(states[-1]), output.logits)
+    torch.testing.assert_close(model.model.get_input_embeddings()(ids), states[0])
+
+
+def test_loss_is_cross_entropy_of_the_logits(saved: tuple[PreTrainedModel, str]) -> None:
+    original, folder = saved
+    model, ids, targets = load(folder), random_ids(2, 12), random_ids(2, 12)
+    targets[0, 3:7] = IGNORE_INDEX
+    output = model(input_ids=ids, targets=targets)
+    expected = torch.nn.functional.cross_entropy(
+        original(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    torch.testing.assert_close(output.sum, expected)
+    assert output.count.item() == 20
+    output.sum.backward()
+    expected.backward()
+    gradients = {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {name: p.grad for name, p in original.named_parameters()}
+    original.zero_grad()
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_documents_are_computed_as_if_each_were_alone(
+    saved: tuple[PreTrainedModel, str], create_documents: Callable[..., Documents], record_shapes: type
+) -> None:
+    original, folder = saved
+    model, ids = load(folder), random_ids(2, 29)
+    documents = create_documents([11, 18], [7, 16, -6])
+    with record_shapes() as record:
+        packed = model(input_ids=ids, documents=documents).logits
+    for row, start, end in [(0, 0, 11), (0, 11, 29), (1, 0, 7), (1, 7, 23)]:
+        alone = original(ids[row : row + 1, start:end]).logits[0]
+        torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-6)
+    assert not [shape for shape in record.shapes if shape[-2:] == (29, 29)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_no_position(saved: tuple[PreTrainedModel, str], side: str) -> None:
+    original, folder = saved
+    model, ids = load(folder), random_ids(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, slice(0, 4) if side == "left" else slice(5, 9)] = 0
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    alone = original(ids[1:, mask[1].bool()]).logits[0]
+    torch.testing.assert_close(logits[1, mask[1].bool()], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_architecture_alone_gives_new_weights(saved: tuple[PreTrainedModel, str]) -> None:
+    original, folder = saved
+    state = load(folder, hf_load_weights=False).state_dict()
+    assert state.keys() == {f"model.{name}" for name in original.state_dict()}
+    assert not torch.equal(state["model.model.embed_tokens.weight"], original.get_input_embeddings().weight)
+    unloaded = create_model(TransformerHFParams(hf_pretrained=folder), load_pretrained=False).state_dict()
+    assert not torch.equal(unloaded["model.model.embed_tokens.weight"], original.get_input_embeddings().weight)
+
+
+def test_a_model_made_on_the_meta_device_is_whole_once_it_has_memory(saved: tuple[PreTrainedModel, str]) -> None:
+    original, folder = saved
+    with torch.device("meta"):
+        model: Any = create_model(TransformerHFParams(hf_pretrained=folder), load_pretrained=False)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    assert model.model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.model.load_state_dict(original.state_dict())
+    assert torch.equal(model.eval()(input_ids=random_ids(2, 9)).logits, original(random_ids(2, 9)).logits)
+
+
+def test_rotary_frequencies_stay_fp32(saved: tuple[PreTrainedModel, str]) -> None:
+    _, folder = saved
+    model = load(folder)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert before
+    model.bfloat16()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_blocks_flops_and_resizing() -> None:
+    model = TransformerHF(create_original("llama"))
+    assert [type(block).__name__ for block in model.blocks()] == ["LlamaDecoderLayer"] * 2
+    weights = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48) + 97 * 32
+    assert model.num_flops_per_token(10) == 6 * weights + 12 * 2 * 32 * 10
+    assert model.resize_token_embeddings(90) == 97
+    assert model.resize_token_embeddings(100) == 128
+    assert model(input_ids=random_ids(1, 3)).logits.shape == (1, 3, 128)
+
+
+def test_capped_logits_have_the_right_loss_and_no_documents(create_documents: Callable[..., Documents]) -> None:
+    original = create_original("gemma2")
+    with torch.no_grad():
+        # large logits, so that a loss without the cap would be another one
+        original.get_input_embeddings().weight.mul_(300)
+    model, ids, targets = TransformerHF(original), random_ids(2, 6), random_ids(2, 6)
+    output = model(input_ids=ids, targets=targets)
+    expected = torch.nn.functional.cross_entropy(original(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert original(ids).logits.abs().max() > 25
+    torch.testing.assert_close(output.sum, expected)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM can not keep .* --data\.mask_documents false"):
+        model(input_ids=ids, documents=create_documents([2, 4], [6]))
+
+
+def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' can not be loaded") as caught:
+        create_model(TransformerHFParams(hf_pretrained=str(tmp_path / "nothing")))
+    assert "\n" not in str(caught.value)
