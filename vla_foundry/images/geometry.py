@@ -6,6 +6,7 @@ s (x + 0.5) - 0.5.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,7 @@ Size = tuple[int, int]
 class PixelMap:
     """An affine map of pixel coordinates from a source image to a target image."""
 
-    # float64 [3, 3] on homogeneous (x, y, 1), last row (0, 0, 1)
+    # float64 [3, 3] on homogeneous (x, y, 1), last row (0, 0, 1); not to be written to
     matrix: np.ndarray
     source_size: Size
     target_size: Size
@@ -71,19 +72,24 @@ class PixelMap:
 def _from_axes(scale: tuple[float, float], shift: tuple[float, float], source: Size, target: Size) -> PixelMap:
     """Map x to scale[0] x + shift[0], and y likewise."""
     matrix = np.array([[scale[0], 0.0, shift[0]], [0.0, scale[1], shift[1]], [0.0, 0.0, 1.0]])
+    matrix.flags.writeable = False
     return PixelMap(matrix, source, target)
 
 
+# the maps of a run are few, and making one takes longer than cutting an image
+@lru_cache(maxsize=1024)
 def identity_map(size: Size) -> PixelMap:
     """Map an image onto itself."""
-    return PixelMap(np.eye(3), size, size)
+    return _from_axes((1.0, 1.0), (0.0, 0.0), size, size)
 
 
+@lru_cache(maxsize=4096)
 def crop_map(source: Size, top: int, left: int, target: Size) -> PixelMap:
     """Map an image onto the part of it whose top-left pixel is (left, top); negative values pad."""
     return _from_axes((1.0, 1.0), (float(-left), float(-top)), source, target)
 
 
+@lru_cache(maxsize=1024)
 def resize_map(source: Size, target: Size) -> PixelMap:
     """Map an image onto the whole of another size."""
     scale_y, scale_x = target[0] / source[0], target[1] / source[1]

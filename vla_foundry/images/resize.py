@@ -12,6 +12,7 @@ pixel, because the mean of two distances is the distance of nothing.
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -41,6 +42,7 @@ class _Plan:
     def offset(self) -> tuple[int, int]:
         return (self.target[0] - self.scaled[0]) // 2, (self.target[1] - self.scaled[1]) // 2
 
+    @cached_property
     def pixel_map(self) -> PixelMap:
         top, left = self.top_left
         cut = crop_map(self.source, top, left, self.cut)
@@ -52,6 +54,7 @@ def _round_up_to_one(value: float) -> int:
     return max(1, round(value))
 
 
+@lru_cache(maxsize=1024)
 def _plan_resize(source: Size, target: Size, method: ResizeMethod) -> _Plan:
     height, width = source
     target_height, target_width = target
@@ -114,7 +117,7 @@ def resize_image(
         canvas = torch.zeros((*image.shape[:-3], *size, 3), dtype=torch.uint8).movedim(-1, -3)
         canvas[..., top : top + plan.scaled[0], left : left + plan.scaled[1]] = scaled
         scaled = canvas
-    return scaled, plan.pixel_map()
+    return scaled, plan.pixel_map
 
 
 def resize_depth(
@@ -130,7 +133,7 @@ def resize_depth(
     result = torch.zeros((*depth.shape[:-2], *size), dtype=torch.int16)
     top, left = plan.offset
     result[..., top : top + plan.scaled[0], left : left + plan.scaled[1]] = taken
-    return result.view(torch.uint16), plan.pixel_map()
+    return result.view(torch.uint16), plan.pixel_map
 
 
 def _nearest(source: int, target: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Params of image augmentation."""
+"""Params of image processors and of image augmentation."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vla_foundry.params.base import BaseParams
 
@@ -113,3 +113,35 @@ class DataAugmentationParams(BaseParams):
     enabled: bool = True
     # what is done to images
     image: ImageAugmentationParams = field(default_factory=ImageAugmentationParams)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessorParams(BaseParams):
+    """`--data.` How images and text become model inputs; data types with images inherit these fields."""
+
+    # saved processor, or Hugging Face processor, by folder or name; null: our own, with the tokenizer below
+    processor: str | None = None
+    # options of a Hugging Face image processor, e.g. {size: {height: 224, width: 224}}
+    processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    # SmolVLM, Idefics3: cut images into tiles, up to 17 times as many image tokens
+    split_images: bool = False
+    # tokenizer of our own processor, by folder or name
+    tokenizer: str | None = None
+    # side of our own processor's images, pixels; null: that of the model
+    image_size: int | None = None
+    # tokens of one image of our own processor; null: as the model makes of it
+    img_num_tokens: int | None = None
+    # how our own processor brings images to this size: cut the middle, distort, or pad with black
+    image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
+    # how pixels are scaled
+    image_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    # of our own processor: subtracted from red, green and blue in 0 .. 1, on the device
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # what they are divided by then
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # how turns are written: chat, plain, caption, or chat_template (the tokenizer's); null: as the processor does
+    prompt_layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.image_std) <= 0:
+            raise ValueError(f"data.image_std must be above 0, got {list(self.image_std)}.")

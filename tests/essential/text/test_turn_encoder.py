@@ -1,0 +1,169 @@
+"""Conversations become ids in which exactly the answers and their ends are supervised."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from vla_foundry.text.prompts import Turn
+from vla_foundry.text.turn_encoder import TurnEncoder
+
+TEXT = ["User: What lies on the table? Assistant: A red mug, left of the gripper.", "Describe the image. Colour?"]
+TURNS = [
+    Turn("user", "<image>What lies on the table?"),
+    Turn("assistant", "A red mug."),
+    Turn("user", "Colour?"),
+    Turn("assistant", "Red, and <b>bright</b>."),
+]
+IMAGE = [9001, 9001, 9001]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_level(**names: str) -> Any:
+    """A byte-level BPE, as `preprocess tokenizer` trains it."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=350,
+        special_tokens=["<eos>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "<eos>", **names})
+
+
+def sentence_piece() -> Any:
+    """A tokenizer as Llama's: a space is put before a text, and the beginning of sequence before that."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>", "<image>"], show_progress=False
+    )
+    backend.train_from_iterator([*TEXT * 3, "\n"], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def supervised(encoder: TurnEncoder, turns: list[Turn], images: list[list[int]]) -> list[str]:
+    """The text of each run of supervised tokens."""
+    ids, mask = encoder.encode(turns, images)
+    runs: list[list[int]] = []
+    for number, (token, is_target) in enumerate(zip(ids, mask, strict=True)):
+        if is_target and (number == 0 or not mask[number - 1]):
+            runs.append([])
+        if is_target:
+            runs[-1].append(token)
+    return [encoder.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("layout", "space", "end"), [("chat", " ", "<eos>"), ("plain", "", "<eos>"), ("chat_template", "", "<|im_end|>")]
+)
+def test_supervised_text_is_the_answers_and_what_ends_them(layout: str, space: str, end: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    encoder = TurnEncoder(tokenizer, prompt_layout=layout)
+    answers = [f"{space}{turn.content}{end}" for turn in TURNS if turn.role == "assistant"]
+    assert supervised(encoder, TURNS, [IMAGE]) == answers
+
+
+@pytest.mark.parametrize("layout", ["chat", "plain", "chat_template"])
+def test_the_prompt_is_token_for_token_the_beginning_of_what_was_trained_on(layout: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    encoder = TurnEncoder(tokenizer, prompt_layout=layout)
+    trained, mask = encoder.encode(TURNS, [IMAGE])
+    for end in (1, 3):
+        prompt, no_targets = encoder.encode(TURNS[:end], [IMAGE])
+        assert trained[: len(prompt)] == prompt
+        assert mask[len(prompt)]
+        assert any(no_targets) == (end == 3)
+
+
+def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:
+    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    ids, mask = encoder.encode(
+        [Turn("user", "<image>What? <image>"), Turn("assistant", "Mug.")], [[9001, 9002], [9003]]
+    )
+    places = [number for number, token in enumerate(ids) if token > 9000]
+    assert [ids[place] for place in places] == [9001, 9002, 9003]
+    assert not any(mask[place] for place in places)
+    assert encoder.tokenizer.decode(ids[: places[0]]) == "User: "
+    assert encoder.tokenizer.decode(ids[places[1] + 1 : places[2]]) == "What? "
+
+
+def test_without_images_the_ids_are_those_of_the_whole_text() -> None:
+    tokenizer = byte_level()
+    encoder = TurnEncoder(tokenizer, prompt_layout="chat")
+    ids, _ = encoder.encode([Turn("user", "What?"), Turn("assistant", "A mug.")], [])
+    assert ids == tokenizer.encode("User: What?\nAssistant: A mug.<eos>")
+
+
+def test_a_sentence_piece_tokenizer_puts_no_space_into_the_middle() -> None:
+    tokenizer = sentence_piece()
+    encoder = TurnEncoder(tokenizer, prompt_layout="chat")
+    image = [tokenizer.convert_tokens_to_ids("<image>")]
+    ids, _ = encoder.encode([Turn("user", "<image>What?"), Turn("assistant", "A mug.")], [image])
+    assert ids == tokenizer.encode("User: <image>What?\nAssistant: A mug.</s>")
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_answers_are_cut_at_the_length_and_prompts_are_not() -> None:
+    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    turns = TURNS[:2]
+    whole, mask = encoder.encode(turns, [IMAGE])
+    num_prompt = mask.index(True)
+    assert encoder.encode(turns, [IMAGE], max_tokens=num_prompt + 2) == (
+        whole[: num_prompt + 2],
+        mask[: num_prompt + 2],
+    )
+    assert encoder.encode(turns, [IMAGE], max_tokens=len(whole)) == (whole, mask)
+    with pytest.raises(ValueError, match=f"take {num_prompt} tokens, more than data.seq_len allows: {num_prompt}"):
+        encoder.encode(turns, [IMAGE], max_tokens=num_prompt)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([Turn("user", "What?"), Turn("assistant", "A mug.")], "have 0 times <image>, but there are 1 images"),
+        ([Turn("user", "<image><image>"), Turn("assistant", "A.")], "have 2 times <image>, but there are 1 images"),
+        ([Turn("user", "<image>"), Turn("assistant", "  ")], "an answer is empty"),
+        ([Turn("user", "What?"), Turn("assistant", "<image>")], "an answer has an image"),
+        ([Turn("user", "<image>Hi<eos>"), Turn("assistant", "A.")], "has the control token '<eos>'"),
+        ([Turn("user", "<image>"), Turn("assistant", "A<|im_end|>B")], r"has the control token '<\|im_end\|>'"),
+        ([Turn("assistant", "A.")], "have 0 times"),
+    ],
+)
+def test_turns_that_would_mislead_are_refused(turns: list[Turn], message: str) -> None:
+    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(turns, [IMAGE])
+
+
+def test_an_unknown_layout_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"prompt_layout 'chatty' is not there .* Use chat, plain, caption\."):
+        TurnEncoder(byte_level(), prompt_layout="chatty")
+    with pytest.raises(ValueError, match="prompt_layout 'chat_template' is not there for this tokenizer"):
+        TurnEncoder(byte_level(), prompt_layout="chat_template")
+
+
+def test_the_tokens_that_end_an_answer_are_known() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    names = [
+        tokenizer.convert_ids_to_tokens(token)
+        for token in TurnEncoder(tokenizer, prompt_layout="chat_template").stop_token_ids()
+    ]
+    assert names == ["<|im_end|>", "<eos>"]
+    assert TurnEncoder(tokenizer, prompt_layout="chat").stop_token_ids() == [tokenizer.eos_token_id]

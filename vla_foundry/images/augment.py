@@ -1,0 +1,193 @@
+"""Augmentation: which part of each image is seen, mirrored or not, and how its colours are changed.
+
+What is drawn for a sample is a function of (seed, position), holds for all its images (cameras and times), and is in
+units that suit images of any size. Parts and mirroring are done here, on the CPU; colours are drawn here and changed
+on the device, together with the normalisation (`colors.normalize_images`), where they cost next to nothing.
+
+Validation and inference take `CENTRE`, the deterministic counterpart: the middle part, of mean size, with the colours
+as they are.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vla_foundry.images.geometry import PixelMap, Size, identity_map
+from vla_foundry.images.resize import crop_image, resize_image
+from vla_foundry.images.rotate import flip_image
+from vla_foundry.randomness import draw_uniforms
+
+
+@runtime_checkable
+class Crop(Protocol):
+    """A part of fixed size; fields as in `params.images.CropParams`."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def shape(self) -> tuple[int, int] | tuple[float, float]: ...
+    @property
+    def mode(self) -> str: ...
+
+
+@runtime_checkable
+class RandomResizedCrop(Protocol):
+    """A part of random size; fields as in `params.images.RandomResizedCropParams`."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def scale(self) -> tuple[float, float]: ...
+    @property
+    def ratio(self) -> tuple[float, float]: ...
+    @property
+    def size(self) -> Size | None: ...
+
+
+@runtime_checkable
+class HorizontalFlip(Protocol):
+    """Mirroring; fields as in `params.images.HorizontalFlipParams`."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def probability(self) -> float: ...
+
+
+@runtime_checkable
+class ColorJitter(Protocol):
+    """Change of colours; fields as in `params.images.ColorJitterParams`."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def brightness(self) -> float: ...
+    @property
+    def contrast(self) -> float: ...
+    @property
+    def saturation(self) -> float: ...
+    @property
+    def hue(self) -> tuple[float, float]: ...
+
+
+@runtime_checkable
+class ImageAugmentation(Protocol):
+    """What may be done to images; fields as in `params.images.ImageAugmentationParams`."""
+
+    @property
+    def crop(self) -> Crop: ...
+    @property
+    def random_resized_crop(self) -> RandomResizedCrop: ...
+    @property
+    def horizontal_flip(self) -> HorizontalFlip: ...
+    @property
+    def color_jitter(self) -> ColorJitter: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationDraw:
+    """What was drawn for a sample: numbers in [0, 1), the same for all its images."""
+
+    # where the part lies: 0 at the left and top, 1 at the right and bottom, of the room there is
+    x: float
+    y: float
+    # where its area and its aspect lie between their bounds
+    area: float
+    ratio: float
+    # the image is mirrored if this is below the probability
+    flip: float
+    # where brightness, contrast, saturation and hue lie between their bounds; None: they stay as they are
+    colors: tuple[float, float, float, float] | None
+
+
+CENTRE = AugmentationDraw(x=0.5, y=0.5, area=0.5, ratio=0.5, flip=1.0, colors=None)
+
+
+def draw_augmentation(*, seed: int, position: int) -> AugmentationDraw:
+    """Draw for the sample at a position of the plan."""
+    x, y, area, ratio, flip, *colors = draw_uniforms(9, seed=seed, position=position, purpose="images.augment").tolist()
+    return AugmentationDraw(x=x, y=y, area=area, ratio=ratio, flip=flip, colors=(*colors,))
+
+
+def augment_image(
+    image: UInt8[Tensor, "3 H W"], params: ImageAugmentation, draw: AugmentationDraw
+) -> tuple[UInt8[Tensor, "3 H2 W2"], PixelMap]:
+    """Take a sample's part of one of its images, and mirror it if that was drawn.
+
+    Returns:
+        The part (a view where nothing is resampled), and the map of its pixels.
+
+    Raises:
+        ValueError: the image is smaller than the crop.
+    """
+    pixel_map = identity_map((image.shape[1], image.shape[2]))
+    if params.crop.enabled:
+        image, pixel_map = _crop(image, params.crop, draw)
+    elif params.random_resized_crop.enabled:
+        image, pixel_map = _crop_and_resize(image, params.random_resized_crop, draw)
+    if params.horizontal_flip.enabled and draw.flip < params.horizontal_flip.probability:
+        image, step = flip_image(image)
+        pixel_map = pixel_map.then(step)
+    return image, pixel_map
+
+
+def draw_color_factors(params: ColorJitter, draw: AugmentationDraw) -> Float[np.ndarray, " 4"]:
+    """Return a sample's factors of brightness, contrast and saturation and its shift of hue, as `jitter_colors` takes.
+
+    Returns:
+        float32 [4]; (1, 1, 1, 0) leaves the colours as they are.
+    """
+    if not params.enabled or draw.colors is None:
+        return np.array([1, 1, 1, 0], np.float32)
+    brightness, contrast, saturation, hue = draw.colors
+    return np.array(
+        [
+            _between(max(0.0, 1 - params.brightness), 1 + params.brightness, brightness),
+            _between(max(0.0, 1 - params.contrast), 1 + params.contrast, contrast),
+            _between(max(0.0, 1 - params.saturation), 1 + params.saturation, saturation),
+            _between(*params.hue, hue),
+        ],
+        np.float32,
+    )
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
+
+
+def _crop(image: Tensor, params: Crop, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
+    source = (image.shape[1], image.shape[2])
+    if max(params.shape) <= 1:
+        size = (max(1, round(source[0] * params.shape[0])), max(1, round(source[1] * params.shape[1])))
+    else:
+        size = (int(params.shape[0]), int(params.shape[1]))
+    if size[0] > source[0] or size[1] > source[1]:
+        raise ValueError(
+            f"image of {source[1]} x {source[0]} pixels is smaller than the crop of {size[1]} x {size[0]}. "
+            "Lower data.augmentation.image.crop.shape, or give it as shares of the image."
+        )
+    where = draw if params.mode == "random" else CENTRE
+    return crop_image(image, *_place(source, size, where), size)
+
+
+def _place(source: Size, size: Size, draw: AugmentationDraw) -> tuple[int, int]:
+    """Return (top, left): each whole pixel where the part fits is as likely."""
+    return int(draw.y * (source[0] - size[0] + 1)), int(draw.x * (source[1] - size[1] + 1))
+
+
+def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
+    source = (image.shape[1], image.shape[2])
+    area = _between(*params.scale, draw.area)
+    aspect = math.exp(_between(math.log(params.ratio[0]), math.log(params.ratio[1]), draw.ratio))
+    # a part that is too long for the image is cut at its edge
+    size = (
+        max(1, min(source[0], round(source[0] * math.sqrt(area / aspect)))),
+        max(1, min(source[1], round(source[1] * math.sqrt(area * aspect)))),
+    )
+    part, cut = crop_image(image, *_place(source, size, draw), size)
+    resized, scaled = resize_image(part, params.size or source, method="resize_no_crop")
+    return resized, cut.then(scaled)

@@ -1,0 +1,233 @@
+"""Images and turns -> model inputs, by our own light processor; the very same code in training and in inference.
+
+A processor is saved as a folder: `config_processor.json` beside the files of its tokenizer (`load_processor` reads it).
+What `encode` returns for a sample:
+
+| key                | type                  | meaning                                                                 |
+|--------------------|-----------------------|-------------------------------------------------------------------------|
+| input_ids          | int32 [T]             | tokens, each image as the tokens that its features replace              |
+| target_mask        | bool [T]              | True where the token is supervised: answers and what ends them          |
+| pixel_values       | uint8 [M, ...]        | images [N, 3, H, W], or patches (Qwen); see `colors.normalize_images`   |
+| image_index        | int32 [M]             | the sample's image that each row of pixel_values is of                  |
+| pixel_maps         | list of PixelMap      | from each image to its model input; absent where there is no one such   |
+| (extras)           | Tensor                | what a Hugging Face model wants besides, e.g. image_grid_thw            |
+
+TOKEN_KEYS go along the tokens and are padded as these are; every other tensor is joined along its first dimension.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vla_foundry.images.geometry import PixelMap
+from vla_foundry.images.resize import Interpolation, ResizeMethod, resize_image
+from vla_foundry.text.prompts import IMAGE_MARKER, Turn
+from vla_foundry.text.tokenizers import load_tokenizer
+from vla_foundry.text.turn_encoder import TurnEncoder
+
+CONFIG_FILE = "config_processor.json"
+TOKEN_KEYS = ("input_ids", "target_mask", "token_type_ids", "mm_token_type_ids")
+NATIVE, HUGGING_FACE = "native", "hugging_face"
+
+
+@runtime_checkable
+class Processor(Protocol):
+    """What training and inference use of a processor."""
+
+    # Hugging Face tokenizer; its length is the number of tokens a model must know
+    tokenizer: Any
+    # the token that an image's features replace; None: images are no tokens
+    image_token_id: int | None
+    # of each colour, for pixels in 0 .. 1
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    def encode(
+        self, images: Sequence[UInt8[Tensor, "3 H W"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Return the model inputs of a sample, see the table above; the last user turn without an answer announces it.
+
+        Raises:
+            ValueError: the sample can not be encoded (`TurnEncoder.encode`); one line.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer."""
+        ...
+
+    def stop_token_ids(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the processor to a folder, which is made if need be."""
+        ...
+
+
+class ImageTextProcessor:
+    """Our own processor: images of one size, each a fixed number of `<image>` tokens.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer; `<image>` is added to it if it is not there.
+        image_size: (height, width) of the model's images.
+        img_num_tokens: tokens of an image.
+        resize_method: how images get that size, see `resize`.
+        interpolation: how pixels are scaled.
+        image_mean: subtracted from pixels in 0 .. 1, on the device.
+        image_std: what they are divided by then.
+        prompt_layout: how turns are written, see `TurnEncoder`.
+
+    Raises:
+        ValueError: as `TurnEncoder`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        image_size: Sequence[int],
+        img_num_tokens: int,
+        resize_method: ResizeMethod = "center_crop",
+        interpolation: Interpolation = "bilinear",
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        prompt_layout: str = "chat",
+    ) -> None:
+        self.tokenizer = tokenizer
+        image_token_id = add_image_token(tokenizer)
+        self.image_token_id: int | None = image_token_id
+        self._image_tokens = [image_token_id] * img_num_tokens
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.img_num_tokens = img_num_tokens
+        self.resize_method: ResizeMethod = resize_method
+        self.interpolation: Interpolation = interpolation
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.prompt_layout = prompt_layout
+        self._turns = TurnEncoder(tokenizer, prompt_layout=prompt_layout)
+
+    def encode(
+        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Return the model inputs of a sample, as `Processor.encode`."""
+        ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
+        pixel_values, pixel_maps = self.resize(images)
+        return {
+            "input_ids": torch.tensor(ids, dtype=torch.int32),
+            "target_mask": torch.tensor(mask, dtype=torch.bool),
+            "pixel_values": pixel_values,
+            "image_index": torch.arange(len(images), dtype=torch.int32),
+            "pixel_maps": pixel_maps,
+        }
+
+    def resize(self, images: Sequence[UInt8[Tensor, "3 _ _"]]) -> tuple[UInt8[Tensor, "N 3 H W"], list[PixelMap]]:
+        """Bring images to the model's size and stack them (channels-last in memory)."""
+        resized, maps = [], []
+        for image in images:
+            pixels, pixel_map = resize_image(
+                image, self.image_size, method=self.resize_method, interpolation=self.interpolation
+            )
+            resized.append(pixels.permute(1, 2, 0))
+            maps.append(pixel_map)
+        stacked = torch.stack(resized) if resized else torch.zeros((0, *self.image_size, 3), dtype=torch.uint8)
+        return stacked.permute(0, 3, 1, 2), maps
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def stop_token_ids(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        return self._turns.stop_token_ids()
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and `config_processor.json` to a folder."""
+        self.tokenizer.save_pretrained(folder)
+        write_config(
+            folder,
+            {
+                "type": NATIVE,
+                "image_size": list(self.image_size),
+                "img_num_tokens": self.img_num_tokens,
+                "resize_method": self.resize_method,
+                "interpolation": self.interpolation,
+                "image_mean": list(self.image_mean),
+                "image_std": list(self.image_std),
+                "prompt_layout": self.prompt_layout,
+            },
+        )
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """Return the id of `<image>`, which is added to the tokenizer as a special token if it is not there."""
+    if IMAGE_MARKER not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write `config_processor.json`, which says which processor this is."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def create_processor(
+    *,
+    processor: str | None = None,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    split_images: bool = False,
+    tokenizer: str | None = None,
+    prompt_layout: str | None = None,
+    **native_options: Any,
+) -> Processor:
+    """Create the processor that `params.images.ImageProcessorParams` describe.
+
+    Args:
+        processor: folder of a saved processor, or folder or name of a Hugging Face one; None: our own.
+        processor_kwargs: options of the Hugging Face image processor.
+        split_images: as `HuggingFaceProcessor`.
+        tokenizer: folder or name of our own processor's tokenizer.
+        prompt_layout: how turns are written; None: as the processor does.
+        native_options: image_size, img_num_tokens, ... as `ImageTextProcessor`; not for Hugging Face processors.
+
+    Raises:
+        ValueError: neither processor nor tokenizer is given, or one can not be loaded.
+    """
+    if processor is not None and (Path(processor) / CONFIG_FILE).is_file():
+        return load_processor(processor)
+    if processor is not None:
+        from vla_foundry.images.processor_hf import load_hugging_face_processor
+
+        return load_hugging_face_processor(
+            processor, prompt_layout=prompt_layout, processor_kwargs=processor_kwargs, split_images=split_images
+        )
+    if tokenizer is None:
+        raise ValueError("data.processor or data.tokenizer must be given: images and text need one of them.")
+    return ImageTextProcessor(load_tokenizer(tokenizer), prompt_layout=prompt_layout or "chat", **native_options)
+
+
+def load_processor(folder: str | Path) -> Processor:
+    """Read a processor that `save` wrote.
+
+    Raises:
+        FileNotFoundError: the folder has no `config_processor.json`.
+        ValueError: it holds something else.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} is not the folder of a processor.")
+    config = json.loads(path.read_text())
+    kind = config.pop("type", None)
+    if kind == HUGGING_FACE:
+        from vla_foundry.images.processor_hf import load_hugging_face_processor
+
+        return load_hugging_face_processor(str(folder), **config)
+    if kind != NATIVE:
+        raise ValueError(f"{path} is of type '{kind}', which must be {NATIVE} or {HUGGING_FACE}.")
+    return ImageTextProcessor(load_tokenizer(str(folder)), **config)

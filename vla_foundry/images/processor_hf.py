@@ -1,0 +1,242 @@
+"""The processors of Hugging Face models (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...) behind our interface.
+
+The model's own image processor resizes and cuts, but neither rescales nor normalises: pixels stay uint8 and are
+normalised on the device. Its own rule says which tokens stand for an image; turns are tokenized by our code, so that
+what is supervised is known exactly.
+
+What SmolVLM and Idefics3 do to an image, with `split_images`: the longer side is scaled to `size.longest_edge` (2048
+for SmolVLM2-256M, **up** if the image is smaller), the result is cut into tiles of `max_image_size` (512), and the
+whole image, scaled to one tile, follows: 17 tiles and 17 x 64 tokens for a square image. A camera frame of 256 pixels
+holds nothing that would fill them. Without it (our default) an image is scaled once, to one tile; the original, asked
+for a single tile, scales it up to 2048 first and then down.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vla_foundry.images.geometry import PixelMap, resize_map
+from vla_foundry.images.processor import HUGGING_FACE, write_config
+from vla_foundry.text.prompts import IMAGE_MARKER, Turn
+from vla_foundry.text.turn_encoder import CHAT_TEMPLATE, TurnEncoder
+
+# rows of the image processor's output that say how an image was cut, and are no inputs of the model
+_NOT_INPUTS = ("rows", "cols", "pixel_attention_mask")
+
+
+def _tile_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
+    """Options of SmolVLM and Idefics3. All tiles have one size, so that there is nothing to pad or to mask."""
+    options: dict[str, Any] = {"return_row_col_info": True, "do_pad": False, "do_image_splitting": split_images}
+    if not split_images:
+        side = image_processor.max_image_size["longest_edge"]
+        options["size"] = {"height": side, "width": side}
+    return options
+
+
+def _no_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is special about a family of models; all else is asked of its processor."""
+
+    # how turns are written if the processor has no chat template
+    prompt_layout: str = "chat"
+    # the beginning of sequence comes after the images
+    has_bos_after_images: bool = False
+    # mm_token_type_ids: 1 at image tokens; token_type_ids: 1 from the first answer on (attention is causal only there)
+    token_types: Literal["mm_token_type_ids", "token_type_ids"] | None = None
+    # images are scaled as a whole, by height and width alone (if they are not split)
+    is_plain_resize: bool = False
+    # further options of the image processor: (image processor, split_images) -> options
+    options: Callable[[Any, bool], dict[str, Any]] = field(default=_no_options)
+
+
+_QWEN = Family(token_types="mm_token_type_ids", is_plain_resize=True)
+_TILES = Family(options=_tile_options, is_plain_resize=True)
+FAMILIES: dict[str, Family] = {
+    "Qwen2VLProcessor": _QWEN,
+    "Qwen2_5_VLProcessor": _QWEN,
+    "Qwen3VLProcessor": _QWEN,
+    "PaliGemmaProcessor": Family(
+        prompt_layout="plain", has_bos_after_images=True, token_types="token_type_ids", is_plain_resize=True
+    ),
+    "SmolVLMProcessor": _TILES,
+    "Idefics3Processor": _TILES,
+}
+
+
+class HuggingFaceProcessor:
+    """A Hugging Face processor behind the interface of `processor.Processor`.
+
+    Args:
+        processor: as AutoProcessor gives it.
+        prompt_layout: how turns are written, see `TurnEncoder`; None: the chat template, else as the family does.
+        processor_kwargs: options of its image processor, as that takes them, e.g. {"size": {...}}.
+        split_images: cut images into tiles where the family does that (see the module).
+
+    Raises:
+        ValueError: it has no tokenizer or no image processor, or as `TurnEncoder`.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        prompt_layout: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        split_images: bool = False,
+    ) -> None:
+        name = type(processor).__name__
+        for part in ("tokenizer", "image_processor"):
+            if getattr(processor, part, None) is None:
+                raise ValueError(
+                    f"data.processor is a {name} without {part}. Use the processor of an image-text model."
+                )
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.family = FAMILIES.get(name, Family())
+        self.image_token_id: int | None = getattr(processor, "image_token_id", None)
+        default_layout = CHAT_TEMPLATE if processor.chat_template else self.family.prompt_layout
+        self.prompt_layout = prompt_layout or default_layout
+        self.processor_kwargs = dict(processor_kwargs or {})
+        self.split_images = split_images
+        image_processor = processor.image_processor
+        self.image_mean = tuple(image_processor.image_mean) if image_processor.do_normalize else (0.0, 0.0, 0.0)
+        self.image_std = tuple(image_processor.image_std) if image_processor.do_normalize else (1.0, 1.0, 1.0)
+        self._turns = TurnEncoder(
+            self.tokenizer,
+            prompt_layout=self.prompt_layout,
+            render=self._render if processor.chat_template else None,
+            image_marker=getattr(processor, "image_token", None) or IMAGE_MARKER,
+        )
+
+    def encode(
+        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Return the model inputs of a sample, as `Processor.encode`."""
+        inputs, image_tokens = self._process_images(images)
+        ids, mask = self._turns.encode(turns, image_tokens, max_tokens=max_tokens)
+        sample = {
+            "input_ids": torch.tensor(ids, dtype=torch.int32),
+            "target_mask": torch.tensor(mask, dtype=torch.bool),
+            **inputs,
+        }
+        if self.family.token_types == "mm_token_type_ids":
+            sample["mm_token_type_ids"] = (sample["input_ids"] == self.image_token_id).int()
+        elif self.family.token_types == "token_type_ids":
+            sample["token_type_ids"] = sample["target_mask"].int().cummax(0).values.int()
+        return sample
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def stop_token_ids(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        return self._turns.stop_token_ids()
+
+    def save(self, folder: Path) -> None:
+        """Write the Hugging Face processor and `config_processor.json` to a folder."""
+        self.processor.save_pretrained(folder)
+        write_config(
+            folder,
+            {
+                "type": HUGGING_FACE,
+                "prompt_layout": self.prompt_layout,
+                "processor_kwargs": self.processor_kwargs,
+                "split_images": self.split_images,
+            },
+        )
+
+    def _process_images(self, images: Sequence[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """Return the inputs that come from the images, and the tokens that stand for each."""
+        if not images:
+            return {}, []
+        image_processor = self.processor.image_processor
+        options = self.family.options(image_processor, self.split_images) | self.processor_kwargs
+        processed = image_processor(
+            list(images),
+            **options,
+            do_rescale=False,
+            do_normalize=False,
+            input_data_format="channels_first",
+            return_tensors="pt",
+        )
+        inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
+        pixel_values = inputs["pixel_values"]
+        if pixel_values.ndim == 5:  # [1, N, 3, H, W]
+            inputs["pixel_values"] = pixel_values = pixel_values.flatten(0, 1)
+        rows_per_image = self._rows_per_image(processed, len(images))
+        inputs["image_index"] = torch.repeat_interleave(torch.arange(len(images), dtype=torch.int32), rows_per_image)
+        assert len(inputs["image_index"]) == len(pixel_values), (rows_per_image, pixel_values.shape)
+        if self.family.is_plain_resize and not (pixel_values.ndim == 4 and bool((rows_per_image > 1).any())):
+            inputs["pixel_maps"] = self._pixel_maps(images, inputs)
+        tokens = [self._image_tokens(processed, number) for number in range(len(images))]
+        if self.family.has_bos_after_images:
+            tokens[-1] = [*tokens[-1], self.tokenizer.bos_token_id]
+        return inputs, tokens
+
+    def _rows_per_image(self, processed: Any, num_images: int) -> Tensor:
+        """Return how many rows of pixel_values each image has: patches, tiles or one."""
+        if "image_grid_thw" in processed:
+            return processed["image_grid_thw"].prod(dim=1)
+        if "rows" in processed:
+            tiles = torch.tensor(processed["rows"][0]) * torch.tensor(processed["cols"][0])
+            return tiles + 1
+        return torch.ones(num_images, dtype=torch.int64)
+
+    def _pixel_maps(self, images: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[PixelMap]:
+        sources = [(image.shape[1], image.shape[2]) for image in images]
+        if "image_grid_thw" in inputs:
+            patch = self.processor.image_processor.patch_size
+            targets = [(int(h) * patch, int(w) * patch) for _, h, w in inputs["image_grid_thw"]]
+        else:
+            targets = [(inputs["pixel_values"].shape[-2], inputs["pixel_values"].shape[-1])] * len(images)
+        return [resize_map(source, target) for source, target in zip(sources, targets, strict=True)]
+
+    def _image_tokens(self, processed: Any, number: int) -> list[int]:
+        if self.image_token_id is None:
+            return []
+        text = self.processor.replace_image_token(processed, number)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _render(self, turns: Sequence[Turn], announces: bool) -> str:
+        messages = [{"role": turn.role, "content": _content_parts(turn.content)} for turn in turns]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=announces)
+
+
+def _content_parts(content: str) -> list[dict[str, str]]:
+    """Divide a turn into the parts, text and images, that the chat templates of image-text models take."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(IMAGE_MARKER)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def load_hugging_face_processor(name: str, **options: Any) -> HuggingFaceProcessor:
+    """Load the processor of a Hugging Face model, from a folder or by name.
+
+    Args:
+        name: folder, or name on the hub.
+        options: as `HuggingFaceProcessor` takes them.
+
+    Raises:
+        ValueError: there is no such processor, or one of its packages is missing; one line.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"data.processor '{name}' can not be loaded: {str(error).strip().splitlines()[0]}") from None
+    return HuggingFaceProcessor(processor, **options)
