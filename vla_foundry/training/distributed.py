@@ -4,10 +4,13 @@ Applied in this order: activation checkpointing, per-block compile, then FSDP2 o
 (fp32 masters); lower-precision compute is autocast's matter, so that numbers do not depend on the wrapper.
 """
 
+import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,12 @@ from vla_foundry.world import World
 
 # what wrappers put into the names of parameters
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+# ranks need not send each other their buffers in every forward; newer versions of torch have another word for it
+_WITHOUT_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers": False
+}
 
 
 def start_process_group(params: DistributedParams, world: World) -> None:
@@ -64,6 +73,17 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
+def leave_process(code: int) -> NoReturn:
+    """End this process at once, after everything was closed.
+
+    While the interpreter of a process that has sharded a model is torn down, torch's threads sometimes abort it,
+    which the launcher would take for a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def parallelize(
     model: nn.Module,
     params: DistributedParams,
@@ -91,7 +111,7 @@ def parallelize(
     model.to(world.device)
     if world.world_size == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC)
 
 
 def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:

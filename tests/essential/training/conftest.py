@@ -1,0 +1,57 @@
+"""The tiny model, loader and scenarios, and a way to run them on two ranks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+_SCRIPT = Path(__file__).with_name("tiny_run.py")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tiny_run.py. Its work is too small for several threads."""
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("tiny_run", _SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python script or module on `num_ranks` gloo processes, each with one thread."""
+
+    def run(num_ranks: int, *words: str, timeout: float = 120.0, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+        return subprocess.run(
+            [*command, *words], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_on_two_ranks(launch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], list[Any]]:
+    """Train scenarios of tiny_run.py on two ranks in one launch; returns {name: result} of each rank."""
+
+    def run(scenarios: dict[str, Any]) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        (folder / "scenarios.json").write_text(json.dumps(scenarios))
+        done = launch(2, str(_SCRIPT), str(folder / "scenarios.json"), str(folder / "result"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(2)]
+
+    return run

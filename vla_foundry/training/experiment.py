@@ -1,0 +1,203 @@
+"""Set up one training run from its params, run it, and leave its folder complete."""
+
+import logging
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vla_foundry.data import DataLoader, create_dataloader
+from vla_foundry.models import create_batch_handler, create_model
+from vla_foundry.params.budget import accumulation_steps, total_steps
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.training import loop
+from vla_foundry.training.checkpoint import load_checkpoint
+from vla_foundry.training.distributed import (
+    broadcast_object,
+    leave_process,
+    main_rank_first,
+    parallelize,
+    start_process_group,
+    stop_process_group,
+)
+from vla_foundry.training.metrics import create_metric_log, truncate_metrics
+from vla_foundry.training.precision import cast_parameters
+from vla_foundry.training.provenance import record_start
+from vla_foundry.training.remote_sync import RemoteSync
+from vla_foundry.training.schedules import learning_rates
+from vla_foundry.training.start import find_start, write_configs
+from vla_foundry.training.state import TrainState, create_train_state
+from vla_foundry.training.stop import EXIT_STOPPED
+from vla_foundry.training.tokenizer_copy import copy_tokenizer
+from vla_foundry.world import World
+
+
+def train(params: TrainExperimentParams, world: World) -> None:
+    """Collective: call on every rank. Train as resolved params say, into the folder <save_path>/<name>.
+
+    One of several ranks does not return: its process ends with the run.
+
+    Raises:
+        ValueError: something that the user can fix, in one line.
+        SystemExit: code EXIT_STOPPED after SIGTERM; a checkpoint was saved.
+    """
+    logging.basicConfig(level=params.log_level.upper() if world.is_main else logging.ERROR)
+    # a schedule that does not fit into the run is said before anything is made
+    learning_rates(params.hparams, total_steps(params))
+    start_process_group(params.distributed, world)
+    folder = find_run_folder(params)
+    with ExitStack() as stack:
+        run = create_run(params, world, folder, stack)
+        finished = loop.train(run)
+    stop_process_group()
+    if run.sync is not None:
+        run.sync.close()
+    if world.world_size > 1:
+        leave_process(0 if finished else EXIT_STOPPED)
+    if not finished:
+        raise SystemExit(EXIT_STOPPED)
+
+
+def find_run_folder(params: TrainExperimentParams) -> Path:
+    """Collective: call on every rank. Return the run's folder; without a name it is made from the time and the params.
+
+    Raises:
+        ValueError: the name is not that of a folder.
+    """
+    name = params.name or broadcast_object(
+        f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-model_{params.model.type}-lr_{params.hparams.lr:g}"
+        f"-bsz_{params.hparams.global_batch_size}"
+    )
+    if "/" in name or name in (".", ".."):
+        raise ValueError(f"name ('{name}') must be the name of a folder, without '/'. The folder above is --save_path.")
+    return Path(params.save_path) / name
+
+
+def create_run(params: TrainExperimentParams, world: World, folder: Path, stack: ExitStack) -> loop.Run:
+    """Collective: call on every rank. Make everything that the loop needs, restored if the run goes on.
+
+    Args:
+        stack: gets what must be closed, whatever happens.
+    """
+    started = time.perf_counter()
+    notices: list[str] = []
+    checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
+    loader, validation_loader = create_loaders(params, world, stack)
+    state = create_state(params, world, is_restored=checkpoint is not None)
+    if checkpoint is not None:
+        notices += restore(params, checkpoint, state, loader)
+    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state.step))
+    log = create_metric_log(
+        params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
+    )
+    stack.callback(log.close)
+    sync = RemoteSync(folder, params.remote_sync, log.say) if params.remote_sync and world.is_main else None
+    for notice in notices:
+        log.say(f"note: {notice}")
+    log.say(describe_run(params, world, state))
+    log.say(f"Run folder {folder}; ready after {time.perf_counter() - started:.1f} s")
+    return loop.Run(
+        params=params,
+        world=world,
+        folder=folder,
+        total_steps=total_steps(params),
+        state=state,
+        handler=create_batch_handler(params),
+        loader=loader,
+        validation_loader=validation_loader,
+        log=log,
+        sync=sync,
+    )
+
+
+def create_loaders(
+    params: TrainExperimentParams, world: World, stack: ExitStack
+) -> tuple[DataLoader, DataLoader | None]:
+    """Create the loaders of training and, if the params ask for it, of validation."""
+    hparams = params.hparams
+    create = partial(
+        create_dataloader,
+        params.data,
+        world,
+        global_batch_size=hparams.global_batch_size,
+        per_gpu_batch_size=hparams.per_gpu_batch_size,
+        seed=hparams.seed if params.data.seed is None else params.data.seed,
+    )
+    loader = create()
+    stack.callback(loader.close)
+    if params.total_val_samples is None:
+        return loader, None
+    validation_loader = create(split="validation", total_samples=params.total_val_samples)
+    stack.callback(validation_loader.close)
+    return loader, validation_loader
+
+
+def create_state(params: TrainExperimentParams, world: World, *, is_restored: bool) -> TrainState:
+    """Collective: call on every rank. Create model, wrappers and optimizer at step 0; the same weights on every rank.
+
+    Args:
+        is_restored: all weights come from a checkpoint later.
+    """
+    hparams = params.hparams
+    torch.manual_seed(hparams.seed)
+    # sharded models could be made on the meta device here, and get their memory after they were sharded
+    model = create_model(params.model, load_pretrained=not is_restored)
+    cast_parameters(model, hparams.precision)
+    model.train()
+    forward = parallelize(
+        model,
+        params.distributed,
+        world=world,
+        grad_checkpointing=hparams.grad_checkpointing,
+        compile_blocks=hparams.torchcompile,
+    )
+    return create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params))
+
+
+def restore(params: TrainExperimentParams, checkpoint: Path, state: TrainState, loader: DataLoader) -> list[str]:
+    """Collective: call on every rank. Restore the state from a verified step folder.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: the order of the data has changed, and data.accept_changed_data is false.
+    """
+    saved = load_checkpoint(checkpoint, state)
+    notices = [f"goes on from {checkpoint} after step {state.step}.", *saved["notices"]]
+    try:
+        loader.check_plan(saved["data"])
+    except ValueError as error:
+        if not params.data.accept_changed_data:
+            raise
+        notices.append(f"data.accept_changed_data: {error}")
+    return notices
+
+
+def prepare_folder(params: TrainExperimentParams, world: World, folder: Path, first_step: int) -> list[str]:
+    """Write what a run folder holds besides metrics and checkpoints.
+
+    Returns:
+        Lines for the user: what differs from the config that was there.
+    """
+    changes = write_configs(params, folder)
+    record_start(folder, world, first_step)
+    copy_tokenizer(params.data, folder)
+    truncate_metrics(folder, first_step)
+    return changes
+
+
+def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:
+    """One line on what is about to be trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in state.parameters.values()]
+    hparams = params.hparams
+    spread = "FSDP2" if params.distributed.fsdp else "DDP" if world.world_size > 1 else "one process"
+    return (
+        f"{params.model.type}: {sum(size for size, _ in sizes):,} parameters, "
+        f"{sum(size for size, is_trained in sizes if is_trained):,} of them trained; {hparams.precision} on "
+        f"{world.world_size} x {world.device.partition(':')[0]} ({spread}); batch {hparams.global_batch_size} = "
+        f"{world.world_size} x {hparams.per_gpu_batch_size} x {accumulation_steps(params, world.world_size)}; "
+        f"steps {state.step} to {total_steps(params)}"
+    )

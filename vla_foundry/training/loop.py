@@ -1,0 +1,242 @@
+"""The training loop: take data, step, log, validate, save. It knows no modality and no wrapper.
+
+A step's loss is the mean over the valid targets of the whole global batch, over all ranks and microbatches (for
+several modalities, the mean of theirs by their share of samples), so that gradients depend neither on accumulation
+nor on the number of ranks nor on padding.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vla_foundry.batch import Batch
+from vla_foundry.models.base import BatchHandler
+from vla_foundry.params.budget import accumulation_steps, checkpoint_steps
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.hparams import HyperParams
+from vla_foundry.training.checkpoint import save_checkpoint
+from vla_foundry.training.distributed import all_reduce, gradient_sync, reshard
+from vla_foundry.training.meter import Meter, StepResult
+from vla_foundry.training.metrics import MetricLog
+from vla_foundry.training.precision import autocast
+from vla_foundry.training.remote_sync import RemoteSync
+from vla_foundry.training.state import TrainState, update_weights
+from vla_foundry.training.stop import StopSignal
+from vla_foundry.world import World
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """What the loop needs of a data loader; all its state is the number of the next global batch."""
+
+    def microbatches(self, first_global_batch: int) -> Iterator[Batch]: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a run is made of; see experiment.py for how it is made."""
+
+    params: TrainExperimentParams
+    world: World
+    folder: Path
+    total_steps: int
+    state: TrainState
+    handler: BatchHandler
+    loader: Loader
+    # makes an iterator over the validation samples, from the first; None: no validation
+    validation_loader: Loader | None
+    log: MetricLog
+    # copies the run folder elsewhere after each checkpoint; on rank 0, if it is wanted
+    sync: RemoteSync | None = None
+
+
+def train(run: Run) -> bool:
+    """Collective: call on every rank. Train from `run.state.step` to the end of the budget.
+
+    Returns:
+        True at the end of the budget, False if a signal stopped the run before; a checkpoint is saved either way.
+
+    Raises:
+        ValueError: the data ends early or is broken, or too many updates in a row were skipped.
+    """
+    params, state, world = run.params, run.state, run.world
+    accumulation = accumulation_steps(params, world.world_size)
+    # the end of the run is always saved
+    saves = checkpoint_steps(params) or (run.total_steps,)
+    meter = create_meter(run)
+    microbatches = run.loader.microbatches(state.step)
+    with StopSignal(world) as stop:
+        while state.step < run.total_steps:
+            batches, waited = take_microbatches(microbatches, accumulation)
+            meter.add_data(batches, waited)
+            meter.add_step(train_step(state, batches, handler=run.handler, hparams=params.hparams, world=world))
+            run.log.advance(state.step)
+
+            stopping = stop.poll()
+            saving = stopping or state.step in saves
+            if saving or state.step == 1 or state.step % params.log_every_n_steps == 0:
+                log_metrics(run, meter)
+            if saving:
+                if not stopping and is_validation_due(run, saves):
+                    validate(run)
+                save(run)
+                meter.restart()
+            if stopping:
+                return False
+    return True
+
+
+def take_microbatches(source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+    """Take one step's microbatches, and say how many seconds they were waited for."""
+    started = time.perf_counter()
+    return [next(source) for _ in range(count)], time.perf_counter() - started
+
+
+def train_step(
+    state: TrainState, microbatches: Sequence[Batch], *, handler: BatchHandler, hparams: HyperParams, world: World
+) -> StepResult:
+    """Collective: call on every rank. One optimizer step on one global batch; nothing waits for the device."""
+    inputs = [handler.prepare(batch, world.device) for batch in microbatches]
+    modalities = [str(batch["modality"]) for batch in microbatches]
+
+    # the valid targets of the whole global batch, before the first backward
+    counts = count_targets(handler, modalities, inputs)
+    weights = {name: modalities.count(name) / len(modalities) / counts[name].clamp(min=1) for name in counts}
+
+    # forward and backward; gradients are exchanged in the last backward only, and averaged over ranks there
+    seed_dropout(hparams.seed, state.step, world.rank)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    log_sums: dict[str, Tensor] = {}
+    for index, (modality, kwargs) in enumerate(zip(modalities, inputs, strict=True)):
+        with gradient_sync(state.forward, enabled=index == len(inputs) - 1):
+            with autocast(hparams.precision, world.device):
+                output = state.forward(**kwargs)
+            share = output.sum * weights[modality]
+            (share * world.world_size).backward()
+        loss += share.detach()
+        for name, value in {**output.logs, "count": output.count}.items():
+            log_sums[name] = log_sums.get(name, 0.0) + value.detach().double()
+    all_reduce(loss)
+
+    # clip and update, unless loss or gradient is not finite
+    norm, skip = update_weights(state, loss, max_norm=hparams.grad_clip_norm)
+    state.step += 1
+    num_targets = torch.stack(list(counts.values())).sum().to(norm.device)
+    state.counters.targets += num_targets.long() * (1 - skip.long())
+    updated = 1.0 - skip.to(world.device)
+    return StepResult(
+        loss=torch.where(updated > 0, loss, 0.0),
+        grad_norm=torch.where(skip > 0, 0.0, norm),
+        updated=updated,
+        log_sums={name: torch.where(updated > 0, value, 0.0) for name, value in log_sums.items()},
+    )
+
+
+def count_targets(
+    handler: BatchHandler, modalities: Sequence[str], inputs: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Collective: call on every rank. Count the valid targets of each modality over all ranks, float64 scalars.
+
+    All ranks have the same modality in the same place.
+    """
+    counts: dict[str, Tensor] = {}
+    for modality, kwargs in zip(modalities, inputs, strict=True):
+        counts[modality] = counts.get(modality, 0.0) + handler.count_targets(kwargs).double()
+    return dict(zip(counts, all_reduce(torch.stack(list(counts.values()))).unbind(), strict=True))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators from (seed, step, rank), so that a resumed run draws what an unbroken one does."""
+    digest = hashlib.blake2b(f"dropout {seed} {step} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def create_meter(run: Run) -> Meter:
+    """Create the meter of a run; operations are counted if the model can say how many it needs."""
+    return Meter(
+        world=run.world,
+        flops_per_token=run.state.model.num_flops_per_token,  # pyright: ignore[reportArgumentType]
+        uses_bf16=run.params.hparams.precision in ("amp_bfloat16", "pure_bf16"),
+    )
+
+
+def log_metrics(run: Run, meter: Meter) -> None:
+    """Collective: call on every rank. Read the meter and log it.
+
+    Raises:
+        ValueError: too many updates in a row were skipped.
+    """
+    run.log.write("train", run.state.step, meter.read(run.state))
+    limit = run.params.hparams.max_skipped_steps
+    longest = meter.longest_skipped_row
+    if longest >= limit:
+        raise ValueError(
+            f"{longest} steps in a row until about step {run.state.step} had a loss or gradient that is not finite "
+            f"(hparams.max_skipped_steps is {limit}). Lower hparams.lr, or clip with hparams.grad_clip_norm."
+        )
+
+
+def is_validation_due(run: Run, saves: Sequence[int]) -> bool:
+    """True at every val_every_n_checkpoints-th checkpoint, and at the last."""
+    if run.validation_loader is None:
+        return False
+    number = saves.index(run.state.step) + 1
+    return number % run.params.val_every_n_checkpoints == 0 or number == len(saves)
+
+
+@torch.no_grad()
+def validate(run: Run) -> None:
+    """Collective: call on every rank. Log the loss over the validation samples; of the average where one is kept.
+
+    The loader gives all ranks equally many microbatches of the same modalities, so that all make the same passes.
+    """
+    assert run.validation_loader is not None
+    state, world = run.state, run.world
+    totals: dict[str, Tensor] = {}
+    state.model.eval()
+    reshard(state.model)
+    with state.ema.swapped_in() if state.ema is not None else nullcontext():
+        for batch in run.validation_loader.microbatches(0):
+            with autocast(run.params.hparams.precision, world.device):
+                output = state.model(**run.handler.prepare(batch, world.device))
+            num_samples = torch.full_like(output.sum, len(batch["positions"]), dtype=torch.float64)
+            sums = torch.stack([output.sum.double(), output.count.double(), num_samples])
+            totals[batch["modality"]] = totals.get(batch["modality"], 0.0) + sums
+        # weights gathered from the average must not be used for training
+        reshard(state.model)
+    state.model.train()
+    names = sorted(totals)
+    loss_sums, counts, samples = all_reduce(torch.stack([totals[name] for name in names])).cpu().unbind(dim=1)
+    losses = loss_sums / counts.clamp(min=1)
+    metrics: dict[str, Any] = {
+        "loss": float((losses * samples).sum() / samples.sum()),
+        "targets": int(counts.sum()),
+        "samples": int(samples.sum()),
+        "weights": "ema" if state.ema is not None else "model",
+    }
+    if len(names) > 1:
+        metrics.update({f"loss_{name}": float(loss) for name, loss in zip(names, losses, strict=True)})
+    run.log.write("validation", state.step, metrics)
+
+
+def save(run: Run) -> None:
+    """Collective: call on every rank. Save a checkpoint and tell whoever wants to know."""
+    folder = save_checkpoint(
+        run.folder,
+        run.state,
+        world=run.world,
+        facts={"data": run.loader.describe(), "samples": run.state.step * run.params.hparams.global_batch_size},
+        max_checkpoints=run.params.max_checkpoint_limit,
+    )
+    run.log.say(f"Saved {folder}")
+    if run.sync is not None:
+        run.sync.request()

@@ -1,0 +1,277 @@
+"""Where metrics go: metrics.jsonl always, the terminal, and TensorBoard and Weights & Biases if they are wanted.
+
+A line of metrics.jsonl is {"kind": "train" | "validation", "step": ..., name: value, ...}. Only rank 0 writes.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import netrc
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlparse
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.loading import to_plain
+from vla_foundry.run_folder import METRICS_NAME
+
+WANDB_ID_NAME = "wandb_run_id.txt"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# how a metric is shown: name, label, format
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("lr", "lr", "{:.2e}"),
+    ("grad_norm", "grad norm", "{:.3f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("samples_per_sec_per_gpu", "samples/s/gpu", "{:.1f}"),
+    ("data_wait_share", "data wait", "{:.1%}"),
+    ("mfu", "MFU", "{:.1%}"),
+    ("memory_gb", "memory", "{:.2f} GiB"),
+)
+# shown if they are not 0
+_SHOWN_IF_ANY = (("skipped_steps", "skipped"), ("dropped_samples", "dropped"))
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Something that takes metrics."""
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricLog:
+    """All sinks of a run, and its lines on the terminal. Without sinks (rank > 0) it does nothing."""
+
+    def __init__(self, sinks: list[Sink], terminal: "Terminal | None") -> None:
+        self._sinks = sinks
+        self._terminal = terminal
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write metrics of kind "train" or "validation" after `step` steps."""
+        for sink in self._sinks:
+            sink.write(kind, step, metrics)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._terminal is not None:
+            self._terminal.advance(step)
+
+    def say(self, line: str) -> None:
+        """Tell the user something, in one line."""
+        if self._terminal is not None:
+            self._terminal.say(line)
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class MetricsFile:
+    """metrics.jsonl."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._file = (run_folder / METRICS_NAME).open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a line."""
+        finite = {name: None if _is_non_finite(value) else value for name, value in metrics.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def truncate_metrics(run_folder: Path, step: int) -> None:
+    """Drop what metrics.jsonl says of steps after `step`, and a line cut off by a kill; atomically."""
+    path = run_folder / METRICS_NAME
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+class Terminal:
+    """Lines on standard output; on a terminal also a progress bar below them."""
+
+    def __init__(self, *, total_steps: int, first_step: int) -> None:
+        self._total_steps = total_steps
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar."""
+        self._console.print(line)
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Print metrics as a line."""
+        text = format_metrics(metrics)
+        if self._progress is not None and kind == "train":
+            self._progress.update(self._task, status=text)
+        label = "" if kind == "train" else f"{kind} "
+        self.say(f"step {step}/{self._total_steps}  {label}{text}")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Format what a person wants to see at a glance."""
+    parts = []
+    for name, label, form in _SHOWN:
+        value = metrics.get(name)
+        if value is not None:
+            parts.append(f"{label} {form.format(value)}")
+        elif name == "loss":
+            parts.append("loss not finite")
+    parts += [f"{label} {metrics[name]}" for name, label in _SHOWN_IF_ANY if metrics.get(name)]
+    return "  ".join(parts)
+
+
+class TensorBoardFile:
+    """Event files for TensorBoard."""
+
+    def __init__(self, run_folder: Path, first_step: int) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard is true, but the package is missing. Install vla-foundry[logging].")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write every number."""
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under its saved id."""
+
+    def __init__(self, params: TrainExperimentParams, run_folder: Path) -> None:
+        import wandb
+
+        id_file = run_folder / WANDB_ID_NAME
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            project=params.wandb_project_name,
+            entity=params.wandb_entity,
+            name=run_folder.name,
+            tags=params.wandb_tags,
+            dir=str(run_folder),
+            config=to_plain(params),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log under `<kind>/<name>` against the step."""
+        self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def has_wandb_credentials(environment: Mapping[str, str] | None = None) -> bool:
+    """True if there is an API key: in WANDB_API_KEY, or in ~/.netrc for the server."""
+    environment = os.environ if environment is None else environment
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(environment.get("NETRC", "") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] | None = None) -> bool:
+    """Decide whether to log to Weights & Biases: as told, else if its package and credentials are there.
+
+    Raises:
+        ValueError: it is asked for, and can not work.
+    """
+    environment = os.environ if environment is None else environment
+    mode = environment.get("WANDB_MODE", "online")
+    if params.wandb is False or mode == "disabled":
+        return False
+    is_installed = importlib.util.find_spec("wandb") is not None
+    if params.wandb is None:
+        return is_installed and has_wandb_credentials(environment)
+    if not is_installed:
+        raise ValueError("wandb is true, but the package is missing. Install vla-foundry[logging].")
+    if mode not in ("offline", "dryrun") and not has_wandb_credentials(environment):
+        raise ValueError(
+            "wandb is true, but there are no credentials. Run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline."
+        )
+    return True
+
+
+def create_metric_log(
+    params: TrainExperimentParams, run_folder: Path, *, is_main: bool, total_steps: int, first_step: int
+) -> MetricLog:
+    """Open all sinks of a run on rank 0; elsewhere a log that does nothing."""
+    if not is_main:
+        return MetricLog([], None)
+    with_wandb = wants_wandb(params)
+    sinks: list[Sink] = [MetricsFile(run_folder)]
+    if params.tensorboard:
+        sinks.append(TensorBoardFile(run_folder, first_step))
+    if with_wandb:
+        logging.getLogger("wandb").setLevel(logging.WARNING)
+        sinks.append(Wandb(params, run_folder))
+    terminal = Terminal(total_steps=total_steps, first_step=first_step)
+    if params.wandb is None and not with_wandb:
+        terminal.say(
+            f"Metrics go to {run_folder / METRICS_NAME}. For Weights & Biases run `wandb login` or set WANDB_API_KEY; "
+            "--wandb false hides this line."
+        )
+    return MetricLog([*sinks, terminal], terminal)
