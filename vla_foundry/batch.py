@@ -11,6 +11,16 @@ B batch rows, T tokens, S samples.
 | documents   | Documents    | how each row divides into documents that must not see each other; absent: one per row |
 | dropped     | dict         | samples that were replaced while this microbatch was made: {reason: count}            |
 
+With images (modality "image_caption"):
+
+| key            | type           | meaning                                                                         |
+|----------------|----------------|---------------------------------------------------------------------------------|
+| pixel_values   | uint8 [M, ...] | images [M, 3, H, W], or a Hugging Face processor's patches, in the order of their  |
+|                |                | tokens in input_ids, row by row; scaled and normalised on the device            |
+| image_mean     | 3 floats       | of red, green and blue in 0 .. 1, subtracted on the device                      |
+| image_std      | 3 floats       | what they are divided by then                                                   |
+| (extras)       | Tensor         | what a Hugging Face model takes besides, by its own name, e.g. image_grid_thw   |
+
 All tensors of a batch are on the CPU; the training loop moves them. S may differ from B: samples are packed into rows.
 """
 
