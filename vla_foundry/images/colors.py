@@ -75,11 +75,12 @@ def _grey(pixels: Tensor) -> Tensor:
 
 def _mean_of_images(means: Tensor, image_index: Tensor) -> Tensor:
     """Return, for each row, the mean over all rows (of equal size) of its image."""
-    M = len(means)
     index = image_index.long()
-    sums = means.new_zeros(M).index_add_(0, index, means.view(M))  # there are at most as many images as rows
-    counts = means.new_zeros(M).index_add_(0, index, torch.ones_like(means.view(M)))
-    return (sums / counts.clamp(min=1))[index].view(M, 1, 1)
+    # sums of whole numbers, because those of floats depend on the order, which is not fixed on a GPU
+    whole = (means.view(-1).double() * 2**32).long()
+    sums = torch.zeros_like(whole).index_add_(0, index, whole)  # there are at most as many images as rows
+    counts = torch.zeros_like(whole).index_add_(0, index, torch.ones_like(whole))
+    return (sums.double() / counts.clamp(min=1) / 2**32).float()[index].view(-1, 1, 1)
 
 
 def _shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:

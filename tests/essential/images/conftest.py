@@ -85,16 +85,33 @@ def paligemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def idefics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Idefics3ImageProcessor, Idefics3Processor
 
-    places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
-    special = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", *places]
-    tokenizer = create_tokenizer(special, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
+    image_processor = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 16})
     processor = Idefics3Processor(
-        image_processor=Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 16}),
-        tokenizer=tokenizer,
+        image_processor=image_processor, tokenizer=_create_tile_tokenizer(), image_seq_len=4, chat_template=SMOL
+    )
+    return _save(processor, tmp_path_factory.mktemp("idefics"))
+
+
+@pytest.fixture(scope="session")
+def smolvlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    processor = SmolVLMProcessor(
+        image_processor=SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 16}),
+        tokenizer=_create_tile_tokenizer(),
+        video_processor=SmolVLMVideoProcessor(),
         image_seq_len=4,
         chat_template=SMOL,
     )
-    return _save(processor, tmp_path_factory.mktemp("idefics"))
+    return _save(processor, tmp_path_factory.mktemp("smolvlm"))
+
+
+def _create_tile_tokenizer() -> Any:
+    """A tokenizer with the tokens that mark tiles."""
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    special = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", *places]
+    return create_tokenizer(special, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
 
 
 def _save(processor: Any, folder: Path) -> Path:

@@ -16,8 +16,8 @@ from vla_foundry.text.prompts import Turn
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 TURNS = [Turn("user", "<image><image>Describe the image."), Turn("assistant", "A red cube lies on a green table.")]
-FAMILIES = ["qwen", "paligemma", "idefics"]
-ENDS = {"qwen": "<|im_end|>", "paligemma": "<eos>", "idefics": "<end_of_utterance>"}
+FAMILIES = ["qwen", "paligemma", "idefics", "smolvlm"]
+ENDS = {"qwen": "<|im_end|>", "paligemma": "<eos>", "idefics": "<end_of_utterance>", "smolvlm": "<end_of_utterance>"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -56,7 +56,7 @@ def original_inputs(processor: HuggingFaceProcessor, images: list[torch.Tensor],
 def test_the_prompt_and_the_pixels_are_those_of_the_original(
     family: str, processor: HuggingFaceProcessor, images: list[torch.Tensor]
 ) -> None:
-    options = {"do_image_splitting": False, "size": {"longest_edge": 16}} if family == "idefics" else {}
+    options = {"do_image_splitting": False, "size": {"longest_edge": 16}} if family in ("idefics", "smolvlm") else {}
     original = original_inputs(processor, images, **options)
     ours = processor.encode(images, TURNS[:1])
     assert ours["input_ids"].tolist() == original["input_ids"][0].tolist()
