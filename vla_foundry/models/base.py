@@ -1,6 +1,7 @@
 """What the training loop and inference expect of a model and of its batch handler."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,6 +41,15 @@ class TrainableModel(Protocol):
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward per token of a row of `seq_len` tokens."""
+        ...
+
+
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A model that needs more than its params and weights to be loaded again."""
+
+    def save_files(self, folder: Path) -> None:
+        """Write what it needs to `folder` (MODEL_FILES_FOLDER of a run)."""
         ...
 
 

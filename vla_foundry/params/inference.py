@@ -1,5 +1,6 @@
 """Params of `vla-foundry generate`."""
 
+import re
 from dataclasses import dataclass, field
 
 from vla_foundry.params.base import BaseParams
@@ -31,6 +32,8 @@ class GenerateParams(BaseParams):
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device '{self.device}' is unknown. Use auto, cpu, cuda or cuda:N.")
         if not self.prompt or not all(self.prompt):
             raise ValueError('prompt is empty. Give one: --prompt "Once upon a time".')
         if self.max_new_tokens < 1:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from vla_foundry.inference.generate import Continuation, generate, main
+from vla_foundry.inference.decoding import Continuation, generate
+from vla_foundry.inference.generate import main
 from vla_foundry.models import create_model
 from vla_foundry.models.transformer_hf import TransformerHF
 from vla_foundry.models.weights import find_tied_names
@@ -210,6 +213,18 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         main([*words, str(run), "--device", "abc"])
     with pytest.raises(ValueError, match=r"top_p \(1\.5\) must be above 0"):
         main([*words, str(run), "--top_p", "1.5"])
+    with pytest.raises(ValueError, match=r"device 'cuda:99' is not there"):
+        main([*words, str(run), "--device", "cuda:99"])
     (run / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         main([*words, str(run)])
+
+
+def test_what_is_wrong_with_the_command_is_said_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom vla_foundry.inference.generate import main\n"
+        "try:\n    main(['--checkpoint', sys.argv[1], '--prompt', 'a'])\n"
+        "except FileNotFoundError:\n    sys.exit('torch' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "nothing")]
+    assert subprocess.run(words, check=False).returncode == 0

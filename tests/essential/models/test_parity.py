@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_foundry.batch import IGNORE_INDEX, LossOutput
-from vla_foundry.inference.generate import generate
+from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_params_from_yaml
 

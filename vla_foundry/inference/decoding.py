@@ -1,0 +1,120 @@
+"""Continue rows of tokens with a language model, each row as if it were alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from vla_foundry.inference.sampling import choose_tokens
+
+_Stop: TypeAlias = Literal["end", "max_new_tokens", "max_seq_len"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What follows one prompt."""
+
+    # the new tokens, without the one that ends a text
+    tokens: list[int]
+    # an end token came; max_new_tokens were made; or the model's max_seq_len is reached
+    stopped_by: _Stop
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    end_token_ids: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
+    use_cache: bool = True,
+    prompt_inputs: Mapping[str, Any] | None = None,
+) -> list[Continuation]:
+    """Continue each row, exactly as if it were alone in the batch.
+
+    A row that has ended leaves the batch, so it neither waits for the others nor costs anything.
+
+    Args:
+        model: a language model; it is run in evaluation mode and left in the mode it was in.
+        attention_mask: 1 for the tokens of a prompt, 0 for padding, wherever it is.
+        seeds: one per row, for temperature > 0; 0, 1, ... if not given.
+        use_cache: false: run whole rows again for each token, instead of keeping keys and values.
+        prompt_inputs: further arguments of the model's first call, such as images.
+
+    Raises:
+        ValueError: a prompt is empty, or leaves no room for a token.
+    """
+    input_ids, mask = _pad_left(input_ids, attention_mask)
+    limits = _token_limits(mask.sum(1).tolist(), getattr(model, "max_seq_len", None), max_new_tokens)
+    alive = list(range(len(limits)))
+    seeds = alive if seeds is None else seeds
+    tokens: list[list[int]] = [[] for _ in alive]
+    stops: list[_Stop] = ["end" for _ in alive]
+    was_training, model = model.training, model.eval()
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, **(prompt_inputs or {})}
+    for step in range(max_new_tokens):
+        output = model(**inputs, use_cache=use_cache, logits_to_keep=1)
+        new = choose_tokens(
+            output.logits[:, -1].float(),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=[seeds[row] for row in alive],
+            step=step,
+        )
+        kept = []
+        for place, (row, token) in enumerate(zip(alive, new.tolist(), strict=True)):
+            if token not in end_token_ids:
+                tokens[row].append(token)
+                if len(tokens[row]) < limits[row]:
+                    kept.append(place)
+                else:
+                    stops[row] = "max_new_tokens" if limits[row] == max_new_tokens else "max_seq_len"
+        if not kept:
+            break
+        inputs = _next_inputs(inputs, new, output.past_key_values if use_cache else None, kept)
+        alive = [alive[place] for place in kept]
+    model.train(was_training)
+    return [Continuation(row, stop) for row, stop in zip(tokens, stops, strict=True)]
+
+
+def _pad_left(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move padding to the front of each row, so that every row ends with its prompt, and drop what no row needs."""
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
+    order = mask.argsort(dim=1, stable=True)
+    longest = max(1, int(mask.sum(1).max()))
+    return input_ids.gather(1, order)[:, -longest:], mask.gather(1, order)[:, -longest:]
+
+
+def _token_limits(lengths: list[int], max_seq_len: int | None, max_new_tokens: int) -> list[int]:
+    for length in lengths:
+        if length == 0:
+            raise ValueError("A prompt has no tokens. Give it at least one.")
+        if max_seq_len is not None and length >= max_seq_len:
+            raise ValueError(
+                f"A prompt of {length} tokens leaves no room in model.max_seq_len ({max_seq_len}). Shorten it."
+            )
+    return [max_new_tokens if max_seq_len is None else min(max_new_tokens, max_seq_len - n) for n in lengths]
+
+
+def _next_inputs(inputs: dict[str, Any], new: Tensor, cache: Any, kept: list[int]) -> dict[str, Any]:
+    """The next call's arguments, for the rows that go on."""
+    mask, input_ids = inputs["attention_mask"], inputs["input_ids"]
+    if len(kept) < len(new):
+        rows = torch.tensor(kept, device=new.device)
+        new, mask, input_ids = new[rows], mask[rows], input_ids[rows]
+        if cache is not None:
+            cache.batch_select_indices(rows)
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    column = new.unsqueeze(1).to(input_ids.dtype)
+    if cache is None:
+        return {**inputs, "input_ids": torch.cat([input_ids, column], dim=1), "attention_mask": mask}
+    return {"input_ids": column, "attention_mask": mask, "past_key_values": cache}
