@@ -99,7 +99,7 @@ class ShardCache:
 
     def _download(self, shard: RemoteShard, path: str) -> None:
         part_folder = path.removesuffix(".tar") + ".part"
-        num_bytes = self._size(shard)
+        num_bytes = self.size(shard)
         if num_bytes > self.max_bytes:
             raise ValueError(
                 f"{shard.uri} ({num_bytes} bytes) is larger than the cache. "
@@ -155,8 +155,8 @@ class ShardCache:
         status = _status(os.path.join(entry.path, "room"))
         return status.st_size if status else 0
 
-    def _size(self, shard: RemoteShard) -> int:
-        """Return a shard's size, from the manifest or else from the store."""
+    def size(self, shard: RemoteShard) -> int:
+        """Return a shard's size in bytes, from the manifest or else from the store."""
         if shard.num_bytes is not None:
             return shard.num_bytes
         if shard.uri not in self._sizes:
@@ -164,7 +164,7 @@ class ShardCache:
         return self._sizes[shard.uri]
 
     def _path(self, shard: RemoteShard) -> str:
-        identity = f"{shard.uri}\n{self._size(shard)}\n{shard.sha256}"
+        identity = f"{shard.uri}\n{self.size(shard)}\n{shard.sha256}"
         return os.path.join(self.folder, hashlib.sha256(identity.encode()).hexdigest()[:40] + ".tar")
 
     @contextmanager
@@ -190,6 +190,7 @@ class LookAhead:
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
         self._wanted: list[RemoteShard] = []
+        self._room = 0
         self._changed = threading.Condition()
         self._is_closed = False
         for _ in range(_NUM_LOOK_AHEAD_THREADS):
@@ -197,14 +198,9 @@ class LookAhead:
 
     def want(self, shards: Sequence[RemoteShard]) -> None:
         """Replace the list of shards to fetch, the most urgent first. At most half the cache is filled ahead."""
-        room, chosen = self._cache.max_bytes // 2, []
-        for shard in shards:
-            room -= shard.num_bytes or 0
-            if room < 0:
-                break
-            chosen.append(shard)
         with self._changed:
-            self._wanted = chosen
+            self._wanted = list(shards)
+            self._room = self._cache.max_bytes // 2
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -222,6 +218,12 @@ class LookAhead:
                     return
                 shard = self._wanted.pop(0)
             try:
+                num_bytes = self._cache.size(shard)
+                with self._changed:
+                    self._room -= num_bytes
+                    if self._room < 0:
+                        self._wanted.clear()
+                        continue
                 self._cache.fetch(shard, wait=False)
             except (OSError, ValueError) as error:
                 _logger.info("Look-ahead: %s", error)

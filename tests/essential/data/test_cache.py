@@ -190,9 +190,14 @@ def test_abandoned_downloads_of_other_shards_are_removed(tmp_path: Path, s3_fold
     assert not rubbish.exists()
 
 
-def test_look_ahead_fetches_before_it_is_asked_but_at_most_half_the_cache(tmp_path: Path, s3_folder: str) -> None:
+@pytest.mark.parametrize("is_size_known", [True, False])
+def test_look_ahead_fetches_before_it_is_asked_but_at_most_half_the_cache(
+    tmp_path: Path, s3_folder: str, is_size_known: bool
+) -> None:
     cache = ShardCache(str(tmp_path / "cache"), 6500)
     shards = [put(f"{s3_folder}/{number}.tar", bytes([number]) * 1000) for number in range(5)]
+    if not is_size_known:
+        shards = [RemoteShard(uri=shard.uri) for shard in shards]
     look_ahead = LookAhead(cache)
     look_ahead.want(shards)
     deadline = time.monotonic() + 30

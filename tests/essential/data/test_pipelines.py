@@ -251,6 +251,17 @@ def test_every_token_of_a_long_text_is_a_target_once(tmp_path: Path, write_sampl
         assert ("documents" in batch) == mask_documents
 
 
+def test_no_token_is_a_target_twice_where_ends_of_texts_share_a_row(
+    tmp_path: Path, write_samples: Callable, tokenizer: str
+) -> None:
+    manifest = write_samples(tmp_path / "d", [[text_members("a" * 80, "json")] * 2])
+    for mask_documents in (True, False):
+        params = TextDataParams(seq_len=64, tokenizer=tokenizer, mask_documents=mask_documents)
+        batch = read(TextUntokenizedPipeline(params), create_rows([manifest], [0, 1]))
+        assert batch["input_ids"].shape == (3, 65)  # 65, 65, and 17 + 17 tokens
+        assert batch["target_mask"].sum() == 2 * 80
+
+
 def test_part_of_a_document_has_no_end_token(tmp_path: Path, write_samples: Callable, tokenizer: str) -> None:
     parts = [{"text": "one", "is_last": False}, {"text": "two", "is_last": True}]
     manifest = write_samples(tmp_path / "d", [[{"json": json.dumps(part).encode()} for part in parts]])
