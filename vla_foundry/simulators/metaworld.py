@@ -1,0 +1,304 @@
+"""The Meta-World adapter: 50 table-top tasks of a Sawyer arm in MuJoCo, and half-open starts of four of them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.simulators.base import (
+    Layout,
+    ObjectState,
+    Observation,
+    Simulator,
+    SimulatorState,
+    register_simulator,
+)
+from vla_foundry.simulators.metaworld_tasks import (
+    HALF_OPEN_STARTS,
+    INSTRUCTIONS,
+    TASKS_WITH_MARKED_GOAL,
+    THINGS,
+    HalfOpenStart,
+    Thing,
+)
+from vla_foundry.simulators.mujoco_renderer import Camera, MujocoRenderer, choose_opengl
+
+CAMERAS: dict[str, Camera] = {
+    "behindGripper": Camera(model_camera="behindGripper", is_upside_down=False),
+    "corner": Camera(model_camera="corner", is_upside_down=True),
+    # nearer than Meta-World puts it, as is usual for learning from pictures
+    "corner2": Camera(model_camera="corner2", is_upside_down=True, position=(0.75, 0.075, 0.7)),
+    "corner3": Camera(model_camera="corner3", is_upside_down=True),
+    "gripperPOV": Camera(model_camera="gripperPOV", is_upside_down=False),
+    "topview": Camera(model_camera="topview", is_upside_down=False),
+    # the same corner, turned to where things happen: they are twice as large in a small picture
+    "workspace": Camera(
+        model_camera="corner2", is_upside_down=False, position=(0.7, 0.1, 0.75), looks_at=(0.02, 0.68, 0.12), fovy=46.0
+    ),
+}
+# range of the gripper in arranged scenes: across, along, above the table
+_GRIPPER_LOW = np.array([-0.25, 0.4, 0.07])
+_GRIPPER_HIGH = np.array([0.25, 0.82, 0.33])
+# physics steps that bring the arm to rest at a place
+_NUM_ARM_STEPS = 250
+# where a thing waits while the arm moves in
+_OUT_OF_THE_WAY = np.array([0.0, 10.0, 0.0])
+
+
+def task_names() -> list[str]:
+    """Every task, `@half` variants too."""
+    return sorted([*INSTRUCTIONS, *(f"{name}@half" for name in HALF_OPEN_STARTS)])
+
+
+def scene_tasks() -> list[str]:
+    """Tasks that can `arrange` scenes."""
+    return sorted(THINGS)
+
+
+@register_simulator("metaworld")
+class MetaworldSimulator(Simulator):
+    """One Meta-World task. Actions: x, y, z displacement of the hand (1 is 1 cm) and finger effort (1 closes)."""
+
+    action_dim = 4
+
+    def __init__(self, task: str, *, cameras: Sequence[str] = ("corner2",), image_size: int = 64) -> None:
+        name, _, variant = task.partition("@")
+        if task not in task_names():
+            raise ValueError(unknown_name_message("metaworld task", task, task_names()))
+        for camera in cameras:
+            _find_camera(camera)
+        if image_size < 1:
+            raise ValueError(f"image_size ({image_size}) must be at least 1.")
+        environment, expert = _create_environment(name)
+        self._task = task
+        self.instruction = INSTRUCTIONS[name]
+        self.cameras = tuple(cameras)
+        self.max_steps = environment.max_path_length
+        self._half_open: HalfOpenStart | None = HALF_OPEN_STARTS[name] if variant else None
+        self._thing: Thing | None = THINGS.get(name)
+        self._environment, self._expert = environment, expert
+        self._model, self._data = environment.model, environment.data
+        # resets move bodies and markers of the model itself; an episode must not depend on the one before
+        self._pristine = {part: getattr(self._model, part).copy() for part in ("body_pos", "body_quat", "site_pos")}
+        if self._half_open is not None:
+            self._limit_layouts(self._half_open)
+        self._shows_goal = name in TASKS_WITH_MARKED_GOAL
+        self._renderer = MujocoRenderer(self._model, image_size)
+        self._hide_sites_but_goal()
+        self._state: np.ndarray | None = None
+        self._is_success = False
+
+    def reset(self, seed: int) -> Observation:
+        """Begin the episode that belongs to `seed`."""
+        self._forget_the_past()
+        self._renderer.shows_sites = self._shows_goal
+        self._environment.seed(seed)
+        self._environment.reset()
+        if self._half_open is not None:
+            start = self._half_open
+            joint = self._data.joint(start.joint)
+            joint.qpos = start.middle + np.random.default_rng(seed).uniform(-start.spread, start.spread)
+            joint.qvel = 0
+        # Meta-World moves bodies without telling the physics, so that positions would be the last episode's
+        _mujoco().mj_forward(self._model, self._data)
+        self._state = self._sense_anew()
+        self._is_success = False
+        return self.observe()
+
+    def observe(self) -> Observation:
+        """Draw every camera; `end_effector_position` is in metres, `gripper_opening` in [0, 1]."""
+        sensed = self._sensed()
+        return Observation(
+            images={camera: self.render(camera) for camera in self.cameras},
+            fields={
+                "end_effector_position": sensed[:3].astype(np.float32),
+                "gripper_opening": sensed[3:4].astype(np.float32),
+            },
+        )
+
+    def apply(self, action: Float[np.ndarray, " A"]) -> None:
+        """Move the hand and the fingers for one control step of 12.5 ms."""
+        self._sensed()
+        if action.shape != (self.action_dim,):
+            raise ValueError(f"An action must have shape ({self.action_dim},), got {action.shape}.")
+        if not np.isfinite(action).all():
+            raise ValueError(f"An action must be finite, got {action.tolist()}.")
+        if self._environment.curr_path_length >= self.max_steps:
+            raise ValueError(f"The episode is over after {self.max_steps} steps. Call reset(seed) first.")
+        clipped = np.clip(action, -1, 1).astype(np.float32)
+        self._state, _, _, _, facts = self._environment.step(clipped)
+        self._is_success = bool(facts["success"])
+
+    def success(self) -> bool:
+        """Whether Meta-World counts the present state as a success; false before the first step."""
+        return self._is_success
+
+    def render(self, camera: str) -> UInt8[np.ndarray, "H W 3"]:
+        """Draw the present state, upright."""
+        return self._renderer.render(self._data, _find_camera(camera))
+
+    def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
+        """Where a point appears: (column, row) as fractions of the picture from the top left."""
+        return self._renderer.project(self._data, _find_camera(camera), position)
+
+    def is_hidden(self, camera: str, position: Float[np.ndarray, "3"], *, by: Literal["robot", "object"]) -> bool:
+        """Whether the arm, or the task's main thing where one is known, stands first before a point."""
+        if by == "object" and self._thing is None:
+            return False
+        body = self._thing.body if by == "object" and self._thing is not None else "hand"
+        root = int(self._model.body_rootid[self._model.body(body).id])
+        return self._renderer.is_hidden(self._data, _find_camera(camera), position, by_root=root)
+
+    def expert(self) -> Float[np.ndarray, " A"]:
+        """The scripted policy's action for the present state."""
+        with warnings.catch_warnings():
+            # some of its policies ask for more than an action can be, and say so each time
+            warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
+            action = self._expert.get_action(self._sensed())
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def describe(self) -> SimulatorState:
+        """The gripper, and the task's main thing where one is known."""
+        fingertips = [self._data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector")]
+        thing = self._thing
+        objects = () if thing is None else (self._describe_thing(thing),)
+        return SimulatorState(gripper_position=(fingertips[0] + fingertips[1]) / 2, objects=objects)
+
+    def arrange(self, layout: Layout) -> SimulatorState | None:
+        """Bring the arm to its place, then set the thing down; no time passes after that.
+
+        Returns:
+            The scene's state, or None if the arm would stand inside the thing.
+
+        Raises:
+            ValueError: this task has no such scenes.
+        """
+        thing = self._thing
+        if thing is None:
+            raise ValueError(f"{self._task} cannot arrange scenes. Tasks that can: {', '.join(scene_tasks())}.")
+        self._forget_the_past()
+        self._state = None
+        self._is_success = False
+        self._renderer.shows_sites = False
+        self._move_arm(layout, thing)
+        across, along = _mix(thing.across, layout.object_place[0]), _mix(thing.along, layout.object_place[1])
+        self._place(thing.body, np.array([across, along, thing.height]))
+        if thing.moving_body is not None:
+            self._joint_of(thing.moving_body).qpos = _mix((thing.closed, thing.open), layout.openness)
+        _mujoco().mj_forward(self._model, self._data)
+        return None if self._is_arm_inside(thing) else self.describe()
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._renderer.close()
+
+    def _sensed(self) -> np.ndarray:
+        if self._state is None:
+            raise ValueError("No episode was begun. Call reset(seed) first.")
+        return self._state
+
+    def _sense_anew(self) -> np.ndarray:
+        environment = self._environment
+        environment._prev_obs = environment._get_curr_obs_combined_no_goal()
+        space = environment.sawyer_observation_space
+        return np.clip(environment._get_obs(), space.low, space.high)
+
+    def _limit_layouts(self, start: HalfOpenStart) -> None:
+        space = self._environment._random_reset_space
+        self._environment._random_reset_space = type(space)(np.array(start.low), np.array(start.high), dtype=np.float64)
+
+    def _forget_the_past(self) -> None:
+        for part, values in self._pristine.items():
+            getattr(self._model, part)[:] = values
+        _mujoco().mj_resetData(self._model, self._data)
+
+    def _hide_sites_but_goal(self) -> None:
+        for index in range(self._model.nsite):
+            if not self._model.site(index).name.startswith("goal"):
+                self._model.site_rgba[index, 3] = 0
+
+    def _joint_of(self, body: str) -> Any:
+        return self._data.joint(int(self._model.body(body).jntadr[0]))
+
+    def _place(self, body: str, position: np.ndarray) -> None:
+        """Set a body down at `position`, whether it is fixed there or free."""
+        if self._model.body(body).jntnum[0]:
+            self._joint_of(body).qpos[:3] = position
+        else:
+            self._model.body(body).pos = position
+
+    def _move_arm(self, layout: Layout, thing: Thing) -> None:
+        for body in (thing.body, *thing.beside):
+            self._place(body, _OUT_OF_THE_WAY)
+        low, high = _GRIPPER_LOW, _GRIPPER_HIGH
+        self._data.mocap_pos[0] = low + (high - low) * np.array(layout.gripper_place)
+        self._data.mocap_quat[0] = (1, 0, 1, 0)
+        effort = 1 - 2 * layout.gripper_opening
+        self._data.ctrl[:] = (effort, -effort)
+        _mujoco().mj_step(self._model, self._data, _NUM_ARM_STEPS)
+
+    def _describe_thing(self, thing: Thing) -> ObjectState:
+        kind, name = thing.anchor
+        anchor = getattr(self._data, kind)(name)
+        rotation = anchor.xmat.reshape(3, 3)
+        openness = None
+        if thing.moving_body is not None:
+            travel = float(self._joint_of(thing.moving_body).qpos[0]) - thing.closed
+            openness = min(max(travel / (thing.open - thing.closed), 0.0), 1.0)
+        return ObjectState(
+            name=thing.name,
+            part=thing.part,
+            position=anchor.xpos + rotation @ np.array(thing.offset),
+            openness=openness,
+        )
+
+    def _is_arm_inside(self, thing: Thing) -> bool:
+        """Whether a contact between the arm and the thing is deeper than touching."""
+        roots = self._model.body_rootid
+        pair = {int(roots[self._model.body(name).id]) for name in ("hand", thing.body)}
+        bodies = self._model.geom_bodyid
+        return any(
+            contact.dist < -0.004 and {int(roots[bodies[geom]]) for geom in contact.geom} == pair
+            for contact in self._data.contact
+        )
+
+
+def _mix(span: tuple[float, float], share: float) -> float:
+    return span[0] + (span[1] - span[0]) * share
+
+
+def _find_camera(name: str) -> Camera:
+    if name not in CAMERAS:
+        raise ValueError(unknown_name_message("metaworld camera", name, sorted(CAMERAS)))
+    return CAMERAS[name]
+
+
+def _mujoco() -> Any:
+    import mujoco
+
+    return mujoco
+
+
+def _create_environment(name: str) -> tuple[Any, Any]:
+    """Build Meta-World's environment, which draws a new layout at each reset, and its scripted policy.
+
+    Raises:
+        ValueError: Meta-World is not installed, or there is no OpenGL renderer.
+    """
+    choose_opengl()
+    try:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+        from metaworld.policies import ENV_POLICY_MAP
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The simulator 'metaworld' needs the package '{error.name}'. Install it with "
+            "`pip install 'vla-foundry[simulators]'`."
+        ) from None
+    create: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"]
+    environment = create(seed=0)
+    environment._freeze_rand_vec = False
+    environment.seeded_rand_vec = True
+    return environment, ENV_POLICY_MAP[name]()
