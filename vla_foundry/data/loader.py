@@ -232,18 +232,14 @@ def create_dataloader(
         block_size=params.shuffle_buffer_size,
         shuffle=params.shuffle and is_training,
     )
-    if is_training:
-        num_positions = None
-        if not params.allow_multiple_epochs:
-            num_positions = plan.num_positions_in_one_epoch() // global_batch_size * global_batch_size
-    else:
-        num_positions = _num_validation_samples(plan, total_samples)
     schedule = Schedule(
         rank=world.rank,
         world_size=world.world_size,
         microbatch_size=per_gpu_batch_size,
         global_batch_size=global_batch_size,
-        num_positions=num_positions,
+        num_positions=(
+            _num_training_samples(plan, params) if is_training else _num_validation_samples(plan, total_samples)
+        ),
     )
     return DataLoader(
         params,
@@ -274,6 +270,12 @@ def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[lis
         entries = parse_manifest(read_text(manifest), manifest)
         datasets.append(Dataset(manifest=manifest, modality=modality, entries=tuple(entries)))
     return datasets, weights
+
+
+def _num_training_samples(plan: SamplePlan, params: DataParams) -> int | None:
+    if params.allow_multiple_epochs:
+        return None
+    return plan.num_positions_in_one_epoch() // plan.global_batch_size * plan.global_batch_size
 
 
 def _num_validation_samples(plan: SamplePlan, total_samples: int | None) -> int:
