@@ -19,6 +19,10 @@ With images (modality "image_caption"):
 |                |                | tokens in input_ids, row by row; scaled and normalised on the device            |
 | image_mean     | 3 floats       | of red, green and blue in 0 .. 1, subtracted on the device                      |
 | image_std      | 3 floats       | what they are divided by then                                                   |
+| color_factors  | float32 [M, 4] | change of colours, see images/colors.py; absent: none                             |
+| image_index    | int32 [M]      | the batch's image that each row of pixel_values is of; absent: each row is one    |
+| (token types)  | int32 [B, T]   | mm_token_type_ids or token_type_ids, where a Hugging Face model takes them; 0 in  |
+|                |                | padding                                                                         |
 | (extras)       | Tensor         | what a Hugging Face model takes besides, by its own name, e.g. image_grid_thw   |
 
 All tensors of a batch are on the CPU; the training loop moves them. S may differ from B: samples are packed into rows.

@@ -4,7 +4,8 @@
       config.yaml, config_model.yaml   the resolved config, whole and its model section
       provenance.json                  versions, commit and command that made the run
       metrics.jsonl                    one JSON object a line
-      tokenizer/                       a Hugging Face tokenizer folder
+      tokenizer/                       a Hugging Face tokenizer folder, where data is text
+      processor/                       what turns images and text into tokens and pixels, its tokenizer too
       model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/
         model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
@@ -27,6 +28,7 @@ MODEL_CONFIG_NAME = "config_model.yaml"
 PROVENANCE_NAME = "provenance.json"
 METRICS_NAME = "metrics.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
+PROCESSOR_FOLDER = "processor"
 MODEL_FILES_FOLDER = "model_files"
 CHECKPOINTS_FOLDER = "checkpoints"
 

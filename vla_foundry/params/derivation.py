@@ -28,8 +28,10 @@ class TokenizerFacts:
 
     # its folder or name
     name: str
-    # 1 + its largest token id
+    # 1 + its largest token id, the image token's among them where data has images
     vocab_size: int
+    # the token that an image's features replace; None: it has none
+    image_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,5 +62,7 @@ class Facts:
     datasets: tuple[DatasetFacts, ...] = ()
     # one per data.val_dataset_manifest
     val_datasets: tuple[DatasetFacts, ...] = ()
-    # the tokenizer that data.tokenizer names, if that is a folder
+    # the tokenizer that the data uses: the one it names, or else the one of the run that the model starts from
     tokenizer: TokenizerFacts | None = None
+    # processor/ or tokenizer/ of that run, where data with images names neither
+    started_from: TokenizerFacts | None = None

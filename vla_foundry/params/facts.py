@@ -3,17 +3,23 @@
 import json
 import os
 import re
+from dataclasses import fields, replace
 from typing import Any
 
 from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text
+from vla_foundry.params.base import BaseParams
 from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.run_folder import TOKENIZER_FOLDER
+from vla_foundry.params.images import ImageProcessorParams
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.run_folder import PROCESSOR_FOLDER, TOKENIZER_FOLDER
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
-from vla_foundry.text.tokenizers import vocab_size_of
+from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
 
 # owner/name on the Hugging Face hub, or an old name without an owner
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
+_RUN_DEPTH = 4
 _RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
@@ -30,6 +36,15 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         ValueError: a manifest is not what it should be.
     """
     data = params.data
+    name = data.tokenizer_name()
+    started_from = None
+    if isinstance(data, ImageProcessorParams) and name is None:
+        name = params.model.image_inputs().processor
+        started_from = _find_started_from(params.model, offline) if name is None else None
+    tokenizer = _read_named_tokenizer(name, offline) or started_from
+    if isinstance(data, ImageProcessorParams) and tokenizer is not None and tokenizer.image_token_id is None:
+        # our own processor adds <image> at the end
+        tokenizer = replace(tokenizer, vocab_size=tokenizer.vocab_size + 1, image_token_id=tokenizer.vocab_size)
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     return Facts(
         world_size=world_size,
@@ -39,7 +54,8 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         val_datasets=tuple(
             _read_dataset(name, "data.val_dataset_manifest", offline) for name in data.val_dataset_manifest
         ),
-        tokenizer=_read_named_tokenizer(data.tokenizer_name(), offline),
+        tokenizer=tokenizer,
+        started_from=started_from,
     )
 
 
@@ -95,9 +111,35 @@ def _read_json(location: str) -> dict[str, Any]:
 def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
     """Return the facts about a dataset's own tokenizer folder, or None if it has none."""
     try:
-        return TokenizerFacts(name=folder, vocab_size=vocab_size_of(folder))
+        return _read_tokenizer(folder, folder)
     except FileNotFoundError:
         return None
+
+
+def _read_tokenizer(name: str, location: str) -> TokenizerFacts:
+    return TokenizerFacts(name=name, vocab_size=vocab_size_of(location), image_token_id=image_token_id_of(location))
+
+
+def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | None:
+    """Return the processor, or else the tokenizer, kept in the run that the model or a part of it starts from."""
+    for checkpoint in list_checkpoints(model):
+        if is_remote(checkpoint) and offline:
+            continue
+        folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))
+        for _ in range(_RUN_DEPTH):
+            for kept in (PROCESSOR_FOLDER, TOKENIZER_FOLDER):
+                found = _read_dataset_tokenizer(join_uri(folder, kept))
+                if found is not None:
+                    return found
+            folder = parent_uri(folder)
+    return None
+
+
+def list_checkpoints(model: BaseParams) -> list[str]:
+    """Return what the model starts from, and then what each of its parts does, in order of the fields."""
+    found = [model.resume_from_checkpoint] if isinstance(model, ModelParams) else []
+    parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
+    return [name for name in found if name is not None] + [name for part in parts for name in list_checkpoints(part)]
 
 
 def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:
@@ -113,7 +155,7 @@ def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | N
     if is_remote(location) and offline:
         return None
     try:
-        return TokenizerFacts(name=name, vocab_size=vocab_size_of(location))
+        return _read_tokenizer(name, location)
     except (FileNotFoundError, ValueError):
         if is_remote(location) or offline:
             # what loads it will say what is wrong; this only looks at its size

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+# what image-text tokenizers call the token that an image's features replace, where their config does not say
+_IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>")
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
@@ -53,15 +55,38 @@ def vocab_size_of(folder: str | Path) -> int:
         FileNotFoundError: there is no tokenizer.json.
         ValueError: it holds no tokens.
     """
+    return 1 + max(_read_token_ids(folder).values())
+
+
+def image_token_id_of(folder: str | Path) -> int | None:
+    """The token that an image's features replace, or None if the tokenizer has none; reads files only.
+
+    Args:
+        folder: the tokenizer's or processor's folder, local, s3:// or hf://.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        ValueError: it holds no tokens.
+    """
+    ids = _read_token_ids(folder)
+    try:
+        named = json.loads(read_text(join_uri(str(folder), CONFIG_NAME))).get("image_token")
+    except FileNotFoundError:
+        named = None
+    name = named.get("content") if isinstance(named, dict) else named
+    return next((ids[token] for token in (name, *_IMAGE_TOKENS) if token in ids), None)
+
+
+def _read_token_ids(folder: str | Path) -> dict[str, int]:
     path = join_uri(str(folder), TOKENIZER_NAME)
     content = json.loads(read_text(path))
     vocab = content.get("model", {}).get("vocab", {})
     # Unigram lists its tokens in the order of their ids, the others map them to ids
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in content.get("added_tokens", [])]
+    ids = dict(vocab) if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
+    ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     if not ids:
         raise ValueError(f"{path} holds no tokens.")
-    return 1 + max(ids)
+    return ids
 
 
 def pad_token_id_of(tokenizer: "PreTrainedTokenizerFast") -> int:

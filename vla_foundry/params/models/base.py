@@ -16,6 +16,20 @@ class TokenLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageInputs:
+    """Which images and rows a model takes; what data with images derives its own params from."""
+
+    # side of its images, pixels; None: not known, or any
+    image_size: int | None = None
+    # tokens that an image becomes; None: not known, or not fixed
+    img_num_tokens: int | None = None
+    # the published model that its processor comes from, by folder or name; None: any processor will do
+    processor: str | None = None
+    # several samples may share a row; False: one sample a row, as its positions depend on what the row holds
+    takes_packed_rows: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelParams(ChoiceParams):
     """`--model.` The model; `type` chooses its kind."""
 
@@ -32,6 +46,10 @@ class ModelParams(ChoiceParams):
     def token_limits(self) -> TokenLimits:
         """Which tokens this model can take; a model that holds a language model passes that one's on."""
         return TokenLimits()
+
+    def image_inputs(self) -> ImageInputs:
+        """Which images this model takes."""
+        return ImageInputs()
 
 
 @dataclass(frozen=True, kw_only=True)
