@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 _ATTEMPTS = 3
 _SECONDS_BETWEEN_LINES = 10.0
 _OBJECT_STORE_BYTES = 512 << 20
+_CONNECT_SECONDS = 10.0
 # errors that the user must mend: running the task again would not help
 _USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 
@@ -98,6 +100,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _check_reachable(ray_address: str) -> None:
+    """Fail at once where nothing listens: Ray would try for a quarter of an hour.
+
+    Raises:
+        ValueError: nothing answers at host:port.
+    """
+    host, _, port = ray_address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto" and the like
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(f"No Ray cluster answers at --ray_address {ray_address}: {error}.") from None
+
+
 @contextmanager
 def _ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
     """Join or start Ray, and yield the number of tasks to keep under way; what was started is ended."""
@@ -124,6 +141,7 @@ def _ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[i
             object_store_memory=_OBJECT_STORE_BYTES,
         )
     elif is_ours:
+        _check_reachable(str(ray_address))
         try:
             ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:

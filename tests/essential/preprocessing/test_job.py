@@ -85,6 +85,17 @@ def test_errors_of_the_user_are_not_tried_again(tmp_path: Path, num_workers: int
     assert len(list(tmp_path.glob("2_*"))) == 1
 
 
+def test_missing_cluster_is_one_line(tmp_path: Path):
+    code = (
+        "from vla_foundry.preprocessing.job import Task, run_tasks\n"
+        "task = Task(number=0, name='x', weight=1, payload=None)\n"
+        "try: list(run_tasks(print, [task], shared=0, title='t', num_workers=1, ray_address='127.0.0.1:1'))\n"
+        "except ValueError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("No Ray cluster answers at --ray_address 127.0.0.1:1: ")
+
+
 def test_missing_ray_is_one_line():
     code = (
         "import sys; sys.modules['ray'] = None\n"
