@@ -40,8 +40,8 @@ CAMERAS: dict[str, Camera] = {
     ),
 }
 # range of the gripper in arranged scenes: across, along, above the table
-_GRIPPER_LOW = np.array([-0.25, 0.4, 0.07])
-_GRIPPER_HIGH = np.array([0.25, 0.82, 0.33])
+_GRIPPER_LOW = np.array([-0.3, 0.4, 0.07])
+_GRIPPER_HIGH = np.array([0.3, 0.82, 0.35])
 # physics steps that bring the arm to rest at a place
 _NUM_ARM_STEPS = 250
 # where a thing waits while the arm moves in

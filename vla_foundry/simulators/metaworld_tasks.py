@@ -117,7 +117,7 @@ class Thing:
     # other free bodies of the task, which a scene leaves out
     beside: tuple[str, ...] = ()
     # range of the body's position: across, along; and its height
-    across: tuple[float, float] = (-0.25, 0.25)
+    across: tuple[float, float] = (-0.3, 0.3)
     along: tuple[float, float] = (0.7, 0.9)
     height: float = 0.0
 
@@ -130,7 +130,7 @@ _DRAWER_THING = Thing(
     offset=(0.0, -0.15, 0.0),
     moving_body="drawer_link",
     open=-0.16,
-    along=(0.8, 0.95),
+    along=(0.7, 0.95),
 )
 _WINDOW_THING = Thing(
     name="window",
@@ -140,8 +140,9 @@ _WINDOW_THING = Thing(
     offset=(-0.014, -0.095, 0.0),
     moving_body="windowb_a",
     open=0.2,
-    along=(0.7, 0.9),
     height=0.16,
+    across=(-0.3, 0.25),
+    along=(0.6, 0.92),
 )
 _DOOR_THING = Thing(
     name="door",
@@ -150,9 +151,9 @@ _DOOR_THING = Thing(
     anchor=("geom", "handle"),
     moving_body="door_link",
     open=-1.5,
-    across=(-0.1, 0.3),
-    along=(0.8, 0.95),
     height=0.15,
+    across=(-0.15, 0.3),
+    along=(0.75, 0.95),
 )
 _THERMOS_THING = Thing(
     name="thermos",
@@ -161,7 +162,7 @@ _THERMOS_THING = Thing(
     anchor=("body", "object"),
     offset=(0.0, 0.0, 0.1),
     beside=("stick",),
-    along=(0.5, 0.85),
+    along=(0.42, 0.9),
 )
 _BUTTON_THING = Thing(
     name="button",
@@ -171,8 +172,8 @@ _BUTTON_THING = Thing(
     offset=(0.0, -0.193, 0.0),
     moving_body="button",
     open=-0.06,
-    along=(0.75, 0.95),
     height=0.115,
+    along=(0.65, 0.95),
 )
 _LEVER_THING = Thing(
     name="lever",
@@ -181,7 +182,7 @@ _LEVER_THING = Thing(
     anchor=("site", "handleStart"),
     moving_body="handle_link",
     closed=-0.1,
-    along=(0.75, 0.95),
+    along=(0.65, 0.95),
 )
 _FAUCET_THING = Thing(
     name="faucet",
@@ -192,7 +193,7 @@ _FAUCET_THING = Thing(
     moving_body="faucet_link2",
     closed=-1.3,
     open=1.3,
-    along=(0.7, 0.9),
+    along=(0.6, 0.92),
 )
 THINGS: dict[str, Thing] = {
     "button-press-v3": _BUTTON_THING,

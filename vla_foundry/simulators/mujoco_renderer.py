@@ -137,7 +137,9 @@ class MujocoRenderer:
         shown = self._option.geomgroup
         geom = np.full(1, -1, np.int32)
         share = self._mujoco.mj_ray(self._model, data, start, position - start, shown, 1, -1, geom)
-        return geom[0] >= 0 and share < 1 and self._model.body_rootid[self._model.geom_bodyid[geom[0]]] == by_root
+        if geom[0] < 0 or share >= 1:
+            return False
+        return int(self._model.body_rootid[self._model.geom_bodyid[geom[0]]]) == by_root
 
     def _aim(self, data: Any, camera: Camera) -> int:
         """Move the model's camera to its place, and return its index."""

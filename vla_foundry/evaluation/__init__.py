@@ -1,0 +1,1 @@
+"""Judge trained models: scenes to describe, rollouts, results, statistics."""
