@@ -240,6 +240,7 @@ def create_dataloader(
         num_positions=(
             _num_training_samples(plan, params) if is_training else _num_validation_samples(plan, total_samples)
         ),
+        is_training=is_training,
     )
     return DataLoader(
         params,

@@ -30,6 +30,8 @@ class Schedule:
     global_batch_size: int
     # positions there are; None: no end
     num_positions: int | None
+    # False: for validation, so nothing is changed at random
+    is_training: bool = True
 
     def first_microbatch(self, global_batch: int) -> int:
         """Return the number of the first microbatch of a global batch."""
@@ -108,7 +110,7 @@ class Microbatches(torch.utils.data.Dataset):
         positions, location = self._locate(number)
         if any(dataset.is_remote for dataset in self._reader.datasets) and len(positions):
             self._fetch_ahead(int(positions[0]))
-        rows = Rows(positions, location, self._plan, self._reader)
+        rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training)
         batch = self._pipeline.create_batch(rows) if len(rows) else self._pipeline.create_empty_batch()
         batch["modality"] = self._reader.datasets[0].modality
         batch["positions"] = positions

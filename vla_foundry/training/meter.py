@@ -87,7 +87,7 @@ class Meter:
         """Forget what was measured; the clock starts now."""
         self._device_sums: dict[str, Tensor] = {}
         self._log_sums: dict[str, Tensor] = {}
-        self._samples = self._tokens = self._steps = 0
+        self._samples = self._tokens = self._padding = self._steps = 0
         self._flops = self._waited = 0.0
         self._started = time.perf_counter()
 
@@ -96,6 +96,8 @@ class Meter:
         for batch in microbatches:
             tokens, length = count_tokens(batch)
             self._tokens += tokens
+            if (documents := batch.get("documents")) is not None:
+                self._padding += int((documents.lengths[documents.is_padding] - 1).sum())  # the last place is no input
             if self._flops_per_token is not None and tokens:
                 self._flops += tokens * self._flops_per_token(length)
             self._samples += len(batch["positions"])
@@ -116,7 +118,7 @@ class Meter:
         The one place where the host waits for the device.
         """
         names = sorted(self._log_sums)
-        host = [self._samples, self._tokens, self._flops, self._waited, self._dropped.total()]
+        host = [self._samples, self._tokens, self._flops, self._waited, self._dropped.total(), self._padding]
         local = [torch.tensor(host, dtype=torch.float64, device=self._world.device)]
         local += [self._log_sums[name].double().reshape(1) for name in names]
         counters = state.counters
@@ -125,9 +127,9 @@ class Meter:
         values = torch.cat([all_reduce(torch.cat(local)), *same]).tolist()
         counters.longest_row.copy_(counters.skipped_in_row)
 
-        samples, tokens, flops, waited, dropped = values[:5]
-        logs = dict(zip(names, values[5:], strict=False))
-        loss, norm, updated, lr, skipped, targets, longest = values[5 + len(names) :]
+        samples, tokens, flops, waited, dropped, padding = values[:6]
+        logs = dict(zip(names, values[6:], strict=False))
+        loss, norm, updated, lr, skipped, targets, longest = values[6 + len(names) :]
         self.longest_skipped_row = int(longest)
         count = logs.pop("count")
         seconds = time.perf_counter() - self._started
@@ -142,6 +144,7 @@ class Meter:
             "samples_per_sec_per_gpu": samples / seconds / ranks,
             "step_seconds": seconds / self._steps,
             "data_wait_share": waited / ranks / seconds,
+            "padding_share": padding / max(tokens, 1),
             "memory_gb": _read_memory(self._world.device),
             "targets": int(targets),
             "skipped_steps": int(skipped),

@@ -1,8 +1,10 @@
 """What a pipeline is: an ordered list of small stages that make samples of what a shard holds, and a batch of samples.
 
 A stage is a callable `sample -> sample | None`. A sample is a dictionary: `__key__` and `__url__` as in WebDataset,
-each member's bytes by its suffix ("json.gz"), and what stages add. Returning None drops the sample; raising breaks it.
-Either way it is replaced by another of the same dataset, chosen by a hash of its position, and counted by reason.
+each member's bytes by its suffix ("json.gz"), and what stages add. `__seed__` and `__position__` are what random draws
+are keyed by, and where `__is_training__` is False nothing is to be changed at random. Returning None drops the sample,
+and so does raising `Dropped`, which says why; any other error breaks it. Either way it is replaced by another of the
+same dataset, chosen by a hash of its position, and counted by reason.
 """
 
 from collections import Counter
@@ -23,6 +25,19 @@ Stage: TypeAlias = Callable[[Sample], Sample | None]
 
 # bad samples in a row in place of one sample, after which the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
+
+
+class Dropped(ValueError):
+    """Raised by a stage that drops a sample.
+
+    Args:
+        reason: a few words that samples are counted by.
+        detail: what is particular about this one.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass
@@ -50,6 +65,8 @@ class Rows:
     location: Location
     plan: SamplePlan
     reader: ShardReader
+    # False: for validation
+    is_training: bool = True
     drops: Drops = field(default_factory=Drops)
 
     def __len__(self) -> int:
@@ -78,7 +95,7 @@ class Rows:
         for attempt in range(MAX_REPLACEMENTS + 1):
             place = number if attempt == 0 else 0
             dataset, shard, row = (int(array[place]) for array in location[:3])
-            sample = self._try_sample(stages, self.reader.open(dataset, shard), row)
+            sample = self._try_sample(stages, self.reader.open(dataset, shard), row, int(self.positions[number]))
             if sample is not None:
                 return sample
             location = self.plan.replacements(self.positions[number : number + 1], attempt)
@@ -87,14 +104,17 @@ class Rows:
             f"{MAX_REPLACEMENTS + 1} samples in a row of {manifest} can not be used; the last one: {self.drops.last}."
         )
 
-    def _try_sample(self, stages: Sequence[Stage], shard: TokenShard | SampleShard, row: int) -> Sample | None:
+    def _try_sample(
+        self, stages: Sequence[Stage], shard: TokenShard | SampleShard, row: int, position: int
+    ) -> Sample | None:
         step, key = "read", f"record {row}"
+        draws = {"__seed__": self.plan.seed, "__position__": position, "__is_training__": self.is_training}
         try:
             if isinstance(shard, SampleShard):
                 key = shard.key(row)
-                sample: Sample | None = {"__key__": key, "__url__": shard.uri, **shard.read(row)}
+                sample: Sample | None = {"__key__": key, "__url__": shard.uri, **draws, **shard.read(row)}
             else:
-                sample = {"__key__": key, "__url__": shard.uri, **read_record(shard, row)}
+                sample = {"__key__": key, "__url__": shard.uri, **draws, **read_record(shard, row)}
             for stage in stages:
                 step = name_of_stage(stage)
                 sample = stage(sample)
@@ -102,6 +122,9 @@ class Rows:
                     self.drops.add(f"{step}: dropped", f"{shard.uri} {key} ({step} dropped it)")
                     return None
             return sample
+        except Dropped as drop:
+            self.drops.add(drop.reason, f"{shard.uri} {key} ({drop.reason}: {drop})")
+            return None
         except Exception as error:  # a broken sample or a user's stage must not end the run: it is counted
             fault = type(error).__name__
             text = " ".join(str(error).split()) or fault
@@ -170,6 +193,7 @@ PIPELINES: Registry[Callable[[DataParams], Pipeline]] = Registry(
     lazy={
         "text": "vla_foundry.data.pipelines.text",
         "text_untokenized": "vla_foundry.data.pipelines.text_untokenized",
+        "image_caption": "vla_foundry.data.pipelines.image_caption",
     },
 )
 register_pipeline = PIPELINES.register

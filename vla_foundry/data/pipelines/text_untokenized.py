@@ -191,18 +191,19 @@ def split_document(tokens: np.ndarray, seq_len: int) -> list[Piece]:
     return [Piece(tokens[start : start + seq_len + 1], start > 0) for start in starts]
 
 
-def pack(lengths: Sequence[int], seq_len: int) -> tuple[int, list[list[int]]]:
+def pack(lengths: Sequence[int], seq_len: int, *, multiple: int = ROW_MULTIPLE) -> tuple[int, list[list[int]]]:
     """Choose the length of rows, and which pieces stand in each.
 
     Args:
         lengths: tokens in each piece, at most seq_len + 1.
         seq_len: rows have at most seq_len + 1 tokens.
+        multiple: T - 1 is a multiple of it, or seq_len.
 
     Returns:
         T, and for each row the numbers of its pieces in order.
     """
-    shortest = min(-(-max(max(lengths) - 1, 1) // ROW_MULTIPLE) * ROW_MULTIPLE, seq_len)
-    candidates = [*range(shortest, seq_len, ROW_MULTIPLE), seq_len]
+    shortest = min(-(-max(max(lengths) - 1, 1) // multiple) * multiple, seq_len)
+    candidates = [*range(shortest, seq_len, multiple), seq_len]
     if len(candidates) > _MAX_CANDIDATES:
         chosen = np.linspace(0, len(candidates) - 1, _MAX_CANDIDATES).round().astype(int)
         candidates = [candidates[number] for number in chosen]

@@ -1,0 +1,366 @@
+"""Modality `image_caption`: images with a caption or a conversation, of which the answers are supervised.
+
+A sample's members, as img2dataset writes them and with what it lacks:
+
+| member                      | meaning                                                                          |
+|-----------------------------|----------------------------------------------------------------------------------|
+| jpg, jpeg, png, webp        | the image                                                                        |
+| image_0.jpg, image_1.png ...| several images, in order of their numbers; 0.jpg, 1.jpg, ... too                 |
+| txt                         | the caption                                                                      |
+| json                        | `conversations` or `messages`: all turns; else the caption; its other strings    |
+|                             | are fields of prompt templates                                                   |
+
+A sample becomes a document of its own. They are packed first-fit into rows of one length per microbatch, so that
+little is padding; for models that take one sample a row, each row is filled up to the longest. Rows depend on the
+samples of the microbatch alone. A sample that does not fit into a row is dropped (or the last answer cut, never images
+or prompts).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_foundry.batch import Batch, Documents
+from vla_foundry.data.pipelines.base import Dropped, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.text_untokenized import pack
+from vla_foundry.data.reader import ShardReader
+from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_factors
+from vla_foundry.images.prepare import prepare_images
+from vla_foundry.images.processor import TOKEN_KEYS, Processor, create_processor
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.text.prompts import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
+from vla_foundry.text.tokenizers import pad_token_id_of
+
+# lengths of rows, less one, are multiples of it: few enough lengths for compiled models, and little padding
+ROW_MULTIPLE = 16
+_IMAGE_SUFFIX = re.compile(r"(?:(?:image_)?(\d+)\.)?(?:jpe?g|png|webp)")
+_CONVERSATION_KEYS = ("conversations", "messages")
+_CAPTION_KEY = "caption"
+# of what `encode` returns, what is not simply joined along its first dimension
+_OWN_KEYS = (*TOKEN_KEYS, "image_index", "pixel_maps")
+
+
+def find_images(members: Iterable[str]) -> list[str]:
+    """Return the suffixes of a sample's images, in order: the one without a number first."""
+    found = [(match[1], name) for name in members if (match := _IMAGE_SUFFIX.fullmatch(name))]
+    return [name for _, name in sorted((-1 if number is None else int(number), name) for number, name in found)]
+
+
+def read_facts_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object in a sample's JSON member; empty if it has none.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if "json" not in sample:
+        return {}
+    values = json.loads(sample["json"])
+    if not isinstance(values, dict):
+        raise ValueError("its JSON is no object")
+    return values
+
+
+class CreateTurns:
+    """A stage: text members -> `turns`, with `<image>` where the images go.
+
+    Args:
+        prompts: templates of the user turn that a caption answers; one is drawn.
+        caption_key: the caption's key in the JSON; None: the text member, or else the key "caption".
+    """
+
+    def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
+        self.prompts = tuple(prompts)
+        self.caption_key = caption_key
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Create the turns.
+
+        Raises:
+            Dropped: there is no image, or nothing to be said about it.
+            ValueError: what is said is not as it should be.
+        """
+        num_images = len(find_images(sample))
+        if not num_images:
+            members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+            raise Dropped("no image", f"its members are {members or 'none'}")
+        values = read_facts_of(sample)
+        conversation = next((values[key] for key in _CONVERSATION_KEYS if values.get(key)), None)
+        if conversation is not None:
+            turns = _place_in_first(parse_conversations(conversation), num_images)
+            if not any(turn.role == "assistant" for turn in turns):
+                raise Dropped("no caption", "its conversation has no answer")
+            return {**sample, "turns": turns}
+        caption = self._find_caption(sample, values)
+        if not isinstance(caption, str) or not caption.strip():
+            raise Dropped("no caption", f"it has no text under {self.caption_key or 'txt or caption'}")
+        turns = create_caption_turns(
+            caption,
+            self.prompts,
+            num_images=num_images,
+            seed=sample["__seed__"],
+            position=sample["__position__"],
+            fields={name: value for name, value in values.items() if isinstance(value, str)},
+        )
+        return {**sample, "turns": turns}
+
+    def _find_caption(self, sample: Sample, values: Mapping[str, Any]) -> Any:
+        if self.caption_key is not None:
+            return values.get(self.caption_key)
+        return sample["txt"].decode("utf-8") if "txt" in sample else values.get(_CAPTION_KEY)
+
+
+def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:
+    """Put the markers of images into the first user turn, if no turn has any."""
+    if any(IMAGE_MARKER in turn.content for turn in turns):
+        return turns
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise ValueError("its conversation has no turn of a user")
+    turns[first] = Turn("user", place_images(turns[first].content, num_images))
+    return turns
+
+
+class PrepareImages:
+    """A stage: image members -> `images`, a part of each if that is wanted, and `color_factors` while training.
+
+    Args:
+        params: what is done to images.
+    """
+
+    def __init__(self, params: DataAugmentationParams) -> None:
+        self.params = params.image if params.enabled else None
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Decode and augment.
+
+        Raises:
+            Dropped: an image can not be used.
+        """
+        is_training = sample["__is_training__"]
+        draw = CENTRE
+        if is_training and self.params is not None:
+            draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"])
+        try:
+            images = prepare_images([sample[name] for name in find_images(sample)], self.params, draw)
+        except ValueError as error:
+            raise Dropped("bad image", str(error)) from None
+        sample = {**sample, "images": images}
+        if is_training and self.params is not None and self.params.color_jitter.enabled:
+            sample["color_factors"] = draw_color_factors(self.params.color_jitter, draw)
+        return sample
+
+
+class Encode:
+    """A stage: `images` and `turns` -> `inputs`, as the processor encodes them.
+
+    Args:
+        params: of the processor.
+        max_tokens: the longest sample.
+        truncate_answers: cut the last answer of a longer one.
+    """
+
+    def __init__(self, params: ImageProcessorParams, *, max_tokens: int, truncate_answers: bool) -> None:
+        self.params = params
+        self.max_tokens = max_tokens
+        self.truncate_answers = truncate_answers
+        self._processor: Processor | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let each loader process load its own processor."""
+        return {**self.__dict__, "_processor": None}
+
+    def load(self) -> Processor:
+        """Return the processor, loaded when it is first asked for.
+
+        Raises:
+            ValueError: it can not be loaded.
+        """
+        if self._processor is None:
+            self._processor = create_image_processor(self.params)
+        return self._processor
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Encode.
+
+        Raises:
+            Dropped: the sample is too long.
+            ValueError: it can not be encoded.
+        """
+        processor = self.load()
+        inputs = processor.encode(sample["images"], sample["turns"])
+        length = len(inputs["input_ids"])
+        if length > self.max_tokens and self.truncate_answers:
+            try:
+                inputs = processor.encode(sample["images"], sample["turns"], max_tokens=self.max_tokens)
+            except ValueError as error:
+                raise Dropped("too long", str(error)) from None
+        elif length > self.max_tokens:
+            raise Dropped("too long", f"{length} tokens do not fit into data.seq_len + 1 = {self.max_tokens}")
+        return {**sample, "inputs": inputs}
+
+
+def create_image_processor(params: ImageProcessorParams) -> Processor:
+    """Create the processor that params describe.
+
+    Raises:
+        ValueError: it can not be loaded, or the size of images is not known.
+    """
+    if params.processor is not None:
+        return create_processor(
+            processor=params.processor,
+            processor_kwargs=params.processor_kwargs,
+            split_images=params.split_images,
+            prompt_layout=params.prompt_layout,
+        )
+    if params.image_size is None or params.img_num_tokens is None:
+        raise ValueError(
+            f"data.image_size ({params.image_size}) and data.img_num_tokens ({params.img_num_tokens}) must be given "
+            "for our own processor, or follow from the model."
+        )
+    return create_processor(
+        tokenizer=params.tokenizer,
+        prompt_layout=params.prompt_layout,
+        image_size=(params.image_size, params.image_size),
+        img_num_tokens=params.img_num_tokens,
+        resize_method=params.image_resizing_method,
+        interpolation=params.image_interpolation,
+        image_mean=params.image_mean,
+        image_std=params.image_std,
+    )
+
+
+class ImageCaptionPipeline:
+    """Makes rows of captioned images.
+
+    Args:
+        params: the dataset's params.
+        stages: what turns members into `inputs`; the default ones if not given. Give `Encode` last.
+    """
+
+    rows_per_message = 1
+
+    def __init__(self, params: ImageCaptionDataParams, stages: Sequence[Stage] | None = None) -> None:
+        self.seq_len = params.seq_len
+        self.packs = params.pack is not False
+        self.encode = Encode(params, max_tokens=params.seq_len + 1, truncate_answers=params.truncate_answers)
+        default = (CreateTurns(params.prompts, params.caption_key), PrepareImages(params.augmentation), self.encode)
+        self.stages = default if stages is None else tuple(stages)
+
+    def check(self, reader: ShardReader) -> None:
+        """See Pipeline: load the processor, so that what is wrong with it is said before any process is started."""
+        self.encode.load()
+
+    def create_batch(self, rows: Rows) -> Batch:
+        """See Pipeline."""
+        return self._join(rows.read_samples(self.stages))
+
+    def create_empty_batch(self) -> Batch:
+        """See Pipeline. It has an image, so that all ranks run the same modules, but no target."""
+        black = torch.zeros((3, 8, 8), dtype=torch.uint8)
+        inputs = self.encode.load().encode([black], [Turn("user", IMAGE_MARKER), Turn("assistant", "a")])
+        batch = self._join([{"inputs": inputs}])
+        batch["target_mask"][:] = False
+        return batch
+
+    def _join(self, samples: Sequence[Sample]) -> Batch:
+        lengths = [len(sample["inputs"]["input_ids"]) for sample in samples]
+        if self.packs:
+            length, rows = pack(lengths, self.seq_len, multiple=ROW_MULTIPLE)
+        else:
+            length, rows = bucket(max(lengths), self.seq_len), [[number] for number in range(len(samples))]
+        return join_samples(samples, rows, length, processor=self.encode.load())
+
+
+def bucket(longest: int, seq_len: int) -> int:
+    """Return the length of rows of one sample each: a multiple of ROW_MULTIPLE and 1, or seq_len + 1."""
+    return min(-(-(longest - 1) // ROW_MULTIPLE) * ROW_MULTIPLE, max(seq_len, longest - 1)) + 1
+
+
+def join_samples(
+    samples: Sequence[Sample], rows: Sequence[Sequence[int]], length: int, *, processor: Processor
+) -> Batch:
+    """Lay encoded samples into rows, and their images in the same order.
+
+    Args:
+        samples: each with `inputs` as `Processor.encode` returns them, and `color_factors` if all have them.
+        rows: for each row, the numbers of its samples in order.
+        length: tokens in a row.
+        processor: what encoded them.
+
+    Raises:
+        ValueError: the images differ in size.
+    """
+    order = [number for row in rows for number in row]
+    inputs = [samples[number]["inputs"] for number in order]
+    batch = _lay_tokens([samples[number]["inputs"] for number in order], [len(row) for row in rows], length, processor)
+    for name in inputs[0]:
+        if name not in _OWN_KEYS:
+            batch[name] = _join_tensors(name, [each[name] for each in inputs])
+    batch["image_mean"], batch["image_std"] = tuple(processor.image_mean), tuple(processor.image_std)
+    if "color_factors" in samples[0]:
+        factors = np.stack([samples[number]["color_factors"] for number in order])
+        batch["color_factors"] = np.repeat(factors, [len(each["pixel_values"]) for each in inputs], axis=0)
+        num_images = np.asarray([int(each["image_index"][-1]) + 1 for each in inputs])
+        if num_images.sum() < len(batch["color_factors"]):
+            firsts = np.cumsum(num_images) - num_images
+            parts = [each["image_index"].numpy() + first for each, first in zip(inputs, firsts, strict=True)]
+            batch["image_index"] = np.concatenate(parts).astype(np.int32)
+    return batch
+
+
+def _lay_tokens(inputs: Sequence[Mapping[str, Any]], counts: Sequence[int], length: int, processor: Processor) -> Batch:
+    """Return what goes along the tokens; `counts` are the samples of each row."""
+    batch: Batch = {}
+    for name in (name for name in TOKEN_KEYS if name in inputs[0]):
+        filler = pad_token_id_of(processor.tokenizer) if name == "input_ids" else 0
+        dtype = np.bool_ if name == "target_mask" else np.int32
+        batch[name] = np.full((len(counts), length), filler, dtype=dtype)
+    segments: list[int] = []
+    is_padding: list[bool] = []
+    num_per_row = []
+    waiting = iter(inputs)
+    for row, count in enumerate(counts):
+        place = 0
+        for _ in range(count):
+            sample = next(waiting)
+            size = len(sample["input_ids"])
+            for name in TOKEN_KEYS:
+                if name in batch:
+                    batch[name][row, place : place + size] = sample[name].numpy()
+            batch["target_mask"][row, place] = False
+            place += size
+            segments.append(size)
+        is_padding += [False] * count
+        if place < length:
+            segments.append(length - place)
+            is_padding.append(True)
+        num_per_row.append(count + (place < length))
+    batch["documents"] = Documents(
+        lengths=np.asarray(segments, dtype=np.int32),
+        num_per_row=np.asarray(num_per_row, dtype=np.int32),
+        is_padding=np.asarray(is_padding, dtype=np.bool_),
+    )
+    return batch
+
+
+def _join_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"data.processor makes {name} of several sizes ({', '.join(map(str, sorted(shapes)))}). "
+            "Fix them with data.processor_kwargs, e.g. {size: {height: 224, width: 224}}."
+        )
+    return torch.cat(list(tensors))
+
+
+@register_pipeline("image_caption")
+def create_image_caption_pipeline(params: DataParams) -> ImageCaptionPipeline:
+    """Create the pipeline of captioned images."""
+    assert isinstance(params, ImageCaptionDataParams), "modality image_caption needs data.type image_caption"
+    return ImageCaptionPipeline(params)
