@@ -5,21 +5,33 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
+from vla_foundry.shards import format_manifest
 
 _SCRIPT = Path(__file__).with_name("tiny_run.py")
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """The work here is too small for several threads, which on a busy machine wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """The module tiny_run.py. Its work is too small for several threads."""
-    torch.set_num_threads(1)
+    """The module tiny_run.py."""
     spec = importlib.util.spec_from_file_location("tiny_run", _SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -55,3 +67,19 @@ def run_on_two_ranks(launch, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(2)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 96 records of 33 tokens below 64, in two shards; each token follows from the one before."""
+    folder = tmp_path_factory.mktemp("dataset")
+    draw = np.random.default_rng(5)
+    entries = []
+    for number in range(2):
+        packer = RecordPacker(33, "uint16")
+        for _ in range(120):
+            tokens = (int(draw.integers(64)) + np.arange(int(draw.integers(5, 24)))) % 64
+            packer.add(tokens.astype(np.uint16), np.asarray([len(tokens)]))
+        entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(48)))
+    (folder / "manifest.jsonl").write_text(format_manifest(entries))
+    return folder / "manifest.jsonl"

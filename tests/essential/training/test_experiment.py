@@ -1,0 +1,254 @@
+"""Whole runs with real data and a real model: exact resume after kills and signals, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.loading import load_experiment_params_from_yaml, load_params_from_yaml
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
+from vla_foundry.training.experiment import train
+from vla_foundry.world import World
+
+_SCRIPT = Path(__file__).with_name("interrupted_runs.py")
+
+
+@pytest.fixture
+def params(manifest: Path, tmp_path: Path) -> TrainExperimentParams:
+    """Six steps of 8 samples, three checkpoints."""
+    return TrainExperimentParams(
+        name="run",
+        save_path=str(tmp_path / "runs"),
+        wandb=False,
+        log_every_n_steps=1,
+        num_checkpoints=3,
+        total_train_samples=48,
+        data=TextDataParams(
+            dataset_manifest=[str(manifest)],
+            dataset_modality=["text"],
+            dataset_weighting=[1.0],
+            seq_len=32,
+            num_workers=0,
+            seed=3,
+        ),
+        model=TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64),
+        hparams=HyperParams(precision="fp32", global_batch_size=8, per_gpu_batch_size=4, lr=0.003, warmup=1.0),
+    )
+
+
+def read_lines(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def read_losses(run_folder: Path, kind: str = "train") -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_lines(run_folder, kind)]
+
+
+def hash_tensors(step_folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint: weights, average and moments."""
+    hashes = {}
+    for path in sorted(step_folder.rglob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                hashes[f"{path.name}:{name}"] = hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest()
+    return hashes
+
+
+@pytest.fixture(scope="module")
+def interrupted(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of runs of interrupted_runs.py, and what it reported."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    seed = str(time.time_ns())
+    print(f"seed of the random instants: {seed}")
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), str(manifest), str(folder), seed],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["killed", "stopped"])
+def test_an_interrupted_run_equals_an_unbroken_one_bit_by_bit(name: str, interrupted) -> None:
+    folder, report = interrupted
+    for kind in ("train", "validation"):
+        straight, broken = (read_losses(folder / run, kind) for run in ("straight", name))
+        assert len(straight) == (160 if kind == "train" else 16)
+        assert broken == straight, report
+    last = [list_step_folders(folder / run)[0] for run in ("straight", name)]
+    assert last[0].name == last[1].name == "step_00000160"
+    hashes = hash_tensors(last[0])
+    assert {name.partition(":")[0] for name in hashes} >= {"model.safetensors", "ema.safetensors"}
+    assert len(hashes) > 40
+    assert hash_tensors(last[1]) == hashes
+
+
+def test_the_kills_landed_in_the_middle_of_the_run(interrupted) -> None:
+    _, report = interrupted
+    landed = [kill for kill in report["kills"] if kill["killed"]]
+    assert len(landed) >= 2, report
+    for kill in landed:
+        assert 0 < kill["steps_after"] < 160
+    assert len({kill["steps_after"] for kill in landed}) > 1
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_with_its_code(interrupted) -> None:
+    _, report = interrupted
+    stop = report["stop"]
+    assert stop["exit_code"] == 143
+    assert 0 < stop["steps_after"] < 160
+    assert f"step_{stop['steps_after']:08d}" in report["checkpoints_at_stop"]
+
+
+def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams) -> None:
+    train(params, World())
+    folder = Path(params.save_path) / "run"
+    assert load_experiment_params_from_yaml(str(folder / "config.yaml")) == params
+    assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["starts"][0]["packages"]["torch"]
+    assert str(Path.home()) not in json.dumps(provenance["starts"][0]["command"])
+    assert [step.name for step in list_step_folders(folder)] == [f"step_{n:08d}" for n in (6, 4, 2)]
+    assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
+    line = read_lines(folder)[-1]
+    for key in ("lr", "grad_norm", "tokens_per_second", "samples_per_sec_per_gpu", "data_wait_share", "memory_gb"):
+        assert line[key] >= 0
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".yaml", ".json", ".jsonl", ".safetensors", ""}
+    for path in files:
+        assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK"), f"{path} is a pickle"
+
+
+def test_a_run_folder_is_never_overwritten(params: TrainExperimentParams) -> None:
+    train(params, World())
+    config = Path(params.save_path) / "run" / "config.yaml"
+    before = config.read_bytes()
+    longer = replace(params, total_train_samples=80)
+    with pytest.raises(ValueError, match=r"is there already\. Continue it with --resume auto"):
+        train(longer, World())
+    assert config.read_bytes() == before
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_byte])
+@pytest.mark.parametrize("pattern", ["model.safetensors", "training_state/*.safetensors", "state.json", COMPLETE_NAME])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    params: TrainExperimentParams, damage: Callable[[Path], None], pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(params, World())
+    folder = Path(params.save_path) / "run"
+    newest = list_step_folders(folder)[0]
+    expected = (hash_tensors(newest), read_losses(folder))
+    target = next(newest.glob(pattern))
+    damage(target)
+    capsys.readouterr()
+    train(replace(params, resume="auto"), World())
+    notices = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    assert len(notices) == 1
+    assert str(target) in notices[0]
+    assert (hash_tensors(list_step_folders(folder)[0]), read_losses(folder)) == expected
+
+
+def test_changed_data_is_refused_with_what_changed_or_accepted(
+    params: TrainExperimentParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(params, World())
+    changed = replace(params, resume="auto", total_train_samples=64, data=replace(params.data, seed=4))
+    with pytest.raises(ValueError, match=r"data\.seed was 3, is 4"):
+        train(changed, World())
+    capsys.readouterr()
+    train(replace(changed, data=replace(changed.data, accept_changed_data=True)), World())
+    out = capsys.readouterr().out
+    assert "data.seed was 3, is 4" in out
+    assert "note: total_train_samples was 48, is 64" in out
+    assert [step for step, _ in read_losses(Path(params.save_path) / "run")] == list(range(1, 9))
+
+
+def test_another_run_goes_on_from_a_checkpoint_or_from_its_weights_alone(params: TrainExperimentParams) -> None:
+    train(params, World())
+    first = Path(params.save_path) / "run"
+    step_folder = list_step_folders(first)[1]
+    model = replace(params.model, resume_from_checkpoint=str(step_folder))
+    train(replace(params, name="more", model=model), World())
+    assert read_losses(first.with_name("more")) == read_losses(first)[4:]
+    fresh = replace(params, name="fresh", model=replace(model, resume_weights_only=True))
+    train(fresh, World())
+    losses = read_losses(first.with_name("fresh"))
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert losses[0][1] < read_losses(first)[0][1]
+    weights = replace(model, resume_from_checkpoint=str(step_folder / "model.safetensors"))
+    other = replace(params, name="other", model=weights)
+    with pytest.raises(ValueError, match="holds weights alone"):
+        train(other, World())
+
+
+def test_old_checkpoints_are_deleted_beyond_the_limit(params: TrainExperimentParams) -> None:
+    train(replace(params, num_checkpoints=6, max_checkpoint_limit=2), World())
+    assert [path.name for path in list_step_folders(Path(params.save_path) / "run")] == [
+        "step_00000006",
+        "step_00000005",
+    ]
+
+
+def test_the_run_is_copied_away_and_goes_on_from_the_copy(params: TrainExperimentParams, tmp_path: Path) -> None:
+    copied = replace(params, remote_sync=str(tmp_path / "remote"), ema=EMAParams(enabled=True))
+    train(replace(copied, total_train_samples=32), World())
+    local, remote = Path(params.save_path) / "run", tmp_path / "remote" / "run"
+    assert hash_tensors(list_step_folders(remote)[0]) == hash_tensors(list_step_folders(local)[0])
+    assert (remote / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
+    shutil.rmtree(local)
+    train(replace(copied, resume="auto"), World())
+    assert [step for step, _ in read_losses(local)] == [5, 6]
+
+
+def test_a_copy_that_fails_is_said_and_fails_the_run_at_its_end(
+    params: TrainExperimentParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "remote").write_text("a file where a folder should be")
+    copied = replace(params, remote_sync=str(tmp_path / "remote"))
+    with pytest.raises(ValueError, match=r"The run is done, but .* lacks part of it"):
+        train(copied, World())
+    assert "it will be tried again" in capsys.readouterr().out
+    assert list_step_folders(Path(params.save_path) / "run")[0].name == "step_00000006"
+
+
+def test_two_ranks_of_the_command_line_train_as_one_process(launch, params, tmp_path: Path) -> None:
+    """The real entry point under torchrun, with a real model and data, sharded, against one process."""
+    alone = replace(params, hparams=replace(params.hparams, precision="fp64", per_gpu_batch_size=2))
+    train(alone, World())
+    config = Path(params.save_path) / "run" / "config.yaml"
+    main = Path(__file__).parents[3] / "vla_foundry" / "main.py"
+    done = launch(2, str(main), "--config_path", str(config), "--name", "two", "--distributed.fsdp", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_losses(Path(params.save_path) / name) for name in ("run", "two"))
+    assert [step for step, _ in two] == [step for step, _ in one]
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-9)
