@@ -17,6 +17,10 @@ MODELS: "Registry[Callable[..., nn.Module]]" = Registry(
     lazy={
         "transformer": "vla_foundry.models.transformer",
         "transformer_hf": "vla_foundry.models.transformer_hf",
+        "vit": "vla_foundry.models.vit",
+        "vit_hf": "vla_foundry.models.vit_hf",
+        "vlm": "vla_foundry.models.vlm",
+        "vlm_hf": "vla_foundry.models.vlm_hf",
     },
 )
 BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Registry(
@@ -24,6 +28,8 @@ BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Re
     lazy={
         "transformer": "vla_foundry.models.text_batch",
         "transformer_hf": "vla_foundry.models.text_batch",
+        "vlm": "vla_foundry.models.image_caption_batch",
+        "vlm_hf": "vla_foundry.models.image_caption_batch",
     },
 )
 

@@ -11,6 +11,7 @@ in_proj is [q; k; v] with the heads in order, w12 is [gate; up].
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ class Transformer(nn.Module):
         *,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         documents: Documents | None = None,
+        sees_ahead: np.ndarray | None = None,
         targets: Int[Tensor, "B T"] | None = None,
         z_loss_coefficient: float = 0.0,
         is_causal: bool | None = None,
@@ -150,6 +152,8 @@ class Transformer(nn.Module):
                 position. (B, T), or (B, past + T) with a cache. Reading it waits for the device: training gives
                 `documents` instead.
             documents: how each row divides into documents that do not see each other, each from position 0.
+            sees_ahead: bool (B, T) on the host, True at tokens that also see those after them in their unbroken stretch
+                of such tokens (image tokens); not for tokens that follow a cache.
             targets: what to predict at each place, IGNORE_INDEX for nothing; asks for the loss instead of logits.
             is_causal: overrides the params.
             use_cache: return keys and values, for the next call's `past_key_values`. For inference: they carry no
@@ -165,7 +169,7 @@ class Transformer(nn.Module):
         x = self._embed(input_ids, inputs_embeds)
         cache = (past_key_values or KVCache(len(self.layers))) if use_cache or past_key_values is not None else None
         is_causal = self.params.is_causal if is_causal is None else is_causal
-        rows = self._arrange(x, attention_mask, documents, is_causal, cache)
+        rows = self._arrange(x, attention_mask, documents, is_causal, cache, sees_ahead)
         if rows.order is not None:
             x = _reorder(x, rows.order)
         hidden_states = [x]
@@ -196,6 +200,7 @@ class Transformer(nn.Module):
         documents: Documents | None,
         is_causal: bool,
         cache: KVCache | None,
+        sees_ahead: np.ndarray | None,
     ) -> _Rows:
         """Work out, once for all blocks, who sees whom and from which position."""
         B, T, _ = x.shape
@@ -207,8 +212,13 @@ class Transformer(nn.Module):
         order = None if masked is None or masked.order is None else torch.from_numpy(masked.order).to(x.device)
         cache_step = None if cache is None else cache.plan(B, T, None if masked is None else masked.counts, x.device)
         segments = None
+        if cache_step is not None and sees_ahead is not None and sees_ahead.any():
+            raise ValueError("Tokens that follow a cache can not see ahead. Give all images with the first tokens.")
         if cache_step is None:
-            segments = create_segments(documents if masked is None else masked.documents, is_causal, x.device)
+            if sees_ahead is not None and masked is not None and masked.order is not None:
+                sees_ahead = np.take_along_axis(sees_ahead, masked.order, axis=1)
+            rows = documents if masked is None else masked.documents
+            segments = create_segments(rows, is_causal, x.device, sees_ahead=sees_ahead)
         longest = T if segments is None else segments.max_length
         longest = longest if cache_step is None else cache_step.num_slots
         if longest > self.max_seq_len:
@@ -222,14 +232,23 @@ class Transformer(nn.Module):
             rotation = self.rotary(places)
         return _Rows(order, segments, cache_step, rotation)
 
+    @property
+    def hidden_dim(self) -> int:
+        """The width of hidden states."""
+        return self.params.hidden_dim
+
+    def embed_tokens(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Look tokens up, to be given as inputs_embeds."""
+        if self.embeddings is None:
+            raise ValueError("model.vocab_size is 0: a model without token embeddings takes inputs_embeds.")
+        return self.embeddings(input_ids)
+
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if inputs_embeds is None:
-            if self.embeddings is None:
-                raise ValueError("model.vocab_size is 0: a model without token embeddings takes inputs_embeds.")
-            inputs_embeds = self.embeddings(input_ids)
-        assert inputs_embeds is not None
+            assert input_ids is not None
+            inputs_embeds = self.embed_tokens(input_ids)
         return inputs_embeds if self.post_embed_norm is None else self.post_embed_norm(inputs_embeds)
 
     def _logits(self, x: Tensor) -> Tensor | None:
@@ -288,6 +307,10 @@ class Transformer(nn.Module):
         self.embeddings.num_embeddings = self.output.out_features = rows
         self._tie()
         return rows
+
+    def token_tables(self) -> list[str]:
+        """Names of the weights that have a row per token."""
+        return [f"{name}.weight" for name in ("embeddings", "output") if getattr(self, name) is not None]
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """6 per weight of a matrix product and 12 L H K seq_len for attention, causal or not (PaLM, appendix B)."""

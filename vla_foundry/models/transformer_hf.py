@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ class TransformerHF(nn.Module):
         *,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         documents: Documents | None = None,
+        sees_ahead: np.ndarray | None = None,
         targets: Int[Tensor, "B T"] | None = None,
         z_loss_coefficient: float = 0.0,
         output_hidden_states: bool = False,
@@ -106,7 +108,8 @@ class TransformerHF(nn.Module):
         """Run the model; arguments and results are those of the native transformer.
 
         Raises:
-            ValueError: `documents` were given and this architecture can not keep them apart.
+            ValueError: `documents` were given and this architecture can not keep them apart, or `sees_ahead`, and it
+                has layers that see only near tokens.
         """
         inputs: dict[str, Any] = {
             "input_ids": None if input_ids is None else input_ids.long(),
@@ -117,7 +120,13 @@ class TransformerHF(nn.Module):
         }
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
-        inputs |= self._arrange(given, attention_mask, documents)
+        if sees_ahead is not None and sees_ahead.any():
+            self._check_sees_ahead(past_key_values)
+            if attention_mask is not None:
+                documents, attention_mask = _padding_as_documents(attention_mask), None
+        else:
+            sees_ahead = None
+        inputs |= self._arrange(given, attention_mask, documents, sees_ahead)
         if targets is None:
             output = self.model(**inputs, logits_to_keep=logits_to_keep)
             return LanguageModelOutput(output.logits, output.hidden_states, output.past_key_values)
@@ -130,12 +139,38 @@ class TransformerHF(nn.Module):
         hidden = decoder(**inputs).last_hidden_state
         return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
 
-    def _arrange(self, given: Tensor, attention_mask: Tensor | None, documents: Documents | None) -> dict[str, Any]:
+    @property
+    def hidden_dim(self) -> int:
+        """The width of hidden states."""
+        return self.model.config.get_text_config().hidden_size
+
+    def embed_tokens(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Look tokens up, to be given as inputs_embeds."""
+        return self.model.get_input_embeddings()(input_ids.long())
+
+    def _check_sees_ahead(self, past_key_values: Any) -> None:
+        config = self.model.config
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError("Tokens that follow a cache can not see ahead. Give all images with the first tokens.")
+        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not self.keeps_documents or layer_types != {"full_attention"}:
+            raise ValueError(
+                f"model.hf_pretrained: {type(self.model).__name__} can not let image tokens see ahead. "
+                f"Set --model.image_attention causal."
+            )
+
+    def _arrange(
+        self,
+        given: Tensor,
+        attention_mask: Tensor | None,
+        documents: Documents | None,
+        sees_ahead: np.ndarray | None,
+    ) -> dict[str, Any]:
         """Who sees whom and from which position, as transformers takes it."""
-        if documents is not None:
+        if documents is not None or sees_ahead is not None:
             if attention_mask is not None:
                 raise ValueError("Give attention_mask or documents, not both.")
-            segments = create_segments(documents, True, given.device)
+            segments = create_segments(documents, True, given.device, sees_ahead=sees_ahead)
             if segments is None:
                 return {}
             if not self.keeps_documents:
@@ -168,8 +203,17 @@ class TransformerHF(nn.Module):
         """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
         embedding: Any = self.model.get_input_embeddings()
         if num_tokens > embedding.weight.shape[0]:
-            embedding = self.model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of)
+            # drawn like the others, not around their mean: their covariance takes a model's worth of work
+            embedding = self.model.resize_token_embeddings(
+                num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False
+            )
         return embedding.weight.shape[0]
+
+    def token_tables(self) -> list[str]:
+        """Names of the weights that have a row per token."""
+        ends: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        weights = {id(module.weight) for module in ends}
+        return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in weights]
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """6 per weight of a matrix product and 12 L H K seq_len for attention; all experts of a mixture count."""
@@ -199,6 +243,19 @@ class TransformerHF(nn.Module):
     def save_files(self, folder: Path) -> None:
         """Write the architecture, so that a run can be loaded without asking for the published model again."""
         self.model.config.save_pretrained(folder)
+
+
+def _padding_as_documents(attention_mask: Tensor) -> Documents:
+    """Describe a mask of padding by stretches of tokens and of padding. Waits for the device."""
+    is_real = attention_mask.cpu().numpy().astype(bool)
+    changes = np.ones_like(is_real)
+    changes[:, 1:] = is_real[:, 1:] != is_real[:, :-1]
+    starts = np.flatnonzero(changes)
+    return Documents(
+        lengths=np.diff(starts, append=is_real.size).astype(np.int32),
+        num_per_row=changes.sum(1).astype(np.int32),
+        is_padding=~is_real.reshape(-1)[starts],
+    )
 
 
 @register_model("transformer_hf")

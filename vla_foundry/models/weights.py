@@ -3,7 +3,7 @@
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,50 @@ def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool =
     """
     with open_checkpoint(path, use_ema=use_ema) as tensors:
         _load(model, tensors, str(path))
+
+
+def load_part_checkpoint(
+    model: nn.Module, checkpoint: str, *, part: str, path: str, may_grow: Collection[str] = ()
+) -> None:
+    """Load a part of a model from a checkpoint of its own, or from one of a model that has it as that part.
+
+    Args:
+        part: the name of the part in such a model.
+        path: config path of the part, for messages.
+        may_grow: names of tensors whose first rows are loaded where the model has more; its other rows stay.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it can not be read, or does not fit.
+    """
+    with open_checkpoint(checkpoint) as entries:
+        entries = dict(_entries_of_part(entries, part))
+        tensors = model.state_dict(keep_vars=True)
+        for name in may_grow:
+            if name in entries and name in tensors and entries[name].shape[0] < tensors[name].shape[0]:
+                entries[name] = _grown(entries[name], tensors[name])
+        _load(model, entries, f"{checkpoint} ({path}.resume_from_checkpoint)")
+
+
+def count_stored_rows(checkpoint: str, names: Collection[str], *, part: str) -> int | None:
+    """The number of rows that a checkpoint has of the first of these tensors it holds; None: of none of them.
+
+    Args:
+        part: as `load_part_checkpoint`.
+    """
+    with open_checkpoint(checkpoint) as entries:
+        found = _entries_of_part(entries, part)
+        return next((found[name].shape[0] for name in names if name in found), None)
+
+
+def _entries_of_part(entries: "Mapping[str, _Entry]", part: str) -> "Mapping[str, _Entry]":
+    inside = {name.removeprefix(f"{part}."): entry for name, entry in entries.items() if name.startswith(f"{part}.")}
+    return inside or entries
+
+
+def _grown(entry: "_Entry", tensor: Tensor) -> "_Entry":
+    rest = tensor.detach()[entry.shape[0] :]
+    return _Entry(tensor.shape, lambda: torch.cat([entry.read().to(rest), rest]))
 
 
 def find_tied_names(model: nn.Module) -> dict[str, str]:

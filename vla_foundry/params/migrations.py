@@ -71,6 +71,8 @@ MIGRATIONS: dict[str, Migration] = {
             "ddp_static_graph": "it never had an effect",
         },
     ),
+    "ViTParams": Migration(ignored={"pretrained": "it never had an effect"}),
+    "VLMParams": Migration(ignored={"processor": "data.processor names it"}),
 }
 
 

@@ -28,6 +28,15 @@ class _Run(NamedTuple):
     is_padding: bool
 
 
+class _Stretches(NamedTuple):
+    """Stretches of one shape, of tokens that also see those after them in their stretch; (G, n) and (G, m)."""
+
+    # int64, where the tokens of each stretch are in the flat batch
+    queries: Tensor
+    # int64, what they see: from the start of their segment to the end of the stretch
+    keys: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """How the tokens of a (B, T) batch, in row-major order, divide into segments."""
@@ -42,15 +51,32 @@ class Segments:
     bound: int
     # int64 [B, T], place of each token within its segment; on the batch's device
     positions: Tensor
+    # what sees more than a causal mask lets it
+    stretches: tuple[_Stretches, ...] = ()
 
 
-def create_segments(documents: Documents | None, is_causal: bool, device: torch.device) -> Segments | None:
+def create_segments(
+    documents: Documents | None,
+    is_causal: bool,
+    device: torch.device,
+    *,
+    sees_ahead: np.ndarray | None = None,
+) -> Segments | None:
     """Lay out the documents of a batch for attention; None where plain attention over whole rows is the same.
 
     That is so for rows of one document, and under a causal mask for one document followed by padding: it never looks
     ahead. Nothing waits for the device.
+
+    Args:
+        sees_ahead: bool (B, T), True at tokens that under a causal mask also see the tokens after them, up to the end
+            of their unbroken stretch of such tokens; on the host.
     """
-    if documents is None or _are_whole_rows(documents, is_causal):
+    if sees_ahead is not None and (not is_causal or not sees_ahead.any()):
+        sees_ahead = None
+    if sees_ahead is not None and documents is None:
+        B, T = sees_ahead.shape
+        documents = Documents(np.full(B, T, np.int32), np.ones(B, np.int32), np.zeros(B, dtype=bool))
+    if documents is None or (sees_ahead is None and _are_whole_rows(documents, is_causal)):
         return None
     lengths = documents.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
@@ -67,7 +93,30 @@ def create_segments(documents: Documents | None, is_causal: bool, device: torch.
         max_length=int(lengths.max()),
         bound=-(-int(lengths.max()) // 128) * 128,
         positions=_to_device(positions.reshape(len(documents.num_per_row), -1), device),
+        stretches=() if sees_ahead is None else _find_stretches(sees_ahead.reshape(-1), lengths, device),
     )
+
+
+def _find_stretches(sees_ahead: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[_Stretches, ...]:
+    """Group the stretches of one shape, so that a caption batch, whose samples begin alike, has few groups."""
+    ends = np.cumsum(lengths)
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    # each stretch gets a number of its own: it ends where the next token is of another segment, or no such token
+    is_start = sees_ahead.copy()
+    is_start[1:] &= ~sees_ahead[:-1] | (segment[1:] != segment[:-1])
+    is_end = sees_ahead.copy()
+    is_end[:-1] &= ~sees_ahead[1:] | (segment[1:] != segment[:-1])
+    starts, stops = np.flatnonzero(is_start), np.flatnonzero(is_end) + 1
+    begins = (ends - lengths)[segment[starts]]
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for start, stop, begin in zip(starts.tolist(), stops.tolist(), begins.tolist(), strict=True):
+        groups.setdefault((stop - start, stop - begin), []).append((start, begin))
+    stretches = []
+    for (num_queries, num_keys), places in groups.items():
+        first = np.array(places, dtype=np.int64)  # (G, 2)
+        queries, keys = first[:, :1] + np.arange(num_queries), first[:, 1:] + np.arange(num_keys)
+        stretches.append(_Stretches(_to_device(queries, device), _to_device(keys, device)))
+    return tuple(stretches)
 
 
 def _are_whole_rows(documents: Documents, is_causal: bool) -> bool:
@@ -115,6 +164,9 @@ def attend(
         output = _attend_varlen(*flat, segments=segments, is_causal=is_causal, scale=scale, window=window)
     else:
         output = _attend_runs_untraced(*flat, segments, is_causal, dropout, scale, window)
+    if segments.stretches and is_causal:
+        assert window is None, "what sees ahead has no window"
+        output = _attend_stretches_untraced(*flat, output, segments.stretches, dropout, scale)
     return output.unflatten(0, queries.shape[:2])
 
 
@@ -177,6 +229,32 @@ def _attend_runs(
 
 # the lengths change with every batch: traced, they would compile the block again each time
 _attend_runs_untraced: Any = torch.compiler.disable(_attend_runs)
+
+
+def _attend_stretches(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    stretches: tuple[_Stretches, ...],
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """Put the attention of tokens that see ahead into `output`; each sees a whole range of keys, so no mask is made."""
+    for group in stretches:
+        seen = _attend_rows(
+            queries[group.queries],
+            keys[group.keys],
+            values[group.keys],
+            is_causal=False,
+            dropout=dropout,
+            scale=scale,
+        )
+        output = output.index_copy(0, group.queries.flatten(), seen.flatten(0, 1))
+    return output
+
+
+_attend_stretches_untraced: Any = torch.compiler.disable(_attend_stretches)
 
 
 def _attend_varlen(

@@ -1,0 +1,205 @@
+"""Any image encoder of Hugging Face or timm, with the forward of the native vision transformer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vla_foundry.models.registry import register_model
+from vla_foundry.params.models.vit import ViTHFParams
+
+TIMM_PREFIX = "timm:"
+
+
+class ViTHF(nn.Module):
+    """An image encoder; its parameters have their own names, behind `model.`
+
+    Weights that its tokens do not depend on (pooling heads) are frozen, for they would get no gradient.
+    """
+
+    def __init__(self, model: nn.Module, *, hidden_dim: int, image_size: int, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden_dim = hidden_dim
+        self.image_size = image_size
+        # tokens in front of those of the patches
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N T D"]:
+        """Return the tokens of each image: prefix tokens, then the patches, row by row."""
+        shape = pixel_values.shape[:-3]
+        return _encode(self.model, pixel_values.flatten(0, -4)).unflatten(0, shape)
+
+    def list_blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return find_blocks(self.model)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights as this encoder's own code does."""
+        if _is_timm(self.model):
+            for module in self.model.modules():
+                reset: Any = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+            draw: Any = getattr(self.model, "init_weights", None)
+            if draw is not None:
+                draw()
+            return
+        draw_hugging_face_weights(self.model)
+
+    def num_flops_per_image(self) -> float:
+        """6 per weight of a matrix product for each token; attention of the tokens to each other is left out."""
+        num_tokens, _ = count_tokens(self.model, self.image_size)
+        return 6.0 * num_tokens * sum(p.numel() for p in self.model.parameters() if p.ndim >= 2 and p.requires_grad)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture, so that a run can be loaded without asking for the published model again."""
+        if not _is_timm(self.model):
+            config: Any = self.model.config
+            config.save_pretrained(folder)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model of transformers or timm, in order; of blocks within blocks the outer ones."""
+    blocks: list[nn.Module] = []
+    inner: set[nn.Module] = set()
+    names = {name for part in model.modules() for name in (getattr(part, "_no_split_modules", None) or [])}
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList) or (_is_timm(model) and isinstance(parent, nn.Sequential)):
+            for block in parent:
+                is_block = (
+                    isinstance(block, GradientCheckpointingLayer) or type(block).__name__ in names or _is_timm(model)
+                )
+                # timm's blocks are those of its outermost sequences that have parts of their own
+                if is_block and block not in inner and any(True for _ in block.children()):
+                    blocks.append(block)
+                    inner.update(block.modules())
+    return blocks
+
+
+def draw_hugging_face_weights(model: Any) -> None:
+    """Draw all weights of a model of transformers as its own code does, whatever they were."""
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = False
+    model.init_weights()
+
+
+def _is_timm(model: nn.Module) -> bool:
+    return not hasattr(model, "config")
+
+
+def _encode(model: Any, pixel_values: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, T, D)."""
+    if _is_timm(model):
+        x = model.forward_features(pixel_values)
+        # convolutional networks put the features last only where they say so
+        if x.ndim == 4:
+            x = x.flatten(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
+        return x
+    native = getattr(model.config, "image_size", None)
+    is_native = native is None or tuple(pixel_values.shape[-2:]) == _pair(native)
+    options = {} if is_native else {"interpolate_pos_encoding": True}
+    x = model(pixel_values=pixel_values, **options).last_hidden_state
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def count_tokens(model: nn.Module, image_size: int) -> tuple[int, int]:
+    """Return how many tokens a square image becomes, and how wide they are; nothing is computed."""
+    x = _run_on_meta(model, image_size)[0]
+    return x.shape[1], x.shape[2]
+
+
+def _run_on_meta(model: nn.Module, image_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the tokens of one image, and the weights they come from, without memory for either."""
+    weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in model.named_parameters()}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
+    pixels = torch.empty(1, 3, image_size, image_size, device="meta")
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return _encode(self.model, pixels)
+
+    tensors = {f"model.{name}": value for name, value in {**weights, **buffers}.items()}
+    return torch.func.functional_call(Encoder(), tensors, (pixels,), tie_weights=False), weights
+
+
+def _wrap(model: nn.Module, image_size: int, num_patches: int) -> ViTHF:
+    x, weights = _run_on_meta(model, image_size)
+    gradients = torch.autograd.grad(x.sum(), list(weights.values()), allow_unused=True)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    return ViTHF(
+        model, hidden_dim=x.shape[2], image_size=image_size, num_prefix_tokens=max(0, x.shape[1] - num_patches)
+    )
+
+
+@register_model("vit_hf")
+def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
+    """Build the encoder that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+
+    Raises:
+        ValueError: there is no such model, or it is no image encoder.
+    """
+    loads = load_pretrained and params.hf_load_weights
+    if params.hf_pretrained.startswith(TIMM_PREFIX):
+        return _create_timm(params, loads)
+    name = params.hf_pretrained.removeprefix("hf://")
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+    try:
+        config = _vision_config(AutoConfig.from_pretrained(name))
+        if loads:
+            model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, **options)
+        else:
+            model = AutoModel.from_config(config, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.vit.hf_pretrained '{params.hf_pretrained}' can not be loaded as an image encoder: {reason}"
+        ) from error
+    image_size = params.img_size or _pair(getattr(config, "image_size", None) or 224)[0]
+    patch = params.patch_size or getattr(config, "patch_size", None)
+    num_patches = (image_size // _pair(patch)[0]) ** 2 if patch is not None else 1 << 60
+    return _wrap(model.train(), image_size, num_patches)
+
+
+def _vision_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the image encoder in that of an image-text model, without what pools its tokens."""
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False
+    return config
+
+
+def _create_timm(params: ViTHFParams, loads: bool) -> ViTHF:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f"model.vit.hf_pretrained '{params.hf_pretrained}' needs timm. Install vla-foundry[timm]."
+        ) from None
+    name = params.hf_pretrained.removeprefix(TIMM_PREFIX)
+    size: dict[str, Any] = {} if params.img_size is None else {"img_size": params.img_size}
+    try:
+        model: Any = timm.create_model(name, pretrained=loads, num_classes=0, **size)
+    except (OSError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.vit.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+    image_size = params.img_size or model.default_cfg["input_size"][-1]
+    num_prefix = getattr(model, "num_prefix_tokens", 0)
+    num_tokens, _ = count_tokens(model, image_size)
+    return _wrap(model.train(), image_size, num_tokens - num_prefix)

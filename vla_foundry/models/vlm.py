@@ -1,0 +1,210 @@
+"""The vision-language model: an image encoder, a projector, and a language model that reads images as tokens.
+
+    image tokens = projection(vit(pixel_values))
+    x = token embeddings of input_ids, those of the image token replaced by image tokens, in order
+    transformer(inputs_embeds=x)
+
+Either part is ours or Hugging Face's.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vla_foundry.batch import Documents, LossOutput
+from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.models.layers.projector import ModalityProjector
+from vla_foundry.models.registry import create_model, register_model
+from vla_foundry.models.weights import count_stored_rows, load_part_checkpoint
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.vlm import ROWS_MULTIPLE, VLMParams
+
+
+class VLM(nn.Module):
+    """Tokens and images to hidden states, logits, or a loss.
+
+    Args:
+        image_token_id: the token that an image's features replace, one token each.
+        sees_ahead: neighbouring image tokens see each other, not only earlier ones.
+    """
+
+    def __init__(
+        self, vit: nn.Module, transformer: nn.Module, *, factor: int, image_token_id: int | None, sees_ahead: bool
+    ) -> None:
+        super().__init__()
+        self.image_token_id = image_token_id
+        self.sees_ahead = sees_ahead
+        # either of two classes each
+        self.vit: Any = vit
+        self.transformer: Any = transformer
+        self.projection = ModalityProjector(
+            image_dim=self.vit.hidden_dim, text_dim=self.transformer.hidden_dim, factor=factor
+        )
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest sequence, tokens; None: not known."""
+        return self.transformer.max_seq_len
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Float[Tensor, "*N 3 H W"] | None = None,
+        image_positions: Int[Tensor, " n"] | None = None,
+        sees_ahead: np.ndarray | None = None,
+        documents: Documents | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        output_hidden_states: bool = False,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> LossOutput | LanguageModelOutput:
+        """Run the model; what is not said here is as in the native transformer.
+
+        Args:
+            pixel_values: normalised images, (N, 3, H, W) or (B, N, 3, H, W), in the order of their tokens.
+            image_positions: where the image tokens are in the flat batch, ascending. Looked up, waiting for the
+                device, if not given: training gives them.
+            sees_ahead: bool (B, T) on the host, True at image tokens, if these see each other; likewise.
+
+        Raises:
+            ValueError: there are more or fewer image tokens than the images make.
+        """
+        if pixel_values is None and targets is None:
+            return self.transformer(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                documents=documents,
+                output_hidden_states=output_hidden_states,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+            )
+        if image_positions is None:
+            is_image = input_ids == self._image_token()
+            image_positions = is_image.flatten().nonzero().squeeze(1)
+            if self.sees_ahead:
+                sees_ahead = is_image.cpu().numpy()
+        inputs: dict[str, Any] = {
+            "inputs_embeds": self._embed(input_ids, pixel_values, image_positions),
+            "attention_mask": attention_mask,
+            "documents": documents,
+            "sees_ahead": sees_ahead if self.sees_ahead else None,
+        }
+        if targets is not None:
+            return self.transformer(**inputs, targets=targets, z_loss_coefficient=z_loss_coefficient)
+        return self.transformer(
+            **inputs,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+
+    def encode_images(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "N S D"]:
+        """Return what takes the place of each image's tokens."""
+        features = self.vit(pixel_values.flatten(0, -4))[:, self.vit.num_prefix_tokens :]
+        return self.projection(features)
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor) -> Tensor:
+        # the image token need not have a row of its own
+        ids = input_ids.masked_fill(input_ids == self._image_token(), 0)
+        embeds = self.transformer.embed_tokens(ids)  # (B, T, D)
+        if pixel_values is None or pixel_values.numel() == 0:
+            _check_counts(image_positions.numel(), 0, 0)
+            # a rank without images takes part in what the others gather and reduce for the encoder
+            empty = torch.zeros(1, 3, self.vit.image_size, self.vit.image_size, device=ids.device)
+            return embeds + 0.0 * self.encode_images(empty).sum().to(embeds.dtype)
+        features = self.encode_images(pixel_values)  # (N, S, D)
+        _check_counts(image_positions.numel(), features.shape[0], features.shape[1])
+        flat = embeds.flatten(0, 1).index_copy(0, image_positions, features.flatten(0, 1).to(embeds.dtype))
+        return flat.view_as(embeds)
+
+    def _image_token(self) -> int:
+        if self.image_token_id is None:
+            raise ValueError("model.image_token_id is missing. Give --model.image_token_id N.")
+        return self.image_token_id
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the image encoder, and those of the language model."""
+        return [*self.vit.list_blocks(), *self.transformer.blocks()]
+
+    def init_weights(self) -> None:
+        """Draw the weights of all parts."""
+        self.vit.init_weights()
+        self.transformer.init_weights()
+        self.projection.init_weights()
+
+    def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = ROWS_MULTIPLE) -> int:
+        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
+        return self.transformer.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of)
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Those of the language model, and the image encoder's for one image in a row."""
+        images = self.vit.num_flops_per_image() + 6.0 * self.projection.proj.weight.numel()
+        return self.transformer.num_flops_per_token(seq_len) + images / seq_len
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture of Hugging Face parts (VLMParams.with_model_files reads it)."""
+        for name, part in (("vit", self.vit), ("transformer", self.transformer)):
+            save = getattr(part, "save_files", None)
+            if save is not None:
+                save(folder / name)
+
+
+def _check_counts(num_tokens: int, num_images: int, tokens_per_image: int) -> None:
+    if num_tokens != num_images * tokens_per_image:
+        raise ValueError(
+            f"The batch has {num_tokens} image tokens, but its {num_images} images make {tokens_per_image} each. "
+            f"Check data.img_num_tokens and model.image_token_id."
+        )
+
+
+@register_model("vlm")
+def create_vlm(params: VLMParams, load_pretrained: bool = True) -> VLM:
+    """Build the model; each part that names a checkpoint starts from its weights, the others from their own.
+
+    Raises:
+        ValueError: a checkpoint does not fit its part.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    vit = _create_part(params.vit, load_pretrained)
+    transformer = _create_part(params.transformer, load_pretrained)
+    if load_pretrained and params.vit.resume_from_checkpoint is not None:
+        load_part_checkpoint(vit, params.vit.resume_from_checkpoint, part="vit", path="model.vit")
+    if load_pretrained and params.transformer.resume_from_checkpoint is not None:
+        _load_language_model(transformer, params.transformer.resume_from_checkpoint)
+    model = VLM(
+        vit,
+        transformer,
+        factor=params.vit.projector_pixel_shuffle_factor,
+        image_token_id=params.image_token_id,
+        sees_ahead=params.image_attention == "bidirectional",
+    )
+    model.projection.init_weights()
+    if params.vocab_size is not None:
+        model.resize_token_embeddings(params.vocab_size)
+    return model
+
+
+def _create_part(params: ModelParams, load_pretrained: bool) -> nn.Module:
+    # without its checkpoint, which need not have the part's own names and number of tokens
+    loads = load_pretrained and params.resume_from_checkpoint is None
+    return create_model(dataclasses.replace(params, resume_from_checkpoint=None), load_pretrained=loads)
+
+
+def _load_language_model(transformer: Any, checkpoint: str) -> None:
+    """Load a checkpoint of more or fewer tokens; rows that it does not have stay as they are."""
+    tables = transformer.token_tables()
+    rows = count_stored_rows(checkpoint, tables, part="transformer")
+    if rows is not None:
+        transformer.resize_token_embeddings(rows, pad_to_multiple_of=1)
+    load_part_checkpoint(transformer, checkpoint, part="transformer", path="model.transformer", may_grow=tables)

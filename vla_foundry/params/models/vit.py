@@ -1,0 +1,111 @@
+"""Params of image encoders: the native vision transformer, and those of Hugging Face and timm."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_foundry.params.base import register_model_params
+from vla_foundry.params.models.base import ImageInputs, ModelParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderParams(ModelParams):
+    """Role: anything that maps images to a square of feature vectors."""
+
+    _choice_registry = {}
+    native_type = "vit"
+
+    # side of the squares of image tokens that become one token of a language model (pixel unshuffle)
+    projector_pixel_shuffle_factor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.projector_pixel_shuffle_factor < 1:
+            raise ValueError(
+                f"projector_pixel_shuffle_factor ({self.projector_pixel_shuffle_factor}) must be at least 1."
+            )
+
+    def tokens_after_projector(self, image_size: int | None, patch_size: int | None) -> ImageInputs:
+        """Which images it takes, and how many tokens of a language model one becomes, as far as that is known.
+
+        Raises:
+            ValueError: the patches of an image do not divide into squares of that many.
+        """
+        if image_size is None or patch_size is None:
+            return ImageInputs(image_size=image_size)
+        side, factor = image_size // patch_size, self.projector_pixel_shuffle_factor
+        if side < 1 or side % factor:
+            raise ValueError(
+                f"projector_pixel_shuffle_factor ({factor}) must divide the {side} patches along a side of an image "
+                f"(img_size {image_size} / patch_size {patch_size}). Change one of them."
+            )
+        return ImageInputs(image_size=image_size, img_num_tokens=(side // factor) ** 2)
+
+
+@register_model_params("vit")
+@dataclass(frozen=True, kw_only=True)
+class ViTParams(ImageEncoderParams):
+    """The native vision transformer."""
+
+    # model width
+    hidden_dim: int = 768
+    # inner width of the feed-forward
+    inter_dim: int = 3072
+    # side of a patch, pixels
+    patch_size: int = 16
+    # side of an image, pixels; images of other sizes have their position embeddings interpolated
+    img_size: int = 384
+    # attention heads
+    n_heads: int = 12
+    # number of blocks
+    n_layers: int = 12
+    # share of the numbers set to 0 after the embedding and in each branch of a block, in training
+    dropout: float = 0.0
+    # epsilon of every norm
+    ln_eps: float = 1e-6
+    # put a class token in front of the patches; a language model does not see it
+    cls_flag: bool = False
+    # how a patch becomes a token: one linear map, or a few strided convolutions, which learn faster in small models
+    stem: Literal["patch", "conv"] = "patch"
+    # how position embeddings are brought to another image size
+    interpolation_mode: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_dim", "inter_dim", "patch_size", "img_size", "n_heads", "n_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.hidden_dim % self.n_heads:
+            raise ValueError(f"hidden_dim ({self.hidden_dim}) must be a multiple of n_heads ({self.n_heads}).")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout ({self.dropout}) must be in [0, 1).")
+        if self.img_size < self.patch_size:
+            raise ValueError(f"img_size ({self.img_size}) must be at least patch_size ({self.patch_size}).")
+        if self.stem == "conv" and self.patch_size % 2:
+            raise ValueError(f"stem conv halves the image at least once: patch_size ({self.patch_size}) must be even.")
+        self.image_inputs()
+
+    def image_inputs(self) -> ImageInputs:
+        """Its own images."""
+        return self.tokens_after_projector(self.img_size, self.patch_size)
+
+
+@register_model_params("vit_hf")
+@dataclass(frozen=True, kw_only=True)
+class ViTHFParams(ImageEncoderParams):
+    """Any Hugging Face or timm image encoder."""
+
+    # Hugging Face model name, hf://owner/name or folder; or timm:NAME
+    hf_pretrained: str
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True
+    # side of its images, pixels; null: as the published model says, and data.image_size must be given
+    img_size: int | None = None
+    # side of its patches, pixels; null: as the published model says, and data.img_num_tokens must be given
+    patch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.image_inputs()
+
+    def image_inputs(self) -> ImageInputs:
+        """Its own images, where the params say what they are."""
+        return self.tokens_after_projector(self.img_size, self.patch_size)

@@ -1,0 +1,95 @@
+"""Params of vision-language models: made of an image encoder and a language model, or from Hugging Face as a whole."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vla_foundry.params.base import register_model_params
+from vla_foundry.params.derivation import Derived, Facts
+from vla_foundry.params.models.base import ImageInputs, LanguageModelParams, ModelParams, TokenLimits
+from vla_foundry.params.models.transformer import TransformerHFParams
+from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
+
+# rows of a token table that grew are a multiple of this, for fast matrix products
+ROWS_MULTIPLE = 64
+
+
+@register_model_params("vlm")
+@dataclass(frozen=True, kw_only=True)
+class VLMParams(ModelParams):
+    """Image encoder, projector and language model; each of the two parts can start from a checkpoint, or be frozen."""
+
+    # image encoder
+    vit: ImageEncoderParams
+    # language model
+    transformer: LanguageModelParams
+    # token that the features of an image replace; null: that of the data's processor
+    image_token_id: int | None = None
+    # tokens the model must know; its tables grow to them; null: those of the data's tokenizer
+    vocab_size: int | None = None
+    # neighbouring image tokens see only earlier ones, or each other as well
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The image token and the number of tokens, from the data's tokenizer."""
+        derived: dict[str, Derived] = {}
+        tokenizer = facts.tokenizer
+        if tokenizer is None:
+            return derived
+        source = f"tokenizer {tokenizer.name}"
+        if self.image_token_id is None and tokenizer.image_token_id is not None:
+            derived["image_token_id"] = Derived(tokenizer.image_token_id, source)
+        if self.vocab_size is None:
+            derived["vocab_size"] = Derived(tokenizer.vocab_size, source)
+        return derived
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that the image token is known, and that it is the data's."""
+        given = facts.tokenizer.image_token_id if facts.tokenizer is not None else None
+        if self.image_token_id is None:
+            raise ValueError(
+                f"{path}.image_token_id is missing, and the data names no tokenizer with an image token. "
+                f"Give --{path}.image_token_id N."
+            )
+        if given is not None and given != self.image_token_id:
+            raise ValueError(
+                f"{path}.image_token_id ({self.image_token_id}) must be the data's image token ({given}). "
+                f"Leave {path}.image_token_id out."
+            )
+        return []
+
+    def token_limits(self) -> TokenLimits:
+        """Those of its language model, whose table grows to `vocab_size`."""
+        limits = self.transformer.token_limits()
+        if self.vocab_size is None or limits.vocab_size is None or self.vocab_size <= limits.vocab_size:
+            return limits
+        return replace(limits, vocab_size=-(-self.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+
+    def image_inputs(self) -> ImageInputs:
+        """Those of its image encoder."""
+        return self.vit.image_inputs()
+
+    def with_model_files(self, folder: str) -> "VLMParams":
+        """The same, with Hugging Face parts read from the files that a run keeps of them (VLM.save_files)."""
+        vit, transformer = self.vit, self.transformer
+        if isinstance(vit, ViTHFParams) and not vit.hf_pretrained.startswith("timm:"):
+            vit = replace(vit, hf_pretrained=f"{folder}/vit")
+        if isinstance(transformer, TransformerHFParams):
+            transformer = replace(transformer, hf_pretrained=f"{folder}/transformer")
+        return replace(self, vit=vit, transformer=transformer)
+
+
+@register_model_params("vlm_hf")
+@dataclass(frozen=True, kw_only=True)
+class VLMHFParams(ModelParams):
+    """Any Hugging Face image-text model (AutoModelForImageTextToText)."""
+
+    # Hugging Face model name, hf://owner/name or folder
+    hf_pretrained: str
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True
+    # tokens the model must know; its tables grow to them; null: as published
+    vocab_size: int | None = None
+
+    def image_inputs(self) -> ImageInputs:
+        """What its own processor makes of images."""
+        return ImageInputs(processor=self.hf_pretrained.removeprefix("hf://"), takes_packed_rows=False)
