@@ -1,4 +1,4 @@
-"""Keep the tokenizer with the run, so that the run folder alone is enough to use the model."""
+"""Keep the tokenizer or the processor with the run, so that the run folder alone is enough to use the model."""
 
 import os
 import shutil
@@ -7,16 +7,22 @@ from pathlib import Path
 from vla_foundry.io.uri import download, is_remote, join_uri, list_files, parent_uri
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
-from vla_foundry.run_folder import TOKENIZER_FOLDER
+from vla_foundry.params.images import ImageProcessorParams
+from vla_foundry.run_folder import PROCESSOR_FOLDER, TOKENIZER_FOLDER
 
 
 def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
     """Copy data.tokenizer, or else the one beside the first manifest, to the run; nothing if there is none.
 
+    Where data has images, its processor goes there instead, with its tokenizer.
+
     Raises:
         FileNotFoundError: data.tokenizer names a remote folder that is not there.
-        ValueError: data.tokenizer names a tokenizer that can not be loaded.
+        ValueError: data.tokenizer or data.processor names what can not be loaded.
     """
+    if isinstance(data, ImageProcessorParams):
+        _save_processor(data, run_folder / PROCESSOR_FOLDER)
+        return
     target = run_folder / TOKENIZER_FOLDER
     if target.is_dir() or not isinstance(data, TextDataParams):
         return
@@ -30,6 +36,17 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
         _copy_folder(data.tokenizer, target)
     else:
         _save_named(data.tokenizer, target)
+
+
+def _save_processor(data: ImageProcessorParams, target: Path) -> None:
+    if target.is_dir():
+        return
+    from vla_foundry.data.pipelines.image_caption import create_image_processor
+
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    create_image_processor(data).save(aside)
+    aside.rename(target)
 
 
 def _copy_folder(source: str, target: Path) -> None:
