@@ -4,8 +4,6 @@ Its attention is Hugging Face's SDPA, except where a batch has documents: then e
 an attention function registered with transformers, so that no T x T mask is built.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vla_foundry.batch import Documents, LossOutput
 from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head
 from vla_foundry.models.layers.attention import Segments, attend, create_segments
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
@@ -26,8 +25,6 @@ from vla_foundry.params.models.transformer import TransformerHFParams
 ATTENTION_NAME = "vla_foundry"
 # layers whose tokens meet in attention only
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# settings under which logits are not hidden @ head.T, and the value that turns each off
-_HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
 
 def attend_documents(
@@ -67,12 +64,11 @@ AttentionInterface.register(ATTENTION_NAME, attend_documents)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-class TransformerHF(nn.Module):
+class TransformerHF(HuggingFaceModule):
     """A causal language model of transformers; its parameters have their names there, behind `model.`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         config = model.config
         layer_types = set(getattr(config, "layer_types", None) or _ATTENTION_LAYERS)
         self.keeps_documents = (
@@ -84,10 +80,7 @@ class TransformerHF(nn.Module):
         )
         if self.keeps_documents:
             model.set_attn_implementation(ATTENTION_NAME)
-        head: Any = model.get_output_embeddings()
-        self.has_plain_head = getattr(head, "bias", None) is None and all(
-            getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
-        )
+        self.has_plain_head = has_plain_head(model)
         self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
 
     def forward(
@@ -188,32 +181,7 @@ class TransformerHF(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        names = set(self.model._no_split_modules or [])
-        return [module for module in self.model.modules() if type(module).__name__ in names]
-
-    def init_weights(self) -> None:
-        """Draw all weights as transformers does for this architecture."""
-        for module in self.model.modules():
-            module._is_hf_initialized = False  # type: ignore[assignment]
-        for parameter in self.model.parameters():
-            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
-        self.model.init_weights()
-
-    def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
-        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
-        embedding: Any = self.model.get_input_embeddings()
-        if num_tokens > embedding.weight.shape[0]:
-            # drawn like the others, not around their mean: their covariance takes a model's worth of work
-            embedding = self.model.resize_token_embeddings(
-                num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False
-            )
-        return embedding.weight.shape[0]
-
-    def token_tables(self) -> list[str]:
-        """Names of the weights that have a row per token."""
-        ends: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        weights = {id(module.weight) for module in ends}
-        return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in weights]
+        return find_blocks(self.model)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """6 per weight of a matrix product and 12 L H K seq_len for attention; all experts of a mixture count."""
@@ -224,25 +192,6 @@ class TransformerHF(nn.Module):
         config = self.model.config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformerHF":
-        # rotary frequencies and the like stay fp32 in a model that is cast to another dtype
-        tables = [
-            (module, name, table)
-            for module in self.modules()
-            for name, table in module._buffers.items()
-            if table is not None and table.dtype == torch.float32 and name in module._non_persistent_buffers_set
-        ]
-        super()._apply(fn, recurse)
-        for module, name, table in tables:
-            moved = module._buffers[name]
-            if moved is not None and moved.dtype != table.dtype and not table.is_meta:
-                module._buffers[name] = table.to(moved.device)
-        return self
-
-    def save_files(self, folder: Path) -> None:
-        """Write the architecture, so that a run can be loaded without asking for the published model again."""
-        self.model.config.save_pretrained(folder)
 
 
 def _padding_as_documents(attention_mask: Tensor) -> Documents:

@@ -7,23 +7,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vit import ViTHFParams
 
 TIMM_PREFIX = "timm:"
 
 
-class ViTHF(nn.Module):
+class ViTHF(HuggingFaceModule):
     """An image encoder; its parameters have their own names, behind `model.`
 
     Weights that its tokens do not depend on (pooling heads) are frozen, for they would get no gradient.
     """
 
     def __init__(self, model: nn.Module, *, hidden_dim: int, image_size: int, num_prefix_tokens: int) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.hidden_dim = hidden_dim
         self.image_size = image_size
         # tokens in front of those of the patches
@@ -36,7 +35,7 @@ class ViTHF(nn.Module):
 
     def list_blocks(self) -> list[nn.Module]:
         """The blocks, in order."""
-        return find_blocks(self.model)
+        return _find_timm_blocks(self.model) if _is_timm(self.model) else find_blocks(self.model)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -49,8 +48,8 @@ class ViTHF(nn.Module):
             draw: Any = getattr(self.model, "init_weights", None)
             if draw is not None:
                 draw()
-            return
-        draw_hugging_face_weights(self.model)
+        else:
+            super().init_weights()
 
     def num_flops_per_image(self) -> float:
         """6 per weight of a matrix product for each token; attention of the tokens to each other is left out."""
@@ -58,37 +57,21 @@ class ViTHF(nn.Module):
         return 6.0 * num_tokens * sum(p.numel() for p in self.model.parameters() if p.ndim >= 2 and p.requires_grad)
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture, so that a run can be loaded without asking for the published model again."""
+        """Write the architecture; timm has those of its models in its code."""
         if not _is_timm(self.model):
-            config: Any = self.model.config
-            config.save_pretrained(folder)
+            super().save_files(folder)
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model of transformers or timm, in order; of blocks within blocks the outer ones."""
+def _find_timm_blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model's outermost sequences, if they have parts of their own."""
     blocks: list[nn.Module] = []
     inner: set[nn.Module] = set()
-    names = {name for part in model.modules() for name in (getattr(part, "_no_split_modules", None) or [])}
     for parent in model.modules():
-        if isinstance(parent, nn.ModuleList) or (_is_timm(model) and isinstance(parent, nn.Sequential)):
-            for block in parent:
-                is_block = (
-                    isinstance(block, GradientCheckpointingLayer) or type(block).__name__ in names or _is_timm(model)
-                )
-                # timm's blocks are those of its outermost sequences that have parts of their own
-                if is_block and block not in inner and any(True for _ in block.children()):
-                    blocks.append(block)
-                    inner.update(block.modules())
+        for block in parent if isinstance(parent, nn.Sequential | nn.ModuleList) else ():
+            if block not in inner and any(True for _ in block.children()):
+                blocks.append(block)
+                inner.update(block.modules())
     return blocks
-
-
-def draw_hugging_face_weights(model: Any) -> None:
-    """Draw all weights of a model of transformers as its own code does, whatever they were."""
-    for module in model.modules():
-        module._is_hf_initialized = False
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = False
-    model.init_weights()
 
 
 def _is_timm(model: nn.Module) -> bool:

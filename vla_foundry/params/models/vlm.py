@@ -93,3 +93,13 @@ class VLMHFParams(ModelParams):
     def image_inputs(self) -> ImageInputs:
         """What its own processor makes of images."""
         return ImageInputs(processor=self.hf_pretrained.removeprefix("hf://"), takes_packed_rows=False)
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The number of tokens, from the data's tokenizer."""
+        if self.vocab_size is not None or facts.tokenizer is None:
+            return {}
+        return {"vocab_size": Derived(facts.tokenizer.vocab_size, f"tokenizer {facts.tokenizer.name}")}
+
+    def with_model_files(self, folder: str) -> "VLMHFParams":
+        """The same, read from the files that a run keeps of the published model."""
+        return replace(self, hf_pretrained=folder)

@@ -1,0 +1,91 @@
+"""What every model of transformers needs here: its blocks, its weights, its token tables, its fp32 buffers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# settings under which logits are not hidden @ head.T, and the value that turns each off
+_HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+class HuggingFaceModule(nn.Module):
+    """A model of transformers; its parameters have their names there, behind `model.`"""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # typed as anything, for models differ in what they have
+        self.model: Any = model
+
+    def init_weights(self) -> None:
+        """Draw all weights as transformers does for this architecture."""
+        for module in self.model.modules():
+            module._is_hf_initialized = False
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = False
+        self.model.init_weights()
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture, so that a run can be loaded without asking for the published model again."""
+        self.model.config.save_pretrained(folder)
+
+    def token_tables(self) -> list[str]:
+        """Names of the weights that have a row per token."""
+        ends: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        weights = {id(module.weight) for module in ends}
+        return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in weights]
+
+    def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
+        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
+        embedding: Any = self.model.get_input_embeddings()
+        if num_tokens > embedding.weight.shape[0]:
+            # drawn as at the start, not around the mean of all rows: their covariance takes a model's worth of work
+            embedding = self.model.resize_token_embeddings(
+                num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False
+            )
+        return embedding.weight.shape[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HuggingFaceModule":
+        # rotary frequencies and the like stay fp32 in a model that is cast to another dtype
+        tables = [
+            (module, name, table)
+            for module in self.modules()
+            for name, table in module._buffers.items()
+            if table is not None and table.dtype == torch.float32 and name in module._non_persistent_buffers_set
+        ]
+        super()._apply(fn, recurse)
+        for module, name, table in tables:
+            moved = module._buffers[name]
+            if moved is not None and moved.dtype != table.dtype and not table.is_meta:
+                module._buffers[name] = table.to(moved.device)
+        return self
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True if logits are hidden states times the head's weight, and nothing else."""
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    return getattr(head, "bias", None) is None and all(
+        getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
+    )
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model of transformers, in order: of its image encoder too, of blocks within blocks the outer.
+
+    Not what the model says must not be split: image-text models name parts of their blocks there.
+    """
+    blocks: list[nn.Module] = []
+    inner: set[nn.Module] = set()
+    names = {name for part in model.modules() for name in (getattr(part, "_no_split_modules", None) or [])}
+    for parent in model.modules():
+        for block in parent if isinstance(parent, nn.ModuleList) else ():
+            is_block = isinstance(block, GradientCheckpointingLayer) or type(block).__name__ in names
+            if is_block and block not in inner:
+                blocks.append(block)
+                inner.update(block.modules())
+    return blocks

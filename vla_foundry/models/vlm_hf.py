@@ -1,0 +1,193 @@
+"""Any Hugging Face image-text model (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...), with the forward of ours."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from vla_foundry.batch import LossOutput
+from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head
+from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+from vla_foundry.models.registry import register_model
+from vla_foundry.params.models.vlm import VLMHFParams
+
+# families whose images come with a dimension for the samples they are of
+_GROUPED = {"idefics2", "idefics3", "smolvlm"}
+# position of the first token
+_FIRST_POSITION = {"paligemma": 1}
+
+
+class VLMCache:
+    """Keys and values of transformers, and how far each row's positions are from the number of its tokens."""
+
+    def __init__(self, cache: Any, offsets: Tensor | None) -> None:
+        self.cache = cache
+        # int64 [B, 1]; an image takes fewer positions than tokens where positions have height and width
+        self.offsets = offsets
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.cache.batch_select_indices(rows)
+        if self.offsets is not None:
+            self.offsets = self.offsets[rows]
+
+
+class VLMHF(HuggingFaceModule):
+    """An image-text model of transformers; its parameters have their names there, behind `model.`"""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        config: Any = model.config
+        self.is_grouped = config.model_type in _GROUPED
+        self.first_position = _FIRST_POSITION.get(config.model_type, 0)
+        # where a prompt is attended in both directions, tokens are told apart by their types
+        self.takes_prompt_types = config.model_type == "paligemma"
+        # positions with height and width (multimodal rotary embedding)
+        self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
+        self.image_token_id: int = getattr(config, "image_token_id", None) or config.image_token_index
+        self.has_plain_head = has_plain_head(model)
+        self.max_seq_len: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Float[Tensor, "M ..."] | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        output_hidden_states: bool = False,
+        past_key_values: VLMCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **extras: Tensor,
+    ) -> LossOutput | LanguageModelOutput:
+        """Run the model; what is not said here is as in the native transformer.
+
+        Args:
+            pixel_values: normalised images or patches, in the order of their tokens.
+            extras: what this architecture takes besides, such as image_grid_thw.
+        """
+        use_cache = use_cache or past_key_values is not None
+        position_ids, offsets = self._positions(input_ids, attention_mask, past_key_values, extras)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.long(),
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": None if past_key_values is None else past_key_values.cache,
+            "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
+            **extras,
+        }
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values.unsqueeze(0) if self.is_grouped else pixel_values
+        if self.takes_prompt_types and targets is None and past_key_values is None:
+            inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
+        if targets is not None:
+            return self._loss(inputs, targets, z_loss_coefficient, has_images=pixel_values is not None)
+        output = self.model(**inputs, logits_to_keep=logits_to_keep)
+        cache = VLMCache(output.past_key_values, offsets) if use_cache else None
+        return LanguageModelOutput(output.logits, output.hidden_states, cache)
+
+    def _loss(
+        self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float, *, has_images: bool
+    ) -> LossOutput:
+        if self.has_plain_head:
+            hidden = self.model.base_model(**inputs).last_hidden_state
+            head = self.model.get_output_embeddings()
+            loss = language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+        else:
+            logits = self.model(**inputs).logits
+            loss = dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
+        if has_images:
+            return loss
+        # a rank without images takes part in what the others gather and reduce for the image encoder
+        return loss._replace(sum=loss.sum + 0.0 * self._encode_empty_image().to(loss.sum.dtype))
+
+    def _encode_empty_image(self) -> Tensor:
+        """The sum of the features of a black image, as small as the architecture allows."""
+        config = self.model.config.vision_config
+        device = next(self.model.parameters()).device
+        if self.has_spatial_positions:
+            side = config.spatial_merge_size
+            width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+            grid = torch.tensor([[1, side, side]], device=device)
+            features = self.model.base_model.get_image_features(torch.zeros(side**2, width, device=device), grid)
+        else:
+            image = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+            features = self.model.base_model.get_image_features(image.unsqueeze(0) if self.is_grouped else image)
+        parts = [*features.pooler_output, *getattr(features, "deepstack_features", ())]
+        return torch.stack([part.sum() for group in parts for part in _tensors(group)]).sum()
+
+    def _positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past: VLMCache | None, extras: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return position_ids, None for the usual ones, and how far they are from the number of tokens."""
+        num_tokens = input_ids.shape[1]
+        if past is None and self.has_spatial_positions and extras.get("image_grid_thw") is not None:
+            types = extras.pop("mm_token_type_ids", None)
+            if types is None:
+                types = (input_ids == self.image_token_id).int()
+            return self.model.base_model.get_rope_index(
+                input_ids.long(),
+                mm_token_type_ids=types,
+                image_grid_thw=extras["image_grid_thw"],
+                attention_mask=attention_mask,
+            )
+        extras.pop("mm_token_type_ids", None)
+        offsets = None if past is None else past.offsets
+        if attention_mask is None:
+            if past is None:
+                return None, None
+            start = past.cache.get_seq_length()
+            positions = torch.arange(start, start + num_tokens, device=input_ids.device).expand_as(input_ids)
+        else:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -num_tokens:]
+        positions = positions + self.first_position
+        if offsets is not None:
+            positions = positions + offsets
+        return positions, offsets
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the image encoder and of the language model."""
+        return find_blocks(self.model)
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """6 per weight of a matrix product and 12 L H K seq_len for attention, of the language model alone."""
+        head = self.model.get_output_embeddings().weight
+        decoder = self.model.base_model.get_decoder()
+        ends = {id(head), id(self.model.get_input_embeddings().weight)}
+        weights = sum(p.numel() for p in decoder.parameters() if p.ndim >= 2 and id(p) not in ends) + head.numel()
+        config = self.model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+@register_model("vlm_hf")
+def create_vlm_hf(params: VLMHFParams, load_pretrained: bool = True) -> VLMHF:
+    """Build the model that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+
+    Raises:
+        ValueError: there is no such model, or it is none that transformers knows.
+    """
+    name = params.hf_pretrained.removeprefix("hf://")
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+    try:
+        if load_pretrained and params.hf_load_weights:
+            model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, **options)
+        else:
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+    module = VLMHF(model.train())
+    if params.vocab_size is not None:
+        module.resize_token_embeddings(params.vocab_size)
+    return module
