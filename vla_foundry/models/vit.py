@@ -21,9 +21,10 @@ _INIT_STD = 0.02
 
 
 class ConvStem(nn.Sequential):
-    """3 x 3 convolutions that halve the image each, as often as the patch size is even (Xiao et al. 2021).
+    """4 x 4 convolutions that halve the image each, as often as the patch size is even (after Xiao et al. 2021).
 
     Convolutions see edges across the borders of patches; small models learn faster from them than from raw patches.
+    With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch, up and to the left.
     """
 
     def __init__(self, patch_size: int, hidden_dim: int) -> None:
@@ -33,7 +34,7 @@ class ConvStem(nn.Sequential):
         for index in range(halvings):
             new_width = max(16, hidden_dim // 2 ** (halvings - index))
             # a norm over one group is that of each image alone
-            layers += [nn.Conv2d(width, new_width, 3, stride=2, padding=1), nn.GroupNorm(1, new_width), nn.GELU()]
+            layers += [nn.Conv2d(width, new_width, 4, stride=2, padding=1), nn.GroupNorm(1, new_width), nn.GELU()]
             width = new_width
         super().__init__(*layers)
         self.out_channels = width
