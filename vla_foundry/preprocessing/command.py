@@ -4,30 +4,35 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from vla_foundry.params import preprocessing as params_module
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.registry import unknown_name_message
 
-# what -> (params class in params/preprocessing.py, module:function, one line of help); a job is imported when it runs
+# what -> (module:class of its params, module:function, one line of help); a job is imported when it runs
 JOBS = {
     "text": (
-        "PreprocessTextParams",
+        "vla_foundry.params.preprocessing:PreprocessTextParams",
         "vla_foundry.preprocessing.text.tokenized:preprocess_text",
         "text -> tokenized, packed shards",
     ),
     "text_untokenized": (
-        "PreprocessTextUntokenizedParams",
+        "vla_foundry.params.preprocessing:PreprocessTextUntokenizedParams",
         "vla_foundry.preprocessing.text.untokenized:preprocess_text_untokenized",
         "text -> shards of raw text",
     ),
     "tokenizer": (
-        "TrainTokenizerParams",
+        "vla_foundry.params.preprocessing:TrainTokenizerParams",
         "vla_foundry.preprocessing.text.tokenizer_training:train_tokenizer",
         "text -> a byte-level BPE tokenizer",
     ),
+    "image_caption": (
+        "vla_foundry.params.preprocessing_captions:PreprocessImageCaptionParams",
+        "vla_foundry.preprocessing.image_caption.job:preprocess_image_caption",
+        "images and captions: folders of pairs, lists of paths or URLs",
+    ),
 }
-_LIST_FLAGS = ("--source", "--special_tokens")
+_LIST_FLAGS = ("--source", "--special_tokens", "--extra_keys")
 
 
 def main(argv: list[str]) -> None:
@@ -46,12 +51,16 @@ def main(argv: list[str]) -> None:
         return
     if argv[0] not in JOBS:
         raise ValueError(unknown_name_message("preprocess", argv[0], sorted(JOBS)))
-    class_name, target, _ = JOBS[argv[0]]
-    params_class = getattr(params_module, class_name)
+    params_name, target, _ = JOBS[argv[0]]
+    params_class = _load(params_name)
     words = join_list_flags(argv[1:], _LIST_FLAGS)
     params = parse_command(params_class, words, prog=f"vla-foundry preprocess {argv[0]}")
-    module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(params)
+    _load(target)(params)
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def join_list_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:

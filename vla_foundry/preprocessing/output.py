@@ -24,6 +24,8 @@ from vla_foundry.io.uri import (
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
 
 PROGRESS_FOLDER = "_progress"
+# what failed, by reason, where a job reports that
+REPORT_NAME = "report.json"
 _PLAN_NAME = "plan.json"
 _NUM_THREADS = 16
 
@@ -165,7 +167,8 @@ class OutputFolder:
         self._delete_all(
             name
             for name in files
-            if name != plan and (name.endswith(own) or name.startswith(folders) or name == PROVENANCE_NAME)
+            if name != plan
+            and (name.endswith(own) or name.startswith(folders) or name in (PROVENANCE_NAME, REPORT_NAME))
         )
 
     def _delete_temporaries(self) -> None:

@@ -1,5 +1,6 @@
 """Find what is wrong with one shard: its tar, its samples' members, its token records. Each fault is one line."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ _END_BYTES = 1024
 _BLOCK = 512
 _MAX_FAULTS = 5
 # members that may stand in for each other
-_IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+_IMAGE = re.compile(r"(?:(?:image_)?\d+\.)?(?:jpg|jpeg|png|webp)")
+# a captioned image has at least one of them
+_CAPTIONS = frozenset({"txt", "json"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +92,16 @@ def _first_difference(said: ShardIndex, found: ShardIndex) -> str:
 
 def _member_faults(index: ShardIndex) -> Iterator[str]:
     """Samples that lack, or add, a member beside most samples of the shard; keys that stand twice; empty members."""
-    kinds = [
-        frozenset("image" if name in _IMAGE_SUFFIXES else name for name in members) for _, members in index.samples
-    ]
+    kinds = [frozenset("image" if _IMAGE.fullmatch(name) else name for name in members) for _, members in index.samples]
     faults = []
     if kinds:
         usual = Counter(kinds).most_common(1)[0][0]
         for (key, _), kind in zip(index.samples, kinds, strict=True):
-            faults += [f"sample '{key}' has no member .{name}" for name in sorted(usual - kind)]
-            faults += [f"sample '{key}' has a member .{name} that others lack" for name in sorted(kind - usual)]
+            either = _CAPTIONS if "image" in kind and kind & _CAPTIONS else frozenset[str]()
+            faults += [f"sample '{key}' has no member .{name}" for name in sorted(usual - kind - either)]
+            faults += [
+                f"sample '{key}' has a member .{name} that others lack" for name in sorted(kind - usual - either)
+            ]
     counts = Counter(key for key, _ in index.samples)
     faults += [f"sample key '{key}' stands {count} times" for key, count in counts.items() if count > 1]
     faults += [

@@ -1,0 +1,255 @@
+"""`preprocess image_caption` on real files, a real Ray cluster and a real HTTP server."""
+
+import functools
+import http.server
+import io
+import json
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_foundry.params.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.preprocessing.command import main
+from vla_foundry.preprocessing.image_caption.job import preprocess_image_caption
+from vla_foundry.preprocessing.image_caption.sources import group_pairs, read_list
+from vla_foundry.preprocessing.manifest import main as manifest_main
+
+NUM_PAIRS = 30
+
+
+def save_picture(path: Path, number: int, size: tuple[int, int] = (24, 32)) -> None:
+    """A picture that is `number` everywhere, in the format of the path's ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), number, dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Pairs in two folders: text and JSON captions, one sample of two images."""
+    folder = tmp_path / "pairs"
+    for number in range(NUM_PAIRS):
+        stem = folder / f"part{number % 2}" / f"{number:03d}"
+        save_picture(stem.with_suffix((".png", ".jpg", ".webp")[number % 3]), number)
+        if number % 5:
+            stem.with_suffix(".txt").write_text(f" number {number}\n")
+        else:
+            stem.with_suffix(".json").write_text(json.dumps({"caption": f"number {number}"}))
+    for number in (1, 0):
+        save_picture(folder / f"both.v2.image_{number}.png", 200 + number)
+    turns = [{"from": "human", "value": "<image><image>Compare."}, {"from": "gpt", "value": "one is lighter"}]
+    (folder / "both.v2.json").write_text(json.dumps({"conversations": turns}))
+    (folder / "readme.md").write_text("not a picture")
+    return folder
+
+
+def preprocess(source: Path | list[Path], output: Path, **values: Any) -> None:
+    sources = [str(place) for place in (source if isinstance(source, list) else [source])]
+    settings: dict[str, Any] = {"num_workers": 0, "samples_per_shard": 8} | values
+    preprocess_image_caption(PreprocessImageCaptionParams(source=sources, output=str(output), **settings))
+
+
+def read_samples(folder: Path) -> list[dict[str, bytes]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    for line in (folder / "manifest.jsonl").read_text().splitlines():
+        with tarfile.open(folder / f"{json.loads(line)['shard']}.tar") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                samples.setdefault(key, {})[suffix] = content.read()
+    return list(samples.values())
+
+
+def number_of(sample: dict[str, bytes], suffix: str) -> int:
+    return int(np.asarray(Image.open(io.BytesIO(sample[suffix])).convert("RGB"))[0, 0, 0])
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_pairs_become_verified_shards_with_their_bytes_kept(pairs: Path, tmp_path: Path, ray_cluster: str) -> None:
+    preprocess(pairs, tmp_path / "out", num_workers=2)
+    manifest_main(["verify", "--folder", str(tmp_path / "out")])
+    samples = read_samples(tmp_path / "out")
+    assert len(samples) == NUM_PAIRS + 1
+    originals = {path.read_bytes() for path in pairs.rglob("*") if path.suffix in (".png", ".jpg", ".webp")}
+    kept = {
+        data for sample in samples for name, data in sample.items() if name.rpartition(".")[2] in ("png", "jpg", "webp")
+    }
+    assert kept == originals
+    seen = set()
+    for sample in samples:
+        if "image_0.png" in sample:
+            assert (number_of(sample, "image_0.png"), number_of(sample, "image_1.png")) == (200, 201)
+            assert "conversations" in json.loads(sample["json"])
+            continue
+        suffix = next(name for name in ("png", "jpg", "webp") if name in sample)
+        text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
+        number = int(text.removeprefix("number "))
+        assert abs(number_of(sample, suffix) - number) <= 2
+        seen.add(number)
+    assert seen == set(range(NUM_PAIRS))
+
+
+def test_bytes_depend_on_neither_workers_nor_interruption(
+    pairs: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess(pairs, tmp_path / "ray", num_workers=2)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
+    # a run that is cut off: as it is after two of its tasks
+    from vla_foundry.preprocessing.image_caption import job
+
+    write_task, done = job.write_task, []
+
+    def stop_after_two(shared: Any, task: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(task.number)
+        return write_task(shared, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_task", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(pairs, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "manifest.jsonl").exists()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.tar")}
+    assert len(times) == 2
+    preprocess(pairs, tmp_path / "cut")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == whole
+    assert all(path.stat().st_mtime_ns == made for path, made in times.items())
+
+
+def test_large_images_are_scaled_down_if_asked_for(tmp_path: Path) -> None:
+    save_picture(tmp_path / "in" / "large.png", 100, (40, 80))
+    save_picture(tmp_path / "in" / "small.png", 50, (10, 20))
+    for name in ("large", "small"):
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    preprocess(tmp_path / "in", tmp_path / "out", max_side=20)
+    sizes = {
+        sample["txt"]: {name: Image.open(io.BytesIO(data)).size for name, data in sample.items() if name != "txt"}
+        for sample in read_samples(tmp_path / "out")
+    }
+    assert sizes == {b"large": {"jpg": (20, 10)}, b"small": {"png": (20, 10)}}
+
+
+def test_failures_are_reported_by_reason_and_bounded(pairs: Path, tmp_path: Path) -> None:
+    save_picture(pairs / "alone.png", 1)
+    (pairs / "cut.png").write_bytes((pairs / "both.v2.image_0.png").read_bytes()[:-40])
+    (pairs / "cut.txt").write_text("a cut picture")
+    save_picture(pairs / "list.png", 1)
+    (pairs / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"3 of 34 images failed \(1 .*--max_bad_fraction 0.01"):
+        preprocess(pairs, tmp_path / "out")
+    preprocess(pairs, tmp_path / "out", max_bad_fraction=0.2)
+    report = read_report(tmp_path / "out")
+    assert report["failed"] == {"bad JSON": 1, "bad image": 1, "no caption": 1}
+    assert report["samples"] == NUM_PAIRS + 1
+    assert report["examples"]["no caption"] == ["0/alone"]
+    assert report["examples"]["bad image"][0].startswith("0/cut (PNG of ")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_lists_of_paths_of_any_kind_are_read(tmp_path: Path, ending: str) -> None:
+    for number in range(3):
+        save_picture(tmp_path / "images" / f"{number}.png", number)
+    urls = ["images/0.png", f"file://{tmp_path}/images/1.png", f"{tmp_path}/images/2.png"]
+    rows = [{"url": url, "text": f"number {n}", "who": "Ann", "n": n} for n, url in enumerate(urls)]
+    path = tmp_path / f"list.{ending}"
+    if ending == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        mark = "," if ending == "csv" else "\t"
+        path.write_text("\n".join([mark.join(rows[0]), *(mark.join(map(str, row.values())) for row in rows)]))
+    argv = ["image_caption", "--source", str(path), "--output", str(tmp_path / "out"), "--caption_key", "text"]
+    main([*argv, "--extra_keys", "who", "--num_workers", "0"])
+    found = {(number_of(s, "png"), s["txt"].decode(), s["json"].decode()) for s in read_samples(tmp_path / "out")}
+    assert found == {(n, f"number {n}", '{"who": "Ann"}') for n in range(3)}
+    with pytest.raises(ValueError, match=r"no column 'alt'.*--caption_key"):
+        list(read_list(str(path), url_key="url", caption_key="alt", extra_keys=[]))
+
+
+def test_a_list_of_missing_files_names_them(tmp_path: Path) -> None:
+    save_picture(tmp_path / "0.png", 0)
+    rows = [{"url": "0.png", "caption": "a"}, {"url": "1.png", "caption": "b"}, {"caption": "c"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess(tmp_path / "list.jsonl", tmp_path / "out", max_bad_fraction=0.5)
+    report = read_report(tmp_path / "out")
+    assert report["failed"] == {"missing file": 1, "no URL": 1}
+    assert report["examples"]["no URL"] == ["list.jsonl row 2"]
+
+
+def test_files_group_by_name_whatever_dots_are_in_it() -> None:
+    ignored: dict[str, int] = {}
+    names = ("a.b.png", "a.b.txt", "c.image_1.jpg", "c.image_0.jpg", "c.json", "d.txt", "e")
+    items = group_pairs({name: f"/x/{name}" for name in names}, ignored)
+    assert [(item.name, item.images, item.txt, item.json) for item in items] == [
+        ("a.b", ("/x/a.b.png",), "/x/a.b.txt", None),
+        ("c", ("/x/c.image_0.jpg", "/x/c.image_1.jpg"), None, "/x/c.json"),
+    ]
+    assert ignored == {"(none)": 1, "txt": 1}
+
+
+def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocess(pairs, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    preprocess(pairs, tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"params.max_side None \(now 10\)"):
+        preprocess(pairs, tmp_path / "out", max_side=10)
+
+
+@pytest.fixture
+def server(pairs: Path) -> Iterator[str]:
+    """A web server for the pairs."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(pairs))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uvx") is None, reason="uvx runs img2dataset")
+def test_urls_are_downloaded_by_img2dataset_and_failures_reported(pairs: Path, tmp_path: Path, server: str) -> None:
+    images = [path.relative_to(pairs) for path in sorted(pairs.glob("part*/*")) if path.suffix in (".png", ".jpg")]
+    rows = [{"url": f"{server}/{path}", "caption": path.name, "who": "Ann"} for path in images]
+    rows += [{"url": f"{server}/{name}", "caption": "x", "who": "Ann"} for name in ("none.png", "readme.md")]
+    rows.append({"url": str(pairs / "both.v2.image_0.png"), "caption": "local", "who": "Ann"})
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess(tmp_path / "list.jsonl", tmp_path / "out", extra_keys=["who"], download_retries=0)
+    report = read_report(tmp_path / "out")
+    assert report["samples"] == len(images) + 1
+    reasons = {reason: report["examples"][reason][0] for reason in report["failed"]}
+    assert reasons["download: bad image"].startswith(f"{server}/readme.md")
+    assert [name for reason, name in reasons.items() if "404" in reason] == [f"{server}/none.png"]
+    samples = read_samples(tmp_path / "out")
+    captions = {sample["txt"].decode() for sample in samples}
+    assert captions == {path.name for path in images} | {"local"}
+    assert {json.loads(sample["json"])["who"] for sample in samples} == {"Ann"}
+    assert not Path(f"{tmp_path / 'out'}.download").exists()
+
+
+def test_without_uvx_the_error_says_what_to_do(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "list.jsonl").write_text('{"url": "http://127.0.0.1:9/a.png", "caption": "a"}\n')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"uvx is not installed. Install uv"):
+        preprocess(tmp_path / "list.jsonl", tmp_path / "out")

@@ -1,0 +1,157 @@
+"""Download the images of a list of URLs with img2dataset, run by uvx in an environment of its own.
+
+It is run as a program, because it pins an old webdataset. Where it is run again with the same folder it goes on. What
+lies there: `urls/*.parquet` (ours), `tars/<number>.tar` with `<number>_stats.json` and `<number>.parquet`, which say
+what became of each URL, and `img2dataset.log`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vla_foundry.params.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures
+from vla_foundry.preprocessing.image_caption.sources import Row
+from vla_foundry.preprocessing.job import num_cores
+
+URL_COLUMN, CAPTION_COLUMN = "url", "caption"
+_ROWS_PER_FILE = 1 << 20
+_PYTHON = "3.11"
+_NUM_LOG_LINES = 3
+_SUCCESS = "success"
+
+
+class UrlList:
+    """Writes URLs with their captions as files that img2dataset reads.
+
+    Args:
+        folder: the download folder.
+    """
+
+    def __init__(self, folder: Path, extra_keys: Sequence[str]) -> None:
+        self._folder = folder / "urls"
+        self._extra_keys = tuple(extra_keys)
+        self._held: list[dict[str, Any]] = []
+        self._num_files = 0
+        self.num_rows = 0
+
+    def add(self, row: Row) -> None:
+        """Add one URL."""
+        extra = {key: row.values.get(key) for key in self._extra_keys}
+        caption = row.caption if isinstance(row.caption, str) else ""
+        self._held.append({URL_COLUMN: row.url, CAPTION_COLUMN: caption, **extra})
+        self.num_rows += 1
+        if len(self._held) >= _ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._held:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{self._num_files:06d}.parquet"
+        pq.write_table(pa.Table.from_pylist(self._held), path)
+        self._num_files += 1
+        self._held = []
+
+
+def download(params: PreprocessImageCaptionParams, folder: Path) -> None:
+    """Run img2dataset over `folder/urls`.
+
+    Raises:
+        ValueError: it can not be run, or fails; one line with the last of what it said.
+    """
+    command = [*_runner(params.img2dataset), *_arguments(params, folder)]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "TQDM_DISABLE": "1"}
+    log = folder / "img2dataset.log"
+    with log.open("wb") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if code != 0 or not list_tars(folder):
+        said = " / ".join(lines[-_NUM_LOG_LINES:])[-400:] or "it said nothing"
+        raise ValueError(f"img2dataset failed (exit code {code}): {said}. All of it is in {log}.")
+
+
+def _runner(package: str) -> list[str]:
+    """The command that runs img2dataset: uvx in an environment of its own."""
+    uvx = shutil.which("uvx")
+    if uvx is None:
+        raise ValueError(
+            "URLs are downloaded by img2dataset, which uvx runs, and uvx is not installed. Install uv "
+            "(https://docs.astral.sh/uv), or download the images yourself and list their paths."
+        )
+    return [uvx, "--python", _PYTHON, "--from", package, "img2dataset"]
+
+
+def _arguments(params: PreprocessImageCaptionParams, folder: Path) -> list[str]:
+    values: dict[str, Any] = {
+        "url_list": folder / "urls",
+        "input_format": "parquet",
+        "url_col": URL_COLUMN,
+        "caption_col": CAPTION_COLUMN,
+        "output_folder": folder / "tars",
+        "output_format": "webdataset",
+        "number_sample_per_shard": params.samples_per_shard,
+        "processes_count": params.num_workers or num_cores(),
+        "thread_count": params.download_threads,
+        "timeout": params.download_timeout,
+        "retries": params.download_retries,
+        # images are checked and scaled by our own code
+        "disable_all_reencoding": True,
+        "extract_exif": False,
+        "enable_wandb": False,
+        "incremental_mode": "incremental",
+    }
+    if params.extra_keys:
+        values["save_additional_columns"] = json.dumps(params.extra_keys)
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def list_tars(folder: Path) -> list[Path]:
+    """The downloaded tars, in order."""
+    return sorted((folder / "tars").glob("*.tar"))
+
+
+def read_failures(folder: Path) -> Failures:
+    """Count the downloads and their failures by the reasons that img2dataset's statistics give.
+
+    Returns:
+        Failures, whose samples are the successful downloads.
+    """
+    failures = Failures()
+    for path in sorted((folder / "tars").glob("*_stats.json")):
+        stats: Mapping[str, Any] = json.loads(path.read_text())
+        reasons = {name: int(count) for name, count in stats.get("status_dict", {}).items()}
+        failures.num_samples += reasons.pop(_SUCCESS, 0)
+        if not reasons:
+            continue
+        examples = _read_examples(path.with_name(path.name.replace("_stats.json", ".parquet")))
+        for reason, count in reasons.items():
+            names = examples.get(reason, ["(unknown URL)"])
+            failures.add(f"{DOWNLOAD}{reason}", names[0], count - len(names[1:]))
+            for name in names[1:]:
+                failures.add(f"{DOWNLOAD}{reason}", name)
+    return failures
+
+
+def _read_examples(path: Path) -> dict[str, list[str]]:
+    """{reason: its first URLs} of one tar."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return {}
+    rows: Iterable[dict[str, Any]] = pq.read_table(path, columns=["url", "status", "error_message"]).to_pylist()
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != _SUCCESS:
+            names = found.setdefault(str(row["error_message"] or row["status"]), [])
+            if len(names) < 10:
+                names.append(str(row["url"]))
+    return found

@@ -1,0 +1,312 @@
+"""`vla-foundry preprocess image_caption`: list what there is, download what has to be, and write checked shards.
+
+A task makes one shard: of a stretch of the shuffled pairs and paths, or of one tar that was downloaded. Every image is
+decoded once, so that what training will not be able to use is found here, named and counted: `report.json` says how
+many failed for which reason, with the first names.
+"""
+
+import json
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_foundry.io.uri import is_remote
+from vla_foundry.params.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
+from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures, Unusable
+from vla_foundry.preprocessing.image_caption.samples import create_images, create_texts, read_item
+from vla_foundry.preprocessing.image_caption.sources import (
+    IMAGE_ENDINGS,
+    Item,
+    Sources,
+    is_download,
+    item_of_row,
+    list_sources,
+    read_list,
+)
+from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, record_task
+from vla_foundry.preprocessing.provenance import format_provenance
+from vla_foundry.preprocessing.text.job import check_apart, say
+from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.shards import ManifestEntry, split_member_name
+
+COMMAND = "preprocess image_caption"
+# raised when the same plan would give other bytes than it gave before
+PLAN_VERSION = 1
+# params that shape the output's bytes
+_PLAN_FIELDS = (
+    "url_key",
+    "caption_key",
+    "extra_keys",
+    "samples_per_shard",
+    "max_side",
+    "jpeg_quality",
+    "seed",
+)
+
+
+def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
+    """Write images and captions as a dataset of modality `image_caption`, or go on where a killed run left off.
+
+    Raises:
+        ValueError: the output folder will not do, too much of the source fails, or img2dataset can not be run.
+        FileNotFoundError: a source does not exist.
+    """
+    check_apart(params.source, params.output)
+    started = time.monotonic()
+    sources = list_sources(params.source)
+    values = {name: value for name, value in asdict(params).items() if name in _PLAN_FIELDS}
+    plan = {"command": COMMAND, "version": PLAN_VERSION, "params": values, "source": sources.describe()}
+    output = OutputFolder(params.output, plan)
+    state = output.begin(overwrite=params.overwrite)
+    if state == "complete":
+        say(f"{params.output} is complete; nothing to do.")
+        say(_summary(output.read_provenance()["dataset"]))
+        return
+    if sources.ignored:
+        endings = ", ".join(f"{count:,} {ending}" for ending, count in sorted(sources.ignored.items()))
+        say(f"files that belong to no image are left out: {endings}")
+    downloads = _download_folder(params)
+    failures = Failures()
+    items = list_items(params, sources, downloads, failures)
+    tars = _download(params, downloads, failures)
+    tasks = plan_tasks(params, items, tars)
+    results = _run_tasks(params, tasks, output.finished() if state == "begun" else {})
+    _publish(output, params, failures, results)
+    if downloads is not None:
+        shutil.rmtree(downloads, ignore_errors=True)
+    say(f"{time.monotonic() - started:.1f} s")
+
+
+def _download_folder(params: PreprocessImageCaptionParams) -> Path | None:
+    """Where downloads go; None where the output is remote and no folder was given."""
+    if params.download_folder is not None:
+        return Path(params.download_folder).expanduser().absolute() / "image_caption_download"
+    return None if is_remote(params.output) else Path(f"{_absolute(params.output)}.download")
+
+
+def list_items(
+    params: PreprocessImageCaptionParams, sources: Sources, downloads: Path | None, failures: Failures
+) -> list[Item]:
+    """Return the pairs and the rows that are paths, and write the rows that are URLs to the download folder.
+
+    Raises:
+        ValueError: there are URLs, but no folder to download to.
+    """
+    items = list(sources.pairs)
+    urls = None
+    for uri in sources.lists:
+        for row in read_list(uri, url_key=params.url_key, caption_key=params.caption_key, extra_keys=params.extra_keys):
+            if isinstance(row, str):
+                failures.add("no URL", row)
+            elif not is_download(row.url):
+                items.append(item_of_row(row, uri))
+            else:
+                if downloads is None:
+                    raise ValueError(
+                        f"{uri} lists URLs and --output is remote: give --download_folder FOLDER on this machine."
+                    )
+                urls = urls or UrlList(downloads, params.extra_keys)
+                urls.add(row)
+    if urls is not None:
+        urls.flush()
+    return items
+
+
+def _download(params: PreprocessImageCaptionParams, downloads: Path | None, failures: Failures) -> list[Path]:
+    if downloads is None or not (downloads / "urls").is_dir():
+        return []
+    say(f"downloading with {params.img2dataset} to {downloads}")
+    download(params, downloads)
+    found = read_failures(downloads)
+    found.check(params.max_failed_downloads, flag="--max_failed_downloads", downloads=True, is_final=True)
+    say(f"downloaded {found.num_samples:,} images; {found.counts.total():,} failed")
+    found.num_samples = 0  # they are counted when they are written
+    failures.add_json(found.to_json())
+    return list_tars(downloads)
+
+
+def plan_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: Iterable[Path]) -> list[Task]:
+    """Divide the work into tasks of one shard each: a pure function of the items, the seed and the tars."""
+    order = np.random.default_rng([params.seed, len(items)]).permutation(len(items)).tolist()
+    stretches = [
+        order[first : first + params.samples_per_shard] for first in range(0, len(order), params.samples_per_shard)
+    ]
+    payloads: list[tuple[int, list[Item] | Path]] = [
+        (len(stretch), [items[index] for index in stretch]) for stretch in stretches
+    ]
+    payloads += [(params.samples_per_shard, tar) for tar in tars]
+    return [
+        Task(number=number, name=f"shard {number}", weight=weight, payload=payload)
+        for number, (weight, payload) in enumerate(payloads)
+    ]
+
+
+def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: dict[int, Any]) -> list[dict[str, Any]]:
+    """Run the tasks that are not done, and return the results of all in order."""
+    if done:
+        say(f"going on: {len(done):,} of {len(tasks):,} shards are done")
+    results = dict(done)
+    failures = Failures()
+    for result in done.values():
+        failures.add_json(result["failures"])
+    shared = {
+        "folder": _absolute(params.output),
+        "caption_key": params.caption_key,
+        "max_side": params.max_side,
+        "jpeg_quality": params.jpeg_quality,
+    }
+    for task, result in run_tasks(
+        write_task,
+        [task for task in tasks if task.number not in done],
+        shared=shared,
+        title=COMMAND,
+        num_workers=params.num_workers,
+        ray_address=params.ray_address,
+        done_weight=sum(task.weight for task in tasks if task.number in done),
+    ):
+        results[task.number] = result
+        failures.add_json(result["failures"])
+        failures.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=False)
+    return [results[task.number] for task in tasks]
+
+
+def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Write the shard of one task, and record that it is done."""
+    import torch
+
+    torch.set_num_threads(1)  # tasks share out the cores
+    failures = Failures()
+    shard = f"shard_{task.number:06d}"
+    made = (
+        _samples_of_tar(shared, task.payload) if isinstance(task.payload, Path) else _samples_of(shared, task.payload)
+    )
+    usable = _count(made, failures)
+    first = next(usable, None)
+    entries: list[dict[str, Any]] = []
+    num_images = 0
+    if first is not None:
+        with open_shard(shared["folder"], shard) as writer:
+            for members in _chain(first, usable):
+                writer.add(f"{shard}_{failures.num_samples:06d}", members)
+                failures.num_samples += 1
+                num_images += sum(name.rpartition(".")[2] in IMAGE_ENDINGS for name in members)
+        assert writer.entry is not None, "open_shard sets the entry"
+        entries.append(asdict(writer.entry))
+    result = {"entries": entries, "failures": failures.to_json(), "images": num_images}
+    record_task(shared["folder"], task.number, result)
+    return result
+
+
+def _chain(first: dict[str, bytes], rest: Iterator[dict[str, bytes]]) -> Iterator[dict[str, bytes]]:
+    yield first
+    yield from rest
+
+
+def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Failures) -> Iterator[dict[str, bytes]]:
+    """Yield the members of the samples that could be made, and count the others."""
+    for name, sample in made:
+        if isinstance(sample, Unusable):
+            detail = " ".join(str(sample).split())
+            failures.add(sample.reason, f"{name} ({detail})" if detail else name)
+        else:
+            yield sample
+
+
+def _samples_of(shared: Mapping[str, Any], items: Iterable[Item]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
+    for item in items:
+        try:
+            yield (
+                item.name,
+                read_item(
+                    item,
+                    caption_key=shared["caption_key"],
+                    max_side=shared["max_side"],
+                    jpeg_quality=shared["jpeg_quality"],
+                ),
+            )
+        except Unusable as error:
+            yield item.name, error
+
+
+def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
+    """Read what img2dataset has written: an image, its caption and what is known about it."""
+    for key, members in _read_tar(path):
+        name = f"{path.stem}/{key}"
+        try:
+            url = json.loads(members.get("json", b"{}")).get("url")
+            name = url if isinstance(url, str) else name
+            images = [members[suffix] for suffix in IMAGE_ENDINGS if suffix in members]
+            texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")
+            yield (
+                name,
+                {**create_images(images, max_side=shared["max_side"], jpeg_quality=shared["jpeg_quality"]), **texts},
+            )
+        except Unusable as error:
+            yield name, Unusable(f"{DOWNLOAD}{error.reason}", str(error))
+
+
+def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    key, members = "", dict[str, bytes]()
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is None:
+                    continue
+                new, suffix = split_member_name(member.name)
+                if new != key and members:
+                    yield key, members
+                    members = {}
+                key = new
+                members[suffix] = content.read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is broken ({error}). Delete it with its _stats.json, and run again.") from None
+    if members:
+        yield key, members
+
+
+def _publish(
+    output: OutputFolder, params: PreprocessImageCaptionParams, failures: Failures, results: list[dict[str, Any]]
+) -> None:
+    bad = Failures()
+    for result in results:  # in order of the shards, so that examples do not depend on who was first
+        bad.add_json(result["failures"])
+    bad.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=True)
+    failures.add_json(bad.to_json())
+    entries = [ManifestEntry(**entry) for result in results for entry in result["entries"]]
+    for line in failures.describe():
+        say(line)
+    if not entries:
+        raise ValueError("--source gave no sample: every image failed, for the reasons above.")
+    facts = {
+        "kind": "image_caption",
+        "num_sequences": sum(entry.num_sequences for entry in entries),
+        "num_images": sum(result["images"] for result in results),
+        "num_shards": len(entries),
+        "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
+        "num_failed": failures.counts.total(),
+    }
+    report = json.dumps(failures.to_json(), indent=2, ensure_ascii=False) + "\n"
+    counts = failures.to_json()
+    output.publish(entries, format_provenance(output.plan, facts, counts), {REPORT_NAME: report.encode("utf-8")})
+    say(_summary(facts))
+
+
+def _summary(facts: Mapping[str, Any]) -> str:
+    return (
+        f"{facts['num_sequences']:,} samples, {facts['num_images']:,} images, {facts['num_bytes'] / 1e6:,.1f} MB in "
+        f"{facts['num_shards']:,} shards; {facts['num_failed']:,} failed ({REPORT_NAME})"
+    )
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))

@@ -1,0 +1,231 @@
+"""What can become a sample: pairs of files in folders, and rows of lists."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vla_foundry.io.uri import is_remote, join_uri, list_sizes, open_input, parent_uri, read_text
+from vla_foundry.preprocessing.provenance import digest_of
+
+LIST_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+_TEXT_ENDINGS = ("txt", "json")
+# scene.image_0.png, scene.image_1.png, ...: several images of one sample
+_NUMBERED = re.compile(r"(.+)\.image_(\d+)")
+_PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One sample to be made."""
+
+    # what the user knows it as: path within its source, or list and row
+    name: str
+    # image files, in order
+    images: tuple[str, ...]
+    # files with the caption, or None
+    txt: str | None = None
+    json: str | None = None
+    # the caption and further columns, where they come from a list
+    caption: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a list."""
+
+    # list and row, for messages
+    name: str
+    # URL or path
+    url: str
+    caption: Any
+    # further columns
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a job reads."""
+
+    # one per sample, in order of their names within each source
+    pairs: list[Item]
+    # lists of URLs or paths
+    lists: list[str]
+    # names and sizes of all files
+    listing: list[tuple[str, int]]
+    # files without a partner, and others
+    ignored: dict[str, int]
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these sources from others."""
+        return {
+            "num_files": len(self.listing),
+            "num_bytes": sum(size for _, size in self.listing),
+            "listing_sha256": digest_of(self.listing),
+        }
+
+
+def list_sources(places: Sequence[str]) -> Sources:
+    """Find pairs in folders (and patterns), and lists.
+
+    Raises:
+        FileNotFoundError: a place does not exist.
+        ValueError: a place has neither.
+    """
+    pairs: list[Item] = []
+    lists: list[str] = []
+    listing: list[tuple[str, int]] = []
+    ignored: dict[str, int] = {}
+    for number, place in enumerate(places):
+        sizes = list_sizes(place)
+        base = _base_of(place)
+        names = {_name_in(uri, base, number): uri for uri in sizes}
+        listing += [(name, sizes[uri]) for name, uri in names.items()]
+        found = [uri for uri in sizes if uri.lower().endswith(LIST_ENDINGS)]
+        lists += found
+        new = group_pairs({name: uri for name, uri in names.items() if uri not in found}, ignored)
+        pairs += new
+        if not new and not found:
+            raise ValueError(
+                f"--source {place} has no images ({', '.join(IMAGE_ENDINGS)}) with captions (txt, json), and no list "
+                f"({', '.join(LIST_ENDINGS)})."
+            )
+    return Sources(pairs=pairs, lists=lists, listing=listing, ignored=ignored)
+
+
+def _base_of(place: str) -> str:
+    """The folder that names are relative to."""
+    text = place if is_remote(place) else os.path.expanduser(place)
+    fixed = re.split(r"[*?\[]", text, maxsplit=1)[0]
+    return (fixed.rstrip("/") if fixed == text else fixed.rpartition("/")[0]) + "/"
+
+
+def _name_in(uri: str, base: str, number: int) -> str:
+    inner = uri[len(base) :] if uri.startswith(base) else uri.rpartition("/")[2]
+    return f"{number}/{inner}"
+
+
+def group_pairs(names: dict[str, str], ignored: dict[str, int]) -> list[Item]:
+    """Group the files of a folder into samples by their names without ending.
+
+    Args:
+        names: {name within the sources: uri}.
+        ignored: gets the number of files by ending that belong to no image.
+    """
+    images: dict[str, list[tuple[int, str]]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    for name, uri in names.items():
+        stem, dot, ending = name.rpartition(".")
+        ending = ending.lower() if dot else "(none)"
+        if ending in IMAGE_ENDINGS:
+            numbered = _NUMBERED.fullmatch(stem)
+            key, number = (numbered[1], int(numbered[2])) if numbered else (stem, -1)
+            images.setdefault(key, []).append((number, uri))
+        elif ending in _TEXT_ENDINGS:
+            texts.setdefault(stem, {})[ending] = uri
+        else:
+            ignored[ending] = ignored.get(ending, 0) + 1
+    for stem, files in texts.items():
+        if stem not in images:
+            for ending in files:
+                ignored[ending] = ignored.get(ending, 0) + 1
+    return [
+        Item(
+            name=key,
+            images=tuple(uri for _, uri in sorted(found)),
+            txt=texts.get(key, {}).get("txt"),
+            json=texts.get(key, {}).get("json"),
+        )
+        for key, found in sorted(images.items())
+    ]
+
+
+def read_list(uri: str, *, url_key: str, caption_key: str, extra_keys: Sequence[str]) -> Iterator[Row | str]:
+    """Read the rows of a list; a row without a URL is given as its name.
+
+    Raises:
+        ValueError: the list can not be read, or lacks a column.
+    """
+    name = uri.rpartition("/")[2]
+    wanted = (url_key, caption_key, *extra_keys)
+    number = -1
+    for number, values in enumerate(_read_rows(uri, wanted)):
+        where = f"{name} row {number}"
+        missing = [key for key in wanted if key not in values]
+        if missing and number == 0:
+            known = ", ".join(map(str, values)) or "none"
+            raise ValueError(
+                f"{uri} has no column '{missing[0]}', only {known}. Name it with --url_key, --caption_key."
+            )
+        url = values.get(url_key)
+        if not isinstance(url, str) or not url.strip():
+            yield where
+            continue
+        extra = {key: values[key] for key in extra_keys if values.get(key) is not None}
+        yield Row(name=where, url=url.strip(), caption=values.get(caption_key), values=extra)
+    if number < 0:
+        raise ValueError(f"{uri} has no rows.")
+
+
+def _read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    ending = uri.lower().rpartition(".")[2]
+    if ending == "parquet":
+        yield from _read_parquet(uri, columns)
+    elif ending in ("csv", "tsv"):
+        text = io.StringIO(read_text(uri).removeprefix("\ufeff"), newline="")
+        yield from csv.DictReader(text, delimiter="\t" if ending == "tsv" else ",")
+    else:
+        with open_input(uri) as file:
+            for number, line in enumerate(file):
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{uri} line {number + 1} is not JSON ({error}).") from None
+                yield values if isinstance(values, dict) else {}
+
+
+def _read_parquet(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(
+            ".parquet needs pyarrow, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
+        ) from None
+    with open_input(uri) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+            known = parquet.schema_arrow.names
+            missing = next((column for column in columns if column not in known), None)
+            if missing is not None:
+                raise ValueError(
+                    f"{uri} has no column '{missing}', only {', '.join(known)}. Name it with --url_key, --caption_key."
+                )
+            for batch in parquet.iter_batches(_PARQUET_ROWS, columns=list(columns), use_threads=False):
+                yield from batch.to_pylist()
+        except pa.ArrowException as error:
+            raise ValueError(f"{uri} is not valid parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+def is_download(url: str) -> bool:
+    """True if it has to be downloaded from a web server."""
+    return url.lower().startswith(("http://", "https://"))
+
+
+def item_of_row(row: Row, list_uri: str) -> Item:
+    """Make an item of a row that names a file, by path (relative to the list), file:// or a storage's URI."""
+    path = row.url.removeprefix("file://")
+    if not is_remote(path):
+        path = os.path.expanduser(path)
+        if not os.path.isabs(path):
+            path = join_uri(parent_uri(list_uri), path)
+    caption = row.caption if isinstance(row.caption, str) else None
+    return Item(name=row.name, images=(path,), caption=caption, values=row.values)
