@@ -258,7 +258,7 @@ def barrier() -> None:
 def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
     """Collective: call on every rank. Run `action` on rank 0 and return its result everywhere.
 
-    An error on rank 0 is raised on every rank, so that none waits for it.
+    An error of rank 0 is raised there; the other ranks leave with exit code 2, so that none waits and it is told once.
     """
     result: Any = None
     error: Exception | None = None
@@ -267,7 +267,9 @@ def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
             result = action()
         except (ValueError, OSError) as caught:
             error = caught
-    result, error = broadcast_object((result, error))
+    result, is_failed = broadcast_object((result, error is not None))
     if error is not None:
         raise error
+    if is_failed:
+        raise SystemExit(2)
     return result

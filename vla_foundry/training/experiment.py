@@ -43,7 +43,7 @@ def train(params: TrainExperimentParams, world: World) -> None:
         ValueError: something that the user can fix, in one line.
         SystemExit: code EXIT_STOPPED after SIGTERM; a checkpoint was saved.
     """
-    logging.basicConfig(level=params.log_level.upper() if world.is_main else logging.ERROR)
+    logging.getLogger("vla_foundry").setLevel(params.log_level.upper() if world.is_main else logging.ERROR)
     # a schedule that does not fit into the run is said before anything is made
     learning_rates(params.hparams, total_steps(params))
     start_process_group(params.distributed, world)

@@ -11,7 +11,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
@@ -37,6 +37,8 @@ _SHOWN = (
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gb", "memory", "{:.2f} GiB"),
 )
+# of them, beside the progress bar
+_SHOWN_IN_BAR = ("loss", "tokens_per_second")
 # shown if they are not 0
 _SHOWN_IF_ANY = (("skipped_steps", "skipped"), ("dropped_samples", "dropped"))
 
@@ -144,7 +146,7 @@ class Terminal:
         """Print metrics as a line."""
         text = format_metrics(metrics)
         if self._progress is not None and kind == "train":
-            self._progress.update(self._task, status=text)
+            self._progress.update(self._task, status=format_metrics(metrics, names=_SHOWN_IN_BAR))
         label = "" if kind == "train" else f"{kind} "
         self.say(f"step {step}/{self._total_steps}  {label}{text}")
 
@@ -154,10 +156,12 @@ class Terminal:
             self._progress.stop()
 
 
-def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Format what a person wants to see at a glance."""
+def format_metrics(metrics: Mapping[str, Any], names: Collection[str] | None = None) -> str:
+    """Format what a person wants to see at a glance; only `names`, if given."""
     parts = []
     for name, label, form in _SHOWN:
+        if names is not None and name not in names:
+            continue
         value = metrics.get(name)
         if value is not None:
             parts.append(f"{label} {form.format(value)}")

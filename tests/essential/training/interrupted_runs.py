@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # else every fork imports it with its first optimizer
 
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams

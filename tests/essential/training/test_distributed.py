@@ -1,5 +1,6 @@
 """The same numbers under DDP, FSDP2, accumulation and on one process."""
 
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def together(alone: dict[str, Any], run_on_two_ranks, folder: Path) -> list[dict
         "distributed__fsdp": True,
         "start": str(folder / "alone ddp" / "checkpoints" / "step_00000010"),
     }
+    # a position of rank 1 in the sixth step
+    scenarios["stopped"] = {"save_path": str(folder), "name": "stopped", "stop_at": 5 * 16 + 2}
     return run_on_two_ranks(scenarios)
 
 
@@ -114,6 +117,20 @@ def test_a_spoiled_microbatch_skips_the_update_on_every_rank(together) -> None:
             assert spoiled["counters"]["skipped"] == 1
             assert spoiled["counters"]["updates"] == 19
             assert spoiled["lines"][4]["loss"] is None
+
+
+def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(together, folder: Path) -> None:
+    steps = [result["stopped"]["step"] for result in together]
+    assert steps == [7, 7]
+    assert [path.name for path in list_step_folders(folder / "stopped")] == ["step_00000007"]
+
+
+def test_an_error_of_one_rank_ends_all(launch, tiny, tmp_path: Path) -> None:
+    scenario = {"save_path": str(tmp_path), "fail_at": 5 * 16 + 2, "distributed__fsdp": True}
+    (tmp_path / "scenarios.json").write_text(json.dumps({"failing": scenario}))
+    done = launch(2, tiny.__file__, str(tmp_path / "scenarios.json"), str(tmp_path / "result"), timeout=60.0)
+    assert done.returncode != 0
+    assert "this rank fails" in done.stderr
 
 
 def test_nccl_without_a_gpu_is_refused() -> None:

@@ -252,3 +252,20 @@ def test_two_ranks_of_the_command_line_train_as_one_process(launch, params, tmp_
     one, two = (read_losses(Path(params.save_path) / name) for name in ("run", "two"))
     assert [step for step, _ in two] == [step for step, _ in one]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-9)
+
+
+def test_training_needs_none_of_the_optional_packages(params: TrainExperimentParams) -> None:
+    """A process in which they can not be imported trains; nothing that it imports is one of them."""
+    words = ("--config_path", str(Path(params.save_path) / "run" / "config.yaml"), "--name", "bare", "--wandb", "null")
+    train(params, World())
+    script = (
+        "import sys\n"
+        "for name in ('ray', 'boto3', 'wandb', 'tensorboard', 'pyarrow', 'av', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from vla_foundry.main import main\n"
+        f"main({list(words)!r})\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_losses(Path(params.save_path) / "bare") == read_losses(Path(params.save_path) / "run")

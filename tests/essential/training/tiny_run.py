@@ -5,6 +5,8 @@ Imported by the tests through the fixture `tiny`; run by torchrun as a script, f
 """
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -88,9 +90,16 @@ class TinyHandler:
 
     seen: list[list[int]]
     spoiled: list[int]
+    # position at which this process gets SIGTERM, or fails
+    stop_at: int = -1
+    fail_at: int = -1
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         self.seen.append(batch["positions"].tolist())
+        if self.stop_at in self.seen[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.fail_at in self.seen[-1]:
+            raise ValueError("this rank fails")
         tokens = batch["input_ids"].long()
         targets = tokens[:, 1:].masked_fill(~batch["target_mask"][:, 1:], -100)
         factor = float("nan") if set(self.spoiled) & set(self.seen[-1]) else 1.0
@@ -114,7 +123,8 @@ class TinyLoader:
         number = first_global_batch * self.global_batch_size // size
         while self.num_samples is None or number * size < self.num_samples:
             first = number * size + self.world.rank * self.per_gpu_batch_size
-            yield self.read(np.arange(first, first + self.per_gpu_batch_size))
+            end = first + self.per_gpu_batch_size
+            yield self.read(np.arange(first, end if self.num_samples is None else min(end, self.num_samples)))
             number += 1
 
     def read(self, positions: np.ndarray) -> Batch:
@@ -229,17 +239,17 @@ def read_result(run: Run) -> dict[str, Any]:
 
 
 def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
-    """Train one scenario: changes to the params, and perhaps `spoiled` positions and a checkpoint to `start` from."""
+    """Train one scenario: changes to the params, and perhaps what befalls it."""
     changes = dict(scenario)
     start = changes.pop("start", None)
     spoiled = changes.pop("spoiled", [])
+    stop_at, fail_at = changes.pop("stop_at", -1), changes.pop("fail_at", -1)
     run = create_run(create_params(**changes), world, spoiled=spoiled)
+    run.handler.stop_at, run.handler.fail_at = stop_at, fail_at
     if start is not None:
         load_checkpoint(find_checkpoint(start), run.state)
-    assert train(run)
-    result = read_result(run)
-    result["positions"] = run.handler.seen
-    return result
+    assert train(run) is (stop_at < 0)
+    return {**read_result(run), "positions": run.handler.seen, "step": run.state.step}
 
 
 def main() -> None:
