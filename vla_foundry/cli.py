@@ -1,6 +1,7 @@
 """`vla-foundry <command> ...`: pick a command; its module is imported when it is called."""
 
 import importlib
+import os
 import sys
 
 _COMMANDS = {
@@ -8,6 +9,7 @@ _COMMANDS = {
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
+    "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
     "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after an error of the user's, which is printed as one line `error: ...`.
     """
+    # threads that wait for each other must not spin: beside another busy process that costs a factor of ten and more
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage())

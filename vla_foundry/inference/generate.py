@@ -1,26 +1,20 @@
 """`vla-foundry generate`: continue prompts with the language model of a run."""
 
-import dataclasses
 import hashlib
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri
+from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model
+from vla_foundry.io.uri import exists, join_uri
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.inference import GenerateParams
 from vla_foundry.params.loading import load_params_from_yaml
 from vla_foundry.params.models.base import LanguageModelParams, ModelParams
-from vla_foundry.params.models.transformer import TransformerHFParams
-from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, TOKENIZER_FOLDER
+from vla_foundry.run_folder import MODEL_CONFIG_NAME, TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-
-# a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
-_DEPTH = 4
 
 
 def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
@@ -30,57 +24,22 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
         FileNotFoundError: there is no such run, or it has no tokenizer.
         ValueError: it is no language model, or it does not fit its checkpoint.
     """
-    run_folder = _find_run_folder(params.checkpoint)
+    run_folder = find_run_folder(params.checkpoint)
     model_params = load_params_from_yaml(ModelParams, join_uri(run_folder, MODEL_CONFIG_NAME))
     if not isinstance(model_params, LanguageModelParams):
         raise ValueError(
             f"checkpoint {params.checkpoint} holds a model of type '{model_params.type}', not a language model."
         )
-    files = join_uri(run_folder, MODEL_FILES_FOLDER)
-    if isinstance(model_params, TransformerHFParams) and not is_remote(files) and exists(files):
-        # the architecture that was saved with the run: the published model need not be there any more
-        model_params = dataclasses.replace(model_params, hf_pretrained=files)
     tokenizer_name = params.tokenizer or join_uri(run_folder, TOKENIZER_FOLDER)
     if params.tokenizer is None and not exists(tokenizer_name):
         raise FileNotFoundError(f"{run_folder} holds no tokenizer. Name one with --tokenizer.")
 
     # torch comes last: what is wrong so far is said within a second
-    from vla_foundry.models import create_model
-    from vla_foundry.models.weights import has_ema, load_model_checkpoint
     from vla_foundry.text.tokenizers import load_tokenizer
 
-    device = _choose_device(params.device)
+    device = choose_device(params.device)
     tokenizer = load_tokenizer(tokenizer_name)
-    use_ema = has_ema(params.checkpoint) if params.use_ema is None else params.use_ema
-    model = create_model(model_params, load_pretrained=False)
-    load_model_checkpoint(model, params.checkpoint, use_ema=use_ema)
-    return model.to(device).eval(), tokenizer
-
-
-def _find_run_folder(checkpoint: str) -> str:
-    if not is_remote(checkpoint) and not exists(checkpoint):
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint} does not exist. Give a run folder or one of its step folders."
-        )
-    folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(checkpoint)
-    for _ in range(_DEPTH):
-        if exists(join_uri(folder, MODEL_CONFIG_NAME)):
-            return folder
-        folder = parent_uri(folder)
-    raise FileNotFoundError(f"checkpoint {checkpoint} lies in no run folder: there is no {MODEL_CONFIG_NAME} above it.")
-
-
-def _choose_device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
-        )
-    return device
+    return load_run_model(model_params, run_folder, params.checkpoint, params.use_ema, device), tokenizer
 
 
 def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) -> list[str]:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from vla_foundry.randomness import draw_index
-
 # stands for an image in every text a user writes, whatever the token of the model
 IMAGE_MARKER = "<image>"
 
@@ -137,6 +135,8 @@ def create_user_turn(
     Raises:
         ValueError: a field is unknown, or `<image>` is there more than once, but not once per image.
     """
+    from vla_foundry.randomness import draw_index  # params read this file, and are parsed without numpy
+
     prompt = prompts[draw_index(len(prompts), seed=seed, position=position, purpose="text.prompt")]
     # the images' places come from the template alone, so that a value cannot bring markers in unseen
     return Turn("user", fill_template(place_images(prompt, num_images), fields))

@@ -1,0 +1,229 @@
+"""`vla-foundry caption`: say what images show, with the vision-language model of a run.
+
+Images and prompts go through the run's own processor, by the code that training reads its data with.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model
+from vla_foundry.io.uri import exists, is_remote, join_uri, read_bytes
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.inference import CaptionParams
+from vla_foundry.params.loading import load_params_from_yaml
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
+from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROCESSOR_FOLDER
+from vla_foundry.text.prompts import Turn, place_images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vla_foundry.images.processor import Processor
+
+_IMAGE_FLAG = "--image"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Images and what is asked about them."""
+
+    # encoded images: JPEG, PNG, WebP
+    images: tuple[bytes, ...]
+    # <image> says where images go, else they come first
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class Captioner:
+    """A model that answers questions about images, and what its data goes through."""
+
+    model: "nn.Module"
+    processor: "Processor"
+    # the run's data: prompts, and which part of each image is seen
+    data: ImageCaptionDataParams
+    # the model takes what its processor makes besides tokens and pixels
+    takes_extras: bool
+
+    @property
+    def default_prompt(self) -> str:
+        """The first prompt that the run was trained with, if it needs nothing filled in."""
+        from vla_foundry.text.prompts import template_fields
+
+        prompt = self.data.prompts[0]
+        if template_fields(prompt):
+            raise ValueError(f"The run's prompt {prompt!r} has fields. Give one with --prompt.")
+        return prompt
+
+
+def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | None = None) -> Captioner:
+    """Load the model and the processor of a run.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no processor.
+        ValueError: it was not trained on images and text, or does not fit its checkpoint.
+    """
+    run_folder = find_run_folder(checkpoint)
+    model_params = load_params_from_yaml(ModelParams, join_uri(run_folder, MODEL_CONFIG_NAME))
+    if not isinstance(model_params, (VLMParams, VLMHFParams)):
+        raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model_params.type}', which reads no images.")
+    data = load_params_from_yaml(DataParams, join_uri(run_folder, CONFIG_NAME))
+    if not isinstance(data, ImageCaptionDataParams):
+        raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on image_caption.")
+    folder = join_uri(run_folder, PROCESSOR_FOLDER)
+    if not exists(folder):
+        raise FileNotFoundError(f"{run_folder} holds no processor: there is no {PROCESSOR_FOLDER} in it.")
+
+    # torch comes last: what is wrong so far is said within a second
+    target = choose_device(device)
+    model = load_run_model(model_params, run_folder, checkpoint, use_ema, target)
+    return Captioner(model, _load_processor(folder), data, takes_extras=isinstance(model_params, VLMHFParams))
+
+
+def _load_processor(folder: str) -> "Processor":
+    import tempfile
+
+    from vla_foundry.images.processor import load_processor
+    from vla_foundry.io.uri import download, list_files
+
+    if not is_remote(folder):
+        return load_processor(folder)
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") as copy:
+        for file in list_files(folder):
+            download(file, f"{copy}/{file.removeprefix(folder).strip('/')}")
+        return load_processor(copy)
+
+
+def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
+    """Encode images and a prompt as validation does, up to where the answer begins.
+
+    Raises:
+        ValueError: an image can not be decoded, or the prompt does not go with the images.
+    """
+    from vla_foundry.images.augment import CENTRE
+    from vla_foundry.images.prepare import prepare_images
+
+    augmentation = captioner.data.augmentation
+    images = prepare_images(question.images, augmentation.image if augmentation.enabled else None, CENTRE)
+    return captioner.processor.encode(images, [Turn("user", place_images(question.prompt, len(images)))])
+
+
+def create_prompt_batch(captioner: Captioner, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return the questions as rows that end with their prompts, and the images in the order of their tokens.
+
+    Returns:
+        input_ids and attention_mask [B, T], pixel_values and what else the model takes, on the model's device.
+    """
+    import numpy as np
+    import torch
+
+    from vla_foundry.data.pipelines.image_caption import join_samples
+    from vla_foundry.images.processor import TOKEN_KEYS
+    from vla_foundry.models.image_caption_batch import normalize_batch_images
+
+    samples = [{"inputs": encode_question(captioner, question)} for question in questions]
+    lengths = [len(sample["inputs"]["input_ids"]) for sample in samples]
+    longest = max(lengths)
+    batch = join_samples(samples, [[n] for n in range(len(samples))], longest, processor=captioner.processor)
+    device = next(captioner.model.parameters()).device
+    inputs: dict[str, Any] = {"pixel_values": normalize_batch_images(batch, device)}
+    for name in TOKEN_KEYS:
+        if name in batch and (name == "input_ids" or (captioner.takes_extras and name != "target_mask")):
+            rows = [np.roll(row, longest - size) for row, size in zip(batch[name], lengths, strict=True)]
+            inputs[name] = torch.from_numpy(np.stack(rows)).to(device)
+    mask = [[0] * (longest - size) + [1] * size for size in lengths]
+    inputs["attention_mask"] = torch.tensor(mask, device=device)
+    if captioner.takes_extras:
+        extras = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        inputs |= {name: value.to(device) for name, value in extras.items() if name != "pixel_values"}
+    return inputs
+
+
+def answer(
+    captioner: Captioner,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[str]:
+    """Answer questions, each as if it were alone.
+
+    Raises:
+        ValueError: as `encode_question`, or a prompt leaves no room for an answer.
+    """
+    from vla_foundry.inference.decoding import generate
+
+    answers: list[str] = []
+    for first in range(0, len(questions), batch_size):
+        part = questions[first : first + batch_size]
+        inputs = create_prompt_batch(captioner, part)
+        continuations = generate(
+            captioner.model,
+            inputs.pop("input_ids"),
+            inputs.pop("attention_mask"),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            end_token_ids=captioner.processor.stop_token_ids(),
+            seeds=[_seed_of(question, seed) for question in part],
+            prompt_inputs=inputs,
+        )
+        answers += [captioner.processor.decode(continuation.tokens) for continuation in continuations]
+    return answers
+
+
+def _seed_of(question: Question, seed: int) -> int:
+    """The same for a question whatever the others are."""
+    digest = hashlib.sha256(f"{seed}\0{question.prompt}\0".encode())
+    for image in question.images:
+        digest.update(hashlib.sha256(image).digest())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def gather_images(argv: Sequence[str]) -> list[str]:
+    """Make one list of all that follows --image: `--image a.png b.png`, or the flag several times."""
+    words: list[str] = []
+    images: list[str] = []
+    is_image = False
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            is_image = name == _IMAGE_FLAG
+            if is_image:
+                images += [value] if equals else []
+                continue
+        (images if is_image else words).append(word)
+    return [*words, f"{_IMAGE_FLAG}={json.dumps(images)}"] if images else words
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry caption`: print each image's name and what it shows."""
+    params = parse_command(CaptionParams, gather_images(argv), prog="vla-foundry caption")
+    images = [read_bytes(name) for name in params.image]
+    captioner = load_captioner(params.checkpoint, device=params.device, use_ema=params.use_ema)
+    prompt = captioner.default_prompt if params.prompt is None else params.prompt
+    groups = [tuple(images)] if params.together else [(image,) for image in images]
+    names = [", ".join(params.image)] if params.together else params.image
+    answers = answer(
+        captioner,
+        [Question(group, prompt) for group in groups],
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=params.seed,
+        batch_size=params.batch_size,
+    )
+    for name, text in zip(names, answers, strict=True):
+        sys.stdout.write(f"{name}: {text}\n")
