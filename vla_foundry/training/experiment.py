@@ -5,13 +5,16 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
+from vla_foundry.models.base import SavesFiles
 from vla_foundry.params.budget import accumulation_steps, total_steps
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.run_folder import MODEL_FILES_FOLDER
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
@@ -86,9 +89,13 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
     loader, validation_loader = create_loaders(params, world, stack)
     state = create_state(params, world, is_restored=checkpoint is not None)
+    is_validation_owed = False
     if checkpoint is not None:
-        notices += restore(params, checkpoint, state, loader)
-    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state.step))
+        saved = load_checkpoint(checkpoint, state)
+        is_validation_owed = saved["is_validation_owed"]
+        notices += [f"goes on from {checkpoint} after step {state.step}.", *saved["notices"]]
+        notices += check_data(params, loader, saved["data"])
+    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state))
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
@@ -108,6 +115,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         loader=loader,
         validation_loader=validation_loader,
         log=log,
+        is_validation_owed=is_validation_owed,
         sync=sync,
     )
 
@@ -156,36 +164,36 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
     return create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params))
 
 
-def restore(params: TrainExperimentParams, checkpoint: Path, state: TrainState, loader: DataLoader) -> list[str]:
-    """Collective: call on every rank. Restore the state from a verified step folder.
+def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[str, Any]) -> list[str]:
+    """Check that the data still comes in the order that the checkpoint knows.
 
     Returns:
         Lines for the user.
 
     Raises:
-        ValueError: the order of the data has changed, and data.accept_changed_data is false.
+        ValueError: it does not, and data.accept_changed_data is false.
     """
-    saved = load_checkpoint(checkpoint, state)
-    notices = [f"goes on from {checkpoint} after step {state.step}.", *saved["notices"]]
     try:
-        loader.check_plan(saved["data"])
+        loader.check_plan(saved)
     except ValueError as error:
         if not params.data.accept_changed_data:
             raise
-        notices.append(f"data.accept_changed_data: {error}")
-    return notices
+        return [f"data.accept_changed_data: {error}"]
+    return []
 
 
-def prepare_folder(params: TrainExperimentParams, world: World, folder: Path, first_step: int) -> list[str]:
+def prepare_folder(params: TrainExperimentParams, world: World, folder: Path, state: TrainState) -> list[str]:
     """Write what a run folder holds besides metrics and checkpoints.
 
     Returns:
         Lines for the user: what differs from the config that was there.
     """
     changes = write_configs(params, folder)
-    record_start(folder, world, first_step)
+    record_start(folder, world, state.step)
     copy_tokenizer(params.data, folder)
-    truncate_metrics(folder, first_step)
+    if isinstance(state.model, SavesFiles):
+        state.model.save_files(folder / MODEL_FILES_FOLDER)
+    truncate_metrics(folder, state.step)
     return changes
 
 
