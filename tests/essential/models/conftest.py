@@ -28,6 +28,15 @@ class RecordShapes(TorchDispatchMode):
         return result
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """These models are too small for several threads, which on a busy machine mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def record_shapes() -> type[RecordShapes]:
     return RecordShapes
