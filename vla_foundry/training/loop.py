@@ -54,6 +54,8 @@ class Run:
     # makes an iterator over the validation samples, from the first; None: no validation
     validation_loader: Loader | None
     log: MetricLog
+    # the checkpoint that the run goes on from was saved in a hurry, before its validation
+    is_validation_owed: bool = False
     # copies the run folder elsewhere after each checkpoint; on rank 0, if it is wanted
     sync: RemoteSync | None = None
 
@@ -73,6 +75,8 @@ def train(run: Run) -> bool:
     saves = checkpoint_steps(params) or (run.total_steps,)
     meter = create_meter(run)
     microbatches = run.loader.microbatches(state.step)
+    if run.is_validation_owed and is_validation_due(run, saves):
+        validate(run)
     with StopSignal(world) as stop:
         while state.step < run.total_steps:
             batches, waited = take_microbatches(microbatches, accumulation)
@@ -85,9 +89,10 @@ def train(run: Run) -> bool:
             if saving or state.step == 1 or state.step % params.log_every_n_steps == 0:
                 log_metrics(run, meter)
             if saving:
-                if not stopping and is_validation_due(run, saves):
+                is_due = is_validation_due(run, saves)
+                if is_due and not stopping:
                     validate(run)
-                save(run)
+                save(run, is_validation_owed=is_due and stopping)
                 meter.restart()
             if stopping:
                 return False
@@ -187,7 +192,7 @@ def log_metrics(run: Run, meter: Meter) -> None:
 
 def is_validation_due(run: Run, saves: Sequence[int]) -> bool:
     """True at every val_every_n_checkpoints-th checkpoint, and at the last."""
-    if run.validation_loader is None:
+    if run.validation_loader is None or run.state.step not in saves:
         return False
     number = saves.index(run.state.step) + 1
     return number % run.params.val_every_n_checkpoints == 0 or number == len(saves)
@@ -228,13 +233,18 @@ def validate(run: Run) -> None:
     run.log.write("validation", state.step, metrics)
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, is_validation_owed: bool) -> None:
     """Collective: call on every rank. Save a checkpoint and tell whoever wants to know."""
+    facts = {
+        "data": run.loader.describe(),
+        "samples": run.state.step * run.params.hparams.global_batch_size,
+        "is_validation_owed": is_validation_owed,
+    }
     folder = save_checkpoint(
         run.folder,
         run.state,
         world=run.world,
-        facts={"data": run.loader.describe(), "samples": run.state.step * run.params.hparams.global_batch_size},
+        facts=facts,
         max_checkpoints=run.params.max_checkpoint_limit,
     )
     run.log.say(f"Saved {folder}")

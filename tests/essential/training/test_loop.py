@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vla_foundry.run_folder import find_checkpoint
+from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.loop import seed_dropout, train, train_step
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.world import World
@@ -203,6 +205,21 @@ def test_validation_is_of_the_average_and_does_not_disturb_training(tiny, tmp_pa
     assert losses_of(often) == losses_of(result)
     rarely = train_tiny(tiny, tmp_path / "3", num_checkpoints=5, val_every_n_checkpoints=2)
     assert [line["step"] for line in rarely["lines"] if line["kind"] == "validation"] == [8, 16, 20]
+
+
+def test_a_validation_that_a_signal_cut_off_is_made_up_for(tiny, tmp_path: Path) -> None:
+    straight = train_tiny(tiny, tmp_path / "1")
+    run = tiny.create_run(tiny.create_params(tmp_path / "2"), World())
+    run.handler.stop_at = 9 * 16  # in the step that ends with a checkpoint
+    assert not train(run)
+    run.log.close()
+    checkpoint = find_checkpoint(run.folder)
+    goes_on = tiny.create_run(run.params, World())
+    goes_on.is_validation_owed = load_checkpoint(checkpoint, goes_on.state)["is_validation_owed"]
+    assert train(goes_on)
+    lines = run.log._sinks[0].lines + goes_on.log._sinks[0].lines
+    assert [line["loss"] for line in lines] == [line["loss"] for line in straight["lines"]]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 20]
 
 
 def test_dropout_is_seeded_by_step_and_rank() -> None:
