@@ -71,7 +71,8 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
 
 def generate_step(output_dir: Path) -> Step:
     """Return the step that continues two prompts with the trained model."""
-    words = _words("generate", checkpoint=output_dir / "runs" / "llm", prompt=json.dumps(list(PROMPTS)))
+    words = _words("generate", checkpoint=output_dir / "runs" / "llm")
+    words += tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
     words += _words("", max_new_tokens=40, temperature=0.7, seed=0)
     return Step(name="generate", what="Continue two prompts", words=words)
 
