@@ -27,14 +27,16 @@ _VERSION = 1
 # thing -> its states, each with the range of openness that is called so; ranges leave room between them
 _STATES: dict[str, dict[str, tuple[float, float]]] = {
     "button": {"released": (0.0, 0.1), "pressed": (0.9, 1.0)},
-    "faucet": {"turned left": (0.0, 0.3), "turned right": (0.7, 1.0)},
+    "faucet": {"turned left": (0.0, 0.25), "turned right": (0.75, 1.0)},
     "lever": {"down": (0.0, 0.1), "up": (0.9, 1.0)},
 }
-_OPENINGS = {"closed": (0.0, 0.08), "half open": (0.3, 0.7), "open": (0.92, 1.0)}
+_OPENINGS = {"closed": (0.0, 0.05), "half open": (0.35, 0.65), "open": (0.95, 1.0)}
 # a direction is named from the second of these distances on (metres), and scenes between the two are not used
 _LEVEL_UP_TO, _DIRECTION_FROM = 0.03, 0.05
 # distance that a described point keeps from the picture's edge, as a fraction of the picture
 _MARGIN = 0.02
+# share of the thing that the arm may hide
+_MAX_HIDDEN = 0.2
 _MAX_ATTEMPTS = 1000
 _SCENES_PER_TASK = 32
 
@@ -142,7 +144,8 @@ def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState,
         attributes[name] = words[int(distance > 0)] if abs(distance) >= _DIRECTION_FROM else LEVEL
     if simulator.is_hidden(camera, thing.position, by="robot") or simulator.is_hidden(camera, gripper, by="object"):
         return None
-    return attributes
+    hidden = sum(simulator.is_hidden(camera, point, by="robot") for point in thing.landmarks)
+    return attributes if hidden <= _MAX_HIDDEN * len(thing.landmarks) else None
 
 
 def _claim(output: Path, params: ScenesParams) -> None:

@@ -37,6 +37,8 @@ class ObjectState:
     part: str
     # position of that part
     position: Float[np.ndarray, "3"]
+    # points spread over the whole thing
+    landmarks: Float[np.ndarray, "N 3"]
     # from 0, fully closed (or at rest), to 1, fully open; None where it has no such state
     openness: float | None
 

@@ -252,8 +252,14 @@ class MetaworldSimulator(Simulator):
             name=thing.name,
             part=thing.part,
             position=anchor.xpos + rotation @ np.array(thing.offset),
+            landmarks=self._data.geom_xpos[self._visible_geoms(thing)],
             openness=openness,
         )
+
+    def _visible_geoms(self, thing: Thing) -> np.ndarray:
+        model = self._model
+        is_own = model.body_rootid[model.geom_bodyid] == model.body_rootid[model.body(thing.body).id]
+        return np.flatnonzero(is_own & (model.geom_group <= 2) & (model.geom_rgba[:, 3] > 0))
 
     def _is_arm_inside(self, thing: Thing) -> bool:
         """Whether a contact between the arm and the thing is deeper than touching."""
