@@ -95,6 +95,8 @@ class VLMHF(HuggingFaceModule):
     def _loss(
         self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float, *, has_images: bool
     ) -> LossOutput:
+        # a rank without images takes part in what the others gather for the image encoder, at the same point
+        unused = None if has_images else 0.0 * self._encode_empty_image()
         if self.has_plain_head:
             hidden = self.model.base_model(**inputs).last_hidden_state
             head = self.model.get_output_embeddings()
@@ -102,10 +104,7 @@ class VLMHF(HuggingFaceModule):
         else:
             logits = self.model(**inputs).logits
             loss = dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
-        if has_images:
-            return loss
-        # a rank without images takes part in what the others gather and reduce for the image encoder
-        return loss._replace(sum=loss.sum + 0.0 * self._encode_empty_image().to(loss.sum.dtype))
+        return loss if unused is None else loss._replace(sum=loss.sum + unused.to(loss.sum.dtype))
 
     def _encode_empty_image(self) -> Tensor:
         """The sum of the features of a black image, as small as the architecture allows."""
