@@ -2,8 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,13 +103,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def captioner(folder: Path) -> Iterator[Captioner]:
-    """The trained run, with nothing beside its folder left that it came from."""
-    for name in ("tokenizer", "shards"):
-        (folder / name).rename(folder / f"gone_{name}")
-    yield load_captioner(str(folder / "runs" / "vlm"), device="cpu")
-    for name in ("tokenizer", "shards"):
-        (folder / f"gone_{name}").rename(folder / name)
+def captioner(folder: Path) -> Captioner:
+    """The trained run, loaded while what it was made from is gone."""
+    for name in ("tokenizer", "shards", "runs/llm"):
+        (folder / name).rename(folder / f"gone_{Path(name).name}")
+    captioner = load_captioner(str(folder / "runs" / "vlm"), device="cpu")
+    for name in ("tokenizer", "shards", "runs/llm"):
+        (folder / f"gone_{Path(name).name}").rename(folder / name)
+    return captioner
 
 
 def questions(prompt: str = "<image>Describe.") -> list[Question]:
@@ -131,10 +132,8 @@ def test_the_language_run_gave_its_tokenizer_and_the_run_keeps_its_processor(fol
     assert max(line["padding_share"] for line in lines if line["kind"] == "train") < 0.05
 
 
-def test_inference_gives_the_model_what_validation_does_bit_for_bit(folder: Path, captioner: Captioner) -> None:
+def test_inference_gives_the_model_what_validation_does_bit_for_bit(captioner: Captioner) -> None:
     pipeline = ImageCaptionPipeline(captioner.data)
-    processor = load_processor(folder / "runs" / "vlm" / "processor")
-    pipeline.encode._processor = processor  # the tokenizer that data.tokenizer names is gone
     key = ("blue", "right")
     draws = {"__seed__": 0, "__position__": 3, "__is_training__": False}
     sample = {**draws, "png": PICTURES[key], "txt": caption_of(*key).encode()}
@@ -188,3 +187,49 @@ def test_images_are_gathered_from_one_flag_or_several() -> None:
 def test_a_run_without_images_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="of type 'transformer', which reads no images"):
         load_captioner(str(folder / "runs" / "llm"))
+
+
+@pytest.fixture(scope="module")
+def published(folder: Path) -> Path:
+    """A tiny PaliGemma with its processor, as `from_pretrained` takes it."""
+    from transformers import (
+        AutoTokenizer,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": "<pad>"})
+    image_processor: Any = SiglipImageProcessor(size={"height": 28, "width": 28})
+    image_processor.image_seq_length = 4
+    processor = PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
+    config = PaliGemmaConfig(
+        vision_config=vision | tiny | {"projection_dim": 32},
+        text_config=text | tiny | {"vocab_size": len(processor.tokenizer)},
+        projection_dim=32,
+        image_token_index=processor.image_token_id,
+    )
+    torch.manual_seed(0)
+    PaliGemmaForConditionalGeneration(config).save_pretrained(folder / "published")
+    processor.save_pretrained(folder / "published")
+    return folder / "published"
+
+
+def test_a_hugging_face_model_captions_from_its_run_alone(folder: Path, published: Path) -> None:
+    train = f"""--name hf --data.type image_caption --data.dataset_manifest [{folder}/shards/manifest.jsonl]
+        --data.seq_len 120 --data.num_workers 0 --save_path {folder}/runs --num_checkpoints 1
+        --data.allow_multiple_epochs true --total_train_samples 960 --hparams.lr 1e-2 --hparams.warmup 0.1
+        --hparams.global_batch_size 16 --hparams.per_gpu_batch_size 16 --hparams.precision fp32
+        --model.type vlm_hf --model.hf_pretrained {published}"""
+    main(["train", *train.split()])
+    published.rename(folder / "gone_published")
+    captioner = load_captioner(str(folder / "runs" / "hf"), device="cpu")
+    asked = [*questions()[:2], Question(questions()[2].images, "Say at length what this picture shows.")]
+    together = answer(captioner, asked, max_new_tokens=10)
+    assert [answer(captioner, [question], max_new_tokens=10)[0] for question in asked] == together
+    assert all(text.startswith("A ") for text in together[:2]), together  # it has begun to learn

@@ -27,6 +27,7 @@ MAX_ROWS_PER_SAMPLE = 16
 # but so many tokens are always taken: `preprocess text_untokenized` makes samples of fewer bytes
 MIN_MAX_TOKENS = 1 << 15
 _MAX_CANDIDATES = 16
+_SPARE_CHOICES = 3
 
 
 def decode_text(sample: Sample) -> Sample:
@@ -205,10 +206,22 @@ def pack(lengths: Sequence[int], seq_len: int, *, multiple: int = ROW_MULTIPLE) 
     shortest = min(-(-max(max(lengths) - 1, 1) // multiple) * multiple, seq_len)
     candidates = [*range(shortest, seq_len, multiple), seq_len]
     if len(candidates) > _MAX_CANDIDATES:
-        chosen = np.linspace(0, len(candidates) - 1, _MAX_CANDIDATES).round().astype(int)
-        candidates = [candidates[number] for number in chosen]
+        candidates = _promising(candidates, sum(lengths))
     plans = [(candidate + 1, _first_fit(lengths, candidate + 1)) for candidate in candidates]
     return min(plans, key=lambda plan: (len(plan[1]) * plan[0], len(plan[1])))
+
+
+def _promising(candidates: Sequence[int], total: int) -> list[int]:
+    """Choose the lengths at which a number of rows would just do, with little to spare; from the fewest rows on."""
+    chosen: list[int] = []
+    num_rows = -(-total // (candidates[-1] + 1))
+    while len(chosen) < _MAX_CANDIDATES:
+        fitting = [candidate for candidate in candidates if (candidate + 1) * num_rows >= total]
+        chosen += [candidate for candidate in fitting[:_SPARE_CHOICES] if candidate not in chosen]
+        if len(fitting) == len(candidates):
+            break
+        num_rows += 1
+    return chosen
 
 
 def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
