@@ -152,12 +152,10 @@ class Transformer(nn.Module):
                 position. (B, T), or (B, past + T) with a cache. Reading it waits for the device: training gives
                 `documents` instead.
             documents: how each row divides into documents that do not see each other, each from position 0.
-            sees_ahead: bool (B, T) on the host, True at tokens that also see those after them in their unbroken stretch
-                of such tokens (image tokens); not for tokens that follow a cache.
+            sees_ahead: see `create_segments`; not for tokens that follow a cache.
             targets: what to predict at each place, IGNORE_INDEX for nothing; asks for the loss instead of logits.
             is_causal: overrides the params.
-            use_cache: return keys and values, for the next call's `past_key_values`. For inference: they carry no
-                gradient.
+            use_cache: return keys and values, without gradient, for the next call's `past_key_values`.
             logits_to_keep: logits of the last so many places only; 0: all.
 
         Returns:
@@ -178,11 +176,10 @@ class Transformer(nn.Module):
             x = block(x, rows.rotation, rows.segments, is_causal, layer_cache, rows.cache_step)
             if output_hidden_states:
                 hidden_states.append(x)
-        hidden_states[-1] = x = self.norm(x)
+        hidden_states[-1] = self.norm(x)
         if rows.order is not None:
-            back = rows.order.argsort(dim=1)
-            hidden_states = [_reorder(h, back) for h in hidden_states]
-            x = hidden_states[-1]
+            hidden_states = [_reorder(h, rows.order.argsort(dim=1)) for h in hidden_states]
+        x = hidden_states[-1]
         if targets is not None:
             if self.output is None:
                 raise ValueError("model.vocab_size is 0: a model without an output head has no loss over tokens.")

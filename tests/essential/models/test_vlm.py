@@ -17,7 +17,7 @@ from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
 from vla_foundry.models.layers.projector import pixel_unshuffle
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.derivation import Facts, TokenizerFacts
+from vla_foundry.params.derivation import Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMParams
@@ -387,8 +387,9 @@ def test_image_token_and_vocabulary_follow_from_the_tokenizer(create: Create) ->
     facts = Facts(tokenizer=TokenizerFacts(name="t", vocab_size=4097, image_token_id=4096))
     derived = params.derive(None, facts)
     assert {name: item.value for name, item in derived.items()} == {"image_token_id": 4096, "vocab_size": 4097}
-    with pytest.raises(ValueError, match=r"model\.image_token_id is missing"):
-        params.check(None, Facts(), "model")
+    unknown = params.derive(None, Facts())["image_token_id"].value
+    assert isinstance(unknown, Unavailable)
+    assert "--model.image_token_id N" in unknown.needs
     given = VLMParams(vit=ViTParams(), transformer=TransformerParams(), image_token_id=7)
     with pytest.raises(ValueError, match=r"model\.image_token_id \(7\) must be the data's image token \(4096\)"):
         given.check(None, facts, "model")

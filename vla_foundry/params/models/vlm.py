@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vla_foundry.params.base import register_model_params
-from vla_foundry.params.derivation import Derived, Facts
+from vla_foundry.params.derivation import Derived, Facts, Unavailable
 from vla_foundry.params.models.base import ImageInputs, LanguageModelParams, ModelParams, TokenLimits
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
@@ -33,24 +33,19 @@ class VLMParams(ModelParams):
         """The image token and the number of tokens, from the data's tokenizer."""
         derived: dict[str, Derived] = {}
         tokenizer = facts.tokenizer
-        if tokenizer is None:
-            return derived
-        source = f"tokenizer {tokenizer.name}"
-        if self.image_token_id is None and tokenizer.image_token_id is not None:
-            derived["image_token_id"] = Derived(tokenizer.image_token_id, source)
-        if self.vocab_size is None:
+        source = "the data's tokenizer" if tokenizer is None else f"tokenizer {tokenizer.name}"
+        if self.image_token_id is None:
+            found = None if tokenizer is None else tokenizer.image_token_id
+            needs = Unavailable("data with a tokenizer that has an image token, or --model.image_token_id N")
+            derived["image_token_id"] = Derived(needs if found is None else found, source)
+        if self.vocab_size is None and tokenizer is not None:
             derived["vocab_size"] = Derived(tokenizer.vocab_size, source)
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that the image token is known, and that it is the data's."""
+        """Check that the image token is the data's."""
         given = facts.tokenizer.image_token_id if facts.tokenizer is not None else None
-        if self.image_token_id is None:
-            raise ValueError(
-                f"{path}.image_token_id is missing, and the data names no tokenizer with an image token. "
-                f"Give --{path}.image_token_id N."
-            )
-        if given is not None and given != self.image_token_id:
+        if None not in (given, self.image_token_id) and given != self.image_token_id:
             raise ValueError(
                 f"{path}.image_token_id ({self.image_token_id}) must be the data's image token ({given}). "
                 f"Leave {path}.image_token_id out."
