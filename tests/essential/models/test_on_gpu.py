@@ -8,6 +8,8 @@ import torch
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_model
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -75,3 +77,50 @@ def test_the_loss_is_that_of_the_cpu() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad.cpu(), wanted[name], rtol=1e-2, atol=1e-2)
+
+
+VLM_PARAMS = VLMParams(
+    vit=ViTParams(
+        hidden_dim=128,
+        inter_dim=256,
+        n_heads=2,
+        n_layers=2,
+        patch_size=14,
+        img_size=56,
+        projector_pixel_shuffle_factor=2,
+    ),
+    transformer=PARAMS,
+    image_token_id=511,
+    image_attention="bidirectional",
+)
+
+
+def test_a_step_with_images_that_see_each_other_never_waits_and_equals_the_cpus(
+    create_documents: Callable[..., Documents], no_sync: Callable[[], None]
+) -> None:
+    torch.manual_seed(0)
+    model = create_model(VLM_PARAMS)
+    ids = torch.randint(0, 500, (2, 200))
+    ids[0, 1:5] = ids[0, 101:105] = ids[1, 1:9] = 511
+    is_image = ids == 511
+    inputs = {
+        "input_ids": ids,
+        "targets": torch.where(is_image, -100, ids),
+        "pixel_values": torch.randn(4, 3, 56, 56),
+        "image_positions": is_image.flatten().nonzero().squeeze(1),
+    }
+    host = {"sees_ahead": is_image.numpy(), "documents": create_documents([100, 100], [160, -40])}
+    expected = model(**inputs, **host).sum
+    model.cuda()
+    moved = {name: value.cuda() for name, value in inputs.items()}
+    sums = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(**moved, **host)
+        output.sum.backward()
+        sums.append(output.sum.detach())
+        # the first step may set up what the later ones use
+        no_sync()
+    torch.cuda.set_sync_debug_mode("default")
+    for value in sums:
+        torch.testing.assert_close(value.cpu().float(), expected.detach(), rtol=2e-2, atol=0)
