@@ -10,6 +10,7 @@ _COMMANDS = {
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
     "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
+    "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
     "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 
