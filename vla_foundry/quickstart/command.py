@@ -29,11 +29,10 @@ def main(argv: list[str]) -> None:
     report = Step(
         name="report",
         what="Compare with a model that ignores context",
-        function=lambda: console.print(
-            write_llm_report(llm / "runs" / "llm", summary=summary, figure=figure), markup=False
-        ),
+        function=lambda: write_llm_report(llm / "runs" / "llm", summary=summary, figure=figure),
         outputs=(summary, figure),
     )
     steps = [*llm_steps(llm, num_processes=os.cpu_count() or 1), report, generate_step(llm)]
     run_steps(steps, llm / "done", console, overwrite=params.overwrite)
-    console.print(f"\nAll done. Everything is in {output_dir}; a summary is in {summary}.")
+    console.print(f"\n{summary.read_text(encoding='utf-8')}", markup=False)
+    console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")

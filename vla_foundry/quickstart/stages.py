@@ -29,7 +29,7 @@ class Step:
     what: str
     # words of `vla-foundry <words>`, run as a subprocess; or else `function` runs here
     words: tuple[str, ...] = ()
-    function: Callable[[], None] | None = None
+    function: Callable[[], object] | None = None
     # files it makes; it is not done while one is missing
     outputs: tuple[Path, ...] = ()
     # what it makes, as one folder: removed before the step is done in another way than before
