@@ -317,6 +317,7 @@ assert counter.frame_count == num_graphs, "compiled again"
 """
 
 
+@pytest.mark.slow
 def test_blocks_compile_once_whatever_the_documents() -> None:
     # in a process of its own: the type checks that tests add can not be traced
     result = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)

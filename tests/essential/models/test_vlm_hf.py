@@ -185,6 +185,7 @@ def test_a_model_made_on_the_meta_device_is_whole_once_it_has_memory(
     assert torch.equal(model.eval()(**inputs).logits, whole(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_two_sharded_ranks_train_and_resume_as_one_process_does(
     image_text: ModuleType, folder: Path, tmp_path: Path
 ) -> None:

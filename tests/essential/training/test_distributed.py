@@ -125,6 +125,7 @@ def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(togeth
     assert [path.name for path in list_step_folders(folder / "stopped")] == ["step_00000007"]
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all(launch, tiny, tmp_path: Path) -> None:
     scenario = {"save_path": str(tmp_path), "fail_at": 5 * 16 + 2, "distributed__fsdp": True}
     (tmp_path / "scenarios.json").write_text(json.dumps({"failing": scenario}))
