@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # settings under which logits are not hidden @ head.T, and the value that turns each off
@@ -89,3 +89,24 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
                 blocks.append(block)
                 inner.update(block.modules())
     return blocks
+
+
+def load_published_model(auto_class: Any, hf_pretrained: str, *, loads_weights: bool) -> Any:
+    """Build the model that `hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+
+    Args:
+        auto_class: the class of transformers that knows models of this kind.
+        loads_weights: with the published weights; False: the architecture with new ones.
+
+    Raises:
+        ValueError: there is no such model, or it is none that transformers knows.
+    """
+    name = hf_pretrained.removeprefix("hf://")
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+    try:
+        if loads_weights:
+            return auto_class.from_pretrained(name, use_safetensors=True, **options)
+        return auto_class.from_config(AutoConfig.from_pretrained(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model.hf_pretrained '{hf_pretrained}' can not be loaded: {reason}") from error

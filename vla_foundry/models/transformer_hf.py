@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vla_foundry.batch import Documents, LossOutput
 from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head, load_published_model
 from vla_foundry.models.layers.attention import Segments, attend, create_segments
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
@@ -214,14 +214,6 @@ def create_transformer_hf(params: TransformerHFParams, load_pretrained: bool = T
     Raises:
         ValueError: there is no such model, or it is none that transformers knows.
     """
-    name = params.hf_pretrained.removeprefix("hf://")
-    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
-    try:
-        if load_pretrained and params.hf_load_weights:
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+    loads = load_pretrained and params.hf_load_weights
+    model = load_published_model(AutoModelForCausalLM, params.hf_pretrained, loads_weights=loads)
     return TransformerHF(model.train())

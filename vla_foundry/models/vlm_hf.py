@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head, load_published_model
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vlm import VLMHFParams
@@ -176,16 +176,8 @@ def create_vlm_hf(params: VLMHFParams, load_pretrained: bool = True) -> VLMHF:
     Raises:
         ValueError: there is no such model, or it is none that transformers knows.
     """
-    name = params.hf_pretrained.removeprefix("hf://")
-    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
-    try:
-        if load_pretrained and params.hf_load_weights:
-            model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, **options)
-        else:
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+    loads = load_pretrained and params.hf_load_weights
+    model = load_published_model(AutoModelForImageTextToText, params.hf_pretrained, loads_weights=loads)
     module = VLMHF(model.train())
     if params.vocab_size is not None:
         module.resize_token_embeddings(params.vocab_size)
