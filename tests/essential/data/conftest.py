@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,31 +94,10 @@ def json_tokens() -> Callable[[Sequence[int]], dict[str, bytes]]:
     return lambda tokens: {"json.gz": gzip.compress(json.dumps(list(tokens)).encode())}
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """A real object store over HTTP."""
-    moto_server = pytest.importorskip("moto.server")
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3_folder(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A folder of the store, of this test alone: s3://bucket/<name>."""
-    import boto3
-
-    for name, value in (
-        ("AWS_ENDPOINT_URL", s3_endpoint),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="data")
-    return f"s3://data/{tmp_path.name}"
+def s3_folder(s3_bucket: str, tmp_path: Path) -> str:
+    """A folder of the store, of this test alone: s3://<bucket>/<name>."""
+    return f"{s3_bucket}/{tmp_path.name}"
 
 
 @pytest.fixture
