@@ -25,6 +25,27 @@ With images (modality "image_caption"):
 |                |                | padding                                                                         |
 | (extras)       | Tensor         | what a Hugging Face model takes besides, by its own name, e.g. image_grid_thw   |
 
+With robot data (modality "robotics"): what images have, in rows of one sample each (padding on the right), and below.
+The window has T steps: `past` before the anchor, the anchor, `future` after it; N images a sample, time-major and, within
+a time, in the order of data.camera_names. Without a processor and a tokenizer there are no input_ids and documents.
+
+| key             | type               | meaning                                                                      |
+|-----------------|--------------------|------------------------------------------------------------------------------|
+| image_mask      | bool [B, N]        | True where the image exists; others are black                                |
+| actions         | float32 [B, T, A]  | data.action_fields side by side, normalised, past steps too                  |
+| proprioception  | float32 [B, P, D]  | data.proprioception_fields side by side, normalised; P = past + 1 steps, the |
+|                 |                    | last one is the anchor; absent: there are no such fields                     |
+| past_mask       | bool [B, T]        | True where the step is observed: before the anchor, within the episode       |
+| future_mask     | bool [B, T]        | True where the step is to be predicted: the anchor or later, within it       |
+| is_padding      | bool [B, T]        | True where the step lies outside the episode; of the three one is True       |
+| action_dim_mask | bool [B, A]        | True where the sample's robot has this dimension of the actions; others are 0 |
+| intrinsics      | float32 [B,K,3,3]  | of data.intrinsics_fields at the anchor, for the pixels that the model gets   |
+| extrinsics      | float32 [B,K,4,4]  | of data.extrinsics_fields at the anchor                                      |
+| episode_ids     | list of B str      | the recording that each sample is of                                         |
+| anchors         | int64 [B]          | its frame there                                                              |
+| shards          | list of B str      | the tar that it was read from                                                |
+| instructions    | list of B str      | the instruction that was drawn; "" if there is none                          |
+
 All tensors of a batch are on the CPU; the training loop moves them. S may differ from B: samples are packed into rows.
 """
 
