@@ -25,13 +25,13 @@ With images (modality "image_caption"):
 |                |                | padding                                                                         |
 | (extras)       | Tensor         | what a Hugging Face model takes besides, by its own name, e.g. image_grid_thw   |
 
-With robot data (modality "robotics"): what images have, in rows of one sample each (padding on the right), and below.
-The window has T steps: `past` before the anchor, the anchor, `future` after it; N images a sample, time-major and, within
-a time, in the order of data.camera_names. Without a processor and a tokenizer there are no input_ids and documents.
+With robot data (modality "robotics"): what images have, in rows of one sample each (padding on the right), and what
+follows. A window has T steps: `past` before the anchor, the anchor, `future` after it. A sample has N images,
+time-major, within a time in the order of data.camera_names. Without language there are no input_ids and documents.
 
 | key             | type               | meaning                                                                      |
 |-----------------|--------------------|------------------------------------------------------------------------------|
-| image_mask      | bool [B, N]        | True where the image exists; others are black                                |
+| image_mask      | bool [B, N]        | True where the image is to be seen; a missing one is black                   |
 | actions         | float32 [B, T, A]  | data.action_fields side by side, normalised, past steps too                  |
 | proprioception  | float32 [B, P, D]  | data.proprioception_fields side by side, normalised; P = past + 1 steps, the |
 |                 |                    | last one is the anchor; absent: there are no such fields                     |
