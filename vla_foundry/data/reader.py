@@ -132,18 +132,30 @@ class SampleShard:
         Raises:
             ValueError: the file ends before a member does.
         """
-        members = range(self._starts[row], self._starts[row + 1])
-        return {self._suffixes[self._suffix_numbers[member]]: self._read_member(member) for member in members}
+        return {suffix: self.read_member(member) for suffix, member in self.members(row).items()}
 
-    def _read_member(self, member: int) -> bytes:
-        size = int(self._sizes[member])
-        content = os.pread(self._descriptor, size, int(self._offsets[member]))
-        while len(content) < size:  # one read returns at most 2 GiB
-            more = os.pread(self._descriptor, size - len(content), int(self._offsets[member]) + len(content))
-            if not more:
-                raise ValueError("the file is cut off")
-            content += more
-        return content
+    def members(self, row: int) -> dict[str, int]:
+        """Return a sample's members: {suffix in lower case: what `read_member` takes}."""
+        members = range(self._starts[row], self._starts[row + 1])
+        return {self._suffixes[self._suffix_numbers[member]]: member for member in members}
+
+    def read_member(self, member: int) -> bytes:
+        """Return the content of one member.
+
+        Raises:
+            ValueError: the file ends before it does.
+        """
+        return _read_span(self._descriptor, int(self._offsets[member]), int(self._sizes[member]))
+
+
+def _read_span(descriptor: int, offset: int, size: int) -> bytes:
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size:  # one read returns at most 2 GiB
+        more = os.pread(descriptor, size - len(content), offset + len(content))
+        if not more:
+            raise ValueError("the file is cut off")
+        content += more
+    return content
 
 
 class ShardReader:

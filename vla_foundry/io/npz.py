@@ -1,0 +1,236 @@
+"""Arrays out of an .npz by name, or a run of their rows, without reading or unpacking what lies around them.
+
+NumPy opens an .npz through `zipfile`, which takes longer than a window of robot data takes to read. This reads the
+directory at the end of the file once, and of each array that is asked for its header and the bytes that are wanted:
+the rows of a stored (not compressed) array are read by themselves. Nothing is unpickled.
+"""
+
+import ast
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+# (offset, size) -> the bytes there
+ReadRange = Callable[[int, int], bytes]
+
+_END = struct.Struct("<4s4H2IH")
+_ENTRY = struct.Struct("<4s6H3I5H2I")
+_LOCAL = struct.Struct("<4s5H3I2H")
+_STORED, _DEFLATED = 0, 8
+# read at once: the directory of some 80 arrays; what lies before an array's values
+_TAIL_SIZE, _HEAD_SIZE = 8192, 320
+_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the directory says of one member."""
+
+    method: int
+    crc: int
+    # bytes in the file
+    size: int
+    # of its local header
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What an array's header says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_fortran: bool
+
+
+class NpzFile:
+    """An .npz of which single arrays are read.
+
+    Args:
+        read: reads a range of it.
+        size: bytes of it.
+
+    Raises:
+        ValueError: it is not a whole .npz.
+    """
+
+    def __init__(self, read: ReadRange, size: int) -> None:
+        self._read_range = read
+        self._entries = _read_directory(read, size)
+        # (header, where the values begin) of stored arrays
+        self._headers: dict[str, tuple[_Header, int]] = {}
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "NpzFile":
+        """Open one that is in memory."""
+        view = memoryview(content)
+        return cls(lambda offset, size: bytes(view[offset : offset + size]), len(content))
+
+    @property
+    def names(self) -> list[str]:
+        """The arrays, in the order of the file."""
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def read(self, name: str) -> np.ndarray:
+        """Return an array, its checksum compared.
+
+        Raises:
+            KeyError: there is no such array.
+            ValueError: it is damaged, or holds Python objects.
+        """
+        entry = self._entries[name]
+        start = self._find_content(name, entry)
+        content = self._read_exactly(name, start, entry.size)
+        if entry.method == _DEFLATED:
+            content = _inflate(name, content)
+        elif entry.method != _STORED:
+            raise ValueError(f"array '{name}' is packed by method {entry.method}, which NumPy does not use")
+        if zlib.crc32(content) != entry.crc:
+            raise ValueError(f"array '{name}' is damaged: its checksum differs")
+        header, skip = _parse_header(name, content)
+        return _array_of(name, header, content[skip:], header.shape)
+
+    def read_rows(self, name: str, first: int, end: int) -> np.ndarray:
+        """Return rows first .. end - 1 of an array; of a stored one, no other bytes are read.
+
+        Raises:
+            KeyError: there is no such array.
+            ValueError: it has fewer rows, is damaged, or holds Python objects.
+        """
+        entry = self._entries[name]
+        if entry.method != _STORED:
+            return self._rows_of(name, self.read(name), first, end)
+        header, start = self._read_header(name, entry)
+        if header.is_fortran or not header.shape:
+            return self._rows_of(name, self.read(name), first, end)
+        if not 0 <= first <= end <= header.shape[0]:
+            raise ValueError(f"array '{name}' has {header.shape[0]} rows, not {end}")
+        row_size = header.dtype.itemsize * int(np.prod(header.shape[1:]))
+        content = self._read_exactly(name, start + first * row_size, (end - first) * row_size)
+        return _array_of(name, header, content, (end - first, *header.shape[1:]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return an array's shape; of a stored one, only its header is read.
+
+        Raises:
+            KeyError: there is no such array.
+            ValueError: it is damaged.
+        """
+        entry = self._entries[name]
+        return self._read_header(name, entry)[0].shape if entry.method == _STORED else self.read(name).shape
+
+    @staticmethod
+    def _rows_of(name: str, array: np.ndarray, first: int, end: int) -> np.ndarray:
+        if array.ndim == 0 or not 0 <= first <= end <= len(array):
+            raise ValueError(f"array '{name}' of shape {array.shape} has no rows {first} to {end}")
+        return array[first:end]
+
+    def _read_header(self, name: str, entry: _Entry) -> tuple[_Header, int]:
+        if name not in self._headers:
+            head = self._read_range(entry.offset, _HEAD_SIZE + len(name))
+            start = _content_start(name, head)
+            if len(head) < start + 10 or len(head) < start + _header_end(name, head[start:]):
+                head = head[:start] + self._read_range(entry.offset + start, entry.size)
+            header, skip = _parse_header(name, head[start:])
+            self._headers[name] = header, entry.offset + start + skip
+        return self._headers[name]
+
+    def _find_content(self, name: str, entry: _Entry) -> int:
+        return entry.offset + _content_start(name, self._read_range(entry.offset, _LOCAL.size))
+
+    def _read_exactly(self, name: str, offset: int, size: int) -> bytes:
+        content = self._read_range(offset, size)
+        if len(content) != size:
+            raise ValueError(f"array '{name}' is cut off")
+        return content
+
+
+def _read_directory(read: ReadRange, size: int) -> dict[str, _Entry]:
+    tail_start = max(0, size - _TAIL_SIZE)
+    tail = read(tail_start, size - tail_start)
+    place = tail.rfind(b"PK\5\6")
+    if place < 0 or place + _END.size > len(tail):
+        raise ValueError("its .npz is cut off, or none")
+    *_, count, directory_size, directory_start, _ = _END.unpack_from(tail, place)
+    if count == 0xFFFF or directory_start == 0xFFFFFFFF:
+        raise ValueError("its .npz is larger than 4 GiB, which is not read")
+    if directory_start >= tail_start:
+        directory = tail[directory_start - tail_start :]
+    else:
+        directory = read(directory_start, directory_size)
+    entries = {}
+    position = 0
+    for _ in range(count):
+        if position + _ENTRY.size > len(directory):
+            raise ValueError("its .npz has a broken directory")
+        values = _ENTRY.unpack_from(directory, position)
+        mark, method, crc, packed_size, offset = values[0], values[4], values[7], values[8], values[16]
+        name_size, extra_size, comment_size = values[10:13]
+        if mark != b"PK\1\2":
+            raise ValueError("its .npz has a broken directory")
+        position += _ENTRY.size
+        name = directory[position : position + name_size].decode("utf-8", "replace")
+        entries[name.removesuffix(".npy")] = _Entry(method, crc, packed_size, offset)
+        position += name_size + extra_size + comment_size
+    return entries
+
+
+def _content_start(name: str, head: bytes) -> int:
+    """Return where a member's content begins, counted from its local header."""
+    if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
+        raise ValueError(f"array '{name}' is not where the directory of its .npz says")
+    *_, name_size, extra_size = _LOCAL.unpack_from(head)
+    return _LOCAL.size + name_size + extra_size
+
+
+def _inflate(name: str, content: bytes) -> bytes:
+    try:
+        return zlib.decompress(content, -zlib.MAX_WBITS)
+    except zlib.error as error:
+        raise ValueError(f"array '{name}' is damaged: {error}") from None
+
+
+def _header_end(name: str, content: bytes) -> int:
+    if content[:6] != _MAGIC or len(content) < 12:
+        raise ValueError(f"array '{name}' has no header of a NumPy array")
+    if content[6] == 1:
+        return 10 + int.from_bytes(content[8:10], "little")
+    return 12 + int.from_bytes(content[8:12], "little")
+
+
+def _parse_header(name: str, content: bytes) -> tuple[_Header, int]:
+    end = _header_end(name, content)
+    start = 10 if content[6] == 1 else 12
+    header = _parse_header_text(content[start:end])
+    if header is None:
+        raise ValueError(f"array '{name}' has a broken header, or holds Python objects")
+    return header, end
+
+
+@lru_cache(maxsize=4096)
+def _parse_header_text(text: bytes) -> _Header | None:
+    # the same few headers come again with every sample, and to evaluate one takes longer than to read its values
+    try:
+        values = ast.literal_eval(text.decode("latin1").strip())
+        dtype = np.dtype(values["descr"])
+        shape = tuple(int(size) for size in values["shape"])
+        is_valid = not dtype.hasobject and min(shape, default=0) >= 0
+        return _Header(shape, dtype, bool(values["fortran_order"])) if is_valid else None
+    except (SyntaxError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _array_of(name: str, header: _Header, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    count = int(np.prod(shape))
+    if len(content) < count * header.dtype.itemsize:
+        raise ValueError(f"array '{name}' is cut off")
+    array = np.frombuffer(content, dtype=header.dtype, count=count)
+    return array.reshape(shape, order="F" if header.is_fortran else "C")
