@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
+from vla_foundry.episode_blocks import EPISODE_SUFFIX, frame_suffix, parse_episode
+
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
 INDEX_VERSION = 1
@@ -72,8 +74,25 @@ class TokenRecords:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpisodeSpans:
+    """Where an episode lies in a shard of whole episodes (episode_blocks.py); each of its anchors is a sample."""
+
+    # episode id: what the names of its members begin with
+    key: str
+    # frames that are samples, ascending
+    anchors: tuple[int, ...]
+    # {suffix in lower case: span} of the members that are no frames: episode.json, lowdim.npz
+    members: dict[str, MemberSpan]
+    # {camera, as episode.json writes it: span of each frame}
+    frames: dict[str, tuple[MemberSpan, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Where each sample of a shard lies: either `samples` (WebDataset groups of members) or `records` is set."""
+    """Where each sample of a shard lies; one of these is set.
+
+    `samples` (WebDataset groups of members), `records` (tokenized text) or `episodes` (whole episodes).
+    """
 
     # samples or records in the shard
     num_sequences: int
@@ -82,6 +101,8 @@ class ShardIndex:
     # one per sample: (sample key, {member suffix in lower case: span}), in the order of the tar
     samples: tuple[tuple[str, dict[str, MemberSpan]], ...] = ()
     records: TokenRecords | None = None
+    # in the order of the tar
+    episodes: tuple[EpisodeSpans, ...] = ()
 
 
 def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
@@ -172,6 +193,10 @@ def index_shard(file: BinaryIO) -> ShardIndex:
                 raise ValueError(f"member '{key}.{suffix}' is cut off")
     if len(samples) == 1 and RECORDS_INFO_SUFFIX in samples[0][1]:
         return _index_records(file, samples[0][1], num_bytes)
+    if samples and EPISODE_SUFFIX in samples[0][1]:
+        episodes = tuple(_index_episode(file, key, members) for key, members in samples)
+        num_anchors = sum(len(episode.anchors) for episode in episodes)
+        return ShardIndex(num_sequences=num_anchors, num_bytes=num_bytes, episodes=episodes)
     return ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
 
 
@@ -203,6 +228,21 @@ def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: in
     return ShardIndex(num_sequences=num_records, num_bytes=num_bytes, records=records)
 
 
+def _index_episode(file: BinaryIO, key: str, members: dict[str, MemberSpan]) -> EpisodeSpans:
+    if EPISODE_SUFFIX not in members:
+        raise ValueError(f"episode '{key}' has no member .{EPISODE_SUFFIX}")
+    file.seek(members[EPISODE_SUFFIX].offset)
+    info = parse_episode(file.read(members[EPISODE_SUFFIX].size), f"'{key}.{EPISODE_SUFFIX}'")
+    rest, frames = dict(members), {}
+    for camera, description in info.cameras.items():
+        suffixes = [frame_suffix(camera, frame, description.extension) for frame in range(info.num_frames)]
+        missing = next((suffix for suffix in suffixes if suffix not in rest), None)
+        if missing is not None:
+            raise ValueError(f"episode '{key}' has no member .{missing}")
+        frames[camera] = tuple(rest.pop(suffix) for suffix in suffixes)
+    return EpisodeSpans(key=key, anchors=info.anchors, members=rest, frames=frames)
+
+
 def format_index(index: ShardIndex) -> str:
     """Format an index as the JSON of `<shard>.index.json`."""
     values: dict[str, Any] = {
@@ -212,6 +252,19 @@ def format_index(index: ShardIndex) -> str:
     }
     if index.records is not None:
         values["records"] = asdict(index.records)
+    elif index.episodes:
+        values["episodes"] = [
+            [
+                episode.key,
+                list(episode.anchors),
+                {suffix: [span.offset, span.size] for suffix, span in episode.members.items()},
+                {
+                    camera: [n for span in spans for n in (span.offset, span.size)]
+                    for camera, spans in episode.frames.items()
+                },
+            ]
+            for episode in index.episodes
+        ]
     else:
         values["samples"] = [
             [key, {suffix: [span.offset, span.size] for suffix, span in members.items()}]
@@ -235,13 +288,27 @@ def parse_index(text: str, origin: str) -> ShardIndex:
             fields: dict[str, Any] = {**values["records"], **spans}
             records = TokenRecords(**fields)
             return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], records=records)
-        samples = tuple(
-            (key, {suffix: MemberSpan(offset=offset, size=size) for suffix, (offset, size) in members.items()})
-            for key, members in values["samples"]
-        )
+        if "episodes" in values:
+            episodes = tuple(_parse_episode_spans(*entry) for entry in values["episodes"])
+            return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], episodes=episodes)
+        samples = tuple((key, _parse_spans(members)) for key, members in values["samples"])
         return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], samples=samples)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{origin} is not a shard index ({error}). Delete it; it will be made again.") from None
+
+
+def _parse_spans(members: dict[str, list[int]]) -> dict[str, MemberSpan]:
+    return {suffix: MemberSpan(offset=offset, size=size) for suffix, (offset, size) in members.items()}
+
+
+def _parse_episode_spans(
+    key: str, anchors: list[int], members: dict[str, list[int]], frames: dict[str, list[int]]
+) -> EpisodeSpans:
+    spans = {
+        camera: tuple(MemberSpan(offset=offset, size=size) for offset, size in zip(flat[::2], flat[1::2], strict=True))
+        for camera, flat in frames.items()
+    }
+    return EpisodeSpans(key=key, anchors=tuple(anchors), members=_parse_spans(members), frames=spans)
 
 
 _RECORD_SPANS = ("tokens", "document_ends", "document_offsets")

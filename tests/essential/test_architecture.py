@@ -13,15 +13,13 @@ LAYERS: list[set[str]] = [
     {"evaluation", "viz"},
     {"training", "inference"},
     {"models", "data", "preprocessing", "simulators"},
-    {"params", "shards", "run_folder"},
+    {"params", "shards", "run_folder", "episode_blocks", "robotics_contract"},
     {"io", "robotics", "text", "images"},
     {"registry", "world", "batch", "randomness"},
 ]
 # (importer, imported) within one layer
 ALLOWED_SIDEWAYS = {("cli", "main"), ("cli", "quickstart"), ("images", "text"), ("text", "io")} | {
-    (importer, imported)
-    for importer in ("params", "shards", "run_folder")
-    for imported in ("params", "shards", "run_folder")
+    (importer, imported) for importer in LAYERS[4] for imported in LAYERS[4]
 }
 # third-party package -> where it may be imported
 FENCES: dict[str, tuple[str, ...]] = {

@@ -88,3 +88,8 @@ def register_model_params(name: str) -> Callable[[P], P]:
 def register_data_params(name: str) -> Callable[[P], P]:
     """Register a dataclass as the params of the data type called `name`."""
     return lambda cls: _register(cls, name)
+
+
+def register_converter_params(name: str) -> Callable[[P], P]:
+    """Register a dataclass as the params of the converter of robot recordings called `name`."""
+    return lambda cls: _register(cls, name)

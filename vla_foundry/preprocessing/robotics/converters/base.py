@@ -1,0 +1,229 @@
+"""What a converter of recordings must do: find episodes, say what their numbers mean, and read one at a time.
+
+A converter is a class and its params, registered by one name. Put them in a module of your own and name that with
+`--plugins`; nothing here has to change:
+
+    \"\"\"One .npz an episode: state (L, 7), action (L, 7), front (L, H, W, 3), fps, task.\"\"\"
+
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    import numpy as np
+
+    from vla_foundry.params.base import register_converter_params
+    from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+    from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
+    from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
+    from vla_foundry.robotics_contract import FieldDescription
+
+
+    @register_converter_params("npz_folder")
+    @dataclass(frozen=True, kw_only=True)
+    class NpzFolderParams(RoboticsPreprocessParams):
+        \"\"\"Folders of .npz files.\"\"\"
+
+        # unit of the state and of the action
+        unit: str = "rad"
+
+
+    @register_converter("npz_folder")
+    class NpzFolderConverter(BaseRoboticsConverter):
+        \"\"\"Reads folders of .npz files.\"\"\"
+
+        def discover_episodes(self):
+            paths = [path for source in self.params.source_episodes for path in sorted(Path(source).glob("*.npz"))]
+            return [EpisodeRef(episode_id=path.stem, source=str(path)) for path in paths]
+
+        def discover_cameras(self):
+            return ["front"]
+
+        def describe_fields(self):
+            state = FieldDescription(shape=(7,), unit=self.params.unit)
+            return {"state": state, "action": FieldDescription(shape=(7,), unit=self.params.unit, role="action")}
+
+        def read_episode(self, ref):
+            with np.load(ref.source) as file:
+                arrays = dict(file)
+            fps = float(arrays["fps"])
+            return Episode(
+                ref=ref,
+                fps=fps,
+                timestamps=np.arange(len(arrays["state"])) / fps,
+                fields={name: arrays[name].astype(np.float32) for name in ("state", "action")},
+                cameras={"front": ArrayFrames(arrays["front"])},
+                instructions=Episode.one_instruction(str(arrays["task"]), len(arrays["state"])),
+            )
+
+    vla-foundry preprocess robotics --plugins npz_folder --type npz_folder --source_episodes DIR --output_dir OUT
+
+What every episode is checked for afterwards (lengths, shapes, types, NaN, time going backwards, missing cameras and
+frames) a converter need not check itself. Whatever else is wrong with an episode it says by a ValueError of one line
+that names the file: the episode is then left out whole, and reported.
+"""
+
+import abc
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from vla_foundry.episode_blocks import InstructionSpan
+from vla_foundry.io.uri import list_sizes, name_of
+from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.registry import Registry
+from vla_foundry.robotics.fields import PoseGroup
+from vla_foundry.robotics_contract import FieldDescription
+
+_FOLDER = "vla_foundry.preprocessing.robotics.converters"
+_CONVERTERS: Registry[type["BaseRoboticsConverter"]] = Registry(
+    "type", lazy={name: f"{_FOLDER}.{name}" for name in ("lerobot", "spartan", "hdf5")}
+)
+register_converter = _CONVERTERS.register
+
+
+@dataclass(frozen=True)
+class EpisodeRef:
+    """An episode that was found and not yet read; sent to the process that reads it."""
+
+    # unique among all sources, the same at every run; letters, digits, "_" and "-"
+    episode_id: str
+    # what the user knows it as: a path, a path and an index
+    source: str
+    # None: not known before it is read, or none
+    task: str | None = None
+    # None: not known before it is read
+    num_frames: int | None = None
+    # what else read_episode needs; picklable and small
+    payload: Any = None
+
+
+@runtime_checkable
+class CameraFrames(Protocol):
+    """The images of one camera, read one at a time so that a long episode needs no more memory than a short one."""
+
+    # (W, H) as recorded
+    size: tuple[int, int]
+    is_depth: bool
+    num_frames: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield every frame in order: uint8 (H, W, 3) RGB, or uint16 (H, W) millimetres for depth."""
+        ...
+
+    def encoded(self) -> Iterator[bytes] | None:
+        """Yield every frame as the JPEG that the recording holds; None if it holds none.
+
+        They are stored as they are where no image operation is asked for.
+        """
+        ...
+
+
+class ArrayFrames:
+    """Images that are in memory, or mapped into it: (L, H, W, 3) uint8, or (L, H, W) uint16 for depth."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        if images.ndim not in (3, 4):
+            raise ValueError(f"images must be (L, H, W, 3) or (L, H, W), got {images.shape}.")
+        self._images = images
+        self.num_frames, height, width = images.shape[:3]
+        self.size = (width, height)
+        self.is_depth = images.ndim == 3
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self._images)
+
+    def encoded(self) -> Iterator[bytes] | None:
+        """None: they are not encoded."""
+        return None
+
+
+@dataclass(kw_only=True)
+class Episode:
+    """An episode, its images not yet read."""
+
+    ref: EpisodeRef
+    # frames a second
+    fps: float
+    # float64 (L,) seconds, ascending; frame i of every camera was taken at timestamps[i]
+    timestamps: np.ndarray
+    # {field: float32 or float64 (L, C)}, absolute (or deltas, if described so)
+    fields: dict[str, np.ndarray]
+    cameras: dict[str, CameraFrames]
+    instructions: list[InstructionSpan] = field(default_factory=list)
+    # {camera: (3, 3) or (L, 3, 3)}, pixels, a pixel's integer coordinates being its centre
+    intrinsics: dict[str, np.ndarray] = field(default_factory=dict)
+    # {camera: (4, 4) or (L, 4, 4)}, stored as they are
+    extrinsics: dict[str, np.ndarray] = field(default_factory=dict)
+    # what else is known, as JSON values
+    metadata: dict[str, Any] = field(default_factory=dict)
+    # None: that of the ref
+    task: str | None = None
+
+    @staticmethod
+    def one_instruction(text: str | None, num_frames: int) -> list[InstructionSpan]:
+        """Return the instructions of an episode that has one text throughout; none for empty text."""
+        return [InstructionSpan(start=0, end=num_frames, texts={"original": [text]})] if text else []
+
+
+class BaseRoboticsConverter(abc.ABC):
+    """Reads one kind of recordings; see the module.
+
+    It is made once where the job is driven, and once in every process that reads episodes: what takes long belongs
+    into `discover_episodes`, and what `read_episode` needs of it into the refs.
+    """
+
+    # the params it is made from
+    params_class: ClassVar[type[RoboticsPreprocessParams]] = RoboticsPreprocessParams
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    @abc.abstractmethod
+    def discover_episodes(self) -> list[EpisodeRef]:
+        """Find all episodes of params.source_episodes, without reading them.
+
+        Raises:
+            ValueError: a source is not what it should be.
+            FileNotFoundError: there is no such source.
+        """
+
+    @abc.abstractmethod
+    def discover_cameras(self) -> list[str]:
+        """Return the names of all cameras that the source has, in an order that does not change."""
+
+    @abc.abstractmethod
+    def describe_fields(self) -> dict[str, FieldDescription]:
+        """Return the fields that every episode has, and what their numbers mean."""
+
+    def pose_groups(self) -> tuple[PoseGroup, ...]:
+        """Return the fields that together make poses: these get `_relative` fields, and are resampled as poses."""
+        return ()
+
+    @abc.abstractmethod
+    def read_episode(self, ref: EpisodeRef) -> Episode:
+        """Read an episode; its images are read when its cameras are iterated.
+
+        Raises:
+            ValueError: it is broken, in one line that names the file and what is wrong with it.
+        """
+
+    def describe_source(self) -> dict[str, Any]:
+        """Return what tells that the source has changed: number, bytes and a digest of all files and their sizes."""
+        digest, num_files, num_bytes = hashlib.sha256(), 0, 0
+        for source in self.params.source_episodes:
+            for path, size in list_sizes(source).items():
+                inside = path[len(source.rstrip("/")) :].lstrip("/") or name_of(path)
+                digest.update(f"{inside}\0{size}\n".encode())
+                num_files, num_bytes = num_files + 1, num_bytes + size
+        return {"num_files": num_files, "num_bytes": num_bytes, "digest": digest.hexdigest()}
+
+
+def create_converter(params: RoboticsPreprocessParams) -> BaseRoboticsConverter:
+    """Create the converter that params.type names.
+
+    Raises:
+        ValueError: there is no such converter.
+    """
+    return _CONVERTERS.get(params.type)(params)
