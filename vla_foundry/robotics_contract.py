@@ -79,8 +79,8 @@ class RoboticsContract:
     """What a robotics dataset holds; see the module."""
 
     layout: Layout
-    # frames a second
-    fps: float
+    # frames a second; None: not known (published datasets do not say)
+    fps: float | None
     # the window of preprocessing: what statistics are of, and all that the layout "samples" holds
     past_lowdim_steps: int
     future_lowdim_steps: int
@@ -123,7 +123,7 @@ def parse_contract(text: str, origin: str) -> RoboticsContract:
     try:
         contract = RoboticsContract(
             layout=_choice(values["layout"], Layout, "layout"),
-            fps=float(values["fps"]),
+            fps=None if values["fps"] is None else float(values["fps"]),
             past_lowdim_steps=int(values["past_lowdim_steps"]),
             future_lowdim_steps=int(values["future_lowdim_steps"]),
             image_indices=tuple(int(index) for index in values["image_indices"]),
@@ -137,7 +137,7 @@ def parse_contract(text: str, origin: str) -> RoboticsContract:
         raise ValueError(f"{origin} lacks the key {error}.") from None
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{origin} is no robotics contract ({error}).") from None
-    if not contract.fps > 0:
+    if contract.fps is not None and not contract.fps > 0:
         raise ValueError(f"{origin}: fps ({contract.fps:g}) must be above 0.")
     return contract
 

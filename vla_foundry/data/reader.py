@@ -5,17 +5,21 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
 from vla_foundry.data.cache import RemoteShard, ShardCache
 from vla_foundry.data.indexing import index_name, load_index
+from vla_foundry.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
+from vla_foundry.io.npz import NpzFile, ReadRange
 from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
-from vla_foundry.shards import ManifestEntry, ShardIndex, TokenRecords, parse_index
+from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
 
 # shards that a process keeps open: each costs a file descriptor or a memory map, and its index
 _MAX_OPEN_SHARDS = 256
+# episodes of a shard whose directory of arrays is kept
+_MAX_OPEN_EPISODES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,95 @@ class SampleShard:
         return _read_span(self._descriptor, int(self._offsets[member]), int(self._sizes[member]))
 
 
+@dataclass(frozen=True, eq=False)
+class OpenEpisode:
+    """What is known of an episode that windows are made of."""
+
+    info: EpisodeInfo
+    # its fields (L, C), read by rows
+    arrays: NpzFile
+
+
+class EpisodeShard:
+    """A shard of whole episodes: a row is an anchor of an episode, in the order of the tar.
+
+    Args:
+        uri: its name, for messages.
+        file: the open tar; may be closed afterwards.
+        index: its index.
+    """
+
+    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
+        self._descriptor = os.dup(file.fileno())
+        self.uri = uri
+        self._keys = [episode.key for episode in index.episodes]
+        self._members = [episode.members for episode in index.episodes]
+        self._starts = np.cumsum([0] + [len(episode.anchors) for episode in index.episodes])
+        self._anchors = np.asarray([anchor for episode in index.episodes for anchor in episode.anchors], np.int64)
+        # {camera: int64 [L, 2], offset and size of each frame}
+        self._frames = [
+            {
+                camera: np.asarray([(span.offset, span.size) for span in spans])
+                for camera, spans in episode.frames.items()
+            }
+            for episode in index.episodes
+        ]
+        self._open: OrderedDict[int, OpenEpisode] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def key(self, row: int) -> str:
+        """Return the name of a sample, the same as in the layout of single windows."""
+        number, anchor = self.locate(row)
+        return f"{self._keys[number]}_t{anchor:06d}"
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the number of a row's episode in this shard, and the row's frame in it."""
+        return int(np.searchsorted(self._starts, row, side="right")) - 1, int(self._anchors[row])
+
+    def episode(self, number: int) -> OpenEpisode:
+        """Return an episode; the latest are kept.
+
+        Raises:
+            ValueError: it is broken.
+        """
+        opened = self._open.get(number)
+        if opened is None:
+            key, members = self._keys[number], self._members[number]
+            for suffix in (EPISODE_SUFFIX, LOWDIM_SUFFIX):
+                if suffix not in members:
+                    raise ValueError(f"episode '{key}' has no member '{suffix}'")
+            span = members[EPISODE_SUFFIX]
+            info = parse_episode(_read_span(self._descriptor, span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
+            opened = OpenEpisode(info, NpzFile(self._range_reader(members[LOWDIM_SUFFIX]), members[LOWDIM_SUFFIX].size))
+            self._open[number] = opened
+            if len(self._open) > _MAX_OPEN_EPISODES:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(number)
+        return opened
+
+    def read_frame(self, number: int, camera: str, frame: int) -> bytes | None:
+        """Return the image file of a camera's frame; None if the episode has no such camera.
+
+        Raises:
+            ValueError: the file ends before it does.
+        """
+        spans = self._frames[number].get(camera)
+        if spans is None:
+            return None
+        offset, size = spans[frame].tolist()
+        return _read_span(self._descriptor, offset, size)
+
+    def _range_reader(self, span: MemberSpan) -> ReadRange:
+        descriptor = self._descriptor
+        return lambda offset, size: os.pread(descriptor, min(size, span.size - offset), span.offset + offset)
+
+
 def _read_span(descriptor: int, offset: int, size: int) -> bytes:
     content = os.pread(descriptor, size, offset)
     while len(content) < size:  # one read returns at most 2 GiB
@@ -156,6 +249,9 @@ def _read_span(descriptor: int, offset: int, size: int) -> bytes:
             raise ValueError("the file is cut off")
         content += more
     return content
+
+
+Shard: TypeAlias = TokenShard | SampleShard | EpisodeShard
 
 
 class ShardReader:
@@ -169,13 +265,13 @@ class ShardReader:
     def __init__(self, datasets: Sequence[Dataset], cache: ShardCache) -> None:
         self.datasets = tuple(datasets)
         self.cache = cache
-        self._open: OrderedDict[tuple[int, int], TokenShard | SampleShard] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         """Leave open files behind when a loader process is started."""
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def open(self, dataset: int, shard: int) -> TokenShard | SampleShard:
+    def open(self, dataset: int, shard: int) -> Shard:
         """Return a shard, open.
 
         Raises:
@@ -192,7 +288,7 @@ class ShardReader:
             self._open.move_to_end((dataset, shard))
         return opened
 
-    def _open_anew(self, number: int, shard: int) -> TokenShard | SampleShard:
+    def _open_anew(self, number: int, shard: int) -> Shard:
         dataset, uri = self.datasets[number], self.datasets[number].shard_uri(shard)
         if dataset.is_remote:
             file, path = self.cache.open(dataset.remote_shard(shard))
@@ -205,7 +301,7 @@ class ShardReader:
             _check_count(dataset, shard, index.num_sequences)
             if index.records is not None:
                 return TokenShard(uri, file, index.records, index.num_sequences)
-            return SampleShard(uri, file, index)
+            return EpisodeShard(uri, file, index) if index.episodes else SampleShard(uri, file, index)
 
 
 def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:

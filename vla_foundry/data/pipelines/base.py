@@ -10,18 +10,21 @@ same dataset, chosen by a hash of its position, and counted by reason.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.plan import Location, SamplePlan
-from vla_foundry.data.reader import SampleShard, ShardReader, TokenShard
+from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.registry import Registry
 
 Sample: TypeAlias = dict[str, Any]
 Stage: TypeAlias = Callable[[Sample], Sample | None]
+# (number of the dataset, open shard, row) -> what the stages of a sample begin with
+ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
 # bad samples in a row in place of one sample, after which the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
@@ -72,30 +75,35 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def open_shards(self) -> list[TokenShard | SampleShard]:
+    def open_shards(self) -> list[Shard]:
         """Return the open shard of each row."""
         datasets, shards = self.location.dataset.tolist(), self.location.shard.tolist()
         return [self.reader.open(dataset, shard) for dataset, shard in zip(datasets, shards, strict=True)]
 
-    def read_samples(self, stages: Sequence[Stage], numbers: Iterable[int] | None = None) -> list[Sample]:
+    def read_samples(
+        self, stages: Sequence[Stage], numbers: Iterable[int] | None = None, *, read: ReadContent | None = None
+    ) -> list[Sample]:
         """Read rows and put them through the stages; bad ones are replaced and counted.
 
         Args:
             stages: applied in order.
             numbers: which rows; all if not given.
+            read: reads what the stages begin with; all members (`read_content`) if not given.
 
         Raises:
             ValueError: too many samples in a row were bad, or a shard is not what its manifest says.
         """
         numbers = range(len(self)) if numbers is None else numbers
-        return [self._read_sample(stages, number) for number in numbers]
+        return [self._read_sample(stages, number, read or read_content) for number in numbers]
 
-    def _read_sample(self, stages: Sequence[Stage], number: int) -> Sample:
+    def _read_sample(self, stages: Sequence[Stage], number: int, read: ReadContent) -> Sample:
         location = self.location
         for attempt in range(MAX_REPLACEMENTS + 1):
             place = number if attempt == 0 else 0
             dataset, shard, row = (int(array[place]) for array in location[:3])
-            sample = self._try_sample(stages, self.reader.open(dataset, shard), row, int(self.positions[number]))
+            opened = self.reader.open(dataset, shard)
+            content = partial(read, dataset, opened, row)
+            sample = self._try_sample(stages, opened, row, int(self.positions[number]), content)
             if sample is not None:
                 return sample
             location = self.plan.replacements(self.positions[number : number + 1], attempt)
@@ -105,16 +113,13 @@ class Rows:
         )
 
     def _try_sample(
-        self, stages: Sequence[Stage], shard: TokenShard | SampleShard, row: int, position: int
+        self, stages: Sequence[Stage], shard: Shard, row: int, position: int, read: Callable[[], Sample]
     ) -> Sample | None:
         step, key = "read", f"record {row}"
         draws = {"__seed__": self.plan.seed, "__position__": position, "__is_training__": self.is_training}
         try:
-            if isinstance(shard, SampleShard):
-                key = shard.key(row)
-                sample: Sample | None = {"__key__": key, "__url__": shard.uri, **draws, **shard.read(row)}
-            else:
-                sample = {"__key__": key, "__url__": shard.uri, **draws, **read_record(shard, row)}
+            key = key if isinstance(shard, TokenShard) else shard.key(row)
+            sample: Sample | None = {"__key__": key, "__url__": shard.uri, **draws, **read()}
             for stage in stages:
                 step = name_of_stage(stage)
                 sample = stage(sample)
@@ -130,6 +135,19 @@ class Rows:
             text = " ".join(str(error).split()) or fault
             self.drops.add(f"{step}: {fault}", f"{shard.uri} {key} ({step}: {text})")
             return None
+
+
+def read_content(dataset: int, shard: Shard, row: int) -> Sample:
+    """Read all members of a sample by their suffixes, or a tokenized record.
+
+    Raises:
+        ValueError: the shard holds whole episodes, or is cut off.
+    """
+    if isinstance(shard, TokenShard):
+        return read_record(shard, row)
+    if isinstance(shard, SampleShard):
+        return dict(shard.read(row))
+    raise ValueError("it holds whole episodes, which data.type robotics reads")
 
 
 def read_record(shard: TokenShard, row: int) -> Sample:
@@ -194,6 +212,7 @@ PIPELINES: Registry[Callable[[DataParams], Pipeline]] = Registry(
         "text": "vla_foundry.data.pipelines.text",
         "text_untokenized": "vla_foundry.data.pipelines.text_untokenized",
         "image_caption": "vla_foundry.data.pipelines.image_caption",
+        "robotics": "vla_foundry.data.pipelines.robotics",
     },
 )
 register_pipeline = PIPELINES.register

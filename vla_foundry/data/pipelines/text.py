@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.data.pipelines.base import Rows, Sample, Stage, register_pipeline
-from vla_foundry.data.reader import SampleShard, ShardReader, TokenShard, read_remote_record_length
+from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 
@@ -72,10 +72,10 @@ class TextPipeline:
             if length is not None:
                 self._check_length(length, dataset.manifest)
 
-    def _first_length(self, shard: TokenShard | SampleShard) -> int | None:
+    def _first_length(self, shard: Shard) -> int | None:
         if isinstance(shard, TokenShard):
             return shard.record_length
-        if len(shard) == 0 or self.stages != DEFAULT_STAGES:
+        if not isinstance(shard, SampleShard) or len(shard) == 0 or self.stages != DEFAULT_STAGES:
             return None
         try:
             return len(require_tokens(decode_json_tokens(dict(shard.read(0))))["input_ids"])
@@ -96,7 +96,7 @@ class TextPipeline:
         ends: list[np.ndarray | None] = [None] * len(rows)
         others = []
         for number, (shard, row) in enumerate(zip(shards, rows.location.row.tolist(), strict=True)):
-            if isinstance(shard, SampleShard) or self.stages != DEFAULT_STAGES:
+            if not isinstance(shard, TokenShard) or self.stages != DEFAULT_STAGES:
                 others.append(number)
                 continue
             if shard.record_length != self.row_length:
