@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -89,6 +90,23 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
                 blocks.append(block)
                 inner.update(block.modules())
     return blocks
+
+
+def select_states(
+    hidden_states: tuple[Tensor, ...], num_states: int, at: Int[Tensor, " B"] | None
+) -> list[Float[Tensor, "B S D"]]:
+    """Return the last `num_states` hidden states; of the token at one place of each row where `at` is given.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    if num_states >= len(hidden_states):
+        raise ValueError(f"The last {num_states} layers are asked for, but the model has {len(hidden_states) - 1}.")
+    states = list(hidden_states[-num_states:])
+    if at is None:
+        return states
+    rows = torch.arange(at.shape[0], device=at.device)
+    return [state[rows, at].unsqueeze(1) for state in states]
 
 
 def load_published_model(auto_class: Any, hf_pretrained: str, *, loads_weights: bool) -> Any:

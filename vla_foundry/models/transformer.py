@@ -18,81 +18,15 @@ from torch import Tensor, nn
 
 from vla_foundry.batch import Documents, LossOutput
 from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.layers.attention import Segments, attend, attend_cached, create_segments, read_mask
-from vla_foundry.models.layers.feed_forward import SwiGLU, create_feed_forward
-from vla_foundry.models.layers.kv_cache import CacheStep, KVCache, LayerCache
+from vla_foundry.models.layers.attention import Segments, create_segments, read_mask
+from vla_foundry.models.layers.block import Block, take_token
+from vla_foundry.models.layers.feed_forward import SwiGLU
+from vla_foundry.models.layers.kv_cache import CacheStep, KVCache
 from vla_foundry.models.layers.norms import RMSNorm, create_norm
-from vla_foundry.models.layers.rotary import RotaryTables, Rotation, rotate
+from vla_foundry.models.layers.rotary import RotaryTables, Rotation
 from vla_foundry.models.losses import language_model_loss
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerParams
-
-
-class Attention(nn.Module):
-    """Multi-head attention; n_kv_heads < n_heads is grouped-query attention."""
-
-    def __init__(self, params: TransformerParams) -> None:
-        super().__init__()
-        self.head_dim = params.head_dim or params.hidden_dim // params.n_heads
-        self.num_heads = params.n_heads
-        self.num_kv_heads = params.n_kv_heads or params.n_heads
-        self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.in_proj = nn.Linear(params.hidden_dim, sum(self.widths), bias=False)
-        self.out_proj = nn.Linear(self.widths[0], params.hidden_dim, bias=False)
-        if params.qk_norm:
-            self.q_norm = create_norm(params.norm_type, self.widths[0], params.norm_eps)
-            self.k_norm = create_norm(params.norm_type, self.widths[1], params.norm_eps)
-        else:
-            self.q_norm = self.k_norm = None
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        rotation: Rotation | None,
-        segments: Segments | None,
-        is_causal: bool,
-        cache: LayerCache | None,
-        cache_step: CacheStep | None,
-    ) -> Float[Tensor, "B T D"]:
-        """Attend within segments, or to the cache where `cache_step` says so."""
-        queries, keys, values = self.in_proj(x).split(self.widths, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            # over all heads at once; an fp32 norm under autocast must not change the dtype of attention
-            queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
-        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # (B, T, H, K)
-        if rotation is not None:
-            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if cache is not None:
-            keys, values = cache.write(keys, values, cache_step)
-        if cache_step is not None:
-            output = attend_cached(queries, keys, values, cache_step.mask)
-        else:
-            output = attend(queries, keys, values, segments=segments, is_causal=is_causal)
-        return self.out_proj(output.flatten(2))  # (B, T, D)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to what came in."""
-
-    def __init__(self, params: TransformerParams) -> None:
-        super().__init__()
-        self.attention = Attention(params)
-        self.feed_forward = create_feed_forward(params.ffn_type, params.hidden_dim)
-        self.attention_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
-        self.ffn_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        rotation: Rotation | None = None,
-        segments: Segments | None = None,
-        is_causal: bool = True,
-        cache: LayerCache | None = None,
-        cache_step: CacheStep | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Return x with what this block adds."""
-        x = x + self.attention(self.attention_norm(x), rotation, segments, is_causal, cache, cache_step)
-        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class _Rows(NamedTuple):
@@ -189,6 +123,41 @@ class Transformer(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             past_key_values=cache,
         )
+
+    def encode(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        documents: Documents | None = None,
+        *,
+        sees_ahead: np.ndarray | None = None,
+        num_states: int = 1,
+        at: Int[Tensor, " B"] | None = None,
+        normalize: bool = True,
+    ) -> list[Float[Tensor, "B S D"]]:
+        """Return the outputs of the last `num_states` blocks, without an output head; see `forward`.
+
+        Args:
+            at: only those of the token at this place of each row (S is 1); nothing else is computed where it can be
+                left out. The token sees all before it in its row.
+            normalize: take the last one after the final norm.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
+        if num_states > len(self.layers):
+            raise ValueError(f"The last {num_states} layers are asked for, but the model has {len(self.layers)}.")
+        x = self._embed(None, inputs_embeds)
+        is_causal = self.params.is_causal
+        rows = self._arrange(x, None, documents, is_causal, None, sees_ahead)
+        states: list[Tensor] = []
+        for i, block in enumerate(self.layers, start=1 - len(self.layers)):
+            # i is 0 at the last block
+            x = block(x, rows.rotation, rows.segments, is_causal, at=at if i == 0 else None)
+            if i > -num_states:
+                states.append(x if at is None or i == 0 else take_token(x, at))
+        if normalize:
+            states[-1] = self.norm(states[-1])
+        return states
 
     def _arrange(
         self,

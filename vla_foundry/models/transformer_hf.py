@@ -16,7 +16,13 @@ from transformers.masking_utils import sdpa_mask
 
 from vla_foundry.batch import Documents, LossOutput
 from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head, load_published_model
+from vla_foundry.models.hugging_face import (
+    HuggingFaceModule,
+    find_blocks,
+    has_plain_head,
+    load_published_model,
+    select_states,
+)
 from vla_foundry.models.layers.attention import Segments, attend, create_segments
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
@@ -131,6 +137,32 @@ class TransformerHF(HuggingFaceModule):
         head: Any = self.model.get_output_embeddings()
         hidden = decoder(**inputs).last_hidden_state
         return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+
+    def encode(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        documents: Documents | None = None,
+        *,
+        sees_ahead: np.ndarray | None = None,
+        num_states: int = 1,
+        at: Int[Tensor, " B"] | None = None,
+        normalize: bool = True,
+    ) -> list[Float[Tensor, "B S D"]]:
+        """Return the outputs of the last `num_states` blocks; see the native transformer.
+
+        Raises:
+            ValueError: `normalize` is false: the last output is always the normalised one here.
+        """
+        if not normalize:
+            raise ValueError("A Hugging Face model gives its last hidden state after the final norm only.")
+        sees_ahead = sees_ahead if sees_ahead is not None and sees_ahead.any() else None
+        if sees_ahead is not None:
+            self._check_sees_ahead(None)
+        inputs = self._arrange(inputs_embeds, None, documents, sees_ahead)
+        output = self.model.base_model(
+            inputs_embeds=inputs_embeds, use_cache=False, output_hidden_states=True, **inputs
+        )
+        return select_states(output.hidden_states, num_states, at)
 
     @property
     def hidden_dim(self) -> int:

@@ -94,7 +94,7 @@ class VLM(nn.Module):
             if self.sees_ahead:
                 sees_ahead = is_image.cpu().numpy()
         inputs: dict[str, Any] = {
-            "inputs_embeds": self._embed(input_ids, pixel_values, image_positions),
+            "inputs_embeds": self.embed(input_ids, pixel_values, image_positions),
             "attention_mask": attention_mask,
             "documents": documents,
             "sees_ahead": sees_ahead if self.sees_ahead else None,
@@ -114,7 +114,13 @@ class VLM(nn.Module):
         features = self.vit(pixel_values.flatten(0, -4))[:, self.vit.num_prefix_tokens :]
         return self.projection(features)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor) -> Tensor:
+    def embed(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        pixel_values: Float[Tensor, "*N 3 H W"] | None,
+        image_positions: Int[Tensor, " n"],
+    ) -> Float[Tensor, "B T D"]:
+        """Return what the language model reads: the tokens' embeddings, and the images' in their places."""
         # the image token need not have a row of its own
         ids = input_ids.masked_fill(input_ids == self._image_token(), 0)
         embeds = self.transformer.embed_tokens(ids)  # (B, T, D)

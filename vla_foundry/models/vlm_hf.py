@@ -9,7 +9,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, has_plain_head, load_published_model
+from vla_foundry.models.hugging_face import (
+    HuggingFaceModule,
+    find_blocks,
+    has_plain_head,
+    load_published_model,
+    select_states,
+)
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vlm import VLMHFParams
@@ -72,18 +78,8 @@ class VLMHF(HuggingFaceModule):
             extras: what this architecture takes besides, such as image_grid_thw.
         """
         use_cache = use_cache or past_key_values is not None
-        position_ids, offsets = self._positions(input_ids, attention_mask, past_key_values, extras)
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids.long(),
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": None if past_key_values is None else past_key_values.cache,
-            "use_cache": use_cache,
-            "output_hidden_states": output_hidden_states,
-            **extras,
-        }
-        if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values.unsqueeze(0) if self.is_grouped else pixel_values
+        inputs, offsets = self._arrange(input_ids, attention_mask, pixel_values, past_key_values, extras)
+        inputs |= {"use_cache": use_cache, "output_hidden_states": output_hidden_states}
         if self.takes_prompt_types and targets is None and past_key_values is None:
             inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
         if targets is not None:
@@ -91,6 +87,49 @@ class VLMHF(HuggingFaceModule):
         output = self.model(**inputs, logits_to_keep=logits_to_keep)
         cache = VLMCache(output.past_key_values, offsets) if use_cache else None
         return LanguageModelOutput(output.logits, output.hidden_states, cache)
+
+    def encode(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Float[Tensor, "M ..."] | None = None,
+        num_states: int = 1,
+        at: Int[Tensor, " B"] | None = None,
+        **extras: Tensor,
+    ) -> list[Float[Tensor, "B S D"]]:
+        """Return the outputs of the last `num_states` blocks, without the output head; see the native transformer."""
+        inputs, _ = self._arrange(input_ids, attention_mask, pixel_values, None, extras)
+        if self.takes_prompt_types:
+            inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
+        output = self.model.base_model(**inputs, use_cache=False, output_hidden_states=True)
+        return select_states(output.hidden_states, num_states, at)
+
+    @property
+    def hidden_dim(self) -> int:
+        """The width of hidden states."""
+        return self.model.config.get_text_config().hidden_size
+
+    def _arrange(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        past_key_values: VLMCache | None,
+        extras: dict[str, Tensor],
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what the model takes, and how far positions are from the number of tokens."""
+        position_ids, offsets = self._positions(input_ids, attention_mask, past_key_values, extras)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.long(),
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": None if past_key_values is None else past_key_values.cache,
+            **extras,
+        }
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values.unsqueeze(0) if self.is_grouped else pixel_values
+        return inputs, offsets
 
     def _loss(
         self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float, *, has_images: bool

@@ -1,7 +1,9 @@
 """What values are derived from: facts about the machine and the data, read once, and the result of one derivation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from vla_foundry.robotics_contract import NamedContract, RoboticsContract
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class DatasetFacts:
     provenance: dict[str, Any]
     # its own tokenizer folder, if it has one
     tokenizer: TokenizerFacts | None = None
+    # what it holds and what its numbers mean, if it is robot data
+    robotics: RoboticsContract | Unavailable | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +70,7 @@ class Facts:
     tokenizer: TokenizerFacts | None = None
     # processor/ or tokenizer/ of that run, where data with images names neither
     started_from: TokenizerFacts | None = None
+    # what the robot data of that run was, and the run's folder
+    started_from_robotics: NamedContract | None = None
+    # checkpoint that a part of the model starts from -> params of the model that its run trained
+    checkpoint_models: dict[str, Any] = field(default_factory=dict)

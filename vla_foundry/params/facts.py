@@ -11,8 +11,10 @@ from vla_foundry.params.base import BaseParams
 from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.images import ImageProcessorParams
+from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.base import ModelParams
-from vla_foundry.run_folder import PROCESSOR_FOLDER, TOKENIZER_FOLDER
+from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, TOKENIZER_FOLDER
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
 from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
 
@@ -56,6 +58,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         ),
         tokenizer=tokenizer,
         started_from=started_from,
+        checkpoint_models=_read_checkpoint_models(params.model, offline),
     )
 
 
@@ -137,9 +140,40 @@ def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | Non
 
 def list_checkpoints(model: BaseParams) -> list[str]:
     """Return what the model starts from, and then what each of its parts does, in order of the fields."""
-    found = [model.resume_from_checkpoint] if isinstance(model, ModelParams) else []
+    found = [model.resume_from_checkpoint] if isinstance(model, ModelParams | BackboneParams) else []
     parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
     return [name for name in found if name is not None] + [name for part in parts for name in list_checkpoints(part)]
+
+
+def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, ModelParams]:
+    """Return the model of each run that a part starts from and takes its architecture from."""
+    models: dict[str, ModelParams] = {}
+    for part in (value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)):
+        if isinstance(part, VLMFoundryBackboneParams) and part.vlm is None and part.resume_from_checkpoint is not None:
+            _check_checkpoint(part.resume_from_checkpoint, "model.vision_language_backbone", offline)
+            if not (is_remote(part.resume_from_checkpoint) and offline):
+                models[part.resume_from_checkpoint] = _read_run_model(part.resume_from_checkpoint)
+    return models
+
+
+def _read_run_model(checkpoint: str) -> ModelParams:
+    """Return the params of the model that a checkpoint is of; Hugging Face parts are read from the run's own files."""
+    from vla_foundry.params.loading import load_params_from_yaml
+
+    folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))
+    for _ in range(_RUN_DEPTH):
+        config = join_uri(folder, MODEL_CONFIG_NAME)
+        if exists(config):
+            params = load_params_from_yaml(ModelParams, config)
+            files = join_uri(folder, MODEL_FILES_FOLDER)
+            if isinstance(params, VLMParams) and not is_remote(files) and exists(files):
+                return params.with_model_files(files)
+            return params
+        folder = parent_uri(folder)
+    raise FileNotFoundError(
+        f"model.vision_language_backbone.resume_from_checkpoint: {checkpoint} lies in no run folder (there is no "
+        f"{MODEL_CONFIG_NAME} above it). Give a run folder, or the architecture in model.vision_language_backbone.vlm."
+    )
 
 
 def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:

@@ -101,6 +101,10 @@ class DataParams(ChoiceParams):
         """The tokenizer that is named here (a name or a folder), for types that have one."""
         return None
 
+    def robot_widths(self) -> dict[str, int | None]:
+        """`action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
+        return {}
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """The seed, the workers, and a modality and a weight for each dataset."""
         derived: dict[str, Derived] = {}

@@ -1,0 +1,168 @@
+"""Params of backbones: what encodes a robot's observation (images, instruction) for an action head."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vla_foundry.params.base import ChoiceParams, register_model_params
+from vla_foundry.params.derivation import Derived, Facts, Unavailable
+from vla_foundry.params.models.base import ImageInputs, TokenLimits
+from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
+from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneParams(ChoiceParams):
+    """Role: anything that maps images and an instruction to conditioning tokens."""
+
+    _choice_registry = {}
+    choice_path = "model.vision_language_backbone.type"
+    native_type = "vlm_foundry_backbone"
+
+    # where to take its weights from: a run of the model that it is, or one of its checkpoints; null: its own
+    resume_from_checkpoint: str | None = None
+    # keep all of its weights as they are
+    freeze: bool = False
+
+    def token_limits(self) -> TokenLimits:
+        """Which tokens it can take."""
+        return TokenLimits()
+
+    def image_inputs(self) -> ImageInputs:
+        """Which images it takes."""
+        return ImageInputs(takes_packed_rows=False)
+
+    def with_model_files(self, folder: str) -> "BackboneParams":
+        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageBackboneParams(BackboneParams):
+    """What backbones that are vision-language models share."""
+
+    # an observation token after the text sums all up, or the head sees every token (prefix)
+    conditioning: Literal["observation_token", "prefix"] = "observation_token"
+    # hidden states of the last so many layers, side by side
+    num_vlm_layers_to_use: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_vlm_layers_to_use < 1:
+            raise ValueError(f"num_vlm_layers_to_use ({self.num_vlm_layers_to_use}) must be at least 1.")
+
+
+@register_model_params("vlm_foundry_backbone")
+@dataclass(frozen=True, kw_only=True)
+class VLMFoundryBackboneParams(LanguageBackboneParams):
+    """Our vision-language model."""
+
+    # its architecture; null: that of resume_from_checkpoint
+    vlm: VLMParams | None = None
+    # take the last layer's hidden state after the model's final norm; false: imported checkpoints
+    final_norm: bool = True
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The architecture, from the run that the weights come from."""
+        if self.vlm is not None:
+            return {}
+        if self.resume_from_checkpoint is None:
+            needs = Unavailable("a run of type vlm in resume_from_checkpoint, or an architecture in vlm")
+            return {"vlm": Derived(needs, "nothing")}
+        found = facts.checkpoint_models.get(self.resume_from_checkpoint)
+        if found is None:
+            return {"vlm": Derived(Unavailable(f"the config of {self.resume_from_checkpoint}"), "nothing")}
+        if not isinstance(found, VLMParams):
+            raise ValueError(
+                f"model.vision_language_backbone.resume_from_checkpoint ({self.resume_from_checkpoint}) is of type "
+                f"{found.type}, not vlm. Give a run of type vlm."
+            )
+        # its parts have their weights from the whole's checkpoint
+        parts = {name: replace(getattr(found, name), resume_from_checkpoint=None) for name in ("vit", "transformer")}
+        whole = replace(found, resume_from_checkpoint=None, resume_weights_only=False, **parts)
+        return {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
+
+    def token_limits(self) -> TokenLimits:
+        """Those of its language model, less the observation token."""
+        if self.vlm is None:
+            return TokenLimits()
+        limits = self.vlm.token_limits()
+        if limits.max_seq_len is None or self.conditioning == "prefix":
+            return limits
+        return replace(limits, max_seq_len=limits.max_seq_len - 1)
+
+    def image_inputs(self) -> ImageInputs:
+        """Those of its image encoder."""
+        inputs = ImageInputs() if self.vlm is None else self.vlm.image_inputs()
+        return replace(inputs, takes_packed_rows=False)
+
+    def with_model_files(self, folder: str) -> "VLMFoundryBackboneParams":
+        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        return self if self.vlm is None else replace(self, vlm=self.vlm.with_model_files(folder))
+
+
+@register_model_params("vlm_backbone")
+@dataclass(frozen=True, kw_only=True)
+class VLMBackboneParams(LanguageBackboneParams):
+    """Any Hugging Face image-text model."""
+
+    # Hugging Face model name, hf://owner/name or folder
+    hf_pretrained: str
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True
+
+    def model_params(self) -> VLMHFParams:
+        """Params of the model that it is."""
+        return VLMHFParams(hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights)
+
+    def image_inputs(self) -> ImageInputs:
+        """What its own processor makes of images."""
+        return self.model_params().image_inputs()
+
+    def with_model_files(self, folder: str) -> "VLMBackboneParams":
+        """The same, read from the files that a run keeps of the published model."""
+        return replace(self, hf_pretrained=folder)
+
+
+@register_model_params("clip_backbone")
+@dataclass(frozen=True, kw_only=True)
+class CLIPBackboneParams(BackboneParams):
+    """A Hugging Face CLIP model: one token for the instruction, and one for each image."""
+
+    # Hugging Face model name, hf://owner/name or folder
+    hf_pretrained: str
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True
+    # leave the instruction out
+    disable_text: bool = False
+    # keep the text encoder as it is
+    freeze_text_encoder: bool = False
+    # keep the image encoder as it is
+    freeze_image_encoder: bool = False
+    # imported checkpoints: normalise the instruction before its projection, not after
+    text_norm_before_projection: bool = False
+
+    def image_inputs(self) -> ImageInputs:
+        """What its own processor makes of images."""
+        return ImageInputs(processor=self.hf_pretrained.removeprefix("hf://"), takes_packed_rows=False)
+
+    def with_model_files(self, folder: str) -> "CLIPBackboneParams":
+        """The same, read from the files that a run keeps of the published model."""
+        return replace(self, hf_pretrained=folder)
+
+
+@register_model_params("vit_backbone")
+@dataclass(frozen=True, kw_only=True)
+class ViTBackboneParams(BackboneParams):
+    """An image encoder alone: all patches of all images; the instruction is not read."""
+
+    # the image encoder
+    vit: ImageEncoderParams
+
+    def image_inputs(self) -> ImageInputs:
+        """Its own images."""
+        return replace(self.vit.image_inputs(), takes_packed_rows=False)
+
+    def with_model_files(self, folder: str) -> "ViTBackboneParams":
+        """The same, with a Hugging Face encoder read from the files that a run keeps of it."""
+        if isinstance(self.vit, ViTHFParams) and not self.vit.hf_pretrained.startswith("timm:"):
+            return replace(self, vit=replace(self.vit, hf_pretrained=folder))
+        return self

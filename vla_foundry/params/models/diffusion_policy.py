@@ -1,0 +1,58 @@
+"""Params of the robot policy (VLA): a backbone that encodes the observation, and a head that predicts actions."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vla_foundry.params.base import register_model_params
+from vla_foundry.params.derivation import Derived, Facts, Unavailable
+from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.params.models.backbones import BackboneParams
+from vla_foundry.params.models.base import ImageInputs, ModelParams, TokenLimits
+
+
+@register_model_params("diffusion_policy")
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPolicyParams(ModelParams):
+    """Images, an instruction and proprioception to a chunk of actions."""
+
+    # what encodes images and instruction
+    vision_language_backbone: BackboneParams
+    # what predicts actions from that
+    action_head: ActionHeadParams
+    # numbers in an action; null: that of the data
+    action_dim: int | None = None
+    # numbers in a step of proprioception, 0: none; null: that of the data
+    proprioception_dim: int | None = None
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """The widths of actions and proprioception, from the data."""
+        derived: dict[str, Derived] = {}
+        for name in ("action_dim", "proprioception_dim"):
+            if getattr(self, name) is None:
+                found = root.data.robot_widths().get(name)
+                needs = Unavailable(f"data of type robotics, or --model.{name} N")
+                derived[name] = Derived(needs if found is None else found, f"data.{name}")
+        return derived
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that the data's actions and proprioception are as wide as the model's."""
+        for name, found in root.data.robot_widths().items():
+            own = getattr(self, name)
+            if None not in (own, found) and own != found:
+                raise ValueError(
+                    f"{path}.{name} ({own}) must be that of the data ({found}). Leave {path}.{name} out, or change "
+                    "the fields of the data."
+                )
+        return []
+
+    def token_limits(self) -> TokenLimits:
+        """Those of its backbone."""
+        return self.vision_language_backbone.token_limits()
+
+    def image_inputs(self) -> ImageInputs:
+        """Those of its backbone."""
+        return self.vision_language_backbone.image_inputs()
+
+    def with_model_files(self, folder: str) -> "DiffusionPolicyParams":
+        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        return replace(self, vision_language_backbone=self.vision_language_backbone.with_model_files(folder))
