@@ -1,4 +1,4 @@
-"""Names of low-dimensional fields, groups of fields that make a pose, the window around an anchor, column layouts.
+"""Names of low-dimensional fields and images, groups of fields that make a pose, the window around an anchor.
 
 A field is a named signal with one row a frame. The published names follow
 
@@ -9,11 +9,9 @@ as in `robot__actual__poses__left::panda__xyz` or `robot__action__grippers__righ
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from vla_foundry.registry import unknown_name_message
 
@@ -196,66 +194,6 @@ class Window:
                 f"({self.past} past, {self.future} future). Ask for less or preprocess with more steps."
             )
         return slice(self.past - inner.past, self.past + 1 + inner.future)
-
-
-@dataclass(frozen=True)
-class FieldLayout:
-    """Fields side by side in one array (..., width), in a stated order."""
-
-    # fields in the order of their columns
-    fields: tuple[str, ...]
-    # columns of each field
-    widths: tuple[int, ...]
-
-    @classmethod
-    def create(cls, fields: Sequence[str], widths: Mapping[str, int], *, what: str = "field") -> "FieldLayout":
-        """Lay out `fields` with the widths that are known of them.
-
-        Args:
-            what: config path of the list, for messages (`data.action_fields`).
-
-        Raises:
-            ValueError: a field is unknown or given twice.
-        """
-        for number, name in enumerate(fields):
-            if name not in widths:
-                raise ValueError(unknown_name_message(what, name, sorted(widths)))
-            if name in fields[:number]:
-                raise ValueError(f"{what} lists '{name}' twice. Remove one.")
-        return cls(tuple(fields), tuple(widths[name] for name in fields))
-
-    @property
-    def width(self) -> int:
-        """Columns of the whole."""
-        return sum(self.widths)
-
-    def slices(self) -> Iterator[tuple[str, slice]]:
-        """Yield each field with its columns."""
-        start = 0
-        for name, width in zip(self.fields, self.widths, strict=True):
-            yield name, slice(start, start + width)
-            start += width
-
-    def concatenate(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Put the fields side by side: {field: (..., width)} -> (..., total width).
-
-        Raises:
-            ValueError: a field is missing or has another width.
-        """
-        parts = []
-        for name, width in zip(self.fields, self.widths, strict=True):
-            if name not in arrays:
-                raise ValueError(unknown_name_message("field", name, sorted(arrays)))
-            if arrays[name].shape[-1] != width:
-                raise ValueError(f"field '{name}' has {arrays[name].shape[-1]} columns, expected {width}.")
-            parts.append(arrays[name])
-        return np.concatenate(parts, axis=-1)
-
-    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Take the fields apart again: views of (..., total width)."""
-        if values.shape[-1] != self.width:
-            raise ValueError(f"fields {', '.join(self.fields)} need {self.width} columns, got {values.shape[-1]}.")
-        return {name: values[..., columns] for name, columns in self.slices()}
 
 
 def image_name(camera: str, offset: int) -> str:

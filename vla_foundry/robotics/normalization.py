@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.fields import FieldLayout, Window
+from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.layout import FieldLayout
 from vla_foundry.robotics.statistics import FieldStatistics
 
 NormalizationMethod = Literal["std", "min_max", "percentile_1_99", "percentile_5_95"]
