@@ -14,7 +14,7 @@ is null where episodes differ. A training config, statistics and a checkpoint ar
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from vla_foundry.robotics.fields import PoseGroup, parse_pose_groups
 
@@ -93,6 +93,14 @@ class RoboticsContract:
     pose_groups: tuple[PoseGroup, ...] = ()
     # kinds of instructions that some episode has
     language_types: tuple[str, ...] = ()
+
+
+class NamedContract(NamedTuple):
+    """A contract, and what the user knows its owner as."""
+
+    # a manifest, or the folder of a run
+    name: str
+    contract: RoboticsContract
 
 
 def format_contract(contract: RoboticsContract) -> str:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vla_foundry.params.base import BaseParams
+from vla_foundry.params.derivation import Derived, Facts
+from vla_foundry.params.models.base import ImageInputs
+from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +148,60 @@ class ImageProcessorParams(BaseParams):
     def __post_init__(self) -> None:
         if min(self.image_std) <= 0:
             raise ValueError(f"data.image_std must be above 0, got {list(self.image_std)}.")
+
+    def tokenizer_name(self) -> str | None:
+        """The processor or tokenizer that is named here."""
+        return self.processor or self.tokenizer
+
+    def derive_processor(self, model: ImageInputs, facts: Facts) -> dict[str, Derived]:
+        """The processor or tokenizer, the size of images and their tokens, as they follow from the model.
+
+        Args:
+            model: which images it takes.
+            facts: what is known about the run that it starts from.
+        """
+        derived: dict[str, Derived] = {}
+        processor = self.processor
+        if self.tokenizer_name() is None:
+            if model.processor is not None:
+                processor = model.processor
+                derived["processor"] = Derived(processor, "the model's own")
+            elif facts.started_from is not None:
+                name = facts.started_from.name
+                is_processor = name.rstrip("/").endswith(f"/{PROCESSOR_FOLDER}")
+                processor = name if is_processor else None
+                derived["processor" if is_processor else "tokenizer"] = Derived(
+                    name, "the run that the model starts from"
+                )
+        if processor is None:
+            for name in ("image_size", "img_num_tokens"):
+                if getattr(self, name) is None and getattr(model, name) is not None:
+                    derived[name] = Derived(getattr(model, name), "the model")
+        return derived
+
+    def check_processor(self, model: ImageInputs, path: str, *, seq_len: int) -> None:
+        """Check that there is a processor, and that our own one fits the model and the length of rows.
+
+        Raises:
+            ValueError: it is not so.
+        """
+        if self.tokenizer_name() is None:
+            raise ValueError(
+                f"{path}.processor and {path}.tokenizer are missing. Give --{path}.tokenizer NAME_OR_FOLDER for our "
+                f"own processor, or --{path}.processor NAME_OR_FOLDER."
+            )
+        if self.processor is not None:
+            return
+        for name, own, taken in (
+            ("image_size", self.image_size, model.image_size),
+            ("img_num_tokens", self.img_num_tokens, model.img_num_tokens),
+        ):
+            if own is None:
+                raise ValueError(f"{path}.{name} is missing, and the model does not say. Give --{path}.{name}.")
+            if taken is not None and own != taken:
+                raise ValueError(f"{path}.{name} ({own}) must equal the model's ({taken}). Leave {path}.{name} out.")
+        if self.img_num_tokens is not None and self.img_num_tokens >= seq_len:
+            raise ValueError(
+                f"{path}.seq_len ({seq_len}) must be more than {path}.img_num_tokens ({self.img_num_tokens}): "
+                "an image and its caption stand in one row."
+            )

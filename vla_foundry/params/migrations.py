@@ -71,6 +71,14 @@ MIGRATIONS: dict[str, Migration] = {
             "ddp_static_graph": "it never had an effect",
         },
     ),
+    "RoboticsDataParams": Migration(
+        ignored={
+            "image_names": "camera_names and image_indices tell them",
+            "tactile_fields": "it never had an effect",
+            "use_point_cloud": "it never had an effect",
+            "point_cloud_num_points": "it never had an effect",
+        },
+    ),
     "ViTParams": Migration(ignored={"pretrained": "it never had an effect"}),
     "VLMParams": Migration(ignored={"processor": "data.processor names it"}),
 }

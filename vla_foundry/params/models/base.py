@@ -27,6 +27,8 @@ class ImageInputs:
     processor: str | None = None
     # several samples may share a row; False: one sample a row, as its positions depend on what the row holds
     takes_packed_rows: bool = True
+    # it takes tokens beside images; False: images and numbers alone
+    takes_text: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

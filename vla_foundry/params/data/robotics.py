@@ -1,0 +1,266 @@
+"""Params of robot data: which cameras, fields and steps make a sample, and how they are normalized."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vla_foundry.params import robotics_fit as fit
+from vla_foundry.params.base import register_data_params
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.derivation import DatasetFacts, Derived, Facts, Unavailable
+from vla_foundry.params.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.robotics import NormalizationParams
+from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
+from vla_foundry.robotics_contract import CONTRACT_NAME, NamedContract, RoboticsContract
+from vla_foundry.text.prompts import INSTRUCTION_PROMPTS, template_fields
+
+STATISTICS_NAME = "stats.json"
+
+
+@register_data_params("robotics")
+@dataclass(frozen=True, kw_only=True)
+class RoboticsDataParams(ImageProcessorParams, DataParams):
+    """Windows of robot episodes: images, an instruction, proprioception and actions."""
+
+    modalities = ("robotics",)
+
+    # cameras in the order that the model gets them; null: those of the data, which must agree
+    camera_names: list[str] | None = None
+    # frames of a sample's images from the anchor, ascending; null: those of the data
+    image_indices: list[int] | None = None
+    # a missing image is black; false: it is an error
+    pad_missing_images: bool = False
+    # the model does not see such images
+    mask_padded_images: bool = False
+    # fields that are predicted, side by side in this order
+    action_fields: list[str] = field(default_factory=list)
+    # fields that are observed, side by side in this order
+    proprioception_fields: list[str] = field(default_factory=list)
+    # fields that some of the datasets lack are 0 there, and masked among actions; false: they are an error
+    pad_missing_fields: bool = False
+    # fields that together make poses: {name, position_key, rotation_key, ...}; null: those of the data
+    pose_groups: list[dict[str, str]] | None = None
+    # steps before the anchor; null: those of the data
+    lowdim_past_timesteps: int | None = None
+    # steps after the anchor; null: those of the data
+    lowdim_future_timesteps: int | None = None
+    # false: no instructions, and no text processor; null: if the model takes text
+    use_language: bool | None = None
+    # kinds of instructions, of which one instruction is drawn for each sample; empty: none, the prompt has no words
+    language_instruction_types: list[str] = field(default_factory=lambda: ["original"])
+    # user turns, one drawn per sample; <image> says where images go, {instruction} is the instruction
+    prompts: list[str] = field(default_factory=lambda: list(INSTRUCTION_PROMPTS))
+    # longest row of images and text, tokens; null: seq_len
+    max_text_seq_len: int | None = None
+    # of cameras, as arrays of the data name them; "intrinsics.CAMERA" follows crops and resizing
+    intrinsics_fields: list[str] = field(default_factory=list)
+    # of cameras, as arrays of the data name them
+    extrinsics_fields: list[str] = field(default_factory=list)
+    # how actions and proprioception are normalized
+    normalization: NormalizationParams = field(default_factory=NormalizationParams)
+    # statistics of each dataset; empty: stats.json beside each manifest
+    dataset_statistics: list[str] = field(default_factory=list)
+    # every window counts the same (count), or each dataset by its dataset_weighting (mixture)
+    statistics_weighting: Literal["count", "mixture"] = "count"
+    # not used: validation is normalized as training is, because the model knows no other numbers
+    val_dataset_statistics: list[str] = field(default_factory=list)
+    # random changes while training; validation takes the middle of each image
+    augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
+    # go on although datasets, or the run that the model starts from, say different things about what is used
+    accept_contradictions: bool = False
+    # columns of all action_fields; null: as the data says
+    action_dim: int | None = None
+    # columns of all proprioception_fields; null: as the data says
+    proprioception_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        ImageProcessorParams.__post_init__(self)
+        DataParams.__post_init__(self)
+        for prompt in self.prompts:
+            unknown = set(template_fields(prompt)) - {"instruction"}
+            if unknown:
+                raise ValueError(f"prompts: {prompt!r} may only have the field {{instruction}}.")
+        if not self.prompts:
+            raise ValueError("prompts is empty. Give at least one, or leave it out.")
+        indices = self.image_indices
+        if indices is not None and indices != sorted(set(indices)):
+            raise ValueError(f"image_indices {indices} must ascend: images stand in the order of time.")
+        for name in ("camera_names", "action_fields", "proprioception_fields"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                twice = next(value for value in values if values.count(value) > 1)
+                raise ValueError(f"{name} lists '{twice}' twice. Remove one.")
+        if self.mask_padded_images and not self.pad_missing_images:
+            raise ValueError("mask_padded_images is true, but pad_missing_images is false. Set both, or none.")
+        for name in ("lowdim_past_timesteps", "lowdim_future_timesteps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} ({value}) must be 0 or more.")
+        count = len(self.dataset_manifest)
+        if self.dataset_statistics and len(self.dataset_statistics) != count:
+            raise ValueError(
+                f"dataset_statistics has {len(self.dataset_statistics)} entries and dataset_manifest has {count}. "
+                "Give one for each manifest, or leave it out."
+            )
+        self.parse_groups()
+
+    def parse_groups(self) -> tuple[PoseGroup, ...] | None:
+        """The pose groups that are given here; None: those of the data."""
+        return None if self.pose_groups is None else parse_pose_groups(self.pose_groups)
+
+    @property
+    def window(self) -> Window:
+        """The steps of a sample, once they are known."""
+        assert self.lowdim_past_timesteps is not None, "resolve derives data.lowdim_past_timesteps"
+        assert self.lowdim_future_timesteps is not None, "resolve derives data.lowdim_future_timesteps"
+        return Window(self.lowdim_past_timesteps, self.lowdim_future_timesteps)
+
+    @property
+    def normalization_window(self) -> Window:
+        """The steps that statistics are taken of: those of a sample, where normalization does not say."""
+        past, future = self.normalization.lowdim_past_timesteps, self.normalization.lowdim_future_timesteps
+        window = self.window
+        # 0 is a number of steps, not "not given"
+        return Window(window.past if past is None else past, window.future if future is None else future)
+
+    @property
+    def image_names(self) -> list[str]:
+        """A sample's images in order: time-major, cameras within a time."""
+        return image_names(self.camera_names or [], self.image_indices or [])
+
+    def robot_widths(self) -> dict[str, int | None]:
+        """`action_dim` and `proprioception_dim`; None: not known yet."""
+        return {"action_dim": self.action_dim, "proprioception_dim": self.proprioception_dim}
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Cameras, images, steps, pose groups and widths too, as the datasets say, and the processor of the model."""
+        derived = super().derive(root, facts)
+        model = root.model.image_inputs()
+        if self.use_language is None:
+            derived["use_language"] = Derived(model.takes_text, "the model")
+        if derived["use_language"].value if self.use_language is None else self.use_language:
+            derived |= self.derive_processor(model, facts)
+        elif self.image_size is None and model.image_size is not None:
+            derived["image_size"] = Derived(model.image_size, "the model")
+        if not self.dataset_statistics and self.normalization.enabled:
+            paths = [manifest.rpartition("/")[0] for manifest in self.dataset_manifest]
+            paths = [f"{folder}/{STATISTICS_NAME}" if folder else STATISTICS_NAME for folder in paths]
+            derived["dataset_statistics"] = Derived(paths, f"{STATISTICS_NAME} beside each manifest")
+        return derived | self.derive_from_data(facts.datasets)
+
+    def derive_from_data(self, datasets: Sequence[DatasetFacts]) -> dict[str, Derived]:
+        """What the contracts of the datasets tell.
+
+        Raises:
+            ValueError: they disagree on what is not given here, or lack a field.
+        """
+        wanted = ("camera_names", "image_indices", "lowdim_past_timesteps", "lowdim_future_timesteps")
+        wanted = [name for name in (*wanted, "pose_groups", "action_dim", "proprioception_dim") if _is_open(self, name)]
+        needs = next((item.robotics for item in datasets if isinstance(item.robotics, Unavailable)), None)
+        if not datasets or needs is not None:
+            missing = needs or Unavailable("data.dataset_manifest")
+            return {name: Derived(missing, "the data") for name in wanted}
+        known = _contracts_of(datasets)
+        source = f"the data ({CONTRACT_NAME})"
+        values: dict[str, Any] = {
+            "camera_names": lambda: fit.agree_on(
+                "data.camera_names", {name: list(contract.cameras) for name, contract in known}
+            ),
+            "image_indices": lambda: fit.agree_on(
+                "data.image_indices", {name: contract.image_indices for name, contract in known}
+            ),
+            # the largest window that all of them hold
+            "lowdim_past_timesteps": lambda: min(contract.past_lowdim_steps for _, contract in known),
+            "lowdim_future_timesteps": lambda: min(contract.future_lowdim_steps for _, contract in known),
+            "pose_groups": lambda: fit.format_pose_groups(known),
+            "action_dim": lambda: self._width("action_fields", known),
+            "proprioception_dim": lambda: self._width("proprioception_fields", known),
+        }
+        return {name: Derived(values[name](), source) for name in wanted}
+
+    def _width(self, name: str, datasets: Sequence[NamedContract]) -> int:
+        fields = getattr(self, name)
+        plans = [self.plan_fields(name, dataset) for dataset in datasets]
+        return sum(fit.width_of(field, plans, f"data.{name}") for field in fields)
+
+    def plan_fields(self, name: str, dataset: NamedContract) -> fit.FieldPlan:
+        """How the fields of `action_fields` or `proprioception_fields` come out of a dataset.
+
+        Raises:
+            ValueError: they do not.
+        """
+        return fit.plan_fields(
+            getattr(self, name),
+            dataset,
+            pose_groups=self.parse_groups(),
+            path=f"data.{name}",
+            may_be_missing=self.pad_missing_fields,
+        )
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that the datasets, the run that the model starts from and these params do not contradict each other."""
+        notices = super().check(root, facts, path)
+        if not self.action_fields:
+            raise ValueError(f"{path}.action_fields is empty. Name the fields that the model is to predict.")
+        model = root.model.image_inputs()
+        if self.use_language:
+            self.check_processor(model, path, seq_len=self.max_text_seq_len or self.seq_len)
+        elif self.use_language is False and self.image_size is None and self.camera_names:
+            raise ValueError(f"{path}.image_size is missing, and the model does not say. Give --{path}.image_size.")
+        if self.val_dataset_statistics:
+            notices.append(f"{path}.val_dataset_statistics is not used: validation is normalized as training is.")
+        datasets = [item for item in (*facts.datasets, *facts.val_datasets)]
+        if not any(item.robotics is None or isinstance(item.robotics, Unavailable) for item in datasets):
+            notices += self.check_contracts(_contracts_of(datasets), facts.started_from_robotics)
+        return notices
+
+    def check_contracts(self, datasets: Sequence[NamedContract], run: NamedContract | None = None) -> list[str]:
+        """Check every dataset against these params, against the others, and against the run a model starts from.
+
+        Returns:
+            Contradictions that are accepted.
+
+        Raises:
+            ValueError: one line.
+        """
+        camera_names, image_indices = self.camera_names or [], self.image_indices or []
+        plans: list[dict[str, Any]] = []
+        for dataset in datasets:
+            fit.check_cameras(camera_names, dataset, may_be_missing=self.pad_missing_images)
+            fit.check_window(self.window, image_indices, dataset)
+            if self.use_language:
+                fit.check_instructions(self.language_instruction_types, dataset)
+            named = [self.plan_fields(name, dataset) for name in ("action_fields", "proprioception_fields")]
+            plans.append(named[0].descriptions | named[1].descriptions)
+        self._check_width("action_dim", "action_fields", datasets)
+        self._check_width("proprioception_dim", "proprioception_fields", datasets)
+        found = []
+        for dataset, plan in zip(datasets[1:], plans[1:], strict=True):
+            both = {name: (plans[0][name], plan[name]) for name in plan if name in plans[0]}
+            found += fit.find_contradictions(datasets[0], dataset, both)
+        if run is not None and datasets:
+            known = run.contract.fields
+            both = {name: (known[name], plans[0][name]) for name in plans[0] if name in known}
+            found += fit.find_contradictions(run, datasets[0], both)
+            found += fit.find_swapped_cameras(camera_names, run)
+        if found and not self.accept_contradictions:
+            raise ValueError(f"{found[0]} Or go on as it is with --data.accept_contradictions true.")
+        return found
+
+    def _check_width(self, name: str, fields: str, datasets: Sequence[NamedContract]) -> None:
+        given = getattr(self, name)
+        found = self._width(fields, datasets) if datasets else given
+        if given is not None and given != found:
+            raise ValueError(
+                f"data.{name} ({given}) must equal the {found} columns of data.{fields}. Leave data.{name} out."
+            )
+
+
+def _is_open(params: RoboticsDataParams, name: str) -> bool:
+    return getattr(params, name) is None
+
+
+def _contracts_of(datasets: Sequence[DatasetFacts]) -> list[NamedContract]:
+    return [
+        NamedContract(item.manifest, item.robotics) for item in datasets if isinstance(item.robotics, RoboticsContract)
+    ]

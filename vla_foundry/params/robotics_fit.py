@@ -1,0 +1,274 @@
+"""What a config asks of robot datasets, against what they hold: cameras, images, fields, windows, rates, instructions.
+
+Everything is matched by name and every contradiction is one line. A name that a dataset writes with dots
+(`observation.images.top`) may be given by its last part, where no other camera ends in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.fields import PoseGroup, Window, absolute_field, is_relative_field
+from vla_foundry.robotics_contract import FieldDescription, NamedContract, RoboticsContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldPlan:
+    """How the fields that a config names come out of a dataset."""
+
+    # arrays that are read
+    stored: tuple[str, ...]
+    # groups whose relative poses are computed of them
+    groups: tuple[PoseGroup, ...]
+    # what the numbers of each field mean; a field that the dataset lacks is absent
+    descriptions: dict[str, FieldDescription]
+
+
+def find_camera(name: str, contract: RoboticsContract, origin: str) -> str | None:
+    """Return the camera that a config means by a name; None if the dataset has none.
+
+    Raises:
+        ValueError: several cameras end in the name, or it holds depth.
+    """
+    if name in contract.cameras:
+        found = [name]
+    else:
+        found = [camera for camera in contract.cameras if camera.rpartition(".")[2] == name]
+    if len(found) > 1:
+        raise ValueError(
+            f"data.camera_names: '{name}' can be {' or '.join(found)} of {origin}. Give the whole name of one."
+        )
+    if found and contract.cameras[found[0]].is_depth:
+        raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, which is no picture. Leave it out.")
+    return found[0] if found else None
+
+
+def check_cameras(camera_names: Sequence[str], dataset: NamedContract, *, may_be_missing: bool) -> None:
+    """Check that a dataset has the cameras.
+
+    Raises:
+        ValueError: it has not, or two names mean the same camera.
+    """
+    found: dict[str, str] = {}
+    for name in camera_names:
+        camera = find_camera(name, dataset.contract, dataset.name)
+        if camera is None and not may_be_missing:
+            message = unknown_name_message("data.camera_names: camera", name, list(dataset.contract.cameras))
+            raise ValueError(f"{message} They are those of {dataset.name}; data.pad_missing_images makes up for them.")
+        if camera is not None and camera in found:
+            raise ValueError(
+                f"data.camera_names: '{found[camera]}' and '{name}' are both {camera} of {dataset.name}. Remove one."
+            )
+        if camera is not None:
+            found[camera] = name
+
+
+def check_window(window: Window, image_indices: Sequence[int], dataset: NamedContract) -> None:
+    """Check that a dataset of single windows holds all steps and images; of whole episodes any can be made.
+
+    Raises:
+        ValueError: it does not.
+    """
+    contract = dataset.contract
+    if contract.layout == "episodes":
+        return
+    for name, asked, held in (
+        ("past", window.past, contract.past_lowdim_steps),
+        ("future", window.future, contract.future_lowdim_steps),
+    ):
+        if asked > held:
+            raise ValueError(
+                f"data.lowdim_{name}_timesteps ({asked}) is more than {dataset.name} holds ({held}). Use "
+                f"--data.lowdim_{name}_timesteps {held}, or preprocess with --{name}_lowdim_steps {asked}."
+            )
+    missing = [index for index in image_indices if index not in contract.image_indices]
+    if missing:
+        raise ValueError(
+            f"data.image_indices has {missing[0]}, but {dataset.name} holds images at "
+            f"{', '.join(map(str, contract.image_indices))}. Choose from these, or preprocess with the layout episodes."
+        )
+
+
+def check_instructions(types: Sequence[str], dataset: NamedContract) -> None:
+    """Check that a dataset has instructions of one of the types.
+
+    Raises:
+        ValueError: it has not.
+    """
+    known = dataset.contract.language_types
+    if types and not any(name in known for name in types):
+        has = f"has only {', '.join(known)}" if known else "has no instructions"
+        raise ValueError(
+            f"data.language_instruction_types is {', '.join(types)}, but {dataset.name} {has}. Name what it has, or "
+            "give an empty list to train without instructions."
+        )
+
+
+def plan_fields(
+    names: Sequence[str],
+    dataset: NamedContract,
+    *,
+    pose_groups: Sequence[PoseGroup] | None,
+    path: str,
+    may_be_missing: bool = False,
+) -> FieldPlan:
+    """Work out what is read, and what is computed of it, for the fields of a config.
+
+    Args:
+        names: fields, in the order of their columns.
+        pose_groups: those of the config; None: the dataset's own.
+        path: config path of the fields, for messages.
+        may_be_missing: leave out a field that the dataset lacks.
+
+    Raises:
+        ValueError: a field is unknown, given twice, a relative of what is relative, or of no pose group.
+    """
+    contract = dataset.contract
+    groups = contract.pose_groups if pose_groups is None else tuple(pose_groups)
+    stored: list[str] = []
+    used: list[PoseGroup] = []
+    descriptions: dict[str, FieldDescription] = {}
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"{path} lists '{name}' twice. Remove one.")
+        if name in contract.fields and not (is_relative_field(name) and contract.layout == "episodes"):
+            stored.append(name)
+            descriptions[name] = contract.fields[name]
+            continue
+        base = absolute_field(name)
+        if not is_relative_field(name) or base not in contract.fields:
+            if may_be_missing:
+                continue
+            raise ValueError(
+                f"{unknown_name_message(path + ': field', name, sorted(contract.fields))} ({dataset.name})"
+            )
+        group = _find_group(name, groups, dataset, path)
+        used.append(group)
+        stored += [group.position_key, group.rotation_key, *group.reference_keys]
+        descriptions[name] = replace(contract.fields[base], representation="relative")
+    return FieldPlan(stored=tuple(dict.fromkeys(stored)), groups=tuple(dict.fromkeys(used)), descriptions=descriptions)
+
+
+def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedContract, path: str) -> PoseGroup:
+    base, contract = absolute_field(name), dataset.contract
+    if is_relative_field(base) or contract.fields[base].representation != "absolute":
+        kind = "relative" if is_relative_field(base) else contract.fields[base].representation
+        raise ValueError(
+            f"{path}: '{name}' would be the relative of '{base}', which is {kind} already in {dataset.name}. "
+            f"Use '{base}'."
+        )
+    group = next((group for group in groups if base in (group.position_key, group.rotation_key)), None)
+    if group is None:
+        known = ", ".join(group.name for group in groups) or "none"
+        raise ValueError(
+            f"{path}: '{name}' needs a pose group that holds '{base}'; {dataset.name} has the groups {known}. "
+            "Give data.pose_groups [{name, position_key, rotation_key}]."
+        )
+    for key in (group.position_key, group.rotation_key, *group.reference_keys):
+        if key not in contract.fields:
+            raise ValueError(
+                f"{unknown_name_message(f'pose group {group.name}: field', key, sorted(contract.fields))} "
+                f"({dataset.name})"
+            )
+    written = contract.fields[group.rotation_key].rotation
+    if written is not None and written != group.rotation_format:
+        raise ValueError(
+            f"pose group {group.name} says that '{group.rotation_key}' is {group.rotation_format}, but {dataset.name} "
+            f"says {written}. Correct data.pose_groups."
+        )
+    return group
+
+
+def find_contradictions(
+    first: NamedContract,
+    second: NamedContract,
+    fields: Mapping[str, tuple[FieldDescription, FieldDescription]],
+) -> list[str]:
+    """Return what two datasets, or a dataset and the run that a model starts from, say differently; one line each.
+
+    Args:
+        fields: the fields that are used of both, with what each says.
+    """
+    found = []
+    rates = first.contract.fps, second.contract.fps
+    if None not in rates and rates[0] != rates[1]:
+        found.append(
+            f"{first.name} has {rates[0]:g} frames a second and {second.name} {rates[1]:g}: the same action would take "
+            f"another time. Preprocess one of them with --target_fps."
+        )
+    for name, (one, other) in fields.items():
+        for key in ("shape", "representation", "rotation", "unit", "frame", "gripper"):
+            values = getattr(one, key), getattr(other, key)
+            if None not in values and values[0] != values[1]:
+                found.append(
+                    f"field '{name}': its {key} is {_say(values[0])} in {first.name}, and {_say(values[1])} in "
+                    f"{second.name}. Preprocess one of them again, or use a field on which they agree."
+                )
+    return found
+
+
+def find_swapped_cameras(camera_names: Sequence[str], run: NamedContract) -> list[str]:
+    """Return, as one line, that the model knows the same cameras in another order; empty if that is not so."""
+    known = list(run.contract.cameras)
+    if sorted(known) == sorted(camera_names) and known != list(camera_names):
+        return [
+            f"data.camera_names is {', '.join(camera_names)}, but the model comes from {run.name}, which was trained "
+            f"on {', '.join(known)}. Use that order."
+        ]
+    return []
+
+
+def width_of(name: str, plans: Sequence[FieldPlan], path: str) -> int:
+    """Return the columns of a field.
+
+    Raises:
+        ValueError: no dataset has it, or they disagree.
+    """
+    widths = sorted({plan.descriptions[name].width for plan in plans if name in plan.descriptions})
+    if not widths:
+        known = sorted({field for plan in plans for field in plan.stored})
+        raise ValueError(unknown_name_message(f"{path}: field", name, known))
+    if len(widths) > 1:
+        raise ValueError(f"{path}: '{name}' has {' and '.join(map(str, widths))} columns in different datasets.")
+    return widths[0]
+
+
+def format_pose_groups(datasets: Sequence[NamedContract]) -> list[dict[str, str]]:
+    """Return the pose groups of all datasets, as a config holds them.
+
+    Raises:
+        ValueError: two of a name differ.
+    """
+    groups: dict[str, PoseGroup] = {}
+    for name, contract in datasets:
+        for group in contract.pose_groups:
+            if groups.setdefault(group.name, group) != group:
+                raise ValueError(
+                    f"pose group {group.name} is not the same in {datasets[0].name} and {name}. Give data.pose_groups."
+                )
+    return [{key: value for key, value in asdict(group).items() if value is not None} for group in groups.values()]
+
+
+def agree_on(path: str, values: Mapping[str, Sequence[object]]) -> list[object]:
+    """Return what all datasets say.
+
+    Args:
+        path: config path of what they say.
+        values: {dataset: what it says}.
+
+    Raises:
+        ValueError: they differ.
+    """
+    (name, first), *others = values.items()
+    for other, value in others:
+        if list(value) != list(first):
+            raise ValueError(
+                f"{path} is {_say(first)} in {name} and {_say(value)} in {other}. Give --{path}: what is to be used."
+            )
+    return list(first)
+
+
+def _say(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)
