@@ -14,6 +14,7 @@ from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, 
 from vla_foundry.params.command_line import parse
 from vla_foundry.params.facts import read_facts
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.preprocessing_converters import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.presets import preset_root
 from vla_foundry.params.resolve import resolve
 
@@ -21,7 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
 JOBS = [str(path) for path in PRESETS if path.parts[0] == "training_jobs"]
 # folder of presets -> what they are
-SECTIONS = {"models": ModelParams, "hparams": HyperParams}
+SECTIONS = {
+    "models": ModelParams,
+    "hparams": HyperParams,
+    "field_maps": FieldMapParams,
+    "action_fields": ActionFieldsParams,
+}
 
 
 @pytest.fixture

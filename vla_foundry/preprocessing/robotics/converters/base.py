@@ -103,10 +103,16 @@ class EpisodeRef:
 class CameraFrames(Protocol):
     """The images of one camera, read one at a time so that a long episode needs no more memory than a short one."""
 
-    # (W, H) as recorded
-    size: tuple[int, int]
-    is_depth: bool
-    num_frames: int
+    @property
+    def size(self) -> tuple[int, int]:
+        """(W, H) as recorded."""
+        ...
+
+    @property
+    def is_depth(self) -> bool: ...
+
+    @property
+    def num_frames(self) -> int: ...
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield every frame in order: uint8 (H, W, 3) RGB, or uint16 (H, W) millimetres for depth."""

@@ -1,0 +1,139 @@
+"""Fields as a field map says: which columns of a recording they are, what they mean, and which make poses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla_foundry.params.loading import load_params_from_yaml
+from vla_foundry.params.preprocessing_converters import FieldMapParams, FieldParams
+from vla_foundry.params.presets import find_config
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
+from vla_foundry.robotics.rotations import rotation_width
+from vla_foundry.robotics_contract import FieldDescription, GripperRange, Role
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a recording holds under one name: L rows of numbers."""
+
+    # columns
+    width: int
+    # of the values as they are stored by us
+    dtype: str
+    # True for integers and switches
+    is_discrete: bool = False
+
+
+def load_field_map(path: str) -> FieldMapParams:
+    """Load a field map: a path, a URI, or a preset (`field_maps/libero.yaml`).
+
+    Raises:
+        ValueError: it is none.
+        FileNotFoundError: it is not there.
+    """
+    return load_params_from_yaml(FieldMapParams, find_config(path))
+
+
+def stored_dtype(dtype: np.dtype) -> str:
+    """The type that numbers of another type are stored as, without loss: float32, or float64 for what has more bits."""
+    if dtype.kind in "iu":
+        return "float32" if dtype.itemsize <= 2 else "float64"
+    return "float64" if dtype == np.float64 else "float32"
+
+
+def source_of(name: str, field: FieldParams) -> str:
+    """The name in the recording that a field's columns come from."""
+    return field.source or name
+
+
+def describe_fields(
+    fields: Mapping[str, FieldParams], sources: Mapping[str, Source], *, origin: str
+) -> dict[str, FieldDescription]:
+    """Describe every field of a map.
+
+    Args:
+        sources: what the recording holds.
+        origin: the recording, for messages.
+
+    Raises:
+        ValueError: a field's source is not there, or has too few columns, or is no rotation of the format given.
+    """
+    described = {}
+    for name, field in fields.items():
+        source_name = source_of(name, field)
+        if source_name not in sources:
+            raise ValueError(f"{origin}: " + unknown_name_message(f"field {name}: source", source_name, list(sources)))
+        source = sources[source_name]
+        first, end = field.columns or (0, source.width)
+        if end > source.width:
+            raise ValueError(
+                f"{origin}: field {name} takes columns {first} to {end} of '{source_name}', which has {source.width}."
+            )
+        width = end - first
+        if field.rotation is not None and rotation_width(field.rotation) != width:
+            raise ValueError(
+                f"{origin}: field {name} has {width} columns, but a rotation written as {field.rotation} has "
+                f"{rotation_width(field.rotation)}."
+            )
+        gripper = field.gripper and GripperRange(open=field.gripper.open, closed=field.gripper.closed)
+        described[name] = FieldDescription(
+            shape=(width,),
+            dtype=source.dtype,
+            unit=field.unit,
+            frame=field.frame,
+            representation=field.representation,
+            rotation=field.rotation,
+            role=field.role or default_role(name),
+            gripper=gripper,
+            is_discrete=field.is_discrete or source.is_discrete,
+        )
+    return described
+
+
+def default_role(name: str) -> Role:
+    """Action for what is named so (`action`, `actions.left`, `robot__action__...`), else observation."""
+    parts = parse_field_name(name)
+    is_action = parts.source == "action" if parts is not None else name.startswith("action")
+    return "action" if is_action else "observation"
+
+
+def split_fields(fields: Mapping[str, FieldParams], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cut the columns of a recording into fields: {source: (L, width)} -> {field: (L, C)}."""
+    split = {}
+    for name, field in fields.items():
+        values = arrays[source_of(name, field)]
+        first, end = field.columns or (0, values.shape[1])
+        split[name] = np.ascontiguousarray(values[:, first:end], dtype=stored_dtype(values.dtype))
+    return split
+
+
+def pose_groups(
+    params: FieldMapParams, described: Mapping[str, FieldDescription], *, origin: str
+) -> tuple[PoseGroup, ...]:
+    """Return the pose groups of a map; the format of their rotations is that of the rotation field.
+
+    Raises:
+        ValueError: a group's field is not there, or is no position or rotation.
+    """
+    groups = []
+    for value in params.pose_groups:
+        rotation = described.get(value.get("rotation_key", ""))
+        known = {"rotation_format": rotation.rotation} if rotation is not None and rotation.rotation else {}
+        groups.append({**known, **value})
+    parsed = parse_pose_groups(groups, f"{origin}: pose_groups")
+    for group in parsed:
+        pairs = ((group.position_key, group.rotation_key), group.reference_keys)
+        for key in (key for pair in pairs for key in pair):
+            if key not in described:
+                raise ValueError(f"{origin}: " + unknown_name_message(f"pose group {group.name}", key, list(described)))
+        for position, rotation in pairs:
+            if described[position].width != 3:
+                raise ValueError(f"{origin}: '{position}' of pose group {group.name} must have 3 columns (x, y, z).")
+            if described[rotation].rotation != group.rotation_format:
+                raise ValueError(
+                    f"{origin}: '{rotation}' of pose group {group.name} must be a rotation written as "
+                    f"{group.rotation_format}, but its field says {described[rotation].rotation}."
+                )
+    return parsed

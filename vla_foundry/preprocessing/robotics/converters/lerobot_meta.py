@@ -1,0 +1,340 @@
+"""What the `meta` folder of a LeRobot dataset says (versions 2.0, 2.1 and 3.0): features, tasks, where episodes are.
+
+Version 2 has a file of rows and a video per episode, and tables in JSON lines; version 3 puts many episodes into one
+file, and its tables, in parquet, say where each begins. In both, an episode goes by its `episode_index`: the order of
+the tables means nothing.
+"""
+
+import itertools
+import json
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vla_foundry.io.uri import join_uri, list_files, read_text
+from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import read_columns
+
+_VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
+_CAMERA_TYPES = ("image", "video")
+# features that say where a row belongs; all that are named next.* say how an episode ended
+_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index")
+_NUMBER_TYPES = (
+    *(f"float{bits}" for bits in (16, 32, 64)),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "bool",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One entry of info.json's `features`."""
+
+    # float32, int64, bool, string, image, video, ...
+    dtype: str
+    shape: tuple[int, ...]
+    # of an image's dimensions, or of the columns; () where they are given in another way
+    names: tuple[str, ...] = ()
+    # a video that holds depth
+    is_depth_video: bool = False
+
+    @property
+    def is_camera(self) -> bool:
+        """True for images and videos."""
+        return self.dtype in _CAMERA_TYPES
+
+    @property
+    def is_number(self) -> bool:
+        """True for numbers and switches."""
+        return self.dtype in _NUMBER_TYPES
+
+    @property
+    def width(self) -> int:
+        """Numbers of one row."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(W, H) of an image: channels stand first or last, as the names or, without names, the sizes tell."""
+        if self.names:
+            is_first = self.names[0].startswith("channel")
+        else:
+            is_first = self.shape[0] in (1, 3) and self.shape[2] not in (1, 3)
+        height, width = self.shape[1:] if is_first else self.shape[:2]
+        return width, height
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """info.json."""
+
+    # the dataset's folder
+    root: str
+    # 2 or 3
+    major: int
+    # frames a second
+    fps: float
+    features: dict[str, Feature]
+    # episodes that the tables must hold
+    total_episodes: int
+    # templates of paths
+    data_path: str
+    video_path: str | None
+    # episodes to a folder, in version 2
+    chunks_size: int
+
+    def uri(self, template: str, **values: Any) -> str:
+        """Fill in a template of a path within the dataset.
+
+        Raises:
+            ValueError: it has other keys than LeRobot's, or leads out of the dataset.
+        """
+        try:
+            path = template.format(**values)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{self.root}/meta/info.json has the path '{template}', which can not be filled in ({error})."
+            ) from None
+        if posixpath.normpath(path).startswith(("..", "/")):
+            raise ValueError(f"{self.root}/meta/info.json has the path '{template}', which leads out of the dataset.")
+        return join_uri(self.root, path)
+
+    @property
+    def cameras(self) -> list[str]:
+        """Features that are images or videos."""
+        return [name for name, feature in self.features.items() if feature.is_camera]
+
+    @property
+    def signals(self) -> list[str]:
+        """Features that are numbers, without bookkeeping."""
+        return [
+            name
+            for name, feature in self.features.items()
+            if feature.is_number and name not in _BOOKKEEPING and not name.startswith("next.")
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSpan:
+    """Where an episode is in a video file."""
+
+    uri: str
+    # seconds
+    start: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeEntry:
+    """Where an episode is; what is sent to the process that reads it."""
+
+    root: str
+    index: int
+    # rows
+    length: int
+    # texts of its tasks
+    tasks: tuple[str, ...]
+    # file of its rows
+    data_uri: str
+    # `index` of its first row; None: the tables do not say
+    first_row: int | None
+    # camera -> where its video is
+    videos: dict[str, VideoSpan]
+
+
+def read_info(root: str) -> DatasetInfo:
+    """Read meta/info.json.
+
+    Raises:
+        ValueError: it is not there, is broken, or of a version that is not known.
+    """
+    uri = join_uri(root, "meta", "info.json")
+    try:
+        values = json.loads(read_text(uri))
+    except FileNotFoundError:
+        raise ValueError(f"{root} is no LeRobot dataset: it has no meta/info.json.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{uri} is not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{uri} must hold an object, got {type(values).__name__}.")
+    version = str(values.get("codebase_version")).removeprefix("v")
+    if version not in _VERSIONS:
+        raise ValueError(
+            f"{uri}: codebase_version '{values.get('codebase_version')}' is not read, only {', '.join(_VERSIONS)}. "
+            "Convert the dataset with the lerobot library."
+        )
+    try:
+        info = DatasetInfo(
+            root=root,
+            major=_VERSIONS[version],
+            fps=float(values["fps"]),
+            features={name: _parse_feature(value) for name, value in values["features"].items()},
+            total_episodes=int(values["total_episodes"]),
+            data_path=str(values["data_path"]),
+            video_path=values.get("video_path"),
+            chunks_size=int(values.get("chunks_size") or 1000),
+        )
+    except KeyError as error:
+        raise ValueError(f"{uri} lacks the key {error}.") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{uri} is not as LeRobot writes it ({error}).") from None
+    if not 0 < info.fps < float("inf"):
+        raise ValueError(f"{uri}: fps ({info.fps:g}) must be above 0.")
+    for name, feature in info.features.items():
+        if feature.is_camera and (len(feature.shape) != 3 or min(feature.shape) < 1):
+            raise ValueError(f"{uri}: camera '{name}' must have a shape of three sizes, got {list(feature.shape)}.")
+    return info
+
+
+def _parse_feature(value: dict[str, Any]) -> Feature:
+    names = value.get("names")
+    details = value.get("info") or value.get("video_info") or {}
+    return Feature(
+        dtype=str(value["dtype"]),
+        shape=tuple(int(size) for size in value["shape"]),
+        names=tuple(str(name) for name in names) if isinstance(names, list) else (),
+        is_depth_video=bool(details.get("video.is_depth_map")),
+    )
+
+
+def read_tasks(info: DatasetInfo) -> dict[int, str]:
+    """Read the texts of the tasks: {task_index: text}.
+
+    Raises:
+        ValueError: the table is not there, or is broken.
+    """
+    if info.major == 2:
+        uri = join_uri(info.root, "meta", "tasks.jsonl")
+        rows = [(uri, number, row.get("task_index"), row.get("task")) for number, row in _json_lines(uri)]
+    else:
+        uri = join_uri(info.root, "meta", "tasks.parquet")
+        table = read_columns(uri)
+        texts = [name for name in table if name != "task_index"]
+        if "task_index" not in table or len(texts) != 1:
+            raise ValueError(f"{uri} must have the column task_index and one of texts, got {', '.join(table)}.")
+        pairs = zip(table["task_index"], table[texts[0]], strict=True)
+        rows = [(uri, number, index, text) for number, (index, text) in enumerate(pairs)]
+    tasks: dict[int, str] = {}
+    for where, number, index, text in rows:
+        if not isinstance(index, int) or not isinstance(text, str):
+            raise ValueError(
+                f"{where} row {number}: a task needs task_index (a number) and text, got {index!r}, {text!r}."
+            )
+        if tasks.setdefault(index, text) != text:
+            raise ValueError(f"{where} row {number}: task_index {index} is given twice.")
+    return tasks
+
+
+def list_episodes(info: DatasetInfo) -> list[EpisodeEntry]:
+    """List all episodes by their index.
+
+    Raises:
+        ValueError: a table is not there, is broken, or contradicts itself or info.json.
+    """
+    entries = sorted(_entries_of_v2(info) if info.major == 2 else _entries_of_v3(info), key=lambda entry: entry.index)
+    where = f"{info.root}/meta/episodes" + (".jsonl" if info.major == 2 else "")
+    for entry, following in itertools.pairwise(entries):
+        if entry.index == following.index:
+            raise ValueError(f"{where}: episode_index {entry.index} is there twice.")
+    if len(entries) != info.total_episodes:
+        raise ValueError(
+            f"{where} holds {len(entries)} episodes, but info.json says total_episodes {info.total_episodes}."
+        )
+    return entries
+
+
+def _entries_of_v2(info: DatasetInfo) -> Iterator[EpisodeEntry]:
+    uri = join_uri(info.root, "meta", "episodes.jsonl")
+    for number, row in _json_lines(uri):
+        index, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks", [])
+        if not isinstance(index, int) or not isinstance(length, int) or not isinstance(tasks, list):
+            raise ValueError(
+                f"{uri} line {number + 1}: an episode needs episode_index, length (numbers) and tasks (a list)."
+            )
+        values = {"episode_chunk": index // info.chunks_size, "episode_index": index}
+        videos = {}
+        for camera in info.cameras:
+            if info.features[camera].dtype == "video":
+                videos[camera] = VideoSpan(uri=info.uri(info.video_path or "", video_key=camera, **values))
+        yield EpisodeEntry(
+            root=info.root,
+            index=index,
+            length=length,
+            tasks=tuple(str(task) for task in tasks),
+            data_uri=info.uri(info.data_path, **values),
+            first_row=None,
+            videos=videos,
+        )
+
+
+def _json_lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = read_text(uri).splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{uri} is missing.") from None
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{uri} line {number + 1} is not JSON ({error}).") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{uri} line {number + 1} must be an object, got {type(row).__name__}.")
+        yield number, row
+
+
+def _entries_of_v3(info: DatasetInfo) -> Iterator[EpisodeEntry]:
+    folder = join_uri(info.root, "meta", "episodes")
+    video_cameras = [camera for camera in info.cameras if info.features[camera].dtype == "video"]
+    spans = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
+    columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
+    columns += ["dataset_from_index", "dataset_to_index"]
+    columns += [f"videos/{camera}/{name}" for camera in video_cameras for name in spans]
+    try:
+        uris = [uri for uri in list_files(folder) if uri.endswith(".parquet")]
+    except FileNotFoundError:
+        uris = []
+    if not uris:
+        raise ValueError(f"{folder} holds no table of episodes (chunk-000/file-000.parquet).")
+    for uri in uris:
+        table = read_columns(uri, columns)
+        for number in range(len(table["episode_index"])):
+            yield _entry_of_row(
+                info, {name: table[name][number] for name in columns}, f"{uri} row {number}", video_cameras
+            )
+
+
+def _entry_of_row(info: DatasetInfo, row: dict[str, Any], where: str, video_cameras: list[str]) -> EpisodeEntry:
+    missing = next((name for name, value in row.items() if value is None), None)
+    if missing is not None:
+        raise ValueError(f"{where}: '{missing}' is null.")
+    length, first, end = row["length"], row["dataset_from_index"], row["dataset_to_index"]
+    if end - first != length:
+        raise ValueError(
+            f"{where}: episode {row['episode_index']} has length {length}, but dataset_from_index {first} and "
+            f"dataset_to_index {end}."
+        )
+    videos = {}
+    for camera in video_cameras:
+        chunk, file, start, stop = (
+            row[f"videos/{camera}/{name}"] for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+        )
+        if not (start >= 0 and abs((stop - start) * info.fps - length) <= 1):
+            raise ValueError(
+                f"{where}: episode {row['episode_index']} has length {length} ({length / info.fps:g} s), but its video "
+                f"of '{camera}' goes from_timestamp {start:g} to_timestamp {stop:g}."
+            )
+        uri = info.uri(info.video_path or "", video_key=camera, chunk_index=chunk, file_index=file)
+        videos[camera] = VideoSpan(uri=uri, start=float(start))
+    return EpisodeEntry(
+        root=info.root,
+        index=row["episode_index"],
+        length=length,
+        tasks=tuple(row["tasks"]),
+        data_uri=info.uri(info.data_path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]),
+        first_row=first,
+        videos=videos,
+    )
