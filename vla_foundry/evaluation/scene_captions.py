@@ -28,21 +28,21 @@ LEVEL = "level"
 
 _CELL = r"row (\d+), column (\d+)"
 _OBJECT = re.compile(r"A (?P<object>[a-z ]+)(?:, (?P<state>[a-z ]+))?\.")
-_PLACE = re.compile(rf"(?:Its (?P<part>[a-z ]+)|It) is at {_CELL}\.")
-_GRIPPER = re.compile(rf"The gripper is at {_CELL}\.")
-_RELATION = re.compile(r"From the gripper, (?:the [a-z ]+|it) is ([a-z, ]+)\.")
+_PLACE = re.compile(rf"\. (?P<name>(?!Gripper)[A-Z][a-z ]*): {_CELL}\.")
+_GRIPPER = re.compile(rf"Gripper: {_CELL}\.")
+_RELATION = re.compile(r"From it: ([a-z, ]+)\.")
 
 
 def describe_scene(attributes: Attributes) -> str:
     """Say attributes in words; `parse_caption` is the inverse."""
-    state, part = attributes.get("state"), attributes.get("part")
+    state, name = attributes.get("state"), str(attributes.get("part", attributes["object"]))
     directions = [str(attributes[name]) for name in DIRECTIONS if attributes[name] != LEVEL]
     return " ".join(
         (
             f"A {attributes['object']}{f', {state}' if state else ''}.",
-            f"{f'Its {part}' if part else 'It'} is at {_say_cell(attributes, 'object')}.",
-            f"The gripper is at {_say_cell(attributes, 'gripper')}.",
-            f"From the gripper, {f'the {part}' if part else 'it'} is {', '.join(directions) or LEVEL}.",
+            f"{name.capitalize()}: {_say_cell(attributes, 'object')}.",
+            f"Gripper: {_say_cell(attributes, 'gripper')}.",
+            f"From it: {', '.join(directions) or LEVEL}.",
         )
     )
 
@@ -53,8 +53,9 @@ def parse_caption(text: str) -> Attributes:
     if found := _OBJECT.match(text):
         attributes |= {name: value for name, value in found.groupdict().items() if value is not None}
     if found := _PLACE.search(text):
-        if found["part"] is not None:
-            attributes["part"] = found["part"]
+        name = found["name"].lower()
+        if name != attributes.get("object"):
+            attributes["part"] = name
         attributes |= {"object_row": int(found[2]), "object_column": int(found[3])}
     if found := _GRIPPER.search(text):
         attributes |= {"gripper_row": int(found[1]), "gripper_column": int(found[2])}

@@ -8,6 +8,8 @@ Every image token sees every other one. The names of modules are those of publis
 with the heads in order.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -21,10 +23,11 @@ _INIT_STD = 0.02
 
 
 class ConvStem(nn.Sequential):
-    """4 x 4 convolutions that halve the image each, as often as the patch size is even (after Xiao et al. 2021).
+    """Convolutions that halve the image, as often as the patch size is even, and look around at each scale.
 
-    Convolutions see edges across the borders of patches; small models learn faster from them than from raw patches.
-    With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch, up and to the left.
+    Each halving is a 4 x 4 convolution of stride 2 and a 3 x 3 one of stride 1, each with a norm and GELU (after Xiao et
+    al. 2021). Convolutions see edges across the borders of patches; small models learn faster from them than from raw
+    patches. With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch.
     """
 
     def __init__(self, patch_size: int, hidden_dim: int) -> None:
@@ -32,14 +35,19 @@ class ConvStem(nn.Sequential):
         layers: list[nn.Module] = []
         width = 3
         for index in range(halvings):
-            new_width = max(16, hidden_dim // 2 ** (halvings - index))
-            # a norm over one group is that of each image alone
-            layers += [nn.Conv2d(width, new_width, 4, stride=2, padding=1), nn.GroupNorm(1, new_width), nn.GELU()]
+            new_width = max(16, hidden_dim // 2 ** (halvings - 1 - index))
+            layers += _convolve(nn.Conv2d(width, new_width, 4, stride=2, padding=1))
+            layers += _convolve(nn.Conv2d(new_width, new_width, 3, padding=1))
             width = new_width
         super().__init__(*layers)
         self.out_channels = width
         # what is left of a patch's side, pixels of the last feature map
         self.patch_size = patch_size >> halvings
+
+
+def _convolve(convolution: nn.Conv2d) -> list[nn.Module]:
+    width = convolution.out_channels
+    return [convolution, nn.GroupNorm(math.gcd(8, width), width), nn.GELU()]
 
 
 class PatchEmbedding(nn.Module):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from vla_foundry.params.base import BaseParams
 
-STAGES = ("llm",)
+STAGES = ("llm", "vlm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +24,8 @@ class QuickstartParams(BaseParams):
             raise ValueError(f"stages '{unknown[0]}' is unknown. Choose from: {', '.join(STAGES)}.")
         if not self.stages:
             raise ValueError(f"stages is empty. Choose from: {', '.join(STAGES)}.")
+        if self.stages != list(STAGES[: len(self.stages)]):
+            raise ValueError(
+                f"stages [{','.join(self.stages)}] must begin [{','.join(STAGES[: len(self.stages)])}]: each stage starts "
+                "from what the one before it made. What is done already is kept and costs nothing."
+            )

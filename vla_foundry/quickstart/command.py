@@ -1,6 +1,8 @@
 """`vla-foundry quickstart`: run the stages and show what came of them."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +12,55 @@ from vla_foundry.params.quickstart import QuickstartParams
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
 from vla_foundry.quickstart.stages import Step, run_steps
+from vla_foundry.quickstart.vlm import caption_step, vlm_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Some steps and the page that says what came of them."""
+
+    steps: Sequence[Step]
+    summary: Path
+
+
+def create_llm_stage(output_dir: Path) -> Stage:
+    """Text -> language model."""
+    folder = output_dir / "llm"
+    summary, figure = folder / "summary.txt", folder / "loss.png"
+    report = Step(
+        name="llm_report",
+        what="Compare with a model that ignores context",
+        function=lambda: write_llm_report(folder / "runs" / "llm", summary=summary, figure=figure),
+        outputs=(summary, figure),
+    )
+    steps = llm_steps(folder, num_processes=os.cpu_count() or 1)
+    return Stage(summary=summary, steps=(*steps, report, generate_step(folder)))
+
+
+def create_vlm_stage(output_dir: Path) -> Stage:
+    """Language model and captioned scenes -> vision-language model."""
+    folder = output_dir / "vlm"
+    summary, figure = folder / "summary.txt", folder / "captions.png"
+    scenes = folder / "scenes" / "validation"
+    report = Step(
+        name="vlm_report",
+        what="Caption the held-out scenes and count what is right",
+        function=lambda: write_vlm_report(folder / "runs" / "vlm", scenes, summary=summary, figure=figure),
+        outputs=(summary, figure),
+    )
+    steps = vlm_steps(folder, llm_run=output_dir / "llm" / "runs" / "llm")
+    return Stage(summary=summary, steps=(*steps, caption_step(folder), report))
+
+
+def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) -> None:
+    """Write the page of the vision-language stage."""
+    # here, for it imports torch
+    from vla_foundry.quickstart import vlm_report
+
+    vlm_report.write_vlm_report(run, scenes, summary=summary, figure=figure)
+
+
+_STAGES = {"llm": create_llm_stage, "vlm": create_vlm_stage}
 
 
 def main(argv: list[str]) -> None:
@@ -24,15 +75,10 @@ def main(argv: list[str]) -> None:
     params = parse_command(QuickstartParams, argv, prog="vla-foundry quickstart")
     console = Console(soft_wrap=True, highlight=False)
     output_dir = Path(params.output_dir)
-    llm = output_dir / "llm"
-    summary, figure = llm / "summary.txt", llm / "loss.png"
-    report = Step(
-        name="report",
-        what="Compare with a model that ignores context",
-        function=lambda: write_llm_report(llm / "runs" / "llm", summary=summary, figure=figure),
-        outputs=(summary, figure),
-    )
-    steps = [*llm_steps(llm, num_processes=os.cpu_count() or 1), report, generate_step(llm)]
-    run_steps(steps, llm / "done", console, overwrite=params.overwrite)
-    console.print(f"\n{summary.read_text(encoding='utf-8')}", markup=False)
-    console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")
+    stages = [_STAGES[name](output_dir) for name in params.stages]
+    steps = [step for stage in stages for step in stage.steps]
+    run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
+    for stage in stages:
+        console.print(f"\n{stage.summary.read_text(encoding='utf-8')}", markup=False)
+    pages = ", ".join(str(stage.summary) for stage in stages)
+    console.print(f"All done. Everything is in {output_dir}; this summary is in {pages}.")

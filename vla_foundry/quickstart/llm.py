@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.quickstart.docstrings import harvest_docstrings
-from vla_foundry.quickstart.stages import Step
+from vla_foundry.quickstart.stages import Step, words_of
 
 PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
@@ -33,7 +33,7 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
         return Step(
             name=f"preprocess_{split}",
             what=f"Tokenize and pack the {split} text into shards",
-            words=_words("preprocess text", source=text / split, output=folder, tokenizer=tokenizer, seq_len=SEQ_LEN),
+            words=words_of("preprocess text", source=text / split, output=folder, tokenizer=tokenizer, seq_len=SEQ_LEN),
             outputs=(folder / "manifest.jsonl",),
             folder=folder,
         )
@@ -48,7 +48,7 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
         Step(
             name="tokenizer",
             what=f"Train a byte-level BPE tokenizer of {VOCAB_SIZE:,} tokens",
-            words=_words("preprocess tokenizer", source=text / "train", output=tokenizer, vocab_size=VOCAB_SIZE),
+            words=words_of("preprocess tokenizer", source=text / "train", output=tokenizer, vocab_size=VOCAB_SIZE),
             outputs=(tokenizer / "tokenizer.json",),
             folder=tokenizer,
         ),
@@ -58,10 +58,10 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
             name="train_llm",
             what="Train the language model",
             words=(
-                *_words("train", config_path=PRESET),
-                *_words("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
-                *_words("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
-                *_words("", save_path=run.parent, name=run.name, resume="auto"),
+                *words_of("train", config_path=PRESET),
+                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
+                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
+                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
             ),
             outputs=(run / "metrics.jsonl",),
             folder=run,
@@ -71,15 +71,10 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
 
 def generate_step(output_dir: Path) -> Step:
     """Return the step that continues two prompts with the trained model."""
-    words = _words("generate", checkpoint=output_dir / "runs" / "llm")
+    words = words_of("generate", checkpoint=output_dir / "runs" / "llm")
     words += tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
-    words += _words("", max_new_tokens=40, temperature=0.7, seed=0)
+    words += words_of("", max_new_tokens=40, temperature=0.7, seed=0)
     return Step(name="generate", what="Continue two prompts", words=words)
-
-
-def _words(command: str, **flags: object) -> tuple[str, ...]:
-    """The words of a command line: `command --flag value ...`."""
-    return (*command.split(), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:

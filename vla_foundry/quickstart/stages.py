@@ -36,6 +36,11 @@ class Step:
     folder: Path | None = None
 
 
+def words_of(command: str, **flags: object) -> tuple[str, ...]:
+    """The words of a command line: `command --flag value ...`."""
+    return (*command.split(), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
+
+
 class StepFailedError(ValueError):
     """A step's command ended with an error, which it has printed itself."""
 

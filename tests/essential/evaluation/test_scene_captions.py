@@ -33,8 +33,7 @@ def attributes_of(**changes: str | int) -> Attributes:
 
 def test_a_caption_reads_as_english() -> None:
     assert describe_scene(attributes_of()) == (
-        "A drawer, half open. Its handle is at row 5, column 3. The gripper is at row 2, column 6. "
-        "From the gripper, the handle is left, ahead, below."
+        "A drawer, half open. Handle: row 5, column 3. Gripper: row 2, column 6. From it: left, ahead, below."
     )
 
 

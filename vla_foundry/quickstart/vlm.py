@@ -1,0 +1,63 @@
+"""The vision-language stage: scenes drawn by a simulator -> shards -> a model that says what it sees, from the LLM."""
+
+from pathlib import Path
+
+from vla_foundry.evaluation.scenes import SPLITS
+from vla_foundry.quickstart.stages import Step, words_of
+
+NUM_SCENES = 6000
+NUM_VALIDATION_SCENES = 500
+PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
+# held-out scenes that are captioned before the user's eyes
+SHOWN = (0, 1, 2)
+
+
+def vlm_steps(output_dir: Path, *, llm_run: Path) -> list[Step]:
+    """Return the steps of the vision-language stage; everything is written below `output_dir`.
+
+    Args:
+        llm_run: folder of the language run that the model starts from.
+    """
+    scenes, shards, run = output_dir / "scenes", output_dir / "shards", output_dir / "runs" / "vlm"
+
+    def preprocess(split: str) -> Step:
+        folder = shards / split
+        return Step(
+            name=f"preprocess_scenes_{split}",
+            what=f"Put the {split} scenes into shards",
+            words=words_of("preprocess image_caption", source=scenes / split, output=folder, num_workers=0),
+            outputs=(folder / "manifest.jsonl",),
+            folder=folder,
+        )
+
+    return [
+        Step(
+            name="scenes",
+            what="Draw scenes in MuJoCo and say in words what is where",
+            words=words_of("scenes", output=scenes, num_scenes=NUM_SCENES, num_validation_scenes=NUM_VALIDATION_SCENES),
+            outputs=tuple(scenes / split for split in SPLITS),
+            folder=scenes,
+        ),
+        *(preprocess(split) for split in SPLITS),
+        Step(
+            name="train_vlm",
+            what="Train the vision-language model, from the language model",
+            words=(
+                *words_of("train", config_path=PRESET),
+                *words_of("", **{"model.transformer.resume_from_checkpoint": llm_run}),
+                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
+                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
+                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
+            ),
+            outputs=(run / "metrics.jsonl",),
+            folder=run,
+        ),
+    ]
+
+
+def caption_step(output_dir: Path) -> Step:
+    """Return the step that captions a few held-out scenes."""
+    words = words_of("caption", checkpoint=output_dir / "runs" / "vlm")
+    for index in SHOWN:
+        words += words_of("", image=output_dir / "scenes" / "validation" / f"{index:08d}.png")
+    return Step(name="caption", what="Say what three held-out scenes show", words=words)
