@@ -25,9 +25,9 @@ _INIT_STD = 0.02
 class ConvStem(nn.Sequential):
     """Convolutions that halve the image, as often as the patch size is even, and look around at each scale.
 
-    Each halving is a 4 x 4 convolution of stride 2 and a 3 x 3 one of stride 1, each with a norm and GELU (after Xiao et
-    al. 2021). Convolutions see edges across the borders of patches; small models learn faster from them than from raw
-    patches. With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch.
+    Each halving is a 4 x 4 convolution of stride 2 and a 3 x 3 one of stride 1, each with a norm and GELU (after Xiao
+    et al. 2021). Convolutions see edges across the borders of patches; small models learn faster from them than from
+    raw patches. With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch.
     """
 
     def __init__(self, patch_size: int, hidden_dim: int) -> None:
