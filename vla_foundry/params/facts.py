@@ -8,6 +8,7 @@ from typing import Any
 
 from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.params.base import BaseParams
+from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.images import ImageProcessorParams
@@ -48,7 +49,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         # our own processor adds <image> at the end
         tokenizer = replace(tokenizer, vocab_size=tokenizer.vocab_size + 1, image_token_id=tokenizer.vocab_size)
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
-    return Facts(
+    facts = Facts(
         world_size=world_size,
         ranks_per_node=_ranks_per_node(world_size),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -60,6 +61,11 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         started_from=started_from,
         checkpoint_models=_read_checkpoint_models(params.model, offline),
     )
+    if isinstance(data, RoboticsDataParams):
+        from vla_foundry.params.robotics_facts import add_robotics  # reads arrays, with numpy
+
+        return add_robotics(facts, list_checkpoints(params.model), offline=offline)
+    return facts
 
 
 def _ranks_per_node(world_size: int) -> int:
