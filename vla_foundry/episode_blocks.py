@@ -154,31 +154,3 @@ def format_lowdim(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = Fals
     save: Any = np.savez_compressed if compressed else np.savez
     save(buffer, **arrays)
     return buffer.getvalue()
-
-
-def parse_lowdim(data: bytes, origin: str, fields: "list[str] | None" = None) -> "dict[str, np.ndarray]":
-    """Read the arrays of a lowdim.npz; nothing in it is executed.
-
-    Args:
-        origin: where the bytes come from, for messages.
-        fields: read only these; None: all.
-
-    Raises:
-        ValueError: the bytes are no .npz, or a field is missing or broken.
-    """
-    import zipfile
-    import zlib
-
-    import numpy as np
-
-    from vla_foundry.registry import unknown_name_message
-
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            names = archive.files if fields is None else fields
-            missing = [name for name in names if name not in archive.files]
-            if missing:
-                raise ValueError(unknown_name_message("field", missing[0], sorted(archive.files)))
-            return {name: archive[name] for name in names}
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{origin}: {' '.join(str(error).split())}") from None

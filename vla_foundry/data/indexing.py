@@ -75,6 +75,9 @@ def _fits(file: BinaryIO, index: ShardIndex) -> bool:
         return False
     if index.records is not None:
         spans = [index.records.tokens, index.records.document_offsets]
+    elif index.episodes:
+        ends = (index.episodes[0], index.episodes[-1])
+        spans = [span for episode in ends for span in episode.members.values()]
     else:
         spans = [span for _, members in (*index.samples[:1], *index.samples[-1:]) for span in members.values()]
     return all(_has_header(file, span) for span in spans)

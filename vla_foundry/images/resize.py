@@ -120,6 +120,11 @@ def resize_image(
     return scaled, plan.pixel_map
 
 
+def find_resize_map(source: Size, size: Size, *, method: ResizeMethod = "center_crop") -> PixelMap:
+    """Return the map of pixels that `resize_image` and `resize_depth` make, without an image."""
+    return identity_map(size) if source == size else _plan_resize(source, size, method).pixel_map
+
+
 def resize_depth(
     depth: UInt16[Tensor, "*batch H W"], size: Size, *, method: ResizeMethod = "center_crop"
 ) -> tuple[UInt16[Tensor, "*batch H2 W2"], PixelMap]:

@@ -31,8 +31,25 @@ JOBS = {
         "vla_foundry.preprocessing.image_caption.job:preprocess_image_caption",
         "images and captions: folders of pairs, lists of paths or URLs",
     ),
+    "robotics": (
+        "vla_foundry.params.preprocessing_converters:RoboticsPreprocessParams",
+        "vla_foundry.preprocessing.robotics.job:preprocess_robotics",
+        "recordings of robots (LeRobot, HDF5, ...)",
+    ),
 }
-_LIST_FLAGS = ("--source", "--special_tokens", "--extra_keys")
+_LIST_FLAGS = (
+    "--source",
+    "--special_tokens",
+    "--extra_keys",
+    "--source_episodes",
+    "--camera_names",
+    "--image_indices",
+    "--resize_images_size",
+    "--validation_episodes",
+    "--observation_keys",
+    "--action_keys",
+    "--data_discard_keys",
+)
 
 
 def main(argv: list[str]) -> None:

@@ -116,8 +116,18 @@ def _check_reachable(ray_address: str) -> None:
 
 
 @contextmanager
-def _ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
-    """Join or start Ray, and yield the number of tasks to keep under way; what was started is ended."""
+def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
+    """Join or start Ray, and yield the number of tasks to keep under way; what was started is ended.
+
+    `run_tasks` does so itself; a job that calls it several times does so around them all, which saves the seconds that
+    Ray takes to start. Nothing is started for num_workers 0.
+
+    Raises:
+        ValueError: Ray is not installed, or no cluster answers at `ray_address`.
+    """
+    if num_workers == 0:
+        yield 0
+        return
     # read by Ray when it is imported or starts: no statistics, no `uv run` around each worker
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -161,7 +171,7 @@ def _run_on_ray(
     num_workers: int | None,
     ray_address: str | None,
 ) -> Iterator[tuple[Task, Any]]:
-    with _ray_cluster(num_workers, ray_address) as num_under_way:
+    with ray_cluster(num_workers, ray_address) as num_under_way:
         import ray
 
         remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=False)(_call_in_worker)

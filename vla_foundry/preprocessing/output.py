@@ -26,6 +26,15 @@ from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, fo
 PROGRESS_FOLDER = "_progress"
 # what failed, by reason, where a job reports that
 REPORT_NAME = "report.json"
+# what a dataset may hold beside its shards
+_OWN_FILES = (
+    PROVENANCE_NAME,
+    REPORT_NAME,
+    "stats.json",
+    "robotics.json",
+    "preprocessing_config.yaml",
+    "processing_metadata.json",
+)
 _PLAN_NAME = "plan.json"
 _NUM_THREADS = 16
 
@@ -38,10 +47,12 @@ class OutputFolder:
     Args:
         uri: local or s3://.
         plan: all that determines the bytes of the dataset, as JSON values.
+        flag: how the user names the folder, for messages.
     """
 
-    def __init__(self, uri: str, plan: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, plan: Mapping[str, Any], *, flag: str = "--output") -> None:
         self.uri = uri
+        self._flag = flag
         self.plan = json.loads(json.dumps(plan))
 
     def begin(self, *, overwrite: bool) -> State:
@@ -60,12 +71,12 @@ class OutputFolder:
         found = self._found_plan(files)
         if found is None:
             example = min(files)
-            raise ValueError(f"--output {self.uri} holds other files ('{example}', ...). Choose an empty folder.")
+            raise ValueError(f"{self._flag} {self.uri} holds other files ('{example}', ...). Choose an empty folder.")
         differences = plan_differences(found, self.plan) or self._missing_shards(files)
         if differences and not overwrite:
             verb = "was made" if MANIFEST_NAME in files else "was begun"
             raise ValueError(
-                f"--output {self.uri} {verb} with {'; '.join(differences[:3])}. "
+                f"{self._flag} {self.uri} {verb} with {'; '.join(differences[:3])}. "
                 "Choose another folder, or replace it with --overwrite true."
             )
         if differences:
@@ -116,7 +127,7 @@ class OutputFolder:
             if sizes.get(f"{entry.shard}.tar") != entry.num_bytes:
                 raise ValueError(
                     f"Shard {entry.shard} was written but is not whole in {self.uri} as seen from here. "
-                    "On a cluster, --output must be a folder that all nodes share, or s3://."
+                    f"On a cluster, {self._flag} must be a folder that all nodes share, or s3://."
                 )
 
     def _files(self) -> dict[str, int]:
@@ -167,8 +178,7 @@ class OutputFolder:
         self._delete_all(
             name
             for name in files
-            if name != plan
-            and (name.endswith(own) or name.startswith(folders) or name in (PROVENANCE_NAME, REPORT_NAME))
+            if name != plan and (name.endswith(own) or name.startswith(folders) or name in _OWN_FILES)
         )
 
     def _delete_temporaries(self) -> None:

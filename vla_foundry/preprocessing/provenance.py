@@ -11,7 +11,7 @@ from typing import Any
 
 import vla_foundry
 
-_PACKAGES = ("numpy", "pyarrow", "ray", "tokenizers", "transformers")
+_PACKAGES = ("av", "h5py", "numpy", "pillow", "pyarrow", "ray", "tokenizers", "torch", "torchvision", "transformers")
 
 
 def read_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Find what is wrong with one shard: its tar, its samples' members, its token records. Each fault is one line."""
+"""Find what is wrong with one shard: its tar, its samples' members, its token records, its episodes: a line a fault."""
 
 import re
 from collections import Counter
@@ -8,7 +8,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, index_shard, sha256_of
+from vla_foundry.episode_blocks import CALIBRATION_PREFIXES, EPISODE_SUFFIX, LOWDIM_SUFFIX, TIMESTAMP_FIELD
+from vla_foundry.io.npz import NpzFile
+from vla_foundry.shards import (
+    EpisodeSpans,
+    ManifestEntry,
+    MemberSpan,
+    ShardIndex,
+    TokenRecords,
+    index_shard,
+    sha256_of,
+)
 
 # two empty blocks end a tar
 _END_BYTES = 1024
@@ -60,6 +70,8 @@ def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
         yield "it has no end marker: the tar is cut off"
     if index.records is not None:
         yield from _record_faults(file, index.records, index.num_sequences, expected.vocab_size)
+    elif index.episodes:
+        yield from _episode_faults(file, index.episodes)
     else:
         yield from _member_faults(index)
 
@@ -76,6 +88,10 @@ def _spans(index: ShardIndex) -> Iterator[MemberSpan]:
         yield from (index.records.tokens, index.records.document_ends, index.records.document_offsets)
     for _, members in index.samples:
         yield from members.values()
+    for episode in index.episodes:
+        yield from episode.members.values()
+        for frames in episode.frames.values():
+            yield from frames
 
 
 def _first_difference(said: ShardIndex, found: ShardIndex) -> str:
@@ -85,9 +101,54 @@ def _first_difference(said: ShardIndex, found: ShardIndex) -> str:
         if said_members != members:
             suffixes = sorted(name for name in said_members | members if said_members.get(name) != members.get(name))
             return f" at member '{key}.{suffixes[0]}'"
+    for said_episode, episode in zip(said.episodes, found.episodes, strict=False):
+        if said_episode != episode:
+            return f" at episode '{episode.key}'"
     if said.num_sequences != found.num_sequences:
         return f": it says {said.num_sequences:,} samples"
     return ""
+
+
+def _episode_faults(file: BinaryIO, episodes: tuple[EpisodeSpans, ...]) -> Iterator[str]:
+    """Episodes that stand twice, lack their arrays, have empty or foreign members, or arrays of another length."""
+    faults = []
+    counts = Counter(episode.key for episode in episodes)
+    faults += [f"episode '{key}' stands {count} times" for key, count in counts.items() if count > 1]
+    for episode in episodes:
+        spans = [*episode.members.values(), *(span for frames in episode.frames.values() for span in frames)]
+        num_empty = sum(1 for span in spans if not span.size)
+        if num_empty:
+            faults.append(f"{num_empty:,} members of episode '{episode.key}' are empty")
+        for suffix in sorted(episode.members.keys() - {EPISODE_SUFFIX, LOWDIM_SUFFIX}):
+            faults.append(f"member '{episode.key}.{suffix}' is of no camera or frame of its episode")
+        if LOWDIM_SUFFIX not in episode.members:
+            faults.append(f"episode '{episode.key}' has no member .{LOWDIM_SUFFIX}")
+        elif not num_empty:
+            faults += _array_faults(file, episode)
+    yield from faults[:_MAX_FAULTS]
+    if len(faults) > _MAX_FAULTS:
+        yield f"{len(faults) - _MAX_FAULTS:,} more faults of this kind"
+
+
+def _array_faults(file: BinaryIO, episode: EpisodeSpans) -> Iterator[str]:
+    span = episode.members[LOWDIM_SUFFIX]
+    file.seek(span.offset)
+    try:
+        arrays = NpzFile.from_bytes(file.read(span.size))
+        shapes = {name: arrays.read(name).shape for name in arrays.names}
+    except ValueError as error:
+        yield f"member '{episode.key}.{LOWDIM_SUFFIX}': {error}"
+        return
+    lengths = {len(frames) for frames in episode.frames.values()}
+    lengths |= {
+        shape[0] if shape else 0
+        for name, shape in shapes.items()
+        if not (name.startswith(CALIBRATION_PREFIXES) and len(shape) == 2)
+    }
+    if TIMESTAMP_FIELD not in shapes:
+        yield f"episode '{episode.key}' has no array '{TIMESTAMP_FIELD}'"
+    if len(lengths) > 1:
+        yield f"the arrays and cameras of episode '{episode.key}' have different lengths: {sorted(lengths)}"
 
 
 def _member_faults(index: ShardIndex) -> Iterator[str]:

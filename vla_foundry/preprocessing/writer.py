@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from vla_foundry.io.uri import join_uri, open_output, write_text
 from vla_foundry.shards import ManifestEntry, format_index, index_shard, sha256_of
@@ -12,16 +13,16 @@ from vla_foundry.shards import ManifestEntry, format_index, index_shard, sha256_
 class ShardWriter:
     """Adds samples to one open tar; see open_shard."""
 
-    def __init__(self, tar: tarfile.TarFile) -> None:
-        self._tar = tar
+    def __init__(self, tar: tarfile.TarFile, file: BinaryIO) -> None:
+        self._tar, self._file = tar, file
         # known when open_shard's block has ended
         self.entry: ManifestEntry | None = None
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add one sample: a member `<key>.<suffix>` for each suffix.
+        """Add one sample, or some members of it: a member `<key>.<suffix>` for each suffix.
 
         Args:
-            key: unique in the dataset, without a dot.
+            key: unique in the dataset, without a dot; the members of a sample must follow each other.
             members: {suffix: content}; suffixes in lower case.
         """
         assert "." not in key.rpartition("/")[2], f"a sample key may have no dot: {key}"
@@ -32,6 +33,18 @@ class ShardWriter:
             info.size = len(content)
             self._tar.addfile(info, io.BytesIO(content))
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back all that was added within the block if it ends by an error."""
+        start = self._tar.offset
+        try:
+            yield
+        except BaseException:
+            self._file.seek(start)
+            self._file.truncate()
+            self._tar.offset = start
+            raise
+
 
 @contextmanager
 def open_shard(folder: str, shard: str) -> Iterator[ShardWriter]:
@@ -41,7 +54,7 @@ def open_shard(folder: str, shard: str) -> Iterator[ShardWriter]:
     """
     with open_output(join_uri(folder, f"{shard}.tar")) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            writer = ShardWriter(tar)
+            writer = ShardWriter(tar, file)
             yield writer
         file.flush()
         with open(file.name, "rb") as written:

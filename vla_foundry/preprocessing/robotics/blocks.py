@@ -1,0 +1,234 @@
+"""Write a shard of whole episodes: read, check, resample, choose anchors, encode each frame once, count.
+
+A task makes one shard. What goes wrong with an episode is said with its name, and neither a frame nor a number of it
+stays: the shard is cut back to where the episode began, and statistics are taken only of what was written.
+"""
+
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vla_foundry.episode_blocks import (
+    EPISODE_SUFFIX,
+    EXTRINSICS,
+    LOWDIM_SUFFIX,
+    ORIGINAL_INTRINSICS,
+    RESCALED_INTRINSICS,
+    TIMESTAMP_FIELD,
+    EpisodeCamera,
+    EpisodeInfo,
+    format_episode,
+    format_lowdim,
+    frame_suffix,
+)
+from vla_foundry.io.uri import delete, join_uri, write_bytes
+from vla_foundry.preprocessing.job import Task
+from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
+from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
+from vla_foundry.preprocessing.robotics.images import (
+    ImageOperations,
+    describe_camera,
+    encode_frames,
+    rescale_intrinsics,
+)
+from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.resampling import resample_episode
+from vla_foundry.preprocessing.robotics.windows import Anchors, choose_anchors, create_window, iterate_windows
+from vla_foundry.preprocessing.writer import ShardWriter, open_shard
+from vla_foundry.robotics.accumulator import StatisticsAccumulator
+from vla_foundry.robotics.statistics_format import pack_statistics
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockJob:
+    """What the tasks of a job share."""
+
+    recipe: Recipe
+    # output folder
+    folder: str
+    # name of the shard of a task, within the folder: {number} is replaced
+    shard_pattern: str
+
+    def shard(self, number: int) -> str:
+        """Name of the shard of a task, within the folder."""
+        return self.shard_pattern.format(number=number)
+
+
+@dataclass(eq=False)
+class Clock:
+    """Adds up the seconds that stages take."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Count the time of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class _Empty(Exception):
+    """No episode of a shard was written, so that there is no shard."""
+
+
+def statistics_name(number: int) -> str:
+    """Path, within the output folder, of what a task counted."""
+    return f"{PROGRESS_FOLDER}/statistics_{number:06d}.npz"
+
+
+def write_block(job: BlockJob, task: Task) -> dict[str, Any]:
+    """Write the shard of a task and what it counted; see _try_episode for what is said of each episode.
+
+    Returns:
+        {"entry": line of the manifest or None, "episodes": [...], "seconds": {stage: seconds}}, recorded as done.
+    """
+    recipe, clock = job.recipe, Clock()
+    converter = recipe.converter_class(recipe.params)
+    accumulator = StatisticsAccumulator(create_window(recipe).anchor)
+    episodes: list[dict[str, Any]] = []
+    entry = None
+    try:
+        with open_shard(job.folder, job.shard(task.number)) as writer:
+            for ref in task.payload:
+                episodes.append(_try_episode(writer, converter, ref, recipe, accumulator, clock))
+            if not any(episode["outcome"] == "written" for episode in episodes):
+                raise _Empty
+        entry = writer.entry
+    except _Empty:
+        for ending in (".tar", ".index.json"):  # an earlier run may have written some of it
+            delete(join_uri(job.folder, job.shard(task.number) + ending))
+    if recipe.params.compute_statistics:
+        with clock.measure("statistics"):
+            buffer = io.BytesIO()
+            save: Callable[..., None] = np.savez  # fields as keywords; `file` is no field's name within "name|what"
+            save(buffer, **pack_statistics(accumulator.finish()))
+            write_bytes(join_uri(job.folder, statistics_name(task.number)), buffer.getvalue())
+    result = {"entry": None if entry is None else asdict(entry), "episodes": episodes, "seconds": clock.seconds}
+    record_task(job.folder, task.number, result)
+    return result
+
+
+def _try_episode(
+    writer: ShardWriter,
+    converter: BaseRoboticsConverter,
+    ref: EpisodeRef,
+    recipe: Recipe,
+    accumulator: StatisticsAccumulator,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Write an episode if it can be written, and say what became of it.
+
+    Returns:
+        {"episode", "source", "outcome": "written" | "left out" | "failed", "reason"} and, where written, what was.
+    """
+    said = {"episode": ref.episode_id, "source": ref.source}
+    try:
+        with writer.all_or_nothing():
+            fields, facts = _write_episode(writer, converter, ref, recipe, clock)
+    except Left as left:
+        return {**said, "outcome": "left out", "reason": left.reason}
+    except (ValueError, FileNotFoundError) as error:
+        return {**said, "outcome": "failed", "reason": " ".join(str(error).split())}
+    except Exception as error:  # the border of an episode: it is named, counted and reported
+        if _may_pass(error):
+            raise
+        _logger.warning("%s failed in a way that its converter did not foresee", ref.source, exc_info=True)
+        return {**said, "outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    with clock.measure("statistics"):
+        anchors = np.array(facts["anchors"], dtype=np.int64)
+        if recipe.params.compute_statistics:
+            for windows, values in iterate_windows(fields, anchors, facts["frames"], recipe):
+                accumulator.update(values, ~windows.is_padding)
+    return {**said, "outcome": "written", **facts}
+
+
+def _may_pass(error: Exception) -> bool:
+    """True for trouble of the machine or the network, for which the whole task is run again."""
+    # libraries raise OSError without a number for files that are broken
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _write_episode(
+    writer: ShardWriter, converter: BaseRoboticsConverter, ref: EpisodeRef, recipe: Recipe, clock: Clock
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    params = recipe.params
+    with clock.measure("read"):
+        episode = converter.read_episode(ref)
+        check_episode(episode, recipe)
+        sources = np.arange(len(episode.timestamps))
+        if params.target_fps is not None:
+            episode, sources = resample_episode(episode, params.target_fps, recipe.fields, recipe.pose_groups)
+        anchors = choose_anchors(episode.fields, len(episode.timestamps), recipe)
+    if not len(anchors.frames):
+        raise Left("no samples")
+    operations = {name: ImageOperations.of_camera(params, name) for name in recipe.cameras}
+    cameras = {name: describe_camera(episode.cameras[name], operations[name]) for name in recipe.cameras}
+    info = _describe_episode(episode, anchors, cameras)
+    with clock.measure("write"):
+        writer.add(
+            ref.episode_id,
+            {
+                EPISODE_SUFFIX: format_episode(info).encode("utf-8"),
+                LOWDIM_SUFFIX: format_lowdim(_lowdim(episode, recipe, operations)),
+            },
+        )
+    streams = {name: encode_frames(name, episode.cameras[name], operations[name], sources) for name in recipe.cameras}
+    for frame in range(info.num_frames):
+        with clock.measure("images"):
+            files = {
+                frame_suffix(name, frame, cameras[name].extension): next(stream) for name, stream in streams.items()
+            }
+        with clock.measure("write"):
+            writer.add(ref.episode_id, files)
+    with clock.measure("images"):
+        for stream in streams.values():  # to its end, where it finds out if there are too many
+            next(stream, None)
+    return episode.fields, _facts(info, anchors)
+
+
+def _describe_episode(episode: Episode, anchors: Anchors, cameras: dict[str, EpisodeCamera]) -> EpisodeInfo:
+    return EpisodeInfo(
+        episode_id=episode.ref.episode_id,
+        task=episode.task if episode.task is not None else episode.ref.task,
+        num_frames=len(episode.timestamps),
+        fps=float(episode.fps),
+        anchors=tuple(anchors.frames.tolist()),
+        cameras=cameras,
+        instructions=tuple(episode.instructions),
+        metadata=episode.metadata,
+    )
+
+
+def _lowdim(episode: Episode, recipe: Recipe, operations: Mapping[str, ImageOperations]) -> dict[str, np.ndarray]:
+    arrays = {name: episode.fields[name] for name in recipe.fields} | {TIMESTAMP_FIELD: episode.timestamps}
+    for name in recipe.cameras:
+        if name in episode.intrinsics:
+            intrinsics = episode.intrinsics[name]
+            arrays[ORIGINAL_INTRINSICS + name] = intrinsics
+            arrays[RESCALED_INTRINSICS + name] = rescale_intrinsics(intrinsics, episode.cameras[name], operations[name])
+        if name in episode.extrinsics:
+            arrays[EXTRINSICS + name] = episode.extrinsics[name]
+    return arrays
+
+
+def _facts(info: EpisodeInfo, anchors: Anchors) -> dict[str, Any]:
+    return {
+        "frames": info.num_frames,
+        "fps": info.fps,
+        "anchors": list(info.anchors),
+        "dropped": anchors.dropped,
+        "cameras": {name: asdict(camera) for name, camera in info.cameras.items()},
+        "language_types": sorted({kind for span in info.instructions for kind in span.texts}),
+    }

@@ -1,0 +1,163 @@
+"""What a job on recordings will do: which episodes, in which order and shards, held out or not. Pure functions."""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from vla_foundry.episode_blocks import is_episode_id
+from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, EpisodeRef
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.fields import PoseGroup, is_relative_field
+from vla_foundry.robotics_contract import FieldDescription
+
+# taken for the length of an episode where none is known before it is read
+_USUAL_FRAMES = 256
+# few frames are divided into this many shards, so that the workers have something to do each
+_LEAST_SHARDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is made of every episode; sent to the workers."""
+
+    params: RoboticsPreprocessParams
+    converter_class: type[BaseRoboticsConverter]
+    # in the order of the dataset
+    cameras: tuple[str, ...]
+    # what every episode has
+    fields: dict[str, FieldDescription]
+    pose_groups: tuple[PoseGroup, ...]
+
+
+def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConverter) -> Recipe:
+    """Ask a converter for its cameras and fields.
+
+    Raises:
+        ValueError: a camera is unknown, or fields or pose groups contradict themselves.
+    """
+    fields = converter.describe_fields()
+    relative = [name for name in fields if is_relative_field(name)]
+    if relative:
+        raise ValueError(f"field '{relative[0]}' is named as a relative one, which are made here. Rename it.")
+    groups = tuple(converter.pose_groups())
+    for group in groups:
+        for key in (group.position_key, group.rotation_key, *group.reference_keys):
+            if key not in fields:
+                raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
+    return Recipe(
+        params=params,
+        converter_class=type(converter),
+        cameras=_choose_cameras(params.camera_names, converter.discover_cameras()),
+        fields=fields,
+        pose_groups=groups,
+    )
+
+
+def _choose_cameras(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    names = list(known if wanted is None else wanted)
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name_message("camera_names: camera", name, list(known)))
+    for name, count in Counter(name.lower() for name in names).items():
+        if count > 1:
+            raise ValueError(
+                f"two cameras are named '{name}' but for upper and lower case, which shards do not tell apart. "
+                "Choose one by --camera_names."
+            )
+    return tuple(names)
+
+
+def check_refs(refs: Iterable[EpisodeRef], max_episodes: int) -> list[EpisodeRef]:
+    """Sort episodes by id and cut them to as many as are wanted; -1: all.
+
+    Raises:
+        ValueError: there is none, or an id is not unique or not made of letters, digits, "_" and "-".
+    """
+    ordered = sorted(refs, key=lambda ref: ref.episode_id)
+    if not ordered:
+        raise ValueError("source_episodes has no episodes. Check the path and --type.")
+    for first, second in itertools.pairwise(ordered):
+        if first.episode_id == second.episode_id:
+            raise ValueError(f"{first.source} and {second.source} have one episode id, '{first.episode_id}'.")
+    for ref in ordered:
+        if not is_episode_id(ref.episode_id):
+            raise ValueError(f"{ref.source}: episode id '{ref.episode_id}' must be letters, digits, '_' and '-'.")
+    return ordered if max_episodes < 0 else ordered[:max_episodes]
+
+
+def split_refs(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> dict[str, list[EpisodeRef]]:
+    """Divide episodes into {"train": ..., "validation": ...}, or {"": all} if none are held out.
+
+    Which are held out depends on their ids (or tasks) and the seed alone, so that a set that grows moves few.
+
+    Raises:
+        ValueError: a pattern of validation_episodes names none, or nothing is left to train on or to validate with.
+    """
+    for pattern in params.validation_episodes:
+        if not any(fnmatchcase(ref.episode_id, pattern) for ref in refs):
+            raise ValueError(f"validation_episodes: '{pattern}' names none of the {len(refs)} episodes.")
+    held_out = {
+        ref.episode_id
+        for ref in refs
+        if any(fnmatchcase(ref.episode_id, pattern) for pattern in params.validation_episodes)
+    }
+    held_out |= _draw_episodes(refs, params)
+    if params.validation_fraction == 0 and not params.validation_episodes:
+        return {"": list(refs)}
+    split = {
+        "train": [ref for ref in refs if ref.episode_id not in held_out],
+        "validation": [ref for ref in refs if ref.episode_id in held_out],
+    }
+    empty = next((name for name, part in split.items() if not part), None)
+    if empty is not None:
+        raise ValueError(
+            f"validation_fraction ({params.validation_fraction:g}) by {params.validation_by} leaves no episode of "
+            f"{len(refs)} to {'train on' if empty == 'train' else 'validate with'}. Choose another."
+        )
+    return split
+
+
+def _draw_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> set[str]:
+    fraction, seed = params.validation_fraction, params.seed
+    if fraction == 0:
+        return set()
+    by_task: dict[str, list[str]] = {}
+    for ref in refs:
+        by_task.setdefault(ref.task or "", []).append(ref.episode_id)
+    if params.validation_by == "task":
+        return {episode for task in _draw(list(by_task), fraction, seed) for episode in by_task[task]}
+    drawn = {episode for episodes in by_task.values() for episode in _draw(episodes, fraction, seed)}
+    return drawn or set(_draw([ref.episode_id for ref in refs], 1 / len(refs), seed))
+
+
+def _draw(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    return ordered[: round(fraction * len(ordered))]
+
+
+def plan_shards(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> list[list[EpisodeRef]]:
+    """Permute episodes by the seed and divide them into shards of about frames_per_shard frames."""
+    known = [ref.num_frames for ref in refs if ref.num_frames is not None]
+    usual = round(sum(known) / len(known)) if known else _USUAL_FRAMES
+    sizes = [usual if ref.num_frames is None else ref.num_frames for ref in refs]
+    limit = min(params.frames_per_shard, -(-sum(sizes) // _LEAST_SHARDS))
+    shards: list[list[EpisodeRef]] = []
+    room = 0
+    for number in np.random.default_rng([params.seed, len(refs)]).permutation(len(refs)).tolist():
+        if room <= 0:
+            shards.append([])
+            room = limit
+        shards[-1].append(refs[number])
+        room -= sizes[number]
+    return shards
+
+
+def count_frames(refs: Iterable[EpisodeRef]) -> int:
+    """How much work episodes are, for the progress line."""
+    return sum(ref.num_frames or _USUAL_FRAMES for ref in refs)

@@ -1,0 +1,244 @@
+"""What a job on recordings says at its end: counts by reason, failures by name, and the files beside the shards."""
+
+import os
+import shlex
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import vla_foundry
+from vla_foundry.io.uri import is_remote, name_of
+from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.preprocessing.provenance import digest_of, read_git_commit, read_versions
+from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract
+
+CONFIG_NAME = "preprocessing_config.yaml"
+METADATA_NAME = "processing_metadata.json"
+STATISTICS_NAME = "stats.json"
+# names of episodes that are given for each reason in a printed line
+_MAX_EXAMPLES = 3
+
+
+class Report:
+    """What became of the episodes of a job; as JSON, report.json.
+
+    Args:
+        episodes: what tasks say of each (blocks.write_block), in the order of the dataset.
+        source_episodes: params; paths are shown from there.
+    """
+
+    def __init__(self, episodes: Sequence[Mapping[str, Any]], source_episodes: Sequence[str]) -> None:
+        self.written = [episode for episode in episodes if episode["outcome"] == "written"]
+        self.failed = [episode for episode in episodes if episode["outcome"] == "failed"]
+        self.left_out = [episode for episode in episodes if episode["outcome"] == "left out"]
+        self.num_episodes = len(episodes)
+        self._sources = source_episodes
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were written."""
+        return sum(len(episode["anchors"]) for episode in self.written)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Candidates for samples that are none, by reason."""
+        counts = Counter[str]()
+        for episode in self.written:
+            counts.update(episode["dropped"])
+        return dict(sorted(counts.items()))
+
+    def counts(self) -> dict[str, Any]:
+        """Counts that depend on the source and the params alone."""
+        return {
+            "episodes": self.num_episodes,
+            "written": len(self.written),
+            "failed": len(self.failed),
+            "left_out": len(self.left_out),
+            "frames": sum(episode["frames"] for episode in self.written),
+            "samples": self.num_samples,
+            "dropped_samples": self.dropped,
+        }
+
+    def to_json(self, seconds: Mapping[str, float]) -> dict[str, Any]:
+        """report.json; `seconds` that each stage took, all workers together."""
+        return {
+            **self.counts(),
+            "failed_episodes": [self._name(episode) for episode in self.failed],
+            "left_out_episodes": [self._name(episode) for episode in self.left_out],
+            "seconds": {stage: round(value, 3) for stage, value in sorted(seconds.items())},
+        }
+
+    def _name(self, episode: Mapping[str, Any]) -> dict[str, Any]:
+        source = show_path(episode["source"], self._sources)
+        return {"episode": episode["episode"], "source": source, "reason": episode["reason"]}
+
+    def describe(self) -> list[str]:
+        """Lines for the user."""
+        lines = [f"failed: {episode['episode']} ({episode['source']}): {episode['reason']}" for episode in self.failed]
+        reasons = Counter(episode["reason"] for episode in self.left_out)
+        for reason, count in sorted(reasons.items()):
+            names = [episode["episode"] for episode in self.left_out if episode["reason"] == reason][:_MAX_EXAMPLES]
+            lines.append(f"left out: {count:,} episodes, {reason}: {', '.join(names)}{', ...' if count > 3 else ''}")
+        lines += [f"no samples: {count:,} anchors, {reason}" for reason, count in self.dropped.items() if count]
+        return lines
+
+    def check(self, max_failed_fraction: float, report_uri: str) -> None:
+        """Stop if more episodes failed than may.
+
+        Raises:
+            ValueError: they did, or no sample was written.
+        """
+        if len(self.failed) > max_failed_fraction * self.num_episodes:
+            first = self.failed[0]
+            raise ValueError(
+                f"{len(self.failed):,} of {self.num_episodes:,} episodes failed, the first {first['episode']} "
+                f"({first['source']}): {first['reason']} Nothing is published; all are named in {report_uri}. Mend or "
+                f"remove them, or allow --max_failed_fraction {len(self.failed) / self.num_episodes:.2g}."
+            )
+        if not self.written:
+            reasons = ", ".join(sorted({episode["reason"] for episode in self.left_out})) or "there are no episodes"
+            raise ValueError(f"source_episodes gave no sample: {reasons}. All are named in {report_uri}.")
+
+
+def create_contract(recipe: Recipe, report: Report) -> RoboticsContract:
+    """Say what the dataset holds.
+
+    Raises:
+        ValueError: episodes differ in their rate, or in the size or kind of a camera's images.
+    """
+    params, first = recipe.params, report.written[0]
+    cameras = {}
+    for episode in report.written:
+        if episode["fps"] != first["fps"]:
+            raise ValueError(
+                f"episode {episode['episode']} has {episode['fps']:g} frames a second, {first['episode']} "
+                f"{first['fps']:g}. Bring all to one rate: --target_fps {min(episode['fps'], first['fps']):g}."
+            )
+    for name in recipe.cameras:
+        sizes = {tuple(episode["cameras"][name]["size"]): episode["episode"] for episode in report.written}
+        if len(sizes) > 1:
+            (width, height), other = list(sizes)[:2]
+            raise ValueError(
+                f"camera '{name}' has {width} x {height} pixels in episode {sizes[width, height]}, {other[0]} x "
+                f"{other[1]} in {sizes[other]}. Bring all to one size by --resize_images_size."
+            )
+        originals = {tuple(episode["cameras"][name]["original_size"]) for episode in report.written}
+        extensions = {episode["cameras"][name]["extension"] for episode in report.written}
+        if len(extensions) > 1:
+            raise ValueError(f"camera '{name}' is colour in some episodes and depth in others. Leave it out.")
+        ((width, height),) = sizes
+        cameras[name] = CameraDescription(
+            size=(width, height),
+            original_size=originals.pop() if len(originals) == 1 else None,
+            is_depth=extensions == {"png"},
+        )
+    return RoboticsContract(
+        layout=params.layout,
+        fps=first["fps"],
+        past_lowdim_steps=params.past_lowdim_steps,
+        future_lowdim_steps=params.future_lowdim_steps,
+        image_indices=tuple(params.image_indices),
+        padding_strategy=params.padding_strategy,
+        cameras=cameras,
+        fields=recipe.fields | _relative_fields(recipe),
+        pose_groups=recipe.pose_groups,
+        language_types=tuple(sorted({kind for episode in report.written for kind in episode["language_types"]})),
+    )
+
+
+def _relative_fields(recipe: Recipe) -> dict[str, FieldDescription]:
+    described = {}
+    for group in recipe.pose_groups:
+        for name, key in zip(group.relative_keys, (group.position_key, group.rotation_key), strict=True):
+            field = recipe.fields[key]
+            described[name] = FieldDescription(
+                shape=field.shape,
+                dtype=field.dtype,
+                unit=field.unit,
+                frame=f"{group.reference_keys[0]} at the anchor",
+                representation="relative",
+                rotation=group.rotation_format if key == group.rotation_key else None,
+                role=field.role,
+            )
+    return described
+
+
+def format_config(recipe: Recipe) -> str:
+    """Format preprocessing_config.yaml: every param under its published key, paths without what is above them."""
+    params = recipe.params
+    values = {"type": params.type, **asdict(params), "camera_names": list(recipe.cameras)}
+    values["source_episodes"] = [_show_root(source) for source in params.source_episodes]
+    values["output_dir"] = _show_root(params.output_dir)
+    values = {key: _show_root(value) if isinstance(value, str) else value for key, value in values.items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Return processing_metadata.json: the published keys, without user, host, time or paths of this machine."""
+    counts = report.counts()
+    versions = read_versions()
+    episodes = sorted(episode["episode"] for episode in report.written)
+    return {
+        "metadata_version": "2.0",
+        "command_line": {
+            "script_name": "vla-foundry preprocess robotics",
+            "full_command": format_command(recipe.params),
+        },
+        "environment": {"python_version": versions["python"], "package_versions": versions},
+        "git_info": {"commit_hash": read_git_commit(), "has_uncommitted_changes": _has_changes()},
+        "source_data": {**source, "num_episodes": report.num_episodes, "episode_list_hash": digest_of(episodes)},
+        "processing": {
+            "total_samples_created": counts["samples"],
+            "sample_counts": {
+                "total_potential_samples": counts["samples"] + sum(report.dropped.values()),
+                "still_samples_filtered": report.dropped.get("still", 0),
+                "padding_samples_filtered": report.dropped.get("padding", 0),
+            },
+        },
+    }
+
+
+def format_command(params: RoboticsPreprocessParams) -> str:
+    """Write the command that gives these params: what differs from the defaults."""
+    words = ["vla-foundry", "preprocess", "robotics", "--type", params.type]
+    for field in fields(params):
+        value = getattr(params, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value == default or field.name in ("num_workers", "ray_address", "overwrite"):
+            continue
+        words += [
+            f"--{field.name}",
+            *(_show_root(str(item)) for item in (value if isinstance(value, list) else [value])),
+        ]
+    return shlex.join(words)
+
+
+def show_path(path: str, roots: Sequence[str]) -> str:
+    """Show a path from the root that it lies in, without what is above that."""
+    for root in roots:
+        if path.startswith(root.rstrip("/")):
+            return _show_root(root) + path[len(root.rstrip("/")) :]
+    return _show_root(path)
+
+
+def _show_root(path: str) -> str:
+    return path if is_remote(path) or not os.path.isabs(os.path.expanduser(path)) else name_of(path)
+
+
+def _has_changes() -> bool | None:
+    """True if the source tree this package runs from differs from its commit; None if there is no git."""
+    root = Path(vla_foundry.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", "vla_foundry"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return bool(run.stdout.strip())
