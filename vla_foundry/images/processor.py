@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -119,8 +120,9 @@ class ImageTextProcessor:
         ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
         pixel_values, pixel_maps = self.resize(images)
         return {
-            "input_ids": torch.tensor(ids, dtype=torch.int32),
-            "target_mask": torch.tensor(mask, dtype=torch.bool),
+            # by way of numpy: torch.tensor takes three times as long for a list
+            "input_ids": torch.from_numpy(np.array(ids, dtype=np.int32)),
+            "target_mask": torch.from_numpy(np.array(mask, dtype=np.bool_)),
             "pixel_values": pixel_values,
             "image_index": torch.arange(len(images), dtype=torch.int32),
             "pixel_maps": pixel_maps,

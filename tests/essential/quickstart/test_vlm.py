@@ -1,0 +1,82 @@
+"""The parts of the quickstart's vision-language stage."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vla_foundry.evaluation.scene_captions import describe_scene, score_captions
+from vla_foundry.params import TrainExperimentParams
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.params.quickstart import QuickstartParams
+from vla_foundry.quickstart.command import create_llm_stage, create_vlm_stage
+from vla_foundry.quickstart.llm import PRESET as LLM_PRESET
+from vla_foundry.quickstart.vlm import PRESET
+from vla_foundry.quickstart.vlm_report import draw_captions, format_scores
+
+
+def caption(row: int, state: str = "open") -> str:
+    return describe_scene(
+        {
+            "object": "drawer",
+            "part": "handle",
+            "state": state,
+            "object_row": row,
+            "object_column": 3,
+            "gripper_row": 2,
+            "gripper_column": 6,
+            "side": "left",
+            "depth": "ahead",
+            "height": "below",
+        }
+    )
+
+
+def test_the_language_model_is_that_of_the_language_stage() -> None:
+    data = ["--data.dataset_manifest", "a/manifest.jsonl"]
+    llm = parse(TrainExperimentParams, ["--config_path", LLM_PRESET, *data], prog="train").params.model
+    vlm = parse(TrainExperimentParams, ["--config_path", PRESET, *data], prog="train").params.model
+    assert isinstance(vlm, VLMParams)
+    own = {"resume_from_checkpoint", "resume_weights_only", "freeze"}
+    assert {key: value for key, value in vars(vlm.transformer).items() if key not in own} == {
+        key: value for key, value in vars(llm).items() if key not in own
+    }
+
+
+def test_stages_come_in_order_from_the_first() -> None:
+    assert QuickstartParams(stages=["llm"]).stages == ["llm"]
+    for wrong in (["vlm"], ["vlm", "llm"], ["llm", "llm"]):
+        with pytest.raises(ValueError, match=r"stages \[.*\] must begin \[llm"):
+            QuickstartParams(stages=wrong)
+    with pytest.raises(ValueError, match="stages 'vla' is unknown"):
+        QuickstartParams(stages=["llm", "vla"])
+    with pytest.raises(ValueError, match="stages is empty"):
+        QuickstartParams(stages=[])
+
+
+def test_no_two_steps_share_a_marker_and_each_command_is_public(tmp_path: Path) -> None:
+    steps = [*create_llm_stage(tmp_path).steps, *create_vlm_stage(tmp_path).steps]
+    assert len({step.name for step in steps}) == len(steps)
+    commands = {step.words[0] for step in steps if step.words}
+    assert commands == {"preprocess", "train", "generate", "scenes", "caption"}
+
+
+def test_the_table_shows_accuracy_beside_chance_and_goal() -> None:
+    truths = [caption(row, ("closed", "open")[row % 2]) for row in range(1, 9)]
+    lines = format_scores(score_captions([truths[0]] * 8, truths))
+    state = next(line for line in lines if "its state" in line)
+    assert state.split()[-4:] == ["50.0%", "50.0%", "50.0%", "90%"]
+    position = next(line for line in lines if "where it is, within a cell" in line)
+    assert position.split()[-4] == "25.0%"
+
+
+def test_scenes_are_drawn_with_what_was_said(tmp_path: Path) -> None:
+    pictures = []
+    for number in range(5):
+        pictures.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (16, 16), (number * 40, 0, 0)).save(pictures[-1])
+    truths = [caption(row) for row in range(1, 6)]
+    draw_captions(pictures, [truths[0]] * 5, truths, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size == (1260, 756)
