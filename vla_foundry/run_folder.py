@@ -6,6 +6,9 @@
       metrics.jsonl                    one JSON object a line
       tokenizer/                       a Hugging Face tokenizer folder, where data is text
       processor/                       what turns images and text into tokens and pixels, its tokenizer too
+      normalizer.json, stats.json      how the numbers of robot data were normalised, and by what statistics
+      robotics.json                    cameras and fields of robot data as the model takes them, and what they mean
+      preprocessing_config.yaml        how the robot data was preprocessed
       model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/
         model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
@@ -29,6 +32,9 @@ PROVENANCE_NAME = "provenance.json"
 METRICS_NAME = "metrics.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 PROCESSOR_FOLDER = "processor"
+NORMALIZER_NAME = "normalizer.json"
+STATISTICS_NAME = "stats.json"
+PREPROCESSING_CONFIG_NAME = "preprocessing_config.yaml"
 MODEL_FILES_FOLDER = "model_files"
 CHECKPOINTS_FOLDER = "checkpoints"
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.description import check_description, describe_plan, fingerprint_of
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.microbatches import Failure, Microbatches, Report, Schedule
-from vla_foundry.data.pipelines.base import PIPELINES, Pipeline
+from vla_foundry.data.pipelines.base import PIPELINES, Pipeline, SavesFiles
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.processes import describe_dead_process, prepare_process, start_context, widen_pipe
 from vla_foundry.data.reader import Dataset, ShardReader
@@ -85,6 +86,7 @@ class DataLoader:
         cache = ShardCache(os.path.abspath(os.path.expanduser(folder)), int(cache_params.cache_size_gb * 1e9))
         reader = ShardReader(datasets, cache)
         pipeline.check(reader)
+        self._pipeline = pipeline
         num_workers = params.num_workers or 0
         group_size = max(1, pipeline.rows_per_message // schedule.microbatch_size) if num_workers else 1
         self._groups = _Groups(group_size, schedule.num_microbatches)
@@ -184,6 +186,11 @@ class DataLoader:
             self._num_tokens += int(documents.lengths.sum())
             self._num_padding += int(documents.lengths[documents.is_padding].sum())
         return batch
+
+    def save_files(self, folder: Path) -> None:
+        """Write what a run has to keep of its data, so that its model can be used without them."""
+        if isinstance(self._pipeline, SavesFiles):
+            self._pipeline.save_files(folder)
 
     def close(self) -> None:
         """Stop the loader processes."""

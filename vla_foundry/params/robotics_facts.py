@@ -27,9 +27,9 @@ from vla_foundry.robotics_contract import (
     RoboticsContract,
     parse_contract,
 )
+from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
 from vla_foundry.shards import parse_manifest
 
-PREPROCESSING_CONFIG_NAME = "preprocessing_config.yaml"
 # kinds of instructions that published datasets may have
 PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
 # of a remote shard, read to find its first sample

@@ -95,7 +95,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         is_validation_owed = saved["is_validation_owed"]
         notices += [f"goes on from {checkpoint} after step {state.step}.", *saved["notices"]]
         notices += check_data(params, loader, saved["data"])
-    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state))
+    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state, loader))
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
@@ -182,7 +182,9 @@ def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[st
     return []
 
 
-def prepare_folder(params: TrainExperimentParams, world: World, folder: Path, state: TrainState) -> list[str]:
+def prepare_folder(
+    params: TrainExperimentParams, world: World, folder: Path, state: TrainState, loader: DataLoader
+) -> list[str]:
     """Write what a run folder holds besides metrics and checkpoints.
 
     Returns:
@@ -191,6 +193,7 @@ def prepare_folder(params: TrainExperimentParams, world: World, folder: Path, st
     changes = write_configs(params, folder)
     record_start(folder, world, state.step)
     copy_tokenizer(params.data, folder)
+    loader.save_files(folder)
     if isinstance(state.model, SavesFiles):
         state.model.save_files(folder / MODEL_FILES_FOLDER)
     truncate_metrics(folder, state.step)

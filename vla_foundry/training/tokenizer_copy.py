@@ -21,7 +21,8 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
         ValueError: data.tokenizer or data.processor names what can not be loaded.
     """
     if isinstance(data, ImageProcessorParams):
-        _save_processor(data, run_folder / PROCESSOR_FOLDER)
+        if data.tokenizer_name() is not None:
+            _save_processor(data, run_folder / PROCESSOR_FOLDER)
         return
     target = run_folder / TOKENIZER_FOLDER
     if target.is_dir() or not isinstance(data, TextDataParams):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -202,6 +203,15 @@ class Pipeline(Protocol):
 
     def create_empty_batch(self) -> Batch:
         """Return a microbatch of padding only, for a rank that has no samples left while others do."""
+        ...
+
+
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A pipeline of which a run keeps files."""
+
+    def save_files(self, folder: Path) -> None:
+        """Write what it takes to use the run's model on other data."""
         ...
 
 

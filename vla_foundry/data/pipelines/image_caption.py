@@ -333,7 +333,8 @@ def _lay_tokens(inputs: Sequence[Mapping[str, Any]], counts: Sequence[int], leng
             for name in TOKEN_KEYS:
                 if name in batch:
                     batch[name][row, place : place + size] = sample[name].numpy()
-            batch["target_mask"][row, place] = False
+            if "target_mask" in batch:
+                batch["target_mask"][row, place] = False
             place += size
             segments.append(size)
         is_padding += [False] * count

@@ -12,9 +12,8 @@ from vla_foundry.params.images import DataAugmentationParams, ImageProcessorPara
 from vla_foundry.params.robotics import NormalizationParams
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
 from vla_foundry.robotics_contract import CONTRACT_NAME, NamedContract, RoboticsContract
+from vla_foundry.run_folder import STATISTICS_NAME
 from vla_foundry.text.prompts import INSTRUCTION_PROMPTS, template_fields
-
-STATISTICS_NAME = "stats.json"
 
 
 @register_data_params("robotics")
