@@ -49,10 +49,12 @@ class FieldParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class CameraParams(BaseParams):
-    """One camera of an HDF5 file."""
+    """One camera of an HDF5 file: an array of images, or of the bytes of JPEG or PNG files."""
 
     # path within an episode; null: the camera's own name
     source: str | None = None
+    # red and blue are swapped in what the file holds
+    is_bgr: bool = False
     # the first row of the array is the lowest of the image, as OpenGL has it
     is_bottom_up: bool = False
     # millimetres of one unit, of depth; null: it is a colour camera
@@ -72,7 +74,7 @@ class FieldMapParams(BaseParams):
     # fields that make poses: name, position_key, rotation_key and, unless the field names tell, reference_position_key
     # and reference_rotation_key: what relative actions are relative to
     pose_groups: list[dict[str, str]] = field(default_factory=list)
-    # HDF5: camera -> its array; other converters find cameras themselves
+    # HDF5: camera -> its array; "*" stands for all arrays of a group: {"*": {source: images/*}}
     cameras: dict[str, CameraParams] = field(default_factory=dict)
     # HDF5: pattern of the groups that are an episode each; "/": the file is one
     episodes: str = "/"
@@ -84,6 +86,9 @@ class FieldMapParams(BaseParams):
     def __post_init__(self) -> None:
         if not self.fields:
             raise ValueError("fields is empty. Name at least one field.")
+        any_camera = self.cameras.get("*")
+        if any_camera is not None and not (any_camera.source or "").endswith("/*"):
+            raise ValueError(f"cameras: the source of '*' ({any_camera.source}) must be a group and /*.")
         if isinstance(self.fps, float) and not self.fps > 0:
             raise ValueError(f"fps ({self.fps:g}) must be above 0.")
 
