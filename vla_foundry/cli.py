@@ -11,6 +11,7 @@ _COMMANDS = {
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
     "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
     "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
+    "demos": ("vla_foundry.evaluation.demos:main", "record demonstrations by scripted experts in a simulator"),
     "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 

@@ -76,8 +76,18 @@ class Simulator(ABC):
 
     # what the robot is told to do
     instruction: str
+    # every way to tell it so; `instruction` is the first
+    instructions: tuple[str, ...]
+    # the robot's name
+    robot: str
+    # control steps in a second
+    fps: int
     # width of an action; each number lies in [-1, 1]
     action_dim: int
+    # what each number of an action is; the effort of fingers is called "gripper"
+    action_names: tuple[str, ...]
+    # field of an observation -> what each of its numbers is
+    field_names: Mapping[str, tuple[str, ...]]
     # control steps that an episode may last
     max_steps: int
     # names of the cameras that `observe` draws

@@ -16,6 +16,7 @@ from vla_foundry.simulators.base import (
     SimulatorState,
     register_simulator,
 )
+from vla_foundry.simulators.metaworld_instructions import instructions_of
 from vla_foundry.simulators.metaworld_tasks import (
     HALF_OPEN_STARTS,
     INSTRUCTIONS,
@@ -62,7 +63,11 @@ def scene_tasks() -> list[str]:
 class MetaworldSimulator(Simulator):
     """One Meta-World task. Actions: x, y, z displacement of the hand (1 is 1 cm) and finger effort (1 closes)."""
 
+    robot = "sawyer"
+    fps = 80
     action_dim = 4
+    action_names = ("dx", "dy", "dz", "gripper")
+    field_names = {"end_effector_position": ("x", "y", "z"), "gripper_opening": ("opening",)}
 
     def __init__(self, task: str, *, cameras: Sequence[str] = ("corner2",), image_size: int = 64) -> None:
         name, _, variant = task.partition("@")
@@ -75,6 +80,7 @@ class MetaworldSimulator(Simulator):
         environment, expert = _create_environment(name)
         self._task = task
         self.instruction = INSTRUCTIONS[name]
+        self.instructions = instructions_of(name)
         self.cameras = tuple(cameras)
         self.max_steps = environment.max_path_length
         self._half_open: HalfOpenStart | None = HALF_OPEN_STARTS[name] if variant else None
@@ -120,7 +126,7 @@ class MetaworldSimulator(Simulator):
         )
 
     def apply(self, action: Float[np.ndarray, " A"]) -> None:
-        """Move the hand and the fingers for one control step of 12.5 ms."""
+        """Move the hand and the fingers for one control step, 1 / `fps` seconds."""
         self._sensed()
         if action.shape != (self.action_dim,):
             raise ValueError(f"An action must have shape ({self.action_dim},), got {action.shape}.")
