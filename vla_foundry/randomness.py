@@ -10,7 +10,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @lru_cache(maxsize=1024)
-def _key(seed: int, purpose: str) -> int:
+def create_key(seed: int, purpose: str) -> int:
+    """Return the 64 bits that all draws of a seed for a purpose start from."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "little")
 
 
@@ -23,7 +24,7 @@ def _mix(value: int) -> int:
 
 def _draw_words(count: int, *, seed: int, position: int, purpose: str) -> list[int]:
     """Return `count` words of 64 random bits; in Python, because numpy's generators take longer to set up."""
-    start = _mix((_key(seed, purpose) + _GOLDEN * (position + 1)) & _MASK)
+    start = _mix((create_key(seed, purpose) + _GOLDEN * (position + 1)) & _MASK)
     return [_mix((start + _GOLDEN * number) & _MASK) for number in range(1, count + 1)]
 
 

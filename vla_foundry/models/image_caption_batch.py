@@ -16,7 +16,7 @@ from vla_foundry.params.models.vlm import VLMParams
 # along the tokens of a batch, and cut as these are
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # of a batch, but no inputs of a model
-_NOT_INPUTS = {
+NOT_INPUTS = {
     *("modality", "positions", "input_ids", "target_mask", "documents", "dropped", "pixel_maps"),
     *("pixel_values", "image_mean", "image_std", "color_factors", "image_index"),
 }
@@ -109,7 +109,7 @@ class VLMHFBatchHandler:
         elif documents is not None and (documents.num_per_row > 1).any():
             raise ValueError("data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false.")
         for name, value in batch.items():
-            if name not in _NOT_INPUTS and isinstance(value, Tensor):
+            if name not in NOT_INPUTS and isinstance(value, Tensor):
                 value = value[:, :-1] if name in _TOKEN_TYPES else value
                 inputs[name] = value.to(device, non_blocking=True)
         return inputs

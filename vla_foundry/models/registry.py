@@ -21,6 +21,7 @@ MODELS: "Registry[Callable[..., nn.Module]]" = Registry(
         "vit_hf": "vla_foundry.models.vit_hf",
         "vlm": "vla_foundry.models.vlm",
         "vlm_hf": "vla_foundry.models.vlm_hf",
+        "diffusion_policy": "vla_foundry.models.diffusion_policy",
     },
 )
 BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Registry(
@@ -30,6 +31,7 @@ BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Re
         "transformer_hf": "vla_foundry.models.text_batch",
         "vlm": "vla_foundry.models.image_caption_batch",
         "vlm_hf": "vla_foundry.models.image_caption_batch",
+        "diffusion_policy": "vla_foundry.models.robotics_batch",
     },
 )
 

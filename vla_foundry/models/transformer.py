@@ -9,7 +9,7 @@ in_proj is [q; k; v] with the heads in order, w12 is [gate; up].
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from vla_foundry.batch import Documents, LossOutput
 from vla_foundry.models.base import LanguageModelOutput
 from vla_foundry.models.layers.attention import Segments, create_segments, read_mask
-from vla_foundry.models.layers.block import Block, take_token
-from vla_foundry.models.layers.feed_forward import SwiGLU
+from vla_foundry.models.layers.block import Block, init_block, init_normal, take_token
 from vla_foundry.models.layers.kv_cache import CacheStep, KVCache
 from vla_foundry.models.layers.norms import RMSNorm, create_norm
 from vla_foundry.models.layers.rotary import RotaryTables, Rotation
@@ -236,18 +235,11 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | RMSNorm):
                 module.reset_parameters()
-        std = self.params.hidden_dim**-0.5
         for head in (self.embeddings, None if self.params.weight_tying else self.output):
             if head is not None:
-                _init_normal(head.weight, std)
-        layers: Any = self.layers
-        for i, block in enumerate(layers):
-            ffn = block.feed_forward
-            inner, outer = (ffn.w12, ffn.w3) if isinstance(ffn, SwiGLU) else (ffn[0], ffn[2])
-            for weight in (block.attention.in_proj.weight, inner.weight):
-                _init_normal(weight, std)
-            for weight in (block.attention.out_proj.weight, outer.weight):
-                _init_normal(weight, std / (2 * (i + 1)) ** 0.5)
+                init_normal(head.weight, self.params.hidden_dim**-0.5)
+        for i, block in enumerate(self.layers):
+            init_block(block, i, self.params.hidden_dim)
 
     @torch.no_grad()
     def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
@@ -267,7 +259,7 @@ class Transformer(nn.Module):
             return old.shape[0]
         for module in (self.embeddings, self.output):
             grown = module.weight.new_empty(rows, old.shape[1])
-            _init_normal(grown, old.shape[1] ** -0.5)
+            init_normal(grown, old.shape[1] ** -0.5)
             grown[: old.shape[0]] = module.weight
             module.weight = nn.Parameter(grown, requires_grad=module.weight.requires_grad)
         self.embeddings.num_embeddings = self.output.out_features = rows
@@ -299,10 +291,6 @@ class Transformer(nn.Module):
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
     """Take the tokens of each row of (B, T, D) in `order` (B, T)."""
     return x.gather(1, order.unsqueeze(-1).expand_as(x))
-
-
-def _init_normal(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 @register_model("transformer")

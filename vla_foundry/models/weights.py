@@ -28,7 +28,9 @@ _STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
 _NUM_NAMED = 3
 
 
-def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = False) -> None:
+def load_model_checkpoint(
+    model: nn.Module, path: str | Path, *, use_ema: bool = False, translate: "Translate | None" = None
+) -> None:
     """Load all weights of a checkpoint into `model`, in place; every name and shape must fit.
 
     Values are converted to the dtypes of the model. Where two names are tied, either one in the file is enough.
@@ -37,13 +39,14 @@ def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool =
         path: a run folder (its newest complete checkpoint), a step folder, a .safetensors or a .pt file; local, s3://
             or hf://.
         use_ema: the averaged weights, where `path` is a folder.
+        translate: gives what the file holds the model's own names; None: it has them.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it can not be read, or its names and shapes are not the model's.
     """
-    with open_checkpoint(path, use_ema=use_ema) as tensors:
-        _load(model, tensors, str(path))
+    with open_checkpoint(path, use_ema=use_ema) as entries:
+        _load(model, entries if translate is None else translate(entries), str(path))
 
 
 def load_part_checkpoint(
@@ -80,14 +83,14 @@ def count_stored_rows(checkpoint: str, names: Collection[str], *, part: str) -> 
         return next((found[name].shape[0] for name in names if name in found), None)
 
 
-def _entries_of_part(entries: "Mapping[str, _Entry]", part: str) -> "Mapping[str, _Entry]":
+def _entries_of_part(entries: "Mapping[str, Entry]", part: str) -> "Mapping[str, Entry]":
     inside = {name.removeprefix(f"{part}."): entry for name, entry in entries.items() if name.startswith(f"{part}.")}
     return inside or entries
 
 
-def _grown(entry: "_Entry", tensor: Tensor) -> "_Entry":
+def _grown(entry: "Entry", tensor: Tensor) -> "Entry":
     rest = tensor.detach()[entry.shape[0] :]
-    return _Entry(tensor.shape, lambda: torch.cat([entry.read().to(rest), rest]))
+    return Entry(tensor.shape, lambda: torch.cat([entry.read().to(rest), rest]))
 
 
 def find_tied_names(model: nn.Module) -> dict[str, str]:
@@ -136,7 +139,7 @@ def has_ema(path: str | Path) -> bool:
 
 
 @contextmanager
-def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapping[str, "_Entry"]]:
+def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapping[str, "Entry"]]:
     """Open a checkpoint for reading tensor by tensor; see `load_model_checkpoint` for what `path` may be.
 
     Yields:
@@ -154,7 +157,7 @@ def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapp
         if not local.is_file():
             raise FileNotFoundError(f"Checkpoint {path} does not exist.")
         if local.suffix != ".safetensors":
-            yield _clean_names({name: _Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt(local)})
+            yield _clean_names({name: Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt(local)})
             return
         try:
             file = safe_open(local, framework="pt")
@@ -164,7 +167,7 @@ def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapp
             yield _clean_names({name: _lazy_entry(file, name) for name in file.keys()})  # noqa: SIM118
 
 
-class _Entry:
+class Entry:
     """A stored tensor: its shape, and how to read it."""
 
     def __init__(self, shape: torch.Size, read: Callable[[], Tensor]) -> None:
@@ -172,8 +175,11 @@ class _Entry:
         self.read = read
 
 
-def _lazy_entry(file: safe_open, name: str) -> _Entry:
-    return _Entry(torch.Size(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+Translate = Callable[[Mapping[str, Entry]], Mapping[str, Entry]]
+
+
+def _lazy_entry(file: safe_open, name: str) -> Entry:
+    return Entry(torch.Size(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
 
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:
@@ -219,7 +225,7 @@ def _read_pt(path: Path) -> list[tuple[str, Tensor]]:
     return [(str(name), value) for name, value in content.items() if isinstance(value, Tensor)]
 
 
-def _clean_names(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+def _clean_names(entries: dict[str, Entry]) -> dict[str, Entry]:
     """Take out what torch.compile and DDP put into names, and tables that are computed."""
     names = {name: name.replace("_orig_mod.", "") for name in entries}
     while names and all(name.startswith("module.") for name in names.values()):
@@ -228,7 +234,7 @@ def _clean_names(entries: dict[str, _Entry]) -> dict[str, _Entry]:
 
 
 @torch.no_grad()
-def _load(model: nn.Module, entries: Mapping[str, _Entry], source: str) -> None:
+def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
     tensors = model.state_dict(keep_vars=True)
     tied = find_tied_names(model)
     given = {tied.get(name, name) for name in entries}

@@ -1,12 +1,14 @@
 """A block of the native transformer: attention with rotary positions, and a feed-forward."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.models.layers.attention import Segments, attend, attend_cached
-from vla_foundry.models.layers.feed_forward import create_feed_forward
+from vla_foundry.models.layers.feed_forward import SwiGLU, create_feed_forward
 from vla_foundry.models.layers.kv_cache import CacheStep, LayerCache
 from vla_foundry.models.layers.norms import create_norm
 from vla_foundry.models.layers.rotary import Rotation, rotate
@@ -109,3 +111,22 @@ class Block(nn.Module):
 def take_token(x: Float[Tensor, "B T D"], at: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
     """The token at one place of each row."""
     return x[torch.arange(x.shape[0], device=x.device), at].unsqueeze(1)
+
+
+@torch.no_grad()
+def init_block(block: Any, index: int, dim: int) -> None:
+    """Draw the matrices of a block's attention and feed-forward: sigma 1/sqrt(dim).
+
+    What writes to the residual stream has its sigma divided by sqrt(2 (index + 1)).
+    """
+    ffn = block.feed_forward
+    inner, outer = (ffn.w12, ffn.w3) if isinstance(ffn, SwiGLU) else (ffn[0], ffn[2])
+    for weight in (block.attention.in_proj.weight, inner.weight):
+        init_normal(weight, dim**-0.5)
+    for weight in (block.attention.out_proj.weight, outer.weight):
+        init_normal(weight, dim**-0.5 / (2 * (index + 1)) ** 0.5)
+
+
+def init_normal(weight: Tensor, std: float) -> None:
+    """Draw from a normal distribution that is cut off at 3 sigma."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

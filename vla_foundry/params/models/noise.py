@@ -15,7 +15,7 @@ class NoiseParams(ChoiceParams):
 
     # steps of sampling, unless the caller says how many
     num_inference_steps: int = 10
-    # actions are kept within this range: noised ones in training, and after each step of sampling; null: not
+    # values are kept within this range, see each type; null: not
     clamp_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -30,6 +30,8 @@ class NoiseParams(ChoiceParams):
 class FlowParams(NoiseParams):
     """Flow matching: straight lines from actions to noise."""
 
+    # keep noised actions within this range, in training and after each step of sampling; null: not
+    clamp_range: tuple[float, float] | None = None
     # which times are trained on; beta and logit_normal have their own fields
     time_distribution: Literal["uniform", "beta", "logit_normal"] = "uniform"
     # beta: density ~ t^(a-1) (1-t)^(b-1); a above b prefers noise
@@ -63,6 +65,8 @@ class FlowParams(NoiseParams):
 class DDPMParams(NoiseParams):
     """Denoising diffusion: trained to tell the noise (Ho et al. 2020), sampled by DDIM (Song et al. 2021)."""
 
+    # keep the actions that each step of sampling arrives at within this range: the first steps are far off; null: not
+    clamp_range: tuple[float, float] | None = (-5.0, 5.0)
     # steps of the process in training
     num_timesteps: int = 100
     # how variance grows: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end

@@ -1,0 +1,1 @@
+"""Action heads: what predicts actions from the backbone's conditioning."""

@@ -1,0 +1,128 @@
+"""What the policy expects of an action head, the registry of heads, and what every head's loss is made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vla_foundry.batch import LossOutput
+from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWidths:
+    """What a head has to know of what is around it."""
+
+    # numbers in an action
+    action_dim: int
+    # numbers in a step of proprioception; 0: there is none
+    proprioception_dim: int
+    # width of the backbone's tokens
+    conditioning_dim: int
+
+
+class ActionWindow(NamedTuple):
+    """The steps of B samples; see batch.py. Of the two masks at most one is True at a step; padding has neither."""
+
+    # (B, T, A); what is not observed is not read while sampling
+    actions: Tensor
+    # (B, T)
+    past_mask: Tensor
+    # (B, T)
+    future_mask: Tensor
+    # (B, A); None: every sample has every dimension
+    action_dim_mask: Tensor | None
+    # (B, P, D); None: there is none
+    proprioception: Tensor | None
+    # (B, T), True at steps that are no padding; None: none is
+    step_mask: Tensor | None
+
+    def free_mask(self) -> Bool[Tensor, "B T A"]:
+        """True at the numbers that are to be predicted."""
+        free = self.future_mask[..., None]
+        if self.action_dim_mask is None:
+            return free.expand_as(self.actions)
+        return free & self.action_dim_mask[:, None]
+
+    def held_actions(self) -> Float[Tensor, "B T A"]:
+        """The observed actions, and 0 elsewhere."""
+        return torch.where(self.past_mask[..., None], self.actions, 0.0)
+
+
+class DrawKey(NamedTuple):
+    """What the draws of a batch are a function of."""
+
+    # int64 (B,): of each sample, its position in the plan, or its seed
+    samples: Tensor
+    # of the run
+    seed: int
+    # draws of different stages are independent
+    stage: str
+
+
+class ActionHead(Protocol):
+    """An nn.Module."""
+
+    def __call__(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
+        """Return the loss, as a sum over the numbers to be predicted, and how many these are."""
+        ...
+
+    def sample(
+        self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
+    ) -> Float[Tensor, "B T A"]:
+        """Return actions: observed ones as they are, predicted ones, 0 in padding and where there is no dimension."""
+        ...
+
+    def compile_sampling(self, **options: Any) -> None:
+        """Compile what `sample` repeats, with options of torch.compile."""
+        ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The units that activation checkpointing, compilation and sharding wrap."""
+        ...
+
+    def init_weights(self) -> None:
+        """Give every parameter its initial value."""
+        ...
+
+
+ACTION_HEADS: "Registry[Callable[[Any, HeadWidths], ActionHead]]" = Registry(
+    "model.action_head.type",
+    lazy={
+        "flow_transformer": "vla_foundry.models.action_heads.denoising",
+        "ddpm_transformer": "vla_foundry.models.action_heads.denoising",
+        "regression": "vla_foundry.models.action_heads.regression",
+    },
+)
+
+
+def register_action_head(
+    name: str,
+) -> Callable[[Callable[[Any, HeadWidths], ActionHead]], Callable[[Any, HeadWidths], ActionHead]]:
+    """Register a factory `(params, widths) -> head` as the action head called `name`."""
+    return ACTION_HEADS.register(name)
+
+
+def create_action_head(params: ActionHeadParams, widths: HeadWidths) -> ActionHead:
+    """Build the head that `params` describe."""
+    return ACTION_HEADS.get(params.type)(params, widths)
+
+
+def reduce_loss(
+    errors: Float[Tensor, "N T A"], window: ActionWindow, num_draws: int = 1, logs: dict[str, Tensor] | None = None
+) -> LossOutput:
+    """Sum the errors of the numbers to be predicted; of several draws of a sample, the mean.
+
+    Returns:
+        LossOutput whose count is the number of valid numbers (steps to be predicted x dimensions that are there).
+    """
+    free = window.free_mask()
+    errors = errors.unflatten(0, (-1, num_draws))
+    # where, not a product: what is not valid may be anything
+    total = torch.where(free[:, None], errors, 0.0).sum() / num_draws
+    return LossOutput(sum=total, count=free.sum(), logs=logs or {})

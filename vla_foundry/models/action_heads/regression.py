@@ -1,0 +1,77 @@
+"""A head that predicts all steps at once, without noise, by their absolute error (after OpenVLA-OFT, Kim et al. 2025).
+
+Context is conditioning and proprioception; each step to be predicted is the same learned token, told apart by its
+position, and each observed step is its action.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vla_foundry.batch import LossOutput
+from vla_foundry.models.action_heads.base import (
+    ActionWindow,
+    DrawKey,
+    HeadWidths,
+    reduce_loss,
+    register_action_head,
+)
+from vla_foundry.models.action_heads.transformer_head import Part, TransformerHead, join_parts, place_steps
+from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.params.models.action_heads import RegressionParams
+
+
+class RegressionHead(TransformerHead):
+    """A transformer that predicts actions."""
+
+    def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
+        reading = "cross" if params.conditioning == "cross_attention" else "prefix"
+        super().__init__(params, widths, reading=reading, is_modulated=False)
+        self.action_query = nn.Parameter(torch.empty(params.transformer.hidden_dim))
+
+    def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
+        """Return the absolute error, summed."""
+        predicted = self.predict(conditioning, window)
+        errors = (predicted - window.actions.to(predicted.dtype)).abs()
+        return reduce_loss(errors.to(torch.promote_types(errors.dtype, torch.float32)), window)
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
+    ) -> Float[Tensor, "B T A"]:
+        """Predict once; there is nothing to draw, and there are no steps."""
+        predicted = self.predict(conditioning, window).float()
+        return torch.where(window.free_mask(), predicted, window.held_actions())
+
+    def predict(self, conditioning: Conditioning, window: ActionWindow) -> Float[Tensor, "B T A"]:
+        """Return the actions of every step."""
+        parts = [Part(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
+        proprioception = self.encode_proprioception(window.proprioception)
+        if proprioception is not None:
+            parts.append(Part(proprioception))
+        context = join_parts(parts)
+        observed = self.action_encode(window.held_actions().to(self.dtype))
+        values = torch.where(window.past_mask[..., None], observed, self.action_query.to(observed.dtype))
+        in_front = context if self.transformer.reading == "prefix" else None
+        hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
+        return self.output_layer(hidden)
+
+    def compile_sampling(self, **options: Any) -> None:
+        """Compile the decoder."""
+        self.transformer.compile(**options)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights, and the token of a step like an embedding."""
+        super().init_weights()
+        nn.init.normal_(self.action_query, std=self.action_query.numel() ** -0.5)
+
+
+@register_action_head("regression")
+def create_regression_head(params: RegressionParams, widths: HeadWidths) -> RegressionHead:
+    """Build the head."""
+    head = RegressionHead(params, widths)
+    head.init_weights()
+    return head

@@ -1,0 +1,1 @@
+"""Backbones: what encodes a robot's observation for an action head."""

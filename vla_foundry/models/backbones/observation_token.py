@@ -1,0 +1,79 @@
+"""The observation token: one token after the text of each row, at which a policy reads what a model understood."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_foundry.batch import Batch, Documents
+
+
+class Rows(NamedTuple):
+    """Rows of one sample each, on the host."""
+
+    # int64 (B, W), 0 in padding and at the observation token
+    input_ids: Tensor
+    # int64 (B,), tokens of each row, the observation token among them
+    lengths: Tensor
+    # int64 (B,), where the observation token is; None: there is none
+    places: Tensor | None
+
+
+def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool) -> Rows:
+    """Lay out the rows of a batch, with room for an observation token right behind each text.
+
+    Args:
+        is_trimmed: cut off columns that are padding in every row; false: keep to the batch's own widths, of which
+            there are few.
+
+    Raises:
+        ValueError: a row holds several samples.
+    """
+    tokens: Tensor = batch["input_ids"]
+    B, T = tokens.shape
+    lengths = torch.full((B,), T)
+    documents: Documents | None = batch.get("documents")
+    if documents is not None:
+        rows = np.repeat(np.arange(B), documents.num_per_row)
+        if np.bincount(rows[~documents.is_padding], minlength=B).max(initial=0) > 1:
+            raise ValueError("A row of robot data holds several samples. Set --data.pack false.")
+        lengths = torch.from_numpy(np.bincount(rows, np.where(documents.is_padding, 0, documents.lengths), B)).long()
+    places = lengths if has_observation_token else None
+    lengths = lengths + int(has_observation_token)
+    longest = int(lengths.max()) if B else 0
+    width = max(1, longest) if is_trimmed else max(T, longest)
+    ids = torch.zeros(B, width, dtype=torch.int64)
+    ids[:, :T] = tokens[:, :width]
+    is_text = torch.arange(width) < (lengths if places is None else places)[:, None]
+    return Rows(ids * is_text, lengths, places)
+
+
+def extend_columns(values: Tensor, width: int) -> Tensor:
+    """Bring token types (B, T) to the width of rows, with 0 in what is added."""
+    grown = torch.zeros(values.shape[0], width, dtype=values.dtype)
+    grown[:, : values.shape[1]] = values[:, :width]
+    return grown
+
+
+def mask_of(rows: Rows) -> Tensor:
+    """bool (B, W), True at tokens."""
+    return torch.arange(rows.input_ids.shape[1]) < rows.lengths[:, None]
+
+
+def documents_of(rows: Rows) -> Documents:
+    """Each row as one document and the padding behind it."""
+    lengths = rows.lengths.numpy()
+    pairs = np.stack([lengths, rows.input_ids.shape[1] - lengths], axis=1)
+    return Documents(
+        lengths=pairs[pairs > 0].astype(np.int32),
+        num_per_row=(pairs > 0).sum(1).astype(np.int32),
+        is_padding=np.tile([False, True], (len(lengths), 1))[pairs > 0],
+    )
+
+
+def put_token(embeds: Tensor, token: Tensor, places: Tensor) -> Tensor:
+    """Replace the embedding at one place of each row of (B, W, D) by `token` (D,)."""
+    flat_places = torch.arange(embeds.shape[0], device=places.device) * embeds.shape[1] + places
+    rows: Any = token.to(embeds.dtype).expand(embeds.shape[0], -1)
+    return embeds.flatten(0, 1).index_copy(0, flat_places, rows).view_as(embeds)

@@ -1,0 +1,73 @@
+"""An image encoder alone as a backbone: all patches of all images; the instruction is not read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vla_foundry.batch import Batch
+from vla_foundry.models.backbones.base import Conditioning, read_image_mask, register_backbone, register_observation
+from vla_foundry.models.image_caption_batch import normalize_batch_images
+from vla_foundry.models.registry import create_model
+from vla_foundry.params.models.backbones import ViTBackboneParams
+
+
+class ViTBackbone(nn.Module):
+    """Images to the tokens of their patches, image by image."""
+
+    # within a vision-language model's checkpoint
+    part_name = "vit"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.conditioning_dim: int = model.hidden_dim
+
+    def forward(
+        self, pixel_values: Float[Tensor, "M 3 H W"], *, num_images: int, image_mask: Bool[Tensor, "B N"] | None
+    ) -> Conditioning:
+        """Encode; `num_images` of each sample, B x N images in all."""
+        tokens = self.model(pixel_values)  # (B N, T, C)
+        per_image = tokens.shape[1]
+        mask = None if image_mask is None else image_mask.repeat_interleave(per_image, dim=1)
+        return Conditioning(tokens.unflatten(0, (-1, num_images)).flatten(1, 2), mask)
+
+    def blocks(self) -> list[nn.Module]:
+        """Those of the encoder."""
+        return self.model.list_blocks()
+
+    def init_weights(self) -> None:
+        """Draw the weights of the encoder."""
+        self.model.init_weights()
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Those of one image, spread over the tokens of a row."""
+        return self.model.num_flops_per_image() / seq_len
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture of a Hugging Face encoder."""
+        save = getattr(self.model, "save_files", None)
+        if save is not None:
+            save(folder)
+
+
+@register_backbone("vit_backbone")
+def create_vit_backbone(params: ViTBackboneParams, load_pretrained: bool = True) -> ViTBackbone:
+    """Build the backbone.
+
+    Raises:
+        ValueError: a checkpoint does not fit, or there is no such published encoder.
+    """
+    return ViTBackbone(create_model(params.vit, load_pretrained=load_pretrained))
+
+
+@register_observation("vit_backbone")
+def prepare_observation(params: ViTBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+    """Return what ViTBackbone.forward takes."""
+    return {
+        "pixel_values": normalize_batch_images(batch, device),
+        "num_images": batch["image_mask"].shape[1],
+        "image_mask": read_image_mask(batch, device),
+    }

@@ -1,0 +1,133 @@
+"""Any Hugging Face image-text model as a backbone: hidden states of its last layers, without its output head."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vla_foundry.batch import Batch
+from vla_foundry.models.backbones.base import Conditioning, register_backbone, register_observation, to_device
+from vla_foundry.models.backbones.observation_token import arrange_rows, extend_columns, mask_of, put_token
+from vla_foundry.models.image_caption_batch import NOT_INPUTS, normalize_batch_images
+from vla_foundry.models.registry import create_model
+from vla_foundry.params.models.backbones import VLMBackboneParams
+
+# of a batch of robot data, but no inputs of an image-text model
+_ROBOT_KEYS = {
+    *("image_mask", "actions", "proprioception", "past_mask", "future_mask", "is_padding", "action_dim_mask"),
+    *("anchors", "intrinsics", "extrinsics"),
+}
+
+
+class VLMBackbone(nn.Module):
+    """Images and an instruction to the hidden states at the observation token, or at every token (prefix)."""
+
+    part_name = "vision_language_backbone.model"
+
+    def __init__(self, params: VLMBackboneParams, model: Any) -> None:
+        super().__init__()
+        self.num_states = params.num_vlm_layers_to_use
+        self.model: Any = model
+        width = model.hidden_dim
+        self.conditioning_dim = self.num_states * width
+        head, table = model.model.get_output_embeddings(), model.model.get_input_embeddings()
+        if head is not None and head.weight is not table.weight:
+            # no gradient reaches it
+            head.requires_grad_(False)
+        self.observation_token = None
+        # during a forward: where the observation token goes
+        self._places: Tensor | None = None
+        if params.conditioning == "observation_token":
+            self.observation_token = nn.Parameter(torch.empty(width))
+            self._init_token()
+            # architectures differ in what they do to embeddings next, but each looks tokens up in its table
+            table.register_forward_hook(self._put_token)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B W"],
+        *,
+        attention_mask: Int[Tensor, "B W"] | None,
+        pixel_values: Float[Tensor, "M ..."] | None,
+        observation_places: Int[Tensor, " B"] | None,
+        token_mask: Bool[Tensor, "B W"] | None,
+        **extras: Tensor,
+    ) -> Conditioning:
+        """Encode; arguments are those of VLMHF and VLMFoundryBackbone."""
+        self._places = observation_places
+        if self.model.takes_prompt_types and observation_places is not None:
+            # the prompt's tokens see each other in both directions, and not the observation token
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            extras["token_type_ids"] = (columns == observation_places[:, None]).int()
+        states = self.model.encode(
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            num_states=self.num_states,
+            at=observation_places,
+            **extras,
+        )
+        self._places = None
+        return Conditioning(torch.cat(states, dim=-1), token_mask)
+
+    def _put_token(self, module: nn.Module, inputs: Any, embeds: Tensor) -> Tensor:
+        # an architecture may look up single tokens besides
+        if self._places is None or self.observation_token is None or embeds.ndim != 3:
+            return embeds
+        return put_token(embeds, self.observation_token, self._places)
+
+    def blocks(self) -> list[nn.Module]:
+        """Those of the model."""
+        return self.model.blocks()
+
+    def init_weights(self) -> None:
+        """Draw the weights of the model, and the observation token like an embedding."""
+        self.model.init_weights()
+        self._init_token()
+
+    @torch.no_grad()
+    def _init_token(self) -> None:
+        if self.observation_token is not None:
+            nn.init.normal_(self.observation_token, std=0.02)
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Those of the model."""
+        return self.model.num_flops_per_token(seq_len)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture."""
+        self.model.save_files(folder)
+
+
+@register_backbone("vlm_backbone")
+def create_vlm_backbone(params: VLMBackboneParams, load_pretrained: bool = True) -> VLMBackbone:
+    """Build the backbone, in fp32.
+
+    Raises:
+        ValueError: there is no such model, or it is none that transformers knows.
+    """
+    return VLMBackbone(params, create_model(params.model_params(), load_pretrained=load_pretrained))
+
+
+@register_observation("vlm_backbone")
+def prepare_observation(params: VLMBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+    """Return what VLMBackbone.forward takes; what is neither tokens nor images is passed on as it is."""
+    has_token = params.conditioning == "observation_token"
+    rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
+    mask = mask_of(rows)
+    width = rows.input_ids.shape[1]
+    inputs: dict[str, Any] = {
+        "input_ids": to_device(rows.input_ids, device),
+        "attention_mask": None if mask.all() else to_device(mask.long(), device),
+        "pixel_values": normalize_batch_images(batch, device),
+        "observation_places": None if rows.places is None else to_device(rows.places, device),
+        "token_mask": None if has_token or mask.all() else to_device(mask, device),
+    }
+    for name, value in batch.items():
+        if name == "mm_token_type_ids":
+            inputs[name] = to_device(extend_columns(value, width), device)
+        elif name not in NOT_INPUTS | _ROBOT_KEYS | {"token_type_ids"} and isinstance(value, Tensor):
+            inputs[name] = to_device(value, device)
+    return inputs
