@@ -8,8 +8,8 @@ from vla_foundry.params.base import BaseParams
 from vla_foundry.params.derivation import Derived, Facts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
 
-# later sections may use what earlier ones derived
-_ORDER = ("hparams", "distributed", "ema", "data", "model")
+# later sections may use what earlier ones derived; data follows the model it is for, and the model the data's widths
+_ORDER = ("hparams", "distributed", "ema", "model", "data", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,13 @@ def resolve_known(params: TrainExperimentParams, facts: Facts) -> Resolved:
     sources: dict[str, str] = {}
     unresolved: dict[str, str] = {}
     for name in _ORDER:
+        # what a section's first turn left open, its second may fill
+        unresolved = {path: needs for path, needs in unresolved.items() if not path.startswith(f"{name}.")}
         section = _derive(getattr(params, name), params, facts, name, sources, unresolved)
         params = replace(params, **{name: section})
     params = _fill(params, checks.derive_budget(params, facts), "", sources, unresolved)
     notices = checks.check_budget(params, facts)
-    for name in _ORDER:
+    for name in dict.fromkeys(_ORDER):
         notices += _check(getattr(params, name), params, facts, name)
     checks.check_data(params, facts)
     checks.check_tokens(params, facts)

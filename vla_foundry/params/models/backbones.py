@@ -28,7 +28,7 @@ class BackboneParams(ChoiceParams):
         return TokenLimits()
 
     def image_inputs(self) -> ImageInputs:
-        """Which images it takes."""
+        """Which images it takes, and whether it takes text."""
         return ImageInputs(takes_packed_rows=False)
 
     def with_model_files(self, folder: str) -> "BackboneParams":
@@ -142,7 +142,8 @@ class CLIPBackboneParams(BackboneParams):
 
     def image_inputs(self) -> ImageInputs:
         """What its own processor makes of images."""
-        return ImageInputs(processor=self.hf_pretrained.removeprefix("hf://"), takes_packed_rows=False)
+        processor = self.hf_pretrained.removeprefix("hf://")
+        return ImageInputs(processor=processor, takes_packed_rows=False, takes_text=not self.disable_text)
 
     def with_model_files(self, folder: str) -> "CLIPBackboneParams":
         """The same, read from the files that a run keeps of the published model."""
@@ -159,7 +160,7 @@ class ViTBackboneParams(BackboneParams):
 
     def image_inputs(self) -> ImageInputs:
         """Its own images."""
-        return replace(self.vit.image_inputs(), takes_packed_rows=False)
+        return replace(self.vit.image_inputs(), takes_packed_rows=False, takes_text=False)
 
     def with_model_files(self, folder: str) -> "ViTBackboneParams":
         """The same, with a Hugging Face encoder read from the files that a run keeps of it."""
