@@ -2,7 +2,8 @@
 
 The published layout ("samples") stores each window by itself, images and all. The default one ("episodes") stores each
 frame once, and windows, padding and relative poses are made here, by the very functions that preprocessing uses; so the
-same recording gives the same bits either way.
+same recording gives the same bits either way. (With the padding `reflect`, only for the whole stored window: what is
+mirrored is the window's own part of the episode. Padded steps are masked, whatever they hold.)
 """
 
 import json
