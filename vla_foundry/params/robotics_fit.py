@@ -136,7 +136,7 @@ def plan_fields(
             descriptions[name] = contract.fields[name]
             continue
         base = absolute_field(name)
-        if not is_relative_field(name) or base not in contract.fields:
+        if not is_relative_field(name) or (base not in contract.fields and not is_relative_field(base)):
             if may_be_missing:
                 continue
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 from vla_foundry.params import robotics_fit as fit
@@ -234,9 +235,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         self._check_width("action_dim", "action_fields", datasets)
         self._check_width("proprioception_dim", "proprioception_fields", datasets)
         found = []
-        for dataset, plan in zip(datasets[1:], plans[1:], strict=True):
-            both = {name: (plans[0][name], plan[name]) for name in plan if name in plans[0]}
-            found += fit.find_contradictions(datasets[0], dataset, both)
+        for (one, plan), (other, other_plan) in combinations(zip(datasets, plans, strict=True), 2):
+            both = {name: (plan[name], other_plan[name]) for name in plan if name in other_plan}
+            found += fit.find_contradictions(one, other, both)
         if run is not None and datasets:
             known = run.contract.fields
             both = {name: (known[name], plans[0][name]) for name in plans[0] if name in known}

@@ -78,7 +78,7 @@ def create_recording() -> Callable[..., Recording]:
             frames[camera] = []
             for frame in range(num_frames):
                 array = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-                array += np.asarray([20 * number, 20 * frame, 60 * place], dtype=np.uint8)
+                array += np.asarray([20 * number % 195, 20 * frame % 195, 60 * place % 195], dtype=np.uint8)
                 buffer = io.BytesIO()
                 Image.fromarray(array).save(buffer, "JPEG", quality=quality)
                 frames[camera].append(buffer.getvalue())

@@ -1,0 +1,198 @@
+"""The normalizer of a run: statistics of several datasets, and what it takes to have none."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_foundry.batch import Batch
+from vla_foundry.data.robotics.datasets import complete_params, read_contracts
+from vla_foundry.data.robotics.files import load_contract, load_normalizer, save_robotics_files
+from vla_foundry.data.robotics.normalizer import Normalization, create_normalization
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.robotics import NormalizationParams
+
+Write = Callable[..., Path]
+Create = Callable[..., Any]
+Params = Callable[..., RoboticsDataParams]
+ReadBatch = Callable[..., Batch]
+
+XYZ = "robot__actual__poses__right::panda__xyz"
+GRIPPER = "robot__action__grippers__left::panda_hand"
+PER_STEP = NormalizationParams(scope="per_timestep", method="min_max", centered_norm=True)
+
+
+def create(params: RoboticsDataParams) -> Normalization:
+    params = complete_params(params)
+    return create_normalization(params, read_contracts(params.dataset_manifest))
+
+
+def test_statistics_count_windows_or_follow_the_mixture(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    few, many = create_recording(0, 10), create_recording(1, 30)
+    window = {"lowdim_past_timesteps": 0, "lowdim_future_timesteps": 0}
+    manifests = [
+        write_robot_data(tmp_path / "few", [few], window=(0, 0)),
+        write_robot_data(tmp_path / "many", [many], window=(0, 0)),
+    ]
+    means = [part.fields[XYZ].mean(axis=0) for part in (few, many)]
+    for weighting, shares in (("count", (0.25, 0.75)), ("mixture", (0.8, 0.2))):
+        params = create_params(*manifests, dataset_weighting=[4.0, 1.0], statistics_weighting=weighting, **window)
+        mean = create(params).statistics[XYZ].mean
+        assert np.allclose(mean, shares[0] * means[0] + shares[1] * means[1], atol=1e-6), weighting
+
+
+def test_a_field_that_one_dataset_lacks_takes_the_statistics_of_the_others(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    whole, part = create_recording(0), create_recording(1)
+    del part.fields[GRIPPER]
+    manifests = [write_robot_data(tmp_path / "whole", [whole]), write_robot_data(tmp_path / "part", [part])]
+    both = create(create_params(*manifests, pad_missing_fields=True)).statistics
+    alone = create(create_params(manifests[0])).statistics
+    assert np.array_equal(both[GRIPPER].mean, alone[GRIPPER].mean)
+    assert not np.array_equal(both[XYZ].mean, alone[XYZ].mean)
+    # not used: no error, though the datasets differ in it
+    create(create_params(*manifests, action_fields=[XYZ]))
+
+
+def test_windows_of_other_lengths_are_aligned_by_their_anchors(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    """Five steps each, but the anchor is the second of one and the fourth of the other."""
+    recordings = create_recording(0, 12), create_recording(1, 12)
+    manifests = [
+        write_robot_data(tmp_path / "early", [recordings[0]], window=(1, 3)),
+        write_robot_data(tmp_path / "late", [recordings[1]], window=(3, 1)),
+    ]
+    params = complete_params(create_params(*manifests, action_fields=[XYZ], normalization=PER_STEP))
+    assert (params.lowdim_past_timesteps, params.lowdim_future_timesteps) == (1, 1)
+    transform = create(params).normalizer.transforms[XYZ]
+    assert transform.anchor_index == 1
+    # a step before the anchor holds all frames but the last, of either dataset
+    before = np.concatenate([recording.fields[XYZ][:-1] for recording in recordings])
+    assert np.allclose(transform.center[0] - transform.scale[0], before.min(axis=0), atol=1e-6)
+
+
+def test_normalized_steps_are_aligned_with_their_statistics(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params, read_batch: ReadBatch
+) -> None:
+    manifest = write_robot_data(tmp_path, [create_recording(0, 20)], window=(2, 3))
+    params = create_params(manifest, normalization=PER_STEP, lowdim_past_timesteps=0, lowdim_future_timesteps=2)
+    batch = read_batch(params, 20)
+    inside = batch["actions"][~batch["is_padding"]]
+    assert inside.abs().max() <= 1 + 1e-5
+    for step in range(3):  # the extremes of every step are reached at that very step
+        values = batch["actions"][:, step][~batch["is_padding"][:, step]]
+        assert torch.allclose(values[:, :3].amax(dim=0), torch.ones(3), atol=1e-4)
+        assert torch.allclose(values[:, :3].amin(dim=0), -torch.ones(3), atol=1e-4)
+
+
+def test_validation_is_normalized_as_training_is(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params, read_batch: ReadBatch
+) -> None:
+    training = write_robot_data(tmp_path / "train", [create_recording(0)])
+    recording = create_recording(1)
+    held_out = write_robot_data(tmp_path / "validation", [recording])
+    params = create_params(training, val_dataset_manifest=[str(held_out)], val_dataset_statistics=["not read"])
+    batch = read_batch(params, 9, split="validation")
+    normalizer = create(create_params(training)).normalizer
+    row, anchor = 4, int(batch["anchors"][4])
+    expected = np.concatenate([recording.fields[name][anchor] for name in params.proprioception_fields])
+    expected = normalizer.normalize(expected[None].astype(np.float64), params.proprioception_fields, anchor=0)
+    assert np.allclose(batch["proprioception"][row, -1].numpy(), expected[0], atol=1e-6)
+
+
+def test_published_statistics_take_their_anchor_from_the_contract(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    manifest = write_robot_data(tmp_path, [create_recording(0)])
+    expected = create(create_params(manifest, normalization=PER_STEP)).normalizer.state()
+    values = json.loads((tmp_path / "stats.json").read_text())
+    for field in values.values():
+        del field["anchor_index"]
+    (tmp_path / "stats.json").write_text(json.dumps(values))
+    assert create(create_params(manifest, normalization=PER_STEP)).normalizer.state() == expected
+
+
+def test_without_normalization_there_need_be_no_statistics(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    manifest = write_robot_data(tmp_path, [create_recording(0)])
+    (tmp_path / "stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*stats\.json\. Make it with `vla-foundry stats FOLDER`"):
+        create(create_params(manifest))
+    normalizer = create(create_params(manifest, normalization=NormalizationParams(enabled=False))).normalizer
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    assert np.array_equal(normalizer.normalize(values, XYZ, anchor=1), values)
+
+
+def test_a_field_without_statistics_is_named(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    manifest = write_robot_data(tmp_path, [create_recording(0)])
+    values = json.loads((tmp_path / "stats.json").read_text())
+    del values[XYZ]
+    (tmp_path / "stats.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"stats\.json: field '{XYZ}' is unknown"):
+        create(create_params(manifest))
+
+
+def test_dimensions_that_hardly_vary_are_named(
+    tmp_path: Path,
+    create_recording: Create,
+    write_robot_data: Write,
+    create_params: Params,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recording = create_recording(0)
+    recording.fields[GRIPPER][:] = 0.5
+    manifest = write_robot_data(tmp_path, [recording])
+    with caplog.at_level(logging.WARNING):
+        normalizer = create(create_params(manifest)).normalizer
+    assert normalizer.near_constant == (f"{GRIPPER}[0]",)
+    assert GRIPPER in caplog.text
+
+
+def test_a_run_keeps_what_undoes_normalization(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params, read_batch: ReadBatch
+) -> None:
+    recording = create_recording(0)
+    manifest = write_robot_data(tmp_path / "data", [recording])
+    (manifest.parent / "preprocessing_config.yaml").write_text("resize_images_size: [16, 16]\n")
+    params = complete_params(create_params(manifest, camera_names=["wrist"], normalization=PER_STEP))
+    run = tmp_path / "run"
+    save_robotics_files(params, run)
+    batch = read_batch(params, 9)
+    values = load_normalizer(run).denormalize(
+        batch["proprioception"].double().numpy(), params.proprioception_fields, anchor=1
+    )
+    for row, anchor in enumerate(batch["anchors"].tolist()):
+        expected = np.concatenate([recording.fields[name][anchor] for name in params.proprioception_fields])
+        assert np.allclose(values[row, -1], expected, atol=1e-5)
+    contract = load_contract(run)
+    assert list(contract.cameras) == ["wrist"]
+    assert (contract.past_lowdim_steps, contract.future_lowdim_steps, contract.fps) == (1, 3, 10.0)
+    # also what relative poses refer to, and how they are written
+    assert "robot__actual__poses__left::panda__rot_6d" in contract.fields
+    assert "robot__action__poses__left::panda" in [group.name for group in contract.pose_groups]
+    assert "robot__action__poses__right::panda" not in [group.name for group in contract.pose_groups]
+    assert "resize_images_size" in (run / "preprocessing_config.yaml").read_text()
+
+
+def test_a_run_does_not_go_on_with_another_normalizer(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    manifest = write_robot_data(tmp_path / "data", [create_recording(0)])
+    save_robotics_files(create_params(manifest), tmp_path / "run")
+    save_robotics_files(create_params(manifest), tmp_path / "run")
+    write_robot_data(tmp_path / "data", [create_recording(1)])
+    with pytest.raises(ValueError, match=r"data\.dataset_statistics or data\.normalization are not those that"):
+        save_robotics_files(create_params(manifest), tmp_path / "run")
+    save_robotics_files(create_params(manifest, accept_changed_data=True), tmp_path / "run")
