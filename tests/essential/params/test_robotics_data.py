@@ -103,7 +103,7 @@ TWO_TOPS = create_contract(cameras={name: create_contract().cameras["scene"] for
         ([SAMPLES], {"image_indices": [-2, 0]}, r"image_indices has -2, but a holds images at -1, 0"),
         ([SAMPLES], {"lowdim_past_timesteps": 2}, r"lowdim_past_timesteps \(2\) is more than a holds \(1\)"),
         ([SAMPLES], {"lowdim_future_timesteps": 4}, r"lowdim_future_timesteps \(4\) is more than a holds \(3\)"),
-        ([create_contract()], {"action_fields": ["griper"]}, r"action_fields: field 'griper' is unknown\. Did you mean"),
+        ([create_contract()], {"action_fields": ["griper"]}, r"field 'griper' is unknown\. Did you mean 'gripper'"),
         (
             [create_contract()],
             {"action_fields": [RELATIVE + "_relative"]},
