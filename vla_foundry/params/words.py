@@ -114,7 +114,8 @@ def _flag_node(cls: Any, path: tuple[str, ...], text: str | None) -> tuple[bool,
     hints = schema.lookup(cls, path)
     holds_keys = any(schema.section_class(hint) or schema.dict_value_type(hint) is not None for hint in hints)
     stripped = text.strip()
-    if holds_keys and stripped.startswith(_INCLUDE):
+    holds_list = any(schema.is_list(option) for hint in hints for option in schema.options(hint))
+    if (holds_keys or holds_list) and stripped.startswith(_INCLUDE):
         return True, load_config(stripped.removeprefix(_INCLUDE).strip())
     if holds_keys and stripped.startswith("{"):
         try:

@@ -83,7 +83,7 @@ def _load(target: str) -> Any:
 def join_list_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     """Turn `--source A B --source C` into one flag with a list, `--source ["A", "B", "C"]`.
 
-    A flag given one value that is a list already is left as it is.
+    A flag given one value that is a list already, or that includes a file, is left as it is.
     """
     words: list[str] = []
     values: dict[str, list[str]] = {}
@@ -101,6 +101,6 @@ def join_list_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     for name, items in values.items():
-        is_list = len(items) == 1 and items[0].lstrip().startswith("[")
+        is_list = len(items) == 1 and items[0].lstrip().startswith(("[", "include "))
         words += [name, items[0] if is_list else json.dumps(items)]
     return words

@@ -15,7 +15,14 @@ from vla_foundry.params.preprocessing import TrainTokenizerParams
 @pytest.fixture(scope="session")
 def ray_cluster(s3_environment: dict[str, str]) -> Iterator[str]:
     """The address of a Ray cluster of two workers, which jobs of this process use; it finds the object store."""
-    names = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+    # the workers import the converter of the tests, robotics/rig_converter.py
+    paths = filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).with_name("robotics"))))
+    names = {
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     os.environ.update(names | s3_environment)
     import ray
 

@@ -4,6 +4,7 @@ Frames were encoded once, when the blocks were written; here their bytes are cop
 sample is read and written at a time, so that memory does not grow with the dataset.
 """
 
+import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -65,8 +66,12 @@ def write_samples(job: SampleJob, task: Task) -> dict[str, Any]:
     Returns:
         {"entry": line of the manifest, "plan": digest of its samples, "seconds": {stage: seconds}}, recorded as done.
     """
-    clock, blocks = Clock(), _Blocks(job.folder)
-    with clock.measure("samples"), open_shard(job.folder, f"shard_{task.number - job.num_blocks:06d}") as writer:
+    clock, shard_name = Clock(), f"shard_{task.number - job.num_blocks:06d}"
+    with (
+        clock.measure("samples"),
+        contextlib.closing(_Blocks(job.folder)) as blocks,
+        open_shard(job.folder, shard_name) as writer,
+    ):
         for shard, episode, anchor in task.payload:
             writer.add(f"{episode}_t{anchor:06d}", _create_sample(blocks.open(shard).read(episode), anchor, job.recipe))
     assert writer.entry is not None, "open_shard sets the entry"
@@ -119,6 +124,11 @@ class _Blocks:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def close(self) -> None:
+        """Close all."""
+        for block in self._open.values():
+            block.file.close()
 
 
 def _read(file: BinaryIO, span: MemberSpan) -> bytes:

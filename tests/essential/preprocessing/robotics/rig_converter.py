@@ -1,0 +1,110 @@
+"""A converter for the tests: folders of .npz files of a robot with an arm, two cameras and a depth camera."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vla_foundry.episode_blocks import InstructionSpan
+from vla_foundry.params.base import register_converter_params
+from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
+from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
+from vla_foundry.robotics.fields import PoseGroup
+from vla_foundry.robotics_contract import FieldDescription, GripperRange
+
+ARM = "arm::hand"
+ACTUAL_XYZ, ACTUAL_ROTATION = f"robot__actual__poses__{ARM}__xyz", f"robot__actual__poses__{ARM}__rot_6d"
+ACTION_XYZ, ACTION_ROTATION = f"robot__action__poses__{ARM}__xyz", f"robot__action__poses__{ARM}__rot_6d"
+GRIPPER = "robot__action__grippers__arm::hand"
+FIELDS = {
+    ACTUAL_XYZ: FieldDescription(shape=(3,), dtype="float64", unit="m", frame="world"),
+    ACTUAL_ROTATION: FieldDescription(shape=(6,), dtype="float64", rotation="rot_6d_rows"),
+    ACTION_XYZ: FieldDescription(shape=(3,), dtype="float64", unit="m", frame="world", role="action"),
+    ACTION_ROTATION: FieldDescription(shape=(6,), dtype="float64", rotation="rot_6d_rows", role="action"),
+    GRIPPER: FieldDescription(
+        shape=(1,), unit="m", role="action", gripper=GripperRange(open=0.08, closed=0.0), is_discrete=True
+    ),
+}
+CAMERAS = ("Front", "wrist.left", "depth")
+
+
+@register_converter_params("rig")
+@dataclass(frozen=True, kw_only=True)
+class RigParams(RoboticsPreprocessParams):
+    """Folders of .npz files."""
+
+    # seconds that reading a frame takes at least: time to kill a job in
+    seconds_per_frame: float = 0.0
+    # cameras of which the recording holds JPEG files
+    jpeg_cameras: list[str] = field(default_factory=list)
+
+
+class RigFrames(ArrayFrames):
+    """Images in memory, of which the JPEG files may be there too, and which may end early or break off."""
+
+    def __init__(self, images: np.ndarray, params: RigParams, files: list[bytes] | None, breaks_at: int) -> None:
+        super().__init__(images)
+        self._seconds, self._files, self._breaks_at = params.seconds_per_frame, files, breaks_at
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number, image in enumerate(super().__iter__()):
+            time.sleep(self._seconds)
+            if number == self._breaks_at:
+                raise ValueError(f"video.mp4: frame {number} can not be decoded.")
+            yield image
+
+    def encoded(self) -> Iterator[bytes] | None:
+        return None if self._files is None else iter(self._files)
+
+
+@register_converter("rig")
+class RigConverter(BaseRoboticsConverter):
+    """Reads folders of .npz files."""
+
+    def discover_episodes(self) -> list[EpisodeRef]:
+        paths = [path for source in self.params.source_episodes for path in sorted(Path(source).glob("*.npz"))]
+        refs = []
+        for path in paths:
+            with np.load(path) as file:
+                task, num_frames = str(file["task"]), len(file["timestamps"])
+            refs.append(EpisodeRef(episode_id=path.stem, source=str(path), task=task, num_frames=num_frames))
+        return refs
+
+    def discover_cameras(self) -> list[str]:
+        return list(CAMERAS)
+
+    def describe_fields(self) -> dict[str, FieldDescription]:
+        return dict(FIELDS)
+
+    def pose_groups(self) -> tuple[PoseGroup, ...]:
+        return (PoseGroup(name="arm", position_key=ACTION_XYZ, rotation_key=ACTION_ROTATION),)
+
+    def read_episode(self, ref: EpisodeRef) -> Episode:
+        with np.load(ref.source) as file:
+            arrays = dict(file)
+        num_frames = len(arrays["timestamps"])
+        cameras = {}
+        for name in CAMERAS:
+            if f"images|{name}" in arrays:
+                files = None
+                if name in self.params.jpeg_cameras:
+                    files = [bytes(data) for data in np.split(arrays["jpeg"], np.cumsum(arrays["jpeg_sizes"])[:-1])]
+                breaks_at = int(arrays["breaks_at"]) if name == CAMERAS[1] else -1
+                cameras[name] = RigFrames(arrays[f"images|{name}"], self.params, files, breaks_at)
+        return Episode(
+            ref=ref,
+            fps=float(arrays["fps"]),
+            timestamps=arrays["timestamps"],
+            fields={key.removeprefix("field|"): value for key, value in arrays.items() if key.startswith("field|")},
+            cameras=cameras,
+            instructions=[
+                InstructionSpan(start=0, end=num_frames // 2, texts={"original": [f"{ref.task}: begin"]}),
+                InstructionSpan(start=num_frames // 2, end=num_frames, texts={"original": [f"{ref.task}: end"]}),
+            ],
+            intrinsics={CAMERAS[0]: arrays["intrinsics"]},
+            extrinsics={CAMERAS[0]: arrays["extrinsics"]},
+            metadata={"operator": "A"},
+        )

@@ -1,0 +1,106 @@
+"""Which episodes go where: a pure function of ids, tasks and the seed."""
+
+from collections import Counter
+
+import pytest
+
+from vla_foundry.preprocessing.robotics.converters.base import EpisodeRef, create_converter
+from vla_foundry.preprocessing.robotics.plan import check_refs, create_recipe, plan_shards, split_refs
+from vla_foundry.robotics.fields import PoseGroup
+from vla_foundry.robotics_contract import FieldDescription
+
+
+def refs(num_episodes: int, num_tasks: int = 4, frames: int | None = 50) -> list[EpisodeRef]:
+    return [EpisodeRef(f"run_{i:03d}", f"raw/{i}", f"task {i % num_tasks}", frames) for i in range(num_episodes)]
+
+
+@pytest.fixture
+def params(rig):
+    return lambda **options: rig.RigParams(source_episodes=["raw"], output_dir="out", **options)
+
+
+def ids(episodes) -> set[str]:
+    return {ref.episode_id for ref in episodes}
+
+
+def test_validation_by_episode_has_its_share_of_every_task(params):
+    split = split_refs(refs(80), params(validation_fraction=0.1))
+    assert Counter(ref.task for ref in split["validation"]) == {f"task {i}": 2 for i in range(4)}
+    assert ids(split["train"]) | ids(split["validation"]) == ids(refs(80))
+    assert not ids(split["train"]) & ids(split["validation"])
+
+
+def test_validation_by_task_holds_out_whole_tasks(params):
+    split = split_refs(refs(80), params(validation_fraction=0.25, validation_by="task"))
+    tasks = {name: {ref.task for ref in part} for name, part in split.items()}
+    assert len(tasks["validation"]) == 1
+    assert not tasks["train"] & tasks["validation"]
+
+
+def test_the_split_depends_on_the_seed_and_hardly_on_what_is_added(params):
+    chosen = ids(split_refs(refs(200), params(validation_fraction=0.1))["validation"])
+    assert chosen == ids(split_refs(refs(200)[::-1], params(validation_fraction=0.1))["validation"])
+    assert chosen != ids(split_refs(refs(200), params(validation_fraction=0.1, seed=1))["validation"])
+    grown = ids(split_refs(refs(220), params(validation_fraction=0.1))["validation"])
+    assert len(chosen & grown) >= 0.8 * len(chosen)
+
+
+def test_a_small_share_of_few_episodes_is_one_episode(params):
+    assert len(split_refs(refs(6, num_tasks=3), params(validation_fraction=0.05))["validation"]) == 1
+
+
+def test_a_split_that_leaves_nothing_is_refused(params):
+    with pytest.raises(ValueError, match="leaves no episode of 8 to train on"):
+        split_refs(refs(8), params(validation_fraction=1.0))
+    with pytest.raises(ValueError, match="leaves no episode of 8 to validate with"):
+        split_refs(refs(8), params(validation_fraction=0.01, validation_by="task"))
+    with pytest.raises(ValueError, match="'walk_\\*' names none of the 8 episodes"):
+        split_refs(refs(8), params(validation_episodes=["walk_*"]))
+
+
+def test_shards_hold_every_episode_once_in_an_order_of_the_seed(params):
+    shards = plan_shards(refs(300), params(frames_per_shard=500))
+    flat = [ref.episode_id for shard in shards for ref in shard]
+    assert sorted(flat) == sorted(ids(refs(300)))
+    assert flat != sorted(flat)
+    assert {len(shard) for shard in shards} == {10}
+    assert shards == plan_shards(refs(300), params(frames_per_shard=500))
+    assert shards != plan_shards(refs(300), params(frames_per_shard=500, seed=1))
+
+
+@pytest.mark.parametrize("frames", [50, None])
+def test_few_frames_still_make_shards_for_all_workers(params, frames):
+    assert len(plan_shards(refs(32, frames=frames), params())) == 16
+
+
+def test_ids_must_be_unique_and_plain():
+    with pytest.raises(ValueError, match="raw/a and raw/b have one episode id, 'x'"):
+        check_refs([EpisodeRef("x", "raw/a"), EpisodeRef("x", "raw/b")], -1)
+    with pytest.raises(ValueError, match=r"episode id 'a\.b' must be letters"):
+        check_refs([EpisodeRef("a.b", "raw/a")], -1)
+    with pytest.raises(ValueError, match="has no episodes"):
+        check_refs([], -1)
+
+
+def test_cameras_are_checked_by_name(rig, params):
+    wanted = params(camera_names=["depth", "Front"])
+    assert create_recipe(wanted, create_converter(wanted)).cameras == ("depth", "Front")
+    unknown = params(camera_names=["front"])
+    with pytest.raises(ValueError, match=r"camera 'front' is unknown\. Did you mean 'Front'"):
+        create_recipe(unknown, create_converter(unknown))
+
+
+def test_cameras_that_differ_by_case_alone_are_refused(rig, params, monkeypatch):
+    monkeypatch.setattr(rig.RigConverter, "discover_cameras", lambda self: ["Top", "top"])
+    with pytest.raises(ValueError, match="two cameras are named 'top' but for upper and lower case"):
+        create_recipe(params(), create_converter(params()))
+
+
+def test_fields_and_pose_groups_are_checked(rig, params, monkeypatch):
+    group = PoseGroup(name="arm", position_key="robot__action__xyz", rotation_key=rig.ACTION_ROTATION)
+    monkeypatch.setattr(rig.RigConverter, "pose_groups", lambda self: (group,))
+    with pytest.raises(ValueError, match="pose group 'arm': field 'robot__action__xyz' is unknown"):
+        create_recipe(params(), create_converter(params()))
+    monkeypatch.setattr(rig.RigConverter, "describe_fields", lambda self: {"a_relative": FieldDescription(shape=(1,))})
+    with pytest.raises(ValueError, match="field 'a_relative' is named as a relative one"):
+        create_recipe(params(), create_converter(params()))
