@@ -24,7 +24,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
     modalities = ("robotics",)
 
-    # cameras in the order that the model gets them; null: those of the data, which must agree
+    # cameras in the order that the model gets them; null: all of the data but depth, which must agree
     camera_names: list[str] | None = None
     # frames of a sample's images from the anchor, ascending; null: those of the data
     image_indices: list[int] | None = None
@@ -164,7 +164,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         source = f"the data ({CONTRACT_NAME})"
         values: dict[str, Any] = {
             "camera_names": lambda: fit.agree_on(
-                "data.camera_names", {name: list(contract.cameras) for name, contract in known}
+                "data.camera_names", {name: _color_cameras(contract) for name, contract in known}
             ),
             "image_indices": lambda: fit.agree_on(
                 "data.image_indices", {name: contract.image_indices for name, contract in known}
@@ -258,6 +258,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
 def _is_open(params: RoboticsDataParams, name: str) -> bool:
     return getattr(params, name) is None
+
+
+def _color_cameras(contract: RoboticsContract) -> list[str]:
+    return [name for name, camera in contract.cameras.items() if not camera.is_depth]
 
 
 def _contracts_of(datasets: Sequence[DatasetFacts]) -> list[NamedContract]:
