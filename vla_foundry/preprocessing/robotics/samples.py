@@ -157,7 +157,7 @@ def _create_sample(episode: _BlockEpisode, anchor: int, recipe: Recipe) -> dict[
 
 def _lowdim(arrays: Mapping[str, np.ndarray], windows: Windows, recipe: Recipe) -> dict[str, np.ndarray]:
     values = {name: windows.gather(arrays[name]) for name in recipe.fields}
-    values |= relative_values(values, windows, recipe)
+    values |= relative_values(values, windows, recipe.pose_groups)
     result = {name: array[0] for name, array in values.items()}
     # calibration is padded by the nearest frame, whatever the strategy: zeros would be no camera
     steps = windows.anchors[:, None] + np.array(windows.window.offsets)

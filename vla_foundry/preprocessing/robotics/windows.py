@@ -1,6 +1,6 @@
 """The windows of an episode as preprocessing needs them: which anchors are samples, and what their fields hold."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vla_foundry.preprocessing.robotics.plan import Recipe
-from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.fields import PoseGroup, Window
 from vla_foundry.robotics.windows import (
     Windows,
     compute_relative_fields,
@@ -96,22 +96,24 @@ def iterate_windows(
         )
         values = {name: windows.gather(fields[name]) for name in recipe.fields}
         if with_relative:
-            values |= relative_values(values, windows, recipe)
+            values |= relative_values(values, windows, recipe.pose_groups)
         yield windows, values
 
 
-def relative_values(values: Mapping[str, np.ndarray], windows: Windows, recipe: Recipe) -> dict[str, np.ndarray]:
+def relative_values(
+    values: Mapping[str, np.ndarray], windows: Windows, pose_groups: Sequence[PoseGroup]
+) -> dict[str, np.ndarray]:
     """Return the `_relative` fields of windows, in the type of the poses that they are made of."""
     relative = compute_relative_fields(
         values,
-        recipe.pose_groups,
+        pose_groups,
         anchor=windows.window.anchor,
         is_padding=windows.is_padding,
         padding=windows.padding,
     )
     types = {
         name: values[key].dtype
-        for group in recipe.pose_groups
+        for group in pose_groups
         for name, key in zip(group.relative_keys, (group.position_key, group.rotation_key), strict=True)
     }
     return {name: array.astype(types[name]) for name, array in relative.items()}
