@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -74,12 +74,12 @@ class Npz:
                 yield np.frombuffer(data, dtype=header.dtype).reshape(header.shape[1:])
             file.read(1)  # to the end, where the checksum is compared
 
-    def _open(self, name: str) -> IO[bytes]:
+    def _open(self, name: str) -> Any:
         if f"{name}.npy" not in self._archive.NameToInfo:
             raise ValueError(f"{self.uri} has no array '{name}', only {', '.join(self.names)[:300]}.")
         return self._archive.open(f"{name}.npy")
 
-    def _read_header(self, name: str, file: IO[bytes]) -> ArrayHeader:
+    def _read_header(self, name: str, file: Any) -> ArrayHeader:
         formats = np.lib.format
         try:
             version = formats.read_magic(file)

@@ -21,9 +21,9 @@ def create_images(seed: int, num_frames: int, size: tuple[int, int]) -> np.ndarr
     rows, columns = np.mgrid[: size[0], : size[1]]
     frames = []
     for frame in range(num_frames):
-        red, green = (rows * 3 + frame * 13 + seed * 50) % 256, (columns * 2 + seed * 70) % 256
-        frames.append(np.stack([red, green, np.full(size, (frame * 29 + seed * 90) % 256)], -1))
-    return np.stack(frames).astype(np.uint8)
+        blue = np.full(size, frame * 29 + seed * 90)
+        frames.append(np.stack([rows * 3 + frame * 13 + seed * 50, columns * 2 + seed * 70, blue], -1))
+    return np.abs(np.stack(frames) % 510 - 255).astype(np.uint8)
 
 
 def create_episodes(lengths: list[int], seed: int = 0) -> list[dict[str, Any]]:
