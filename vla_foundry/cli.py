@@ -8,6 +8,10 @@ _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
+    "stats": (
+        "vla_foundry.preprocessing.robotics.statistics_command:main",
+        "compute or merge the statistics of robot data",
+    ),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
     "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
     "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
