@@ -16,6 +16,7 @@ A shard's samples are the anchors of its episodes, in the order of the tar.
 import io
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -145,12 +146,19 @@ def _parse_camera(value: Mapping[str, Any]) -> EpisodeCamera:
     )
 
 
-def format_lowdim(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = False) -> bytes:
-    """Format arrays as an .npz; the same bytes for the same arrays in the same order."""
-    import numpy as np
+def format_arrays(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = False) -> bytes:
+    """Format arrays as an .npz: the same bytes for the same arrays in the same order, whatever their names.
+
+    (numpy.savez takes the arrays as keywords, among its own.)
+    """
+    from numpy.lib import format as npy
 
     buffer = io.BytesIO()
-    # named arguments would forbid a field that is called `file`; numpy writes no time into the archive
-    save: Any = np.savez_compressed if compressed else np.savez
-    save(buffer, **arrays)
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            npy.write_array(content, array, allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # its time is that of every archive: 1980
+            entry.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+            archive.writestr(entry, content.getvalue())
     return buffer.getvalue()

@@ -4,10 +4,9 @@ A task makes one shard. What goes wrong with an episode is said with its name, a
 stays: the shard is cut back to where the episode began, and statistics are taken only of what was written.
 """
 
-import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,8 +22,8 @@ from vla_foundry.episode_blocks import (
     TIMESTAMP_FIELD,
     EpisodeCamera,
     EpisodeInfo,
+    format_arrays,
     format_episode,
-    format_lowdim,
     frame_suffix,
 )
 from vla_foundry.io.uri import delete, join_uri, write_bytes
@@ -111,10 +110,8 @@ def write_block(job: BlockJob, task: Task) -> dict[str, Any]:
             delete(join_uri(job.folder, job.shard(task.number) + ending))
     if recipe.params.compute_statistics:
         with clock.measure("statistics"):
-            buffer = io.BytesIO()
-            save: Callable[..., None] = np.savez  # fields as keywords; `file` is no field's name within "name|what"
-            save(buffer, **pack_statistics(accumulator.finish()))
-            write_bytes(join_uri(job.folder, statistics_name(task.number)), buffer.getvalue())
+            counted = format_arrays(pack_statistics(accumulator.finish()))
+            write_bytes(join_uri(job.folder, statistics_name(task.number)), counted)
     result = {"entry": None if entry is None else asdict(entry), "episodes": episodes, "seconds": clock.seconds}
     record_task(job.folder, task.number, result)
     return result
@@ -181,7 +178,7 @@ def _write_episode(
             ref.episode_id,
             {
                 EPISODE_SUFFIX: format_episode(info).encode("utf-8"),
-                LOWDIM_SUFFIX: format_lowdim(_lowdim(episode, recipe, operations)),
+                LOWDIM_SUFFIX: format_arrays(_lowdim(episode, recipe, operations)),
             },
         )
     streams = {name: encode_frames(name, episode.cameras[name], operations[name], sources) for name in recipe.cameras}

@@ -19,7 +19,7 @@ from vla_foundry.episode_blocks import (
     LOWDIM_SUFFIX,
     TIMESTAMP_FIELD,
     EpisodeInfo,
-    format_lowdim,
+    format_arrays,
     parse_episode,
 )
 from vla_foundry.io.npz import NpzFile
@@ -147,7 +147,7 @@ def _create_sample(episode: _BlockEpisode, anchor: int, recipe: Recipe) -> dict[
         for offset, frame in zip(params.image_indices, frames, strict=True)
         for camera, description in info.cameras.items()
     }
-    members[LOWDIM_SUFFIX] = format_lowdim(_lowdim(episode.arrays, windows, recipe), compressed=True)
+    members[LOWDIM_SUFFIX] = format_arrays(_lowdim(episode.arrays, windows, recipe), compressed=True)
     members["metadata.json"] = _to_json(_metadata(episode, windows, frames))
     texts = info.instructions_at(anchor)
     if texts:

@@ -1,11 +1,11 @@
 """Merge what the tasks of a job counted: eight at a time, in the order of the tasks, field by field."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vla_foundry.episode_blocks import format_arrays
 from vla_foundry.io.npz import NpzFile
 from vla_foundry.io.uri import join_uri, read_range, size_of, write_bytes
 from vla_foundry.preprocessing.job import Task, run_tasks
@@ -50,10 +50,7 @@ def _merge_group(folder: str, task: Task) -> None:
     for name in sorted({name for part in parts for name in _field_names(part)}):
         fields = [_read_field(part, name) for part in parts if f"{name}|shape" in part]
         arrays |= pack_statistics({name: merge_field_statistics(fields)})
-    buffer = io.BytesIO()
-    save: Callable[..., None] = np.savez
-    save(buffer, **arrays)
-    write_bytes(join_uri(folder, target), buffer.getvalue())
+    write_bytes(join_uri(folder, target), format_arrays(arrays))
 
 
 def _open(folder: str, name: str) -> NpzFile:

@@ -108,3 +108,10 @@ class RigConverter(BaseRoboticsConverter):
             extrinsics={CAMERAS[0]: arrays["extrinsics"]},
             metadata={"operator": "A"},
         )
+
+
+def run_job(options: dict) -> None:
+    """Run the job; for tests that do so in a process of its own, to kill it."""
+    from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+
+    preprocess_robotics(RigParams(**options))

@@ -215,11 +215,13 @@ def test_verify_names_what_is_wrong_with_an_episode(tmp_path, source, episodes, 
 
 
 def without_seconds(folder: Path | str) -> dict[str, bytes]:
-    """{name: content} of a dataset, its report without the seconds that stages took."""
+    """{name: content} of a dataset, but for the seconds that stages took and the commit of the code."""
     files = {name: read_bytes(f"{folder}/{name}") for name in list_relative(str(folder))}
-    report = json.loads(files.pop("report.json"))
-    report.pop("seconds")
-    return files | {"report.json": json.dumps(report).encode()}
+    for name, key in (("report", "seconds"), ("provenance", "git_commit"), ("processing_metadata", "git_info")):
+        values = json.loads(files[f"{name}.json"])
+        values.pop(key)
+        files[f"{name}.json"] = json.dumps(values).encode()
+    return files
 
 
 def test_remote_output_has_the_same_bytes(tmp_path, source, episodes, preprocess, s3_bucket):
