@@ -30,7 +30,7 @@ _STATES: dict[str, dict[str, tuple[float, float]]] = {
     "faucet": {"turned left": (0.0, 0.25), "turned right": (0.75, 1.0)},
     "lever": {"down": (0.0, 0.1), "up": (0.9, 1.0)},
 }
-_OPENINGS = {"closed": (0.0, 0.05), "half open": (0.35, 0.65), "open": (0.95, 1.0)}
+_OPENINGS = {"closed": (0.0, 0.05), "half open": (0.4, 0.6), "open": (0.95, 1.0)}
 # a direction is named from the second of these distances on (metres), and scenes between the two are not used
 _LEVEL_UP_TO, _DIRECTION_FROM = 0.03, 0.05
 # distance that a described point keeps from the picture's edge, as a fraction of the picture

@@ -11,7 +11,7 @@ from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.quickstart import QuickstartParams
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
-from vla_foundry.quickstart.stages import Step, run_steps
+from vla_foundry.quickstart.stages import Step, count_trainers, run_steps
 from vla_foundry.quickstart.vlm import caption_step, vlm_steps
 
 
@@ -33,7 +33,7 @@ def create_llm_stage(output_dir: Path) -> Stage:
         function=lambda: write_llm_report(folder / "runs" / "llm", summary=summary, figure=figure),
         outputs=(summary, figure),
     )
-    steps = llm_steps(folder, num_processes=os.cpu_count() or 1)
+    steps = llm_steps(folder, num_processes=os.cpu_count() or 1, num_trainers=count_trainers())
     return Stage(summary=summary, steps=(*steps, report, generate_step(folder)))
 
 
@@ -48,7 +48,7 @@ def create_vlm_stage(output_dir: Path) -> Stage:
         function=lambda: write_vlm_report(folder / "runs" / "vlm", scenes, summary=summary, figure=figure),
         outputs=(summary, figure),
     )
-    steps = vlm_steps(folder, llm_run=output_dir / "llm" / "runs" / "llm")
+    steps = vlm_steps(folder, llm_run=output_dir / "llm" / "runs" / "llm", num_processes=count_trainers())
     return Stage(summary=summary, steps=(*steps, caption_step(folder), report))
 
 

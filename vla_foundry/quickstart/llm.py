@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.quickstart.docstrings import harvest_docstrings
-from vla_foundry.quickstart.stages import Step, words_of
+from vla_foundry.quickstart.stages import Step, shared_batch, words_of
 
 PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
@@ -17,8 +17,13 @@ PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
 PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
-def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
-    """Return the steps of the language stage; everything is written below `output_dir`."""
+def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> list[Step]:
+    """Return the steps of the language stage; everything is written below `output_dir`.
+
+    Args:
+        num_processes: processes that collect text.
+        num_trainers: processes that train.
+    """
     text, tokenizer = output_dir / "text", output_dir / "tokenizer"
     shards, run = output_dir / "shards", output_dir / "runs" / "llm"
 
@@ -62,7 +67,9 @@ def llm_steps(output_dir: Path, *, num_processes: int) -> list[Step]:
                 *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
                 *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
                 *words_of("", save_path=run.parent, name=run.name, resume="auto"),
+                *shared_batch(num_trainers),
             ),
+            num_processes=num_trainers,
             outputs=(run / "metrics.jsonl",),
             folder=run,
         ),

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+# samples in a batch of the stages' presets
+GLOBAL_BATCH_SIZE = 16
 # with another version of one of these, steps are done again
 _PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
 
@@ -29,6 +31,8 @@ class Step:
     what: str
     # words of `vla-foundry <words>`, run as a subprocess; or else `function` runs here
     words: tuple[str, ...] = ()
+    # processes that train together, by torchrun; the first word is then `train`
+    num_processes: int = 1
     function: Callable[[], object] | None = None
     # files it makes; it is not done while one is missing
     outputs: tuple[Path, ...] = ()
@@ -39,6 +43,20 @@ class Step:
 def words_of(command: str, **flags: object) -> tuple[str, ...]:
     """The words of a command line: `command --flag value ...`."""
     return (*command.split(), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
+
+
+def count_trainers() -> int:
+    """Processes that train together on this machine: as many as cores, but a power of two, to divide the batch."""
+    cores = min(len(os.sched_getaffinity(0)), GLOBAL_BATCH_SIZE)
+    return 1 << (cores.bit_length() - 1)
+
+
+def shared_batch(num_processes: int) -> tuple[str, ...]:
+    """Return the words that divide the batch of a preset among processes, each of which reads its own samples."""
+    if num_processes == 1:
+        return ()
+    size = GLOBAL_BATCH_SIZE // num_processes
+    return words_of("", **{"hparams.per_gpu_batch_size": size, "data.num_workers": 0})
 
 
 class StepFailedError(ValueError):
@@ -65,7 +83,7 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         started, done = markers / f"{step.name}.started", markers / f"{step.name}.done"
         console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
         if step.words:
-            console.print(f"  $ vla-foundry {shlex.join(step.words)}", markup=False)
+            console.print(f"  $ {shlex.join(_shown_command(step))}", markup=False)
         if not overwrite and _holds(done, way) and all(path.exists() for path in step.outputs):
             console.print("  done before; kept")
             continue
@@ -88,8 +106,23 @@ def _run(step: Step) -> None:
         step.function()
         return
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run([sys.executable, "-m", "vla_foundry.cli", *step.words], env=environment, check=False)
+    command = [sys.executable, "-m", "vla_foundry.cli", *step.words]
+    if step.num_processes > 1:
+        # one thread each: matrices of these sizes gain more from processes than from threads
+        environment |= {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", *_torchrun_words(step)]
+    finished = subprocess.run(command, env=environment, check=False)
     if finished.returncode != 0:
         raise StepFailedError(
             f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to go on."
         )
+
+
+def _shown_command(step: Step) -> tuple[str, ...]:
+    return ("torchrun", *_torchrun_words(step)) if step.num_processes > 1 else ("vla-foundry", *step.words)
+
+
+def _torchrun_words(step: Step) -> tuple[str, ...]:
+    assert step.words[0] == "train", step.words
+    options = ("--standalone", "--nproc_per_node", str(step.num_processes))
+    return (*options, "-m", "vla_foundry.main", *step.words[1:])

@@ -3,8 +3,18 @@
 from pathlib import Path
 
 from vla_foundry.evaluation.scenes import SPLITS
-from vla_foundry.quickstart.stages import Step, words_of
+from vla_foundry.quickstart.stages import Step, shared_batch, words_of
 
+# what the robot will move comes twice as often as the rest
+TASKS = (
+    "drawer-open-v3",
+    "window-open-v3",
+    "door-open-v3",
+    "drawer-open-v3",
+    "window-open-v3",
+    "faucet-open-v3",
+    "stick-push-v3",
+)
 NUM_SCENES = 6000
 NUM_VALIDATION_SCENES = 500
 PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
@@ -12,11 +22,12 @@ PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
 SHOWN = (0, 1, 2)
 
 
-def vlm_steps(output_dir: Path, *, llm_run: Path) -> list[Step]:
+def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[Step]:
     """Return the steps of the vision-language stage; everything is written below `output_dir`.
 
     Args:
         llm_run: folder of the language run that the model starts from.
+        num_processes: processes that train.
     """
     scenes, shards, run = output_dir / "scenes", output_dir / "shards", output_dir / "runs" / "vlm"
 
@@ -48,7 +59,9 @@ def vlm_steps(output_dir: Path, *, llm_run: Path) -> list[Step]:
                 *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
                 *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
                 *words_of("", save_path=run.parent, name=run.name, resume="auto"),
+                *shared_batch(num_processes),
             ),
+            num_processes=num_processes,
             outputs=(run / "metrics.jsonl",),
             folder=run,
         ),
