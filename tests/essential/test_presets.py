@@ -21,6 +21,8 @@ from vla_foundry.params.resolve import resolve
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
 JOBS = [str(path) for path in PRESETS if path.parts[0] == "training_jobs"]
+# what a job needs besides its data
+NEEDS = {"training_jobs/vlm_quickstart.yaml": ("--data.tokenizer", "words/tokenizer")}
 # folder of presets -> what they are
 SECTIONS = {
     "models": ModelParams,
@@ -38,11 +40,21 @@ def manifest(tmp_path: Path) -> str:
     return str(path)
 
 
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of two words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+
+
 def test_the_presets_there_are() -> None:
     names = {str(path) for path in PRESETS}
     assert {f"models/transformer_{size}.yaml" for size in ("tiny", "11m", "100m", "410m", "1b")} <= names
     assert {"models/foundry_llm_1.2b.yaml", *JOBS} <= names
-    assert {path.parts[0] for path in PRESETS} == {*SECTIONS, "training_jobs"}
+    assert {path.parts[0] for path in PRESETS} == {*SECTIONS, "training_jobs", "data"}
 
 
 @pytest.mark.parametrize("name", [str(path) for path in PRESETS if path.parts[0] in SECTIONS])
@@ -52,10 +64,14 @@ def test_a_preset_of_a_section_loads_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_training_job_resolves_and_has_its_data_from_the_command_line(name: str, manifest: str) -> None:
+def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
+    name: str, manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokenizer(tmp_path / "words" / "tokenizer")
+    monkeypatch.chdir(tmp_path)
     # the paper's model is made for many GPUs
     world_size = 128 if "1.2b" in name else 1
-    words = ["--config_path", f"config_presets/{name}"]
+    words = ["--config_path", f"config_presets/{name}", *NEEDS.get(name, ())]
     manifests = ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
     params = parse(TrainExperimentParams, [*words, *manifests], prog="train").params
     resolved = resolve(params, read_facts(params, world_size))
@@ -97,7 +113,7 @@ def test_the_papers_language_model_is_the_papers() -> None:
 def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: str) -> None:
     # the layout of the wheel: the presets are a folder of the package
     site = tmp_path / "site"
-    for name in ("params", "io", "text"):
+    for name in ("params", "io", "robotics", "text"):
         shutil.copytree(ROOT / "vla_foundry" / name, site / "vla_foundry" / name)
     for path in (ROOT / "vla_foundry").glob("*.py"):
         shutil.copy(path, site / "vla_foundry")
