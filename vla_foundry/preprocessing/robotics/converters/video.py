@@ -6,6 +6,7 @@ frame, so that every frame is exact and memory holds two of them. A file is read
 what runs side by side.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ class VideoFrames:
                     if frame.is_corrupt:
                         raise ValueError(f"{self.uri}: the frame at {seconds:.3f} s is damaged.")
                     yield seconds, frame
-            except av.error.FFmpegError as error:
+            except (av.error.FFmpegError, OSError) as error:
+                _raise_unless_broken(error)
                 raise ValueError(
                     f"{self.uri}: the video is damaged: after {decoded} frames nothing more can be decoded "
                     f"({_reason(error)})."
@@ -142,7 +144,8 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
     with open_input(uri) as file:
         try:
             container = av.open(file, mode="r")
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            _raise_unless_broken(error)
             raise ValueError(f"{uri} is no video that can be opened, or is cut off ({_reason(error)}).") from None
         with container:
             if not container.streams.video:
@@ -152,6 +155,15 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
                 raise ValueError(f"{uri}: the header of the video is damaged.")
             stream.codec_context.thread_count = 1
             yield container, stream
+
+
+def _raise_unless_broken(error: Exception) -> None:
+    """Raise again what is trouble of the machine or the network, rather than of the bytes."""
+    import av.error
+
+    # broken offsets lead to EINVAL, when the file is asked for what lies before its beginning
+    if not isinstance(error, av.error.FFmpegError) and getattr(error, "errno", None) not in (None, errno.EINVAL):
+        raise error
 
 
 def _reason(error: Exception) -> str:

@@ -187,7 +187,7 @@ def v2_truncated_video(broken: Broken) -> str:
     path = broken.video(broken.camera)
     data = path.read_bytes()
     path.write_bytes(data[: broken.random.randrange(1, len(data) - 1)])
-    return rf"{path} is no video that can be opened, or is cut off"
+    return rf"{path}( is no video that can be opened, or is cut off|: no frame can be decoded|: the video ends at)"
 
 
 @breaks

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vla_foundry.io.uri import upload
 from vla_foundry.params.preprocessing_converters import HDF5Params
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
@@ -20,7 +21,7 @@ LENGTHS = {1: 7, 2: 9, 10: 8}
 SIZE = (20, 28)
 
 
-def params_of(source: Path, layout: str, **options: Any) -> HDF5Params:
+def params_of(source: Path | str, layout: str, **options: Any) -> HDF5Params:
     options = {"field_map": f"field_maps/{layout}.yaml", "output_dir": "unused", **options}
     return HDF5Params(source_episodes=[str(source)], **options)
 
@@ -191,6 +192,18 @@ def test_depth_and_swapped_colours_are_told_by_the_map(tmp_path: Path, recording
         expected = np.round(group["agentview_depth"][..., 0] * 1000)
         np.testing.assert_array_equal(episode.metadata["images"]["depth"], expected)
         assert episode.metadata["images"]["depth"].dtype == np.uint16
+
+
+def test_files_are_read_from_an_object_store(
+    tmp_path: Path, recordings: ModuleType, s3_bucket: str, read_all: Any
+) -> None:
+    path = write_libero(tmp_path / "set" / "bowl.hdf5", recordings)
+    upload(str(path), f"{s3_bucket}/set/bowl.hdf5")
+    local, remote = read_all(params_of(path, "libero")), read_all(params_of(f"{s3_bucket}/set", "libero"))
+    assert list(local) == list(remote)
+    for one, other in zip(local.values(), remote.values(), strict=True):
+        for camera, images in one.metadata["images"].items():
+            np.testing.assert_array_equal(images, other.metadata["images"][camera])
 
 
 BREAKS: dict[str, Any] = {

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vla_foundry.io.uri import upload
 from vla_foundry.params.preprocessing_converters import SpartanParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
@@ -87,7 +88,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory, arrays: Any) -> Path:
     return root
 
 
-def params_of(*sources: Path, **options: Any) -> SpartanParams:
+def params_of(*sources: Path | str, **options: Any) -> SpartanParams:
     return SpartanParams(source_episodes=[str(source) for source in sources], output_dir="unused", **options)
 
 
@@ -136,6 +137,18 @@ def test_a_source_may_lie_at_any_height(raw: Path, below: str) -> None:
     assert [ref.episode_id for ref in refs] == [
         ref.episode_id for ref in create_converter(params_of(raw)).discover_episodes()
     ]
+
+
+def test_recordings_are_read_from_an_object_store(raw: Path, s3_bucket: str, read_all: Any) -> None:
+    for path in filter(Path.is_file, raw.rglob("episode_2/*/*")):
+        upload(str(path), f"{s3_bucket}/raw/{path.relative_to(raw)}")
+    found = read_all(params_of(f"{s3_bucket}/raw"))
+    local = read_all(params_of(raw))
+    assert set(found) < set(local)
+    for name, episode in found.items():
+        np.testing.assert_array_equal(
+            episode.metadata["images"]["scene_right_0"], local[name].metadata["images"]["scene_right_0"]
+        )
 
 
 def test_recordings_of_one_second_have_ids_of_their_own(raw: Path, tmp_path: Path) -> None:
