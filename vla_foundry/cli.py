@@ -8,6 +8,7 @@ _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
+    "data": ("vla_foundry.viz.explorer:main", "look at data: draw a sample as training gets it"),
     "stats": (
         "vla_foundry.preprocessing.robotics.statistics_command:main",
         "compute or merge the statistics of robot data",
@@ -16,6 +17,7 @@ _COMMANDS = {
     "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
     "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.evaluation.demos:main", "record demonstrations by scripted experts in a simulator"),
+    "evaluate": ("vla_foundry.evaluation.run:main", "let a policy act in a simulator and count its successes"),
     "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 

@@ -208,6 +208,7 @@ def create_dataloader(
     seed: int,
     split: Split = "train",
     total_samples: int | None = None,
+    pipeline: Pipeline | None = None,
 ) -> DataLoader:
     """Create a rank's loader.
 
@@ -219,6 +220,7 @@ def create_dataloader(
         seed: seed of the order.
         split: "train", or "validation": the val_ lists, in the order of the manifests.
         total_samples: validation reads so many; all, if not given. Not used for training.
+        pipeline: makes batches, with stages of your own; the one that is registered for the modality if not given.
 
     Raises:
         FileNotFoundError: a manifest or a shard is missing.
@@ -254,7 +256,7 @@ def create_dataloader(
         world,
         datasets=datasets,
         plan=plan,
-        pipeline=PIPELINES.get(datasets[0].modality)(params),
+        pipeline=PIPELINES.get(datasets[0].modality)(params) if pipeline is None else pipeline,
         schedule=schedule,
         split=split,
     )

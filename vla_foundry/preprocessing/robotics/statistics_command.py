@@ -4,15 +4,12 @@ Shards are counted in groups and the groups merged as a tree, in the order of th
 neither workers nor timing; for a dataset of layout "episodes" it is, byte for byte, what preprocessing wrote.
 """
 
-import io
 import os
 import shutil
 import time
-from collections.abc import Callable
 from itertools import combinations
 
-import numpy as np
-
+from vla_foundry.episode_blocks import format_arrays
 from vla_foundry.io.uri import (
     delete,
     exists,
@@ -160,10 +157,7 @@ def _count_group(shared: tuple[WindowSource, str], task: Task) -> None:
         name: merge_field_statistics([part[name] for part in parts if name in part])
         for name in sorted({name for part in parts for name in part})
     }
-    buffer = io.BytesIO()
-    save: Callable[..., None] = np.savez
-    save(buffer, **pack_statistics(merged))
-    write_bytes(join_uri(parts_folder, _part_name(task.number)), buffer.getvalue())
+    write_bytes(join_uri(parts_folder, _part_name(task.number)), format_arrays(pack_statistics(merged)))
 
 
 def _count_shard(source: WindowSource, shard: str) -> Statistics:
