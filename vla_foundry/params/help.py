@@ -28,12 +28,16 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
     words = "".join(f" {name.upper()}" for name in positional)
     lines = [f"usage: {prog}{words} [--config_path FILE] [--FLAG VALUE ...]", "", _summary(cls), ""]
     sections = []
+    if schema.is_role(cls):
+        lines.append(f"  {'--type ' + ' | '.join(sorted(schema.members(cls))):<{_WIDTH}} what it is (required)")
     for name, hint in schema.field_types(cls).items():
         section = schema.section_class(hint)
         if section is None:
             lines.append(_leaf_line(cls, name, f"--{name}"))
         else:
             sections.append((name, section))
+    if schema.is_role(cls):
+        lines += _type_lines(cls)
     if sections:
         lines += ["", "sections (--help SECTION lists its flags):"]
         for name, section in sections:
@@ -48,6 +52,16 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
         f"  {'--debug':<{_WIDTH}} show the traceback of an error",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _type_lines(role: Any) -> list[str]:
+    """What each type of a role adds to the fields that all have."""
+    lines = []
+    for type_name, member in sorted(schema.members(role).items()):
+        lines += ["", f"--{TYPE_KEY} {type_name}: {_summary(member)}"]
+        own = [name for name in schema.field_types(member) if name not in schema.field_types(role)]
+        lines += [_leaf_line(member, name, f"--{name}") for name in own]
+    return lines
 
 
 def _summary(cls: Any) -> str:

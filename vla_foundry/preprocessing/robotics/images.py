@@ -55,11 +55,15 @@ class ImageOperations:
     def encode(self, frame: np.ndarray) -> bytes:
         """Turn, resize and encode a frame: uint8 (H, W, 3) to JPEG, uint16 (H, W) to PNG."""
         if frame.ndim == 2:
-            depth, _ = rotate_image(torch.from_numpy(np.ascontiguousarray(frame)), self.turns)
+            depth = torch.from_numpy(np.ascontiguousarray(frame))
+            if self.turns:
+                depth, _ = rotate_image(depth, self.turns)
             if self.size is not None:
                 depth, _ = resize_depth(depth, self.size, method=self.method)
             return encode_depth(depth)
-        image, _ = rotate_image(image_from_array(frame), self.turns)
+        image = image_from_array(frame)
+        if self.turns:  # no turn would copy the image too
+            image, _ = rotate_image(image, self.turns)
         if self.size is not None:
             image, _ = resize_image(image, self.size, method=self.method, interpolation="bicubic")
         return encode_jpeg(image, quality=self.jpeg_quality)

@@ -58,3 +58,12 @@ def test_the_presets_run(name, tmp_path, example, read_tars):
     main([*words, "--source_episodes", str(tmp_path / "raw"), "--output_dir", str(tmp_path / "out")])
     camera = read_tars(tmp_path / "out")["a"]["episode.json"]["cameras"]["front"]
     assert camera["size"] == ([342, 256] if "lbmsize" in name else [384, 384])
+
+
+def test_the_help_lists_the_kinds_of_recordings_with_their_own_flags(example, capsys):
+    with pytest.raises(SystemExit):
+        main(["robotics", "--plugins", "npz_folder", "--help"])
+    text = capsys.readouterr().out
+    assert "--type hdf5 | lerobot | npz_folder" in text
+    assert "--type npz_folder: Folders of .npz files." in text
+    assert "unit of the state and of the action (rad)" in text
