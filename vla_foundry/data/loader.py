@@ -226,11 +226,7 @@ def create_dataloader(
         FileNotFoundError: a manifest or a shard is missing.
         ValueError: params, manifests and shards do not fit each other.
     """
-    if global_batch_size % (world.world_size * per_gpu_batch_size):
-        raise ValueError(
-            f"hparams.global_batch_size ({global_batch_size}) must be a multiple of num_ranks ({world.world_size}) x "
-            f"hparams.per_gpu_batch_size ({per_gpu_batch_size}) = {world.world_size * per_gpu_batch_size}."
-        )
+    _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
     datasets, weights = _read_datasets(params, "" if is_training else "val_")
     plan = SamplePlan(
@@ -260,6 +256,14 @@ def create_dataloader(
         schedule=schedule,
         split=split,
     )
+
+
+def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:
+    if global_batch_size % (world.world_size * per_gpu_batch_size):
+        raise ValueError(
+            f"hparams.global_batch_size ({global_batch_size}) must be a multiple of num_ranks ({world.world_size}) x "
+            f"hparams.per_gpu_batch_size ({per_gpu_batch_size}) = {world.world_size * per_gpu_batch_size}."
+        )
 
 
 def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[list[Dataset], list[float]]:
