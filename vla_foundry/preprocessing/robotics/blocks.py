@@ -133,7 +133,7 @@ def _try_episode(
     said = {"episode": ref.episode_id, "source": ref.source}
     try:
         with writer.all_or_nothing():
-            fields, facts = _write_episode(writer, converter, ref, recipe, clock)
+            fields, anchors, facts = _write_episode(writer, converter, ref, recipe, clock)
     except Left as left:
         return {**said, "outcome": "left out", "reason": left.reason}
     except (ValueError, FileNotFoundError) as error:
@@ -143,10 +143,9 @@ def _try_episode(
             raise
         _logger.warning("%s failed in a way that its converter did not foresee", ref.source, exc_info=True)
         return {**said, "outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    with clock.measure("statistics"):
-        anchors = np.array(facts["anchors"], dtype=np.int64)
-        if recipe.params.compute_statistics:
-            for windows, values in iterate_windows(fields, anchors, facts["frames"], recipe):
+    if recipe.params.compute_statistics:
+        with clock.measure("statistics"):
+            for windows, values in iterate_windows(fields, anchors.frames, facts["frames"], recipe):
                 accumulator.update(values, ~windows.is_padding)
     return {**said, "outcome": "written", **facts}
 
@@ -159,7 +158,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _write_episode(
     writer: ShardWriter, converter: BaseRoboticsConverter, ref: EpisodeRef, recipe: Recipe, clock: Clock
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[dict[str, np.ndarray], Anchors, dict[str, Any]]:
     params = recipe.params
     with clock.measure("read"):
         episode = converter.read_episode(ref)
@@ -192,7 +191,7 @@ def _write_episode(
     with clock.measure("images"):
         for stream in streams.values():  # to its end, where it finds out if there are too many
             next(stream, None)
-    return episode.fields, _facts(info, anchors)
+    return episode.fields, anchors, _facts(info, anchors, params.layout)
 
 
 def _describe_episode(episode: Episode, anchors: Anchors, cameras: dict[str, EpisodeCamera]) -> EpisodeInfo:
@@ -220,11 +219,13 @@ def _lowdim(episode: Episode, recipe: Recipe, operations: Mapping[str, ImageOper
     return arrays
 
 
-def _facts(info: EpisodeInfo, anchors: Anchors) -> dict[str, Any]:
+def _facts(info: EpisodeInfo, anchors: Anchors, layout: str) -> dict[str, Any]:
     return {
         "frames": info.num_frames,
         "fps": info.fps,
-        "anchors": list(info.anchors),
+        "samples": len(info.anchors),
+        # what the second half of the job is planned by
+        "anchors": list(info.anchors) if layout == "samples" else [],
         "dropped": anchors.dropped,
         "cameras": {name: asdict(camera) for name, camera in info.cameras.items()},
         "language_types": sorted({kind for span in info.instructions for kind in span.texts}),

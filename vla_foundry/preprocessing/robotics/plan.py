@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,6 +14,7 @@ from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, EpisodeRef
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, is_relative_field
+from vla_foundry.robotics.windows import parse_threshold
 from vla_foundry.robotics_contract import FieldDescription
 
 # taken for the length of an episode where none is known before it is read
@@ -50,13 +51,32 @@ def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConve
         for key in (group.position_key, group.rotation_key, *group.reference_keys):
             if key not in fields:
                 raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
+    _check_against_fields(params, fields)
+    known = converter.discover_cameras()
+    for name in params.camera_rotations:
+        if name not in known:
+            raise ValueError(unknown_name_message("camera_rotations: camera", name, list(known)))
     return Recipe(
         params=params,
         converter_class=type(converter),
-        cameras=_choose_cameras(params.camera_names, converter.discover_cameras()),
+        cameras=_choose_cameras(params.camera_names, known),
         fields=fields,
         pose_groups=groups,
     )
+
+
+def _check_against_fields(params: RoboticsPreprocessParams, fields: Mapping[str, FieldDescription]) -> None:
+    for pattern, threshold in params.still_thresholds.items():
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in fields):
+            raise ValueError(unknown_name_message("still_thresholds: field", pattern, sorted(fields)))
+        parse_threshold(threshold, where=f"still_thresholds: '{pattern}'")
+    changes = [name for name, field in fields.items() if field.representation != "absolute"]
+    if params.target_fps is not None and changes:
+        kind = fields[changes[0]].representation
+        raise ValueError(
+            f"target_fps ({params.target_fps:g}): field '{changes[0]}' holds {kind} values, which another rate would "
+            "make wrong. Convert without target_fps, or leave the field out."
+        )
 
 
 def _choose_cameras(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Report:
     @property
     def num_samples(self) -> int:
         """Samples that were written."""
-        return sum(len(episode["anchors"]) for episode in self.written)
+        return sum(episode["samples"] for episode in self.written)
 
     @property
     def dropped(self) -> dict[str, int]:

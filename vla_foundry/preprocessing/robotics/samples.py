@@ -9,7 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from vla_foundry.episode_blocks import (
     parse_episode,
 )
 from vla_foundry.io.npz import NpzFile
-from vla_foundry.io.uri import join_uri, open_input, read_text
+from vla_foundry.io.uri import is_remote, join_uri, open_input, read_range, read_text
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.output import record_task
 from vla_foundry.preprocessing.provenance import digest_of
@@ -73,7 +73,8 @@ def write_samples(job: SampleJob, task: Task) -> dict[str, Any]:
         open_shard(job.folder, shard_name) as writer,
     ):
         for shard, episode, anchor in task.payload:
-            writer.add(f"{episode}_t{anchor:06d}", _create_sample(blocks.open(shard).read(episode), anchor, job.recipe))
+            members = _create_sample(blocks.open(shard).read_episode(episode), anchor, job.recipe)
+            writer.add(f"{episode}_t{anchor:06d}", members)
     assert writer.entry is not None, "open_shard sets the entry"
     result = {"entry": asdict(writer.entry), "plan": digest_of(task.payload), "seconds": clock.seconds}
     record_task(job.folder, task.number, result)
@@ -84,13 +85,13 @@ def write_samples(job: SampleJob, task: Task) -> dict[str, Any]:
 class _BlockEpisode:
     """An episode in a block, its frames not yet read."""
 
-    file: BinaryIO
+    block: "_Block"
     spans: EpisodeSpans
     info: EpisodeInfo
     arrays: dict[str, np.ndarray]
 
     def read_frame(self, camera: str, frame: int) -> bytes:
-        return _read(self.file, self.spans.frames[camera][frame])
+        return self.block.read(self.spans.frames[camera][frame])
 
 
 class _Block:
@@ -98,15 +99,29 @@ class _Block:
 
     def __init__(self, folder: str, shard: str) -> None:
         index_name = join_uri(folder, f"{shard}.index.json")
-        self.file = open_input(join_uri(folder, f"{shard}.tar"))
         self._episodes = {episode.key: episode for episode in parse_index(read_text(index_name), index_name).episodes}
+        self._uri = join_uri(folder, f"{shard}.tar")
+        # of a remote one, a file would read ahead what is not wanted
+        self._file = None if is_remote(self._uri) else open_input(self._uri)
 
-    def read(self, episode: str) -> _BlockEpisode:
+    def read(self, span: MemberSpan) -> bytes:
+        """Read a member."""
+        if self._file is None:
+            return read_range(self._uri, span.offset, span.size)
+        self._file.seek(span.offset)
+        return self._file.read(span.size)
+
+    def read_episode(self, episode: str) -> _BlockEpisode:
         """Read all of an episode but its frames."""
         spans = self._episodes[episode]
-        info = parse_episode(_read(self.file, spans.members[EPISODE_SUFFIX]), episode)
-        lowdim = NpzFile.from_bytes(_read(self.file, spans.members[LOWDIM_SUFFIX]))
-        return _BlockEpisode(self.file, spans, info, {name: lowdim.read(name) for name in lowdim.names})
+        info = parse_episode(self.read(spans.members[EPISODE_SUFFIX]), episode)
+        lowdim = NpzFile.from_bytes(self.read(spans.members[LOWDIM_SUFFIX]))
+        return _BlockEpisode(self, spans, info, {name: lowdim.read(name) for name in lowdim.names})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 class _Blocks:
@@ -121,19 +136,14 @@ class _Blocks:
         if shard not in self._open:
             self._open[shard] = _Block(self._folder, shard)
             if len(self._open) > _MAX_OPEN:
-                self._open.popitem(last=False)[1].file.close()
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         return self._open[shard]
 
     def close(self) -> None:
         """Close all."""
         for block in self._open.values():
-            block.file.close()
-
-
-def _read(file: BinaryIO, span: MemberSpan) -> bytes:
-    file.seek(span.offset)
-    return file.read(span.size)
+            block.close()
 
 
 def _create_sample(episode: _BlockEpisode, anchor: int, recipe: Recipe) -> dict[str, bytes]:

@@ -104,3 +104,17 @@ def test_fields_and_pose_groups_are_checked(rig, params, monkeypatch):
     monkeypatch.setattr(rig.RigConverter, "describe_fields", lambda self: {"a_relative": FieldDescription(shape=(1,))})
     with pytest.raises(ValueError, match="field 'a_relative' is named as a relative one"):
         create_recipe(params(), create_converter(params()))
+
+
+def test_params_that_no_episode_could_follow_are_refused_at_once(rig, params, monkeypatch):
+    for options, message in (
+        ({"still_thresholds": {"*_xzy": "1 mm"}}, r"still_thresholds: field '\*_xzy' is unknown"),
+        ({"still_thresholds": {"*xyz": "1 inch"}}, "'1 inch' is not a number with a unit"),
+        ({"camera_rotations": {"front": 1}}, "camera_rotations: camera 'front' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_recipe(params(**options), create_converter(params()))
+    delta = {"delta": FieldDescription(shape=(1,), representation="delta")}
+    monkeypatch.setattr(rig.RigConverter, "describe_fields", lambda self: rig.FIELDS | delta)
+    with pytest.raises(ValueError, match=r"target_fps \(5\): field 'delta' holds delta values"):
+        create_recipe(params(target_fps=5.0), create_converter(params()))

@@ -63,15 +63,6 @@ def test_one_threshold_holds_for_the_fields_that_move(rig, recipe):
     assert 0 < len(few.frames) < len(many.frames) < 60
 
 
-def test_a_threshold_of_no_field_is_refused(rig, recipe):
-    with pytest.raises(ValueError, match=r"field 'robot__actual__pose' is unknown\. Did you mean"):
-        choose_anchors(
-            still_then_moving(rig, 20),
-            20,
-            recipe(filter_still_samples=True, still_thresholds={"robot__actual__pose": "1 mm"}),
-        )
-
-
 def brute_force_windows(arrays: dict, name: str, anchors: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Windows (N, 8, C) of a field, and where they lie within the episode."""
     length = len(arrays["timestamps"])
