@@ -6,6 +6,7 @@ the rows of a stored (not compressed) array are read by themselves. Nothing is u
 """
 
 import ast
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class NpzFile:
             return self._rows_of(name, self.read(name), first, end)
         if not 0 <= first <= end <= header.shape[0]:
             raise ValueError(f"array '{name}' has {header.shape[0]} rows, not {end}")
-        row_size = header.dtype.itemsize * int(np.prod(header.shape[1:]))
+        row_size = header.dtype.itemsize * math.prod(header.shape[1:])
         content = self._read_exactly(name, start + first * row_size, (end - first) * row_size)
         return _array_of(name, header, content, (end - first, *header.shape[1:]))
 
@@ -229,7 +230,7 @@ def _parse_header_text(text: bytes) -> _Header | None:
 
 
 def _array_of(name: str, header: _Header, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if len(content) < count * header.dtype.itemsize:
         raise ValueError(f"array '{name}' is cut off")
     array = np.frombuffer(content, dtype=header.dtype, count=count)

@@ -91,11 +91,26 @@ def relative_pose(
         (position, rotation) relative to the reference, in the same rotation format.
     """
     # without 4 x 4 transforms: a fifth of the time, and this runs for every window of a dataset
-    R = rotation_to_matrix(rotation, rotation_format, field=field)
-    R_reference = rotation_to_matrix(reference_rotation, rotation_format, field=f"reference of {field}")
+    R, R_reference = _matrices_of(rotation, reference_rotation, rotation_format, field)
     R_inverse = np.swapaxes(R_reference, -1, -2)
     offset = _finite_position(position, field) - _finite_position(reference_position, f"reference of {field}")
     return (R_inverse @ offset[..., None])[..., 0], matrix_to_rotation(R_inverse @ R, rotation_format, field=field)
+
+
+def _matrices_of(
+    rotation: Float[np.ndarray, "*B R"], reference: Float[np.ndarray, "*C R"], rotation_format: str, field: str
+) -> tuple[Float64[np.ndarray, "*B 3 3"], Float64[np.ndarray, "*C 3 3"]]:
+    """Return the matrices of rotations and of their references; in one call where the two can stand side by side."""
+    if rotation.ndim > 1 and rotation.shape[:-2] == reference.shape[:-2]:
+        # for the few steps of a window, calls cost more than numbers
+        num_steps = rotation.shape[-2]
+        try:
+            both = rotation_to_matrix(np.concatenate([rotation, reference], axis=-2), rotation_format, field=field)
+            return both[..., :num_steps, :, :], both[..., num_steps:, :, :]
+        except ValueError:
+            pass  # said again below, with the right name
+    R = rotation_to_matrix(rotation, rotation_format, field=field)
+    return R, rotation_to_matrix(reference, rotation_format, field=f"reference of {field}")
 
 
 def absolute_pose(

@@ -221,25 +221,54 @@ def compute_relative_fields(
     Raises:
         ValueError: a field is missing or holds what is not a pose.
     """
+    hole = is_padding if padding == "zero" and is_padding is not None and is_padding.any() else None
     result = {}
-    for group in groups:
-        position, rotation = _group_fields(fields, group, (group.position_key, group.rotation_key))
-        reference_position, reference_rotation = _group_fields(fields, group, group.reference_keys)
-        hole = is_padding if padding == "zero" and is_padding is not None and is_padding.any() else None
-        if hole is not None:
-            # any pose will do where zeros are put back below
-            position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
-            rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
-        pose = relative_pose(
-            position,
-            rotation,
-            reference_position[..., anchor : anchor + 1, :],
-            reference_rotation[..., anchor : anchor + 1, :],
-            rotation_format=group.rotation_format,
-            field=f"pose group '{group.name}'",
-        )
-        for name, values in zip(group.relative_keys, pose, strict=True):
-            result[name] = values if hole is None else np.where(hole[..., None], 0.0, values)
+    formats = dict.fromkeys(group.rotation_format for group in groups)
+    for members in ([group for group in groups if group.rotation_format == name] for name in formats):
+        # poses of one format at once: a window holds few, and each call costs the same for more of them
+        if len(members) > 1 and _have_one_shape(fields, members):
+            try:
+                result |= _relative_poses(fields, members, anchor, hole)
+                continue
+            except ValueError:
+                pass  # said again below, with the name of the group
+        for group in members:
+            result |= _relative_poses(fields, [group], anchor, hole)
+    return result
+
+
+def _have_one_shape(fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup]) -> bool:
+    shapes = {fields[group.position_key].shape for group in groups if group.position_key in fields}
+    return len(shapes) == 1
+
+
+def _relative_poses(
+    fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup], anchor: int, hole: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Return the relative fields of groups of one rotation format; `hole` are steps of zeros."""
+    poses = [_group_fields(fields, group, (group.position_key, group.rotation_key)) for group in groups]
+    references = [_group_fields(fields, group, group.reference_keys) for group in groups]
+    # (groups, *N, T, C)
+    position, rotation = (np.stack(parts) for parts in zip(*poses, strict=True))
+    reference_position, reference_rotation = (
+        np.stack([part[..., anchor : anchor + 1, :] for part in parts]) for parts in zip(*references, strict=True)
+    )
+    if hole is not None:
+        # any pose will do where zeros are put back below
+        position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
+        rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
+    relative = relative_pose(
+        position,
+        rotation,
+        reference_position,
+        reference_rotation,
+        rotation_format=groups[0].rotation_format,
+        field=f"pose group '{groups[0].name}'",
+    )
+    result = {}
+    for number, group in enumerate(groups):
+        for name, values in zip(group.relative_keys, relative, strict=True):
+            result[name] = values[number] if hole is None else np.where(hole[..., None], 0.0, values[number])
     return result
 
 

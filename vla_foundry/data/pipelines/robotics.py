@@ -200,7 +200,8 @@ class EncodeRobot:
         """
         processor = self.load()
         if processor is None:
-            encoded = inputs.encode_images(sample["images"], self.params)
+            pixels, maps = inputs.resize_images(sample["images"], self.params)
+            encoded = {"pixel_values": pixels, "pixel_maps": maps}
         else:
             encoded = inputs.encode_prompt(sample["images"], sample["turns"], processor)
             if len(encoded["input_ids"]) > self.max_tokens:
@@ -276,7 +277,7 @@ class RoboticsPipeline:
             "__url__": "",
             "instruction": "",
             "inputs": (
-                inputs.encode_images(black, self.params)
+                {"pixel_values": inputs.resize_images(black, self.params)[0]}
                 if processor is None
                 else inputs.encode_prompt(black, turns, processor)
             ),
@@ -315,7 +316,8 @@ def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, p
         params: of the data.
     """
     if processor is None:
-        batch: Batch = {"pixel_values": torch.cat([sample["inputs"]["pixel_values"] for sample in samples])}
+        images = [image for sample in samples for image in sample["inputs"]["pixel_values"]]
+        batch: Batch = {"pixel_values": inputs.stack_images(images, params)}
         batch["image_mean"], batch["image_std"] = tuple(params.image_mean), tuple(params.image_std)
         if "color_factors" in samples[0]:
             factors = np.stack([sample["color_factors"] for sample in samples])

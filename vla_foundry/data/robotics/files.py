@@ -59,25 +59,25 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
         write_text(str(folder / PREPROCESSING_CONFIG_NAME), yaml.safe_dump(kept, sort_keys=False))
 
 
-def load_normalizer(folder: Path) -> RoboticsNormalizer:
+def load_normalizer(folder: str | Path) -> RoboticsNormalizer:
     """Read the normalizer of a run.
 
     Raises:
         FileNotFoundError: the run has none.
         ValueError: it is broken.
     """
-    location = str(folder / NORMALIZER_NAME)
+    location = join_uri(str(folder), NORMALIZER_NAME)
     return RoboticsNormalizer.from_state(json.loads(read_text(location)), origin=location)
 
 
-def load_contract(folder: Path) -> RoboticsContract:
+def load_contract(folder: str | Path) -> RoboticsContract:
     """Read the contract of a run: what its model takes and gives.
 
     Raises:
         FileNotFoundError: the run has none.
         ValueError: it is broken.
     """
-    location = str(folder / CONTRACT_NAME)
+    location = join_uri(str(folder), CONTRACT_NAME)
     return parse_contract(read_text(location), location)
 
 

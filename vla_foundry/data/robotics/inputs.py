@@ -82,20 +82,25 @@ def prepare_camera_images(
     return prepared, maps
 
 
-def encode_images(images: Sequence[UInt8[Tensor, "3 _ _"]], params: ImageProcessorParams) -> dict[str, Any]:
-    """Return the inputs of a model without language: pixel_values [N, 3, H, W], image_index and pixel_maps."""
+def resize_images(
+    images: Sequence[UInt8[Tensor, "3 _ _"]], params: ImageProcessorParams
+) -> tuple[list[Tensor], list[PixelMap]]:
+    """Bring images to the size of a model without language; uint8 [3, H, W] each, and the map of its pixels."""
     assert params.image_size is not None, "resolve derives data.image_size"
     size = (params.image_size, params.image_size)
-    pixels = torch.empty((len(images), *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    maps = []
-    for number, image in enumerate(images):
-        resized, pixel_map = resize_image(
-            image, size, method=params.image_resizing_method, interpolation=params.image_interpolation
-        )
-        pixels[number] = resized
-        maps.append(pixel_map)
-    index = torch.arange(len(images), dtype=torch.int32)
-    return {"pixel_values": pixels, "image_index": index, "pixel_maps": maps}
+    resized = [
+        resize_image(image, size, method=params.image_resizing_method, interpolation=params.image_interpolation)
+        for image in images
+    ]
+    return [image for image, _ in resized], [pixel_map for _, pixel_map in resized]
+
+
+def stack_images(images: Sequence[UInt8[Tensor, "3 H W"]], params: ImageProcessorParams) -> UInt8[Tensor, "N 3 H W"]:
+    """Put images of one size side by side: one copy, channels last in memory as they are."""
+    if not images:
+        assert params.image_size is not None, "resolve derives data.image_size"
+        return torch.zeros((0, 3, params.image_size, params.image_size), dtype=torch.uint8)
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def encode_prompt(

@@ -9,6 +9,7 @@ mirrored is the window's own part of the episode. Padded steps are masked, whate
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -150,18 +151,19 @@ def read_episode_window(shard: EpisodeShard, row: int, request: WindowRequest) -
     number, anchor = shard.locate(row)
     episode = shard.episode(number)
     num_frames = episode.info.num_frames
-    windows = create_windows(np.asarray([anchor]), num_frames, request.window, padding=request.padding)
-    first, end = int(windows.frames.min()), int(windows.frames.max()) + 1
-    is_zeroed = windows.is_padding[0] if request.padding == "zero" else None
+    steps = _find_steps(
+        max(0, request.window.past - anchor),
+        max(0, anchor + request.window.future - num_frames + 1),
+        request.window,
+        request.padding,
+    )
+    first = max(0, anchor - request.window.past)
     fields = {}
     for name in request.fields:
         if name not in episode.arrays:
             raise ValueError(unknown_name_message("array", name, episode.arrays.names))
-        values = _check_steps(name, episode.arrays.read_rows(name, first, end), end - first)
-        values = values[windows.frames[0] - first]
-        if is_zeroed is not None:
-            values[is_zeroed] = 0
-        fields[name] = values
+        values = episode.arrays.read_rows(name, first, first + steps.num_frames)
+        fields[name] = steps.take(_check_steps(name, values, steps.num_frames))
     calibration = {}
     for name, array in request.calibration:
         is_fixed = len(_shape_of(episode.arrays, array)) == 2
@@ -171,13 +173,55 @@ def read_episode_window(shard: EpisodeShard, row: int, request: WindowRequest) -
     return RobotWindow(
         episode_id=episode.info.episode_id,
         anchor=anchor,
-        fields=_add_relative(fields, windows.is_padding[0], request),
-        past_mask=windows.past_mask[0],
-        future_mask=windows.future_mask[0],
-        is_padding=windows.is_padding[0],
+        fields=_add_relative(fields, steps.is_padding, request),
+        past_mask=steps.past_mask,
+        future_mask=steps.future_mask,
+        is_padding=steps.is_padding,
         images=[shard.read_frame(number, camera, frame) for frame in frames for camera in request.cameras],
         instructions=_parse_instructions(episode.info.instructions_at(anchor)),
         calibration=calibration,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The steps of a window that lies somewhere in an episode; the same wherever as much of it lies outside."""
+
+    # frames of the episode that the window holds
+    num_frames: int
+    # int64 (T,), which of these each step takes; None: each its own
+    frames: np.ndarray | None
+    # the steps to be zero; None: none
+    zeroed: np.ndarray | None
+    # bool (T,)
+    past_mask: np.ndarray
+    future_mask: np.ndarray
+    is_padding: np.ndarray
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Make the window's steps of its frames (num_frames, C)."""
+        if self.frames is None:
+            return rows
+        values = rows[self.frames]
+        if self.zeroed is not None:
+            values[self.zeroed] = 0
+        return values
+
+
+@lru_cache(maxsize=4096)  # made for each sample, it would take half as long as reading its fields
+def _find_steps(num_left: int, num_right: int, window: Window, padding: PaddingStrategy) -> _Steps:
+    """Return the steps of a window of which `num_left` lie before the episode and `num_right` after it."""
+    num_frames = window.num_steps - num_left - num_right
+    windows = create_windows(np.asarray([window.past - num_left]), num_frames, window, padding=padding)
+    is_inside = not windows.is_padding.any()
+    masks = windows.past_mask[0], windows.future_mask[0], windows.is_padding[0]
+    for mask in masks:
+        mask.flags.writeable = False
+    return _Steps(
+        num_frames,
+        None if is_inside else windows.frames[0],
+        windows.is_padding[0] if padding == "zero" and not is_inside else None,
+        *masks,
     )
 
 
