@@ -51,6 +51,8 @@ class RobotSample:
     actions: list[FieldValues]
     # of P + 1 steps; the last is the anchor
     proprioception: list[FieldValues]
+    # False: fields pass unchanged
+    is_normalized: bool
     # why samples were replaced, this one at the last; empty: it is the one that was asked for
     dropped: list[str]
 
@@ -94,6 +96,7 @@ def take_sample(batch: Batch, row: int, pipeline: RoboticsPipeline, fields: dict
         is_padding=np.asarray(batch["is_padding"][row]),
         actions=take_fields("actions", params.action_fields),
         proprioception=take_fields("proprioception", params.proprioception_fields),
+        is_normalized=params.normalization.enabled,
         dropped=list(batch.get("dropped", {})),
     )
 

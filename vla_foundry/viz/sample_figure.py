@@ -1,7 +1,6 @@
 """Draws a sample of robot data as a PNG: images, masks, actions raw and normalised, proprioception, instruction."""
 
 import os
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,12 @@ if TYPE_CHECKING:
 
 # colours of the three kinds of steps: observed, to be predicted, padding
 PAST, FUTURE, PADDING = "#9ecae1", "#a1d99b", "#d9d9d9"
-_WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD = 12.0, 1.1, 2.6, 0.9, 1.7
+_WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD, _PROPRIOCEPTION = 12.0, 1.1, 2.6, 0.9, 1.7, 4.0
 _MOST_LEGEND = 9
+# fields, from which on their names stand upright
+_MANY = 8
+# a normalised value beyond this is drawn by powers of ten
+_FAR = 20
 
 
 def draw_sample(sample: RobotSample, path: str) -> None:
@@ -38,7 +41,7 @@ def draw_sample(sample: RobotSample, path: str) -> None:
     parts.append((_MASKS, _draw_masks))
     parts += [(_FIELD, lambda part, _, field=field: _draw_field(part, sample, field)) for field in sample.actions]
     if sample.proprioception:
-        parts.append((_FIELD + 0.5, _draw_proprioception))
+        parts.append((_PROPRIOCEPTION, _draw_proprioception))
     heights = [height for height, _ in parts]
     figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -53,11 +56,11 @@ def draw_sample(sample: RobotSample, path: str) -> None:
 
 
 def _draw_title(part: "SubFigure", sample: RobotSample) -> None:
-    instruction = textwrap.shorten(sample.instruction or "(no instruction)", 110)
+    instruction = _cut(sample.instruction or "(no instruction)", 110)
     part.text(0.02, 0.78, instruction, fontsize=14, weight="bold", va="center")
     place = f"episode {sample.episode_id}, frame {sample.anchor}  ·  sample {sample.position}"
     part.text(0.02, 0.42, place, fontsize=10, va="center")
-    part.text(0.02, 0.14, textwrap.shorten(sample.shard, 150), fontsize=8, color="grey", va="center")
+    part.text(0.02, 0.14, _cut(sample.shard, 150), fontsize=8, color="grey", va="center")
 
 
 def _image_height(sample: RobotSample) -> float:
@@ -111,7 +114,8 @@ def _draw_field(part: "SubFigure", sample: RobotSample, field: FieldValues) -> N
     left, right = part.subplots(1, 2)
     part.subplots_adjust(left=0.07, right=0.94, top=0.80, bottom=0.16, wspace=0.14)
     steps = _steps(sample)
-    for axis, values, title in ((left, field.raw, _describe(field)), (right, field.normalized, "normalised")):
+    normalized = "normalised" if sample.is_normalized else "as the model gets it: not normalised"
+    for axis, values, title in ((left, field.raw, _describe(field)), (right, field.normalized, normalized)):
         _shade(axis, sample, alpha=0.35)
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         for column in range(values.shape[1]):
@@ -134,13 +138,23 @@ def _describe(field: FieldValues) -> str:
 
 def _draw_proprioception(part: "SubFigure", sample: RobotSample) -> None:
     axis = part.subplots()
-    part.subplots_adjust(left=0.07, right=0.98, top=0.86, bottom=0.42)
+    part.subplots_adjust(left=0.07, right=0.98, top=0.93, bottom=0.66)
     values = np.concatenate([field.normalized[-1] for field in sample.proprioception])
     starts = np.cumsum([0] + [field.normalized.shape[1] for field in sample.proprioception])
     axis.bar(np.arange(len(values)), values, color="#756bb1")
     for start in starts[1:-1]:
         axis.axvline(start - 0.5, color="black", linewidth=0.5, linestyle=":")
-    labels = [textwrap.shorten(field.name, 44) for field in sample.proprioception]
-    axis.set_xticks((starts[:-1] + starts[1:] - 1) / 2, labels, rotation=12, fontsize=6, ha="right")
+    labels = [_cut(field.name, 52) for field in sample.proprioception]
+    axis.set_xticks((starts[:-1] + starts[1:] - 1) / 2, labels, rotation=30 if len(labels) < _MANY else 90, fontsize=6)
+    if len(labels) < _MANY:
+        for label in axis.get_xticklabels():
+            label.set_horizontalalignment("right")
+    if np.abs(values).max() > _FAR:  # else one dimension would hide the others
+        axis.set_yscale("symlog", linthresh=_FAR)
+    axis.set_xlim(-0.7, len(values) - 0.3)
     axis.tick_params(axis="y", labelsize=7)
-    axis.set_title("proprioception at the anchor, normalised", fontsize=8, loc="left")
+    axis.set_title("proprioception at the anchor, as the model gets it", fontsize=8, loc="left")
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
