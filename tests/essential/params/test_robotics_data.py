@@ -217,3 +217,15 @@ def test_a_published_config_loads(tmp_path: Path) -> None:
     assert params.image_names == ["a_t0"]
     assert params.normalization.field_configs["x"].epsilon == 0.1
     assert params.parse_groups() == (PoseGroup(name="p", position_key="x", rotation_key="y"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_cameras"), [("lbm_data_params", None), ("lbm_4_cameras", 4), ("lbm_6_cameras", 6)]
+)
+def test_the_presets_of_lbm_load(name: str, num_cameras: int | None) -> None:
+    params = load_params_from_yaml(RoboticsDataParams, f"config_presets/data/lbm/{name}.yaml")
+    assert (None if params.camera_names is None else len(params.camera_names)) == num_cameras
+    assert (params.window.num_steps, params.normalization.epsilon) == (16, 0.01)
+    assert [field.replace("action", "actual").removesuffix("_relative") for field in params.action_fields] == (
+        params.proprioception_fields
+    )
