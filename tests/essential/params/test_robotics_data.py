@@ -162,9 +162,11 @@ def test_a_short_name_is_enough_where_only_one_camera_has_it() -> None:
 
 
 def test_depth_is_no_picture() -> None:
-    camera = CameraDescription(size=(16, 12), original_size=None, is_depth=True)
+    depth = CameraDescription(size=(16, 12), original_size=None, is_depth=True)
+    contract = create_contract(cameras={"depth": depth, **create_contract().cameras})
+    assert complete(RoboticsDataParams(action_fields=["gripper"]), contract).camera_names == ["scene", "wrist"]
     with pytest.raises(ValueError, match="'depth' of a holds depth"):
-        check(create_contract(cameras={"depth": camera}))
+        check(contract, camera_names=["depth"])
 
 
 def test_the_run_that_a_model_starts_from_must_mean_the_same() -> None:
