@@ -45,7 +45,13 @@ def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[St
         Step(
             name="scenes",
             what="Draw scenes in MuJoCo and say in words what is where",
-            words=words_of("scenes", output=scenes, num_scenes=NUM_SCENES, num_validation_scenes=NUM_VALIDATION_SCENES),
+            words=words_of(
+                "scenes",
+                output=scenes,
+                num_scenes=NUM_SCENES,
+                num_validation_scenes=NUM_VALIDATION_SCENES,
+                tasks=",".join(TASKS),
+            ),
             outputs=tuple(scenes / split for split in SPLITS),
             folder=scenes,
         ),
