@@ -71,8 +71,8 @@ class RoboticsPreprocessParams(ChoiceParams):
     resize_images_size: list[int] | None = None
     # cut the centre out, distort, or scale into black borders
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
-    # quarter turns clockwise by camera, made before resizing: {wrist: 1}
-    camera_rotations: dict[str, int] = field(default_factory=dict)
+    # quarter turns clockwise by camera, made before resizing: {wrist: 1}; null: none
+    camera_rotations: dict[str, int] | None = None
     # 1 .. 100
     jpeg_quality: int = 95
     # seed of the order of episodes and samples, and of the validation split

@@ -35,7 +35,7 @@ class ImageOperations:
         """The operations that the params ask for."""
         size = params.resize_images_size
         return cls(
-            turns=params.camera_rotations.get(camera, 0) % 4,
+            turns=(params.camera_rotations or {}).get(camera, 0) % 4,
             size=None if size is None else (size[1], size[0]),
             method=params.image_resizing_method,
             jpeg_quality=params.jpeg_quality,

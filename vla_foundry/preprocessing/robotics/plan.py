@@ -53,7 +53,7 @@ def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConve
                 raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
     _check_against_fields(params, fields)
     known = converter.discover_cameras()
-    for name in params.camera_rotations:
+    for name in params.camera_rotations or ():
         if name not in known:
             raise ValueError(unknown_name_message("camera_rotations: camera", name, list(known)))
     return Recipe(
