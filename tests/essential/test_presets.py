@@ -13,6 +13,7 @@ import pytest
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.command_line import parse
 from vla_foundry.params.facts import read_facts
+from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.preprocessing_converters import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.presets import preset_root
@@ -26,6 +27,7 @@ NEEDS = {"training_jobs/vlm_quickstart.yaml": ("--data.tokenizer", "words/tokeni
 # folder of presets -> what they are
 SECTIONS = {
     "models": ModelParams,
+    "action_heads": ActionHeadParams,
     "hparams": HyperParams,
     "field_maps": FieldMapParams,
     "action_fields": ActionFieldsParams,

@@ -75,9 +75,6 @@ class DiffusionPolicy(nn.Module):
                 observed (past_mask); of others only the observed steps are read.
             seeds: of each sample, alone decide its noise: what else is in the batch changes nothing.
             num_steps: steps from noise to actions; None: as the params of the noise process say.
-
-        Raises:
-            ValueError: observed steps without actions.
         """
         observation, window = inputs["observation"], self._window(inputs)
         conditioning = self.vision_language_backbone(**observation)

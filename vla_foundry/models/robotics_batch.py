@@ -33,8 +33,14 @@ class RoboticsBatchHandler:
         }
 
     def prepare_sampling(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-        """Return what DiffusionPolicy.sample takes; the batch need not have actions, nor positions."""
+        """Return what DiffusionPolicy.sample takes; the batch need not have positions, nor actions of steps to come.
+
+        Raises:
+            ValueError: steps are observed, but there are no actions.
+        """
         past_mask, future_mask = batch["past_mask"], batch["future_mask"]
+        if batch.get("actions") is None and past_mask.any():
+            raise ValueError("past_mask says that steps are observed, but there are no actions.")
         inputs: dict[str, Any] = {
             "observation": self._prepare_observation(self.backbone, batch, device),
             "past_mask": to_device(past_mask, device),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,6 +65,7 @@ class DrawKey(NamedTuple):
     stage: str
 
 
+@runtime_checkable
 class ActionHead(Protocol):
     """An nn.Module."""
 

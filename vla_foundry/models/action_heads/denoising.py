@@ -11,11 +11,9 @@ What is not told the time and does not see the actions is context: its keys and 
 sample in training, and once for all steps of sampling. That is so with adaptive_norm and with cross-attention.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +30,7 @@ from vla_foundry.models.action_heads.transformer_head import (
     Part,
     TransformerHead,
     append_steps,
+    encode_sines,
     join_parts,
     place_steps,
 )
@@ -40,8 +39,7 @@ from vla_foundry.models.noise.base import create_noise
 from vla_foundry.models.noise.draws import draw_normals, draw_uniforms
 from vla_foundry.params.models.action_heads import DenoisingHeadParams
 
-# periods of the sines that encode the time go up to this many units of 1/1000
-_LONGEST_PERIOD = 1e4
+# the time is encoded in units of 1/1000
 _TIME_UNITS = 1000.0
 
 
@@ -151,7 +149,7 @@ class DenoisingHead(TransformerHead):
             noised: noised actions, with what is known in its place.
             times: 0 is data, 1 is noise.
         """
-        actions = self.action_encode(noised.to(self.dtype))  # (N, T, D)
+        actions = self.encode_steps(self.action_encode(noised.to(self.dtype)))  # (N, T, D)
         time = self._encode_time(times)  # (N, D), or (N, C) from a table
         T = actions.shape[1]
         if self.transformer.reading == "joint":
@@ -229,14 +227,6 @@ class DenoisingHead(TransformerHead):
         shape = (num_draws, *x.shape[1:])
         drawn = draw_normals(key.samples, shape, seed=key.seed, purpose=f"{key.stage} {purpose}")
         return drawn.flatten(0, 1).to(x.dtype)
-
-
-def encode_sines(times: Tensor, width: int) -> Float[Tensor, "N {width}"]:
-    """Sines and then cosines of times, at frequencies from 1 down to 1/10000 (Vaswani et al. 2017), fp32."""
-    half = width // 2
-    steps = torch.arange(half, device=times.device, dtype=torch.float32)
-    angles = times.float()[:, None] * torch.exp(-math.log(_LONGEST_PERIOD) / max(1, half - 1) * steps)
-    return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width - 2 * half))
 
 
 def _choose_reading(params: DenoisingHeadParams) -> Reading:

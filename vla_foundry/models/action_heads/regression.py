@@ -1,14 +1,14 @@
 """A head that predicts all steps at once, without noise, by their absolute error (after OpenVLA-OFT, Kim et al. 2025).
 
-Context is conditioning and proprioception; each step to be predicted is the same learned token, told apart by its
-position, and each observed step is its action.
+Context is conditioning and proprioception. The token of a step says which one it is, and that of an observed step its
+action too.
 """
 
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.action_heads.base import (
@@ -29,7 +29,6 @@ class RegressionHead(TransformerHead):
     def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
         reading = "cross" if params.conditioning == "cross_attention" else "prefix"
         super().__init__(params, widths, reading=reading, is_modulated=False)
-        self.action_query = nn.Parameter(torch.empty(params.transformer.hidden_dim))
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the absolute error, summed."""
@@ -53,7 +52,7 @@ class RegressionHead(TransformerHead):
             parts.append(Part(proprioception))
         context = join_parts(parts)
         observed = self.action_encode(window.held_actions().to(self.dtype))
-        values = torch.where(window.past_mask[..., None], observed, self.action_query.to(observed.dtype))
+        values = self.encode_steps(torch.where(window.past_mask[..., None], observed, 0.0))
         in_front = context if self.transformer.reading == "prefix" else None
         hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
         return self.output_layer(hidden)
@@ -61,12 +60,6 @@ class RegressionHead(TransformerHead):
     def compile_sampling(self, **options: Any) -> None:
         """Compile the decoder."""
         self.transformer.compile(**options)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw the weights, and the token of a step like an embedding."""
-        super().init_weights()
-        nn.init.normal_(self.action_query, std=self.action_query.numel() ** -0.5)
 
 
 @register_action_head("regression")

@@ -1,15 +1,20 @@
 """What the heads that are transformers share: the maps into and out of the decoder, and its context."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_foundry.models.action_heads.base import HeadWidths
 from vla_foundry.models.action_heads.decoder import ActionDecoder, Reading, Tokens
 from vla_foundry.params.models.action_heads import TransformerHeadParams
+
+# of sines, up to 2 pi
+_LONGEST_PERIOD = 1e4
 
 
 class Part(NamedTuple):
@@ -34,6 +39,9 @@ class TransformerHead(nn.Module):
         if widths.proprioception_dim:
             self.proprioception_encode = nn.Linear(widths.proprioception_dim, dim)
         self.action_encode = nn.Linear(widths.action_dim, dim)
+        # published heads, which are joint, tell steps apart by rotary positions alone; that is little where attention
+        # has no positions (cross) or steps begin alike (regression)
+        self.step_encode = None if reading == "joint" else nn.Linear(dim, dim)
         self.transformer = ActionDecoder(
             params.transformer, reading=reading, is_modulated=is_modulated, final_norm=params.final_norm
         )
@@ -59,6 +67,13 @@ class TransformerHead(nn.Module):
             )
         return self.proprioception_encode(proprioception.to(self.dtype))
 
+    def encode_steps(self, actions: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
+        """Add to each step's token which step it is."""
+        if self.step_encode is None:
+            return actions
+        steps = torch.arange(actions.shape[1], device=actions.device)
+        return actions + self.step_encode(encode_sines(steps, actions.shape[2]).to(self.dtype))
+
     def blocks(self) -> list[nn.Module]:
         """The blocks of the decoder."""
         return list(self.transformer.layers)
@@ -67,10 +82,19 @@ class TransformerHead(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights: those of the decoder, and Xavier's uniform for the maps into and out of it."""
         self.transformer.init_weights()
-        maps = [self.condition_encode, self.proprioception_encode, self.action_encode, self.output_layer]
+        maps = [self.condition_encode, self.proprioception_encode, self.action_encode]
+        maps += [self.step_encode, self.output_layer]
         for module in (module for module in maps if module is not None):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def encode_sines(places: Tensor, width: int) -> Float[Tensor, "N {width}"]:
+    """Sines and then cosines of places, at frequencies from 1 down to 1/10000 (Vaswani et al. 2017), fp32."""
+    half = width // 2
+    steps = torch.arange(half, device=places.device, dtype=torch.float32)
+    angles = places.float()[:, None] * torch.exp(-math.log(_LONGEST_PERIOD) / max(1, half - 1) * steps)
+    return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width - 2 * half))
 
 
 def join_parts(parts: Sequence[Part]) -> Tokens:

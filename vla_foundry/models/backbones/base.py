@@ -1,7 +1,7 @@
 """What the policy expects of a backbone, and the registries of backbones and of what prepares their inputs."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Conditioning(NamedTuple):
     mask: Tensor | None = None
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """An nn.Module; `forward` takes what its observation function gives, and returns Conditioning."""
 

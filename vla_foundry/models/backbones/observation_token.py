@@ -61,6 +61,23 @@ def mask_of(rows: Rows) -> Tensor:
     return torch.arange(rows.input_ids.shape[1]) < rows.lengths[:, None]
 
 
+def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
+    """Return the batch without images that `image_mask` says are not to be seen, and without their tokens."""
+    image_mask: Tensor | None = batch.get("image_mask")
+    if image_mask is None or image_mask.all():
+        return batch
+    rows = arrange_rows(batch, has_observation_token=False, is_trimmed=False)
+    is_text = mask_of(rows)
+    is_image = (rows.input_ids == image_token_id) & is_text
+    tokens_per_image = max(1, int(is_image.sum()) // image_mask.numel())
+    image = (is_image.cumsum(1) - 1).clamp(min=0) // tokens_per_image
+    is_kept = is_text & (~is_image | image_mask.gather(1, image.clamp(max=image_mask.shape[1] - 1)))
+    order = torch.argsort(~is_kept, dim=1, stable=True)
+    kept = rows._replace(input_ids=rows.input_ids.gather(1, order), lengths=is_kept.sum(1))
+    changed = {name: batch[name][image_mask.flatten()] for name in ("pixel_values", "color_factors") if name in batch}
+    return {**batch, **changed, "input_ids": kept.input_ids, "documents": documents_of(kept)}
+
+
 def documents_of(rows: Rows) -> Documents:
     """Each row as one document and the padding behind it."""
     lengths = rows.lengths.numpy()

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.models.backbones.base import Conditioning, register_backbone, register_observation, to_device
-from vla_foundry.models.backbones.observation_token import arrange_rows, documents_of, mask_of, put_token
+from vla_foundry.models.backbones.observation_token import (
+    arrange_rows,
+    documents_of,
+    drop_missing_images,
+    mask_of,
+    put_token,
+)
 from vla_foundry.models.image_caption_batch import normalize_batch_images
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMFoundryBackboneParams
@@ -125,6 +131,8 @@ def _architecture(params: VLMFoundryBackboneParams) -> VLMParams:
 def prepare_observation(params: VLMFoundryBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
     """Return what VLMFoundryBackbone.forward takes; where the image tokens are is found on the host."""
     vlm = _architecture(params)
+    assert vlm.image_token_id is not None
+    batch = drop_missing_images(batch, vlm.image_token_id)
     has_token = params.conditioning == "observation_token"
     rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
     is_image = rows.input_ids == vlm.image_token_id

@@ -1,7 +1,7 @@
 """What a denoising head expects of its noise process, and the registry of these."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,7 @@ from vla_foundry.registry import Registry
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
 class NoiseProcess(Protocol):
     """Between actions, at time 0, and standard normal noise, at time 1."""
 

@@ -1,0 +1,221 @@
+"""Tiny policies with every backbone and head, batches for them, and a few steps of training on any number of ranks.
+
+Imported by the tests through the fixture `policies`; run by torchrun as a script:
+    torchrun --nproc_per_node 2 policy_run.py FOLDER
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from vla_foundry.batch import Documents
+from vla_foundry.models import create_batch_handler, create_model
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.models.action_heads import (
+    ActionHeadParams,
+    DDPMTransformerParams,
+    FlowTransformerParams,
+    RegressionParams,
+)
+from vla_foundry.params.models.backbones import (
+    BackboneParams,
+    CLIPBackboneParams,
+    ViTBackboneParams,
+    VLMBackboneParams,
+    VLMFoundryBackboneParams,
+)
+from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.noise import FlowParams
+from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
+from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
+from vla_foundry.training.loop import train_step
+from vla_foundry.training.state import TrainState, create_train_state
+from vla_foundry.world import World, read_world
+
+# of a window: one step before the anchor, four after it
+STEPS, PAST, ACTIONS, PROPRIOCEPTION = 6, 1, 3, 4
+IMAGE = 90
+IMAGES_PER_SAMPLE = 2
+_SIZES: dict[str, Any] = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4}
+VIT = ViTParams(**_SIZES, inter_dim=48, patch_size=7, img_size=28, projector_pixel_shuffle_factor=2)
+VLM = VLMParams(
+    vit=VIT,
+    transformer=TransformerParams(hidden_dim=32, n_layers=3, n_heads=4, vocab_size=96, max_seq_len=64),
+    image_token_id=IMAGE,
+)
+# name -> how a head differs
+HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
+    "flow adaptive": (FlowTransformerParams, {}),
+    "flow concat": (FlowTransformerParams, {"time_conditioning": "concat"}),
+    "flow add": (
+        FlowTransformerParams,
+        {"time_conditioning": "add", "time_encoding": "table", "noise": FlowParams(num_timesteps=50)},
+    ),
+    "flow cross": (FlowTransformerParams, {"conditioning": "cross_attention"}),
+    "flow cross concat": (FlowTransformerParams, {"conditioning": "cross_attention", "time_conditioning": "concat"}),
+    "ddpm": (DDPMTransformerParams, {}),
+    "regression": (RegressionParams, {}),
+    "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
+}
+
+
+def create_head_params(name: str, *, num_draws: int = 2, is_causal: bool = False) -> ActionHeadParams:
+    """Params of a head; `num_draws` for those that draw."""
+    cls, changes = HEADS[name]
+    transformer = TransformerParams(
+        hidden_dim=32, n_layers=2, n_heads=2, vocab_size=0, is_causal=is_causal, max_seq_len=64
+    )
+    draws = {} if cls is RegressionParams else {"num_action_head_repeats": num_draws}
+    return cls(transformer=transformer, **draws, **changes)  # pyright: ignore[reportCallIssue]
+
+
+def create_backbone_params(name: str, folder: Path | None = None) -> BackboneParams:
+    """Params of a backbone; Hugging Face models are read from `folder`."""
+    if name == "vlm":
+        return VLMFoundryBackboneParams(vlm=VLM, num_vlm_layers_to_use=2)
+    if name == "vlm prefix":
+        return VLMFoundryBackboneParams(vlm=VLM, num_vlm_layers_to_use=1, conditioning="prefix")
+    if name == "vit":
+        return ViTBackboneParams(vit=VIT)
+    if name == "clip":
+        return CLIPBackboneParams(hf_pretrained=f"{folder}/clip")
+    return VLMBackboneParams(hf_pretrained=f"{folder}/{name}", num_vlm_layers_to_use=2)
+
+
+def create_clip() -> CLIPModel:
+    """A tiny CLIP model, with seeded weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 96, "max_position_embeddings": 32, "eos_token_id": 95, "bos_token_id": 1}
+    vision = {**sizes, "image_size": 28, "patch_size": 7}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+
+
+def create_params(backbone: BackboneParams, head: ActionHeadParams, **changes: Any) -> TrainExperimentParams:
+    hparams = {"precision": "fp32", "lr": 1e-2, "warmup": 0.0, "lr_scheduler": "constant", "wd": 0.1, **changes}
+    return TrainExperimentParams(
+        data=RoboticsDataParams(),
+        model=DiffusionPolicyParams(
+            vision_language_backbone=backbone,
+            action_head=head,
+            action_dim=ACTIONS,
+            proprioception_dim=PROPRIOCEPTION,
+        ),
+        hparams=HyperParams(**hparams),
+        distributed=DistributedParams(fsdp=True),
+    )
+
+
+def create_batch(seed: int, *, num_samples: int = 2, lengths: list[int] | None = None, is_plain: bool = False) -> Any:
+    """Samples of two images and an instruction of some length; the second ends in padding and lacks a dimension.
+
+    Args:
+        lengths: tokens of each row, images among them.
+        is_plain: no steps are padding, every image and every dimension is there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = lengths or [14 + 2 * (row % 2) for row in range(num_samples)]
+    width = max(lengths) + 3
+    ids = torch.randint(3, 89, (num_samples, width), generator=generator).int()
+    # an image becomes 4 tokens
+    ids[:, 1 : 1 + 4 * IMAGES_PER_SAMPLE] = IMAGE
+    past_mask = (torch.arange(STEPS) < PAST).repeat(num_samples, 1)
+    future_mask = ~past_mask
+    action_dim_mask = torch.ones(num_samples, ACTIONS, dtype=torch.bool)
+    image_mask = torch.ones(num_samples, IMAGES_PER_SAMPLE, dtype=torch.bool)
+    if not is_plain:
+        past_mask[0, 0] = False
+        future_mask[1::2, -2:] = False
+        action_dim_mask[1::2, 2] = False
+        image_mask[1::2, 0] = False
+    actions = torch.randn(num_samples, STEPS, ACTIONS, generator=generator).clamp(-2, 2) * action_dim_mask[:, None]
+    pairs = [(length, width - length) for length in lengths]
+    pixels = torch.randint(0, 256, (num_samples * IMAGES_PER_SAMPLE, 3, 28, 28), generator=generator)
+    return {
+        "modality": "robotics",
+        "positions": torch.arange(num_samples) + 100 * seed,
+        "input_ids": ids,
+        "documents": Documents(
+            lengths=np.array(pairs, dtype=np.int32).reshape(-1),
+            num_per_row=np.full(num_samples, 2, dtype=np.int32),
+            is_padding=np.tile([False, True], num_samples),
+        ),
+        "pixel_values": pixels.to(torch.uint8),
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "image_mask": image_mask,
+        "actions": actions,
+        "proprioception": torch.randn(num_samples, PAST + 1, PROPRIOCEPTION, generator=generator),
+        "past_mask": past_mask,
+        "future_mask": future_mask,
+        "is_padding": ~(past_mask | future_mask),
+        "action_dim_mask": action_dim_mask,
+    }
+
+
+def change(params: Any, **values: Any) -> Any:
+    """The same params with other values."""
+    return dataclasses.replace(params, **values)
+
+
+def free_mask(batch: dict[str, Tensor]) -> Tensor:
+    """True at the numbers that are to be predicted."""
+    return batch["future_mask"][..., None] & batch["action_dim_mask"][:, None]
+
+
+def create_policy(params: TrainExperimentParams, *, load_pretrained: bool = True) -> Any:
+    torch.manual_seed(0)
+    return create_model(params.model, load_pretrained=load_pretrained)
+
+
+def create_state(params: TrainExperimentParams, world: World) -> TrainState:
+    model = create_policy(params)
+    forward = parallelize(model, params.distributed, world=world) if world.world_size > 1 else model
+    return create_train_state(model, forward, hparams=params.hparams, ema=EMAParams(), total_steps=4)
+
+
+def train(name: str, run_folder: Path, world: World) -> list[float]:
+    """Train a head two steps on two microbatches, save, and go on in a new model; returns the loss of each step."""
+    backbone = create_backbone_params("vlm" if "cross" not in name else "vlm prefix")
+    params = create_params(backbone, create_head_params(name), grad_clip_norm=1.0)
+    handler = create_batch_handler(params)
+
+    def step(state: TrainState) -> float:
+        batches = [create_batch(10 * state.step + index) for index in range(2)][world.rank :: world.world_size]
+        return train_step(state, batches, handler=handler, hparams=params.hparams, world=world).loss.item()
+
+    state = create_state(params, world)
+    losses = [step(state), step(state)]
+    checkpoint = save_checkpoint(run_folder, state, world=world, facts={})
+    losses.append(step(state))
+    resumed = create_state(params, world)
+    load_checkpoint(checkpoint, resumed)
+    return [*losses, step(resumed)]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world = read_world(0)
+    start_process_group(DistributedParams(fsdp=True), world)
+    losses = {name: train(name, folder / f"sharded {name}", world) for name in HEADS}
+    (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses))
+    stop_process_group()
+    leave_process(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,101 @@
+"""A published policy gives its recorded velocities, loss and sampled actions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vla_foundry.models import create_model, load_model_checkpoint
+from vla_foundry.models.action_heads.base import ActionWindow, reduce_loss
+from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.models.backbones.vlm_foundry import prepare_observation
+from vla_foundry.models.published_policy import translate_config, translate_weights
+from vla_foundry.params import ModelParams, load_params_from_yaml
+from vla_foundry.params.loading import dump_value
+
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Published:
+    """The policy with what was recorded of it."""
+
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        source = folder / "vla_foundry_flow"
+        self.inputs = load_file(source / "inputs.safetensors")
+        self.outputs = load_file(source / "outputs.safetensors")
+        self.meta = json.loads((source / "meta.json").read_text())
+        configs = [yaml.safe_load((path / "config_model.yaml").read_text()) for path in (source, folder / "vlm_ps2")]
+        config = scratch / "config_model.yaml"
+        config.write_text(dump_value(translate_config(*configs)))
+        self.params: Any = load_params_from_yaml(ModelParams, str(config))
+        self.model: Any = create_model(self.params, load_pretrained=False)
+        load_model_checkpoint(self.model, source, translate=translate_weights)
+        self.model.eval()
+        self.head = self.model.action_head
+
+    def condition(self) -> Conditioning:
+        # padding was read there like text, so it is given as text
+        batch = {"input_ids": self.inputs["input_ids"].int()}
+        observation = prepare_observation(self.params.vision_language_backbone, batch, "cpu")
+        observation["pixel_values"] = self.inputs["pixel_values"].flatten(0, 1)
+        return self.model.vision_language_backbone(**observation)
+
+    def window(self, past_mask: Tensor) -> ActionWindow:
+        # steps of padding were shown there like observed ones
+        actions, proprioception = self.inputs["actions"], self.inputs["proprioception"]
+        return ActionWindow(actions, past_mask, ~past_mask, None, proprioception, None)
+
+
+@pytest.fixture(scope="module")
+def published(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return Published(shared_data / "parity", tmp_path_factory.mktemp("published"))
+
+
+@pytest.mark.shared_data
+@torch.no_grad()
+def test_velocity_and_loss(published: Published) -> None:
+    inputs, outputs, head = published.inputs, published.outputs, published.head
+    conditioning = published.condition()
+    torch.testing.assert_close(conditioning.tokens, outputs["conditioning"], **CLOSE)
+    window = published.window(~inputs["future_mask"])
+    times = inputs["timesteps"] / published.params.action_head.noise.num_timesteps
+    noised = head.process.add_noise(inputs["actions"], inputs["noise"], times)
+    noised = torch.where(window.free_mask(), noised, window.held_actions())
+    torch.testing.assert_close(noised, outputs["noisy_action_model_input"], **CLOSE)
+    velocity = head.predict(noised, times, head.observe(conditioning, window))
+    torch.testing.assert_close(velocity, outputs["predicted_direction"], **CLOSE)
+    loss = reduce_loss((velocity - head.process.target(inputs["actions"], inputs["noise"])).square(), window)
+    assert (loss.sum / loss.count).item() == pytest.approx(published.meta["loss"], rel=1e-5)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("num_steps", [4, 10])
+@pytest.mark.parametrize("has_past", [False, True])
+def test_sampled_actions(published: Published, num_steps: int, has_past: bool) -> None:
+    past_mask = published.inputs["past_mask"]
+    window = published.window(past_mask if has_past else torch.zeros_like(past_mask))
+    made = published.head.sample_from(published.inputs["sampling_noise"], published.condition(), window, num_steps)
+    expected = published.outputs[f"actions_{num_steps}steps{'_pastmask' if has_past else ''}"]
+    torch.testing.assert_close(made, expected, **CLOSE)
+
+
+def test_configs_that_never_worked_are_refused() -> None:
+    with pytest.raises(ValueError, match="Only policies trained with use_flow_matching_scheduler can be imported"):
+        translate_config({"use_flow_matching_scheduler": False})
+    config = {
+        "use_flow_matching_scheduler": True,
+        "noise_scheduler": {"num_timesteps": 10, "clamp_range": None},
+        "transformer": {},
+        "diffusion_step_conditioning": "add",
+        "action_dim": 2,
+        "proprioception_dim": 0,
+    }
+    with pytest.raises(ValueError, match="needs the config of the vision-language model"):
+        translate_config({**config, "vision_language_backbone": {"type": "vlm_foundry_backbone"}})
+    with pytest.raises(ValueError, match=r"'unet' is none of vlm_foundry_backbone, "):
+        translate_config({**config, "vision_language_backbone": {"type": "unet"}})

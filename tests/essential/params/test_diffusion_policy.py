@@ -1,0 +1,164 @@
+"""A policy's params follow from the run that its backbone starts from and from its data, and have the paper's sizes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vla_foundry.models import create_model
+from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.derivation import Facts
+from vla_foundry.params.facts import read_facts
+from vla_foundry.params.loading import dump_params
+from vla_foundry.params.models.action_heads import DDPMTransformerParams, FlowTransformerParams
+from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
+from vla_foundry.params.models.base import TokenLimits
+from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.params.resolve import resolve_known
+from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract, format_contract
+
+VLM = VLMParams(
+    vit=ViTParams(hidden_dim=32, inter_dim=48, n_layers=1, n_heads=2, patch_size=8, img_size=64),
+    transformer=TransformerParams(hidden_dim=32, n_layers=2, vocab_size=64, max_seq_len=128),
+    image_token_id=63,
+    vocab_size=64,
+)
+CONTRACT = RoboticsContract(
+    layout="episodes",
+    fps=10.0,
+    past_lowdim_steps=1,
+    future_lowdim_steps=4,
+    image_indices=(0,),
+    padding_strategy="copy",
+    cameras={"front": CameraDescription(size=(64, 64), original_size=(64, 64))},
+    fields={"a": FieldDescription(shape=(3,), role="action")},
+    language_types=("original",),
+)
+BACKBONE = "--model.vision_language_backbone"
+
+
+def parse_policy(*words: str) -> TrainExperimentParams:
+    words = ("--data.type", "robotics", "--model.type", "diffusion_policy", *words)
+    return parse(TrainExperimentParams, list(words), prog="train").params
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of a vision-language model, as far as params look at it."""
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    started = replace(VLM, transformer=replace(VLM.transformer, resume_from_checkpoint="gone"))
+    (tmp_path / "config_model.yaml").write_text(dump_params(started))
+    (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").touch()
+    return tmp_path
+
+
+def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None:
+    checkpoint = str(run / "checkpoints" / "step_00000001")
+    (run / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1000}\n')
+    (run / "robotics.json").write_text(format_contract(CONTRACT))
+    data_words = ["--data.dataset_manifest", str(run / "manifest.jsonl"), "--data.action_fields", "[a]"]
+    data_words += ["--data.seq_len", "100", "--data.tokenizer", "words"]
+    budget = ["--total_train_samples", "1000", "--hparams.global_batch_size", "10", "--hparams.warmup", "0.0"]
+    budget += ["--hparams.per_gpu_batch_size", "10"]
+    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", checkpoint, *data_words, *budget)
+    assert isinstance(params.model, DiffusionPolicyParams)
+    assert isinstance(params.model.action_head, FlowTransformerParams)
+    resolved = resolve_known(params, read_facts(params, 1, offline=True))
+    model: Any = resolved.params.model
+    assert model.vision_language_backbone.vlm == VLM
+    assert resolved.sources["model.vision_language_backbone.vlm"] == f"the config of {checkpoint}"
+    # the data, which is resolved between, knows what images the model takes
+    data: Any = resolved.params.data
+    assert (data.image_size, data.img_num_tokens) == (64, 64)
+    assert model.token_limits() == TokenLimits(vocab_size=64, max_seq_len=127)
+    assert model.action_head.transformer.vocab_size == 0
+    assert (model.action_dim, model.proprioception_dim) == (3, 0)
+
+
+def test_a_run_of_another_model_is_an_error(run: Path) -> None:
+    (run / "config_model.yaml").write_text(dump_params(VLM.transformer))
+    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run))
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint \(.*\) is of type transformer, not vlm"):
+        resolve_known(params, read_facts(params, 1))
+    (run / "config_model.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="lies in no run folder"):
+        read_facts(params, 1)
+
+
+def test_widths_are_those_of_the_data() -> None:
+    backbone = ("--model.vision_language_backbone.type", "vit_backbone")
+    params = parse_policy(*backbone, "--data.action_dim", "7", "--data.proprioception_dim", "4")
+    model: Any = resolve_known_model(params)
+    assert (model.action_dim, model.proprioception_dim) == (7, 4)
+    assert isinstance(model.vision_language_backbone, ViTBackboneParams)
+    assert not model.image_inputs().takes_text
+    wrong = parse_policy(*backbone, "--data.action_dim", "7", "--model.action_dim", "6")
+    with pytest.raises(ValueError, match=r"model\.action_dim \(6\) must be that of the data \(7\)"):
+        wrong.model.check(wrong, Facts(), "model")
+
+
+def resolve_known_model(params: TrainExperimentParams) -> ModelParams:
+    derived = params.model.derive(params, Facts())
+    return replace(params.model, **{name: item.value for name, item in derived.items()})
+
+
+def test_each_head_has_its_own_noise() -> None:
+    params = parse_policy(
+        "--model.action_head.type", "ddpm_transformer", "--model.action_head.noise.beta_start", "0.01"
+    )
+    assert isinstance(params.model, DiffusionPolicyParams)
+    head = params.model.action_head
+    assert isinstance(head, DDPMTransformerParams)
+    assert (head.noise.beta_start, head.noise.num_timesteps) == (0.01, 100)
+    with pytest.raises(ValueError, match=r"action_head\.noise\.type is 'flow', not 'ddpm'"):
+        parse_policy("--model.action_head.type", "ddpm_transformer", "--model.action_head.noise.type", "flow")
+
+
+def count_millions(parameters: Any) -> float:
+    return round(sum(parameter.numel() for parameter in parameters) / 1e6, 1)
+
+
+def test_the_papers_policy_has_the_papers_size() -> None:
+    params = load_params_from_yaml(ModelParams, "config_presets/models/foundry_vla_1.7b.yaml")
+    assert isinstance(params, DiffusionPolicyParams)
+    assert isinstance(params.vision_language_backbone, VLMFoundryBackboneParams)
+    vlm = params.vision_language_backbone.vlm
+    assert vlm is not None
+    backbone = replace(params.vision_language_backbone, vlm=replace(vlm, image_token_id=49279))
+    params = replace(params, action_dim=20, proprioception_dim=20, vision_language_backbone=backbone)
+    with torch.device("meta"):
+        model: Any = create_model(params, load_pretrained=False)
+    assert count_millions(model.action_head.parameters()) == 325.0
+    assert count_millions(model.vision_language_backbone.model.parameters()) == 1527.2
+    tables = model.vision_language_backbone.model.transformer
+    assert count_millions(model.parameters()) == 1852.2
+    assert round(1852.2 - count_millions([tables.embeddings.weight, tables.output.weight])) == 1650
+
+
+def test_the_papers_policy_on_qwen_has_the_papers_size(tmp_path: Path) -> None:
+    from transformers import Qwen3VLConfig
+
+    # the sizes of Qwen3-VL-2B
+    text: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128}
+    text |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True}
+    vision: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16}
+    vision |= {"patch_size": 16, "out_hidden_size": 2048, "spatial_merge_size": 2, "num_position_embeddings": 2304}
+    vision |= {"deepstack_visual_indexes": [5, 11, 17]}
+    Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True).save_pretrained(tmp_path)
+    params = load_params_from_yaml(ModelParams, "config_presets/models/foundry_qwen3vla_2.1b.yaml")
+    assert isinstance(params, DiffusionPolicyParams)
+    params = replace(params.with_model_files(str(tmp_path)), action_dim=20, proprioception_dim=20)
+    with torch.device("meta"):
+        model: Any = create_model(params, load_pretrained=False)
+    inner = model.vision_language_backbone.model.model
+    table = inner.get_input_embeddings().weight
+    assert count_millions(model.action_head.parameters()) == pytest.approx(312.5, abs=0.2)
+    assert count_millions(inner.base_model.visual.parameters()) == pytest.approx(410, abs=5)
+    assert count_millions(inner.base_model.language_model.layers.parameters()) == pytest.approx(1410, abs=5)
+    assert count_millions([table]) == pytest.approx(311, abs=1)
