@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 # colours of the three kinds of steps: observed, to be predicted, padding
 PAST, FUTURE, PADDING = "#9ecae1", "#a1d99b", "#d9d9d9"
-_WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD, _PROPRIOCEPTION = 12.0, 1.1, 2.6, 0.9, 1.7, 4.0
+# inches
+_WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD, _FEW, _UPRIGHT = 12.0, 1.1, 2.6, 0.9, 1.7, 2.4, 4.0
 _MOST_LEGEND = 9
 # fields, from which on their names stand upright
 _MANY = 8
@@ -41,7 +42,7 @@ def draw_sample(sample: RobotSample, path: str) -> None:
     parts.append((_MASKS, _draw_masks))
     parts += [(_FIELD, lambda part, _, field=field: _draw_field(part, sample, field)) for field in sample.actions]
     if sample.proprioception:
-        parts.append((_PROPRIOCEPTION, _draw_proprioception))
+        parts.append((_FEW if len(sample.proprioception) < _MANY else _UPRIGHT, _draw_proprioception))
     heights = [height for height, _ in parts]
     figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -138,15 +139,16 @@ def _describe(field: FieldValues) -> str:
 
 def _draw_proprioception(part: "SubFigure", sample: RobotSample) -> None:
     axis = part.subplots()
-    part.subplots_adjust(left=0.07, right=0.98, top=0.93, bottom=0.66)
+    is_few = len(sample.proprioception) < _MANY
+    part.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.44 if is_few else 0.66)
     values = np.concatenate([field.normalized[-1] for field in sample.proprioception])
     starts = np.cumsum([0] + [field.normalized.shape[1] for field in sample.proprioception])
     axis.bar(np.arange(len(values)), values, color="#756bb1")
     for start in starts[1:-1]:
         axis.axvline(start - 0.5, color="black", linewidth=0.5, linestyle=":")
     labels = [_cut(field.name, 52) for field in sample.proprioception]
-    axis.set_xticks((starts[:-1] + starts[1:] - 1) / 2, labels, rotation=30 if len(labels) < _MANY else 90, fontsize=6)
-    if len(labels) < _MANY:
+    axis.set_xticks((starts[:-1] + starts[1:] - 1) / 2, labels, rotation=20 if is_few else 90, fontsize=6)
+    if is_few:
         for label in axis.get_xticklabels():
             label.set_horizontalalignment("right")
     if np.abs(values).max() > _FAR:  # else one dimension would hide the others

@@ -1,0 +1,144 @@
+import json
+import re
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_foundry.cli import main
+from vla_foundry.params.inspect import InspectParams
+from vla_foundry.robotics_contract import RoboticsContract, parse_contract
+from vla_foundry.viz.explorer import inspect_data, read_dataset_sample
+from vla_foundry.viz.robot_sample import RobotSample
+from vla_foundry.viz.sample_figure import draw_sample
+
+
+def read_sample(folder: Path, number: int) -> RobotSample:
+    contract: RoboticsContract = parse_contract((folder / "robotics.json").read_text(), "robotics.json")
+    return read_dataset_sample(str(folder / "manifest.jsonl"), contract, number)
+
+
+def open_picture(path: Path) -> np.ndarray:
+    """A picture's pixels (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_sample_is_what_the_episode_holds_around_its_anchor(robot_data):
+    sample = read_sample(robot_data.folder, 8 + 3)
+    assert (sample.episode_id, sample.anchor, sample.instruction) == ("episode_1", 3, "move thing 1")
+    assert sample.shard == str(robot_data.folder / "shard_000000.tar")
+    (action,) = sample.actions
+    stored = robot_data.fields["episode_1"]["action.arm"]
+    # frames 1 to 6: two steps before the anchor, three after
+    np.testing.assert_allclose(action.raw, stored[1:7], atol=1e-6)
+    statistics = json.loads((robot_data.folder / "stats.json").read_text())["action.arm"]
+    expected = (stored[1:7] - np.array(statistics["mean"])) / np.array(statistics["std"])
+    np.testing.assert_allclose(action.normalized, expected, atol=1e-5)
+    (state,) = sample.proprioception
+    np.testing.assert_allclose(state.raw, robot_data.fields["episode_1"]["state"][1:4], atol=1e-6)
+
+
+def test_images_are_time_major_and_those_of_the_shard(robot_data):
+    sample = read_sample(robot_data.folder, 4)
+    names = [("front", 3), ("wrist", 3), ("front", 4), ("wrist", 4)]
+    assert [(camera, 4 + offset) for offset in sample.image_indices for camera in sample.cameras] == names
+    for image, (camera, frame) in zip(sample.images, names, strict=True):
+        expected = robot_data.images["episode_0", camera, frame].astype(int)
+        assert image.shape == (96, 96, 3)  # fitted into a square, 96 x 80 between black bars
+        assert np.abs(image[8:88].astype(int) - expected).max() <= 2
+        assert image[:7].max() == image[89:].max() == 0
+
+
+def test_masks_say_where_the_episode_ends(robot_data):
+    sample = read_sample(robot_data.folder, 6)
+    assert sample.past_mask.tolist() == [True, True, False, False, False, False]
+    assert sample.future_mask.tolist() == [False, False, True, True, False, False]
+    assert sample.is_padding.tolist() == [False, False, False, False, True, True]
+
+
+def test_without_statistics_values_are_drawn_as_they_are(tmp_path, write_data):
+    data = write_data(tmp_path / "data", statistics=False)
+    sample = read_sample(data.folder, 2)
+    assert not sample.is_normalized
+    np.testing.assert_array_equal(sample.actions[0].normalized, sample.actions[0].raw)
+    np.testing.assert_array_equal(sample.actions[0].raw, data.fields["episode_0"]["action.arm"][:6])
+
+
+def test_a_dataset_without_instructions_is_drawn(tmp_path, write_data):
+    data = write_data(tmp_path / "data", language_types=())
+    lines = inspect_data(InspectParams(dataset=str(data.folder), output=str(tmp_path / "s.png")))
+    assert "instruction: (none)" in lines
+
+
+def test_the_same_sample_is_the_same_picture(robot_data, tmp_path):
+    sample = read_sample(robot_data.folder, 1)
+    for name in ("one", "two"):
+        draw_sample(sample, str(tmp_path / f"{name}.png"))
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    draw_sample(read_sample(robot_data.folder, 2), str(tmp_path / "other.png"))
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    picture = open_picture(tmp_path / "one.png")
+    # the middle of the front camera's image: frame 1 is (20, 0, 0)
+    assert (np.abs(picture.astype(int) - [20, 0, 0]).max(axis=-1) <= 3).sum() > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "other.png", "two.png"]
+
+
+def test_the_command_says_what_it_has_drawn(robot_data, tmp_path, capsys):
+    output = tmp_path / "new" / "sample.png"
+    main(["data", "inspect", str(robot_data.folder), "--sample", "9", "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert f"episode episode_1, frame 1, of {robot_data.folder}/shard_000000.tar" in printed
+    assert "instruction: move thing 1" in printed
+    assert f"{output}: 4 images, 6 steps, 1 action and 1 proprioception fields" in printed
+    assert open_picture(output).shape[1] == 1200
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["look"], "data 'look' is unknown"),
+        (["inspect"], "Give either a dataset"),
+        (["inspect", "DATA", "--sample", "16"], r"sample \(16\) must be below 16"),
+        (["inspect", "DATA", "--output", "s.jpg"], "must be a .png file"),
+        (["inspect", "/nowhere/at/all"], "/nowhere/at/all/manifest.jsonl does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, robot_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", *(str(robot_data.folder) if word == "DATA" else word for word in words)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_sample_that_can_not_be_used_is_said_to_be_replaced(tmp_path, write_data):
+    data = write_data(tmp_path / "data")
+    path = data.folder / "shard_000000.tar"
+    with tarfile.open(path) as tar:
+        span = next(member for member in tar if member.name == "episode_0.front.000005.jpg")
+    with path.open("r+b") as file:
+        file.seek(span.offset_data)
+        file.write(bytes(span.size))
+    lines = inspect_data(InspectParams(dataset=str(data.folder), sample=5, output=str(tmp_path / "s.png")))
+    assert lines[0].startswith("note: sample 5 can not be used (bad image)")
+
+
+def test_images_with_captions_are_shown_as_stored(tmp_path):
+    image = BytesIO()
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(image, "JPEG")
+    with tarfile.open(tmp_path / "shard_000000.tar", "w") as tar:
+        for name, content in (("a.jpg", image.getvalue()), ("a.txt", b"a red field")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, BytesIO(content))
+    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1}\n')
+    output = tmp_path / "s.png"
+    lines = inspect_data(InspectParams(dataset=str(tmp_path), output=str(output)))
+    assert "txt: a red field" in lines
+    assert open_picture(output).shape == (30, 40, 3)
