@@ -1,0 +1,78 @@
+"""A policy trains on robot data by name, and its run keeps what it takes to use it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vla_foundry.data.robotics.files import load_contract, load_normalizer
+from vla_foundry.params import TrainExperimentParams, load_experiment_params_from_yaml
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.facts import read_facts
+from vla_foundry.params.resolve import resolve
+from vla_foundry.training.experiment import train
+from vla_foundry.world import World
+
+CONFIG = """
+model:
+  type: diffusion_policy
+  vision_language_backbone: {type: BACKBONE}
+  action_head:
+    type: flow_transformer
+    transformer: {hidden_dim: 32, n_layers: 1, n_heads: 2, max_seq_len: 256, vocab_size: 0}
+data:
+  type: robotics
+  action_fields: [robot__action__poses__left::panda__xyz_relative, robot__action__grippers__left::panda_hand]
+  proprioception_fields: [robot__actual__poses__left::panda__xyz]
+  num_workers: 0
+  seq_len: 128
+  allow_multiple_epochs: true
+hparams: {global_batch_size: 4, per_gpu_batch_size: 2, precision: fp32, lr: 1e-3, warmup: 0}
+num_checkpoints: 2
+total_train_samples: 12
+total_val_samples: 5
+"""
+VIT = "vit: {hidden_dim: 32, inter_dim: 48, n_layers: 1, n_heads: 4, patch_size: 4, img_size: 16}"
+VLM = (
+    "vlm: {vit: {hidden_dim: 32, inter_dim: 48, n_layers: 1, n_heads: 4, patch_size: 4, img_size: 16},"
+    " transformer: {hidden_dim: 32, n_layers: 2, n_heads: 4, max_seq_len: 192}}, num_vlm_layers_to_use: 1"
+)
+
+
+@pytest.mark.parametrize("has_language", [False, True])
+def test_a_policy_trains_and_goes_on(
+    tmp_path: Path,
+    create_recording: Callable[..., Any],
+    write_robot_data: Callable[..., Path],
+    tokenizer_folder: Path,
+    has_language: bool,
+) -> None:
+    manifest = write_robot_data(tmp_path / "data", [create_recording(number, 6) for number in range(3)])
+    backbone = f"vlm_foundry_backbone, {VLM}" if has_language else f"vit_backbone, {VIT}"
+    (tmp_path / "train.yaml").write_text(CONFIG.replace("BACKBONE", backbone))
+    words = ["--config_path", str(tmp_path / "train.yaml"), "--save_path", str(tmp_path / "runs"), "--name", "policy"]
+    words += ["--data.dataset_manifest", str(manifest), "--data.val_dataset_manifest", str(manifest)]
+    words += ["--data.tokenizer", str(tokenizer_folder)] if has_language else []
+    params = parse(TrainExperimentParams, words, prog="train").params
+    params = resolve(params, read_facts(params, 1))
+    train(params, World())
+    run = tmp_path / "runs" / "policy"
+    saved = load_experiment_params_from_yaml(str(run / "config.yaml")).data
+    assert saved.robot_widths() == {"action_dim": 4, "proprioception_dim": 3}
+    assert saved.image_names == ["Scene.Left_t-1", "wrist_t-1", "Scene.Left_t0", "wrist_t0"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert (run / "processor").is_dir() is has_language
+    assert list(load_contract(run).cameras) == ["Scene.Left", "wrist"]
+    assert set(load_normalizer(run).transforms) == {*params.data.action_fields, *params.data.proprioception_fields}  # pyright: ignore[reportAttributeAccessIssue]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # of the anchors 0 to 4 of 6 frames: 4, 4, 4, 3 and 2 steps of 4 numbers
+    assert {line["targets"] for line in metrics if line["kind"] == "validation"} == {68}
+    # the run goes on; with other cameras than it has learned by, it does not
+    words += ["--total_train_samples", "20", "--resume", "auto"]
+    params = parse(TrainExperimentParams, words, prog="train").params
+    train(resolve(params, read_facts(params, 1)), World())
+    words += ["--data.camera_names", "[wrist, Scene.Left]", "--model.resume_from_checkpoint", str(run)]
+    params = parse(TrainExperimentParams, words, prog="train").params
+    with pytest.raises(ValueError, match=r"which was trained on Scene\.Left, wrist\. Use that order"):
+        resolve(params, read_facts(params, 1))
