@@ -18,6 +18,10 @@ _COMMANDS = {
     "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.evaluation.demos:main", "record demonstrations by scripted experts in a simulator"),
     "evaluate": ("vla_foundry.evaluation.run:main", "let a policy act in a simulator and count its successes"),
+    "import-checkpoint": (
+        "vla_foundry.importing.command:main",
+        "turn a run of the earlier implementation into a run of ours",
+    ),
     "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
 }
 

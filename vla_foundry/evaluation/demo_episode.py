@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vla_foundry.params.demos import DemosParams
+from vla_foundry.params.evaluation import FIRST_DEMO_SEED
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.randomness import draw_index
 from vla_foundry.simulators import Observation, Simulator
@@ -48,8 +49,9 @@ def record_episode(simulator: Simulator, params: DemosParams, *, task: str, numb
     features = features_of(simulator, params)
     which = draw_index(len(simulator.instructions), seed=params.seed, position=number, purpose=f"instruction of {task}")
     for attempt in range(params.max_attempts):
-        # far from the small numbers with which policies are evaluated
-        seed = draw_index(1 << 31, seed=params.seed, position=number, purpose=f"attempt {attempt} at {task}")
+        seed = FIRST_DEMO_SEED + draw_index(
+            1 << 31, seed=params.seed, position=number, purpose=f"attempt {attempt} at {task}"
+        )
         with EpisodeRecorder(path, features) as recorder:
             if _demonstrate(simulator, recorder, params, seed):
                 facts = {"task": task, "seed": seed, "failed_seeds": failed_seeds}

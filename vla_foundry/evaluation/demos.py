@@ -35,7 +35,7 @@ REPORT = "meta/demos.json"
 INSTRUCTIONS = "meta/instructions.json"
 _PROGRESS, _SETTINGS = "_progress", "settings.json"
 # raise it when an episode of the same settings comes out differently
-_VERSION = 1
+_VERSION = 2
 _SIMULATORS_PER_PROCESS = 4
 
 # (function, arguments of each call) -> results, in any order

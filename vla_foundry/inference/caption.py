@@ -6,12 +6,13 @@ Images and prompts go through the run's own processor, by the code that training
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model
-from vla_foundry.io.uri import exists, is_remote, join_uri, read_bytes
+from vla_foundry.inference.loading import choose_device, copy_processor, find_run_folder, load_run_model
+from vla_foundry.io.uri import exists, join_uri, read_bytes
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
@@ -83,21 +84,11 @@ def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | Non
     # torch comes last: what is wrong so far is said within a second
     target = choose_device(device)
     model = load_run_model(model_params, run_folder, checkpoint, use_ema, target)
-    return Captioner(model, _load_processor(folder), data, takes_extras=isinstance(model_params, VLMHFParams))
-
-
-def _load_processor(folder: str) -> "Processor":
-    import tempfile
-
     from vla_foundry.images.processor import load_processor
-    from vla_foundry.io.uri import download, list_files
 
-    if not is_remote(folder):
-        return load_processor(folder)
     with tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") as copy:
-        for file in list_files(folder):
-            download(file, f"{copy}/{file.removeprefix(folder).strip('/')}")
-        return load_processor(copy)
+        processor = load_processor(copy_processor(folder, copy))
+    return Captioner(model, processor, data, takes_extras=isinstance(model_params, VLMHFParams))
 
 
 def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri
+from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_files, parent_uri
 from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
@@ -72,12 +73,34 @@ def load_run_model(
     from vla_foundry.models import create_model
     from vla_foundry.models.weights import has_ema, load_model_checkpoint
 
+    model = create_model(with_run_files(params, run_folder), load_pretrained=False)
+    load_model_checkpoint(model, checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
+    return model.to(device).eval()
+
+
+def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
+    """The same params, with Hugging Face parts read from the files that the run keeps of them."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
     if not is_remote(files) and exists(files):
         if isinstance(params, TransformerHFParams):
-            params = dataclasses.replace(params, hf_pretrained=files)
-        elif isinstance(params, (VLMParams, VLMHFParams)):
-            params = params.with_model_files(files)
-    model = create_model(params, load_pretrained=False)
-    load_model_checkpoint(model, checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
-    return model.to(device).eval()
+            return dataclasses.replace(params, hf_pretrained=files)
+        if isinstance(params, (VLMParams, VLMHFParams, DiffusionPolicyParams)):
+            return params.with_model_files(files)
+    return params
+
+
+def copy_processor(folder: str, copy: str) -> str:
+    """Return a local folder with a run's processor: its own, or the copy that is made of a remote one.
+
+    Raises:
+        FileNotFoundError: the run has none.
+    """
+    if not exists(folder):
+        raise FileNotFoundError(
+            f"{parent_uri(folder)} holds no processor: there is no {folder.rpartition('/')[2]} in it."
+        )
+    if not is_remote(folder):
+        return folder
+    for file in list_files(folder):
+        download(file, f"{copy}/{file.removeprefix(folder).strip('/')}")
+    return copy

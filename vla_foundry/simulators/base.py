@@ -6,13 +6,14 @@ A simulator knows no policy. Positions are metres in its world frame; images are
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import Registry
+from vla_foundry.robotics_contract import FieldDescription
 
 S = TypeVar("S", bound="Simulator")
 
@@ -86,6 +87,8 @@ class Simulator(ABC):
     action_dim: int
     # what each number of an action is; the effort of fingers is called "gripper"
     action_names: tuple[str, ...]
+    # what an action's numbers mean: names of its parts, in order; empty: nothing is said of them
+    action_parts: Mapping[str, FieldDescription] = MappingProxyType({})
     # field of an observation -> what each of its numbers is
     field_names: Mapping[str, tuple[str, ...]]
     # control steps that an episode may last
@@ -98,8 +101,8 @@ class Simulator(ABC):
         """Begin the episode that belongs to `seed`."""
 
     @abstractmethod
-    def observe(self) -> Observation:
-        """Sense the present state; nothing moves."""
+    def observe(self, *, with_images: bool = True) -> Observation:
+        """Sense the present state; nothing moves. To draw takes most of the time: `with_images` false leaves it out."""
 
     @abstractmethod
     def apply(self, action: Float[np.ndarray, " A"]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics_contract import FieldDescription, GripperRange
 from vla_foundry.simulators.base import (
     Layout,
     ObjectState,
@@ -67,6 +68,10 @@ class MetaworldSimulator(Simulator):
     fps = 80
     action_dim = 4
     action_names = ("dx", "dy", "dz", "gripper")
+    action_parts = {
+        "displacement": FieldDescription(shape=(3,), unit="cm", frame="world", representation="delta", role="action"),
+        "gripper": FieldDescription(shape=(1,), gripper=GripperRange(open=-1.0, closed=1.0), role="action"),
+    }
     field_names = {"end_effector_position": ("x", "y", "z"), "gripper_opening": ("opening",)}
 
     def __init__(self, task: str, *, cameras: Sequence[str] = ("corner2",), image_size: int = 64) -> None:
@@ -114,11 +119,11 @@ class MetaworldSimulator(Simulator):
         self._is_success = False
         return self.observe()
 
-    def observe(self) -> Observation:
+    def observe(self, *, with_images: bool = True) -> Observation:
         """Draw every camera; `end_effector_position` is in metres, `gripper_opening` in [0, 1]."""
         sensed = self._sensed()
         return Observation(
-            images={camera: self.render(camera) for camera in self.cameras},
+            images={camera: self.render(camera) for camera in self.cameras} if with_images else {},
             fields={
                 "end_effector_position": sensed[:3].astype(np.float32),
                 "gripper_opening": sensed[3:4].astype(np.float32),

@@ -63,7 +63,7 @@ class Slider(Simulator):
         self.is_stuck = self.task == "impossible" or (self.task == "hard" and seed % 2 == 0)
         return self.observe()
 
-    def observe(self) -> Observation:
+    def observe(self, *, with_images: bool = True) -> Observation:
         fields = {
             "place": np.array([self.place], np.float32),
             "seed": np.array([self.seed % 1024, self.seed // 1024 % 1024], np.float32),

@@ -8,6 +8,7 @@ preprocessing_config.yaml   how images and windows were made; of several dataset
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,13 @@ def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedContract
     """Return the contract of a model that is trained with these params: cameras in its order, the fields it uses."""
     fields: dict[str, FieldDescription] = {}
     for name, contract in datasets:
+        # a robot gives absolute poses, so that relative ones are computed as of whole episodes
+        live = replace(contract, layout="episodes")
         for list_name in ("action_fields", "proprioception_fields"):
-            plan = params.plan_fields(list_name, NamedContract(name, contract))
+            try:
+                plan = params.plan_fields(list_name, NamedContract(name, live))
+            except ValueError:  # the dataset holds relative poses alone
+                plan = params.plan_fields(list_name, NamedContract(name, contract))
             stored = {field: contract.fields[field] for field in plan.stored}
             # those that a config names first, then what relative poses refer to
             fields = fields | {field: value for field, value in plan.descriptions.items() if field not in fields}
@@ -95,7 +101,7 @@ def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedContract
     rates = {contract.fps for _, contract in datasets if contract.fps is not None}
     groups = params.parse_groups() or ()
     return RoboticsContract(
-        layout=first.layout,
+        layout="episodes",
         fps=min(rates, default=None),
         past_lowdim_steps=params.window.past,
         future_lowdim_steps=params.window.future,

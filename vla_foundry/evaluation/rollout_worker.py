@@ -1,0 +1,197 @@
+"""A process with simulators: it begins episodes, applies actions and says what the robot sensed.
+
+It knows no policy. The parent sends a list of requests and gets a list of answers in the same order; when the parent
+ends, so does the process.
+"""
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from vla_foundry.evaluation.frame_strip import FrameStrip
+from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.simulators import Simulator, create_simulator
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What simulators are made of."""
+
+    simulator: str
+    # that observations hold; none: observations hold no images
+    cameras: tuple[str, ...]
+    # that pictures are taken with
+    picture_camera: str
+    image_size: int
+    # actions after which an episode is over; None: as the simulator says
+    max_steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Describe:
+    """Say what the robot of a task is; the answer is a RobotFacts."""
+
+    slot: int
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Begin an episode in a slot; what was there is forgotten. The answer is a Reply."""
+
+    slot: int
+    task: str
+    seed: int
+    # file for pictures of the episode, written at its end; None: none are kept
+    pictures: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """Apply an action in a slot. The answer is a Reply."""
+
+    slot: int
+    # None: the simulator's expert acts
+    action: np.ndarray | None
+    # draw the images of the next observation
+    with_images: bool
+
+
+Request = Describe | Begin | Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotFacts:
+    """What a simulator says of a task's robot."""
+
+    robot: str
+    fps: int
+    action_dim: int
+    action_parts: dict[str, FieldDescription]
+    field_names: dict[str, tuple[str, ...]]
+    instruction: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reply:
+    """The state of a slot after a request."""
+
+    images: Mapping[str, np.ndarray]
+    fields: Mapping[str, np.ndarray]
+    is_success: bool
+    # nothing more is to be done in this episode
+    is_over: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The simulator failed, and is gone."""
+
+    message: str
+
+
+@dataclass
+class _Slot:
+    simulator: Simulator
+    task: str
+    num_steps: int = 0
+    strip: FrameStrip | None = None
+
+
+class RolloutWorker:
+    """The simulators of a process, one a slot, each kept as long as the slot's task is the same.
+
+    Args:
+        world: of all of them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._slots: dict[int, _Slot] = {}
+
+    def handle(self, request: Request) -> RobotFacts | Reply | Failure:
+        """Do what is asked; a simulator that fails is dropped, and the answer says why."""
+        try:
+            match request:
+                case Describe():
+                    return _describe(self._open(request.slot, request.task).simulator)
+                case Begin():
+                    return self._begin(request)
+                case Step():
+                    return self._step(request)
+        except Exception as error:  # the border of a process: the parent names the episode and counts it
+            self._drop(request.slot)
+            return Failure(message=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Close all simulators."""
+        for slot in list(self._slots):
+            self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        dropped = self._slots.pop(slot, None)
+        if dropped is not None:
+            dropped.simulator.close()
+
+    def _open(self, slot: int, task: str) -> _Slot:
+        if slot not in self._slots or self._slots[slot].task != task:
+            self._drop(slot)
+            world = self.world
+            simulator = create_simulator(world.simulator, task, cameras=world.cameras, image_size=world.image_size)
+            self._slots[slot] = _Slot(simulator, task)
+        return self._slots[slot]
+
+    def _begin(self, request: Begin) -> Reply:
+        slot = self._open(request.slot, request.task)
+        slot.num_steps = 0
+        slot.strip = None if request.pictures is None else FrameStrip(Path(request.pictures))
+        observation = slot.simulator.reset(request.seed)
+        self._keep_picture(slot)
+        return Reply(images=observation.images, fields=observation.fields, is_success=False, is_over=False)
+
+    def _step(self, request: Step) -> Reply:
+        slot = self._slots[request.slot]
+        simulator = slot.simulator
+        simulator.apply(simulator.expert() if request.action is None else request.action)
+        slot.num_steps += 1
+        most = simulator.max_steps if self.world.max_steps is None else min(simulator.max_steps, self.world.max_steps)
+        is_over = simulator.success() or slot.num_steps >= most
+        self._keep_picture(slot, is_last=is_over)
+        observation = simulator.observe(with_images=request.with_images and not is_over)
+        return Reply(
+            images=observation.images, fields=observation.fields, is_success=simulator.success(), is_over=is_over
+        )
+
+    def _keep_picture(self, slot: _Slot, *, is_last: bool = False) -> None:
+        strip = slot.strip
+        if strip is not None and (is_last or strip.wants(slot.num_steps)):
+            strip.add(slot.num_steps, slot.simulator.render(self.world.picture_camera))
+            if is_last:
+                strip.save()
+
+
+def _describe(simulator: Simulator) -> RobotFacts:
+    return RobotFacts(
+        robot=simulator.robot,
+        fps=simulator.fps,
+        action_dim=simulator.action_dim,
+        action_parts=dict(simulator.action_parts),
+        field_names=dict(simulator.field_names),
+        instruction=simulator.instruction,
+    )
+
+
+def serve_rollouts(connection: Connection, world: World) -> None:
+    """Answer requests until the parent closes the connection, or has ended."""
+    # an interrupt is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = RolloutWorker(world)
+    try:
+        while True:
+            connection.send([worker.handle(request) for request in connection.recv()])
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        worker.close()

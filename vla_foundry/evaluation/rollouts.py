@@ -1,0 +1,178 @@
+"""Rollouts of a batch of episodes in step: simulators in processes of their own, one policy here.
+
+All episodes of a batch begin together and take their steps together, so which of them a policy predicts for at once is
+a function of the episodes alone, whatever the number of processes and however fast each of them is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_foundry.evaluation.results import EpisodeResult
+from vla_foundry.evaluation.rollout_worker import (
+    Begin,
+    Failure,
+    Reply,
+    Request,
+    RobotFacts,
+    Step,
+    World,
+    serve_rollouts,
+)
+
+_SECONDS_TO_END = 5
+
+
+class Actor(Protocol):
+    """What acts in the episodes of a batch; each has a slot."""
+
+    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
+        """Begin a batch: {slot: seed of the episode}, and what all of their robots are told."""
+        ...
+
+    def needs_images(self, slot: int) -> bool:
+        """True if the slot's next observation must hold images."""
+        ...
+
+    def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
+        """Return the action of each slot; None: the simulator's expert is to act."""
+        ...
+
+    def mean_latency_ms(self, slot: int) -> float | None:
+        """Mean time of a prediction in the slot's episode; None: nothing was predicted."""
+        ...
+
+
+class RolloutPool:
+    """Processes with simulators. Slot s lives in process s modulo their number.
+
+    Args:
+        connections: to the processes.
+    """
+
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = connections
+
+    def ask(self, requests: Sequence[Request]) -> list[Any]:
+        """Return the answers to requests, in their order.
+
+        Raises:
+            ValueError: a process died.
+        """
+        shares: dict[int, list[int]] = {}
+        for number, request in enumerate(requests):
+            shares.setdefault(request.slot % len(self._connections), []).append(number)
+        answers: list[Any] = [None] * len(requests)
+        try:
+            for process, numbers in shares.items():
+                self._connections[process].send([requests[number] for number in numbers])
+            for process, numbers in shares.items():
+                for number, answer in zip(numbers, self._connections[process].recv(), strict=True):
+                    answers[number] = answer
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise ValueError(
+                "A simulator process died; most often the machine ran out of memory. Lower num_workers "
+                f"({len(self._connections)}) or batch_size and run the same again: finished episodes are kept."
+            ) from None
+        return answers
+
+    def describe(self, requests: Sequence[Request]) -> list[RobotFacts]:
+        """Return what the robots are.
+
+        Raises:
+            ValueError: a simulator or task is unknown, or can not be made.
+        """
+        answers = self.ask(requests)
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise ValueError(answer.message)
+        return answers
+
+
+@contextmanager
+def create_pool(world: World, num_workers: int) -> Iterator[RolloutPool]:
+    """Start processes with simulators, and end them."""
+    # spawned, so that no process inherits another's OpenGL or threads
+    context = get_context("spawn")
+    connections, processes = [], []
+    try:
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve_rollouts, args=(theirs, world), daemon=True)
+            process.start()
+            # or the process would never see that this end is closed
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+        yield RolloutPool(connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.join(_SECONDS_TO_END)
+            process.kill()
+            process.join()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Episodes of a task that run in step."""
+
+    task: str
+    seeds: tuple[int, ...]
+    instruction: str
+    # control steps in a second
+    fps: float
+    # {seed: file for pictures}
+    pictures: Mapping[int, str]
+
+
+def run_batch(pool: RolloutPool, actor: Actor, batch: Batch) -> list[EpisodeResult]:
+    """Run the episodes of a batch to their ends; a simulator that fails makes its episode invalid, not the others."""
+    results = [
+        EpisodeResult(task=batch.task, seed=seed, instruction=batch.instruction, num_steps=0) for seed in batch.seeds
+    ]
+    requests: list[Request] = [
+        Begin(slot=slot, task=batch.task, seed=seed, pictures=batch.pictures.get(seed))
+        for slot, seed in enumerate(batch.seeds)
+    ]
+    actor.begin(dict(enumerate(batch.seeds)), batch.instruction)
+    while requests:
+        live: dict[int, Reply] = {}
+        for request, answer in zip(requests, pool.ask(requests), strict=True):
+            results[request.slot] = result = _advance(results[request.slot], request, answer, actor)
+            if result.outcome is None:
+                live[request.slot] = answer
+        actions = actor.act(live) if live else {}
+        requests = []
+        for slot, action in actions.items():
+            if action is not None and not np.isfinite(action).all():
+                message = f"The policy's action {action.tolist()} is not finite."
+                results[slot] = replace(results[slot], outcome="failure", failure_message=message)
+            else:
+                requests.append(Step(slot=slot, action=action, with_images=actor.needs_images(slot)))
+    return [_finish(result, batch, actor, slot) for slot, result in enumerate(results)]
+
+
+def _advance(result: EpisodeResult, request: Request, answer: Reply | Failure, actor: Actor) -> EpisodeResult:
+    if isinstance(answer, Failure):
+        return replace(result, outcome="invalid", failure_message=answer.message)
+    num_steps = (result.num_steps or 0) + isinstance(request, Step)
+    if answer.is_over:
+        return replace(result, num_steps=num_steps, outcome="success" if answer.is_success else "failure")
+    return replace(result, num_steps=num_steps)
+
+
+def _finish(result: EpisodeResult, batch: Batch, actor: Actor, slot: int) -> EpisodeResult:
+    assert result.num_steps is not None
+    latency = actor.mean_latency_ms(slot)
+    return replace(
+        result,
+        seconds=None if result.outcome == "invalid" else round(result.num_steps / batch.fps, 6),
+        latency_ms=None if latency is None else round(latency, 3),
+    )

@@ -1,0 +1,284 @@
+"""`vla-foundry evaluate`: let a policy act in a simulator, episode after episode, and count its successes.
+
+<output>/<name>/<task>/rollouts/<time>/results.json   what came out, in the published layout (results.py)
+<output>/<name>/summary.json                          success rates with Wilson's intervals of 95%
+<output>/<name>/contact_sheet.png                     chosen episodes, from start to end
+
+results.json is written after each batch of episodes. Started again, the evaluation goes on with what is missing.
+Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
+from vla_foundry.evaluation.contact_sheet import write_contact_sheet
+from vla_foundry.evaluation.results import (
+    RESULTS_NAME,
+    ROLLOUTS_FOLDER,
+    EpisodeResult,
+    SuccessRate,
+    count_successes,
+    find_results,
+    read_results,
+    write_results,
+)
+from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, World
+from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
+from vla_foundry.io.uri import write_text
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.evaluation import EvaluateParams
+from vla_foundry.preprocessing.job import num_cores, show_progress
+
+SUMMARY_NAME = "summary.json"
+CONTACT_SHEET_NAME = "contact_sheet.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Who is evaluated, on what."""
+
+    name: str
+    # of the simulators
+    cameras: tuple[str, ...]
+    picture_camera: str
+    image_size: int
+    # what the outcomes depend on, besides the params
+    settings: dict[str, Any]
+    # the trained policy (policy_actor.TrainedPolicy); None: another one acts
+    policy: Any = None
+
+    def create_actor(self, params: EvaluateParams, facts: RobotFacts) -> Actor:
+        """Return what acts.
+
+        Raises:
+            ValueError: the trained policy does not go with the robot.
+        """
+        if self.policy is not None:
+            return self.policy.create_actor(facts, shows_other_episode=params.images == "other_episode")
+        if params.policy == "expert":
+            return ExpertActor(facts.action_dim)
+        return NullActor(facts.action_dim) if params.policy == "null" else RandomActor(facts.action_dim, params.seed)
+
+
+def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
+    """Run all episodes that the output folder does not hold yet.
+
+    Returns:
+        The success rate of each task.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: a name is unknown, the policy does not go with the robot, or the folder holds something else.
+    """
+    evaluated = _find_policy(params)
+    num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
+    world = World(
+        simulator=params.simulator,
+        cameras=evaluated.cameras,
+        picture_camera=evaluated.picture_camera,
+        image_size=evaluated.image_size,
+        max_steps=params.max_steps,
+    )
+    tasks = [TaskRollouts.open(params, evaluated, task) for task in params.tasks]
+    total = len(params.tasks) * len(params.seeds)
+    with ExitStack() as stack:
+        if any(task.missing_batches(params) for task in tasks):
+            pool = stack.enter_context(create_pool(world, num_workers))
+            # every name is checked before anything is written
+            robots = pool.describe(
+                [Describe(slot=slot % num_workers, task=task) for slot, task in enumerate(params.tasks)]
+            )
+            actors = [evaluated.create_actor(params, facts) for facts in robots]
+            num_done = sum(task.num_final(params.seeds) for task in tasks)
+            advance = stack.enter_context(show_progress("episodes", total, num_done))
+            for task, facts, actor in zip(tasks, robots, actors, strict=True):
+                for seeds in task.missing_batches(params):
+                    advance(task.run(pool, actor, seeds, params=params, facts=facts))
+    return _summarize(params, evaluated, tasks)
+
+
+class TaskRollouts:
+    """The episodes of one task and their file."""
+
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        episodes: dict[int, EpisodeResult],
+        *,
+        max_sample_size: int,
+        settings: dict[str, Any],
+    ) -> None:
+        self.path = path
+        self.task = task
+        # by seed; those that were not run yet are not there
+        self.episodes = episodes
+        self.max_sample_size = max_sample_size
+        self.settings = settings
+
+    @classmethod
+    def open(cls, params: EvaluateParams, evaluated: Evaluated, task: str) -> "TaskRollouts":
+        """Go on with what the output folder holds of a task, or begin.
+
+        Raises:
+            ValueError: it holds what was run otherwise.
+        """
+        folder = Path(params.output) / evaluated.name / task
+        settings = {**evaluated.settings, "instruction": params.instructions.get(task)}
+        path = find_results(folder)
+        if path is None:
+            time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+            path = folder / ROLLOUTS_FOLDER / time / RESULTS_NAME
+            budget = params.max_sample_size or len(params.seeds)
+            return cls(path, task, {}, max_sample_size=budget, settings=settings)
+        episodes, found = read_results(path)
+        changed = [f"{key} {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{path} holds rollouts that were made otherwise ({'; '.join(changed)}). Give another --name or "
+                "--output, or delete it."
+            )
+        budget = json.loads(path.read_text())["max_sample_size_per_model"]
+        seeds = {episode.seed for episode in episodes} | set(params.seeds)
+        if params.max_sample_size not in (None, budget) or len(seeds) > budget:
+            raise ValueError(
+                f"{path} was begun with a budget of {budget} rollouts, which is fixed before the first one; asked for "
+                f"are {params.max_sample_size or len(seeds)}. Give another --name or --output."
+            )
+        done = {episode.seed: episode for episode in episodes if episode.outcome is not None}
+        return cls(path, task, done, max_sample_size=budget, settings=settings)
+
+    def num_final(self, seeds: Sequence[int]) -> int:
+        """How many of the episodes count already."""
+        return sum(seed in self.episodes and self.episodes[seed].is_final for seed in seeds)
+
+    def missing_batches(self, params: EvaluateParams) -> list[tuple[int, ...]]:
+        """Batches of seeds, of which some were not run or are invalid; they begin at multiples of the batch's size."""
+        groups: dict[int, list[int]] = {}
+        for seed in params.seeds:
+            groups.setdefault(seed // params.batch_size, []).append(seed)
+        return [tuple(group) for group in groups.values() if self.num_final(group) < len(group)]
+
+    def run(
+        self, pool: RolloutPool, actor: Actor, seeds: tuple[int, ...], *, params: EvaluateParams, facts: RobotFacts
+    ) -> int:
+        """Run a batch, keep what is new of it, and write the file; return how many episodes count now that did not."""
+        before = self.num_final(seeds)
+        batch = Batch(
+            task=self.task,
+            seeds=seeds,
+            instruction=params.instructions.get(self.task, facts.instruction),
+            fps=facts.fps,
+            pictures={seed: str(self.pictures_of(seed)) for seed in seeds if seed in self.pictured(params)},
+        )
+        for result in run_batch(pool, actor, batch):
+            # episodes that count already run only to make up the batch
+            if not (result.seed in self.episodes and self.episodes[result.seed].is_final):
+                self.episodes[result.seed] = result
+        self.write(params.seeds)
+        return self.num_final(seeds) - before
+
+    def pictured(self, params: EvaluateParams) -> Sequence[int]:
+        """Seeds of which pictures are kept."""
+        return params.seeds[: params.num_pictured]
+
+    def pictures_of(self, seed: int) -> Path:
+        """Where an episode's pictures lie."""
+        return self.path.parent / self.task / f"demonstration_{seed}" / "pictures.png"
+
+    def write(self, seeds: Sequence[int]) -> None:
+        """Write the file: what was run, and what is to be run."""
+        known = sorted({*self.episodes, *seeds})
+        episodes = [self.episodes.get(seed, EpisodeResult(task=self.task, seed=seed)) for seed in known]
+        write_results(self.path, episodes, max_sample_size=self.max_sample_size, settings=self.settings)
+
+
+def _find_policy(params: EvaluateParams) -> Evaluated:
+    settings: dict[str, Any] = {
+        "policy": params.policy,
+        "simulator": params.simulator,
+        "max_steps": params.max_steps,
+        "seed": params.seed,
+    }
+    if params.checkpoint is None:
+        return Evaluated(
+            name=params.name or params.policy,
+            cameras=(),
+            picture_camera=params.camera,
+            image_size=params.image_size,
+            settings=settings,
+        )
+    from vla_foundry.evaluation.policy_actor import TrainedPolicy
+
+    policy = TrainedPolicy.load(params)
+    return Evaluated(
+        name=params.name or policy.run_name,
+        cameras=policy.cameras,
+        picture_camera=policy.cameras[0] if policy.cameras else params.camera,
+        image_size=policy.image_size if policy.cameras else params.image_size,
+        settings={
+            **settings,
+            "weights_sha256": policy.digest,
+            "open_loop_steps": policy.policy.open_loop_steps,
+            "num_inference_steps": params.num_inference_steps,
+            "images": params.images,
+            "batch_size": params.batch_size,
+        },
+        policy=policy,
+    )
+
+
+def _summarize(params: EvaluateParams, evaluated: Evaluated, tasks: Sequence[TaskRollouts]) -> dict[str, SuccessRate]:
+    folder = Path(params.output) / evaluated.name
+    rates, pictured = {}, []
+    for task in tasks:
+        rates[task.task] = count_successes([task.episodes[seed] for seed in params.seeds if seed in task.episodes])
+        pictured += [
+            (task.episodes[seed], task.pictures_of(seed)) for seed in task.pictured(params) if seed in task.episodes
+        ]
+    write_contact_sheet(folder / CONTACT_SHEET_NAME, pictured)
+    values = {
+        "name": evaluated.name,
+        "episodes": params.episodes,
+        "settings": evaluated.settings,
+        "tasks": {task: _to_json(rate) for task, rate in rates.items()},
+        "all": _to_json(add_rates(list(rates.values()))),
+    }
+    write_text(str(folder / SUMMARY_NAME), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    return rates
+
+
+def add_rates(rates: Sequence[SuccessRate]) -> SuccessRate:
+    """Pool the episodes of several tasks."""
+    return SuccessRate(
+        num_successes=sum(rate.num_successes for rate in rates),
+        num_trials=sum(rate.num_trials for rate in rates),
+        num_invalid=sum(rate.num_invalid for rate in rates),
+    )
+
+
+def _to_json(rate: SuccessRate) -> dict[str, Any]:
+    return {
+        "successes": rate.num_successes,
+        "trials": rate.num_trials,
+        "invalid": rate.num_invalid,
+        "success_rate": rate.num_successes / rate.num_trials if rate.num_trials else None,
+        "interval_95": list(rate.interval),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry evaluate`: print the success rate of each task."""
+    params = parse_command(EvaluateParams, argv, prog="vla-foundry evaluate")
+    rates = evaluate(params)
+    for task, rate in rates.items():
+        sys.stdout.write(f"{task}: {rate.format()}\n")
+    if len(rates) > 1:
+        sys.stdout.write(f"all tasks: {add_rates(list(rates.values())).format()}\n")
