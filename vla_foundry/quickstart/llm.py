@@ -14,6 +14,8 @@ PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
 SEQ_LEN = 256
 PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
+# samples in a batch of the preset
+GLOBAL_BATCH_SIZE = 16
 PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
@@ -67,7 +69,7 @@ def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> lis
                 *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
                 *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
                 *words_of("", save_path=run.parent, name=run.name, resume="auto"),
-                *shared_batch(num_trainers),
+                *shared_batch(num_trainers, GLOBAL_BATCH_SIZE),
             ),
             num_processes=num_trainers,
             outputs=(run / "metrics.jsonl",),

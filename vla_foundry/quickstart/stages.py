@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-# samples in a batch of the stages' presets
-GLOBAL_BATCH_SIZE = 16
+# the batches of the stages' presets divide by it
+_MAX_TRAINERS = 16
 # with another version of one of these, steps are done again
 _PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
 
@@ -46,16 +46,15 @@ def words_of(command: str, **flags: object) -> tuple[str, ...]:
 
 
 def count_trainers() -> int:
-    """Processes that train together on this machine: as many as cores, but a power of two, to divide the batch."""
-    cores = min(len(os.sched_getaffinity(0)), GLOBAL_BATCH_SIZE)
-    return 1 << (cores.bit_length() - 1)
+    """Processes that train together on this machine: as many as cores, but a power of two, to divide a batch."""
+    return 1 << (min(len(os.sched_getaffinity(0)), _MAX_TRAINERS).bit_length() - 1)
 
 
-def shared_batch(num_processes: int) -> tuple[str, ...]:
+def shared_batch(num_processes: int, global_batch_size: int) -> tuple[str, ...]:
     """Return the words that divide the batch of a preset among processes, each of which reads its own samples."""
     if num_processes == 1:
         return ()
-    size = GLOBAL_BATCH_SIZE // num_processes
+    size = global_batch_size // num_processes
     return words_of("", **{"hparams.per_gpu_batch_size": size, "data.num_workers": 0})
 
 

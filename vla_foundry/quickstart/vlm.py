@@ -5,19 +5,13 @@ from pathlib import Path
 from vla_foundry.evaluation.scenes import SPLITS
 from vla_foundry.quickstart.stages import Step, shared_batch, words_of
 
-# what the robot will move comes twice as often as the rest
-TASKS = (
-    "drawer-open-v3",
-    "window-open-v3",
-    "door-open-v3",
-    "drawer-open-v3",
-    "window-open-v3",
-    "faucet-open-v3",
-    "stick-push-v3",
-)
-NUM_SCENES = 6000
+# things whose states can be told from 64 pixels; a pressed button can not
+TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "stick-push-v3")
+NUM_SCENES = 9000
 NUM_VALIDATION_SCENES = 500
 PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
+# samples in a batch of the preset
+GLOBAL_BATCH_SIZE = 16
 # held-out scenes that are captioned before the user's eyes
 SHOWN = (0, 1, 2)
 
@@ -65,7 +59,7 @@ def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[St
                 *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
                 *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
                 *words_of("", save_path=run.parent, name=run.name, resume="auto"),
-                *shared_batch(num_processes),
+                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
             ),
             num_processes=num_processes,
             outputs=(run / "metrics.jsonl",),

@@ -1,0 +1,145 @@
+"""The action stage: demonstrations of a simulated robot -> a policy, from the vision-language model -> closed loop."""
+
+from pathlib import Path
+
+from vla_foundry.quickstart.stages import Step, shared_batch, words_of
+
+# each starts half open, so that the picture does not tell whether to open or to close: only the instruction does
+TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
+NUM_DEMOS = 50
+NUM_EPISODES = 20
+FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
+PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
+# samples in a batch of the preset
+GLOBAL_BATCH_SIZE = 96
+# what is evaluated beside the model
+BASELINES = ("null", "random")
+
+
+def vla_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[Step]:
+    """Return the steps of the action stage; everything is written below `output_dir`.
+
+    Args:
+        vlm_run: folder of the vision-language run that the policy starts from.
+        num_processes: processes that train.
+    """
+    demos, shards, run = output_dir / "demos", output_dir / "shards", output_dir / "runs" / "vla"
+    return [
+        Step(
+            name="demos",
+            what="Let scripted experts move the robot, and record them as a LeRobot dataset",
+            words=words_of("demos", tasks=",".join(TASKS), episodes=NUM_DEMOS, output_dir=demos),
+            outputs=(demos / "meta" / "demos.json",),
+            folder=demos,
+        ),
+        Step(
+            name="preprocess_demos",
+            what="Put the recordings into shards, a tenth of them held out",
+            words=words_of(
+                "preprocess robotics",
+                type="lerobot",
+                source_episodes=demos,
+                output_dir=shards,
+                field_map=FIELD_MAP,
+                past_lowdim_steps=0,
+                future_lowdim_steps=7,
+                image_indices="[0]",
+                max_padding_left=0,
+                max_padding_right=7,
+                validation_fraction=0.1,
+                num_workers=0,
+            ),
+            outputs=(shards / "train" / "manifest.jsonl", shards / "validation" / "manifest.jsonl"),
+            folder=shards,
+        ),
+        Step(
+            name="train_vla",
+            what="Train the policy, from the vision-language model",
+            words=(
+                *words_of("train", config_path=PRESET),
+                *words_of("", **{"model.vision_language_backbone.resume_from_checkpoint": vlm_run}),
+                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
+                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
+                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
+                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
+            ),
+            num_processes=num_processes,
+            outputs=(run / "metrics.jsonl",),
+            folder=run,
+        ),
+        _evaluate(output_dir, "evaluate", "Let the policy move the robot", policy_name="vla", checkpoint=run),
+        *(
+            _evaluate(
+                output_dir,
+                f"evaluate_{name}",
+                f"The same without a policy: {name} actions",
+                policy_name=name,
+                policy=name,
+            )
+            for name in BASELINES
+        ),
+    ]
+
+
+def ablation_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[Step]:
+    """Return the steps that take something away from the policy: its pictures, its instruction, its training before.
+
+    Args:
+        vlm_run: folder of the vision-language run, of which the policy that starts from nothing has the architecture.
+        num_processes: processes that train.
+    """
+    shards, run, scratch = output_dir / "shards", output_dir / "runs" / "vla", output_dir / "runs" / "vla_from_scratch"
+    swapped = {task: _opposite_instruction(task) for task in TASKS}
+    return [
+        _evaluate(
+            output_dir,
+            "evaluate_other_images",
+            "Show the policy pictures of another episode",
+            policy_name="other_images",
+            checkpoint=run,
+            images="other_episode",
+        ),
+        _evaluate(
+            output_dir,
+            "evaluate_wrong_instruction",
+            "Tell the policy the opposite",
+            policy_name="wrong_instruction",
+            checkpoint=run,
+            instructions="{" + ", ".join(f"{task}: {text}" for task, text in swapped.items()) + "}",
+        ),
+        Step(
+            name="train_vla_from_scratch",
+            what="Train the same policy from nothing",
+            words=(
+                *words_of("train", config_path=PRESET),
+                *words_of("", **{"model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}"}),
+                *words_of("", **{"data.tokenizer": vlm_run / "processor"}),
+                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
+                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
+                *words_of("", save_path=scratch.parent, name=scratch.name, resume="auto"),
+                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
+            ),
+            num_processes=num_processes,
+            outputs=(scratch / "metrics.jsonl",),
+            folder=scratch,
+        ),
+        _evaluate(
+            output_dir,
+            "evaluate_from_scratch",
+            "Let that policy move the robot",
+            policy_name="vla_from_scratch",
+            checkpoint=scratch,
+        ),
+    ]
+
+
+def _evaluate(output_dir: Path, step: str, what: str, *, policy_name: str, **flags: object) -> Step:
+    folder = output_dir / "evaluation"
+    options = {"tasks": ",".join(TASKS), "episodes": f"0:{NUM_EPISODES}", "output": folder, "name": policy_name}
+    words = words_of("evaluate", **options, **flags)
+    return Step(name=step, what=what, words=words, outputs=(folder / policy_name,))
+
+
+def _opposite_instruction(task: str) -> str:
+    thing, _, rest = task.partition("-")
+    return f"{'close' if rest.startswith('open') else 'open'} the {thing}"
