@@ -6,20 +6,12 @@ captions, a dataset's sample is shown as it is stored.
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from vla_foundry.data.loader import create_dataloader
-from vla_foundry.data.pipelines.base import Stage
-from vla_foundry.data.pipelines.robotics import (
-    ChooseInstruction,
-    EncodeRobot,
-    NormalizeFields,
-    PrepareCameraImages,
-    RoboticsPipeline,
-)
+from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.robotics.datasets import read_contracts
 from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri
 from vla_foundry.params.command_line import parse_command
@@ -158,12 +150,8 @@ def read_dataset_sample(manifest: str, contract: RoboticsContract, number: int) 
         num_workers=0,
     )
     pipeline = RoboticsPipeline(params)
-    stages: Sequence[Stage] = (
-        ChooseInstruction(pipeline.params),
-        PrepareCameraImages(pipeline.params),
-        NormalizeFields(pipeline.params, pipeline.normalizer),
-        EncodeRobot(pipeline.params),
-    )
+    # without a text processor, but the instruction is drawn as for one
+    stages = (ChooseInstruction(pipeline.params), *pipeline.stages)
     return _read_sample(RoboticsPipeline(params, stages), number, seed=0, global_batch_size=1)
 
 

@@ -142,3 +142,66 @@ def test_images_with_captions_are_shown_as_stored(tmp_path):
     lines = inspect_data(InspectParams(dataset=str(tmp_path), output=str(output)))
     assert "txt: a red field" in lines
     assert open_picture(output).shape == (30, 40, 3)
+
+
+TRAINING = """
+name: look
+total_train_samples: 16
+model:
+  type: diffusion_policy
+  vision_language_backbone:
+    type: vit_backbone
+    vit: {img_size: 32, patch_size: 8, hidden_dim: 32, n_heads: 2, n_layers: 1}
+  action_head:
+    type: flow_transformer
+    transformer: {hidden_dim: 32, n_heads: 2, n_layers: 1, vocab_size: 0, is_causal: false}
+data:
+  type: robotics
+  dataset_manifest: [MANIFEST]
+  action_fields: [action.arm]
+  proprioception_fields: [state]
+  camera_names: [wrist]
+  lowdim_past_timesteps: 1
+  normalization: {method: min_max}
+  augmentation: {enabled: true, image: {color_jitter: {enabled: true, brightness: 0.5}}}
+hparams: {global_batch_size: 4, per_gpu_batch_size: 2, warmup: 0.1}
+"""
+
+
+def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(robot_data, tmp_path):
+    from vla_foundry.data import create_dataloader
+    from vla_foundry.params.facts import read_facts
+    from vla_foundry.params.loading import load_experiment_params_from_yaml
+    from vla_foundry.params.resolve import resolve
+    from vla_foundry.viz.explorer import read_training_sample
+    from vla_foundry.world import World
+
+    config = tmp_path / "config.yaml"
+    config.write_text(TRAINING.replace("MANIFEST", str(robot_data.folder / "manifest.jsonl")))
+    sample = read_training_sample(str(tmp_path), 6)
+    params = load_experiment_params_from_yaml(str(config))
+    params = resolve(params, read_facts(params, 1))
+    assert params.data.seed is not None
+    loader = create_dataloader(params.data, World(), global_batch_size=4, per_gpu_batch_size=4, seed=params.data.seed)
+    batch = next(loader.microbatches(1))
+    loader.close()
+    # sample 6 is row 2 of the second global batch
+    assert (sample.position, sample.episode_id, sample.anchor) == (6, batch["episode_ids"][2], int(batch["anchors"][2]))
+    np.testing.assert_array_equal(sample.actions[0].normalized, batch["actions"][2].numpy())
+    assert sample.cameras == ["wrist"]
+    assert [image.shape for image in sample.images] == [(32, 32, 3)] * 2
+    stored = robot_data.images[sample.episode_id, "wrist", sample.anchor]
+    assert np.abs(sample.images[1].mean(axis=(0, 1)) - stored.mean(axis=(0, 1))).max() > 2  # other colours
+    assert len(sample.past_mask) == 1 + 1 + 3
+
+
+def test_a_run_without_robot_data_is_refused(tmp_path):
+    config = tmp_path / "config.yaml"
+    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 8}\n')
+    config.write_text(
+        "total_train_samples: 8\nmodel: {type: transformer, hidden_dim: 32, n_heads: 2, n_layers: 1, vocab_size: 64}\n"
+        f"data: {{type: text, dataset_manifest: [{tmp_path}/manifest.jsonl], seq_len: 16}}\n"
+        "hparams: {global_batch_size: 4, per_gpu_batch_size: 4, warmup: 0.1}\n"
+    )
+    with pytest.raises(ValueError, match=r"trains on data\.type text"):
+        inspect_data(InspectParams(training=str(config), output=str(tmp_path / "s.png")))
