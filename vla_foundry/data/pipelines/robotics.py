@@ -63,10 +63,11 @@ class ChooseInstruction:
 
     Args:
         params: kinds of instructions and prompts.
+        types: the kinds; those of params if not given.
     """
 
-    def __init__(self, params: RoboticsDataParams) -> None:
-        self.types = tuple(params.language_instruction_types)
+    def __init__(self, params: RoboticsDataParams, types: Sequence[str] | None = None) -> None:
+        self.types = tuple(params.language_instruction_types if types is None else types)
         self.prompts = tuple(params.prompts)
 
     def __call__(self, sample: Sample) -> Sample:
@@ -125,8 +126,8 @@ class PrepareCameraImages:
         return sample
 
 
-class NormalizeFields:
-    """A stage: `window` -> `actions` and `action_dim_mask`, and `proprioception`.
+class NormalizeActions:
+    """A stage: `window` -> `actions` and `action_dim_mask`.
 
     Args:
         params: which fields.
@@ -134,34 +135,55 @@ class NormalizeFields:
     """
 
     def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
-        self.normalizer = normalizer
-        self.anchor = params.window.anchor
-        self.actions = normalizer.layout(params.action_fields)
-        self.proprioception = normalizer.layout(params.proprioception_fields)
+        self.normalizer, self.anchor = normalizer, params.window.anchor
+        self.layout = normalizer.layout(params.action_fields)
 
     def __call__(self, sample: Sample) -> Sample:
-        """Normalize.
+        """Normalize all steps of the window.
 
         Raises:
             Dropped: a value is not finite.
             ValueError: a field has another width, or the robot has none of the fields.
         """
         window: RobotWindow = sample["window"]
-        actions, mask = self._normalize(window.fields, self.actions)
-        sample = {**sample, "actions": actions, "action_dim_mask": mask}
-        if self.proprioception.fields:
-            # nothing after the anchor: the robot has not seen it yet
-            observed = {name: values[: self.anchor + 1] for name, values in window.fields.items()}
-            sample["proprioception"], _ = self._normalize(observed, self.proprioception)
-        return sample
+        actions, mask = inputs.normalize_fields(window.fields, self.layout, self.normalizer, anchor=self.anchor)
+        _drop_infinite(actions, self.layout)
+        return {**sample, "actions": actions, "action_dim_mask": mask}
 
-    def _normalize(self, fields: dict[str, np.ndarray], layout: FieldLayout) -> tuple[np.ndarray, np.ndarray]:
-        values, mask = inputs.normalize_fields(fields, layout, self.normalizer, anchor=self.anchor)
-        if not np.isfinite(values).all():
-            place = int(np.flatnonzero(~np.isfinite(values).all(axis=0))[0])
-            name = next(name for name, columns in layout.slices() if columns.start <= place < columns.stop)
-            raise Dropped("not finite", f"field '{name}' holds NaN or infinity")
-        return values, mask
+
+class NormalizeProprioception:
+    """A stage: `window` -> `proprioception`, if there are such fields.
+
+    Args:
+        params: which fields.
+        normalizer: of these fields.
+    """
+
+    def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
+        self.normalizer, self.anchor = normalizer, params.window.anchor
+        self.layout = normalizer.layout(params.proprioception_fields)
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Normalize the steps up to the anchor: what comes after it, the robot has not seen yet.
+
+        Raises:
+            Dropped: a value is not finite.
+            ValueError: a field has another width, or the robot has none of the fields.
+        """
+        if not self.layout.fields:
+            return sample
+        window: RobotWindow = sample["window"]
+        observed = {name: values[: self.anchor + 1] for name, values in window.fields.items()}
+        values, _ = inputs.normalize_fields(observed, self.layout, self.normalizer, anchor=self.anchor)
+        _drop_infinite(values, self.layout)
+        return {**sample, "proprioception": values}
+
+
+def _drop_infinite(values: np.ndarray, layout: FieldLayout) -> None:
+    if not np.isfinite(values).all():
+        place = int(np.flatnonzero(~np.isfinite(values).all(axis=0))[0])
+        name = next(name for name, columns in layout.slices() if columns.start <= place < columns.stop)
+        raise Dropped("not finite", f"field '{name}' holds NaN or infinity")
 
 
 class EncodeRobot:
@@ -169,13 +191,14 @@ class EncodeRobot:
 
     Args:
         params: of the processor.
+        processor: the processor; loaded as params say if it is not given.
     """
 
-    def __init__(self, params: RoboticsDataParams) -> None:
+    def __init__(self, params: RoboticsDataParams, processor: Processor | None = None) -> None:
         self.params = params
         self.max_tokens = params.max_text_seq_len or params.seq_len
         self.camera_names = params.camera_names or []
-        self._processor: Processor | None = None
+        self._processor = processor
 
     def __getstate__(self) -> dict[str, object]:
         """Let each loader process load its own processor."""
@@ -243,10 +266,16 @@ class RoboticsPipeline:
         self.params = complete_params(params)
         self.normalizer = create_normalization(self.params, read_contracts(self.params.dataset_manifest)).normalizer
         self.encode = EncodeRobot(self.params)
-        default: list[Stage] = [PrepareCameraImages(self.params), NormalizeFields(self.params, self.normalizer)]
+        # what is cheap comes first: a sample that is dropped is not decoded
+        default: list[Stage] = [
+            NormalizeActions(self.params, self.normalizer),
+            NormalizeProprioception(self.params, self.normalizer),
+            PrepareCameraImages(self.params),
+            self.encode,
+        ]
         if self.params.use_language:
             default.insert(0, ChooseInstruction(self.params))
-        self.stages = (*default, self.encode) if stages is None else tuple(stages)
+        self.stages = tuple(default if stages is None else stages)
         self.read = ReadWindow([])
 
     def check(self, reader: ShardReader) -> None:

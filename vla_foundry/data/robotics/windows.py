@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, cast, get_args
 
 import numpy as np
+from torch import Tensor
 
 from vla_foundry.data.reader import EpisodeShard, SampleShard
 from vla_foundry.episode_blocks import RESCALED_INTRINSICS
@@ -62,8 +63,8 @@ class RobotWindow:
     past_mask: np.ndarray
     future_mask: np.ndarray
     is_padding: np.ndarray
-    # image files, in the order of the request; None: there is no such image
-    images: list[bytes | None]
+    # image files (at inference: uint8 [3, H, W]), in the order of the request; None: there is no such image
+    images: Sequence[bytes | Tensor | None]
     # {type: instructions}
     instructions: dict[str, list[str]]
     # {name in the config: the row at the anchor}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vla_foundry.data.robotics.files import load_contract, load_normalizer
+from vla_foundry.data.robotics.observations import ObservationEncoder
 from vla_foundry.params import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.command_line import parse
 from vla_foundry.params.facts import read_facts
@@ -65,6 +66,7 @@ def test_a_policy_trains_and_goes_on(
     assert (run / "processor").is_dir() is has_language
     assert list(load_contract(run).cameras) == ["Scene.Left", "wrist"]
     assert set(load_normalizer(run).transforms) == {*params.data.action_fields, *params.data.proprioception_fields}  # pyright: ignore[reportAttributeAccessIssue]
+    assert ObservationEncoder.from_run(run).num_steps == 2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # of the anchors 0 to 4 of 6 frames: 4, 4, 4, 3 and 2 steps of 4 numbers
     assert {line["targets"] for line in metrics if line["kind"] == "validation"} == {68}
