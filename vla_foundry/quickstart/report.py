@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
 
 def measure_unigram(params: TrainExperimentParams) -> float:
     """Return the held-out loss of a unigram model of a run's training data, on the targets the run validates on."""
-    options = {
+    options: dict[str, Any] = {
         "global_batch_size": params.hparams.global_batch_size,
         "per_gpu_batch_size": params.hparams.per_gpu_batch_size,
         "seed": params.hparams.seed,
