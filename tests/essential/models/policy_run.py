@@ -71,6 +71,8 @@ HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
     "regression": (RegressionParams, {}),
     "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
 }
+# those trained on several ranks: every way that a head reads conditioning and is told the time
+SHARDED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression"]
 
 
 def create_head_params(name: str, *, num_draws: int = 2, is_causal: bool = False) -> ActionHeadParams:
@@ -211,7 +213,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
-    losses = {name: train(name, folder / f"sharded {name}", world) for name in HEADS}
+    losses = {name: train(name, folder / f"sharded {name}", world) for name in SHARDED}
     (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses))
     stop_process_group()
     leave_process(0)

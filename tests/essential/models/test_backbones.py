@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_batch_handler
 from vla_foundry.models.backbones.base import OBSERVATIONS, create_backbone
 from vla_foundry.models.backbones.observation_token import arrange_rows, documents_of, mask_of
+from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.training.loop import train_step
 from vla_foundry.world import World
 
@@ -244,9 +246,37 @@ def test_clip_tokens_are_normalised_projections(is_published: bool, create, poli
         encoder.observe({name: value for name, value in batch.items() if name != "input_ids"})
 
 
-@pytest.mark.parametrize("name", [*LANGUAGE, "vlm prefix", "clip", "vit"])
-def test_a_policy_on_it_trains_and_samples(name: str, create, policies) -> None:
-    encoder = create(name)
+def test_our_model_with_a_hugging_face_language_model(create, policies, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    vlm = policies.change(policies.VLM, transformer=TransformerHFParams(hf_pretrained=str(tmp_path)))
+    encoder = create("vlm", vlm=vlm)
+    batch = encoder.create_batch([20, 14], is_plain=True)
+    encoder.backbone.eval()
+    together = encoder.encode(batch).tokens
+    for row, length in enumerate([20, 14]):
+        alone = encoder.encode(only(batch, row, length)).tokens
+        torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-4, atol=1e-5)
+    together.sum().backward()
+    for name, parameter in encoder.backbone.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in (*LANGUAGE, "vlm prefix", "clip", "vit")),
+        *((name, {"conditioning": "prefix"}) for name in ("qwen3_vl", "paligemma")),
+    ],
+)
+def test_a_policy_on_it_trains_and_samples(name: str, changes: dict[str, Any], create, policies) -> None:
+    encoder = create(name, **changes)
     params = policies.create_params(encoder.params, policies.create_head_params("flow adaptive"), lr=1e-3)
     model = policies.create_policy(params)
     state = policies.create_train_state(model, model, hparams=params.hparams, ema=policies.EMAParams(), total_steps=4)

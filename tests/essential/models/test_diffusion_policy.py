@@ -16,9 +16,11 @@ from torch import Tensor
 
 from vla_foundry.models import create_batch_handler, create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
+from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.loading import dump_params
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.training.checkpoint import save_checkpoint
+from vla_foundry.training.distributed import parallelize, strip_wrapper_names
 from vla_foundry.training.loop import train_step
 from vla_foundry.world import World
 
@@ -233,9 +235,34 @@ def test_a_backbone_starts_from_a_run_of_a_vision_language_model(create, policie
     assert (again.vision_language_backbone.model.projection.proj.weight == 0.5).all()
 
 
+@pytest.mark.parametrize("head", ["flow adaptive", "flow cross concat", "regression"])
+def test_recomputed_activations_give_the_same_gradients(head: str, create, policies) -> None:
+    gradients = []
+    for grad_checkpointing in (False, True):
+        policy = create(head).randomize()
+        parallelize(policy.model, DistributedParams(), world=World(), grad_checkpointing=grad_checkpointing)
+        policy.model(**policy.prepare(policies.create_batch(0))).sum.backward()
+        gradients.append({strip_wrapper_names(name): p.grad for name, p in policy.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("backbone", ["vlm", "vit"])
+def test_a_policy_made_on_the_meta_device_is_whole_once_it_has_memory(backbone: str, create, policies) -> None:
+    whole = create("flow add", backbone).randomize()
+    with torch.device("meta"):
+        model: Any = create_model(whole.params.model, load_pretrained=False)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    model.load_state_dict(whole.model.state_dict())
+    inputs = whole.prepare(policies.create_batch(0))
+    assert torch.equal(model(**inputs).sum, whole.model(**inputs).sum)
+
+
 @pytest.mark.slow
 def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_path: Path) -> None:
-    alone = {name: policies.train(name, tmp_path / name, World()) for name in policies.HEADS}
+    alone = {name: policies.train(name, tmp_path / name, World()) for name in policies.SHARDED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
