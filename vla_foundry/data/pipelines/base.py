@@ -58,6 +58,10 @@ class Drops:
         self.counts[reason] += 1
         self.last = description
 
+    def forget(self) -> None:
+        """Count from the beginning, where the same samples are read again."""
+        self.counts.clear()
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

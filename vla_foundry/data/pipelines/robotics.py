@@ -16,6 +16,12 @@ from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, create_image_
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import inputs
 from vla_foundry.data.robotics.datasets import complete_params, read_contracts
+from vla_foundry.data.robotics.field_stages import (
+    ComputeRelativePoses,
+    NormalizeActions,
+    NormalizeProprioception,
+    make_fields_at_once,
+)
 from vla_foundry.data.robotics.files import save_robotics_files
 from vla_foundry.data.robotics.normalizer import create_normalization
 from vla_foundry.data.robotics.windows import (
@@ -29,8 +35,6 @@ from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_fac
 from vla_foundry.images.processor import Processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.robotics.layout import FieldLayout
-from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.text.prompts import IMAGE_MARKER, Turn
 
 
@@ -126,66 +130,6 @@ class PrepareCameraImages:
         return sample
 
 
-class NormalizeActions:
-    """A stage: `window` -> `actions` and `action_dim_mask`.
-
-    Args:
-        params: which fields.
-        normalizer: of these fields.
-    """
-
-    def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
-        self.normalizer, self.anchor = normalizer, params.window.anchor
-        self.layout = normalizer.layout(params.action_fields)
-
-    def __call__(self, sample: Sample) -> Sample:
-        """Normalize all steps of the window.
-
-        Raises:
-            Dropped: a value is not finite.
-            ValueError: a field has another width, or the robot has none of the fields.
-        """
-        window: RobotWindow = sample["window"]
-        actions, mask = inputs.normalize_fields(window.fields, self.layout, self.normalizer, anchor=self.anchor)
-        _drop_infinite(actions, self.layout)
-        return {**sample, "actions": actions, "action_dim_mask": mask}
-
-
-class NormalizeProprioception:
-    """A stage: `window` -> `proprioception`, if there are such fields.
-
-    Args:
-        params: which fields.
-        normalizer: of these fields.
-    """
-
-    def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
-        self.normalizer, self.anchor = normalizer, params.window.anchor
-        self.layout = normalizer.layout(params.proprioception_fields)
-
-    def __call__(self, sample: Sample) -> Sample:
-        """Normalize the steps up to the anchor: what comes after it, the robot has not seen yet.
-
-        Raises:
-            Dropped: a value is not finite.
-            ValueError: a field has another width, or the robot has none of the fields.
-        """
-        if not self.layout.fields:
-            return sample
-        window: RobotWindow = sample["window"]
-        observed = {name: values[: self.anchor + 1] for name, values in window.fields.items()}
-        values, _ = inputs.normalize_fields(observed, self.layout, self.normalizer, anchor=self.anchor)
-        _drop_infinite(values, self.layout)
-        return {**sample, "proprioception": values}
-
-
-def _drop_infinite(values: np.ndarray, layout: FieldLayout) -> None:
-    if not np.isfinite(values).all():
-        place = int(np.flatnonzero(~np.isfinite(values).all(axis=0))[0])
-        name = next(name for name, columns in layout.slices() if columns.start <= place < columns.stop)
-        raise Dropped("not finite", f"field '{name}' holds NaN or infinity")
-
-
 class EncodeRobot:
     """A stage: `images` and `turns` -> `inputs`, and `intrinsics` of the images as the model gets them.
 
@@ -257,7 +201,8 @@ class RoboticsPipeline:
 
     Args:
         params: the data's params; what is not resolved is taken from the training datasets.
-        stages: what turns windows into `inputs` and `actions`; the default ones if not given. Give `EncodeRobot` last.
+        stages: what turns windows into `inputs` and `actions`; the default ones if not given: those of
+            robotics/field_stages.py and of this file. Give `EncodeRobot` last.
     """
 
     rows_per_message = 1
@@ -266,16 +211,16 @@ class RoboticsPipeline:
         self.params = complete_params(params)
         self.normalizer = create_normalization(self.params, read_contracts(self.params.dataset_manifest)).normalizer
         self.encode = EncodeRobot(self.params)
-        # what is cheap comes first: a sample that is dropped is not decoded
-        default: list[Stage] = [
+        self.make_fields = (
+            ComputeRelativePoses(),
             NormalizeActions(self.params, self.normalizer),
             NormalizeProprioception(self.params, self.normalizer),
-            PrepareCameraImages(self.params),
-            self.encode,
-        ]
+        )
+        self.make_inputs: tuple[Stage, ...] = (PrepareCameraImages(self.params), self.encode)
         if self.params.use_language:
-            default.insert(0, ChooseInstruction(self.params))
-        self.stages = tuple(default if stages is None else stages)
+            self.make_inputs = (ChooseInstruction(self.params), *self.make_inputs)
+        # None: the default ones, of which those of fields are applied to a whole microbatch at once
+        self.stages = None if stages is None else tuple(stages)
         self.read = ReadWindow([])
 
     def check(self, reader: ShardReader) -> None:
@@ -291,7 +236,15 @@ class RoboticsPipeline:
 
     def create_batch(self, rows: Rows) -> Batch:
         """See Pipeline."""
-        return self._join(rows.read_samples(self.stages, read=self.read))
+        if self.stages is None:
+            samples = rows.read_samples(self.make_inputs, read=self.read)
+            try:
+                return self._join(make_fields_at_once(samples, *self.make_fields))
+            except ValueError:
+                # one of them is bad: which, and what stands in for it, is found sample by sample
+                rows.drops.forget()
+        stages = self.stages or (*self.make_fields, *self.make_inputs)
+        return self._join(rows.read_samples(stages, read=self.read))
 
     def create_empty_batch(self) -> Batch:
         """See Pipeline. One sample of black images, of which every step is padding."""

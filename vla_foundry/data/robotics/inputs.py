@@ -112,12 +112,16 @@ def encode_prompt(
 
 
 def normalize_fields(
-    fields: Mapping[str, Float[np.ndarray, "T _"]], layout: FieldLayout, normalizer: RoboticsNormalizer, *, anchor: int
-) -> tuple[Float32[np.ndarray, "T C"], Bool[np.ndarray, " C"]]:
+    fields: Mapping[str, Float[np.ndarray, "*N T _"]],
+    layout: FieldLayout,
+    normalizer: RoboticsNormalizer,
+    *,
+    anchor: int,
+) -> tuple[Float32[np.ndarray, "*N T C"], Bool[np.ndarray, " C"]]:
     """Put fields side by side and normalize them, in float64.
 
     Args:
-        fields: {field: (T, its columns)}; fields that this robot lacks are absent.
+        fields: {field: (*N, T, its columns)}; fields that this robot lacks are absent.
         layout: the fields in their order.
         anchor: which of the T steps is the anchor.
 
@@ -129,19 +133,19 @@ def normalize_fields(
     """
     if not any(name in fields for name in layout.fields):
         raise ValueError(f"it has none of the fields {', '.join(layout.fields)}")
-    num_steps = len(next(fields[name] for name in layout.fields if name in fields))
-    values, is_there = np.zeros((num_steps, layout.width)), np.zeros(layout.width, dtype=bool)
+    shape = next(fields[name].shape[:-1] for name in layout.fields if name in fields)
+    values, is_there = np.zeros((*shape, layout.width)), np.zeros(layout.width, dtype=bool)
     for name, columns in layout.slices():
         if name in fields:
             if fields[name].shape[-1] != columns.stop - columns.start:
                 raise ValueError(
                     f"field '{name}' has {fields[name].shape[-1]} columns, not {columns.stop - columns.start}"
                 )
-            values[:, columns] = fields[name]
+            values[..., columns] = fields[name]
             is_there[columns] = True
     normalized = normalizer.normalize(values, layout.fields, anchor=anchor)
     if not is_there.all():
-        normalized[:, ~is_there] = 0
+        normalized[..., ~is_there] = 0
     return normalized.astype(np.float32), is_there
 
 

@@ -12,10 +12,10 @@ from vla_foundry.data.pipelines.base import Dropped, Sample, Stage
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     EncodeRobot,
-    NormalizeProprioception,
     PrepareCameraImages,
     join_robot_samples,
 )
+from vla_foundry.data.robotics.field_stages import ComputeRelativePoses, NormalizeProprioception
 from vla_foundry.data.robotics.files import load_contract, load_normalizer
 from vla_foundry.data.robotics.windows import RobotWindow, create_request
 from vla_foundry.data.transport import pack
@@ -25,7 +25,7 @@ from vla_foundry.params.loading import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.robotics.windows import compute_relative_fields, create_windows, image_frames
+from vla_foundry.robotics.windows import create_windows, image_frames
 from vla_foundry.robotics_contract import NamedContract, RoboticsContract
 from vla_foundry.run_folder import CONFIG_NAME, PROCESSOR_FOLDER
 
@@ -73,10 +73,12 @@ class ObservationEncoder:
         # no model takes them yet
         params = replace(params, intrinsics_fields=[], extrinsics_fields=[])
         self.params, self.contract, self.processor = params, contract, processor
-        self._request = create_request(params, NamedContract("the run", contract))
-        self._plan = params.plan_fields("proprioception_fields", NamedContract("the run", contract))
+        run = NamedContract("the run", contract)
+        plan = params.plan_fields("proprioception_fields", run)
+        self._request = replace(create_request(params, run), fields=plan.stored, pose_groups=plan.groups)
         self._num_actions = normalizer.layout(params.action_fields).width
         stages: list[Stage] = [
+            ComputeRelativePoses(),
             NormalizeProprioception(params, normalizer),
             PrepareCameraImages(params),
             EncodeRobot(params, processor),
@@ -146,15 +148,10 @@ class ObservationEncoder:
         observed = Window(window.past, 0)
         steps = create_windows(np.asarray([num_seen - 1]), num_seen, observed, padding=request.padding)
         fields = {}
-        for name in self._plan.stored:
+        for name in request.fields:
             if name not in observation.fields:
                 raise ValueError(unknown_name_message("observation: field", name, sorted(observation.fields)))
             fields[name] = steps.gather(np.asarray(observation.fields[name]))[0]
-        if self._plan.groups:
-            is_padding = steps.is_padding[0]
-            fields |= compute_relative_fields(
-                fields, self._plan.groups, anchor=window.past, is_padding=is_padding, padding=request.padding
-            )
         future = np.ones(window.future, dtype=bool)
         return RobotWindow(
             episode_id="",

@@ -57,7 +57,7 @@ class RobotWindow:
     episode_id: str
     # frame of the episode
     anchor: int
-    # {field: (T, C)}, in the units of the data
+    # {field: (T, C)}, in the units of the data; what is stored, see `add_relative_fields`
     fields: dict[str, np.ndarray]
     # bool (T,); exactly one is True at each step, see robotics/windows.py
     past_mask: np.ndarray
@@ -133,7 +133,7 @@ def read_published_window(shard: SampleShard, row: int, request: WindowRequest) 
     return RobotWindow(
         episode_id=_episode_of(metadata),
         anchor=int(metadata.get("anchor_timestep", metadata.get("frame_index", -1))),
-        fields=_add_relative(fields, is_padding, request),
+        fields=fields,
         past_mask=past_mask,
         future_mask=future_mask,
         is_padding=is_padding,
@@ -174,7 +174,7 @@ def read_episode_window(shard: EpisodeShard, row: int, request: WindowRequest) -
     return RobotWindow(
         episode_id=episode.info.episode_id,
         anchor=anchor,
-        fields=_add_relative(fields, steps.is_padding, request),
+        fields=fields,
         past_mask=steps.past_mask,
         future_mask=steps.future_mask,
         is_padding=steps.is_padding,
@@ -226,9 +226,14 @@ def _find_steps(num_left: int, num_right: int, window: Window, padding: PaddingS
     )
 
 
-def _add_relative(
+def add_relative_fields(
     fields: dict[str, np.ndarray], is_padding: np.ndarray, request: WindowRequest
 ) -> dict[str, np.ndarray]:
+    """Return the fields of one window (T, C), or of many (N, T, C), with the relative ones that are not stored.
+
+    Raises:
+        ValueError: a field holds what is no pose.
+    """
     if not request.pose_groups:
         return fields
     relative = compute_relative_fields(

@@ -29,8 +29,10 @@ AUGMENTATION = DataAugmentationParams(
 RELATIVE = "robot__action__poses__left::panda__xyz_relative"
 
 
-@pytest.mark.parametrize("layout", ["episodes", "samples"])
-@pytest.mark.parametrize("has_language", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "padding", "has_language"),
+    [("episodes", "copy", True), ("episodes", "zero", False), ("samples", "copy", False)],
+)
 def test_a_robot_sees_what_training_saw(
     tmp_path: Path,
     create_recording: Callable[..., Any],
@@ -39,10 +41,13 @@ def test_a_robot_sees_what_training_saw(
     read_batch: Callable[..., Batch],
     tokenizer_folder: Path,
     layout: str,
+    padding: str,
     has_language: bool,
 ) -> None:
     recording = create_recording(3, 8)
-    manifest = write_robot_data(tmp_path / "data", [recording], layout=layout, window=(2, 3), image_indices=[-2, 0])
+    manifest = write_robot_data(
+        tmp_path / "data", [recording], layout=layout, padding=padding, window=(2, 3), image_indices=[-2, 0]
+    )
     fields = ["robot__actual__poses__right::panda__xyz", "robot__actual__poses__left::panda__rot_6d_relative"]
     options = {"tokenizer": str(tokenizer_folder)} if has_language else {}
     params = create_params(

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,42 @@ def test_both_layouts_give_equal_batches(
         batches.append(read_batch(params, 24))
     assert_same_batch(*batches, but=("shards",))
     assert sorted(batches[0]["anchors"].tolist()) == sorted(list(range(6)) * 4)
+
+
+def test_a_microbatch_at_once_is_what_its_samples_are_one_by_one(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
+) -> None:
+    """Of two datasets, one of which lacks a field; and a sample that no pose can be made of is replaced alone."""
+    whole, part, other = create_recording(0, 8), create_recording(1, 8), create_recording(2, 8)
+    del part.fields["robot__action__grippers__left::panda_hand"]
+    manifests = [
+        write_robot_data(tmp_path / "a", [whole, other], padding="zero"),
+        write_robot_data(tmp_path / "b", [part]),
+    ]
+
+    def read(params: RoboticsDataParams, *, at_once: bool) -> list[Batch]:
+        loader = create_dataloader(params, World(), global_batch_size=8, per_gpu_batch_size=8, seed=0)
+        pipeline = loader._pipeline
+        assert isinstance(pipeline, RoboticsPipeline)
+        if not at_once:
+            pipeline.stages = (*pipeline.make_fields, *pipeline.make_inputs)
+        batches = list(islice(loader.microbatches(0), 6))
+        loader.close()
+        return batches
+
+    params = create_params(*manifests, pad_missing_fields=True, allow_multiple_epochs=True)
+    for one, each in zip(read(params, at_once=True), read(params, at_once=False), strict=True):
+        assert_same_batch(one, each)
+        assert not one["dropped"]
+    whole.fields["robot__actual__poses__left::panda__rot_6d"][3] = 0
+    write_robot_data(tmp_path / "a", [whole, other], padding="zero", statistics_of=[other])
+    params = create_params(*manifests, pad_missing_fields=True, allow_multiple_epochs=True, max_bad_fraction=1.0)
+    found = read(params, at_once=True)
+    for one, each in zip(found, read(params, at_once=False), strict=True):
+        assert_same_batch(one, each)
+    dropped = [batch["dropped"] for batch in found if batch["dropped"]]
+    assert dropped
+    assert all(set(reasons) == {"ComputeRelativePoses: ValueError"} for reasons in dropped)
 
 
 def test_a_batch_is_as_the_contract_says(

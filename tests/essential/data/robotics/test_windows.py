@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vla_foundry.data.reader import Dataset, EpisodeShard, SampleShard, ShardRea
 from vla_foundry.data.robotics.datasets import complete_params, read_contracts
 from vla_foundry.data.robotics.windows import (
     RobotWindow,
+    add_relative_fields,
     create_request,
     read_episode_window,
     read_published_window,
@@ -40,7 +42,9 @@ def read_windows(manifest: Path, params: RoboticsDataParams) -> list[RobotWindow
                 windows.append(read_episode_window(shard, row, request))
             elif isinstance(shard, SampleShard):
                 windows.append(read_published_window(shard, row, request))
-    return windows
+    return [
+        replace(window, fields=add_relative_fields(window.fields, window.is_padding, request)) for window in windows
+    ]
 
 
 def assert_same(one: RobotWindow, other: RobotWindow) -> None:
