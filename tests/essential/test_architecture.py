@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 # from the top down; an import may only go down, or stay within its own entry
 LAYERS: list[set[str]] = [
     {"cli", "main", "quickstart"},
-    {"evaluation", "viz"},
+    {"evaluation", "viz", "importing"},
     {"training", "inference"},
     {"models", "data", "preprocessing", "simulators"},
     {"params", "shards", "run_folder", "episode_blocks", "robotics_contract"},

@@ -29,8 +29,14 @@ _BACKBONE = "vision_language_backbone._model."
 _HEAD = {
     *("time_encoding", "output_layer", "action_encode", "condition_encode", "proprioception_encode", "transformer"),
 }
-# what the head does not use there, tables that are computed, and constants of the noise process
-_DROPPED = ("transformer.embeddings.", "transformer.output.", "transformer.norm.", "sinusoidal_position_", "scheduler.")
+# what such a checkpoint holds and ours does not, by the beginning of its names -> why
+LEFT_OUT = {
+    "transformer.embeddings.": "the action head reads no tokens",
+    "transformer.output.": "the action head writes no tokens",
+    "transformer.norm.": "the action head's last state was read before this norm",
+    "sinusoidal_position_": "this table is computed",
+    "scheduler.": "constants of the noise process are computed",
+}
 _TABLES = ("embeddings.weight", "embed_tokens.weight")
 _HEADS = ("output.weight", "lm_head.weight")
 _HEAD_KEYS = ("num_action_head_repeats", "input_noise_std")
@@ -116,7 +122,7 @@ def translate_weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
                     found["vision_language_backbone.observation_token"] = _last_row(entry)
                 entry = _other_rows(entry)
             found[new] = entry
-        elif name.startswith(_DROPPED):
+        elif name.startswith(tuple(LEFT_OUT)):
             continue
         else:
             found[f"action_head.{name}" if name.partition(".")[0] in _HEAD else name] = entry

@@ -3,9 +3,10 @@
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -157,7 +158,9 @@ def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapp
         if not local.is_file():
             raise FileNotFoundError(f"Checkpoint {path} does not exist.")
         if local.suffix != ".safetensors":
-            yield _clean_names({name: Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt(local)})
+            yield _clean_names(
+                {name: Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt_weights(local)}
+            )
             return
         try:
             file = safe_open(local, framework="pt")
@@ -208,15 +211,23 @@ def _find_remote_weights(folder: str, use_ema: bool) -> str:
     return join_uri(newest.removesuffix(COMPLETE_NAME), EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME)
 
 
-def _read_pt(path: Path) -> list[tuple[str, Tensor]]:
-    """The tensors of a file by torch.save, which is read without running anything it holds."""
+def read_pt(path: Path) -> Any:
+    """Read a file by torch.save without running anything it holds; tensors stay on the disk until they are used.
+
+    Raises:
+        ValueError: it holds more than tensors and plain values, or is broken.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"Checkpoint {path} can not be read safely (tensors and plain values only): {reason}"
         ) from None
+
+
+def _read_pt_weights(path: Path) -> list[tuple[str, Tensor]]:
+    content = read_pt(path)
     for key in ("state_dict", "ema_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -227,10 +238,16 @@ def _read_pt(path: Path) -> list[tuple[str, Tensor]]:
 
 def _clean_names(entries: dict[str, Entry]) -> dict[str, Entry]:
     """Take out what torch.compile and DDP put into names, and tables that are computed."""
-    names = {name: name.replace("_orig_mod.", "") for name in entries}
+    names = strip_wrapper_names(entries)
+    return {names[name]: entry for name, entry in entries.items() if not _COMPUTED.search(names[name])}
+
+
+def strip_wrapper_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map names as a file has them to those without what torch.compile and DDP put into them."""
+    names = {name: name.replace("_orig_mod.", "") for name in stored}
     while names and all(name.startswith("module.") for name in names.values()):
         names = {old: new.removeprefix("module.") for old, new in names.items()}
-    return {names[name]: entry for name, entry in entries.items() if not _COMPUTED.search(names[name])}
+    return names
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
                     "and both are given. Remove the old one."
                 )
             children[new] = children.pop(old)
+            decoding.notices.append(f"{_join(path, old)} is called {_join(path, new)} now.")
         for key in children.keys() & migration.values.keys():
             node = children[key]
             old_value = "null" if isinstance(node, Leaf) and is_null(node.value) else _text(node)

@@ -79,6 +79,7 @@ MIGRATIONS: dict[str, Migration] = {
             "point_cloud_num_points": "it never had an effect",
         },
     ),
+    "ImageAugmentationParams": Migration(renamed={"random_crop": "crop"}),
     "ViTParams": Migration(ignored={"pretrained": "it never had an effect"}),
     "VLMParams": Migration(ignored={"processor": "data.processor names it"}),
 }

@@ -118,7 +118,8 @@ def _describe_published(folder: str, manifest: str) -> RoboticsContract:
     members = _read_first_sample(join_uri(folder, first))
     metadata = json.loads(members["metadata.json"])
     arrays = NpzFile.from_bytes(members["lowdim.npz"])
-    fields = {name: _describe_field(name, arrays) for name in arrays.names if len(arrays.shape(name)) == 2}
+    widths = {name: arrays.shape(name)[1] for name in arrays.names if len(arrays.shape(name)) == 2}
+    fields = {name: describe_published_field(name, width) for name, width in widths.items()}
     return RoboticsContract(
         layout="samples",
         fps=None,
@@ -128,14 +129,15 @@ def _describe_published(folder: str, manifest: str) -> RoboticsContract:
         padding_strategy=str(values.get("padding_strategy", "copy")),
         cameras=_describe_cameras(metadata, values.get("resize_images_size")),
         fields=fields,
-        pose_groups=_find_pose_groups(fields),
+        pose_groups=find_published_pose_groups(fields),
         language_types=PUBLISHED_LANGUAGE_TYPES,
     )
 
 
-def _describe_field(name: str, arrays: NpzFile) -> FieldDescription:
+def describe_published_field(name: str, width: int) -> FieldDescription:
+    """What a field of published data means, by its name alone."""
     return FieldDescription(
-        shape=(arrays.shape(name)[1],),
+        shape=(width,),
         representation="relative" if is_relative_field(name) else "absolute",
         rotation="rot_6d_rows" if absolute_field(name).endswith(_ROTATION) else None,
         role="action" if name.startswith(("robot__action__", "action")) else "observation",
@@ -152,7 +154,8 @@ def _describe_cameras(metadata: Mapping[str, Any], size: list[int] | None) -> di
     return cameras
 
 
-def _find_pose_groups(fields: Mapping[str, FieldDescription]) -> tuple[PoseGroup, ...]:
+def find_published_pose_groups(fields: Mapping[str, FieldDescription]) -> tuple[PoseGroup, ...]:
+    """The poses that published fields make together, by their names."""
     stems = [name.removesuffix(_POSITION) for name in fields if name.endswith(_POSITION)]
     return tuple(
         PoseGroup(name=stem, position_key=stem + _POSITION, rotation_key=stem + _ROTATION)

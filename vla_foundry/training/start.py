@@ -13,6 +13,7 @@ from vla_foundry.run_folder import (
     COMPLETE_NAME,
     CONFIG_NAME,
     MODEL_CONFIG_NAME,
+    STATE_NAME,
     WRITING_PREFIX,
     find_checkpoint,
     list_step_folders,
@@ -61,7 +62,13 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
             "Add --model.resume_weights_only true, or give a run folder."
         )
     if not is_remote(source):
-        return find_checkpoint(source, notify=notify)
+        step_folder = find_checkpoint(source, notify=notify)
+        if not (step_folder / STATE_NAME).is_file():
+            raise ValueError(
+                f"model.resume_from_checkpoint {step_folder} was imported and holds weights alone. Add "
+                "--model.resume_weights_only true."
+            )
+        return step_folder
     step_folder = fetch_checkpoint(source, run_folder)
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")

@@ -1,0 +1,155 @@
+"""A policy of the earlier implementation becomes a run that acts: config, normalizer, contract and processor."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from vla_foundry.data.robotics.files import load_contract, load_normalizer
+from vla_foundry.importing.command import import_checkpoint
+from vla_foundry.importing.configs import match_field_config
+from vla_foundry.inference.history import RobotObservation
+from vla_foundry.inference.policy import Policy
+from vla_foundry.params import load_experiment_params_from_yaml
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.importing import ImportParams
+
+pytestmark = pytest.mark.shared_data
+
+XYZ = "robot__action__poses__left::panda__xyz_relative"
+SPEED = "speed"
+
+
+@pytest.fixture
+def run(policy_source: Path, tokenizer: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The imported run, and what was said of it."""
+    output = tmp_path / "runs" / "vla"
+    params = ImportParams(source=str(policy_source), output=str(output), tokenizer=str(tokenizer), fps=10.0)
+    return output, import_checkpoint(params)
+
+
+def read_data(folder: Path) -> RoboticsDataParams:
+    params = load_experiment_params_from_yaml(str(folder / "config.yaml"))
+    assert isinstance(params.data, RoboticsDataParams)
+    return params.data
+
+
+def test_the_config_is_the_same_in_our_terms(run: tuple[Path, list[str]]) -> None:
+    folder, lines = run
+    params: Any = load_experiment_params_from_yaml(str(folder / "config.yaml"))
+    assert (params.name, params.save_path, params.remote_sync) == ("vla", str(folder.parent), None)
+    assert (params.hparams.lr, params.hparams.warmup, params.hparams.global_batch_size) == (5e-5, 1000, 1024)
+    assert params.distributed.fsdp
+    assert params.data.augmentation.image.crop.shape == (56, 56)
+    assert params.data.image_names == [f"{camera}_t{t}" for t in (-1, 0) for camera in params.data.camera_names]
+    assert (params.data.window.past, params.data.window.future) == (1, 14)
+    assert (params.data.use_language, params.data.image_size, params.data.img_num_tokens) == (True, 56, 4)
+    assert params.model.action_head.transformer.rope_bf16_frequencies
+    assert params.model.vision_language_backbone.vlm.transformer.rope_bf16_frequencies
+    for line in (
+        "data.augmentation.image.random_crop is called data.augmentation.image.crop now.",
+        "hparams.loss_function is left out: the model's batch handler decides the loss.",
+        "data.normalization.field_configs.gripper is left out: each field has an entry of its own.",
+        "remote_sync (s3://someone/models) is left out: the imported run is a copy.",
+    ):
+        assert line in lines
+    kept = yaml.safe_load((folder / "imported" / "config.yaml").read_text())
+    assert kept["hparams"]["loss_function"] == "mse"
+
+
+def test_numbers_are_normalized_as_they_were(run: tuple[Path, list[str]], policy_source: Path) -> None:
+    statistics = json.loads((policy_source / "stats.json").read_text())[XYZ]
+    low, high = (np.array(statistics[f"percentile_{number}_per_timestep"]) for number in (1, 99))
+    # the statistics have 2 steps before the anchor, the policy 1; the range goes to [-1, 1]
+    values = np.random.default_rng(3).normal(size=(16, 3))
+    center, scale = ((low + high) / 2)[1:17], np.maximum((high - low) / 2, 0.01)[1:17]
+    normalized = load_normalizer(run[0]).normalize(values, XYZ, anchor=1)
+    np.testing.assert_allclose(normalized, (values - center) / scale, rtol=1e-12)
+
+
+def test_the_contract_says_what_its_files_say(run: tuple[Path, list[str]]) -> None:
+    contract = load_contract(run[0])
+    assert contract.fps == 10
+    assert {name: camera.size for name, camera in contract.cameras.items()} == dict.fromkeys(
+        ["scene_right_0", "wrist_left_plus"], (56, 56)
+    )
+    assert contract.fields[XYZ].representation == "relative"
+    assert contract.fields[XYZ].width == 3
+    assert [group.name for group in contract.pose_groups] == ["left_action"]
+
+
+def test_the_policy_acts(run: tuple[Path, list[str]]) -> None:
+    policy = Policy.from_run(str(run[0]), device="cpu", open_loop_steps=2)
+    policy.reset(seed=1)
+    stem = "robot__actual__poses__left::panda"
+    fields = {f"{stem}__xyz": np.zeros(3), f"{stem}__rot_6d": np.eye(3)[:2].ravel(), SPEED: np.zeros(1)}
+    fields |= {"robot__actual__grippers__left::panda_hand": np.zeros(1)}
+    pictures = {name: np.full((56, 56, 3), 90, np.uint8) for name in read_data(run[0]).camera_names or []}
+    observation = RobotObservation(
+        images=pictures, fields={name: value.astype(np.float32) for name, value in fields.items()}, instruction="w5 w7"
+    )
+    first, second = policy.act(observation), policy.act(observation)
+    assert first.keys() == {f"robot__action__poses__left::panda__{name}" for name in ("xyz", "rot_6d")} | {
+        "robot__action__grippers__left::panda_hand"
+    }
+    assert all(np.isfinite(value).all() for value in first.values())
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("stats.json", r"has no stats\.json, without which nothing tells what the policy's numbers mean"),
+        ("preprocessing_config.yaml", r"has no preprocessing_config\.yaml, which tells the cameras and steps"),
+    ],
+)
+def test_a_policy_without_a_file_it_needs_leaves_nothing(
+    file: str, message: str, policy_source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    (policy_source / file).unlink()
+    output = tmp_path / "runs" / "vla"
+    with pytest.raises(FileNotFoundError, match=message):
+        import_checkpoint(ImportParams(source=str(policy_source), output=str(output), tokenizer=str(tokenizer)))
+    assert not list(output.parent.iterdir())
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    change(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"tactile_window": 3}}, r"config\.yaml: data\.tactile_window is unknown"),
+        ({"data": {"processor": "debug"}}, r"config\.yaml: data\.processor 'debug' was part of the earlier"),
+        ({"data": {"action_fields": [SPEED, "torque"]}}, r"torque"),
+        ({"model": {"use_flow_matching_scheduler": False}}, r"Only policies trained with use_flow_matching_scheduler"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(
+    change: dict[str, Any], message: str, policy_source: Path, tmp_path: Path
+) -> None:
+    def apply(config: dict[str, Any]) -> None:
+        for section, values in change.items():
+            config[section] |= values
+
+    change_config(policy_source, apply)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(ImportParams(source=str(policy_source), output=str(tmp_path / "vla")))
+    assert not (tmp_path / "vla").exists()
+
+
+def test_entries_for_fields_are_found_by_a_part_of_their_name() -> None:
+    configs = {"poses": 1, "left::panda__xyz": 2, "robot__poses__left::panda__xyz": 3}
+    assert match_field_config("robot__poses__left::panda__xyz", configs) == 3
+    assert match_field_config("robot__poses__right::panda__xyz", configs) == 1
+    assert match_field_config("a__left::panda__xyz", configs) == 2
+    assert match_field_config("speed", configs) is None
+    # these were never normalized
+    assert match_field_config("is_valid", configs) == {"enabled": False}

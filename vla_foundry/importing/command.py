@@ -1,0 +1,117 @@
+"""`vla-foundry import-checkpoint`: turn a run of the earlier implementation into a run of ours, whole or not at all."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vla_foundry.io.uri import download, is_remote, join_uri, name_of, read_text
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.importing import ImportParams
+from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROVENANCE_NAME, step_folder_name
+
+if TYPE_CHECKING:
+    from vla_foundry.importing.source import Source
+
+# what an earlier run says about itself, kept as it was
+_KEPT_NAMES = (
+    CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    "vlm_config_model.yaml",
+    "config_normalizer.yaml",
+    "config_processor.yaml",
+    "processing_metadata.json",
+)
+_KEPT_FOLDER = "imported"
+
+
+def import_checkpoint(params: ImportParams) -> list[str]:
+    """Make the run folder `params.output`.
+
+    Returns:
+        A line on everything that is not as it was.
+
+    Raises:
+        FileNotFoundError: something of the source is missing.
+        ValueError: there is an output, or something of the source is not understood.
+    """
+    from vla_foundry.importing.source import read_source
+
+    output = Path(params.output)
+    if output.exists():
+        raise ValueError(f"output {output} exists. Choose another name, or delete it.")
+    params = dataclasses.replace(params, output=str(output.absolute()))
+    source = read_source(params.source, params.checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".importing_{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
+            lines = _write_run(params, source, aside, Path(scratch))
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return lines
+
+
+def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Path) -> list[str]:
+    # torch comes last: what is wrong with the source so far is said within a second
+    from vla_foundry.importing.configs import translate
+    from vla_foundry.importing.data_files import write_data_files
+    from vla_foundry.importing.weights import describe_left_out, read_weights_facts, write_step_folder
+    from vla_foundry.params.loading import dump_params
+
+    local = [None if name is None else _fetch(name, scratch) for name in (source.weights, source.ema)]
+    assert local[0] is not None
+    stored = read_weights_facts(local[0], local[1])
+    config = translate(source, params, has_bf16_tables=stored.has_bf16_tables)
+    experiment, data_lines = write_data_files(source, config, params, folder)
+    (folder / MODEL_CONFIG_NAME).write_text(dump_params(config.model))
+    if experiment is not None:
+        (folder / CONFIG_NAME).write_text(dump_params(experiment))
+    for name in _KEPT_NAMES:
+        _keep(join_uri(source.folder, name), folder / _KEPT_FOLDER / name)
+    count = write_step_folder(folder, config.model, stored)
+    lines = [*config.lines, *data_lines, *describe_left_out(stored, config.model)]
+    lines.append(
+        f"{name_of(source.weights)}: {count:,} numbers of a {config.model.type} in {step_folder_name(stored.step)}"
+        + ("." if source.ema is None else f", and their average ({name_of(source.ema)}).")
+    )
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "source": source.folder,
+        "checkpoint": name_of(source.weights),
+        "notes": lines,
+    }
+    (folder / PROVENANCE_NAME).write_text(json.dumps({"imported": record, "starts": []}, indent=1) + "\n")
+    return lines
+
+
+def _fetch(location: str, scratch: Path) -> Path:
+    if not is_remote(location):
+        return Path(location)
+    local = scratch / name_of(location)
+    download(location, str(local))
+    return local
+
+
+def _keep(location: str, target: Path) -> None:
+    try:
+        text = read_text(location)
+    except FileNotFoundError:
+        return
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(text)
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry import-checkpoint`: print a line on everything that is not as it was."""
+    params = parse_command(ImportParams, argv, prog="vla-foundry import-checkpoint")
+    for line in import_checkpoint(params):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"Run folder {params.output}\n")

@@ -1,0 +1,243 @@
+"""The config of an earlier run in our terms, and one line on everything that is not as it was."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
+from vla_foundry.models.published_policy import translate_config
+from vla_foundry.params.decode import Decoding, decode
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.importing import ImportParams
+from vla_foundry.params.loading import dump_inline, dump_value
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.yaml_source import parse_inline
+
+_POLICY = "diffusion_policy"
+_STARTS = ("resume_from_checkpoint", "resume_weights_only")
+# keys of every model section that say nothing about what it computes
+_COMMON = {"type", "freeze", *_STARTS}
+_POLICY_KEYS = _COMMON | {
+    *("vision_language_backbone", "transformer", "noise_scheduler", "action_dim", "proprioception_dim"),
+    *("use_flow_matching_scheduler", "use_diffusers_scheduler", "input_noise_std", "diffusion_step_conditioning"),
+    "num_action_head_repeats",
+}
+_BACKBONE_KEYS = {
+    "vlm_foundry_backbone": _COMMON | {"num_vlm_layers_to_use", "vlm_experiment_dir"},
+    "vlm_backbone": _COMMON | {"num_vlm_layers_to_use", "hf_pretrained"},
+    "clip_backbone": _COMMON | {"hf_pretrained", "disable_text", "freeze_text_encoder", "freeze_image_encoder"},
+}
+_NOISE_KEYS = _COMMON | {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
+# of the policy's noise process, which is flow matching
+_UNUSED_NOISE_KEYS = {"beta_start": "flow matching has no betas", "beta_end": "flow matching has no betas"}
+# precisions in which keys, and with them the frequencies that turned them, were rounded to bf16
+_BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
+# the tokenizer of the processor of that name
+_SIMPLE_VLM, _SIMPLE_VLM_TOKENIZER = "simple_vlm", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
+# processors that exist nowhere else
+_OTHER_PROCESSORS = ("stable_diffusion", "debug", "none")
+# by type of data, how its text was written: one turn, images in front
+_PROMPTS = {"robotics": "<image>{instruction}", "image_caption": "<image>"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedConfig:
+    """What a run's config says in our terms."""
+
+    model: ModelParams
+    # None: the source has no config.yaml, and nothing tells what data it was trained on
+    experiment: TrainExperimentParams | None
+    # one on each key that is renamed, left out or set
+    lines: tuple[str, ...]
+
+
+def translate(source: Source, params: ImportParams, *, has_bf16_tables: bool) -> ImportedConfig:
+    """Translate the config.
+
+    Args:
+        has_bf16_tables: the checkpoint holds rotary frequencies in bf16.
+
+    Raises:
+        ValueError: a key or a value that is not understood; one line with its config path.
+        FileNotFoundError: the config of the model that a policy started from is missing.
+    """
+    try:
+        model, lines = _translate_model(source, params, has_bf16_tables)
+        if source.config is None:
+            decoded, notices = _decode(ModelParams, model, "model")
+            return ImportedConfig(model=decoded, experiment=None, lines=(*lines, *notices))
+        data, data_lines = _translate_data(source, source.config.get("data") or {}, params)
+        root, root_lines = _translate_root(source.config, Path(params.output))
+        experiment, notices = _decode(TrainExperimentParams, {**root, "model": model, "data": data}, "")
+    except ValueError as error:
+        raise ValueError(f"{source.config_location}: {error}") from None
+    return ImportedConfig(
+        model=experiment.model, experiment=experiment, lines=(*lines, *data_lines, *root_lines, *notices)
+    )
+
+
+def _decode(cls: Any, values: dict[str, Any], path: str) -> tuple[Any, list[str]]:
+    decoding = Decoding(root=cls)
+    decoded = decode(cls, parse_inline(dump_value(values)), decoding, path)
+    ignored = [f"{key} is left out: {reason}." for key, reason in decoding.ignored.items()]
+    return decoded, [*decoding.notices, *sorted(ignored)]
+
+
+def _translate_model(source: Source, params: ImportParams, has_bf16_tables: bool) -> tuple[dict[str, Any], list[str]]:
+    old, lines = source.model_config, []
+    vlm = read_vlm_config(source, params.vlm_source)
+    model = old
+    if old.get("type") == _POLICY:
+        lines += _check_policy(old)
+        vlm_model = None if vlm is None else _without_starts(vlm, "model.vision_language_backbone.vlm", [])
+        model = translate_config(old, vlm_model)
+        lines += _parity_lines(model)
+    model = _without_starts(model, "model", lines)
+    is_rounded = has_bf16_tables or source.precision in _BF16_PRECISIONS
+    return (_round_frequencies(model, "model", lines, source.precision) if is_rounded else model), lines
+
+
+def _check_policy(old: Mapping[str, Any]) -> list[str]:
+    """Check that every key of a policy's config is known, for the translation takes only those.
+
+    Returns:
+        A line on each that has no counterpart.
+    """
+    backbone = old.get("vision_language_backbone") or {}
+    sections = [("model", old, _POLICY_KEYS), ("model.noise_scheduler", old.get("noise_scheduler") or {}, _NOISE_KEYS)]
+    if backbone.get("type") in _BACKBONE_KEYS:
+        # the keys of others are those of an image encoder, which are checked as such
+        sections.append(("model.vision_language_backbone", backbone, _BACKBONE_KEYS[backbone["type"]]))
+    for path, values, known in sections:
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{path}.{key} is unknown. Known here: {', '.join(sorted(known))}.")
+    lines = ["model.freeze is left out: nothing is trained in a run that is complete."] if old.get("freeze") else []
+    noise = old.get("noise_scheduler") or {}
+    return lines + [
+        f"model.noise_scheduler.{key} is left out: {why}." for key, why in _UNUSED_NOISE_KEYS.items() if key in noise
+    ]
+
+
+def _parity_lines(model: Mapping[str, Any]) -> list[str]:
+    """A line on each field that is set so that the model computes what it computed."""
+    backbone, head = model["vision_language_backbone"], model["action_head"]
+    noise = head["noise"]
+    switches = {
+        "action_head.final_norm": head["final_norm"],
+        "action_head.time_encoding": head["time_encoding"],
+        "action_head.noise.num_timesteps": noise["num_timesteps"],
+        "action_head.noise.clamp_range": noise["clamp_range"],
+        "action_head.noise.sampling_time_shift": noise["sampling_time_shift"],
+        "vision_language_backbone.final_norm": backbone.get("final_norm"),
+        "vision_language_backbone.text_norm_before_projection": backbone.get("text_norm_before_projection"),
+    }
+    return [f"parity: model.{name} is {dump_inline(value)}" for name, value in switches.items() if value is not None]
+
+
+def _without_starts(section: Any, path: str, lines: list[str]) -> Any:
+    """Return a model section in which nothing says where weights came from: they are in the checkpoint."""
+    if not isinstance(section, dict):
+        return section
+    start = section.get(_STARTS[0])
+    if start is not None:
+        lines.append(f"{path}.{_STARTS[0]} ({start}) is left out: the weights are in the checkpoint.")
+    return {key: _without_starts(value, f"{path}.{key}", lines) for key, value in section.items() if key not in _STARTS}
+
+
+def _round_frequencies(section: Any, path: str, lines: list[str], precision: str | None) -> Any:
+    """Return a model section whose native transformers round their rotary frequencies, where training did."""
+    if not isinstance(section, dict):
+        return section
+    found = {key: _round_frequencies(value, f"{path}.{key}", lines, precision) for key, value in section.items()}
+    is_native = section.get("type") == "transformer"
+    # norms of queries and keys ran in fp32 under autocast, and kept their tables in fp32
+    has_fp32_keys = section.get("qk_norm") and "lp_layer_norm" not in section.get("norm_type", "")
+    in_fp32 = has_fp32_keys and precision != "pure_bf16"
+    if is_native and section.get("positional_embedding_type", "rotary") == "rotary" and not in_fp32:
+        lines.append(f"parity: {path}.rope_bf16_frequencies is true (trained in bf16)")
+        found["rope_bf16_frequencies"] = True
+    return found
+
+
+def _translate_data(source: Source, old: dict[str, Any], params: ImportParams) -> tuple[dict[str, Any], list[str]]:
+    data, lines = {}, []
+    for key, value in old.items():
+        if isinstance(value, list) and None in value:
+            lines.append(f"data.{key}: empty entries are left out.")
+            value = [item for item in value if item is not None]
+        data[key] = value
+    if old.get("type") in _PROMPTS:
+        data["prompts"] = [_PROMPTS[old["type"]]]
+    if old.get("type") == "robotics":
+        lines += _compare_files(source, data)
+        lines += _match_field_configs(data)
+    if "processor" not in old:
+        return data | ({} if params.tokenizer is None else {"tokenizer": params.tokenizer}), lines
+    processor = old["processor"]
+    if params.processor is not None:
+        data |= {"processor": params.processor, "tokenizer": None}
+    elif processor == _SIMPLE_VLM or (params.tokenizer is not None):
+        data |= {"processor": None, "tokenizer": params.tokenizer or _SIMPLE_VLM_TOKENIZER}
+        # a caption was written into the user's turn, and nothing answered it
+        layout = "chat_template" if old.get("type") == "robotics" else "caption"
+        data |= {"image_resizing_method": "resize_no_crop", "prompt_layout": layout}
+    elif processor in _OTHER_PROCESSORS:
+        raise ValueError(
+            f"data.processor '{processor}' was part of the earlier implementation. Name another with --processor, or a "
+            "tokenizer for our own with --tokenizer."
+        )
+    if data["processor"] != processor:
+        lines.append(f"data.processor ({processor}) is {data['processor'] or 'our own, with ' + data['tokenizer']}.")
+    return data, lines
+
+
+def _compare_files(source: Source, data: dict[str, Any]) -> list[str]:
+    """Take the normalization that the policy was saved with; say where its files and its config differ."""
+    lines = []
+    normalization = read_yaml(source, "config_normalizer.yaml")
+    if normalization is not None and normalization != data.get("normalization"):
+        lines.append("data.normalization is that of config_normalizer.yaml, which differs from config.yaml's.")
+        data["normalization"] = normalization
+    processor = read_yaml(source, "config_processor.yaml") or {}
+    return lines + [
+        f"data.{key} is {dump_inline(data[key])}, although config_processor.yaml has {dump_inline(value)}."
+        for key, value in processor.items()
+        if key in data and value != data[key] and not isinstance(value, dict)
+    ]
+
+
+def _match_field_configs(data: dict[str, Any]) -> list[str]:
+    """Give each field its own entry of normalization.field_configs, which may have been found by a part of its name."""
+    normalization = data.get("normalization") or {}
+    configs = normalization.get("field_configs") or {}
+    names = [*(data.get("proprioception_fields") or []), *(data.get("action_fields") or [])]
+    exact = {name: found for name in names if (found := match_field_config(name, configs)) is not None}
+    data["normalization"] = normalization | {"field_configs": exact}
+    return [
+        f"data.normalization.field_configs.{key} is left out: each field has an entry of its own."
+        for key in configs
+        if key not in exact
+    ]
+
+
+def match_field_config(name: str, configs: Mapping[str, Any]) -> Any:
+    """Return the entry for a field as the earlier implementation found it: its own, or the first that is a part of it.
+
+    Fields whose names hold certain words were not normalized at all.
+    """
+    if any(word in name for word in ("text", "language", "instruction", "mask", "valid")):
+        return {"enabled": False}
+    return configs.get(name) or next((value for key, value in configs.items() if key in name), None)
+
+
+def _translate_root(config: dict[str, Any], output: Path) -> tuple[dict[str, Any], list[str]]:
+    root = dict(config)
+    lines = []
+    root |= {"name": output.name, "save_path": str(output.parent), "resolve_configs": False}
+    root["resolve_configs_path"] = None
+    if root.get("remote_sync") is not None:
+        lines.append(f"remote_sync ({root['remote_sync']}) is left out: the imported run is a copy.")
+    root["remote_sync"] = None
+    return root, lines

@@ -1,0 +1,93 @@
+"""The data section of an imported run, and what the run keeps of its data: tokenizer or processor, robot files."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from vla_foundry.importing.configs import ImportedConfig
+from vla_foundry.importing.robot_files import complete_params, read_robot_data, write_robot_files
+from vla_foundry.importing.source import Source
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.images import ImageProcessorParams
+from vla_foundry.params.importing import ImportParams
+from vla_foundry.params.models.base import LanguageModelParams
+from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.text.tokenizers import load_tokenizer
+from vla_foundry.text.turn_encoder import CHAT_TEMPLATE
+from vla_foundry.training.tokenizer_copy import copy_tokenizer
+
+Data = TypeVar("Data", bound=ImageProcessorParams)
+
+
+def write_data_files(
+    source: Source, config: ImportedConfig, params: ImportParams, folder: Path
+) -> tuple[TrainExperimentParams | None, list[str]]:
+    """Write what inference needs of the data.
+
+    Returns:
+        The whole config, its data completed as `resolve` would; None: nothing tells what the data was. And lines.
+
+    Raises:
+        FileNotFoundError: a file of robot data is missing.
+        ValueError: a file is not what it should be, or a tokenizer or processor can not be loaded.
+    """
+    if config.experiment is None:
+        return _start_config(config, params, folder)
+    data: DataParams = config.experiment.data
+    lines: list[str] = []
+    if isinstance(data, RoboticsDataParams):
+        found = read_robot_data(source, fps=params.fps)
+        data = replace(data, use_language=config.model.image_inputs().takes_text)
+        data = complete_params(data, found, source.folder)
+        write_robot_files(found, data, folder)
+        if params.fps is None:
+            lines.append("fps is not known: the earlier files do not say. Give --fps if it matters.")
+    if isinstance(data, ImageProcessorParams):
+        data = _fit_processor(data, config)
+    elif data.tokenizer_name() is None:
+        return replace(config.experiment, data=data), [*lines, "No tokenizer is kept: none is named. Give --tokenizer."]
+    _copy(data, folder)
+    return replace(config.experiment, data=data), lines
+
+
+def _start_config(
+    config: ImportedConfig, params: ImportParams, folder: Path
+) -> tuple[TrainExperimentParams | None, list[str]]:
+    """Without a config.yaml: what can be said of the data of a language or vision-language model."""
+    name = params.tokenizer or params.processor
+    data: DataParams | None = None
+    if isinstance(config.model, LanguageModelParams) and name is not None:
+        data = TextDataParams(tokenizer=name)
+    elif isinstance(config.model, VLMParams) and name is not None:
+        data = _fit_processor(ImageCaptionDataParams(tokenizer=params.tokenizer, processor=params.processor), config)
+    if data is None:
+        return None, ["The source has no config.yaml: the run has weights and a model config, and knows no data."]
+    _copy(data, folder)
+    output = Path(params.output)
+    experiment = TrainExperimentParams(name=output.name, save_path=str(output.parent), data=data, model=config.model)
+    return experiment, [f"The source has no config.yaml: all of it but the model and {name} is at its default."]
+
+
+def _fit_processor(data: Data, config: ImportedConfig) -> Data:
+    """Give our own processor the images of the model, and the layout of its tokenizer."""
+    inputs = config.model.image_inputs()
+    if data.processor is not None:
+        return data
+    if data.prompt_layout == CHAT_TEMPLATE and data.tokenizer is not None:
+        # without a template, images and text stood next to each other
+        has_template = load_tokenizer(data.tokenizer).chat_template is not None
+        data = replace(data, prompt_layout=CHAT_TEMPLATE if has_template else "caption")
+    return replace(data, image_size=inputs.image_size, img_num_tokens=inputs.img_num_tokens)
+
+
+def _copy(data: DataParams, folder: Path) -> None:
+    try:
+        copy_tokenizer(data, folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Give a folder that has it, with --processor or --tokenizer, or run this where it can be loaded."
+        ) from None

@@ -1,0 +1,158 @@
+"""What a run keeps of its robot data, from the files that an earlier policy keeps: normalizer, statistics, contract."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vla_foundry.data.robotics.files import describe_inputs
+from vla_foundry.data.robotics.normalizer import create_normalization
+from vla_foundry.importing.source import Source, read_yaml
+from vla_foundry.io.uri import join_uri, read_text
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.derivation import DatasetFacts
+from vla_foundry.params.robotics_facts import (
+    PUBLISHED_LANGUAGE_TYPES,
+    describe_published_field,
+    find_published_pose_groups,
+)
+from vla_foundry.robotics.statistics_format import format_statistics
+from vla_foundry.robotics_contract import (
+    CONTRACT_NAME,
+    CameraDescription,
+    NamedContract,
+    RoboticsContract,
+    format_contract,
+)
+from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
+
+# the second name is that of older runs
+_PREPROCESSING_NAMES = (PREPROCESSING_CONFIG_NAME, "preprocessing_configs.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotData:
+    """What the files of an earlier policy tell of its data."""
+
+    # text of stats.json
+    statistics: str
+    # where that is, for messages
+    location: str
+    # preprocessing_config.yaml of each dataset, in order
+    preprocessing: tuple[dict[str, Any], ...]
+    # all fields that there are statistics of
+    contract: RoboticsContract
+
+
+def read_robot_data(source: Source, *, fps: float | None) -> RobotData:
+    """Read statistics and preprocessing.
+
+    Args:
+        fps: frames a second that the policy acts at; None: not known.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: one of them is not what it should be.
+    """
+    location = join_uri(source.folder, STATISTICS_NAME)
+    try:
+        text = read_text(location)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{source.folder} has no {STATISTICS_NAME}, without which nothing tells what the policy's numbers mean."
+        ) from None
+    preprocessing = _read_preprocessing(source)
+    contract = _describe_data(_read_widths(text, location), preprocessing, fps)
+    return RobotData(statistics=text, location=location, preprocessing=preprocessing, contract=contract)
+
+
+def complete_params(params: RoboticsDataParams, data: RobotData, folder: str) -> RoboticsDataParams:
+    """Fill what a policy's config leaves to its data: cameras, images, steps, pose groups and widths.
+
+    Raises:
+        ValueError: a field has no statistics.
+    """
+    # an empty list meant "those of the data"
+    lists = {name: getattr(params, name) or None for name in ("camera_names", "image_indices", "pose_groups")}
+    params = replace(params, **lists, dataset_statistics=[])
+    facts = DatasetFacts(manifest=folder, num_samples=0, provenance={}, robotics=data.contract)
+    return replace(params, **{name: found.value for name, found in params.derive_from_data([facts]).items()})
+
+
+def write_robot_files(data: RobotData, params: RoboticsDataParams, folder: Path) -> None:
+    """Write normalizer.json, stats.json, robotics.json and preprocessing_config.yaml to a run folder.
+
+    Args:
+        params: of the data, completed.
+
+    Raises:
+        ValueError: statistics lack what the normalization needs.
+    """
+    dataset = NamedContract(data.location, data.contract)
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
+        local = Path(scratch) / STATISTICS_NAME
+        local.write_text(data.statistics)
+        of_one = {"dataset_manifest": [data.location], "dataset_weighting": [], "dataset_modality": []}
+        alone = replace(params, **of_one, dataset_statistics=[str(local)])
+        try:
+            normalization = create_normalization(alone, [dataset])
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(local), data.location)) from None
+    (folder / NORMALIZER_NAME).write_text(json.dumps(normalization.normalizer.state(), indent=1) + "\n")
+    (folder / STATISTICS_NAME).write_text(format_statistics(normalization.statistics))
+    (folder / CONTRACT_NAME).write_text(format_contract(describe_inputs(alone, [dataset])))
+    kept: Any = data.preprocessing[0] if len(data.preprocessing) == 1 else dict(enumerate(data.preprocessing))
+    (folder / PREPROCESSING_CONFIG_NAME).write_text(yaml.safe_dump(kept, sort_keys=False))
+
+
+def _read_preprocessing(source: Source) -> tuple[dict[str, Any], ...]:
+    values = read_yaml(source, *_PREPROCESSING_NAMES)
+    if values is None:
+        raise FileNotFoundError(
+            f"{source.folder} has no {PREPROCESSING_CONFIG_NAME}, which tells the cameras and steps of its data."
+        )
+    found = [values[key] for key in sorted(values)] if all(isinstance(key, int) for key in values) else [values]
+    return tuple(_check_preprocessing(part, source.folder) for part in found)
+
+
+def _check_preprocessing(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    missing = {"camera_names", "image_indices", "past_lowdim_steps", "future_lowdim_steps"} - set(values)
+    if missing:
+        raise ValueError(f"{folder}: {PREPROCESSING_CONFIG_NAME} lacks the key '{min(missing)}'.")
+    method = values.get("image_resizing_method")
+    # it was written as the name of a constant
+    return values if method is None else {**values, "image_resizing_method": str(method).lower()}
+
+
+def _read_widths(text: str, location: str) -> dict[str, int]:
+    try:
+        values = json.loads(text)
+        return {name: len(value["mean"]) for name, value in values.items()}
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{location} holds no statistics by field ({type(error).__name__}: {error}).") from None
+
+
+def _describe_data(
+    widths: Mapping[str, int], preprocessing: Sequence[dict[str, Any]], fps: float | None
+) -> RoboticsContract:
+    first = preprocessing[0]
+    size = first.get("resize_images_size")
+    # (0, 0) where images were kept at the sizes they had
+    stored = (int(size[0]), int(size[1])) if size else (0, 0)
+    fields = {name: describe_published_field(name, width) for name, width in widths.items()}
+    return RoboticsContract(
+        layout="samples",
+        fps=fps,
+        past_lowdim_steps=min(int(part["past_lowdim_steps"]) for part in preprocessing),
+        future_lowdim_steps=min(int(part["future_lowdim_steps"]) for part in preprocessing),
+        image_indices=tuple(int(index) for index in first["image_indices"]),
+        padding_strategy=str(first.get("padding_strategy", "copy")),
+        cameras={name: CameraDescription(size=stored, original_size=None) for name in first["camera_names"]},
+        fields=fields,
+        pose_groups=find_published_pose_groups(fields),
+        language_types=PUBLISHED_LANGUAGE_TYPES,
+    )

@@ -1,0 +1,154 @@
+"""What a run folder of the earlier implementation holds, read and not yet understood.
+
+config.yaml                 the whole config; config_model.yaml is its model section
+vlm_config_model.yaml       published policies: the model config of the vision-language model they started from
+checkpoints/checkpoint_N.pt {state_dict, global_step, ...}; ema_N.pt {ema_state_dict, ...} beside it
+stats.json, config_normalizer.yaml, config_processor.yaml, preprocessing_config.yaml   of robot data
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from vla_foundry.io.uri import is_remote, join_uri, list_files, name_of, parent_uri, read_text
+from vla_foundry.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME
+
+_VLM_CONFIG_NAME = "vlm_config_model.yaml"
+_WEIGHTS = re.compile(r"(checkpoint|ema)_(\d+)\.pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An earlier run."""
+
+    folder: str
+    # which file the configs are from, for messages
+    config_location: str
+    # the whole config; None: there is only that of the model
+    config: dict[str, Any] | None
+    model_config: dict[str, Any]
+    # checkpoint_N.pt
+    weights: str
+    # ema_N.pt; None: there is none
+    ema: str | None
+
+    @property
+    def precision(self) -> str | None:
+        """The precision it was trained in, if that is known."""
+        hparams = (self.config or {}).get("hparams") or {}
+        return hparams.get("precision")
+
+
+def read_source(folder: str, checkpoint: int | None) -> Source:
+    """Read the configs and find the weights.
+
+    Args:
+        checkpoint: the N of checkpoint_N.pt; None: the highest.
+
+    Raises:
+        FileNotFoundError: there is no such folder, config or checkpoint.
+        ValueError: a config is no mapping.
+    """
+    config = _read_mapping(join_uri(folder, CONFIG_NAME))
+    model_config = _read_mapping(join_uri(folder, MODEL_CONFIG_NAME))
+    if config is not None and not isinstance(config.get("model"), dict):
+        raise ValueError(f"{join_uri(folder, CONFIG_NAME)} has no section model. Is it the config of a run?")
+    if config is None and model_config is None:
+        raise FileNotFoundError(
+            f"source {folder} is no run of the earlier implementation: it has neither {CONFIG_NAME} nor "
+            f"{MODEL_CONFIG_NAME}."
+        )
+    weights, ema = _find_weights(folder, checkpoint)
+    return Source(
+        folder=folder,
+        config_location=join_uri(folder, MODEL_CONFIG_NAME if config is None else CONFIG_NAME),
+        config=config,
+        model_config=(config or {}).get("model") or model_config or {},
+        weights=weights,
+        ema=ema,
+    )
+
+
+def read_yaml(source: Source, *names: str) -> dict[Any, Any] | None:
+    """Read the first of these files that the run has; None: it has none.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    found = (_read_mapping(join_uri(source.folder, name)) for name in names)
+    return next((values for values in found if values is not None), None)
+
+
+def read_vlm_config(source: Source, given: str | None) -> dict[str, Any] | None:
+    """Read the model config of the vision-language model that a policy started from; None: it has none.
+
+    Args:
+        given: where it is, as the user says; None: as the policy's config does.
+
+    Raises:
+        FileNotFoundError: it is in none of the places where it can be.
+        ValueError: it is no mapping.
+    """
+    backbone = source.model_config.get("vision_language_backbone")
+    if not isinstance(backbone, dict) or backbone.get("type") != "vlm_foundry_backbone":
+        return None
+    places = list(_vlm_places(source, backbone, given))
+    for place in places:
+        found = _read_mapping(place)
+        if found is not None:
+            return found
+    raise FileNotFoundError(
+        f"{source.config_location}: the vision-language model that the policy started from is in none of "
+        f"{', '.join(places)}. Say where it is with --vlm_source FOLDER."
+    )
+
+
+def _vlm_places(source: Source, backbone: dict[str, Any], given: str | None) -> Iterator[str]:
+    if given is not None:
+        yield given if given.endswith((".yaml", ".yml")) else join_uri(given, MODEL_CONFIG_NAME)
+        return
+    yield join_uri(source.folder, _VLM_CONFIG_NAME)
+    start = backbone.get("resume_from_checkpoint")
+    for folder in (backbone.get("vlm_experiment_dir"), None if start is None else parent_uri(parent_uri(start))):
+        if not folder:
+            continue
+        # names in a config are relative to the run's folder, or to the working directory of its time
+        if not is_remote(folder) and not is_remote(source.folder):
+            yield os.path.normpath(os.path.join(source.folder, folder, MODEL_CONFIG_NAME))
+        yield join_uri(folder, MODEL_CONFIG_NAME)
+
+
+def _find_weights(folder: str, checkpoint: int | None) -> tuple[str, str | None]:
+    location = join_uri(folder, CHECKPOINTS_FOLDER)
+    found: dict[tuple[str, int], str] = {}
+    for file in list_files(location):
+        match = _WEIGHTS.fullmatch(name_of(file))
+        if match is not None:
+            found[match[1], int(match[2])] = file
+    numbers = sorted(number for kind, number in found if kind == "checkpoint")
+    if not numbers:
+        raise FileNotFoundError(f"{location} holds no checkpoint_N.pt.")
+    number = numbers[-1] if checkpoint is None else checkpoint
+    if number not in numbers:
+        raise FileNotFoundError(
+            f"{location} holds no checkpoint_{checkpoint}.pt. There are {', '.join(map(str, numbers))} (--checkpoint)."
+        )
+    return found["checkpoint", number], found.get(("ema", number))
+
+
+def _read_mapping(location: str) -> dict[str, Any] | None:
+    try:
+        text = read_text(location)
+    except FileNotFoundError:
+        return None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{location} is not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{location} holds no mapping of keys. Is it a config file?")
+    return values

@@ -1,0 +1,112 @@
+"""Weights of an earlier run: into the model that the config describes, and from there into a step folder of ours."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla_foundry.io.local import sync_folder
+from vla_foundry.models import create_model
+from vla_foundry.models.base import SavesFiles
+from vla_foundry.models.published_policy import LEFT_OUT, translate_weights
+from vla_foundry.models.weights import load_model_checkpoint, read_pt, strip_wrapper_names
+from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.run_folder import (
+    CHECKPOINTS_FOLDER,
+    COMPLETE_NAME,
+    EMA_WEIGHTS_NAME,
+    MODEL_FILES_FOLDER,
+    MODEL_WEIGHTS_NAME,
+    step_folder_name,
+)
+from vla_foundry.training.distributed import named_persistent_buffers
+from vla_foundry.training.weights_file import write_weights
+
+_ROTARY_TABLE = ".inv_freq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """A checkpoint_N.pt, and the ema_N.pt beside it."""
+
+    path: Path
+    ema_path: Path | None
+    # optimizer steps it was saved after
+    step: int
+    # names of its tensors, without those of wrappers
+    names: tuple[str, ...]
+    # it holds rotary frequencies in bf16: training rounded them
+    has_bf16_tables: bool
+
+
+def read_weights_facts(path: Path, ema_path: Path | None) -> StoredWeights:
+    """Read what a checkpoint says about itself; no tensor is read.
+
+    Raises:
+        ValueError: it can not be read safely, or is not of the earlier implementation.
+    """
+    content = read_pt(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} is no checkpoint of the earlier implementation: it has no state_dict.")
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path}: state_dict holds '{strange[0]}', which is no tensor.")
+    step = content.get("global_step")
+    return StoredWeights(
+        path=path,
+        ema_path=ema_path,
+        step=int(content.get("checkpoint_num", 0) if step is None else step),
+        names=tuple(strip_wrapper_names(state).values()),
+        has_bf16_tables=any(
+            name.endswith(_ROTARY_TABLE) and value.dtype == torch.bfloat16 for name, value in state.items()
+        ),
+    )
+
+
+def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
+    """A line on the tensors that the model has no place for, by what they are."""
+    reasons = LEFT_OUT if isinstance(params, DiffusionPolicyParams) else {}
+    groups = {reason: [name for name in stored.names if name.startswith(mark)] for mark, reason in reasons.items()}
+    groups["rotary tables are computed"] = [name for name in stored.names if name.endswith(_ROTARY_TABLE)]
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} left out: {reason}."
+        for reason, names in groups.items()
+        if names
+    ]
+
+
+def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeights) -> int:
+    """Write the weights, and the average where there is one, as a complete checkpoint, and the model's files.
+
+    Every tensor of the file goes into the model, or is one that `describe_left_out` tells.
+
+    Returns:
+        Numbers in the weights.
+
+    Raises:
+        ValueError: names or shapes are not those of the model.
+    """
+    translate = translate_weights if isinstance(params, DiffusionPolicyParams) else None
+    model: Any = create_model(params, load_pretrained=False)
+    folder = run_folder / CHECKPOINTS_FOLDER / step_folder_name(stored.step)
+    folder.mkdir(parents=True)
+    files: dict[str, tuple[int, str]] = {}
+    for name, path in ((MODEL_WEIGHTS_NAME, stored.path), (EMA_WEIGHTS_NAME, stored.ema_path)):
+        if path is not None:
+            load_model_checkpoint(model, path, translate=translate)
+            tensors = {**dict(model.named_parameters()), **named_persistent_buffers(model)}
+            files[name] = write_weights(folder / name, tensors, is_main=True)
+    with (folder / COMPLETE_NAME).open("w") as file:
+        file.write(json.dumps(files, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(str(folder))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(model, SavesFiles):
+        model.save_files(run_folder / MODEL_FILES_FOLDER)
+    return count
