@@ -151,8 +151,8 @@ def read_dataset_sample(manifest: str, contract: RoboticsContract, number: int) 
     )
     pipeline = RoboticsPipeline(params)
     # without a text processor, but the instruction is drawn as for one
-    stages = (ChooseInstruction(pipeline.params), *pipeline.stages)
-    return _read_sample(RoboticsPipeline(params, stages), number, seed=0, global_batch_size=1)
+    pipeline.make_inputs = (ChooseInstruction(pipeline.params), *pipeline.make_inputs)
+    return _read_sample(pipeline, number, seed=0, global_batch_size=1)
 
 
 def _read_sample(pipeline: RoboticsPipeline, number: int, *, seed: int, global_batch_size: int) -> RobotSample:
