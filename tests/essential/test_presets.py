@@ -12,18 +12,32 @@ import pytest
 
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.command_line import parse
+from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import read_facts
+from vla_foundry.params.loading import dump_params
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.params.preprocessing_converters import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.presets import preset_root
 from vla_foundry.params.resolve import resolve
+from vla_foundry.robotics.fields import PoseGroup
+from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract, format_contract
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
 JOBS = [str(path) for path in PRESETS if path.parts[0] == "training_jobs"]
+TOKENIZER = ("--data.tokenizer", "words/tokenizer")
+BACKBONE = ("--model.vision_language_backbone.resume_from_checkpoint", "vlm")
 # what a job needs besides its data
-NEEDS = {"training_jobs/vlm_quickstart.yaml": ("--data.tokenizer", "words/tokenizer")}
+NEEDS = {
+    "training_jobs/vlm_quickstart.yaml": TOKENIZER,
+    "training_jobs/vla_quickstart.yaml": (*TOKENIZER, *BACKBONE),
+    "training_jobs/vla_foundry_mt.yaml": (*TOKENIZER, *BACKBONE),
+    "training_jobs/vla_foundry_st.yaml": (*TOKENIZER, *BACKBONE),
+    "training_jobs/vla_foundry_ft.yaml": (*TOKENIZER, "--model.resume_from_checkpoint", "vlm"),
+}
 # folder of presets -> what they are
 SECTIONS = {
     "models": ModelParams,
@@ -52,6 +66,35 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
 
 
+def save_vlm(folder: Path) -> None:
+    """Save what a run of a vision-language model says of itself."""
+    folder.mkdir()
+    vit = ViTParams(hidden_dim=32, inter_dim=32, n_layers=1, n_heads=1, patch_size=16, img_size=64)
+    transformer = TransformerParams(hidden_dim=32, n_layers=4, vocab_size=64, max_seq_len=2048)
+    (folder / "config_model.yaml").write_text(dump_params(VLMParams(vit=vit, transformer=transformer)))
+
+
+def save_contract(folder: Path, data: RoboticsDataParams) -> None:
+    """Say that a dataset has the fields that the params ask for."""
+    names = {name.removesuffix("_relative") for name in (*data.action_fields, *data.proprioception_fields)}
+    poses = [name for name in names if name.endswith("__xyz")]
+    contract = RoboticsContract(
+        layout="episodes",
+        fps=10.0,
+        past_lowdim_steps=1,
+        future_lowdim_steps=14,
+        image_indices=(0,),
+        padding_strategy="copy",
+        cameras={name: CameraDescription(size=(64, 64), original_size=None) for name in data.camera_names or ["front"]},
+        fields={name: FieldDescription(shape=(6 if name.endswith("rot_6d") else 3,)) for name in names},
+        pose_groups=tuple(
+            PoseGroup(name=name, position_key=name, rotation_key=name.replace("__xyz", "__rot_6d")) for name in poses
+        ),
+        language_types=("original", "randomized", "verbose", "alternative"),
+    )
+    (folder / "robotics.json").write_text(format_contract(contract))
+
+
 def test_the_presets_there_are() -> None:
     names = {str(path) for path in PRESETS}
     assert {f"models/transformer_{size}.yaml" for size in ("tiny", "11m", "100m", "410m", "1b")} <= names
@@ -70,12 +113,15 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
     name: str, manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tokenizer(tmp_path / "words" / "tokenizer")
+    save_vlm(tmp_path / "vlm")
     monkeypatch.chdir(tmp_path)
-    # the paper's model is made for many GPUs
-    world_size = 128 if "1.2b" in name else 1
+    # the paper's models are made for many GPUs
+    world_size = 128 if "1.2b" in name else 64 if "foundry" in name or "qwen" in name else 1
     words = ["--config_path", f"config_presets/{name}", *NEEDS.get(name, ())]
     manifests = ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
     params = parse(TrainExperimentParams, [*words, *manifests], prog="train").params
+    if isinstance(params.data, RoboticsDataParams):
+        save_contract(tmp_path, params.data)
     resolved = resolve(params, read_facts(params, world_size))
     assert resolved.data.num_workers is not None
     assert resolved.total_train_samples is not None
@@ -108,8 +154,28 @@ def test_the_sizes_are_those_that_the_preset_states(size: str) -> None:
 
 def test_the_papers_language_model_is_the_papers() -> None:
     params = load_params_from_yaml(ModelParams, "config_presets/models/foundry_llm_1.2b.yaml")
+    assert isinstance(params, TransformerParams)
     assert params == TransformerParams(hidden_dim=2048, n_layers=24, n_heads=16, vocab_size=49_280, max_seq_len=2048)
     assert round(count_parameters(params)[1] / 1e6, 1) == 1233.3
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "batch_size", "num_samples"),
+    [
+        ("vla_foundry_mt", 5e-5, 1024, 102_400_000),
+        ("vla_foundry_st", 5e-5, 512, 5_120_000),
+        ("vla_foundry_ft", 5e-6, 512, 1_024_000),
+        ("vla_qwen3_mt", 5e-5, 1024, 100_000_000),
+    ],
+)
+def test_the_papers_policies_are_trained_as_in_the_paper(
+    name: str, lr: float, batch_size: int, num_samples: int
+) -> None:
+    words = ["--config_path", f"config_presets/training_jobs/{name}.yaml"]
+    params = parse(TrainExperimentParams, words, prog="train").params
+    hparams = params.hparams
+    assert (hparams.lr, hparams.global_batch_size, params.total_train_samples) == (lr, batch_size, num_samples)
+    assert (hparams.lr_scheduler, hparams.warmup) == ("cosine", 1000)
 
 
 def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: str) -> None:
