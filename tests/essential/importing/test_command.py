@@ -7,21 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from vla_foundry.cli import main as run_cli
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.inference.caption import Question, answer, load_captioner
 from vla_foundry.inference.generate import main as generate
 from vla_foundry.inference.loading import load_run_model
+from vla_foundry.main import main as train
 from vla_foundry.models.action_heads.base import ActionWindow
 from vla_foundry.models.backbones.base import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.importing import ImportParams
+from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.run_folder import find_checkpoint, verify
+from vla_foundry.shards import format_manifest
 from vla_foundry.text.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.shared_data
@@ -35,8 +41,9 @@ class Imported:
     def __init__(self, source: Path, output: Path, **options: Any) -> None:
         self.lines = import_checkpoint(ImportParams(source=str(source), output=str(output), **options))
         self.folder = output
-        self.inputs = load_file(source / "inputs.safetensors")
-        self.outputs = load_file(source / "outputs.safetensors")
+        # what was recorded, where that is
+        files = {name: source / f"{name}.safetensors" for name in ("inputs", "outputs")}
+        self.inputs, self.outputs = (load_file(path) if path.is_file() else {} for path in files.values())
 
     def load(self, *, use_ema: bool | None = None) -> Any:
         params = load_params_from_yaml(ModelParams, str(self.folder / "config_model.yaml"))
@@ -217,3 +224,88 @@ def test_what_is_there_is_kept_and_what_is_not_is_named(copy_source: Callable[[s
     with pytest.raises(FileNotFoundError, match="is no run of the earlier implementation: it has neither"):
         import_checkpoint(ImportParams(source=str(tmp_path / "nowhere"), output=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_ends_with_one_line(
+    copy_source: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy_source("transformer_base")
+    words = ["import-checkpoint", "--source", str(source), "--output", str(tmp_path / "run")]
+    run_cli(words)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Run folder {tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def write_tokens(folder: Path) -> None:
+    """Write a dataset of 8 records of 17 tokens."""
+    folder.mkdir()
+    packer = RecordPacker(17, "uint16")
+    packer.add(np.random.default_rng(0).integers(0, 257, 8 * 17), np.asarray([8 * 17]))
+    entry = write_records(str(folder), "shard_000000", packer.take(8))
+    (folder / "manifest.jsonl").write_text(format_manifest([entry]))
+
+
+def test_training_starts_from_an_imported_run(parity: Path, tmp_path: Path) -> None:
+    run = Imported(parity / "transformer_base", tmp_path / "run")
+    text = tmp_path / "tokens"
+    write_tokens(text)
+    words = ["--model.resume_from_checkpoint", str(run.folder), "--model", f"include {run.folder}/config_model.yaml"]
+    words += ["--data.type", "text", "--data.dataset_manifest", str(text / "manifest.jsonl"), "--data.seq_len", "16"]
+    words += ["--data.num_workers", "0", "--hparams.global_batch_size", "2", "--hparams.per_gpu_batch_size", "2"]
+    words += ["--hparams.lr", "1e-9", "--hparams.warmup", "0", "--hparams.precision", "fp32", "--wandb", "false"]
+    words += ["--total_train_samples", "4", "--save_path", str(tmp_path), "--num_checkpoints", "1"]
+    with pytest.raises(ValueError, match=r"holds weights alone\. Add --model\.resume_weights_only true"):
+        train([*words, "--name", "whole"])
+    train([*words, "--name", "weights", "--model.resume_weights_only", "true"])
+    made = load_file(find_checkpoint(tmp_path / "weights") / "model.safetensors")
+    for name, value in load_file(find_checkpoint(run.folder) / "model.safetensors").items():
+        torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-6)
+
+
+def save_source(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config_model.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"checkpoint_num": 3, "state_dict": state}, folder / "checkpoints" / "checkpoint_3.pt")
+
+
+@torch.no_grad()
+def test_a_policy_on_an_image_encoder_alone(parity: Path, tmp_path: Path) -> None:
+    vit = yaml.safe_load((parity / "vlm_ps2" / "config_model.yaml").read_text())["vit"]
+    config = yaml.safe_load((parity / "vla_foundry_flow" / "config_model.yaml").read_text())
+    config["vision_language_backbone"] = {**vit, "type": "vit_backbone"}
+    stored = torch.load(parity / "vla_foundry_flow" / "checkpoints" / "checkpoint_1.pt", weights_only=True)
+    front = "vision_language_backbone._model."
+    state = {
+        (f"{front}{inner.removeprefix('vit.')}" if (inner := name.removeprefix(front)) != name else name): value
+        for name, value in stored["state_dict"].items()
+        if not name.startswith(front) or name.startswith(f"{front}vit.")
+    }
+    # the encoder is narrower than the states of two layers
+    state |= {"time_encoding.weight": torch.randn(100, 48), "condition_encode.weight": torch.randn(48, 48)}
+    save_source(tmp_path / "source", config, state)
+    alone = Imported(tmp_path / "source", tmp_path / "run")
+    whole = Imported(parity / "vla_foundry_flow", tmp_path / "whole")
+    pixels = whole.inputs["pixel_values"].flatten(0, 1)
+    tokens = alone.load().vision_language_backbone(pixels, num_images=2, image_mask=None).tokens
+    expected = whole.load().vision_language_backbone.model.vit(pixels)
+    torch.testing.assert_close(tokens, expected.unflatten(0, (-1, 2)).flatten(1, 2), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_hugging_face_model_keeps_its_architecture(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    published = LlamaForCausalLM(LlamaConfig(vocab_size=20, **tiny)).eval()
+    published.config.save_pretrained(tmp_path / "published")
+    config = {"type": "transformer_hf", "hf_pretrained": str(tmp_path / "published")}
+    state = {f"model.{name}": value.bfloat16() for name, value in published.state_dict().items()}
+    save_source(tmp_path / "source", config, state)
+    run = Imported(tmp_path / "source", tmp_path / "run")
+    (tmp_path / "published" / "config.json").unlink()
+    published.load_state_dict({name.removeprefix("model."): value.float() for name, value in state.items()})
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(run.load()(input_ids=ids).logits, published(input_ids=ids).logits, **CLOSE)
