@@ -27,9 +27,8 @@ DIRECTIONS = {"side": ("left", "right"), "depth": ("behind", "ahead"), "height":
 LEVEL = "level"
 
 _CELL = r"row (\d+), column (\d+)"
-_OBJECT = re.compile(r"A ([a-z ]+)\.")
-_PLACE = re.compile(rf"\. ((?!Gripper)[A-Z][a-z ]*): {_CELL}\.")
-_STATE = re.compile(rf"{_CELL}\. ([A-Z][a-z ]*)\.")
+_OBJECT = re.compile(r"A (?P<object>[a-z ]+)(?:, (?P<state>[a-z ]+))?\.")
+_PLACE = re.compile(rf"\. (?P<name>(?!Gripper)[A-Z][a-z ]*): {_CELL}\.")
 _GRIPPER = re.compile(rf"Gripper: {_CELL}\.")
 _RELATION = re.compile(r"From it: ([a-z, ]+)\.")
 
@@ -40,9 +39,8 @@ def describe_scene(attributes: Attributes) -> str:
     directions = [str(attributes[name]) for name in DIRECTIONS if attributes[name] != LEVEL]
     return " ".join(
         (
-            f"A {attributes['object']}.",
+            f"A {attributes['object']}{f', {state}' if state else ''}.",
             f"{name.capitalize()}: {_say_cell(attributes, 'object')}.",
-            *([f"{str(state).capitalize()}."] if state else []),
             f"Gripper: {_say_cell(attributes, 'gripper')}.",
             f"From it: {', '.join(directions) or LEVEL}.",
         )
@@ -53,11 +51,9 @@ def parse_caption(text: str) -> Attributes:
     """Read the attributes that a caption states. Each sentence counts by itself; what is malformed is left out."""
     attributes: Attributes = {}
     if found := _OBJECT.match(text):
-        attributes["object"] = found[1]
-    if found := _STATE.search(text):
-        attributes["state"] = found[3].lower()
+        attributes |= {name: value for name, value in found.groupdict().items() if value is not None}
     if found := _PLACE.search(text):
-        name = found[1].lower()
+        name = found["name"].lower()
         if name != attributes.get("object"):
             attributes["part"] = name
         attributes |= {"object_row": int(found[2]), "object_column": int(found[3])}

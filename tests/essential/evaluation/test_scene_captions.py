@@ -33,7 +33,7 @@ def attributes_of(**changes: str | int) -> Attributes:
 
 def test_a_caption_reads_as_english() -> None:
     assert describe_scene(attributes_of()) == (
-        "A drawer. Handle: row 5, column 3. Half open. Gripper: row 2, column 6. From it: left, ahead, below."
+        "A drawer, half open. Handle: row 5, column 3. Gripper: row 2, column 6. From it: left, ahead, below."
     )
 
 
