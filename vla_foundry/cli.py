@@ -18,6 +18,10 @@ _COMMANDS = {
     "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.evaluation.demos:main", "record demonstrations by scripted experts in a simulator"),
     "evaluate": ("vla_foundry.evaluation.run:main", "let a policy act in a simulator and count its successes"),
+    "action-error": (
+        "vla_foundry.evaluation.action_error:main",
+        "compare a policy's actions with held-out demonstrations",
+    ),
     "import-checkpoint": (
         "vla_foundry.importing.command:main",
         "turn a run of the earlier implementation into a run of ours",

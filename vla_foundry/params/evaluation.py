@@ -70,9 +70,10 @@ class EvaluateParams(BaseParams):
                 raise ValueError(f"{name} ({value}) must be at least 1, or null.")
         if self.images == "other_episode" and self.batch_size < 2:
             raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
-        if self.max_sample_size is not None and self.max_sample_size < len(self.seeds):
+        num_seeds = len(self.seeds)
+        if self.max_sample_size is not None and self.max_sample_size < num_seeds:
             raise ValueError(
-                f"max_sample_size ({self.max_sample_size}) must be at least the {len(self.seeds)} of episodes "
+                f"max_sample_size ({self.max_sample_size}) must be at least the {num_seeds} of episodes "
                 f"'{self.episodes}': a budget is fixed before the first rollout."
             )
 
@@ -106,3 +107,29 @@ class EvaluateParams(BaseParams):
         if int(match[2]) > FIRST_DEMO_SEED:
             raise ValueError(f"episodes ('{self.episodes}') must end at {FIRST_DEMO_SEED}: then come demonstrations.")
         return range(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionErrorParams(BaseParams):
+    """Predict the actions of a run's held-out samples, and compare."""
+
+    # run folder (its newest checkpoint) or step folder of a policy
+    checkpoint: str
+    # held-out samples; null: all
+    num_samples: int | None = None
+    # samples at a time
+    batch_size: int = 64
+    # steps from noise to actions; null: as the model's params say
+    num_inference_steps: int | None = None
+    # the averaged weights; null: if the checkpoint has them
+    use_ema: bool | None = None
+    # seed of the order of samples
+    seed: int = 0
+    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from vla_foundry.params.base import BaseParams
 
-STAGES = ("llm", "vlm")
+STAGES = ("llm", "vlm", "vla")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,8 @@ class QuickstartParams(BaseParams):
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     # folder that everything is written to; a second run goes on from what is there
     output_dir: str = "quickstart_output"
+    # evaluate the policy, besides, with pictures of other episodes, with the wrong instruction, and trained from nothing
+    ablations: bool = False
     # do every stage again
     overwrite: bool = False
 
@@ -29,3 +31,5 @@ class QuickstartParams(BaseParams):
                 f"stages [{','.join(self.stages)}] must begin [{','.join(STAGES[: len(self.stages)])}]: each stage starts "
                 "from what the one before it made. What is done already is kept and costs nothing."
             )
+        if self.ablations and "vla" not in self.stages:
+            raise ValueError("ablations is true, but stages has no vla. Add it, or leave ablations out.")

@@ -1,7 +1,7 @@
 """`vla-foundry quickstart`: run the stages and show what came of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.quickstart import QuickstartParams
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
-from vla_foundry.quickstart.stages import Step, count_trainers, run_steps
+from vla_foundry.quickstart.stages import Step, count_trainers, run_steps, words_of
+from vla_foundry.quickstart.vla import ABLATIONS, BASELINES, ablation_steps, vla_steps
+from vla_foundry.quickstart.vla_report import write_vla_report
 from vla_foundry.quickstart.vlm import caption_step, vlm_steps
 
 
@@ -60,7 +62,42 @@ def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) ->
     vlm_report.write_vlm_report(run, scenes, summary=summary, figure=figure)
 
 
-_STAGES = {"llm": create_llm_stage, "vlm": create_vlm_stage}
+def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
+    """Vision-language model and demonstrations -> policy, in closed loop.
+
+    Args:
+        ablations: evaluate it, besides, without its pictures, its instruction and its training before.
+    """
+    folder, vlm_run = output_dir / "vla", output_dir / "vlm" / "runs" / "vlm"
+    summary, figure, error = folder / "summary.txt", folder / "success.png", folder / "action_error.txt"
+    run, names = folder / "runs" / "vla", ["vla", *BASELINES]
+    steps = vla_steps(folder, vlm_run=vlm_run, num_processes=count_trainers())
+    steps.append(
+        Step(
+            name="action_error",
+            what="Compare predicted actions with those of held-out demonstrations",
+            words=words_of("action-error", checkpoint=run),
+            output=error,
+            outputs=(error,),
+        )
+    )
+    if ablations:
+        steps += ablation_steps(folder, vlm_run=vlm_run, num_processes=count_trainers())
+        names += ABLATIONS
+    report = Step(
+        name="vla_report_with_ablations" if ablations else "vla_report",
+        what="Put the outcomes together",
+        function=lambda: write_vla_report(folder / "evaluation", names, error, summary=summary, figure=figure),
+        outputs=(summary, figure),
+    )
+    return Stage(summary=summary, steps=(*steps, report))
+
+
+_STAGES: dict[str, Callable[[Path, QuickstartParams], Stage]] = {
+    "llm": lambda output_dir, _: create_llm_stage(output_dir),
+    "vlm": lambda output_dir, _: create_vlm_stage(output_dir),
+    "vla": lambda output_dir, params: create_vla_stage(output_dir, ablations=params.ablations),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -75,7 +112,7 @@ def main(argv: list[str]) -> None:
     params = parse_command(QuickstartParams, argv, prog="vla-foundry quickstart")
     console = Console(soft_wrap=True, highlight=False)
     output_dir = Path(params.output_dir)
-    stages = [_STAGES[name](output_dir) for name in params.stages]
+    stages = [_STAGES[name](output_dir, params) for name in params.stages]
     steps = [step for stage in stages for step in stage.steps]
     run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
     for stage in stages:

@@ -34,6 +34,8 @@ class Step:
     # processes that train together, by torchrun; the first word is then `train`
     num_processes: int = 1
     function: Callable[[], object] | None = None
+    # file that what the command prints is written to
+    output: Path | None = None
     # files it makes; it is not done while one is missing
     outputs: tuple[Path, ...] = ()
     # what it makes, as one folder: removed before the step is done in another way than before
@@ -110,7 +112,11 @@ def _run(step: Step) -> None:
         # one thread each: matrices of these sizes gain more from processes than from threads
         environment |= {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", *_torchrun_words(step)]
-    finished = subprocess.run(command, env=environment, check=False)
+    if step.output is None:
+        finished = subprocess.run(command, env=environment, check=False)
+    else:
+        with step.output.open("w") as file:
+            finished = subprocess.run(command, env=environment, check=False, stdout=file)
     if finished.returncode != 0:
         raise StepFailedError(
             f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to go on."

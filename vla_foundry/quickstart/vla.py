@@ -14,6 +14,7 @@ PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
 GLOBAL_BATCH_SIZE = 96
 # what is evaluated beside the model
 BASELINES = ("null", "random")
+ABLATIONS = ("other_images", "wrong_instruction", "vla_from_scratch")
 
 
 def vla_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[Step]:

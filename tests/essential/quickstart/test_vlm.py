@@ -49,8 +49,8 @@ def test_stages_come_in_order_from_the_first() -> None:
     for wrong in (["vlm"], ["vlm", "llm"], ["llm", "llm"]):
         with pytest.raises(ValueError, match=r"stages \[.*\] must begin \[llm"):
             QuickstartParams(stages=wrong)
-    with pytest.raises(ValueError, match="stages 'vla' is unknown"):
-        QuickstartParams(stages=["llm", "vla"])
+    with pytest.raises(ValueError, match="stages 'policy' is unknown"):
+        QuickstartParams(stages=["llm", "policy"])
     with pytest.raises(ValueError, match="stages is empty"):
         QuickstartParams(stages=[])
 

@@ -1,0 +1,119 @@
+"""`vla-foundry action-error`: how far a policy's actions are from those of held-out demonstrations, without a robot."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.evaluation import ActionErrorParams
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FieldError:
+    """Mean squared errors of one action field, over its columns and over samples; in the field's unit, squared."""
+
+    # (H,) for each step from the anchor on
+    policy: np.ndarray
+    # (H,) of the constant that errs least: the mean of these very actions at each step, column by column
+    mean_action: np.ndarray
+    # samples that have the step
+    num_samples: np.ndarray
+
+    @property
+    def ratio(self) -> float:
+        """The policy's error over that of the mean action, both over all steps; 0 is exact, 1 no better."""
+        shares = self.num_samples / self.num_samples.sum()
+        return float((self.policy * shares).sum() / max((self.mean_action * shares).sum(), 1e-300))
+
+
+def measure_field(
+    predicted: Float[np.ndarray, "N H C"], true: Float[np.ndarray, "N H C"], is_valid: Bool[np.ndarray, "N H"]
+) -> FieldError:
+    """Compare one field's predicted actions with the true ones, step by step; padding is left out."""
+    weights = is_valid[..., None].astype(np.float64)
+    counts = is_valid.sum(0)
+    total = np.maximum(weights.sum(0), 1.0)  # (H, 1)
+    mean = (true * weights).sum(0) / total
+
+    def mean_square(errors: Float[np.ndarray, "N H C"]) -> np.ndarray:
+        return ((errors**2 * weights).sum(0) / total).mean(-1)
+
+    return FieldError(policy=mean_square(predicted - true), mean_action=mean_square(true - mean), num_samples=counts)
+
+
+def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
+    """Let a policy predict the actions of its run's held-out samples: {action field: errors}.
+
+    Fields are as the model is trained on them: relative poses stay relative.
+
+    Raises:
+        FileNotFoundError: there is no such run, or its validation data is gone.
+        ValueError: it is no run of a policy, or it has no validation data.
+    """
+    files = load_policy_files(params.checkpoint)
+    if not files.data.val_dataset_manifest:
+        raise ValueError(f"The run of {params.checkpoint} has no validation data (data.val_dataset_manifest).")
+    true, predicted, is_valid = _predict(files, params)
+    layout = files.normalizer.layout(files.data.action_fields)
+    anchor = files.data.window.anchor
+    values = [
+        layout.split(files.normalizer.denormalize(array.astype(np.float64), layout.fields, anchor=anchor)[:, anchor:])
+        for array in (predicted, true)
+    ]
+    return {field: measure_field(values[0][field], values[1][field], is_valid[:, anchor:]) for field in layout.fields}
+
+
+def _predict(files: PolicyFiles, params: ActionErrorParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normalised actions of held-out samples, true and predicted (N, T, A), and which steps are to be predicted."""
+    import torch
+
+    from vla_foundry.data import create_dataloader
+    from vla_foundry.models.robotics_batch import RoboticsBatchHandler
+    from vla_foundry.world import World
+
+    model: Any = files.load_model(params.checkpoint, device=params.device, use_ema=params.use_ema)
+    device = next(model.parameters()).device
+    handler: Any = RoboticsBatchHandler(files.params)
+    loader = create_dataloader(
+        replace(files.data, num_workers=0),
+        World(),
+        global_batch_size=params.batch_size,
+        per_gpu_batch_size=params.batch_size,
+        seed=params.seed,
+        split="validation",
+        total_samples=params.num_samples,
+    )
+    true, predicted, is_valid = [], [], []
+    with closing(loader):
+        for batch in loader.microbatches(0):
+            seeds = torch.as_tensor(batch["positions"], dtype=torch.int64, device=device)
+            inputs = handler.prepare_sampling(batch, device)
+            actions = model.sample(inputs, seeds=seeds, num_steps=params.num_inference_steps)
+            predicted.append(actions.cpu().numpy())
+            true.append(np.asarray(batch["actions"]))
+            is_valid.append(np.asarray(batch["future_mask"]))
+    return np.concatenate(true), np.concatenate(predicted), np.concatenate(is_valid)
+
+
+def format_action_errors(errors: Mapping[str, FieldError]) -> list[str]:
+    """Write a table: root mean square errors at the first and last step, and the ratio of squares over all steps."""
+    title = "error of held-out actions (RMS)"
+    width = max(map(len, (title, *errors)))
+    lines = [f"  {title:{width}}{'first step':>16}{'last step':>16}{'all, squared':>16}"]
+    for field, error in errors.items():
+        steps = (f"{error.policy[step] ** 0.5:.3f}/{error.mean_action[step] ** 0.5:.3f}" for step in (0, -1))
+        lines.append(f"  {field:{width}}" + "".join(f"{text:>16}" for text in (*steps, f"{error.ratio:.2f}")))
+    return [*lines, "  (policy / best constant action; goal for the last column: at most 0.50)"]
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry action-error`."""
+    params = parse_command(ActionErrorParams, argv, prog="vla-foundry action-error")
+    errors = measure_action_error(params)
+    sys.stdout.write("\n".join(format_action_errors(errors)) + "\n")
