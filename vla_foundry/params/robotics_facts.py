@@ -45,7 +45,7 @@ def add_robotics(facts: Facts, checkpoints: Sequence[str], *, offline: bool = Fa
     Args:
         facts: what else is known.
         checkpoints: what the model and its parts start from.
-        offline: do not reach for anything that is remote; such contracts, and missing ones, are then Unavailable.
+        offline: do not reach for anything that is remote; such contracts are then Unavailable.
 
     Raises:
         FileNotFoundError: a dataset is not one of robots.
