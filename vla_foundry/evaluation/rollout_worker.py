@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vla_foundry.evaluation.frame_strip import FrameStrip
+from vla_foundry.params.plugins import import_installed_plugins, import_plugins
 from vla_foundry.robotics_contract import FieldDescription
 from vla_foundry.simulators import Simulator, create_simulator
 
@@ -29,6 +30,8 @@ class World:
     image_size: int
     # actions after which an episode is over; None: as the simulator says
     max_steps: int | None
+    # modules that register simulators
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,8 @@ def serve_rollouts(connection: Connection, world: World) -> None:
     """Answer requests until the parent closes the connection, or has ended."""
     # an interrupt is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_installed_plugins()
+    import_plugins(world.plugins, "--plugins")
     worker = RolloutWorker(world)
     try:
         while True:

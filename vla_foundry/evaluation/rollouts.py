@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from vla_foundry.evaluation.rollout_worker import (
 _SECONDS_TO_END = 5
 
 
+@runtime_checkable
 class Actor(Protocol):
     """What acts in the episodes of a batch; each has a slot."""
 

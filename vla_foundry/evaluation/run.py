@@ -34,6 +34,7 @@ from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_po
 from vla_foundry.io.uri import write_text
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.evaluation import EvaluateParams
+from vla_foundry.params.plugins import named_plugins
 from vla_foundry.preprocessing.job import num_cores, show_progress
 
 SUMMARY_NAME = "summary.json"
@@ -85,6 +86,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         picture_camera=evaluated.picture_camera,
         image_size=evaluated.image_size,
         max_steps=params.max_steps,
+        plugins=named_plugins(),
     )
     tasks = [TaskRollouts.open(params, evaluated, task) for task in params.tasks]
     total = len(params.tasks) * len(params.seeds)
@@ -175,7 +177,7 @@ class TaskRollouts:
             task=self.task,
             seeds=seeds,
             instruction=params.instructions.get(self.task, facts.instruction),
-            fps=facts.fps,
+            fps=float(facts.fps),
             pictures={seed: str(self.pictures_of(seed)) for seed in seeds if seed in self.pictured(params)},
         )
         for result in run_batch(pool, actor, batch):

@@ -6,13 +6,12 @@ Images and prompts go through the run's own processor, by the code that training
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vla_foundry.inference.loading import choose_device, copy_processor, find_run_folder, load_run_model
-from vla_foundry.io.uri import exists, join_uri, read_bytes
+from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model, load_run_processor
+from vla_foundry.io.uri import join_uri, read_bytes
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
@@ -20,7 +19,7 @@ from vla_foundry.params.inference import CaptionParams
 from vla_foundry.params.loading import load_params_from_yaml
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
-from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROCESSOR_FOLDER
+from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME
 from vla_foundry.text.prompts import Turn, place_images
 
 if TYPE_CHECKING:
@@ -77,17 +76,9 @@ def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | Non
     data = load_params_from_yaml(DataParams, join_uri(run_folder, CONFIG_NAME))
     if not isinstance(data, ImageCaptionDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on image_caption.")
-    folder = join_uri(run_folder, PROCESSOR_FOLDER)
-    if not exists(folder):
-        raise FileNotFoundError(f"{run_folder} holds no processor: there is no {PROCESSOR_FOLDER} in it.")
-
-    # torch comes last: what is wrong so far is said within a second
+    processor = load_run_processor(run_folder)
     target = choose_device(device)
     model = load_run_model(model_params, run_folder, checkpoint, use_ema, target)
-    from vla_foundry.images.processor import load_processor
-
-    with tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") as copy:
-        processor = load_processor(copy_processor(folder, copy))
     return Captioner(model, processor, data, takes_extras=isinstance(model_params, VLMHFParams))
 
 

@@ -1,20 +1,20 @@
-"""What a robot saw and did in the present episode, as the window that training would have made of it.
+"""What a robot saw and did in the present episode, as far back as a window looks.
 
-Steps before the episode's start are padded as the data was (a mirror would show the future there, so the nearest step
-stands in for it). Images take the way of preprocessing, JPEG included: the model gets the pixels that it would have
-got, had the episode been recorded.
+Images take the way of preprocessing, JPEG included: the model gets the pixels that it would have got, had the episode
+been recorded.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 
+from vla_foundry.data.robotics.observations import Observation
 from vla_foundry.preprocessing.robotics.images import ImageOperations
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, Window
-from vla_foundry.robotics.windows import PaddingStrategy, compute_relative_fields, create_windows, image_frames
+from vla_foundry.robotics.windows import compute_relative_fields, image_frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,10 +42,9 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class InputPlan:
-    """What of an episode makes a window."""
+    """What of an episode is kept."""
 
     window: Window
-    padding: PaddingStrategy
     # in the order of the model
     cameras: tuple[Camera, ...]
     # frames from the anchor; images are time-major, cameras within a time
@@ -63,20 +62,6 @@ class InputPlan:
     def num_steps_back(self) -> int:
         """How far back a window looks."""
         return max(self.window.past, -min(self.image_indices, default=0))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ObservedWindow:
-    """The observed part of a window of T steps: P steps before the anchor, and the anchor."""
-
-    # {field: (P + 1, C)}; commanded ones are there if some step of the past is, and mean nothing at the anchor
-    fields: dict[str, np.ndarray]
-    # bool (T,)
-    past_mask: Bool[np.ndarray, " T"]
-    future_mask: Bool[np.ndarray, " T"]
-    is_padding: Bool[np.ndarray, " T"]
-    # image files, time-major, cameras within a time; None: there is no such image
-    images: list[bytes | None]
 
 
 @dataclass
@@ -121,33 +106,47 @@ class EpisodeHistory:
         frame = self._frames[self.num_observed - 1]
         frame.actions = {name: actions[name].astype(dtype) for name, dtype in self.plan.commanded.items()}
 
-    def window(self) -> ObservedWindow:
-        """Return the window around the last observation.
+    def observation(self, instruction: str) -> Observation:
+        """Return what has been observed, as far back as a window looks."""
+        now = self.num_observed - 1
+        frames = sorted(self._frames)
+        # only these are looked at, and encoding takes time
+        used = set(image_frames(np.asarray([now]), self.plan.image_indices, now + 1)[0].tolist())
+        images = {}
+        for camera in self.plan.cameras:
+            missing = [now - frame for frame in used if camera.name not in self._frames[frame].images]
+            if missing and not self.plan.pads_images:
+                raise ValueError(
+                    f"observation: the image of camera '{camera.name}' is missing, {max(missing)} steps back. Give it, "
+                    "or train with data.pad_missing_images."
+                )
+            if not missing:
+                images[camera.name] = [
+                    camera.operations.encode(self._frames[frame].images[camera.name]) if frame in used else b""
+                    for frame in frames
+                ]
+        fields = {name: np.stack([self._frames[frame].fields[name] for frame in frames]) for name in self.plan.observed}
+        # how many steps there are is told by fields, of which a policy may need none
+        fields = fields or {"frame": np.asarray(frames, np.float32)[:, None]}
+        return Observation(images=images, fields=fields, instruction=instruction)
 
-        Raises:
-            ValueError: an image is missing, or a pose is none.
+    def past_actions(self) -> dict[str, np.ndarray] | None:
+        """Return what was done in the steps before the anchor, as action fields of a window: {field: (P + 1, C)}.
+
+        Numbers at the anchor, and before the episode's start, mean nothing. None: nothing was done yet.
         """
         plan, now = self.plan, self.num_observed - 1
-        # what comes is not known, but it is no padding
-        num_frames = now + 1 + plan.window.future
-        windows = create_windows(np.asarray([now]), num_frames, plan.window, padding=plan.padding)
-        steps = slice(0, plan.window.anchor + 1)
-        frames = np.minimum(windows.frames[0][steps], now).tolist()
-        is_padding = windows.is_padding[0][steps]
-        fields = {name: self._stack(name, frames, is_padding) for name in plan.observed}
-        if windows.past_mask.any():
-            fields |= {name: self._stack(name, frames, is_padding, is_commanded=True) for name in plan.commanded}
-        groups = [group for group in plan.pose_groups if _fields_of(group) <= fields.keys()]
-        fields |= compute_relative_fields(
-            fields, groups, anchor=plan.window.anchor, is_padding=is_padding, padding=plan.padding
-        )
-        return ObservedWindow(
-            fields=fields,
-            past_mask=windows.past_mask[0],
-            future_mask=windows.future_mask[0],
-            is_padding=windows.is_padding[0],
-            images=self._images(now),
-        )
+        if now == 0 or plan.window.past == 0:
+            return None
+        frames = np.clip(now + np.arange(-plan.window.past, 1), 0, now).tolist()
+        done = [self._frames[min(frame, now - 1)].actions for frame in frames]
+        assert all(actions is not None for actions in done), "each observation is followed by an action"
+        fields = {name: np.stack([actions[name] for actions in done if actions is not None]) for name in plan.commanded}
+        for group in plan.pose_groups:
+            for name in group.reference_keys:
+                fields[name] = np.stack([self._frames[frame].fields[name] for frame in frames])
+        groups = [group for group in plan.pose_groups if group.position_key in plan.commanded]
+        return fields | compute_relative_fields(fields, groups, anchor=plan.window.past)
 
     def references(self) -> dict[str, np.ndarray]:
         """What was sensed last: {field: (C,)}."""
@@ -161,33 +160,6 @@ class EpisodeHistory:
             raise ValueError(f"observation: field '{name}' must be finite numbers, got {values.tolist()}.")
         return values.astype(dtype)
 
-    def _stack(
-        self, name: str, frames: Sequence[int], is_padding: np.ndarray, *, is_commanded: bool = False
-    ) -> np.ndarray:
-        if is_commanded:
-            last = self.num_observed - 2
-            commanded = [self._frames[min(frame, last)].actions for frame in frames]
-            assert all(actions is not None for actions in commanded), "each observation is followed by an action"
-            values = np.stack([actions[name] for actions in commanded if actions is not None])
-        else:
-            values = np.stack([self._frames[frame].fields[name] for frame in frames])
-        if self.plan.padding == "zero":
-            values[is_padding] = 0
-        return values
-
-    def _images(self, now: int) -> list[bytes | None]:
-        encoded: list[bytes | None] = []
-        for frame in image_frames(np.asarray([now]), self.plan.image_indices, now + 1)[0].tolist():
-            for camera in self.plan.cameras:
-                image = self._frames[frame].images.get(camera.name)
-                if image is None and not self.plan.pads_images:
-                    raise ValueError(
-                        f"observation: the image of camera '{camera.name}' is missing, {now - frame} steps back. Give "
-                        "it, or train with data.pad_missing_images."
-                    )
-                encoded.append(None if image is None else camera.operations.encode(image))
-        return encoded
-
 
 def find_name(name: str, known: Sequence[str]) -> str | None:
     """Return which of the known names is meant: the same, or the only one that ends alike after its last dot."""
@@ -196,10 +168,6 @@ def find_name(name: str, known: Sequence[str]) -> str | None:
     last = name.rpartition(".")[2]
     found = [other for other in known if other.rpartition(".")[2] == last]
     return found[0] if len(found) == 1 else None
-
-
-def _fields_of(group: PoseGroup) -> set[str]:
-    return {group.position_key, group.rotation_key, *group.reference_keys}
 
 
 def _check_picture(camera: Camera, image: np.ndarray) -> None:

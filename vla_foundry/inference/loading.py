@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_files, parent_uri
@@ -9,11 +10,13 @@ from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
-from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
+from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from vla_foundry.images.processor import Processor
 
 # a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
 _DEPTH = 4
@@ -89,18 +92,21 @@ def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     return params
 
 
-def copy_processor(folder: str, copy: str) -> str:
-    """Return a local folder with a run's processor: its own, or the copy that is made of a remote one.
+def load_run_processor(run_folder: str) -> "Processor":
+    """Load the processor of a run.
 
     Raises:
         FileNotFoundError: the run has none.
+        ValueError: it can not be loaded.
     """
+    from vla_foundry.images.processor import load_processor
+
+    folder = join_uri(run_folder, PROCESSOR_FOLDER)
     if not exists(folder):
-        raise FileNotFoundError(
-            f"{parent_uri(folder)} holds no processor: there is no {folder.rpartition('/')[2]} in it."
-        )
+        raise FileNotFoundError(f"{run_folder} holds no processor: there is no {PROCESSOR_FOLDER} in it.")
     if not is_remote(folder):
-        return folder
-    for file in list_files(folder):
-        download(file, f"{copy}/{file.removeprefix(folder).strip('/')}")
-    return copy
+        return load_processor(folder)
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") as copy:
+        for file in list_files(folder):
+            download(file, f"{copy}/{file.removeprefix(folder).strip('/')}")
+        return load_processor(copy)

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.robotics import ChooseInstruction, EncodeRobot, PrepareCameraImages, join_robot_samples
-from vla_foundry.data.robotics import inputs
-from vla_foundry.data.robotics.windows import RobotWindow, WindowRequest
-from vla_foundry.inference.history import EpisodeHistory, ObservedWindow, RobotObservation
+from vla_foundry.data.robotics.inputs import normalize_fields
+from vla_foundry.data.robotics.observations import ObservationEncoder
+from vla_foundry.inference.history import EpisodeHistory, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.models.robotics_batch import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
@@ -75,16 +74,9 @@ class Policy:
         # chunks so far, over all clients
         self.num_predicted = 0
         self._clients: dict[Hashable, _Client] = {}
-        data = files.data
-        self._window, self._normalizer = files.plan.window, files.normalizer
-        self._actions = files.normalizer.layout(data.action_fields)
-        self._proprioception = files.normalizer.layout(data.proprioception_fields)
-        self._request = _create_request(files)
-        self._encode = EncodeRobot(data)
-        self._processor = self._encode.load()
-        self._stages = [PrepareCameraImages(data), self._encode]
-        if data.use_language:
-            self._stages.insert(0, ChooseInstruction(data))
+        self._encoder = ObservationEncoder(files.data, files.contract, files.normalizer, files.processor)
+        self._anchor = files.plan.window.anchor
+        self._actions = files.normalizer.layout(files.data.action_fields)
 
     @classmethod
     def from_run(
@@ -166,7 +158,7 @@ class Policy:
         for name, observation in observations.items():
             client = self._find(name)
             client.history.observe(observation)
-            client.instruction = observation.instruction
+            client.instruction = self._read_instruction(observation)
             if not client.chunk:
                 due.append(client)
         if due:
@@ -180,19 +172,16 @@ class Policy:
             client.history.command(actions[name])
         return actions
 
-    def create_batch(self, windows: Sequence[ObservedWindow], instructions: Sequence[str]) -> Batch:
-        """Return windows as a batch of modality robotics; see batch.py."""
-        samples = []
-        for window, instruction in zip(windows, instructions, strict=True):
-            sample = self._create_sample(window, instruction)
-            for stage in self._stages:
-                sample = stage(sample)
-                assert sample is not None, "these stages drop by raising"
-            samples.append(sample)
-        batch = join_robot_samples(samples, self._processor, self._files.data)
-        return {
-            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()
-        }
+    def correct(self, action: Mapping[str, np.ndarray], *, client: Hashable = None) -> None:
+        """Say what the robot does instead of what `act` returned last: {field: (C,)}. Some models look back on it."""
+        self._find(client).history.command(action)
+
+    def encode(self, clients: Sequence[Hashable] = (None,)) -> Batch:
+        """Return the windows that robots are in, as training has them (batch.py): the input of a prediction.
+
+        Of actions only those before the anchor are there; all steps from the anchor on are to be predicted.
+        """
+        return self._encode([self._find(client) for client in clients])
 
     def _find(self, client: Hashable) -> _Client:
         if client not in self._clients:
@@ -200,9 +189,14 @@ class Policy:
             raise ValueError(f"No episode{who} was begun. Call reset(seed) first.")
         return self._clients[client]
 
+    def _read_instruction(self, observation: RobotObservation) -> str:
+        data = self._files.data
+        if data.use_language and data.language_instruction_types and not observation.instruction:
+            raise ValueError("observation: the instruction is empty, but the policy acts by instructions. Give one.")
+        return observation.instruction
+
     def _predict(self, clients: Sequence[_Client]) -> list[list[dict[str, np.ndarray]]]:
-        windows = [client.history.window() for client in clients]
-        batch = self.create_batch(windows, [client.instruction for client in clients])
+        batch = self._encode(clients)
         device = next(self.model.parameters()).device
         seeds = [
             draw_index(_NUM_SEEDS, seed=client.seed, position=client.history.num_observed - 1, purpose="policy.noise")
@@ -217,10 +211,24 @@ class Policy:
         values = normalized.cpu().numpy()
         return [self._to_actions(chunk, client.history) for chunk, client in zip(values, clients, strict=True)]
 
+    def _encode(self, clients: Sequence[_Client]) -> Batch:
+        batch = self._encoder.encode([client.history.observation(client.instruction) for client in clients])
+        if batch["past_mask"].any():
+            batch["actions"] = torch.from_numpy(np.stack([self._encode_past(client.history) for client in clients]))
+        return batch
+
+    def _encode_past(self, history: EpisodeHistory) -> np.ndarray:
+        actions = np.zeros((self._files.plan.window.num_steps, self._actions.width), np.float32)
+        past = history.past_actions()
+        if past is not None:
+            normalized, _ = normalize_fields(past, self._actions, self._files.normalizer, anchor=self._anchor)
+            actions[: self._anchor] = normalized[: self._anchor]
+        return actions
+
     def _to_actions(self, normalized: np.ndarray, history: EpisodeHistory) -> list[dict[str, np.ndarray]]:
         """Return the actions of the steps to come: denormalized, poses absolute, rotations made whole."""
-        anchor = self._window.anchor
-        values = self._normalizer.denormalize(normalized.astype(np.float64), self._actions.fields, anchor=anchor)
+        anchor, normalizer = self._anchor, self._files.normalizer
+        values = normalizer.denormalize(normalized.astype(np.float64), self._actions.fields, anchor=anchor)
         fields = {name: part[anchor:] for name, part in self._actions.split(values).items()}
         groups = [group for group in self._files.plan.pose_groups if set(group.relative_keys) <= fields.keys()]
         fields |= compute_absolute_fields(fields, history.references(), groups)
@@ -231,48 +239,4 @@ class Policy:
                 matrix = rotation_to_matrix(fields[name], description.rotation, field=name)
                 fields[name] = matrix_to_rotation(matrix, description.rotation, field=name)
         names = self._files.plan.commanded
-        return [{name: fields[name][step] for name in names} for step in range(self._window.future + 1)]
-
-    def _create_sample(self, window: ObservedWindow, instruction: str) -> dict[str, Any]:
-        anchor, types = self._window.anchor, self._files.data.language_instruction_types
-        sample: dict[str, Any] = {
-            # no draw depends on them: images take their middle, and there is one prompt and one instruction
-            "__seed__": 0,
-            "__position__": 0,
-            "__is_training__": False,
-            "__url__": "",
-            "request": self._request,
-            "window": RobotWindow(
-                episode_id="",
-                anchor=anchor,
-                fields=window.fields,
-                past_mask=window.past_mask,
-                future_mask=window.future_mask,
-                is_padding=window.is_padding,
-                images=window.images,
-                instructions={types[0]: [instruction]} if types and instruction else {},
-            ),
-            "actions": np.zeros((self._window.num_steps, self._actions.width), np.float32),
-            "action_dim_mask": np.ones(self._actions.width, dtype=bool),
-        }
-        if window.past_mask.any():
-            past, _ = inputs.normalize_fields(window.fields, self._actions, self._normalizer, anchor=anchor)
-            sample["actions"][:anchor] = past[:anchor]
-        if self._proprioception.fields:
-            sample["proprioception"], _ = inputs.normalize_fields(
-                window.fields, self._proprioception, self._normalizer, anchor=anchor
-            )
-        return sample
-
-
-def _create_request(files: PolicyFiles) -> WindowRequest:
-    plan = files.plan
-    sizes = [files.contract.cameras[camera.name].size for camera in plan.cameras]
-    return WindowRequest(
-        window=plan.window,
-        padding=plan.padding,
-        fields=tuple(plan.observed),
-        cameras=tuple(camera.name for camera in plan.cameras),
-        image_indices=plan.image_indices,
-        image_sizes=tuple((height, width) for width, height in sizes) * len(plan.image_indices),
-    )
+        return [{name: fields[name][step] for name in names} for step in range(self._files.plan.window.future + 1)]

@@ -1,17 +1,22 @@
 """What the folder of a policy's run says: its params, how fields are normalized, what cameras and fields mean."""
 
 import dataclasses
-import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 from vla_foundry.data.robotics.files import load_contract, load_normalizer
 from vla_foundry.inference.history import Camera, InputPlan, find_name
-from vla_foundry.inference.loading import choose_device, copy_processor, find_run_folder, load_run_model, with_run_files
-from vla_foundry.io.uri import exists, is_remote, join_uri, read_text
+from vla_foundry.inference.loading import (
+    choose_device,
+    find_run_folder,
+    load_run_model,
+    load_run_processor,
+    with_run_files,
+)
+from vla_foundry.io.uri import exists, join_uri, read_text
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.loading import load_experiment_params_from_yaml
@@ -21,12 +26,13 @@ from vla_foundry.preprocessing.robotics.images import ImageOperations
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.robotics.windows import PaddingStrategy
 from vla_foundry.robotics_contract import NamedContract, RoboticsContract
-from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME, PROCESSOR_FOLDER
+from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from vla_foundry.images.processor import Processor
 
 # what preprocessing did to images, with what it does unless told
 _IMAGE_OPTIONS: dict[str, Any] = {
@@ -42,14 +48,14 @@ class PolicyFiles:
     """A policy's run, without its weights."""
 
     run_folder: str
-    # data.processor is that of the run
+    # with one prompt, see load_policy_files
     params: TrainExperimentParams
     data: RoboticsDataParams
     normalizer: RoboticsNormalizer
     contract: RoboticsContract
     plan: InputPlan
-    # of the processor of a remote run; it lives as long as this
-    copy: tempfile.TemporaryDirectory[str] | None
+    # None: the model takes no text
+    processor: "Processor | None"
 
     def load_model(self, checkpoint: str, *, device: str, use_ema: bool | None) -> "nn.Module":
         """Load the model; see `load_run_model`."""
@@ -98,13 +104,9 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
         raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is no policy.")
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")
-    # calibration is not among what a robot gives; one prompt, for a robot is to do the same when it is told the same
-    data = dataclasses.replace(data, intrinsics_fields=[], extrinsics_fields=[], prompts=data.prompts[:1])
-    copy = None
-    if data.use_language:
-        copy = tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") if is_remote(run_folder) else None
-        folder = copy_processor(join_uri(run_folder, PROCESSOR_FOLDER), "" if copy is None else copy.name)
-        data = dataclasses.replace(data, processor=folder, tokenizer=None)
+    # a robot is to do the same when it is told the same
+    data = dataclasses.replace(data, prompts=data.prompts[:1])
+    processor = load_run_processor(run_folder) if data.use_language else None
     contract = load_contract(run_folder)
     options = _read_image_options(run_folder, dataset)
     return PolicyFiles(
@@ -114,7 +116,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
         normalizer=load_normalizer(run_folder),
         contract=contract,
         plan=create_input_plan(data, contract, options),
-        copy=copy,
+        processor=processor,
     )
 
 
@@ -153,11 +155,8 @@ def create_input_plan(data: RoboticsDataParams, contract: RoboticsContract, opti
             used.append(group)
             add(observed, *group.reference_keys)
         add(commanded, absolute_field(name))
-    padding = contract.padding_strategy
-    assert padding in get_args(PaddingStrategy), padding
     return InputPlan(
         window=data.window,
-        padding=cast(PaddingStrategy, padding),
         cameras=tuple(_create_camera(name, contract, options) for name in data.camera_names or []),
         image_indices=tuple(data.image_indices or []),
         pads_images=data.pad_missing_images,

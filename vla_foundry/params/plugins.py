@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
+# those that users named so far; processes that are spawned have to import them again
+_named: list[str] = []
+
+
+def named_plugins() -> tuple[str, ...]:
+    """The plug-ins that users named so far in this process."""
+    return tuple(dict.fromkeys(_named))
 
 
 def import_installed_plugins() -> None:
@@ -34,6 +41,7 @@ def import_plugins(modules: Iterable[str], origin: str) -> None:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.append(os.getcwd())
         _import(module, f"{origin}: the plug-in {module}")
+        _named.append(module)
 
 
 def _import(module: str, what: str) -> None:

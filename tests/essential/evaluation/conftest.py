@@ -1,0 +1,18 @@
+"""The toy simulator, found by tests and by the processes that they start."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vla_foundry.params.plugins import import_plugins
+
+
+@pytest.fixture(scope="module")
+def toy_simulator() -> Iterator[None]:
+    """Register the simulator `toy` as a user's plug-in is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        import_plugins(["toy_simulator"], "tests")
+        yield

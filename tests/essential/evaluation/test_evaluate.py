@@ -1,0 +1,224 @@
+"""Evaluation: outcomes by seed alone, the published layout, resumption, invalid episodes, refusals in one line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_foundry.evaluation.actors import NullActor, RandomActor
+from vla_foundry.evaluation.rollout_worker import Reply, World
+from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
+from vla_foundry.evaluation.run import evaluate, main
+from vla_foundry.evaluation.statistics import wilson_interval
+from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.evaluation import FIRST_DEMO_SEED, EvaluateParams
+from vla_foundry.params.plugins import named_plugins
+
+pytestmark = pytest.mark.usefixtures("toy_simulator")
+
+
+def create_params(output: Path, **values: Any) -> EvaluateParams:
+    given: dict[str, Any] = {"tasks": ["easy"], "policy": "random", "episodes": "0:6", "batch_size": 4}
+    given |= {"simulator": "toy", "num_workers": 1, "camera": "front", "image_size": 16, "output": str(output)}
+    return EvaluateParams(**given | values)
+
+
+def results_file(folder: Path) -> Path:
+    (path,) = folder.glob("rollouts/*/results.json")
+    return path
+
+
+def read_episodes(folder: Path) -> list[dict[str, Any]]:
+    return json.loads(results_file(folder).read_text())["evaluations"]
+
+
+@pytest.fixture(scope="module")
+def random_episodes(toy_simulator: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What random actions come to on six seeds of two tasks, by one process."""
+    folder = tmp_path_factory.mktemp("random")
+    evaluate(create_params(folder, tasks=["easy", "hard"]))
+    return read_episodes(folder / "random/easy") + read_episodes(folder / "random/hard")
+
+
+def test_outcomes_are_a_function_of_the_seed(tmp_path: Path, random_episodes: list[dict[str, Any]]) -> None:
+    for number, values in enumerate(({"num_workers": 4}, {"batch_size": 1}, {"tasks": ["hard", "easy"]})):
+        output = tmp_path / str(number)
+        evaluate(create_params(output, **{"tasks": ["easy", "hard"]} | values))
+        found = read_episodes(output / "random/easy") + read_episodes(output / "random/hard")
+        assert found == random_episodes
+    assert len({episode["num_steps"] for episode in random_episodes}) > 2
+
+
+def test_results_have_the_published_layout(tmp_path: Path) -> None:
+    rates = evaluate(create_params(tmp_path, policy="expert", max_sample_size=50))
+    assert (rates["easy"].num_successes, rates["easy"].num_trials) == (6, 6)
+    path = results_file(tmp_path / "expert/easy")
+    assert [len(path.relative_to(tmp_path).parts), path.parent.parent.name] == [5, "rollouts"]
+    values = json.loads(path.read_text())
+    assert values["max_sample_size_per_model"] == 50
+    for seed, episode in enumerate(values["evaluations"]):
+        assert (episode["skill_type"], episode["scenario_index"]) == ("easy", seed)
+        assert (episode["is_success"], episode["is_pending"], episode["failure_message"]) == (True, False, None)
+        assert (episode["outcome"], episode["instruction"]) == ("success", "move right")
+        # the expert moves a quarter a step, from what the seed draws to beyond 0.8
+        start = np.random.default_rng(seed).uniform(0, 0.4)
+        assert episode["num_steps"] == math.floor((0.8 - start) / 0.25) + 1
+        assert episode["total_time"] == pytest.approx(episode["num_steps"] / 10)
+
+
+def test_doing_nothing_fails_and_is_pictured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--policy", "null", "--simulator", "toy", "--tasks", "easy,hard", "--episodes", "2:5"]
+    words += ["--num_workers", "1", "--camera", "front", "--image_size", "16", "--output", str(tmp_path)]
+    main(words)
+    printed = capsys.readouterr().out
+    assert "easy: 0/3 = 0% [0%, 56%]\n" in printed
+    assert "all tasks: 0/6 = 0% [0%, 39%]\n" in printed
+    summary = json.loads((tmp_path / "null/summary.json").read_text())
+    assert summary["all"]["interval_95"] == pytest.approx([0, 0.3903], abs=1e-4)
+    assert {episode["num_steps"] for episode in read_episodes(tmp_path / "null/easy")} == {24}
+    strips = sorted((tmp_path / "null").glob("*/rollouts/*/*/demonstration_*/pictures.png"))
+    assert [strip.parent.name for strip in strips] == ["demonstration_2", "demonstration_3"] * 2
+    with Image.open(strips[0]) as image:
+        strip = np.asarray(image)
+    assert strip.shape == (16, 6 * 16, 3)
+    assert (strip[:, :16] == strip[:, 80:]).all()
+    with Image.open(tmp_path / "null/contact_sheet.png") as sheet:
+        assert sheet.height > 4 * 96
+
+
+def test_an_evaluation_goes_on_with_what_is_missing(tmp_path: Path, random_episodes: list[dict[str, Any]]) -> None:
+    params = create_params(tmp_path, max_sample_size=6)
+    evaluate(create_params(tmp_path, max_sample_size=6, episodes="0:4"))
+    path = results_file(tmp_path / "random/easy")
+    values = json.loads(path.read_text())
+    assert len(values["evaluations"]) == 4
+    # a mark on what was done, and one episode that was not
+    values["evaluations"][0]["instruction"] = "marked"
+    values["evaluations"][1] |= {"is_success": None, "is_pending": True, "outcome": None, "num_steps": None}
+    path.write_text(json.dumps(values))
+    evaluate(params)
+    found = read_episodes(tmp_path / "random/easy")
+    assert found[0].pop("instruction") == "marked"
+    expected = [dict(episode) for episode in random_episodes[:6]]
+    del expected[0]["instruction"]
+    assert found == expected
+    before = path.stat().st_mtime_ns
+    assert evaluate(params)["easy"].num_trials == 6
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_failing_simulator_makes_episodes_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = create_params(tmp_path / "out", tasks=["breaks"], policy="expert")
+    rate = evaluate(params)["breaks"]
+    assert (rate.num_successes, rate.num_trials, rate.num_invalid) == (3, 3, 3)
+    assert rate.format() == "3/3 = 100% [44%, 100%], 3 invalid"
+    broken = read_episodes(tmp_path / "out/expert/breaks")[1]
+    assert (broken["is_success"], broken["is_pending"], broken["outcome"]) == (None, False, "invalid")
+    assert broken["failure_message"] == "RuntimeError: a line search did not converge"
+    # invalid episodes are run again
+    (tmp_path / "mended").touch()
+    rate = evaluate(params)["breaks"]
+    assert (rate.num_successes, rate.num_trials, rate.num_invalid) == (6, 6, 0)
+
+
+def test_a_dead_process_ends_the_evaluation_but_not_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = create_params(tmp_path / "out", tasks=["easy", "dies"], policy="expert", num_workers=2)
+    with pytest.raises(ValueError, match=r"A simulator process died; .* Lower num_workers \(2\)"):
+        evaluate(params)
+    assert all(episode["is_success"] for episode in read_episodes(tmp_path / "out/expert/easy"))
+    (tmp_path / "mended").touch()
+    assert [rate.num_successes for rate in evaluate(params).values()] == [6, 6]
+
+
+def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
+    class Broken(NullActor):
+        def act(self, observed: Any) -> dict[int, np.ndarray | None]:
+            return {slot: np.array([np.nan if slot == 1 else 1.0, 0]) for slot in observed}
+
+    world = World(
+        simulator="toy",
+        cameras=(),
+        picture_camera="front",
+        image_size=16,
+        max_steps=None,
+        plugins=named_plugins(),
+    )
+    batch = Batch(task="easy", seeds=(0, 1, 2), instruction="", fps=10.0, pictures={})
+    with create_pool(world, 1) as pool:
+        results = run_batch(pool, Broken(2), batch)
+    assert [result.outcome for result in results] == ["success", "failure", "success"]
+    assert results[1].failure_message == "The policy's action [nan, 0.0] is not finite."
+    assert results[1].num_steps == 0
+
+
+def test_random_actions_fill_their_range() -> None:
+    actor = RandomActor(3, seed=1)
+    actor.begin({0: 5, 1: 6}, "")
+    reply = Reply(images={}, fields={}, is_success=False, is_over=False)
+    drawn = [actor.act({0: reply, 1: reply}) for _ in range(200)]
+    numbers = np.array([[actions[0], actions[1]] for actions in drawn])
+    assert np.abs(numbers).max() <= 1
+    assert numbers.std() == pytest.approx(1 / np.sqrt(3), abs=0.03)
+    assert abs(np.corrcoef(numbers[:, 0].ravel(), numbers[:, 1].ravel())[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks": ["medium"]}, r"toy task 'medium' is unknown"),
+        ({"simulator": "toys"}, r"simulator 'toys' is unknown. Did you mean 'toy'"),
+    ],
+)
+def test_unknown_names_are_told_before_anything_is_written(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(create_params(tmp_path / "out", **values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rollouts_of_other_settings_are_refused(tmp_path: Path) -> None:
+    evaluate(create_params(tmp_path, episodes="0:2", policy="null"))
+    with pytest.raises(ValueError, match=r"made otherwise \(max_steps None -> 5\)"):
+        evaluate(create_params(tmp_path, episodes="0:2", policy="null", max_steps=5))
+    with pytest.raises(ValueError, match=r"a budget of 2 rollouts, which is fixed .* asked for are 3"):
+        evaluate(create_params(tmp_path, episodes="0:3", policy="null"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "checkpoint"], r"checkpoint is missing"),
+        (["--policy", "null", "--checkpoint", "run"], r"policy 'null' takes no checkpoint"),
+        (["--policy", "null", "--episodes", "5:5"], r"episodes must be first:end"),
+        (["--policy", "null", "--episodes", f"0:{FIRST_DEMO_SEED + 1}"], r"must end at 1000000"),
+        (["--policy", "null", "--max_sample_size", "3"], r"max_sample_size \(3\) must be at least the 50"),
+        (["--policy", "null", "--instructions.hard", "go"], r"instructions has 'hard', which is none of tasks"),
+        (["--policy", "null", "--name", "a/b"], r"name must be the name of a folder"),
+    ],
+)
+def test_params_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_command(EvaluateParams, ["--tasks", "easy", "--output", "out", *words], prog="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "interval"),
+    # of the score test, solved by bisection to ten digits
+    [(8, 10, (0.4901624715, 0.9433178485)), (0, 20, (0.0, 0.1611252160)), (3, 3, (0.4385030346, 1.0)), (0, 0, (0, 1))],
+)
+def test_wilsons_interval_inverts_the_score_test(successes: int, trials: int, interval: tuple[float, float]) -> None:
+    low, high = wilson_interval(successes, trials)
+    assert (low, high) == pytest.approx(interval, abs=1e-6)
+    for bound in (low, high):
+        if 0 < bound < 1:
+            deviation = abs(successes - trials * bound) / math.sqrt(trials * bound * (1 - bound))
+            assert deviation == pytest.approx(1.959964, abs=1e-5)

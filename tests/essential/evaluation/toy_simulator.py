@@ -1,0 +1,75 @@
+"""A simulator without physics, for tests: a bright bar is to be moved to the right edge of the picture.
+
+Imported as a plug-in, here and in the processes of rollouts. The task "breaks" fails as a program at odd seeds, unless
+there is a file named `mended` in the working directory; "dies" ends its process.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vla_foundry.robotics_contract import FieldDescription, GripperRange
+from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
+
+
+@register_simulator("toy")
+class Toy(Simulator):
+    instruction = "move right"
+    instructions = ("move right",)
+    robot, fps, action_dim, action_names = "toy", 10, 2, ("dx", "gripper")
+    action_parts = {
+        "step": FieldDescription(shape=(1,), unit="cm", representation="delta"),
+        "gripper": FieldDescription(shape=(1,), gripper=GripperRange(open=-1.0, closed=1.0)),
+    }
+    field_names = {"place": ("x",), "opening": ("opening",)}
+    max_steps = 24
+
+    def __init__(self, task: str, *, cameras: Sequence[str], image_size: int) -> None:
+        if task not in ("easy", "hard", "breaks", "dies"):
+            raise ValueError(f"toy task '{task}' is unknown.")
+        self.task, self.cameras, self.image_size = task, tuple(cameras), image_size
+
+    def reset(self, seed: int) -> Observation:
+        self.seed, self.place, self.num_steps = seed, np.random.default_rng(seed).uniform(0, 0.4), 0
+        self.effort = 0.0
+        return self.observe()
+
+    def observe(self, *, with_images: bool = True) -> Observation:
+        images = {camera: self.render(camera) for camera in self.cameras} if with_images else {}
+        fields = {"place": np.array([self.place], np.float32), "opening": np.array([self.effort], np.float32)}
+        return Observation(images=images, fields=fields)
+
+    def apply(self, action: np.ndarray) -> None:
+        self.num_steps += 1
+        if self.task == "breaks" and self.seed % 2 and self.num_steps == 2 and not Path("mended").exists():
+            raise RuntimeError("a line search did not converge")
+        if self.task == "dies" and self.num_steps == 2 and not Path("mended").exists():
+            os._exit(1)
+        self.effort = float(np.clip(action[1], -1, 1))
+        self.place = float(np.clip(self.place + 0.25 * np.clip(action[0], -1, 1), 0, 1))
+
+    def success(self) -> bool:
+        return self.num_steps > 0 and self.place > (0.95 if self.task == "hard" else 0.8)
+
+    def render(self, camera: str) -> np.ndarray:
+        image = np.full((self.image_size, self.image_size, 3), 40, np.uint8)
+        middle = int(self.place * (self.image_size - 1))
+        image[:, max(0, middle - 2) : middle + 3] = (250, 120, 10)
+        return image
+
+    def expert(self) -> np.ndarray:
+        return np.array([1.0, -1.0], np.float32)
+
+    def project(self, camera: str, position: np.ndarray) -> tuple[float, float]:
+        return 0.5, 0.5
+
+    def is_hidden(self, camera: str, position: np.ndarray, *, by: str) -> bool:
+        return False
+
+    def describe(self) -> SimulatorState:
+        return SimulatorState(gripper_position=np.zeros(3), objects=())
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,237 @@
+"""A policy in closed loop sees what training saw, keeps to its chunks, and draws by seed and step."""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_foundry.data import create_dataloader
+from vla_foundry.data.robotics.files import load_normalizer
+from vla_foundry.inference import Policy, RobotObservation
+from vla_foundry.inference.policy_files import load_policy_files
+from vla_foundry.models import create_batch_handler
+from vla_foundry.randomness import draw_index
+from vla_foundry.robotics_contract import FieldDescription, GripperRange, NamedContract
+from vla_foundry.world import World
+
+ACTUAL, ACTION = "robot__actual__poses__right::arm", "robot__action__poses__right::arm"
+GRIPPER = "robot__action__grippers__right::hand"
+OBSERVED = [f"{ACTUAL}__xyz", f"{ACTUAL}__rot_6d", f"{ACTION}__xyz", f"{ACTION}__rot_6d"]
+COMMANDED = [f"{ACTION}__xyz", GRIPPER, f"{ACTION}__rot_6d"]
+
+
+def observe(recording: Any, frame: int, **changes: Any) -> RobotObservation:
+    values: dict[str, Any] = {
+        "images": {name.rpartition(".")[2]: images[frame] for name, images in recording.images.items()},
+        # a robot's own numbers have more digits than recorded ones
+        "fields": {name: recording.fields[name][frame].astype(np.float64) for name in OBSERVED},
+        "instruction": "lift the lid",
+    }
+    return RobotObservation(**values | changes)
+
+
+def load(arm: Any, **options: Any) -> Policy:
+    """A policy; each is loaded once, and what it did before is forgotten with `reset`."""
+    return _load(arm.run, tuple(options.items()))
+
+
+@lru_cache
+def _load(run: Path, options: tuple[tuple[str, Any], ...]) -> Policy:
+    return Policy.from_run(str(run), device="cpu", **dict(options))
+
+
+def read_samples(arm: Any) -> list[dict[str, Any]]:
+    """Validation's samples of the first recording, one a frame."""
+    data = dataclasses.replace(arm.params.data, dataset_manifest=arm.params.data.dataset_manifest)
+    loader = create_dataloader(
+        data, World(), global_batch_size=1, per_gpu_batch_size=1, seed=0, split="validation", total_samples=28
+    )
+    found = [batch for batch in loader.microbatches(0) if batch["episode_ids"] == ["episode_0"]]
+    loader.close()
+    return sorted(found, key=lambda batch: int(batch["anchors"][0]))
+
+
+def test_a_policy_sees_what_training_saw(arm: Any) -> None:
+    recording, policy = arm.recordings[0], load(arm)
+    policy.reset(seed=0)
+    samples = read_samples(arm)
+    assert len(samples) > 8
+    for frame, expected in enumerate(samples):
+        assert int(expected["anchors"][0]) == frame
+        policy.act(observe(recording, frame))
+        found = policy.encode()
+        for name in ("pixel_values", "input_ids", "proprioception", "past_mask", "image_mask", "action_dim_mask"):
+            assert found[name].dtype == expected[name].dtype
+            assert torch.equal(found[name], expected[name]), (frame, name)
+        assert found["documents"].lengths.tolist() == expected["documents"].lengths.tolist()
+        if expected["past_mask"].any():
+            is_past = expected["past_mask"]
+            assert torch.equal(found["actions"][is_past], expected["actions"][is_past])
+        # what was really done is what the recording says
+        policy.correct({name: recording.fields[name][frame] for name in COMMANDED})
+
+
+def test_exactly_the_asked_number_of_actions_is_executed(arm: Any) -> None:
+    recording = arm.recordings[0]
+    whole = load(arm, open_loop_steps=6)
+    whole.reset(seed=3)
+    chunk = [whole.act(observe(recording, frame)) for frame in range(6)]
+    policy = load(arm, open_loop_steps=4)
+    policy.reset(seed=3)
+    before = policy.num_predicted
+    for frame in range(10):
+        action = policy.act(observe(recording, frame))
+        assert policy.num_predicted - before == 1 + frame // 4
+        is_the_same = all(np.array_equal(action[name], chunk[min(frame, 5)][name]) for name in COMMANDED)
+        assert is_the_same is (frame < 4)
+    assert list(action) == COMMANDED
+    # half of the six predicted steps, unless told
+    assert load(arm).open_loop_steps == 3
+    with pytest.raises(ValueError, match=r"open_loop_steps \(7\) must be 1 .. 6"):
+        load(arm, open_loop_steps=7)
+
+
+def test_actions_are_absolute_and_in_units_of_the_data(arm: Any) -> None:
+    recording, policy = arm.recordings[0], load(arm, open_loop_steps=6)
+    policy.reset(seed=1)
+    actions = [policy.act(observe(recording, 0)) for _ in range(6)]
+    # the same normalized numbers, brought back by hand: T = T_ref T_relative
+    policy.reset(seed=1)
+    policy.act(observe(recording, 0))
+    normalizer, model = load_normalizer(arm.run), policy.model
+    handler: Any = create_batch_handler(arm.params)
+    seeds = torch.tensor([draw_index(1 << 63, seed=1, position=0, purpose="policy.noise")])
+    normalized = model.sample(handler.prepare_sampling(policy.encode(), "cpu"), seeds=seeds)[0].double().numpy()  # pyright: ignore[reportCallIssue]
+    names = arm.params.data.action_fields
+    columns = normalizer.layout(names).split(normalizer.denormalize(normalized, names, anchor=2))
+    rotation = recording.fields[f"{ACTUAL}__rot_6d"][0].reshape(2, 3)
+    reference = np.stack([*rotation, np.cross(*rotation)])
+    origin = recording.fields[f"{ACTUAL}__xyz"][0]
+    for step, action in enumerate(actions):
+        relative = columns[f"{ACTION}__xyz_relative"][2 + step]
+        np.testing.assert_allclose(action[f"{ACTION}__xyz"], reference @ relative + origin, atol=1e-9)
+        np.testing.assert_allclose(action[GRIPPER], columns[GRIPPER][2 + step], atol=1e-9)
+        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-9)
+
+
+def test_noise_depends_on_the_seed_and_the_step_alone(arm: Any) -> None:
+    recording = arm.recordings[0]
+    policy = load(arm, open_loop_steps=1)
+
+    def roll(seed: int) -> np.ndarray:
+        policy.reset(seed)
+        return np.stack([policy.act(observe(recording, 0))[GRIPPER] for _ in range(4)])
+
+    first = roll(5)
+    assert np.array_equal(first, roll(5))
+    assert not np.array_equal(first, roll(6))
+    # the robot stands still, the noise does not
+    assert len(np.unique(first[2:])) == 2
+
+
+def test_robots_are_served_together_as_if_alone(arm: Any) -> None:
+    policy = load(arm, open_loop_steps=1)
+    alone: dict[str, list[dict[str, np.ndarray]]] = {}
+    for number, name in enumerate("ab"):
+        policy.reset(seed=number, client=name)
+        frames = range(number, number + 5)
+        alone[name] = [policy.act_many({name: observe(arm.recordings[number], frame)})[name] for frame in frames]
+    for number, name in enumerate("ab"):
+        policy.reset(seed=number, client=name)
+    # the second robot begins a step later
+    for step in range(6):
+        due = {name: step - number for number, name in enumerate("ab") if 0 <= step - number < 5}
+        observations = {
+            name: observe(arm.recordings["ab".index(name)], "ab".index(name) + at) for name, at in due.items()
+        }
+        for name, action in policy.act_many(observations).items():
+            for field in COMMANDED:
+                np.testing.assert_allclose(action[field], alone[name][due[name]][field], atol=1e-5)
+    policy.forget("a")
+    with pytest.raises(ValueError, match=r"No episode of client 'a' was begun"):
+        policy.act_many({"a": observe(arm.recordings[0], 0)})
+
+
+def test_images_are_needed_where_a_chunk_looks(arm: Any) -> None:
+    recording = arm.recordings[0]
+    policy = load(arm, open_loop_steps=4)
+    policy.reset(seed=2)
+    policy.reset(seed=2, client="sparse")
+    needed = []
+    for frame in range(12):
+        full = observe(recording, frame)
+        needed.append(policy.needs_images("sparse"))
+        bare = full if needed[-1] else dataclasses.replace(full, images={})
+        expected = policy.act(full)
+        found = policy.act_many({"sparse": bare})["sparse"]
+        assert all(np.array_equal(expected[name], found[name]) for name in COMMANDED)
+    # chunks begin at 0, 4 and 8, and look two steps back
+    assert [frame for frame in range(12) if needed[frame]] == [0, 2, 4, 6, 8, 10]
+
+
+def test_averaged_weights_act_unless_told_otherwise(arm: Any) -> None:
+    recording = arm.recordings[0]
+
+    def first_action(**options: Any) -> np.ndarray:
+        policy = load(arm, **options)
+        policy.reset(seed=0)
+        return policy.act(observe(recording, 0))[GRIPPER]
+
+    assert np.array_equal(first_action(), first_action(use_ema=True))
+    assert not np.array_equal(first_action(), first_action(use_ema=False))
+    assert not np.array_equal(first_action(), first_action(num_inference_steps=3))
+
+
+def test_what_an_observation_lacks_is_named(arm: Any) -> None:
+    recording, policy = arm.recordings[0], load(arm)
+    with pytest.raises(ValueError, match=r"No episode was begun. Call reset\(seed\) first"):
+        Policy(policy.model, load_policy_files(str(arm.run))).act(observe(recording, 0))
+    good = observe(recording, 0)
+    fields = dict(good.fields)
+    for changes, message in (
+        ({"images": {}}, r"the image of camera 'rig\.front' is missing"),
+        ({"images": {**good.images, "wrist": np.zeros((20, 24, 3), np.uint8)}}, r"gives 24 x 20 .* it had 20 x 24"),
+        ({"images": {**good.images, "wrist": np.zeros((24, 20, 3))}}, r"gives float64 .* not uint8"),
+        ({"fields": {name: fields[name] for name in OBSERVED[1:]}}, rf"field '{OBSERVED[0]}' is unknown"),
+        ({"fields": fields | {OBSERVED[0]: np.array([0, np.nan, 1])}}, r"must be finite numbers, got \[0\.0, nan"),
+        ({"instruction": ""}, r"instruction"),
+    ):
+        policy.reset(seed=0)
+        with pytest.raises(ValueError, match=message):
+            policy.act(dataclasses.replace(good, **changes))
+
+
+def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
+    policy = load(arm)
+    own = policy.contract
+    same = dataclasses.replace(own, fields={**own.fields, OBSERVED[3]: FieldDescription(shape=(6,))})
+    policy.check_robot(NamedContract("the arm", same))
+    turned = dataclasses.replace(own.fields[GRIPPER], gripper=GripperRange(open=0.0, closed=1.0))
+    for changes, message in (
+        ({"fps": 20.0}, r"has 10 frames a second and the arm 20"),
+        ({"cameras": {}}, r"camera of the arm 'rig\.front' is unknown"),
+        ({"fields": {**same.fields, GRIPPER: turned}}, r"its gripper is"),
+        (
+            {"fields": {name: same.fields[name] for name in same.fields if name != GRIPPER}},
+            r"field of the arm '.*hand'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.check_robot(NamedContract("the arm", dataclasses.replace(same, **changes)))
+
+
+def test_other_runs_are_no_policies(tmp_path: Path, arm: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"does not exist. Give a run folder"):
+        Policy.from_run(str(tmp_path / "nothing"))
+    (tmp_path / "config_model.yaml").write_text("type: transformer\nhidden_dim: 8\n")
+    text = (arm.run / "config.yaml").read_text()
+    start, end = text.index("\nmodel:"), text.index("\ndistributed:")
+    model = "\nmodel: {type: transformer, hidden_dim: 8, n_layers: 1, n_heads: 1, vocab_size: 9, max_seq_len: 8}"
+    (tmp_path / "config.yaml").write_text(text[:start] + model + text[end:])
+    with pytest.raises(ValueError, match=r"of type 'transformer', which is no policy"):
+        Policy.from_run(str(tmp_path))
