@@ -79,27 +79,27 @@ class DenoisingHead(TransformerHead):
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the squared error of the prediction at drawn times and noise, summed; the mean over draws."""
         R = self.params.num_action_head_repeats
-        samples, purpose = key.samples, {"seed": key.seed, "purpose": f"{key.stage} noise"}
-        noise = draw_normals(samples, (R, *window.actions.shape[1:]), **purpose).flatten(0, 1).to(self.dtype)
-        uniforms = draw_uniforms(samples, R, seed=key.seed, purpose=f"{key.stage} time").flatten()
+        # whatever the weights' precision
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        actions = window.actions.to(dtype).repeat_interleave(R, dim=0)
+        noise = self._draw(key, "noise", R, window).to(dtype)
+        uniforms = draw_uniforms(key.samples, R, seed=key.seed, purpose=f"{key.stage} time").flatten()
         times = self.process.spread_times(uniforms)
-        actions = window.actions.to(self.dtype).repeat_interleave(R, dim=0)
-        noised = self.process.add_noise(actions, noise, times)
-        noised = self._hold(noised, window, R)
+        free, held = (mask.repeat_interleave(R, dim=0) for mask in (window.free_mask(), window.held_actions()))
+        noised = torch.where(free, self.process.add_noise(actions, noise, times), held.to(dtype))
         if self.training and self.params.input_noise_std > 0:
-            noised = noised + self.params.input_noise_std * self._draw_like(noised, key, "input noise", R)
+            noised = noised + self.params.input_noise_std * self._draw(key, "input noise", R, window).to(dtype)
         observation = self.observe(conditioning, window, num_draws=R, key=key)
         predicted = self.predict(noised, times, observation)
-        errors = (predicted - self.process.target(actions, noise)).square()
-        return reduce_loss(errors.to(torch.promote_types(errors.dtype, torch.float32)), window, R)
+        errors = (predicted.to(dtype) - self.process.target(actions, noise)).square()
+        return reduce_loss(errors, window, R)
 
     @torch.no_grad()
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
         """Go from noise, a function of each sample's seed, to actions; conditioning is read once."""
-        noise = draw_normals(key.samples, window.actions.shape[1:], seed=key.seed, purpose=f"{key.stage} noise")
-        return self.sample_from(noise, conditioning, window, num_steps)
+        return self.sample_from(self._draw(key, "noise", 1, window), conditioning, window, num_steps)
 
     @torch.no_grad()
     def sample_from(
@@ -109,11 +109,12 @@ class DenoisingHead(TransformerHead):
         observation = self.observe(conditioning, window)
         if observation.context is not None:
             observation = observation._replace(memories=self.transformer.remember(observation.context))
+        free, held = window.free_mask(), window.held_actions()
         return self.process.sample(
             lambda x, times: self._repeated(x, times, observation).float(),
             noise,
             num_steps or self.process.params.num_inference_steps,
-            lambda x: self._hold(x, window, 1),
+            lambda x: torch.where(free, x, held),
         )
 
     def observe(
@@ -216,17 +217,10 @@ class DenoisingHead(TransformerHead):
         sines = encode_sines(times * _TIME_UNITS, self.params.transformer.hidden_dim)
         return self.time_encoding(sines.to(self.dtype))
 
-    def _hold(self, x: Tensor, window: ActionWindow, num_draws: int) -> Tensor:
-        """Put what is not to be predicted in its place: observed actions, and 0 elsewhere."""
-        free, held = _repeat(window.free_mask(), num_draws), _repeat(window.held_actions(), num_draws)
-        assert free is not None
-        assert held is not None
-        return torch.where(free, x, held.to(x.dtype))
-
-    def _draw_like(self, x: Tensor, key: DrawKey, purpose: str, num_draws: int) -> Tensor:
-        shape = (num_draws, *x.shape[1:])
-        drawn = draw_normals(key.samples, shape, seed=key.seed, purpose=f"{key.stage} {purpose}")
-        return drawn.flatten(0, 1).to(x.dtype)
+    def _draw(self, key: DrawKey, purpose: str, num_draws: int, window: ActionWindow) -> Float[Tensor, "N T A"]:
+        """Normal numbers for each draw of each sample, fp32."""
+        shape = (num_draws, *window.actions.shape[1:])
+        return draw_normals(key.samples, shape, seed=key.seed, purpose=f"{key.stage} {purpose}").flatten(0, 1)
 
 
 def _choose_reading(params: DenoisingHeadParams) -> Reading:

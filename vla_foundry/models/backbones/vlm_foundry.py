@@ -93,14 +93,15 @@ class VLMFoundryBackbone(nn.Module):
         is_native = hasattr(transformer, "layers")
         head = transformer.output if is_native else transformer.model.get_output_embeddings()
         table = transformer.embeddings if is_native else transformer.model.get_input_embeddings()
+        self._head_size = 0 if head is None else head.weight.numel()
         if head is not None and head.weight is not table.weight:
             head.requires_grad_(False)
         if is_native and not self.final_norm:
             transformer.norm.requires_grad_(False)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the model."""
-        return self.model.num_flops_per_token(seq_len)
+        """Those of the model without its output head."""
+        return self.model.num_flops_per_token(seq_len) - 6.0 * self._head_size
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture of Hugging Face parts."""

@@ -33,6 +33,7 @@ class VLMBackbone(nn.Module):
         width = model.hidden_dim
         self.conditioning_dim = self.num_states * width
         head, table = model.model.get_output_embeddings(), model.model.get_input_embeddings()
+        self._head_size = 0 if head is None else head.weight.numel()
         if head is not None and head.weight is not table.weight:
             # no gradient reaches it
             head.requires_grad_(False)
@@ -93,8 +94,8 @@ class VLMBackbone(nn.Module):
             nn.init.normal_(self.observation_token, std=0.02)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the model."""
-        return self.model.num_flops_per_token(seq_len)
+        """Those of the model without its output head."""
+        return self.model.num_flops_per_token(seq_len) - 6.0 * self._head_size
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture."""
@@ -113,7 +114,10 @@ def create_vlm_backbone(params: VLMBackboneParams, load_pretrained: bool = True)
 
 @register_observation("vlm_backbone")
 def prepare_observation(params: VLMBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-    """Return what VLMBackbone.forward takes; what is neither tokens nor images is passed on as it is."""
+    """Return what VLMBackbone.forward takes; what is neither tokens nor images is passed on as it is.
+
+    Images that are missing are seen, black: how tokens and images go together differs between families.
+    """
     has_token = params.conditioning == "observation_token"
     rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
     mask = mask_of(rows)
