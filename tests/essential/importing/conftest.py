@@ -1,7 +1,6 @@
 """Runs of the earlier implementation: the published ones, and one of a robot policy as it was saved with its data."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,13 @@ import pytest
 import torch
 import yaml
 
+from vla_foundry.models import create_model
+from vla_foundry.models.published_policy import translate_config
+from vla_foundry.params import ModelParams
+from vla_foundry.params.decode import Decoding, decode
+from vla_foundry.params.loading import dump_value
+from vla_foundry.params.yaml_source import parse_inline
+
 PROPRIOCEPTION = ["robot__actual__poses__left::panda__xyz", "robot__actual__grippers__left::panda_hand", "speed"]
 ACTIONS = [f"robot__action__poses__left::panda__{name}_relative" for name in ("xyz", "rot_6d")]
 ACTIONS += ["robot__action__grippers__left::panda_hand"]
@@ -18,6 +24,31 @@ ACTION_DIM = 10
 CAMERAS = ["scene_right_0", "wrist_left_plus"]
 NUM_TOKENS = 257
 IMAGE_TOKEN = 200
+# a vision-language model that a policy starts from
+VLM: dict[str, Any] = {
+    "type": "vlm",
+    "image_token_id": IMAGE_TOKEN,
+    "processor": None,
+    "vit": {
+        "type": "vit",
+        "hidden_dim": 16,
+        "inter_dim": 32,
+        "patch_size": 14,
+        "img_size": 56,
+        "n_heads": 2,
+        "n_layers": 1,
+        "pretrained": None,
+        "projector_pixel_shuffle_factor": 2,
+    },
+    "transformer": {
+        "type": "transformer",
+        "hidden_dim": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": NUM_TOKENS,
+        "max_seq_len": 96,
+    },
+}
 
 
 @pytest.fixture
@@ -45,27 +76,31 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def copy_source(parity: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Copies a published checkpoint to a folder that may be changed."""
-
-    def copy(name: str) -> Path:
-        folder = tmp_path / "sources" / name
-        shutil.copytree(parity / name, folder)
-        folder.chmod(0o755)
-        for path in folder.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        return folder
-
-    return copy
+def save_source() -> Callable[..., None]:
+    """Saves a run that has a model config and weights: (folder, model section, state_dict)."""
+    return _save_source
 
 
 @pytest.fixture
-def policy_source(copy_source: Callable[[str], Path]) -> Path:
+def language_source(tmp_path: Path) -> Path:
+    """A language model's folder without config.yaml."""
+    torch.manual_seed(0)
+    params = create_params(ModelParams, VLM["transformer"])
+    state = create_model(params, load_pretrained=False).state_dict()
+    for number in range(2):
+        state[f"layers.{number}.attention.pos_embed.inv_freq"] = torch.ones(4)
+    _save_source(tmp_path / "sources" / "llm", VLM["transformer"], state)
+    return tmp_path / "sources" / "llm"
+
+
+@pytest.fixture
+def policy_source(tmp_path: Path) -> Path:
     """A policy's whole folder: config, statistics, normalizer, preprocessing, and its vision-language model beside."""
-    copy_source("vlm_ps2")
-    folder = copy_source("vla_foundry_flow")
-    model = yaml.safe_load((folder / "config_model.yaml").read_text()) | {"action_dim": ACTION_DIM}
-    _change_checkpoint(folder, widen_actions)
+    folder, vlm = tmp_path / "sources" / "policy", tmp_path / "sources" / "vlm"
+    vlm.mkdir(parents=True)
+    (vlm / "config_model.yaml").write_text(yaml.safe_dump(VLM))
+    model = create_policy_config()
+    save_policy(folder, model)
     (folder / "config.yaml").write_text(yaml.safe_dump(create_config(model)))
     (folder / "stats.json").write_text(json.dumps(create_statistics()))
     (folder / "config_normalizer.yaml").write_text(yaml.safe_dump(create_config(model)["data"]["normalization"]))
@@ -85,25 +120,67 @@ def policy_source(copy_source: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def change_checkpoint() -> Callable[..., None]:
-    """Changes what a checkpoint holds: (folder, change, name="checkpoint_1.pt")."""
-    return _change_checkpoint
+    """Changes what a checkpoint holds."""
+
+    def change(folder: Path, edit: Callable[[dict[str, Any]], None], name: str = "checkpoint_1.pt") -> None:
+        path = folder / "checkpoints" / name
+        content = torch.load(path, weights_only=True)
+        edit(content)
+        torch.save(content, path)
+
+    return change
 
 
-def _change_checkpoint(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "checkpoint_1.pt") -> None:
-    path = folder / "checkpoints" / name
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
+def create_policy_config() -> dict[str, Any]:
+    """The model section of a small policy."""
+    backbone = {
+        "type": "vlm_foundry_backbone",
+        "num_vlm_layers_to_use": 2,
+        "vlm_experiment_dir": "../vlm",
+        "resume_from_checkpoint": "../vlm/checkpoints/checkpoint_1.pt",
+        "freeze": False,
+    }
+    head = {"type": "transformer", "hidden_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 16, "is_causal": True}
+    return {
+        "type": "diffusion_policy",
+        "vision_language_backbone": backbone,
+        "transformer": head,
+        "noise_scheduler": {"num_timesteps": 20, "clamp_range": [-1.5, 1.5], "beta_start": 1e-4, "beta_end": 0.02},
+        "use_diffusers_scheduler": False,
+        "use_flow_matching_scheduler": True,
+        "input_noise_std": 0.05,
+        "diffusion_step_conditioning": "add",
+        "num_action_head_repeats": 8,
+        "action_dim": ACTION_DIM,
+        "proprioception_dim": 5,
+    }
 
 
-def widen_actions(content: dict[str, Any]) -> None:
-    """Give a policy actions of another width, and the step it was saved after."""
-    state = content["state_dict"]
-    dim = state["action_encode.weight"].shape[0]
+def save_policy(folder: Path, config: dict[str, Any]) -> None:
+    """Save a policy with new weights, by the names that the earlier implementation had."""
     torch.manual_seed(0)
-    state["action_encode.weight"] = torch.randn(dim, ACTION_DIM) * 0.2
-    state["output_layer.weight"], state["output_layer.bias"] = torch.randn(ACTION_DIM, dim), torch.zeros(ACTION_DIM)
-    content["global_step"] = 1200
+    params = create_params(ModelParams, translate_config(config, VLM))
+    state: dict[str, torch.Tensor] = {}
+    weights = create_model(params, load_pretrained=False).state_dict()
+    token = weights.pop("vision_language_backbone.observation_token")
+    for name, value in weights.items():
+        inner = name.removeprefix("vision_language_backbone.model.")
+        if inner.startswith("transformer.") and inner.endswith(("embeddings.weight", "output.weight")):
+            value = torch.cat((value, token[None]))
+        old = name.removeprefix("action_head.") if inner == name else f"vision_language_backbone._model.{inner}"
+        state[old] = value
+    state |= {"transformer.norm.weight": torch.ones(16), "sinusoidal_position_embeddings.emb": torch.ones(8)}
+    _save_source(folder, config, state)
+
+
+def _save_source(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config_model.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"global_step": 7, "state_dict": state}, folder / "checkpoints" / "checkpoint_1.pt")
+
+
+def create_params(cls: Any, values: dict[str, Any]) -> Any:
+    return decode(cls, parse_inline(dump_value(values)), Decoding(root=cls))
 
 
 def create_config(model: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from vla_foundry.params import load_experiment_params_from_yaml
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.importing import ImportParams
 
-pytestmark = pytest.mark.shared_data
-
 XYZ = "robot__action__poses__left::panda__xyz_relative"
 SPEED = "speed"
 
