@@ -52,7 +52,11 @@ def parse_policy(*words: str) -> TrainExperimentParams:
 def run(tmp_path: Path) -> Path:
     """The folder of a run of a vision-language model, as far as params look at it."""
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    started = replace(VLM, transformer=replace(VLM.transformer, resume_from_checkpoint="gone"))
+    started = replace(
+        VLM,
+        vit=replace(VLM.vit, freeze=True),
+        transformer=replace(VLM.transformer, resume_from_checkpoint="gone"),
+    )
     (tmp_path / "config_model.yaml").write_text(dump_params(started))
     (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").touch()
     return tmp_path

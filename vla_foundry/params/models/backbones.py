@@ -75,9 +75,10 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
                 f"model.vision_language_backbone.resume_from_checkpoint ({self.resume_from_checkpoint}) is of type "
                 f"{found.type}, not vlm. Give a run of type vlm."
             )
-        # its parts have their weights from the whole's checkpoint
-        parts = {name: replace(getattr(found, name), resume_from_checkpoint=None) for name in ("vit", "transformer")}
-        whole = replace(found, resume_from_checkpoint=None, resume_weights_only=False, **parts)
+        # weights come from this run, whatever it started from itself; and what it kept frozen learns again
+        fresh: dict[str, Any] = {"resume_from_checkpoint": None, "resume_weights_only": False, "freeze": False}
+        parts = {name: replace(getattr(found, name), **fresh) for name in ("vit", "transformer")}
+        whole = replace(found, **fresh, **parts)
         return {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
 
     def token_limits(self) -> TokenLimits:
