@@ -152,13 +152,24 @@ def _draw_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams)
         by_task.setdefault(ref.task or "", []).append(ref.episode_id)
     if params.validation_by == "task":
         return {episode for task in _draw(list(by_task), fraction, seed) for episode in by_task[task]}
-    drawn = {episode for episodes in by_task.values() for episode in _draw(episodes, fraction, seed)}
-    return drawn or set(_draw([ref.episode_id for ref in refs], 1 / len(refs), seed))
+    # a task's episodes are spread over 0 .. 1: what lies lowest over all is within one of its share of every task, and
+    # of all in the right number, however few episodes a task has
+    places = {
+        episode: (rank + 0.5) / len(episodes)
+        for episodes in by_task.values()
+        for rank, episode in enumerate(_shuffle(episodes, seed))
+    }
+    ordered = sorted(_shuffle(list(places), seed), key=lambda episode: places[episode])
+    return set(ordered[: max(1, round(fraction * len(refs)))])
 
 
 def _draw(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    return ordered[: round(fraction * len(ordered))]
+    return _shuffle(names, seed)[: round(fraction * len(names))]
+
+
+def _shuffle(names: Sequence[str], seed: int) -> list[str]:
+    """Order names by their hashes, so that one that is added moves no other past another."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
 def plan_shards(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> list[list[EpisodeRef]]:

@@ -30,6 +30,13 @@ def test_validation_by_episode_has_its_share_of_every_task(params):
     assert not ids(split["train"]) & ids(split["validation"])
 
 
+def test_tasks_of_few_episodes_have_their_share_of_validation_together(params):
+    # instructions in many words are tasks of one or two episodes each
+    split = split_refs(refs(60, num_tasks=30), params(validation_fraction=0.2))
+    assert len(split["validation"]) == 12
+    assert max(Counter(ref.task for ref in split["validation"]).values()) == 1
+
+
 def test_validation_by_task_holds_out_whole_tasks(params):
     split = split_refs(refs(80), params(validation_fraction=0.25, validation_by="task"))
     tasks = {name: {ref.task for ref in part} for name, part in split.items()}
