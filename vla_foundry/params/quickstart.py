@@ -17,6 +17,8 @@ class QuickstartParams(BaseParams):
     output_dir: str = "quickstart_output"
     # evaluate the policy, besides, with pictures of other episodes, with the wrong instruction, and trained from nothing
     ablations: bool = False
+    # install the library that draws the simulator (libosmesa6, by apt-get) if there is none
+    install_system_packages: bool = False
     # do every stage again
     overwrite: bool = False
 

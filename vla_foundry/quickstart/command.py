@@ -12,6 +12,7 @@ from vla_foundry.params.quickstart import QuickstartParams
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
 from vla_foundry.quickstart.stages import Step, count_trainers, run_steps, words_of
+from vla_foundry.quickstart.system import require_renderer
 from vla_foundry.quickstart.vla import ABLATIONS, BASELINES, ablation_steps, vla_steps
 from vla_foundry.quickstart.vla_report import write_vla_report
 from vla_foundry.quickstart.vlm import caption_step, vlm_steps
@@ -110,6 +111,9 @@ def main(argv: list[str]) -> None:
         ValueError: a word is wrong, or a step failed.
     """
     params = parse_command(QuickstartParams, argv, prog="vla-foundry quickstart")
+    if len(params.stages) > 1:
+        # before the first stage, whose minutes would else be for nothing
+        require_renderer(may_install=params.install_system_packages)
     console = Console(soft_wrap=True, highlight=False)
     output_dir = Path(params.output_dir)
     stages = [_STAGES[name](output_dir, params) for name in params.stages]

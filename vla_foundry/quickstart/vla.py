@@ -33,26 +33,7 @@ def vla_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[St
             outputs=(demos / "meta" / "demos.json",),
             folder=demos,
         ),
-        Step(
-            name="preprocess_demos",
-            what="Put the recordings into shards, a tenth of them held out",
-            words=words_of(
-                "preprocess robotics",
-                type="lerobot",
-                source_episodes=demos,
-                output_dir=shards,
-                field_map=FIELD_MAP,
-                past_lowdim_steps=0,
-                future_lowdim_steps=7,
-                image_indices="[0]",
-                max_padding_left=0,
-                max_padding_right=7,
-                validation_fraction=0.1,
-                num_workers=0,
-            ),
-            outputs=(shards / "train" / "manifest.jsonl", shards / "validation" / "manifest.jsonl"),
-            folder=shards,
-        ),
+        _preprocess(demos, shards),
         Step(
             name="train_vla",
             what="Train the policy, from the vision-language model",
@@ -132,6 +113,29 @@ def ablation_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> li
             checkpoint=scratch,
         ),
     ]
+
+
+def _preprocess(demos: Path, shards: Path) -> Step:
+    return Step(
+        name="preprocess_demos",
+        what="Put the recordings into shards, a tenth of them held out",
+        words=words_of(
+            "preprocess robotics",
+            type="lerobot",
+            source_episodes=demos,
+            output_dir=shards,
+            field_map=FIELD_MAP,
+            past_lowdim_steps=0,
+            future_lowdim_steps=7,
+            image_indices="[0]",
+            max_padding_left=0,
+            max_padding_right=7,
+            validation_fraction=0.1,
+            num_workers=0,
+        ),
+        outputs=(shards / "train" / "manifest.jsonl", shards / "validation" / "manifest.jsonl"),
+        folder=shards,
+    )
 
 
 def _evaluate(output_dir: Path, step: str, what: str, *, policy_name: str, **flags: object) -> Step:
