@@ -43,7 +43,7 @@ distributed and ema (vla-foundry train --help hparams; vla-foundry train --help 
 
 def usage() -> str:
     """The text of `vla-foundry --help`."""
-    return _USAGE.format(commands="\n".join(f"  {name:<14}{what}" for name, (_, what) in _COMMANDS.items()))
+    return _USAGE.format(commands="\n".join(f"  {name:<18} {what}" for name, (_, what) in _COMMANDS.items()))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from vla_foundry.cli import main as run_cli
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.inference.loading import load_run_model
+from vla_foundry.io.uri import upload
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.importing import ImportParams
 from vla_foundry.run_folder import find_checkpoint
@@ -163,3 +164,12 @@ def test_the_command_ends_with_one_line(
         run_cli(words)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_source_may_be_remote(language_source: Path, s3_bucket: str, tmp_path: Path) -> None:
+    for path in language_source.rglob("*.*"):
+        upload(str(path), f"{s3_bucket}/llm/{path.relative_to(language_source)}")
+    for name, source in (("near", str(language_source)), ("far", f"{s3_bucket}/llm")):
+        import_checkpoint(ImportParams(source=source, output=str(tmp_path / name)))
+    near, far = (find_checkpoint(tmp_path / name) for name in ("near", "far"))
+    assert (near / "model.safetensors").read_bytes() == (far / "model.safetensors").read_bytes()
