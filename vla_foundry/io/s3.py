@@ -205,6 +205,8 @@ class _S3File(io.RawIOBase):
         super().__init__()
         self._uri, self._size, self._etag = uri, size, etag
         self._position = 0
+        # what files have, so that what reads from this passes for one
+        self.name = uri
 
     def readable(self) -> bool:
         return True
