@@ -57,6 +57,7 @@ def test_recomputed_statistics_are_those_of_preprocessing_to_the_byte(dataset, t
     assert [path.name for path in tmp_path.iterdir()] == ["again.json"]
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes_as_this_process(dataset, tmp_path, ray_cluster):
     output = recompute(dataset, output=tmp_path / "again.json", num_workers=2, ray_address=ray_cluster)
     assert output.read_bytes() == (dataset / "stats.json").read_bytes()
