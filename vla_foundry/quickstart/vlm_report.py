@@ -75,7 +75,7 @@ def draw_captions(pictures: Sequence[Path], said: Sequence[str], truths: Sequenc
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(-(-len(pictures) // 4), 4, figsize=(14, 4.2 * -(-len(pictures) // 4)), dpi=90)
+    figure, axes = pyplot.subplots(-(-len(pictures) // 4), 4, figsize=(14, 5 * -(-len(pictures) // 4)), dpi=90)
     for axis, picture, caption, truth in zip(axes.flat, pictures, said, truths, strict=False):
         axis.imshow(pyplot.imread(picture), interpolation="nearest")
         lines = caption.strip().replace(". ", ".\n")
@@ -83,7 +83,9 @@ def draw_captions(pictures: Sequence[Path], said: Sequence[str], truths: Sequenc
             lines += "\n(true) " + truth.replace(". ", ".\n")
         axis.set_title(lines, fontsize=8, loc="left", color="#222222" if caption.strip() == truth else "#c44e52")
     for axis in axes.flat:
-        axis.set_axis_off()
+        # not set_axis_off: the titles would then not be made room for
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

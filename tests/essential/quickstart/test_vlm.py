@@ -79,4 +79,4 @@ def test_scenes_are_drawn_with_what_was_said(tmp_path: Path) -> None:
     truths = [caption(row) for row in range(1, 6)]
     draw_captions(pictures, [truths[0]] * 5, truths, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.size == (1260, 756)
+        assert figure.size == (1260, 900)
