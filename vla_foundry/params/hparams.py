@@ -1,7 +1,7 @@
 """Hyper-parameters of the optimization: batch sizes, learning rate, optimizer, precision."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vla_foundry.params.base import BaseParams
@@ -21,6 +21,8 @@ class HyperParams(BaseParams):
     seed: int = 42
     # peak learning rate
     lr: float = 1e-4
+    # the learning rate of parts of the model, by the beginning of their weights' names, times this: {vit: 0.1}
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
     # warm-up: steps, or below 1 a fraction of all steps
@@ -77,5 +79,10 @@ class HyperParams(BaseParams):
             raise ValueError(f"lr ({self.lr}) must be above 0.")
         if self.lr_cooldown_end > self.lr:
             raise ValueError(f"lr_cooldown_end ({self.lr_cooldown_end}) must not be above lr ({self.lr}).")
+        for part, multiplier in self.lr_multipliers.items():
+            if not 0 < multiplier < math.inf:
+                raise ValueError(
+                    f"lr_multipliers.{part} ({multiplier}) must be above 0. To keep a part as it is, freeze it."
+                )
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
             raise ValueError(f"grad_clip_norm ({self.grad_clip_norm}) must be above 0, or null for no clipping.")

@@ -1,6 +1,7 @@
 """AdamW: which weights decay, the norm of the gradient, and an update that can be skipped on the device."""
 
 import sys
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vla_foundry.params.hparams import HyperParams
+from vla_foundry.registry import unknown_name_message
 
 # modules whose `weight` is a matrix that maps features to features, and so decays
 _MATRIX_MODULES = (
@@ -22,34 +24,64 @@ _MATRIX_MODULES = (
 )
 
 
-def create_optimizer(model: nn.Module, params: HyperParams, lr: Tensor) -> torch.optim.AdamW:
+def create_optimizer(
+    model: nn.Module, params: HyperParams, lr: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.AdamW:
     """Create fused AdamW over the trainable parameters, with weight decay on matrices only.
 
     Args:
         model: after it was sharded.
-        lr: scalar on the parameters' device; the step writes the learning rate into it.
+        lr: scalar on the parameters' device; `set_learning_rate` writes the learning rate into it.
+        parameters: the model's, by the names that `hparams.lr_multipliers` go by.
 
     Raises:
-        ValueError: nothing is trainable.
+        ValueError: nothing is trainable, or a multiplier is of no part of the model.
     """
     decayed = decayed_parameters(model)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    multipliers = _find_multipliers(params.lr_multipliers, parameters)
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
             # one kernel can not take sharded and whole tensors together
-            groups.setdefault((parameter in decayed, isinstance(parameter, DTensor)), []).append(parameter)
+            key = (parameter in decayed, isinstance(parameter, DTensor), multipliers[name])
+            groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError("No weight of the model is trainable. Set model.freeze to false in at least one part of it.")
+    rates = {multiplier: lr if multiplier == 1.0 else torch.zeros_like(lr) for multiplier in multipliers.values()}
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": params.wd if has_decay else 0.0}
-            for (has_decay, _), parameters in groups.items()
+            {
+                "params": members,
+                "weight_decay": params.wd if has_decay else 0.0,
+                "lr": rates[multiplier],
+                "lr_multiplier": multiplier,
+            }
+            for (has_decay, _, multiplier), members in groups.items()
         ],
         lr=lr,
         betas=(params.beta1, params.beta2),
         eps=params.eps,
         fused=True,
     )
+
+
+def _find_multipliers(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The multiplier of each parameter: that of the longest part of its name that one is given for, else 1."""
+    multipliers = dict.fromkeys(names, 1.0)
+    for part in sorted(given, key=len):
+        members = [name for name in multipliers if name == part or name.startswith(f"{part}.")]
+        if not members:
+            parts = sorted({name.partition(".")[0] for name in multipliers})
+            raise ValueError(unknown_name_message("part of the model in hparams.lr_multipliers", part, parts))
+        multipliers |= dict.fromkeys(members, given[part])
+    return multipliers
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor) -> None:
+    """Bring the rates of parts with a multiplier to the present one; without a host sync."""
+    for group in optimizer.param_groups:
+        if group["lr_multiplier"] != 1.0:
+            torch.mul(lr, group["lr_multiplier"], out=group["lr"])
 
 
 def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -9,7 +9,13 @@ from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.distributed import named_parameters, reduce_unsharded_gradients
 from vla_foundry.training.ema import EMA
-from vla_foundry.training.optimizer import clip_gradients, create_optimizer, gradient_norm, step_optimizer
+from vla_foundry.training.optimizer import (
+    clip_gradients,
+    create_optimizer,
+    gradient_norm,
+    set_learning_rate,
+    step_optimizer,
+)
 from vla_foundry.training.schedules import learning_rates
 
 
@@ -67,7 +73,7 @@ def create_train_state(
         model=model,
         forward=forward,
         parameters=parameters,
-        optimizer=create_optimizer(model, hparams, lr),
+        optimizer=create_optimizer(model, hparams, lr, parameters),
         ema=EMA(ema, parameters) if ema.enabled else None,
         schedule=torch.as_tensor(learning_rates(hparams, total_steps), dtype=dtype, device=device),
         lr=lr,
@@ -101,6 +107,7 @@ def update_weights(state: TrainState, loss: Tensor, *, max_norm: float | None) -
         clip_gradients(parameters, max_norm, norm)
     position = counters.updates.clamp(max=len(state.schedule) - 1)
     state.lr.copy_(state.schedule.index_select(0, position).reshape(()))
+    set_learning_rate(state.optimizer, state.lr)
     step_optimizer(state.optimizer, skip)
     if state.ema is not None:
         state.ema.update(counters.updates, skip)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from vla_foundry.params.ema import EMAParams
+from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.optimizer import clip_gradients, decayed_parameters, gradient_norm
+from vla_foundry.training.state import create_train_state, update_weights
 
 
 class Everything(nn.Module):
@@ -48,3 +51,29 @@ def test_norm_and_clipping_are_over_all_gradients() -> None:
     assert parameters[0].grad.tolist() == [1.0, 2.0, 2.0]
     clip_gradients(parameters[:2], 2.5, norm)
     torch.testing.assert_close(parameters[1].grad, torch.full((2, 2), 1.0))
+
+
+def updated(lr_multipliers: dict[str, float]) -> dict[str, torch.Tensor]:
+    """How far the first update of AdamW moves each weight of two layers; without decay that is its learning rate."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    hparams = HyperParams(lr=1e-2, wd=0.0, warmup=0.0, lr_scheduler="constant", lr_multipliers=lr_multipliers)
+    state = create_train_state(model, model, hparams=hparams, ema=EMAParams(), total_steps=10)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    update_weights(state, torch.zeros(()), max_norm=None)
+    return {name: (before[name] - value.detach()).mean() for name, value in model.named_parameters()}
+
+
+def test_parts_have_learning_rates_of_their_own_by_the_longest_name() -> None:
+    moved = updated({"1": 0.1, "1.1": 2.0})
+    expected = {"0.weight": 1e-2, "0.bias": 1e-2, "1.0.weight": 1e-3, "1.0.bias": 1e-3, "1.1.weight": 2e-2}
+    for name, value in expected.items():
+        assert moved[name].item() == pytest.approx(value, rel=1e-3), name
+
+
+def test_a_multiplier_of_no_part_is_named() -> None:
+    with pytest.raises(ValueError, match=r"hparams\.lr_multipliers.*'vti'"):
+        updated({"vti": 0.1})
+    with pytest.raises(ValueError, match=r"lr_multipliers\.vit \(0\.0\) must be above 0"):
+        HyperParams(lr_multipliers={"vit": 0.0})
