@@ -19,7 +19,7 @@ from vla_foundry.simulators import Simulator, create_simulator
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class SimulatorSetup:
     """What simulators are made of."""
 
     simulator: str
@@ -109,11 +109,11 @@ class RolloutWorker:
     """The simulators of a process, one a slot, each kept as long as the slot's task is the same.
 
     Args:
-        world: of all of them.
+        setup: of all of them.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, setup: SimulatorSetup) -> None:
+        self.setup = setup
         self._slots: dict[int, _Slot] = {}
 
     def handle(self, request: Request) -> RobotFacts | Reply | Failure:
@@ -143,8 +143,8 @@ class RolloutWorker:
     def _open(self, slot: int, task: str) -> _Slot:
         if slot not in self._slots or self._slots[slot].task != task:
             self._drop(slot)
-            world = self.world
-            simulator = create_simulator(world.simulator, task, cameras=world.cameras, image_size=world.image_size)
+            setup = self.setup
+            simulator = create_simulator(setup.simulator, task, cameras=setup.cameras, image_size=setup.image_size)
             self._slots[slot] = _Slot(simulator, task)
         return self._slots[slot]
 
@@ -161,7 +161,7 @@ class RolloutWorker:
         simulator = slot.simulator
         simulator.apply(simulator.expert() if request.action is None else request.action)
         slot.num_steps += 1
-        most = simulator.max_steps if self.world.max_steps is None else min(simulator.max_steps, self.world.max_steps)
+        most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
         is_over = simulator.success() or slot.num_steps >= most
         self._keep_picture(slot, is_last=is_over)
         observation = simulator.observe(with_images=request.with_images and not is_over)
@@ -172,7 +172,7 @@ class RolloutWorker:
     def _keep_picture(self, slot: _Slot, *, is_last: bool = False) -> None:
         strip = slot.strip
         if strip is not None and (is_last or strip.wants(slot.num_steps)):
-            strip.add(slot.num_steps, slot.simulator.render(self.world.picture_camera))
+            strip.add(slot.num_steps, slot.simulator.render(self.setup.picture_camera))
             if is_last:
                 strip.save()
 
@@ -188,13 +188,13 @@ def _describe(simulator: Simulator) -> RobotFacts:
     )
 
 
-def serve_rollouts(connection: Connection, world: World) -> None:
+def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
     """Answer requests until the parent closes the connection, or has ended."""
     # an interrupt is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_installed_plugins()
-    import_plugins(world.plugins, "--plugins")
-    worker = RolloutWorker(world)
+    import_plugins(setup.plugins, "--plugins")
+    worker = RolloutWorker(setup)
     try:
         while True:
             connection.send([worker.handle(request) for request in connection.recv()])

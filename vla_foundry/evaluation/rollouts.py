@@ -20,8 +20,8 @@ from vla_foundry.evaluation.rollout_worker import (
     Reply,
     Request,
     RobotFacts,
+    SimulatorSetup,
     Step,
-    World,
     serve_rollouts,
 )
 
@@ -96,7 +96,7 @@ class RolloutPool:
 
 
 @contextmanager
-def create_pool(world: World, num_workers: int) -> Iterator[RolloutPool]:
+def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool]:
     """Start processes with simulators, and end them."""
     # spawned, so that no process inherits another's OpenGL or threads
     context = get_context("spawn")
@@ -104,7 +104,7 @@ def create_pool(world: World, num_workers: int) -> Iterator[RolloutPool]:
     try:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve_rollouts, args=(theirs, world), daemon=True)
+            process = context.Process(target=serve_rollouts, args=(theirs, setup), daemon=True)
             process.start()
             # or the process would never see that this end is closed
             theirs.close()

@@ -29,7 +29,7 @@ from vla_foundry.evaluation.results import (
     read_results,
     write_results,
 )
-from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, World
+from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.io.uri import write_text
 from vla_foundry.params.command_line import parse_command
@@ -80,7 +80,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
     """
     evaluated = _find_policy(params)
     num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
-    world = World(
+    setup = SimulatorSetup(
         simulator=params.simulator,
         cameras=evaluated.cameras,
         picture_camera=evaluated.picture_camera,
@@ -92,7 +92,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
     total = len(params.tasks) * len(params.seeds)
     with ExitStack() as stack:
         if any(task.missing_batches(params) for task in tasks):
-            pool = stack.enter_context(create_pool(world, num_workers))
+            pool = stack.enter_context(create_pool(setup, num_workers))
             # every name is checked before anything is written
             robots = pool.describe(
                 [Describe(slot=slot % num_workers, task=task) for slot, task in enumerate(params.tasks)]

@@ -14,5 +14,7 @@ def toy_simulator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         patch.setenv("OMP_NUM_THREADS", "1")
+        # without what other tests named, and forgotten at the end
+        patch.setattr("vla_foundry.params.plugins._named", [])
         import_plugins(["toy_simulator"], "tests")
         yield

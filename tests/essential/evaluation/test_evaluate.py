@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.evaluation.actors import NullActor, RandomActor
-from vla_foundry.evaluation.rollout_worker import Reply, World
+from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
 from vla_foundry.evaluation.run import evaluate, main
 from vla_foundry.evaluation.statistics import wilson_interval
@@ -143,7 +143,7 @@ def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
         def act(self, observed: Any) -> dict[int, np.ndarray | None]:
             return {slot: np.array([np.nan if slot == 1 else 1.0, 0]) for slot in observed}
 
-    world = World(
+    setup = SimulatorSetup(
         simulator="toy",
         cameras=(),
         picture_camera="front",
@@ -152,7 +152,7 @@ def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
         plugins=named_plugins(),
     )
     batch = Batch(task="easy", seeds=(0, 1, 2), instruction="", fps=10.0, pictures={})
-    with create_pool(world, 1) as pool:
+    with create_pool(setup, 1) as pool:
         results = run_batch(pool, Broken(2), batch)
     assert [result.outcome for result in results] == ["success", "failure", "success"]
     assert results[1].failure_message == "The policy's action [nan, 0.0] is not finite."

@@ -1,0 +1,186 @@
+"""A policy trained on demonstrations of the toy simulator, evaluated in it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vla_foundry.evaluation.demos import record_demos
+from vla_foundry.evaluation.policy_actor import TrainedPolicy
+from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
+from vla_foundry.evaluation.run import evaluate
+from vla_foundry.params import TrainExperimentParams
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.demos import DemosParams
+from vla_foundry.params.evaluation import EvaluateParams
+from vla_foundry.params.facts import read_facts
+from vla_foundry.params.preprocessing_converters import LeRobotParams
+from vla_foundry.params.resolve import resolve
+from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+from vla_foundry.training.experiment import train
+from vla_foundry.world import World
+
+pytestmark = pytest.mark.usefixtures("toy_simulator")
+
+FIELD_MAP = """
+fields:
+  observation.place: {unit: m}
+  action.step: {source: action, columns: [0, 1], unit: cm, representation: delta}
+  action.gripper: {source: action, columns: [1, 2], gripper: {open: -1, closed: 1}}
+"""
+CONFIG = """
+model:
+  type: diffusion_policy
+  vision_language_backbone:
+    type: vlm_foundry_backbone
+    num_vlm_layers_to_use: 1
+    vlm:
+      vit: {hidden_dim: 32, inter_dim: 48, n_layers: 1, n_heads: 4, patch_size: 4, img_size: 16}
+      transformer: {hidden_dim: 32, n_layers: 2, n_heads: 4, max_seq_len: 128}
+  action_head:
+    type: flow_transformer
+    noise: {type: flow, num_inference_steps: 3}
+    transformer: {hidden_dim: 32, n_layers: 1, n_heads: 2, max_seq_len: 64, vocab_size: 0}
+data:
+  type: robotics
+  action_fields: [action.gripper, action.step]
+  proprioception_fields: [observation.place]
+  image_indices: [0]
+  lowdim_past_timesteps: 0
+  lowdim_future_timesteps: 3
+  normalization: {epsilon: 0.5}
+  num_workers: 0
+  seq_len: 64
+  allow_multiple_epochs: true
+hparams: {global_batch_size: 8, per_gpu_batch_size: 8, precision: fp32, lr: 1e-3, warmup: 0}
+num_checkpoints: 1
+total_train_samples: 16
+"""
+
+
+@pytest.fixture(scope="module")
+def run(toy_simulator: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps: what it does is far from right, and depends on all that it sees."""
+    folder = tmp_path_factory.mktemp("policy")
+    demos, data = folder / "demos", folder / "data"
+    record_demos(
+        DemosParams(
+            simulator="toy",
+            tasks=["easy"],
+            episodes=3,
+            cameras=["front"],
+            image_size=16,
+            num_workers=0,
+            output_dir=str(demos),
+        )
+    )
+    (folder / "map.yaml").write_text(FIELD_MAP)
+    options: dict[str, Any] = {"past_lowdim_steps": 0, "future_lowdim_steps": 3, "image_indices": [0]}
+    options |= {"source_episodes": [str(demos)], "output_dir": str(data), "field_map": str(folder / "map.yaml")}
+    preprocess_robotics(LeRobotParams(**options, num_workers=0))
+    words = ["<unk>", "<|endoftext|>", "User", "Assistant", ":", "move", "right", "robot", "What", "should", "do", "?"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "train.yaml").write_text(CONFIG)
+    flags = ["--config_path", str(folder / "train.yaml"), "--data.dataset_manifest", str(data / "manifest.jsonl")]
+    flags += ["--data.tokenizer", str(folder / "tokenizer"), "--save_path", str(folder), "--name", "toy_run"]
+    params = parse(TrainExperimentParams, flags, prog="train").params
+    train(resolve(params, read_facts(params, 1)), World())
+    return folder / "toy_run"
+
+
+def create_params(run: Path, output: Path, **values: Any) -> EvaluateParams:
+    given: dict[str, Any] = {"tasks": ["easy", "hard"], "checkpoint": str(run), "episodes": "0:5", "batch_size": 3}
+    given |= {"simulator": "toy", "num_workers": 1, "device": "cpu", "output": str(output)}
+    return EvaluateParams(**given | values)
+
+
+def read_steps(folder: Path) -> dict[tuple[str, int], tuple[str, int]]:
+    """{(task, seed): (outcome, steps)}; latencies differ from run to run."""
+    files = [json.loads(path.read_text()) for path in folder.glob("*/rollouts/*/results.json")]
+    episodes = [episode for file in files for episode in file["evaluations"]]
+    assert all(episode["latency_ms"] > 0 for episode in episodes)
+    return {(e["skill_type"], e["scenario_index"]): (e["outcome"], e["num_steps"]) for e in episodes}
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[str, int]]:
+    """What comes out with one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    evaluate(create_params(run, folder))
+    return read_steps(folder / "toy_run")
+
+
+def test_a_policy_does_the_same_on_any_number_of_processes(
+    run: Path, alone: dict[tuple[str, int], tuple[str, int]], tmp_path: Path
+) -> None:
+    assert len(alone) == 10
+    assert len({steps for _, steps in alone.values()}) > 1
+    evaluate(create_params(run, tmp_path, num_workers=3))
+    assert read_steps(tmp_path / "toy_run") == alone
+
+
+def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
+    """An actor that has begun two episodes, and what its robots see."""
+    params = create_params(run, Path("unused"), **values)
+    policy = TrainedPolicy.load(params)
+    setup = SimulatorSetup(
+        simulator="toy", cameras=policy.cameras, picture_camera="front", image_size=16, max_steps=None
+    )
+    worker = RolloutWorker(setup)
+    facts: Any = worker.handle(Describe(slot=0, task="easy"))
+    actor = policy.create_actor(facts, shows_other_episode=params.images == "other_episode")
+    actor.begin({0: 10, 1: 11}, "move right")
+    assert all(actor.needs_images(slot) for slot in (0, 1))
+    replies: Any = {slot: worker.handle(Begin(slot=slot, task="easy", seed=10 + slot)) for slot in (0, 1)}
+    return actor, replies
+
+
+def test_images_can_be_exchanged(run: Path) -> None:
+    actor, seen = first_actions(run)
+    own = actor.act(seen)
+    actor, seen = first_actions(run, images="other_episode")
+    exchanged = actor.act(seen)
+    actor, seen = first_actions(run)
+    by_hand = {slot: replace(seen[slot], images=seen[1 - slot].images) for slot in seen}
+    for slot, action in actor.act(by_hand).items():
+        np.testing.assert_array_equal(action, exchanged[slot])
+        assert not np.array_equal(action, own[slot])
+
+
+def test_noise_has_a_seed_of_its_own(run: Path) -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        actor, seen = first_actions(run, seed=seed)
+        drawn.append(actor.act(seen)[0])
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"tasks": ["easy"], "episodes": "0:2", "name": "mine"}
+    evaluate(create_params(run, tmp_path, images="other_episode", **values))
+    path = next((tmp_path / "mine").glob("easy/rollouts/*/results.json"))
+    settings = json.loads(path.read_text())["settings"]
+    assert (settings["images"], settings["open_loop_steps"]) == ("other_episode", 2)
+    with pytest.raises(ValueError, match=r"made otherwise \(images other_episode -> own\)"):
+        evaluate(create_params(run, tmp_path, **values))
+
+
+def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None:
+    contract = run / "robotics.json"
+    text = contract.read_text()
+    try:
+        contract.write_text(text.replace('"fps": 10.0', '"fps": 20.0'))
+        with pytest.raises(ValueError, match=r"has 20 frames a second and toy 10"):
+            evaluate(create_params(run, tmp_path / "out"))
+    finally:
+        contract.write_text(text)
+    assert not (tmp_path / "out").exists()
