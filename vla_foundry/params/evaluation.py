@@ -46,7 +46,7 @@ class EvaluateParams(BaseParams):
     images: Literal["own", "other_episode"] = "own"
     # episodes of a task that run side by side, and for which actions are predicted together; it decides which episodes
     # share a batch, and so the last bits of their numbers
-    batch_size: int = 8
+    batch_size: int = 16
     # processes with simulators; outcomes do not depend on it; null: one per core
     num_workers: int | None = None
     # episodes of each task, the first ones, of which pictures are kept for the contact sheet
