@@ -36,15 +36,22 @@ FIELDS = {
     f"{ACTION}__rot_6d": FieldDescription(shape=(6,), rotation="rot_6d_rows", role="action"),
     GRIPPER: FieldDescription(shape=(1,), role="action", gripper=GripperRange(open=1.0, closed=0.0)),
 }
-CONFIG = """
-model:
-  type: diffusion_policy
-  vision_language_backbone:
+VLM_BACKBONE = """
     type: vlm_foundry_backbone
     num_vlm_layers_to_use: 1
     vlm:
       vit: {hidden_dim: 32, inter_dim: 48, n_layers: 1, n_heads: 4, patch_size: 4, img_size: 16}
-      transformer: {hidden_dim: 32, n_layers: 2, n_heads: 4, max_seq_len: 192}
+      transformer: {hidden_dim: 32, n_layers: 2, n_heads: 4, max_seq_len: 192}"""
+VIT_BACKBONE = """
+    type: vit_backbone
+    vit: {hidden_dim: 32, inter_dim: 48, n_layers: 1, n_heads: 4, patch_size: 4, img_size: 16}"""
+CONFIG = (
+    """
+model:
+  type: diffusion_policy
+  vision_language_backbone:"""
+    + VLM_BACKBONE
+    + """
   action_head:
     type: flow_transformer
     transformer: {hidden_dim: 32, n_layers: 1, n_heads: 2, max_seq_len: 256, vocab_size: 0}
@@ -62,6 +69,7 @@ num_checkpoints: 1
 total_train_samples: 12
 total_val_samples: 14
 """
+)
 
 
 @dataclass(frozen=True)
@@ -145,20 +153,23 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def train_arm(folder: Path, *, action_fields: list[str], proprioception_fields: list[str]) -> Arm:
+def train_arm(
+    folder: Path, *, action_fields: list[str], proprioception_fields: list[str], has_language: bool = True
+) -> Arm:
     """Preprocess two recordings, turned and resized, and train a policy on them for three steps."""
     (folder / "count").write_text("2")
     options: dict[str, Any] = {"source_episodes": [str(folder / "count")], "output_dir": str(folder / "data")}
     options |= {"past_lowdim_steps": PAST, "future_lowdim_steps": FUTURE, "max_padding_left": PAST}
     options |= {"resize_images_size": [20, 16], "camera_rotations": {CAMERAS[1]: 1}, "num_workers": 0}
     preprocess_robotics(ArmParams(**options))
-    (folder / "train.yaml").write_text(CONFIG)
+    config = CONFIG if has_language else CONFIG.replace(VLM_BACKBONE, VIT_BACKBONE)
+    (folder / "train.yaml").write_text(config)
     manifest = str(folder / "data" / "manifest.jsonl")
     words = ["--config_path", str(folder / "train.yaml"), "--save_path", str(folder / "runs"), "--name", "arm"]
     words += ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
-    words += ["--data.tokenizer", str(write_tokenizer(folder / "tokenizer"))]
+    words += ["--data.tokenizer", str(write_tokenizer(folder / "tokenizer"))] if has_language else []
     words += ["--data.action_fields", ",".join(action_fields)]
-    words += ["--data.proprioception_fields", ",".join(proprioception_fields)]
+    words += ["--data.proprioception_fields", f"[{','.join(proprioception_fields)}]"]
     params = parse(TrainExperimentParams, words, prog="train").params
     params = resolve(params, read_facts(params, 1))
     train(params, World())
@@ -172,4 +183,15 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
         tmp_path_factory.mktemp("arm"),
         action_fields=[f"{ACTION}__xyz_relative", GRIPPER, f"{ACTION}__rot_6d_relative"],
         proprioception_fields=[f"{ACTUAL}__xyz", f"{ACTION}__rot_6d_relative"],
+    )
+
+
+@pytest.fixture(scope="session")
+def silent_arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
+    """A policy of absolute actions that is told nothing, and feels nothing."""
+    return train_arm(
+        tmp_path_factory.mktemp("silent_arm"),
+        action_fields=[f"{ACTION}__xyz", f"{ACTION}__rot_6d"],
+        proprioception_fields=[],
+        has_language=False,
     )

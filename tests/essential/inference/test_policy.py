@@ -46,9 +46,14 @@ def _load(run: Path, options: tuple[tuple[str, Any], ...]) -> Policy:
 
 def read_samples(arm: Any) -> list[dict[str, Any]]:
     """Validation's samples of the first recording, one a frame."""
-    data = dataclasses.replace(arm.params.data, dataset_manifest=arm.params.data.dataset_manifest)
     loader = create_dataloader(
-        data, World(), global_batch_size=1, per_gpu_batch_size=1, seed=0, split="validation", total_samples=28
+        arm.params.data,
+        World(),
+        global_batch_size=1,
+        per_gpu_batch_size=1,
+        seed=0,
+        split="validation",
+        total_samples=28,
     )
     found = [batch for batch in loader.microbatches(0) if batch["episode_ids"] == ["episode_0"]]
     loader.close()
@@ -73,6 +78,23 @@ def test_a_policy_sees_what_training_saw(arm: Any) -> None:
             assert torch.equal(found["actions"][is_past], expected["actions"][is_past])
         # what was really done is what the recording says
         policy.correct({name: recording.fields[name][frame] for name in COMMANDED})
+
+
+def test_a_policy_may_see_images_alone(silent_arm: Any) -> None:
+    recording, policy = silent_arm.recordings[0], load(silent_arm)
+    policy.reset(seed=0)
+    for frame, expected in enumerate(read_samples(silent_arm)):
+        action = policy.act(observe(recording, frame, fields={}, instruction=""))
+        assert list(action) == [f"{ACTION}__xyz", f"{ACTION}__rot_6d"]
+        found = policy.encode()
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+        assert torch.equal(found["past_mask"], expected["past_mask"])
+        if expected["past_mask"].any():
+            is_past = expected["past_mask"]
+            assert torch.equal(found["actions"][is_past], expected["actions"][is_past])
+        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-9)
+        policy.correct({name: recording.fields[name][frame] for name in action})
 
 
 def test_exactly_the_asked_number_of_actions_is_executed(arm: Any) -> None:
