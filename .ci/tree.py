@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- tree: begin (written by .ci/tree.py) -->", "<!-- tree: end -->"
 FOLDERS = {
-    "config_presets/": "presets, shipped in the wheel: models/ hparams/ training_jobs/ data/ field_maps/ action_fields/",
+    "config_presets/": "presets, in the wheel too: models/ hparams/ training_jobs/ data/ field_maps/ action_fields/",
     "benchmarks/": "scripts that measure both sides of a claim and print JSON",
     "tests/essential/": "mirrors the package; CPU, no network",
     "tests/dependencies/": "one folder per optional dependency group",

@@ -15,7 +15,7 @@ class QuickstartParams(BaseParams):
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     # folder that everything is written to; a second run goes on from what is there
     output_dir: str = "quickstart_output"
-    # evaluate the policy, besides, with pictures of other episodes, with the wrong instruction, and trained from nothing
+    # evaluate the policy also with pictures of other episodes, with the wrong instruction, and trained from nothing
     ablations: bool = False
     # install the library that draws the simulator (libosmesa6, by apt-get) if there is none
     install_system_packages: bool = False
@@ -29,9 +29,10 @@ class QuickstartParams(BaseParams):
         if not self.stages:
             raise ValueError(f"stages is empty. Choose from: {', '.join(STAGES)}.")
         if self.stages != list(STAGES[: len(self.stages)]):
+            given, right = ",".join(self.stages), ",".join(STAGES[: len(self.stages)])
             raise ValueError(
-                f"stages [{','.join(self.stages)}] must begin [{','.join(STAGES[: len(self.stages)])}]: each stage starts "
-                "from what the one before it made. What is done already is kept and costs nothing."
+                f"stages [{given}] must begin [{right}]: each stage starts from what the one before it made. "
+                "What is done already is kept and costs nothing."
             )
         if self.ablations and "vla" not in self.stages:
             raise ValueError("ablations is true, but stages has no vla. Add it, or leave ablations out.")
