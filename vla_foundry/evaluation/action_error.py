@@ -1,5 +1,6 @@
 """`vla-foundry action-error`: how far a policy's actions are from those of held-out demonstrations, without a robot."""
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
+from vla_foundry.io.uri import write_text
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.evaluation import ActionErrorParams
 
@@ -112,8 +114,17 @@ def format_action_errors(errors: Mapping[str, FieldError]) -> list[str]:
     return [*lines, "  (policy / best constant action; goal for the last column: at most 0.50)"]
 
 
+def _to_json(error: FieldError) -> dict[str, Any]:
+    arrays = {name: getattr(error, name).tolist() for name in ("policy", "mean_action", "num_samples")}
+    return {**arrays, "ratio": error.ratio}
+
+
 def main(argv: list[str]) -> None:
     """Run `vla-foundry action-error`."""
     params = parse_command(ActionErrorParams, argv, prog="vla-foundry action-error")
     errors = measure_action_error(params)
+    if params.output is not None:
+        write_text(
+            params.output, json.dumps({field: _to_json(error) for field, error in errors.items()}, indent=1) + "\n"
+        )
     sys.stdout.write("\n".join(format_action_errors(errors)) + "\n")

@@ -115,6 +115,8 @@ class ActionErrorParams(BaseParams):
 
     # run folder (its newest checkpoint) or step folder of a policy
     checkpoint: str
+    # JSON file for the mean squared errors of each field at each step; null: none
+    output: str | None = None
     # held-out samples; null: all
     num_samples: int | None = None
     # samples at a time

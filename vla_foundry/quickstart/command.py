@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
     stages = [_STAGES[name](output_dir, params) for name in params.stages]
     steps = [step for stage in stages for step in stage.steps]
     run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
-    for stage in stages:
-        console.print(f"\n{stage.summary.read_text(encoding='utf-8')}", markup=False)
-    pages = ", ".join(str(stage.summary) for stage in stages)
-    console.print(f"All done. Everything is in {output_dir}; this summary is in {pages}.")
+    page = "\n".join(stage.summary.read_text(encoding="utf-8") for stage in stages)
+    summary = output_dir / "summary.txt"
+    summary.write_text(page, encoding="utf-8")
+    console.print(f"\n{page}", markup=False)
+    console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")
