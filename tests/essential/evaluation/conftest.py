@@ -1,11 +1,17 @@
 """The toy simulator, found by tests and by the processes that they start."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from vla_foundry.params.plugins import import_plugins
+from vla_foundry.simulators.mujoco_renderer import choose_opengl
+
+# before a test imports MuJoCo, which would choose a library that needs a display; without any the tests say so
+with suppress(ValueError):
+    choose_opengl()
 
 
 @pytest.fixture(scope="module")
