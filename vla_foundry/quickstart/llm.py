@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.quickstart.docstrings import harvest_docstrings
-from vla_foundry.quickstart.stages import Step, shared_batch, words_of
+from vla_foundry.quickstart.stages import Step, training_step, words_of
 
 PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
@@ -61,19 +61,14 @@ def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> lis
         ),
         preprocess("train"),
         preprocess("validation"),
-        Step(
-            name="train_llm",
-            what="Train the language model",
-            words=(
-                *words_of("train", config_path=PRESET),
-                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
-                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
-                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
-                *shared_batch(num_trainers, GLOBAL_BATCH_SIZE),
-            ),
+        training_step(
+            "train_llm",
+            "Train the language model",
+            preset=PRESET,
+            run=run,
+            shards=shards,
+            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_trainers,
-            outputs=(run / "metrics.jsonl",),
-            folder=run,
         ),
     ]
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,12 +52,35 @@ def count_trainers() -> int:
     return 1 << (min(len(os.sched_getaffinity(0)), _MAX_TRAINERS).bit_length() - 1)
 
 
-def shared_batch(num_processes: int, global_batch_size: int) -> tuple[str, ...]:
-    """Return the words that divide the batch of a preset among processes, each of which reads its own samples."""
-    if num_processes == 1:
-        return ()
-    size = global_batch_size // num_processes
-    return words_of("", **{"hparams.per_gpu_batch_size": size, "data.num_workers": 0})
+def training_step(
+    name: str,
+    what: str,
+    *,
+    preset: str,
+    run: Path,
+    shards: Path,
+    global_batch_size: int,
+    num_processes: int,
+    flags: Mapping[str, object] = {},
+) -> Step:
+    """Return a step that trains, on one process or several, each of which reads its own samples.
+
+    Args:
+        preset: of training_jobs.
+        run: folder of the run.
+        shards: folder of the datasets train and validation.
+        global_batch_size: that of the preset, which the processes share.
+        flags: what the preset leaves open.
+    """
+    words = words_of("train", config_path=preset, **flags)
+    words += words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"})
+    words += words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"})
+    words += words_of("", save_path=run.parent, name=run.name, resume="auto")
+    if num_processes > 1:
+        share = global_batch_size // num_processes
+        words += words_of("", **{"hparams.per_gpu_batch_size": share, "data.num_workers": 0})
+    outputs = (run / "metrics.jsonl",)
+    return Step(name=name, what=what, words=words, num_processes=num_processes, outputs=outputs, folder=run)
 
 
 class StepFailedError(ValueError):

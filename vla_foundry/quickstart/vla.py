@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vla_foundry.quickstart.stages import Step, shared_batch, words_of
+from vla_foundry.quickstart.stages import Step, training_step, words_of
 
 # each starts half open, so that the picture does not tell whether to open or to close: only the instruction does
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
@@ -34,20 +34,15 @@ def vla_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[St
             folder=demos,
         ),
         _preprocess(demos, shards),
-        Step(
-            name="train_vla",
-            what="Train the policy, from the vision-language model",
-            words=(
-                *words_of("train", config_path=PRESET),
-                *words_of("", **{"model.vision_language_backbone.resume_from_checkpoint": vlm_run}),
-                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
-                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
-                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
-                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
-            ),
+        training_step(
+            "train_vla",
+            "Train the policy, from the vision-language model",
+            preset=PRESET,
+            run=run,
+            shards=shards,
+            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
-            outputs=(run / "metrics.jsonl",),
-            folder=run,
+            flags={"model.vision_language_backbone.resume_from_checkpoint": vlm_run},
         ),
         _evaluate(output_dir, "evaluate", "Let the policy move the robot", policy_name="vla", checkpoint=run),
         *(
@@ -89,21 +84,20 @@ def ablation_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> li
             checkpoint=run,
             instructions="{" + ", ".join(f"{task}: {text}" for task, text in swapped.items()) + "}",
         ),
-        Step(
-            name="train_vla_from_scratch",
-            what="Train the same policy from nothing",
-            words=(
-                *words_of("train", config_path=PRESET),
-                *words_of("", **{"model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}"}),
-                *words_of("", **{"data.tokenizer": vlm_run / "processor"}),
-                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
-                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
-                *words_of("", save_path=scratch.parent, name=scratch.name, resume="auto"),
-                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
-            ),
+        training_step(
+            "train_vla_from_scratch",
+            "Train the same policy from nothing",
+            preset=PRESET,
+            run=scratch,
+            shards=shards,
+            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
-            outputs=(scratch / "metrics.jsonl",),
-            folder=scratch,
+            flags={
+                "model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}",
+                # the config of a run that itself started from one
+                "model.vision_language_backbone.vlm.transformer.resume_from_checkpoint": "null",
+                "data.processor": vlm_run / "processor",
+            },
         ),
         _evaluate(
             output_dir,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vla_foundry.evaluation.scenes import SPLITS
-from vla_foundry.quickstart.stages import Step, shared_batch, words_of
+from vla_foundry.quickstart.stages import Step, training_step, words_of
 
 # things whose states can be told from 64 pixels; a pressed button can not
 TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "stick-push-v3")
@@ -50,20 +50,15 @@ def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[St
             folder=scenes,
         ),
         *(preprocess(split) for split in SPLITS),
-        Step(
-            name="train_vlm",
-            what="Train the vision-language model, from the language model",
-            words=(
-                *words_of("train", config_path=PRESET),
-                *words_of("", **{"model.transformer.resume_from_checkpoint": llm_run}),
-                *words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"}),
-                *words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"}),
-                *words_of("", save_path=run.parent, name=run.name, resume="auto"),
-                *shared_batch(num_processes, GLOBAL_BATCH_SIZE),
-            ),
+        training_step(
+            "train_vlm",
+            "Train the vision-language model, from the language model",
+            preset=PRESET,
+            run=run,
+            shards=shards,
+            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
-            outputs=(run / "metrics.jsonl",),
-            folder=run,
+            flags={"model.transformer.resume_from_checkpoint": llm_run},
         ),
     ]
 
