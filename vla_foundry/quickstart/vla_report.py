@@ -58,8 +58,8 @@ def write_vla_report(evaluation: Path, names: Sequence[str], action_error: Path,
             *format_rates(evaluations),
             f"  goal: {_GOAL:.0%} of all for the policy, at most 10% without one",
             *action_error.read_text(encoding="utf-8").rstrip("\n").split("\n"),
-            f"  figure          {figure}",
-            f"  what it looked  {evaluation / names[0] / 'contact_sheet.png'}",
+            f"  figure                {figure}",
+            f"  pictures of episodes  {evaluation / names[0] / 'contact_sheet.png'}",
         )
     )
     draw_rates(evaluations, figure)
