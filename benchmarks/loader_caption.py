@@ -3,8 +3,8 @@
     python benchmarks/loader_caption.py [--image_size 224] [--batch_size 32] [--repeats 5]
 
 Writes its own data to a temporary folder and alternates the readers. The raw loop reads the same files in the same
-order, decodes them with the same decoder, and makes nothing else. Prints one JSON object: medians in samples/s, and the
-medians of the ratios to the raw loop within a round.
+order, decodes them with the same decoder, and makes nothing else; a second one also tokenizes the captions. Prints one
+JSON object: medians in samples/s, and the medians of the ratios to the raw loop within a round.
 """
 
 import argparse
@@ -16,16 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from caption_data import SAMPLES_PER_SHARD, write_caption_data
+from tokenizers import Tokenizer
 
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.images.decode import decode_image
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
-from vla_foundry.shards import index_shard
+from vla_foundry.shards import MemberSpan, index_shard
 from vla_foundry.world import World
 
 SEED = 0
@@ -92,19 +94,23 @@ def create_readers(folder: Path, arguments: argparse.Namespace) -> dict[str, Rea
         loader = create_dataloader(params, World(), global_batch_size=16 * size, per_gpu_batch_size=size, seed=SEED)
         return lambda: loader.microbatches(0)
 
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     return {
         "raw decode loop": lambda: decode_raw(folder / "train", arguments.num_samples, arguments.batch_size),
+        "raw decode loop that tokenizes": lambda: decode_raw(
+            folder / "train", arguments.num_samples, arguments.batch_size, tokenizer=tokenizer
+        ),
         "loader, in this process": start(0),
         "loader, one worker": start(1),
     }
 
 
-def decode_raw(folder: Path, num_samples: int, batch_size: int) -> Iterator[object]:
-    """Read and decode the files of the plan, and nothing else."""
+def decode_raw(folder: Path, num_samples: int, batch_size: int, tokenizer: Tokenizer | None = None) -> Iterator[object]:
+    """Read and decode the files of the plan, tokenize captions if there is a tokenizer, and nothing else."""
     files, spans = [], []
     for number in range(-(-num_samples // SAMPLES_PER_SHARD)):
         file = (folder / f"shard_{number:06d}.tar").open("rb")
-        spans.append([members["jpg"] for _, members in index_shard(file).samples])
+        spans.append([(members["jpg"], members["txt"]) for _, members in index_shard(file).samples])
         files.append(file)
     plan = SamplePlan(
         [[len(rows) for rows in spans]], [1.0], seed=SEED, global_batch_size=batch_size, block_size=20_000
@@ -114,10 +120,17 @@ def decode_raw(folder: Path, num_samples: int, batch_size: int) -> Iterator[obje
     while True:
         batch = []
         for shard, row in itertools.islice(places, batch_size):
-            span = spans[shard][row]
-            files[shard].seek(span.offset)
-            batch.append(decode_image(files[shard].read(span.size)))
+            image, caption = spans[shard][row]
+            batch.append(decode_image(read(files[shard], image)))
+            if tokenizer is not None:
+                tokenizer.encode(read(files[shard], caption).decode())
         yield torch.stack(batch)
+
+
+def read(file: BinaryIO, span: MemberSpan) -> bytes:
+    """Read one member."""
+    file.seek(span.offset)
+    return file.read(span.size)
 
 
 if __name__ == "__main__":
