@@ -8,6 +8,8 @@ from vla_foundry.quickstart.stages import Step, training_step, words_of
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
 NUM_DEMOS = 50
 NUM_EPISODES = 20
+# control steps of an episode; policies were seen to take up to 130
+MAX_STEPS = 200
 FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
 PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
 # samples in a batch of the preset
@@ -134,7 +136,13 @@ def _preprocess(demos: Path, shards: Path) -> Step:
 
 def _evaluate(output_dir: Path, step: str, what: str, *, policy_name: str, **flags: object) -> Step:
     folder = output_dir / "evaluation"
-    options = {"tasks": ",".join(TASKS), "episodes": f"0:{NUM_EPISODES}", "output": folder, "name": policy_name}
+    options = {
+        "tasks": ",".join(TASKS),
+        "episodes": f"0:{NUM_EPISODES}",
+        "max_steps": MAX_STEPS,
+        "output": folder,
+        "name": policy_name,
+    }
     words = words_of("evaluate", **options, **flags)
     return Step(name=step, what=what, words=words, outputs=(folder / policy_name,))
 
