@@ -17,6 +17,7 @@ import numpy as np
 from vla_foundry.evaluation.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.scenes import ScenesParams
+from vla_foundry.preprocessing.job import num_cores
 from vla_foundry.simulators import Layout, Simulator, SimulatorState, create_simulator
 
 SPLITS = ("train", "validation")
@@ -93,7 +94,7 @@ def generate_scenes(params: ScenesParams) -> dict[str, int]:
     numbers = {"train": params.num_scenes, "validation": params.num_validation_scenes}
     missing = {split: _missing(output / split, number) for split, number in numbers.items()}
     tasks = list(_tasks(params, missing))
-    num_processes = min(params.num_processes or len(os.sched_getaffinity(0)), max(len(tasks), 1))
+    num_processes = min(params.num_processes or num_cores(), max(len(tasks), 1))
     # spawned, so that no process inherits another's OpenGL or threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:

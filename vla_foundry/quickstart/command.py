@@ -1,6 +1,5 @@
 """`vla-foundry quickstart`: run the stages and show what came of them."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from vla_foundry.params.command_line import parse_command
 from vla_foundry.params.quickstart import QuickstartParams
+from vla_foundry.preprocessing.job import num_cores
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
 from vla_foundry.quickstart.stages import Step, count_trainers, run_steps, words_of
@@ -16,6 +16,7 @@ from vla_foundry.quickstart.system import require_renderer
 from vla_foundry.quickstart.vla import ABLATIONS, BASELINES, ablation_steps, vla_steps
 from vla_foundry.quickstart.vla_report import write_vla_report
 from vla_foundry.quickstart.vlm import caption_step, vlm_steps
+from vla_foundry.quickstart.vlm_report import write_vlm_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ def create_llm_stage(output_dir: Path) -> Stage:
         function=lambda: write_llm_report(folder / "runs" / "llm", summary=summary, figure=figure),
         outputs=(summary, figure),
     )
-    steps = llm_steps(folder, num_processes=os.cpu_count() or 1, num_trainers=count_trainers())
+    steps = llm_steps(folder, num_processes=num_cores(), num_trainers=count_trainers())
     return Stage(summary=summary, steps=(*steps, report, generate_step(folder)))
 
 
@@ -53,14 +54,6 @@ def create_vlm_stage(output_dir: Path) -> Stage:
     )
     steps = vlm_steps(folder, llm_run=output_dir / "llm" / "runs" / "llm", num_processes=count_trainers())
     return Stage(summary=summary, steps=(*steps, caption_step(folder), report))
-
-
-def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) -> None:
-    """Write the page of the vision-language stage."""
-    # here, for it imports torch
-    from vla_foundry.quickstart import vlm_report
-
-    vlm_report.write_vlm_report(run, scenes, summary=summary, figure=figure)
 
 
 def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:

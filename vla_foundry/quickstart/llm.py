@@ -14,8 +14,6 @@ PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
 SEQ_LEN = 256
 PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
-# samples in a batch of the preset
-GLOBAL_BATCH_SIZE = 16
 PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
@@ -67,7 +65,6 @@ def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> lis
             preset=PRESET,
             run=run,
             shards=shards,
-            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_trainers,
         ),
     ]

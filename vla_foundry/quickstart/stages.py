@@ -15,6 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vla_foundry.params.command_line import parse
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.preprocessing.job import num_cores
+
 # the batches of the stages' presets divide by it
 _MAX_TRAINERS = 16
 # with another version of one of these, steps are done again
@@ -49,7 +53,7 @@ def words_of(command: str, **flags: object) -> tuple[str, ...]:
 
 def count_trainers() -> int:
     """Processes that train together on this machine: as many as cores, but a power of two, to divide a batch."""
-    return 1 << (min(len(os.sched_getaffinity(0)), _MAX_TRAINERS).bit_length() - 1)
+    return 1 << (min(num_cores(), _MAX_TRAINERS).bit_length() - 1)
 
 
 def training_step(
@@ -59,17 +63,15 @@ def training_step(
     preset: str,
     run: Path,
     shards: Path,
-    global_batch_size: int,
     num_processes: int,
     flags: Mapping[str, object] = {},
 ) -> Step:
     """Return a step that trains, on one process or several, each of which reads its own samples.
 
     Args:
-        preset: of training_jobs.
+        preset: of training_jobs; the processes share its batch.
         run: folder of the run.
         shards: folder of the datasets train and validation.
-        global_batch_size: that of the preset, which the processes share.
         flags: what the preset leaves open.
     """
     words = words_of("train", config_path=preset, **flags)
@@ -77,7 +79,8 @@ def training_step(
     words += words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"})
     words += words_of("", save_path=run.parent, name=run.name, resume="auto")
     if num_processes > 1:
-        share = global_batch_size // num_processes
+        params = parse(TrainExperimentParams, ["--config_path", preset], prog="train").params
+        share = params.hparams.global_batch_size // num_processes
         words += words_of("", **{"hparams.per_gpu_batch_size": share, "data.num_workers": 0})
     outputs = (run / "metrics.jsonl",)
     return Step(name=name, what=what, words=words, num_processes=num_processes, outputs=outputs, folder=run)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vla_foundry.evaluation.run import SUMMARY_NAME
 from vla_foundry.quickstart.stages import Step, training_step, words_of
 
 # each starts half open, so that the picture does not tell whether to open or to close: only the instruction does
@@ -12,8 +13,6 @@ NUM_EPISODES = 20
 MAX_STEPS = 200
 FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
 PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
-# samples in a batch of the preset
-GLOBAL_BATCH_SIZE = 96
 # what is evaluated beside the model
 BASELINES = ("null", "random")
 ABLATIONS = ("other_images", "wrong_instruction", "vla_from_scratch")
@@ -42,7 +41,6 @@ def vla_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> list[St
             preset=PRESET,
             run=run,
             shards=shards,
-            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
             flags={"model.vision_language_backbone.resume_from_checkpoint": vlm_run},
         ),
@@ -92,7 +90,6 @@ def ablation_steps(output_dir: Path, *, vlm_run: Path, num_processes: int) -> li
             preset=PRESET,
             run=scratch,
             shards=shards,
-            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
             flags={
                 "model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}",
@@ -136,6 +133,7 @@ def _preprocess(demos: Path, shards: Path) -> Step:
 
 def _evaluate(output_dir: Path, step: str, what: str, *, policy_name: str, **flags: object) -> Step:
     folder = output_dir / "evaluation"
+    results = folder / policy_name
     options = {
         "tasks": ",".join(TASKS),
         "episodes": f"0:{NUM_EPISODES}",
@@ -144,7 +142,8 @@ def _evaluate(output_dir: Path, step: str, what: str, *, policy_name: str, **fla
         "name": policy_name,
     }
     words = words_of("evaluate", **options, **flags)
-    return Step(name=step, what=what, words=words, outputs=(folder / policy_name,))
+    # results of other weights or settings are not gone on with, but made again
+    return Step(name=step, what=what, words=words, outputs=(results / SUMMARY_NAME,), folder=results)
 
 
 def _opposite_instruction(task: str) -> str:

@@ -10,8 +10,6 @@ TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "
 NUM_SCENES = 9000
 NUM_VALIDATION_SCENES = 500
 PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
-# samples in a batch of the preset
-GLOBAL_BATCH_SIZE = 16
 # held-out scenes that are captioned before the user's eyes
 SHOWN = (0, 1, 2)
 
@@ -56,7 +54,6 @@ def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[St
             preset=PRESET,
             run=run,
             shards=shards,
-            global_batch_size=GLOBAL_BATCH_SIZE,
             num_processes=num_processes,
             flags={"model.transformer.resume_from_checkpoint": llm_run},
         ),
