@@ -59,6 +59,11 @@ def is_remote(uri: str) -> bool:
     return bool(_scheme_of(uri))
 
 
+def absolute_uri(uri: str) -> str:
+    """Return `uri` without a trailing slash; a local path is made absolute and `~` is expanded."""
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
 def join_uri(base: str, *parts: str) -> str:
     """Append relative parts to `base` with single slashes.
 

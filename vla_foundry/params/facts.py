@@ -6,7 +6,7 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
-from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text
+from vla_foundry.io.uri import absolute_uri, exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.params.base import BaseParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
@@ -134,7 +134,7 @@ def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | Non
     for checkpoint in list_checkpoints(model):
         if is_remote(checkpoint) and offline:
             continue
-        folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))
+        folder = absolute_uri(checkpoint)
         for _ in range(_RUN_DEPTH):
             for kept in (PROCESSOR_FOLDER, TOKENIZER_FOLDER):
                 found = _read_dataset_tokenizer(join_uri(folder, kept))
@@ -166,7 +166,7 @@ def _read_run_model(checkpoint: str) -> ModelParams:
     """Return the params of the model that a checkpoint is of; Hugging Face parts are read from the run's own files."""
     from vla_foundry.params.loading import load_params_from_yaml
 
-    folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))
+    folder = absolute_uri(checkpoint)
     for _ in range(_RUN_DEPTH):
         config = join_uri(folder, MODEL_CONFIG_NAME)
         if exists(config):

@@ -6,7 +6,6 @@ preprocessing_config.yaml and the first sample of their first shard.
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from vla_foundry.io.npz import NpzFile
-from vla_foundry.io.uri import exists, is_remote, join_uri, open_input, parent_uri, read_range, read_text
+from vla_foundry.io.uri import absolute_uri, exists, is_remote, join_uri, open_input, parent_uri, read_range, read_text
 from vla_foundry.params.derivation import DatasetFacts, Facts, Unavailable
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
 from vla_foundry.robotics_contract import (
@@ -70,7 +69,7 @@ def add_robotics(facts: Facts, checkpoints: Sequence[str], *, offline: bool = Fa
 def _find_run_contract(checkpoint: str, offline: bool) -> NamedContract | None:
     if is_remote(checkpoint) and offline:
         return None
-    folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))
+    folder = absolute_uri(checkpoint)
     for _ in range(_RUN_DEPTH):
         location = join_uri(folder, CONTRACT_NAME)
         if exists(location):

@@ -95,6 +95,12 @@ def _try_here(function: Callable[[Any, Task], Any], task: Task, shared: Any) -> 
     raise AssertionError("the last attempt returns or raises")
 
 
+def say(line: str) -> None:
+    """Tell the user one line."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,6 @@ many failed for which reason, with the first names.
 """
 
 import json
-import os
 import shutil
 import tarfile
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.io.uri import is_remote
+from vla_foundry.io.uri import absolute_uri, is_remote
 from vla_foundry.params.preprocessing_captions import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures, Unusable
@@ -31,10 +30,10 @@ from vla_foundry.preprocessing.image_caption.sources import (
     list_sources,
     read_list,
 )
-from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.job import Task, run_tasks, say
 from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, record_task
 from vla_foundry.preprocessing.provenance import format_provenance
-from vla_foundry.preprocessing.text.job import check_apart, say
+from vla_foundry.preprocessing.text.job import check_apart
 from vla_foundry.preprocessing.writer import open_shard
 from vla_foundry.shards import ManifestEntry, split_member_name
 
@@ -90,7 +89,7 @@ def _download_folder(params: PreprocessImageCaptionParams) -> Path | None:
     """Where downloads go; None where the output is remote and no folder was given."""
     if params.download_folder is not None:
         return Path(params.download_folder).expanduser().absolute() / "image_caption_download"
-    return None if is_remote(params.output) else Path(f"{_absolute(params.output)}.download")
+    return None if is_remote(params.output) else Path(f"{absolute_uri(params.output)}.download")
 
 
 def list_items(
@@ -159,7 +158,7 @@ def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: di
     for result in done.values():
         failures.add_json(result["failures"])
     shared = {
-        "folder": _absolute(params.output),
+        "folder": absolute_uri(params.output),
         "caption_key": params.caption_key,
         "max_side": params.max_side,
         "jpeg_quality": params.jpeg_quality,
@@ -306,7 +305,3 @@ def _summary(facts: Mapping[str, Any]) -> str:
         f"{facts['num_sequences']:,} samples, {facts['num_images']:,} images, {facts['num_bytes'] / 1e6:,.1f} MB in "
         f"{facts['num_shards']:,} shards; {facts['num_failed']:,} failed ({REPORT_NAME})"
     )
-
-
-def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))

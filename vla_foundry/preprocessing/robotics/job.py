@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vla_foundry.io.uri import exists, is_remote, join_uri, write_text
+from vla_foundry.io.uri import absolute_uri, exists, join_uri, write_text
 from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
+from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder
 from vla_foundry.preprocessing.provenance import digest_of, format_provenance
 from vla_foundry.preprocessing.robotics.blocks import BlockJob, statistics_name, write_block
@@ -37,7 +37,6 @@ from vla_foundry.preprocessing.robotics.report import (
 )
 from vla_foundry.preprocessing.robotics.samples import Sample, SampleJob, plan_samples, write_samples
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
-from vla_foundry.preprocessing.text.job import say
 from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.robotics_contract import CONTRACT_NAME, format_contract
 from vla_foundry.shards import MANIFEST_NAME, ManifestEntry
@@ -72,7 +71,7 @@ class Part:
     @property
     def folder(self) -> str:
         """Where it is written."""
-        return join_uri(_absolute(self.recipe.params.output_dir), self.name)
+        return join_uri(absolute_uri(self.recipe.params.output_dir), self.name)
 
 
 def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
@@ -251,16 +250,12 @@ def _add_seconds(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _check_apart(params: RoboticsPreprocessParams) -> None:
     """Refuse an output folder within a source or around it: a second run would read what the first one wrote."""
-    output = _absolute(params.output_dir)
-    for source in map(_absolute, params.source_episodes):
+    output = absolute_uri(params.output_dir)
+    for source in map(absolute_uri, params.source_episodes):
         if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
             raise ValueError(
                 f"{_OUTPUT_FLAG} {output} and --source_episodes {source} lie in each other. Keep them apart."
             )
-
-
-def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
 
 
 def _summary(facts: Mapping[str, Any]) -> str:

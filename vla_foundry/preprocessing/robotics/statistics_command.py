@@ -4,13 +4,13 @@ Shards are counted in groups and the groups merged as a tree, in the order of th
 neither workers nor timing; for a dataset of layout "episodes" it is, byte for byte, what preprocessing wrote.
 """
 
-import os
 import shutil
 import time
 from itertools import combinations
 
 from vla_foundry.episode_blocks import format_arrays
 from vla_foundry.io.uri import (
+    absolute_uri,
     delete,
     exists,
     is_remote,
@@ -26,11 +26,10 @@ from vla_foundry.params.robotics_facts import read_contract
 from vla_foundry.params.robotics_fit import find_contradictions
 from vla_foundry.params.stats import StatsParams
 from vla_foundry.preprocessing.command import join_list_flags
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
+from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
 from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read_windows
-from vla_foundry.preprocessing.text.job import say
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
@@ -61,7 +60,7 @@ def compute_statistics(params: StatsParams) -> None:
         FileNotFoundError: a dataset, or its statistics, are not there.
     """
     started = time.monotonic()
-    output = _absolute(params.output or join_uri(params.folder, STATISTICS_NAME))
+    output = absolute_uri(params.output or join_uri(params.folder, STATISTICS_NAME))
     if exists(output) and not params.overwrite:
         raise ValueError(f"{output} is there already. Replace it with --overwrite true, or give --output.")
     statistics = _merge(params) if params.merge else _recompute(params, f"{output}.parts")
@@ -103,7 +102,7 @@ def _find_contract(source: str) -> NamedContract | None:
 
 
 def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
-    folder = _absolute(params.folder)
+    folder = absolute_uri(params.folder)
     manifest = join_uri(folder, MANIFEST_NAME)
     entries = parse_manifest(read_text(manifest), manifest)
     contract = read_contract(manifest)
@@ -177,8 +176,3 @@ def _delete_folder(folder: str) -> None:
         return
     for name in list_relative(folder):
         delete(join_uri(folder, name))
-
-
-def _absolute(uri: str) -> str:
-    """The same place for every worker, whatever folder it works in."""
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))

@@ -1,15 +1,13 @@
 """What jobs over documents share: plan, run the tasks that are not done yet, count, publish, report."""
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vla_foundry.io.uri import is_remote
+from vla_foundry.io.uri import absolute_uri
 from vla_foundry.params.preprocessing import TextJobParams
-from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.job import Task, run_tasks, say
 from vla_foundry.preprocessing.output import OutputFolder, record_task
 from vla_foundry.preprocessing.provenance import format_provenance
 from vla_foundry.preprocessing.text.plan import plan_tasks, shuffled_documents
@@ -84,7 +82,7 @@ def _run_tasks(
         [task for task in tasks if task.number not in done],
         shared={
             **job.shared,
-            "folder": _absolute(params.output),
+            "folder": absolute_uri(params.output),
             "seed": params.seed,
             "text_key": params.text_key,
         },
@@ -159,12 +157,8 @@ def check_apart(source: Sequence[str], output: str) -> None:
         ValueError: it lies there.
     """
     for place in source:
-        if _absolute(output).startswith(_absolute(place) + "/") or _absolute(output) == _absolute(place):
+        if absolute_uri(output).startswith(absolute_uri(place) + "/") or absolute_uri(output) == absolute_uri(place):
             raise ValueError(f"--output {output} lies within --source {place}. Write to a folder outside it.")
-
-
-def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
 
 
 def _report(facts: Mapping[str, Any]) -> None:
@@ -173,9 +167,3 @@ def _report(facts: Mapping[str, Any]) -> None:
         size = facts["num_tokens"] + facts["num_padding"]
         line += f"; {facts['num_tokens']:,} tokens, {100 * facts['num_padding'] / size:.2f}% padding"
     say(line)
-
-
-def say(line: str) -> None:
-    """Tell the user one line."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

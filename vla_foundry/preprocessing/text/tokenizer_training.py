@@ -7,10 +7,10 @@ from typing import Any
 
 from vla_foundry.io.uri import delete, exists, join_uri, list_files, read_text, write_text
 from vla_foundry.params.preprocessing import TrainTokenizerParams
-from vla_foundry.preprocessing.job import show_progress
+from vla_foundry.preprocessing.job import say, show_progress
 from vla_foundry.preprocessing.output import plan_differences
 from vla_foundry.preprocessing.provenance import format_provenance
-from vla_foundry.preprocessing.text.job import check_apart, say
+from vla_foundry.preprocessing.text.job import check_apart
 from vla_foundry.preprocessing.text.plan import plan_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.sources import Sources, list_sources, read_unit
 from vla_foundry.preprocessing.text.tally import Tally

@@ -24,6 +24,7 @@ from vla_foundry.io.uri import join_uri, list_files, name_of, parent_uri
 from vla_foundry.params.loading import load_params_from_yaml
 from vla_foundry.params.preprocessing_converters import ActionFieldsParams, SpartanParams
 from vla_foundry.params.presets import find_config
+from vla_foundry.preprocessing.job import say
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,
     CameraFrames,
@@ -40,7 +41,6 @@ from vla_foundry.preprocessing.robotics.converters.spartan_files import (
     read_episode_lists,
     read_yaml,
 )
-from vla_foundry.preprocessing.text.job import say
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
 from vla_foundry.robotics_contract import FieldDescription
 
