@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,31 +65,30 @@ class DrawKey(NamedTuple):
     stage: str
 
 
-@runtime_checkable
-class ActionHead(Protocol):
-    """An nn.Module."""
+class ActionHead(nn.Module):
+    """Predicts a chunk of actions: `forward(conditioning, window, key)` returns a LossOutput, `sample` actions."""
 
-    def __call__(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
+    def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the loss, as a sum over the numbers to be predicted, and how many these are."""
-        ...
+        raise NotImplementedError
 
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
         """Return actions: observed ones as they are, predicted ones, 0 in padding and where there is no dimension."""
-        ...
+        raise NotImplementedError
 
     def compile_sampling(self, **options: Any) -> None:
         """Compile what `sample` repeats, with options of torch.compile."""
-        ...
+        raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """The units that activation checkpointing, compilation and sharding wrap."""
-        ...
+        """Return the units that activation checkpointing, compilation and sharding wrap."""
+        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Give every parameter its initial value."""
-        ...
+        raise NotImplementedError
 
 
 ACTION_HEADS: "Registry[Callable[[Any, HeadWidths], ActionHead]]" = Registry(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vla_foundry.models.action_heads.base import HeadWidths
+from vla_foundry.models.action_heads.base import ActionHead, HeadWidths
 from vla_foundry.models.action_heads.decoder import ActionDecoder, Reading, Tokens
 from vla_foundry.params.models.action_heads import TransformerHeadParams
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     mask: Tensor | None = None
 
 
-class TransformerHead(nn.Module):
+class TransformerHead(ActionHead):
     """Names of modules are those of published heads."""
 
     def __init__(

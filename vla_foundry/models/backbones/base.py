@@ -1,7 +1,7 @@
 """What the policy expects of a backbone, and the registries of backbones and of what prepares their inputs."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ class Conditioning(NamedTuple):
     mask: Tensor | None = None
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """An nn.Module; `forward` takes what its observation function gives, and returns Conditioning."""
+class Backbone(nn.Module):
+    """Encodes observations: `forward` takes what its observation function gives, and returns Conditioning.
+
+    A base class, not a protocol: since Python 3.12 a protocol's isinstance check does not see submodules.
+    """
 
     # the model that it wraps, whose checkpoints it can start from
     model: Any
@@ -32,20 +34,17 @@ class Backbone(Protocol):
     # width of its tokens
     conditioning_dim: int
 
-    def __call__(self, **observation: Any) -> Conditioning: ...
-    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
-
     def blocks(self) -> list[nn.Module]:
-        """The units that activation checkpointing, compilation and sharding wrap."""
-        ...
+        """Return the units that activation checkpointing, compilation and sharding wrap."""
+        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Give every parameter its initial value."""
-        ...
+        raise NotImplementedError
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Operations of forward and backward per token of a row of `seq_len` tokens."""
-        ...
+        """Return the operations of forward and backward per token of a row of `seq_len` tokens."""
+        raise NotImplementedError
 
 
 # (params, load_pretrained) -> backbone; checkpoints and freezing are dealt with by create_backbone

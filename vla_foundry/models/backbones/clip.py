@@ -10,6 +10,7 @@ from transformers import CLIPModel
 
 from vla_foundry.batch import Batch
 from vla_foundry.models.backbones.base import (
+    Backbone,
     Conditioning,
     read_image_mask,
     register_backbone,
@@ -22,7 +23,7 @@ from vla_foundry.models.image_caption_batch import normalize_batch_images
 from vla_foundry.params.models.backbones import CLIPBackboneParams
 
 
-class CLIPBackbone(nn.Module):
+class CLIPBackbone(Backbone):
     """Tokens are the two encoders' projections, normalised to length 1."""
 
     part_name = "vision_language_backbone.model"

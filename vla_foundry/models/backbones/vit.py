@@ -8,13 +8,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.backbones.base import Conditioning, read_image_mask, register_backbone, register_observation
+from vla_foundry.models.backbones.base import (
+    Backbone,
+    Conditioning,
+    read_image_mask,
+    register_backbone,
+    register_observation,
+)
 from vla_foundry.models.image_caption_batch import normalize_batch_images
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import ViTBackboneParams
 
 
-class ViTBackbone(nn.Module):
+class ViTBackbone(Backbone):
     """Images to the tokens of their patches, image by image."""
 
     # within a vision-language model's checkpoint

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.models.backbones.base import Conditioning, register_backbone, register_observation, to_device
+from vla_foundry.models.backbones.base import Backbone, Conditioning, register_backbone, register_observation, to_device
 from vla_foundry.models.backbones.observation_token import (
     arrange_rows,
     documents_of,
@@ -23,7 +23,7 @@ from vla_foundry.params.models.backbones import VLMFoundryBackboneParams
 from vla_foundry.params.models.vlm import VLMParams
 
 
-class VLMFoundryBackbone(nn.Module):
+class VLMFoundryBackbone(Backbone):
     """Images and an instruction to the hidden states at the observation token, or at every token (prefix)."""
 
     part_name = "vision_language_backbone.model"

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.backbones.base import Conditioning, register_backbone, register_observation, to_device
+from vla_foundry.models.backbones.base import Backbone, Conditioning, register_backbone, register_observation, to_device
 from vla_foundry.models.backbones.observation_token import arrange_rows, extend_columns, mask_of, put_token
 from vla_foundry.models.image_caption_batch import NOT_INPUTS, normalize_batch_images
 from vla_foundry.models.registry import create_model
@@ -21,7 +21,7 @@ _ROBOT_KEYS = {
 }
 
 
-class VLMBackbone(nn.Module):
+class VLMBackbone(Backbone):
     """Images and an instruction to the hidden states at the observation token, or at every token (prefix)."""
 
     part_name = "vision_language_backbone.model"
