@@ -161,7 +161,7 @@ def draw_image(rng: np.random.Generator) -> bytes:
 def write_dataset(
     folder: Path, episodes: list[tuple[dict[str, np.ndarray], dict[str, list[bytes]]]], layout: str
 ) -> None:
-    """Write episodes as a robotics dataset: tar, manifest, contract, statistics."""
+    """Write episodes as a robotics dataset: tar, manifest, spec, statistics."""
     folder.mkdir()
     described = [
         {"name": name, "position_key": name, "rotation_key": name.replace("xyz", "rot_6d")}
@@ -182,7 +182,7 @@ def write_dataset(
             else:
                 add_samples(tar, key, values, frames, windows)
     found = accumulator.finish()
-    contract = {
+    spec = {
         "version": 1,
         "layout": layout,
         "fps": 10.0,
@@ -197,7 +197,7 @@ def write_dataset(
     }
     line = {"shard": "shard_000000", "num_sequences": NUM_FRAMES * len(episodes)}
     (folder / "manifest.jsonl").write_text(json.dumps(line))
-    (folder / "robotics.json").write_text(json.dumps(contract))
+    (folder / "robotics.json").write_text(json.dumps(spec))
     (folder / "stats.json").write_text(format_statistics(found))
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.episode_blocks import EpisodeInfo, format_arrays, format_episode
-from vla_foundry.params.stats import StatsParams
+from vla_foundry.params.commands.stats import StatsParams
 from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
 from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.robotics.episode_blocks import EpisodeInfo, format_arrays, format_episode
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import matrix_to_rotation
-from vla_foundry.robotics_contract import FieldDescription, RoboticsContract, format_contract
+from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, format_spec
 from vla_foundry.shards import MANIFEST_NAME, format_manifest
 
 SHARD_FRAMES, EPISODE_FRAMES = 2048, 256
@@ -66,7 +66,7 @@ def write_dataset(folder: Path, num_frames: int) -> None:
     ]
     widths = {name: values.shape[1] for name, values in fields.items()}
     widths |= {f"{key}_relative": widths[key] for key in widths if "__poses__" in key}
-    contract = RoboticsContract(
+    spec = DatasetSpec(
         layout="episodes",
         fps=10.0,
         past_lowdim_steps=1,
@@ -77,7 +77,7 @@ def write_dataset(folder: Path, num_frames: int) -> None:
         fields={name: FieldDescription(shape=(width,)) for name, width in widths.items()},
         pose_groups=tuple(groups),
     )
-    (folder / "robotics.json").write_text(format_contract(contract))
+    (folder / "robotics.json").write_text(format_spec(spec))
     (folder / MANIFEST_NAME).write_text(format_manifest(entries))
 
 

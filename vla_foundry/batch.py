@@ -1,4 +1,4 @@
-"""Contract in memory: every key of a batch, with shape, dtype and meaning. What data makes and models take.
+"""@: every key of a batch, with shape, dtype and meaning. What data makes and models take.
 
 B batch rows, T tokens, S samples.
 

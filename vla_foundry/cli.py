@@ -15,8 +15,8 @@ _COMMANDS = {
     ),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
     "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
-    "scenes": ("vla_foundry.evaluation.scenes:main", "draw captioned scenes in a simulator"),
-    "demos": ("vla_foundry.evaluation.demos:main", "record demonstrations by scripted experts in a simulator"),
+    "scenes": ("vla_foundry.datagen.scenes:main", "draw captioned scenes in a simulator"),
+    "demos": ("vla_foundry.datagen.demos:main", "record demonstrations by scripted experts in a simulator"),
     "evaluate": ("vla_foundry.evaluation.run:main", "let a policy act in a simulator and count its successes"),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
@@ -61,14 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage())
         return
-    from vla_foundry.params.command_line import run_command
+    from vla_foundry.config.command_line import run_command
 
     run_command(_dispatch, words)
 
 
 def _dispatch(words: list[str]) -> None:
     if words[0] not in _COMMANDS:
-        from vla_foundry.params.command_line import unknown_command_message
+        from vla_foundry.config.command_line import unknown_command_message
 
         raise ValueError(unknown_command_message(words[0], list(_COMMANDS)))
     module, _, function = _COMMANDS[words[0]][0].partition(":")

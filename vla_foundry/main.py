@@ -1,17 +1,12 @@
 """Train one model: `vla-foundry train ...`, or for several processes `torchrun vla_foundry/main.py ...`."""
 
 import sys
-from pathlib import Path
 
-if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # run as a script, Python puts this folder first, where `io` and others would hide modules of the same names
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from vla_foundry.params.command_line import errors_once, parse, print_notices, run_command
+from vla_foundry.config.command_line import errors_once, parse, print_notices, run_command
+from vla_foundry.config.origins import print_resolved
+from vla_foundry.config.resolve import require_resolved, resolve_known
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.origins import print_resolved
-from vla_foundry.params.resolve import require_resolved, resolve_known
 from vla_foundry.world import read_world, read_world_size
 
 PROG = "vla-foundry train"

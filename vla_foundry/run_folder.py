@@ -1,4 +1,4 @@
-"""Contract on disk: what a run folder holds, and which of its checkpoints is complete.
+"""@: what a run folder holds, and which of its checkpoints is complete.
 
     <save_path>/<name>/
       config.yaml, config_model.yaml   the resolved config, whole and its model section

@@ -1,4 +1,4 @@
-"""Contract on disk: a dataset is a folder of tar shards with a manifest and, beside each shard, an index.
+"""@: a dataset is a folder of tar shards with a manifest and, beside each shard, an index.
 
     manifest.jsonl            one line a shard: {"shard": "shard_000000", "num_sequences": 512, "num_bytes": ..., ...}
     shard_000000.tar          an uncompressed WebDataset tar
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
-from vla_foundry.episode_blocks import EPISODE_SUFFIX, frame_suffix, parse_episode
+from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, frame_suffix, parse_episode
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"

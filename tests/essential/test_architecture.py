@@ -10,31 +10,46 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 # from the top down; an import may only go down, or stay within its own entry
 LAYERS: list[set[str]] = [
     {"cli", "main", "quickstart"},
-    {"evaluation", "viz", "importing"},
+    {"evaluation", "datagen", "viz", "importing"},
     {"training", "inference"},
     {"models", "data", "preprocessing", "simulators"},
-    {"params", "shards", "run_folder", "episode_blocks", "robotics_contract"},
-    {"io", "robotics", "text", "images"},
-    {"registry", "world", "batch", "randomness"},
+    {"params"},
+    {"config", "storage", "robotics", "text", "images"},
+    {"registry", "world", "batch", "randomness", "shards", "run_folder"},
 ]
 # (importer, imported) within one layer
-ALLOWED_SIDEWAYS = {("cli", "main"), ("cli", "quickstart"), ("images", "text"), ("text", "io")} | {
-    (importer, imported) for importer in LAYERS[4] for imported in LAYERS[4]
+ALLOWED_SIDEWAYS = {
+    ("cli", "main"),
+    ("cli", "quickstart"),
+    ("config", "storage"),
+    ("robotics", "storage"),
+    ("text", "storage"),
+    ("images", "storage"),
+    ("images", "text"),
+    ("run_folder", "shards"),
+}
+# (file, imported part) that has not moved to its place yet; this list only shrinks
+NOT_MOVED: set[tuple[str, str]] = {
+    ("config/derivation.py", "robotics"),
+    ("config/loading.py", "params"),
+    ("config/resolve.py", "params"),
+    ("shards.py", "robotics"),
 }
 # third-party package -> where it may be imported
 FENCES: dict[str, tuple[str, ...]] = {
     "torch.distributed.fsdp": ("training/distributed.py",),
     "ray": ("preprocessing/",),
-    "boto3": ("io/",),
-    "botocore": ("io/",),
-    "fsspec": ("io/",),
-    "huggingface_hub": ("io/",),
+    "boto3": ("storage/",),
+    "botocore": ("storage/",),
+    "fsspec": ("storage/",),
+    "huggingface_hub": ("storage/",),
     "wandb": ("training/metrics.py",),
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
 }
-TORCH_FREE = ("params/", "io/", "shards.py", "registry.py", "world.py", "batch.py", "run_folder.py", "cli.py")
-MAX_LINES = 400
+TORCH_FREE = ("config/", "params/", "storage/", "shards.py", "registry.py", "world.py", "batch.py", "run_folder.py", "cli.py")
+MAX_LINES = 450
+MAX_FILES = 15
 MAX_FUNCTION_LINES = 60
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -68,6 +83,8 @@ def test_imports_go_down_the_layers(path: Path) -> None:
             continue
         imported = module.split(".")[1]
         if imported == importer or (importer, imported) in ALLOWED_SIDEWAYS:
+            continue
+        if (path.relative_to(PACKAGE).as_posix(), imported) in NOT_MOVED:
             continue
         assert layer_of(imported) > layer_of(importer), f"{path}:{line} imports {module}, which is not below {importer}"
 

@@ -285,7 +285,7 @@ def test_parsing_its_errors_and_its_print_need_no_torch(workplace: Path) -> None
 
 
 def test_main_runs_as_a_script_without_its_own_folder_on_the_path(workplace: Path) -> None:
-    # vla_foundry/io would hide the standard library's io, vla_foundry/data a user's data
+    # no module of the package may hide one of the standard library
     script = str(ROOT / "vla_foundry" / "main.py")
     result, _ = run_process(script, *TRAIN[1:], "--resolve_configs", cwd=workplace, PYTHONPATH="")
     assert (result.returncode, result.stderr) == (0, "")

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from vla_foundry.config.command_line import parse
+from vla_foundry.config.loading import dump_params
+from vla_foundry.config.presets import preset_root
+from vla_foundry.config.resolve import resolve
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.command_line import parse
+from vla_foundry.params.commands.preprocessing_converters import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.loading import dump_params
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
-from vla_foundry.params.preprocessing_converters import ActionFieldsParams, FieldMapParams
-from vla_foundry.params.presets import preset_root
-from vla_foundry.params.resolve import resolve
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract, format_contract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
@@ -74,11 +74,11 @@ def save_vlm(folder: Path) -> None:
     (folder / "config_model.yaml").write_text(dump_params(VLMParams(vit=vit, transformer=transformer)))
 
 
-def save_contract(folder: Path, data: RoboticsDataParams) -> None:
+def save_spec(folder: Path, data: RoboticsDataParams) -> None:
     """Say that a dataset has the fields that the params ask for."""
     names = {name.removesuffix("_relative") for name in (*data.action_fields, *data.proprioception_fields)}
     poses = [name for name in names if name.endswith("__xyz")]
-    contract = RoboticsContract(
+    spec = DatasetSpec(
         layout="episodes",
         fps=10.0,
         past_lowdim_steps=1,
@@ -92,7 +92,7 @@ def save_contract(folder: Path, data: RoboticsDataParams) -> None:
         ),
         language_types=("original", "randomized", "verbose", "alternative"),
     )
-    (folder / "robotics.json").write_text(format_contract(contract))
+    (folder / "robotics.json").write_text(format_spec(spec))
 
 
 def test_the_presets_there_are() -> None:
@@ -121,7 +121,7 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
     manifests = ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
     params = parse(TrainExperimentParams, [*words, *manifests], prog="train").params
     if isinstance(params.data, RoboticsDataParams):
-        save_contract(tmp_path, params.data)
+        save_spec(tmp_path, params.data)
     resolved = resolve(params, read_facts(params, world_size))
     assert resolved.data.num_workers is not None
     assert resolved.total_train_samples is not None
@@ -181,7 +181,7 @@ def test_the_papers_policies_are_trained_as_in_the_paper(
 def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: str) -> None:
     # the layout of the wheel: the presets are a folder of the package
     site = tmp_path / "site"
-    for name in ("params", "io", "robotics", "text"):
+    for name in ("config", "params", "storage", "robotics", "text"):
         shutil.copytree(ROOT / "vla_foundry" / name, site / "vla_foundry" / name)
     for path in (ROOT / "vla_foundry").glob("*.py"):
         shutil.copy(path, site / "vla_foundry")

@@ -1,4 +1,4 @@
-"""The contract on disk: what is written is read back, and what is wrong is named."""
+"""The spec on disk: what is written is read back, and what is wrong is named."""
 
 import io
 import json

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from vla_foundry.data.indexing import index_name
-from vla_foundry.io.uri import download, size_of
 from vla_foundry.shards import sha256_of
+from vla_foundry.storage.uri import download, size_of
 
 _logger = logging.getLogger(__name__)
 _NUM_LOOK_AHEAD_THREADS = 2

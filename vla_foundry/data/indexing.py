@@ -5,8 +5,8 @@ import logging
 import os
 from typing import BinaryIO
 
-from vla_foundry.io.uri import read_text, write_text
 from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index
+from vla_foundry.storage.uri import read_text, write_text
 
 _BLOCK = 512
 _logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.processes import describe_dead_process, prepare_process, start_context, widen_pipe
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.data.transport import Message
-from vla_foundry.io.uri import is_remote, read_text
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.shards import parse_manifest
+from vla_foundry.storage.uri import is_remote, read_text
 from vla_foundry.world import World
 
 Split: TypeAlias = Literal["train", "validation"]

@@ -11,10 +11,10 @@ import numpy as np
 
 from vla_foundry.data.cache import RemoteShard, ShardCache
 from vla_foundry.data.indexing import index_name, load_index
-from vla_foundry.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
-from vla_foundry.io.npz import NpzFile, ReadRange
-from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
+from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
 from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
+from vla_foundry.storage.npz import NpzFile, ReadRange
+from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
 
 # shards that a process keeps open: each costs a file descriptor or a memory map, and its index
 _MAX_OPEN_SHARDS = 256

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vla_foundry.config.command_line import parse_command
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
-from vla_foundry.io.uri import write_text
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.evaluation import ActionErrorParams
+from vla_foundry.params.commands.evaluation import ActionErrorParams
+from vla_foundry.storage.uri import write_text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

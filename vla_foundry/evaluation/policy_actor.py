@@ -11,12 +11,12 @@ from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
 from vla_foundry.inference.history import RobotObservation
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.policy import Policy
-from vla_foundry.io.uri import is_remote, name_of
-from vla_foundry.params.evaluation import EvaluateParams
+from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.layout import FieldLayout
-from vla_foundry.robotics_contract import NamedContract
+from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.shards import sha256_of
+from vla_foundry.storage.uri import is_remote, name_of
 
 _NUM_SEEDS = 1 << 62
 
@@ -52,7 +52,7 @@ class TrainedPolicy:
             open_loop_steps=params.open_loop_steps,
             num_inference_steps=params.num_inference_steps,
         )
-        cameras = policy.contract.cameras
+        cameras = policy.spec.cameras
         sizes = {camera.original_size or camera.size for camera in cameras.values()}
         if len(sizes) > 1 or any(width != height for width, height in sizes):
             raise ValueError(
@@ -73,7 +73,7 @@ class TrainedPolicy:
         Raises:
             ValueError: the policy was not trained for such a robot.
         """
-        robot = NamedContract(facts.robot, describe_robot(facts, self.cameras, self.image_size))
+        robot = NamedSpec(facts.robot, describe_robot(facts, self.cameras, self.image_size))
         self.policy.check_robot(robot)
         layout = create_action_layout(facts, self.policy.action_fields)
         return PolicyActor(self.policy, layout, seed=self.seed, shows_other_episode=shows_other_episode)

@@ -1,4 +1,4 @@
-"""Contract on disk: the outcomes of rollouts, in the published layout.
+"""@: the outcomes of rollouts, in the published layout.
 
     <root>/<policy>/<task>/rollouts/<time>/results.json
       max_sample_size_per_model   rollouts that were planned before the first one
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vla_foundry.evaluation.statistics import wilson_interval
-from vla_foundry.io.uri import write_text
+from vla_foundry.storage.uri import write_text
 
 RESULTS_NAME = "results.json"
 ROLLOUTS_FOLDER = "rollouts"

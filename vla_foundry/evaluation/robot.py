@@ -11,14 +11,14 @@ import numpy as np
 from vla_foundry.evaluation.rollout_worker import RobotFacts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.layout import FieldLayout
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription
 
 OBSERVATION, IMAGES, ACTION = "observation", "observation.images", "action"
 _STATE = f"{OBSERVATION}.state"
 
 
-def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> RoboticsContract:
-    """Return what a simulated robot senses and does as a contract, to be compared with that of a policy."""
+def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> DatasetSpec:
+    """Return what a simulated robot senses and does as a spec, to be compared with that of a policy."""
     fields = {
         f"{OBSERVATION}.{name}": FieldDescription(shape=(len(parts),)) for name, parts in facts.field_names.items()
     }
@@ -26,7 +26,7 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
     fields[ACTION] = FieldDescription(shape=(facts.action_dim,), role="action")
     fields |= {f"{ACTION}.{name}": replace(part, role="action") for name, part in facts.action_parts.items()}
     size = (image_size, image_size)
-    return RoboticsContract(
+    return DatasetSpec(
         layout="episodes",
         fps=float(facts.fps),
         past_lowdim_steps=0,
@@ -41,7 +41,7 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
 def name_observation(
     images: Mapping[str, np.ndarray], fields: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return (images, fields) of an observation under their names in the contract."""
+    """Return (images, fields) of an observation under their names in the spec."""
     named = {f"{OBSERVATION}.{name}": values for name, values in fields.items()}
     named[_STATE] = np.concatenate(list(fields.values()))
     return {f"{IMAGES}.{name}": image for name, image in images.items()}, named

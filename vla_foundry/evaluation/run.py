@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.plugins import named_plugins
 from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
 from vla_foundry.evaluation.contact_sheet import write_contact_sheet
 from vla_foundry.evaluation.results import (
@@ -31,11 +33,9 @@ from vla_foundry.evaluation.results import (
 )
 from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
-from vla_foundry.io.uri import write_text
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.evaluation import EvaluateParams
-from vla_foundry.params.plugins import named_plugins
+from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.preprocessing.job import num_cores, show_progress
+from vla_foundry.storage.uri import write_text
 
 SUMMARY_NAME = "summary.json"
 CONTACT_SHEET_NAME = "contact_sheet.png"

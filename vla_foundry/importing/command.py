@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vla_foundry.io.uri import download, is_remote, join_uri, name_of, read_text
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.importing import ImportParams
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.params.commands.importing import ImportParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROVENANCE_NAME, step_folder_name
+from vla_foundry.storage.uri import download, is_remote, join_uri, name_of, read_text
 
 if TYPE_CHECKING:
     from vla_foundry.importing.source import Source
@@ -61,10 +61,10 @@ def import_checkpoint(params: ImportParams) -> list[str]:
 
 def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Path) -> list[str]:
     # torch comes last: what is wrong with the source so far is said within a second
+    from vla_foundry.config.loading import dump_params
     from vla_foundry.importing.configs import translate
     from vla_foundry.importing.data_files import write_data_files
     from vla_foundry.importing.weights import describe_left_out, read_weights_facts, write_step_folder
-    from vla_foundry.params.loading import dump_params
 
     local = [None if name is None else _fetch(name, scratch) for name in (source.weights, source.ema)]
     assert local[0] is not None

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla_foundry.config.decode import Decoding, decode
+from vla_foundry.config.loading import dump_inline, dump_value
+from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
-from vla_foundry.models.published_policy import translate_config
-from vla_foundry.params.decode import Decoding, decode
+from vla_foundry.models.legacy.policy import translate_config
+from vla_foundry.params.commands.importing import ImportParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.importing import ImportParams
-from vla_foundry.params.loading import dump_inline, dump_value
 from vla_foundry.params.models.base import ModelParams
-from vla_foundry.params.yaml_source import parse_inline
 
 _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")

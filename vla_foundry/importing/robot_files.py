@@ -1,4 +1,4 @@
-"""What a run keeps of its robot data, from the files that an earlier policy keeps: normalizer, statistics, contract."""
+"""What a run keeps of its robot data, from the files that an earlier policy keeps: normalizer, statistics, spec."""
 
 import json
 import tempfile
@@ -9,26 +9,26 @@ from typing import Any
 
 import yaml
 
+from vla_foundry.config.derivation import DatasetFacts
 from vla_foundry.data.robotics.files import describe_inputs
 from vla_foundry.data.robotics.normalizer import create_normalization
 from vla_foundry.importing.source import Source, read_yaml
-from vla_foundry.io.uri import join_uri, read_text
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.derivation import DatasetFacts
 from vla_foundry.params.robotics_facts import (
     PUBLISHED_LANGUAGE_TYPES,
     describe_published_field,
     find_published_pose_groups,
 )
-from vla_foundry.robotics.statistics_format import format_statistics
-from vla_foundry.robotics_contract import (
-    CONTRACT_NAME,
+from vla_foundry.robotics.spec import (
+    SPEC_NAME,
     CameraDescription,
-    NamedContract,
-    RoboticsContract,
-    format_contract,
+    DatasetSpec,
+    NamedSpec,
+    format_spec,
 )
+from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
+from vla_foundry.storage.uri import join_uri, read_text
 
 # the second name is that of older runs
 _PREPROCESSING_NAMES = (PREPROCESSING_CONFIG_NAME, "preprocessing_configs.yaml")
@@ -45,7 +45,7 @@ class RobotData:
     # preprocessing_config.yaml of each dataset, in order
     preprocessing: tuple[dict[str, Any], ...]
     # all fields that there are statistics of
-    contract: RoboticsContract
+    spec: DatasetSpec
 
 
 def read_robot_data(source: Source, *, fps: float | None) -> RobotData:
@@ -66,8 +66,8 @@ def read_robot_data(source: Source, *, fps: float | None) -> RobotData:
             f"{source.folder} has no {STATISTICS_NAME}, without which nothing tells what the policy's numbers mean."
         ) from None
     preprocessing = _read_preprocessing(source)
-    contract = _describe_data(_read_widths(text, location), preprocessing, fps)
-    return RobotData(statistics=text, location=location, preprocessing=preprocessing, contract=contract)
+    spec = _describe_data(_read_widths(text, location), preprocessing, fps)
+    return RobotData(statistics=text, location=location, preprocessing=preprocessing, spec=spec)
 
 
 def complete_params(params: RoboticsDataParams, data: RobotData, folder: str) -> RoboticsDataParams:
@@ -79,7 +79,7 @@ def complete_params(params: RoboticsDataParams, data: RobotData, folder: str) ->
     # an empty list meant "those of the data"
     lists = {name: getattr(params, name) or None for name in ("camera_names", "image_indices", "pose_groups")}
     params = replace(params, **lists, dataset_statistics=[])
-    facts = DatasetFacts(manifest=folder, num_samples=0, provenance={}, robotics=data.contract)
+    facts = DatasetFacts(manifest=folder, num_samples=0, provenance={}, robotics=data.spec)
     return replace(params, **{name: found.value for name, found in params.derive_from_data([facts]).items()})
 
 
@@ -92,7 +92,7 @@ def write_robot_files(data: RobotData, params: RoboticsDataParams, folder: Path)
     Raises:
         ValueError: statistics lack what the normalization needs.
     """
-    dataset = NamedContract(data.location, data.contract)
+    dataset = NamedSpec(data.location, data.spec)
     with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
         local = Path(scratch) / STATISTICS_NAME
         local.write_text(data.statistics)
@@ -104,7 +104,7 @@ def write_robot_files(data: RobotData, params: RoboticsDataParams, folder: Path)
             raise ValueError(str(error).replace(str(local), data.location)) from None
     (folder / NORMALIZER_NAME).write_text(json.dumps(normalization.normalizer.state(), indent=1) + "\n")
     (folder / STATISTICS_NAME).write_text(format_statistics(normalization.statistics))
-    (folder / CONTRACT_NAME).write_text(format_contract(describe_inputs(alone, [dataset])))
+    (folder / SPEC_NAME).write_text(format_spec(describe_inputs(alone, [dataset])))
     kept: Any = data.preprocessing[0] if len(data.preprocessing) == 1 else dict(enumerate(data.preprocessing))
     (folder / PREPROCESSING_CONFIG_NAME).write_text(yaml.safe_dump(kept, sort_keys=False))
 
@@ -138,13 +138,13 @@ def _read_widths(text: str, location: str) -> dict[str, int]:
 
 def _describe_data(
     widths: Mapping[str, int], preprocessing: Sequence[dict[str, Any]], fps: float | None
-) -> RoboticsContract:
+) -> DatasetSpec:
     first = preprocessing[0]
     size = first.get("resize_images_size")
     # (0, 0) where images were kept at the sizes they had
     stored = (int(size[0]), int(size[1])) if size else (0, 0)
     fields = {name: describe_published_field(name, width) for name, width in widths.items()}
-    return RoboticsContract(
+    return DatasetSpec(
         layout="samples",
         fps=fps,
         past_lowdim_steps=min(int(part["past_lowdim_steps"]) for part in preprocessing),

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from vla_foundry.io.uri import is_remote, join_uri, list_files, name_of, parent_uri, read_text
 from vla_foundry.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME
+from vla_foundry.storage.uri import is_remote, join_uri, list_files, name_of, parent_uri, read_text
 
 _VLM_CONFIG_NAME = "vlm_config_model.yaml"
 _WEIGHTS = re.compile(r"(checkpoint|ema)_(\d+)\.pt")

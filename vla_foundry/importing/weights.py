@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from vla_foundry.io.local import sync_folder
 from vla_foundry.models import create_model
 from vla_foundry.models.base import SavesFiles
-from vla_foundry.models.published_policy import LEFT_OUT, translate_weights
+from vla_foundry.models.legacy.policy import LEFT_OUT, translate_weights
 from vla_foundry.models.weights import load_model_checkpoint, read_pt, strip_wrapper_names
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
@@ -23,6 +22,7 @@ from vla_foundry.run_folder import (
     MODEL_WEIGHTS_NAME,
     step_folder_name,
 )
+from vla_foundry.storage.local import sync_folder
 from vla_foundry.training.distributed import named_persistent_buffers
 from vla_foundry.training.weights_file import write_weights
 

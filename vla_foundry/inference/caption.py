@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.loading import load_params_from_yaml
 from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model, load_run_processor
-from vla_foundry.io.uri import join_uri, read_bytes
-from vla_foundry.params.command_line import parse_command
+from vla_foundry.params.commands.inference import CaptionParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
-from vla_foundry.params.inference import CaptionParams
-from vla_foundry.params.loading import load_params_from_yaml
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME
+from vla_foundry.storage.uri import join_uri, read_bytes
 from vla_foundry.text.prompts import Turn, place_images
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ import os
 import tempfile
 from typing import TYPE_CHECKING
 
-from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_files, parent_uri
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER
+from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, parent_uri
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@
 
 The first call predicts a chunk of actions; `open_loop_steps` of them are executed, one a call, then the next is
 predicted. Actions are in the data's units, and poses absolute. Noise is a function of the episode's seed and the step.
-Nothing here knows what the robot is: it has to bring what the run's contract (robotics.json) names.
+Nothing here knows what the robot is: it has to bring what the run's spec (robotics.json) names.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,14 +18,14 @@ from torch import nn
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.robotics.inputs import normalize_fields
-from vla_foundry.data.robotics.observations import ObservationEncoder
 from vla_foundry.inference.history import EpisodeHistory, RobotObservation
+from vla_foundry.inference.observations import ObservationEncoder
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.models.robotics_batch import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
+from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.robotics.windows import compute_absolute_fields
-from vla_foundry.robotics_contract import NamedContract
 
 _NUM_SEEDS = 1 << 63
 
@@ -66,7 +66,7 @@ class Policy:
         if open_loop_steps is not None and not 1 <= open_loop_steps <= num_predicted:
             raise ValueError(f"open_loop_steps ({open_loop_steps}) must be 1 .. {num_predicted}, the predicted steps.")
         self.model = model
-        self.contract = files.contract
+        self.spec = files.spec
         self.open_loop_steps = open_loop_steps or (num_predicted + 1) // 2
         self.num_inference_steps = num_inference_steps
         self._files = files
@@ -74,7 +74,7 @@ class Policy:
         # chunks so far, over all clients
         self.num_predicted = 0
         self._clients: dict[Hashable, _Client] = {}
-        self._encoder = ObservationEncoder(files.data, files.contract, files.normalizer, files.processor)
+        self._encoder = ObservationEncoder(files.data, files.spec, files.normalizer, files.processor)
         self._anchor = files.plan.window.anchor
         self._actions = files.normalizer.layout(files.data.action_fields)
 
@@ -112,7 +112,7 @@ class Policy:
         """The fields of an action, poses absolute, in the order of the model."""
         return list(self._files.plan.commanded)
 
-    def check_robot(self, robot: NamedContract) -> None:
+    def check_robot(self, robot: NamedSpec) -> None:
         """Compare what a robot says of itself with what the policy was trained on.
 
         Raises:
@@ -233,7 +233,7 @@ class Policy:
         groups = [group for group in self._files.plan.pose_groups if set(group.relative_keys) <= fields.keys()]
         fields |= compute_absolute_fields(fields, history.references(), groups)
         for name in self._files.plan.commanded:
-            description = self.contract.fields.get(name)
+            description = self.spec.fields.get(name)
             if description is not None and description.rotation is not None and description.representation != "delta":
                 # a predicted rotation is one only nearly
                 matrix = rotation_to_matrix(fields[name], description.rotation, field=name)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from vla_foundry.data.robotics.files import load_contract, load_normalizer
+from vla_foundry.config.loading import load_experiment_params_from_yaml
+from vla_foundry.data.robotics.files import load_normalizer, load_spec
 from vla_foundry.inference.history import Camera, InputPlan, find_name
 from vla_foundry.inference.loading import (
     choose_device,
@@ -16,18 +17,17 @@ from vla_foundry.inference.loading import (
     load_run_processor,
     with_run_files,
 )
-from vla_foundry.io.uri import exists, join_uri, read_text
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.loading import load_experiment_params_from_yaml
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.robotics_fit import find_contradictions
 from vla_foundry.preprocessing.robotics.images import ImageOperations
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.robotics_contract import NamedContract, RoboticsContract
+from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME
+from vla_foundry.storage.uri import exists, join_uri, read_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ class PolicyFiles:
     params: TrainExperimentParams
     data: RoboticsDataParams
     normalizer: RoboticsNormalizer
-    contract: RoboticsContract
+    spec: DatasetSpec
     plan: InputPlan
     # None: the model takes no text
     processor: "Processor | None"
@@ -61,9 +61,9 @@ class PolicyFiles:
         """Load the model; see `load_run_model`."""
         return load_run_model(self.params.model, self.run_folder, checkpoint, use_ema, choose_device(device))
 
-    def check_robot(self, robot: NamedContract) -> None:
+    def check_robot(self, robot: NamedSpec) -> None:
         """See Policy.check_robot."""
-        known = robot.contract
+        known = robot.spec
         for camera in self.plan.cameras:
             name = find_name(camera.name, list(known.cameras))
             if name is None and not self.plan.pads_images:
@@ -78,11 +78,11 @@ class PolicyFiles:
             if field not in known.fields:
                 raise ValueError(unknown_name_message(f"field of {robot.name}", field, sorted(known.fields)))
         both = {
-            name: (self.contract.fields[name], known.fields[name])
+            name: (self.spec.fields[name], known.fields[name])
             for name in (*self.plan.observed, *self.plan.commanded)
-            if name in self.contract.fields
+            if name in self.spec.fields
         }
-        found = find_contradictions(NamedContract(self.run_folder, self.contract), robot, both)
+        found = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
         if found:
             raise ValueError(found[0])
 
@@ -107,20 +107,20 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     # a robot is to do the same when it is told the same
     data = dataclasses.replace(data, prompts=data.prompts[:1])
     processor = load_run_processor(run_folder) if data.use_language else None
-    contract = load_contract(run_folder)
+    spec = load_spec(run_folder)
     options = _read_image_options(run_folder, dataset)
     return PolicyFiles(
         run_folder=run_folder,
         params=dataclasses.replace(params, data=data, model=with_run_files(model, run_folder)),
         data=data,
         normalizer=load_normalizer(run_folder),
-        contract=contract,
-        plan=create_input_plan(data, contract, options),
+        spec=spec,
+        plan=create_input_plan(data, spec, options),
         processor=processor,
     )
 
 
-def create_input_plan(data: RoboticsDataParams, contract: RoboticsContract, options: dict[str, Any]) -> InputPlan:
+def create_input_plan(data: RoboticsDataParams, spec: DatasetSpec, options: dict[str, Any]) -> InputPlan:
     """Work out what of an episode the model gets, and what it commands.
 
     Args:
@@ -136,7 +136,7 @@ def create_input_plan(data: RoboticsDataParams, contract: RoboticsContract, opti
 
     def add(fields: dict[str, np.dtype], *names: str) -> None:
         for name in names:
-            known = contract.fields.get(name)
+            known = spec.fields.get(name)
             fields[name] = np.dtype("float32" if known is None else known.dtype)
 
     for name in data.proprioception_fields:
@@ -157,7 +157,7 @@ def create_input_plan(data: RoboticsDataParams, contract: RoboticsContract, opti
         add(commanded, absolute_field(name))
     return InputPlan(
         window=data.window,
-        cameras=tuple(_create_camera(name, contract, options) for name in data.camera_names or []),
+        cameras=tuple(_create_camera(name, spec, options) for name in data.camera_names or []),
         image_indices=tuple(data.image_indices or []),
         pads_images=data.pad_missing_images,
         observed=observed,
@@ -173,8 +173,8 @@ def _find_group(name: str, groups: tuple[PoseGroup, ...]) -> PoseGroup:
     raise ValueError(f"the run's data.pose_groups have no group of '{name}'.")
 
 
-def _create_camera(name: str, contract: RoboticsContract, options: dict[str, Any]) -> Camera:
-    described = contract.cameras[name]
+def _create_camera(name: str, spec: DatasetSpec, options: dict[str, Any]) -> Camera:
+    described = spec.cameras[name]
     turns = {key.rpartition(".")[2]: value for key, value in options["camera_rotations"].items()}
     is_resized = options["resize_images_size"] is not None
     return Camera(

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_files, name_of
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -21,6 +20,7 @@ from vla_foundry.run_folder import (
     find_checkpoint,
     list_step_folders,
 )
+from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, name_of
 
 # tables that earlier code stored and that are computed here
 _COMPUTED = re.compile(r"(^|\.)inv_freq$")

@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vla_foundry.params.base import register_data_params, register_model_params
+    from vla_foundry.config.base import register_data_params, register_model_params
+    from vla_foundry.config.loading import dump_params, load_experiment_params_from_yaml, load_params_from_yaml
     from vla_foundry.params.data.base import DataParams
     from vla_foundry.params.distributed import DistributedParams
     from vla_foundry.params.ema import EMAParams
     from vla_foundry.params.experiment import TrainExperimentParams
     from vla_foundry.params.hparams import HyperParams
-    from vla_foundry.params.loading import dump_params, load_experiment_params_from_yaml, load_params_from_yaml
     from vla_foundry.params.models.base import ModelParams
 
 __all__ = [
@@ -29,21 +29,21 @@ __all__ = [
 
 # public name -> module that defines it; imported when the name is used
 _MODULES = {
-    "DataParams": "data.base",
-    "DistributedParams": "distributed",
-    "EMAParams": "ema",
-    "HyperParams": "hparams",
-    "ModelParams": "models.base",
-    "TrainExperimentParams": "experiment",
-    "dump_params": "loading",
-    "load_experiment_params_from_yaml": "loading",
-    "load_params_from_yaml": "loading",
-    "register_data_params": "base",
-    "register_model_params": "base",
+    "DataParams": "vla_foundry.params.data.base",
+    "DistributedParams": "vla_foundry.params.distributed",
+    "EMAParams": "vla_foundry.params.ema",
+    "HyperParams": "vla_foundry.params.hparams",
+    "ModelParams": "vla_foundry.params.models.base",
+    "TrainExperimentParams": "vla_foundry.params.experiment",
+    "dump_params": "vla_foundry.config.loading",
+    "load_experiment_params_from_yaml": "vla_foundry.config.loading",
+    "load_params_from_yaml": "vla_foundry.config.loading",
+    "register_data_params": "vla_foundry.config.base",
+    "register_model_params": "vla_foundry.config.base",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

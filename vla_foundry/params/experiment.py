@@ -5,7 +5,7 @@ from typing import Literal
 
 import vla_foundry.params.data
 import vla_foundry.params.models  # noqa: F401  (both register the types there are)
-from vla_foundry.params.base import BaseParams
+from vla_foundry.config.base import BaseParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams

@@ -6,10 +6,9 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
-from vla_foundry.io.uri import absolute_uri, exists, is_remote, join_uri, parent_uri, read_text
-from vla_foundry.params.base import BaseParams
+from vla_foundry.config.base import BaseParams
+from vla_foundry.config.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.images import ImageProcessorParams
 from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
@@ -17,6 +16,7 @@ from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, TOKENIZER_FOLDER
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
+from vla_foundry.storage.uri import absolute_uri, exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
 
 # owner/name on the Hugging Face hub, or an old name without an owner
@@ -164,7 +164,7 @@ def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, Model
 
 def _read_run_model(checkpoint: str) -> ModelParams:
     """Return the params of the model that a checkpoint is of; Hugging Face parts are read from the run's own files."""
-    from vla_foundry.params.loading import load_params_from_yaml
+    from vla_foundry.config.loading import load_params_from_yaml
 
     folder = absolute_uri(checkpoint)
     for _ in range(_RUN_DEPTH):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
-from vla_foundry.params.base import BaseParams
+from vla_foundry.config.base import BaseParams
 from vla_foundry.registry import unknown_name_message
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Read what a robot dataset, or the run that a model starts from, says about itself: its contract.
+"""Read what a robot dataset, or the run that a model starts from, says about itself: its spec.
 
 Datasets that others published have no `robotics.json`. What it would hold is then taken from their
 preprocessing_config.yaml and the first sample of their first shard.
@@ -14,20 +14,29 @@ from typing import Any
 
 import yaml
 
-from vla_foundry.io.npz import NpzFile
-from vla_foundry.io.uri import absolute_uri, exists, is_remote, join_uri, open_input, parent_uri, read_range, read_text
-from vla_foundry.params.derivation import DatasetFacts, Facts, Unavailable
+from vla_foundry.config.derivation import DatasetFacts, Facts, Unavailable
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
-from vla_foundry.robotics_contract import (
-    CONTRACT_NAME,
+from vla_foundry.robotics.spec import (
+    SPEC_NAME,
     CameraDescription,
+    DatasetSpec,
     FieldDescription,
-    NamedContract,
-    RoboticsContract,
-    parse_contract,
+    NamedSpec,
+    parse_spec,
 )
 from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
 from vla_foundry.shards import parse_manifest
+from vla_foundry.storage.npz import NpzFile
+from vla_foundry.storage.uri import (
+    absolute_uri,
+    exists,
+    is_remote,
+    join_uri,
+    open_input,
+    parent_uri,
+    read_range,
+    read_text,
+)
 
 # kinds of instructions that published datasets may have
 PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
@@ -39,69 +48,69 @@ _POSITION, _ROTATION = "__xyz", "__rot_6d"
 
 
 def add_robotics(facts: Facts, checkpoints: Sequence[str], *, offline: bool = False) -> Facts:
-    """Add the contract of each dataset, and that of the run that the model starts from.
+    """Add the spec of each dataset, and that of the run that the model starts from.
 
     Args:
         facts: what else is known.
         checkpoints: what the model and its parts start from.
-        offline: do not reach for anything that is remote; such contracts are then Unavailable.
+        offline: do not reach for anything that is remote; such specs are then Unavailable.
 
     Raises:
         FileNotFoundError: a dataset is not one of robots.
-        ValueError: a contract is not what it should be.
+        ValueError: a spec is not what it should be.
     """
 
     def read(dataset: DatasetFacts) -> DatasetFacts:
         if isinstance(dataset.num_samples, Unavailable):
-            return replace(dataset, robotics=Unavailable(join_uri(parent_uri(dataset.manifest), CONTRACT_NAME)))
-        return replace(dataset, robotics=read_contract(dataset.manifest))
+            return replace(dataset, robotics=Unavailable(join_uri(parent_uri(dataset.manifest), SPEC_NAME)))
+        return replace(dataset, robotics=read_spec(dataset.manifest))
 
     return replace(
         facts,
         datasets=tuple(read(dataset) for dataset in facts.datasets),
         val_datasets=tuple(read(dataset) for dataset in facts.val_datasets),
         started_from_robotics=next(
-            (found for name in checkpoints if (found := _find_run_contract(name, offline)) is not None), None
+            (found for name in checkpoints if (found := _find_run_spec(name, offline)) is not None), None
         ),
     )
 
 
-def _find_run_contract(checkpoint: str, offline: bool) -> NamedContract | None:
+def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
     if is_remote(checkpoint) and offline:
         return None
     folder = absolute_uri(checkpoint)
     for _ in range(_RUN_DEPTH):
-        location = join_uri(folder, CONTRACT_NAME)
+        location = join_uri(folder, SPEC_NAME)
         if exists(location):
-            return NamedContract(folder, parse_contract(read_text(location), location))
+            return NamedSpec(folder, parse_spec(read_text(location), location))
         folder = parent_uri(folder)
     return None
 
 
-def read_contract(manifest: str) -> RoboticsContract:
-    """Return the contract of a dataset, by its manifest.
+def read_spec(manifest: str) -> DatasetSpec:
+    """Return the spec of a dataset, by its manifest.
 
     Raises:
-        FileNotFoundError: it has neither a contract nor a published preprocessing_config.yaml.
+        FileNotFoundError: it has neither a spec nor a published preprocessing_config.yaml.
         ValueError: one of them is not what it should be.
     """
     folder = parent_uri(manifest)
-    location = join_uri(folder, CONTRACT_NAME)
+    location = join_uri(folder, SPEC_NAME)
     try:
         text = read_text(location)
     except FileNotFoundError:
         return _describe_published(folder, manifest)
-    return parse_contract(text, location)
+    return parse_spec(text, location)
 
 
 @lru_cache(maxsize=64)  # it is asked for when params are resolved, and again by each loader
-def _describe_published(folder: str, manifest: str) -> RoboticsContract:
+def _describe_published(folder: str, manifest: str) -> DatasetSpec:
     location = join_uri(folder, PREPROCESSING_CONFIG_NAME)
     try:
         values = yaml.safe_load(read_text(location))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{manifest} is of no robotics dataset: neither {CONTRACT_NAME} nor {PREPROCESSING_CONFIG_NAME} lies "
+            f"{manifest} is of no robotics dataset: neither {SPEC_NAME} nor {PREPROCESSING_CONFIG_NAME} lies "
             "beside it. Make it with `vla-foundry preprocess robotics`."
         ) from None
     except yaml.YAMLError as error:
@@ -119,7 +128,7 @@ def _describe_published(folder: str, manifest: str) -> RoboticsContract:
     arrays = NpzFile.from_bytes(members["lowdim.npz"])
     widths = {name: arrays.shape(name)[1] for name in arrays.names if len(arrays.shape(name)) == 2}
     fields = {name: describe_published_field(name, width) for name, width in widths.items()}
-    return RoboticsContract(
+    return DatasetSpec(
         layout="samples",
         fps=None,
         past_lowdim_steps=past,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, Window, absolute_field, is_relative_field
-from vla_foundry.robotics_contract import FieldDescription, NamedContract, RoboticsContract
+from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, NamedSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,26 +24,26 @@ class FieldPlan:
     descriptions: dict[str, FieldDescription]
 
 
-def find_camera(name: str, contract: RoboticsContract, origin: str) -> str | None:
+def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
     """Return the camera that a config means by a name; None if the dataset has none.
 
     Raises:
         ValueError: several cameras end in the name, or it holds depth.
     """
-    if name in contract.cameras:
+    if name in spec.cameras:
         found = [name]
     else:
-        found = [camera for camera in contract.cameras if camera.rpartition(".")[2] == name]
+        found = [camera for camera in spec.cameras if camera.rpartition(".")[2] == name]
     if len(found) > 1:
         raise ValueError(
             f"data.camera_names: '{name}' can be {' or '.join(found)} of {origin}. Give the whole name of one."
         )
-    if found and contract.cameras[found[0]].is_depth:
+    if found and spec.cameras[found[0]].is_depth:
         raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, which is no picture. Leave it out.")
     return found[0] if found else None
 
 
-def check_cameras(camera_names: Sequence[str], dataset: NamedContract, *, may_be_missing: bool) -> None:
+def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_missing: bool) -> None:
     """Check that a dataset has the cameras.
 
     Raises:
@@ -51,9 +51,9 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedContract, *, may_be
     """
     found: dict[str, str] = {}
     for name in camera_names:
-        camera = find_camera(name, dataset.contract, dataset.name)
+        camera = find_camera(name, dataset.spec, dataset.name)
         if camera is None and not may_be_missing:
-            message = unknown_name_message("data.camera_names: camera", name, list(dataset.contract.cameras))
+            message = unknown_name_message("data.camera_names: camera", name, list(dataset.spec.cameras))
             raise ValueError(f"{message} They are those of {dataset.name}; data.pad_missing_images makes up for them.")
         if camera is not None and camera in found:
             raise ValueError(
@@ -63,39 +63,39 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedContract, *, may_be
             found[camera] = name
 
 
-def check_window(window: Window, image_indices: Sequence[int], dataset: NamedContract) -> None:
+def check_window(window: Window, image_indices: Sequence[int], dataset: NamedSpec) -> None:
     """Check that a dataset of single windows holds all steps and images; of whole episodes any can be made.
 
     Raises:
         ValueError: it does not.
     """
-    contract = dataset.contract
-    if contract.layout == "episodes":
+    spec = dataset.spec
+    if spec.layout == "episodes":
         return
     for name, asked, held in (
-        ("past", window.past, contract.past_lowdim_steps),
-        ("future", window.future, contract.future_lowdim_steps),
+        ("past", window.past, spec.past_lowdim_steps),
+        ("future", window.future, spec.future_lowdim_steps),
     ):
         if asked > held:
             raise ValueError(
                 f"data.lowdim_{name}_timesteps ({asked}) is more than {dataset.name} holds ({held}). Use "
                 f"--data.lowdim_{name}_timesteps {held}, or preprocess with --{name}_lowdim_steps {asked}."
             )
-    missing = [index for index in image_indices if index not in contract.image_indices]
+    missing = [index for index in image_indices if index not in spec.image_indices]
     if missing:
         raise ValueError(
             f"data.image_indices has {missing[0]}, but {dataset.name} holds images at "
-            f"{', '.join(map(str, contract.image_indices))}. Choose from these, or preprocess with the layout episodes."
+            f"{', '.join(map(str, spec.image_indices))}. Choose from these, or preprocess with the layout episodes."
         )
 
 
-def check_instructions(types: Sequence[str], dataset: NamedContract) -> None:
+def check_instructions(types: Sequence[str], dataset: NamedSpec) -> None:
     """Check that a dataset has instructions of one of the types.
 
     Raises:
         ValueError: it has not.
     """
-    known = dataset.contract.language_types
+    known = dataset.spec.language_types
     if types and not any(name in known for name in types):
         has = f"has only {', '.join(known)}" if known else "has no instructions"
         raise ValueError(
@@ -106,7 +106,7 @@ def check_instructions(types: Sequence[str], dataset: NamedContract) -> None:
 
 def plan_fields(
     names: Sequence[str],
-    dataset: NamedContract,
+    dataset: NamedSpec,
     *,
     pose_groups: Sequence[PoseGroup] | None,
     path: str,
@@ -123,36 +123,34 @@ def plan_fields(
     Raises:
         ValueError: a field is unknown, given twice, a relative of what is relative, or of no pose group.
     """
-    contract = dataset.contract
-    groups = contract.pose_groups if pose_groups is None else tuple(pose_groups)
+    spec = dataset.spec
+    groups = spec.pose_groups if pose_groups is None else tuple(pose_groups)
     stored: list[str] = []
     used: list[PoseGroup] = []
     descriptions: dict[str, FieldDescription] = {}
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"{path} lists '{name}' twice. Remove one.")
-        if name in contract.fields and not (is_relative_field(name) and contract.layout == "episodes"):
+        if name in spec.fields and not (is_relative_field(name) and spec.layout == "episodes"):
             stored.append(name)
-            descriptions[name] = contract.fields[name]
+            descriptions[name] = spec.fields[name]
             continue
         base = absolute_field(name)
-        if not is_relative_field(name) or (base not in contract.fields and not is_relative_field(base)):
+        if not is_relative_field(name) or (base not in spec.fields and not is_relative_field(base)):
             if may_be_missing:
                 continue
-            raise ValueError(
-                f"{unknown_name_message(path + ': field', name, sorted(contract.fields))} ({dataset.name})"
-            )
+            raise ValueError(f"{unknown_name_message(path + ': field', name, sorted(spec.fields))} ({dataset.name})")
         group = _find_group(name, groups, dataset, path)
         used.append(group)
         stored += [group.position_key, group.rotation_key, *group.reference_keys]
-        descriptions[name] = replace(contract.fields[base], representation="relative")
+        descriptions[name] = replace(spec.fields[base], representation="relative")
     return FieldPlan(stored=tuple(dict.fromkeys(stored)), groups=tuple(dict.fromkeys(used)), descriptions=descriptions)
 
 
-def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedContract, path: str) -> PoseGroup:
-    base, contract = absolute_field(name), dataset.contract
-    if is_relative_field(base) or contract.fields[base].representation != "absolute":
-        kind = "relative" if is_relative_field(base) else contract.fields[base].representation
+def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedSpec, path: str) -> PoseGroup:
+    base, spec = absolute_field(name), dataset.spec
+    if is_relative_field(base) or spec.fields[base].representation != "absolute":
+        kind = "relative" if is_relative_field(base) else spec.fields[base].representation
         raise ValueError(
             f"{path}: '{name}' would be the relative of '{base}', which is {kind} already in {dataset.name}. "
             f"Use '{base}'."
@@ -165,12 +163,11 @@ def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedContract, 
             "Give data.pose_groups [{name, position_key, rotation_key}]."
         )
     for key in (group.position_key, group.rotation_key, *group.reference_keys):
-        if key not in contract.fields:
+        if key not in spec.fields:
             raise ValueError(
-                f"{unknown_name_message(f'pose group {group.name}: field', key, sorted(contract.fields))} "
-                f"({dataset.name})"
+                f"{unknown_name_message(f'pose group {group.name}: field', key, sorted(spec.fields))} ({dataset.name})"
             )
-    written = contract.fields[group.rotation_key].rotation
+    written = spec.fields[group.rotation_key].rotation
     if written is not None and written != group.rotation_format:
         raise ValueError(
             f"pose group {group.name} says that '{group.rotation_key}' is {group.rotation_format}, but {dataset.name} "
@@ -180,8 +177,8 @@ def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedContract, 
 
 
 def find_contradictions(
-    first: NamedContract,
-    second: NamedContract,
+    first: NamedSpec,
+    second: NamedSpec,
     fields: Mapping[str, tuple[FieldDescription, FieldDescription]],
 ) -> list[str]:
     """Return what two datasets, or a dataset and the run that a model starts from, say differently; one line each.
@@ -190,7 +187,7 @@ def find_contradictions(
         fields: the fields that are used of both, with what each says.
     """
     found = []
-    rates = first.contract.fps, second.contract.fps
+    rates = first.spec.fps, second.spec.fps
     if None not in rates and rates[0] != rates[1]:
         found.append(
             f"{first.name} has {rates[0]:g} frames a second and {second.name} {rates[1]:g}: the same action would take "
@@ -207,9 +204,9 @@ def find_contradictions(
     return found
 
 
-def find_swapped_cameras(camera_names: Sequence[str], run: NamedContract) -> list[str]:
+def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[str]:
     """Return, as one line, that the model knows the same cameras in another order; empty if that is not so."""
-    known = list(run.contract.cameras)
+    known = list(run.spec.cameras)
     if sorted(known) == sorted(camera_names) and known != list(camera_names):
         return [
             f"data.camera_names is {', '.join(camera_names)}, but the model comes from {run.name}, which was trained "
@@ -233,15 +230,15 @@ def width_of(name: str, plans: Sequence[FieldPlan], path: str) -> int:
     return widths[0]
 
 
-def format_pose_groups(datasets: Sequence[NamedContract]) -> list[dict[str, str]]:
+def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:
     """Return the pose groups of all datasets, as a config holds them.
 
     Raises:
         ValueError: two of a name differ.
     """
     groups: dict[str, PoseGroup] = {}
-    for name, contract in datasets:
-        for group in contract.pose_groups:
+    for name, spec in datasets:
+        for group in spec.pose_groups:
             if groups.setdefault(group.name, group) != group:
                 raise ValueError(
                     f"pose group {group.name} is not the same in {datasets[0].name} and {name}. Give data.pose_groups."

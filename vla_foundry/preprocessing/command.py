@@ -6,33 +6,33 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vla_foundry.params.command_line import parse_command
+from vla_foundry.config.command_line import parse_command
 from vla_foundry.registry import unknown_name_message
 
 # what -> (module:class of its params, module:function, one line of help); a job is imported when it runs
 JOBS = {
     "text": (
-        "vla_foundry.params.preprocessing:PreprocessTextParams",
+        "vla_foundry.params.commands.preprocessing:PreprocessTextParams",
         "vla_foundry.preprocessing.text.tokenized:preprocess_text",
         "text -> tokenized, packed shards",
     ),
     "text_untokenized": (
-        "vla_foundry.params.preprocessing:PreprocessTextUntokenizedParams",
+        "vla_foundry.params.commands.preprocessing:PreprocessTextUntokenizedParams",
         "vla_foundry.preprocessing.text.untokenized:preprocess_text_untokenized",
         "text -> shards of raw text",
     ),
     "tokenizer": (
-        "vla_foundry.params.preprocessing:TrainTokenizerParams",
+        "vla_foundry.params.commands.preprocessing:TrainTokenizerParams",
         "vla_foundry.preprocessing.text.tokenizer_training:train_tokenizer",
         "text -> a byte-level BPE tokenizer",
     ),
     "image_caption": (
-        "vla_foundry.params.preprocessing_captions:PreprocessImageCaptionParams",
+        "vla_foundry.params.commands.preprocessing_captions:PreprocessImageCaptionParams",
         "vla_foundry.preprocessing.image_caption.job:preprocess_image_caption",
         "images and captions: folders of pairs, lists of paths or URLs",
     ),
     "robotics": (
-        "vla_foundry.params.preprocessing_converters:RoboticsPreprocessParams",
+        "vla_foundry.params.commands.preprocessing_converters:RoboticsPreprocessParams",
         "vla_foundry.preprocessing.robotics.job:preprocess_robotics",
         "recordings of robots (LeRobot, HDF5, ...)",
     ),

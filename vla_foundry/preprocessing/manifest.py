@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from vla_foundry.io.uri import download, exists, is_remote, join_uri, list_relative, open_input, read_text, write_text
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.preprocessing import ManifestBuildParams, ManifestVerifyParams
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.params.commands.preprocessing import ManifestBuildParams, ManifestVerifyParams
 from vla_foundry.preprocessing.job import show_progress
 from vla_foundry.preprocessing.shard_checks import ShardExpectation, ends_properly, find_faults
 from vla_foundry.registry import unknown_name_message
@@ -25,6 +24,16 @@ from vla_foundry.shards import (
     parse_index,
     parse_manifest,
     sha256_of,
+)
+from vla_foundry.storage.uri import (
+    download,
+    exists,
+    is_remote,
+    join_uri,
+    list_relative,
+    open_input,
+    read_text,
+    write_text,
 )
 
 

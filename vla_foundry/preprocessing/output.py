@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from vla_foundry.io.uri import (
+from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
+from vla_foundry.storage.uri import (
     delete,
     is_remote,
     join_uri,
@@ -21,7 +22,6 @@ from vla_foundry.io.uri import (
     write_bytes,
     write_text,
 )
-from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
 
 PROGRESS_FOLDER = "_progress"
 # what failed, by reason, where a job reports that

@@ -8,8 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vla_foundry.episode_blocks import CALIBRATION_PREFIXES, EPISODE_SUFFIX, LOWDIM_SUFFIX, TIMESTAMP_FIELD
-from vla_foundry.io.npz import NpzFile
+from vla_foundry.robotics.episode_blocks import CALIBRATION_PREFIXES, EPISODE_SUFFIX, LOWDIM_SUFFIX, TIMESTAMP_FIELD
 from vla_foundry.shards import (
     EpisodeSpans,
     ManifestEntry,
@@ -19,6 +18,7 @@ from vla_foundry.shards import (
     index_shard,
     sha256_of,
 )
+from vla_foundry.storage.npz import NpzFile
 
 # two empty blocks end a tar
 _END_BYTES = 1024

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from vla_foundry.io.uri import join_uri, open_output, write_text
 from vla_foundry.shards import ManifestEntry, format_index, index_shard, sha256_of
+from vla_foundry.storage.uri import join_uri, open_output, write_text
 
 
 class ShardWriter:

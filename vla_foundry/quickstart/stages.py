@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vla_foundry.params.command_line import parse
+from vla_foundry.config.command_line import parse
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.preprocessing.job import num_cores
 

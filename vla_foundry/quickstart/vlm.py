@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vla_foundry.evaluation.scenes import SPLITS
+from vla_foundry.datagen.scenes import SPLITS
 from vla_foundry.quickstart.stages import Step, training_step, words_of
 
 # things whose states can be told from 64 pixels; a pressed button can not

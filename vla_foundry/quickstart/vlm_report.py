@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vla_foundry.evaluation.scene_captions import AttributeScore, score_captions
+from vla_foundry.datagen.scene_captions import AttributeScore, score_captions
 from vla_foundry.inference.caption import Question, answer, load_captioner
 
 # attribute -> its name on the page, and the share that should be right

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import Registry
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
 
 S = TypeVar("S", bound="Simulator")
 

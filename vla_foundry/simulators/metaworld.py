@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics_contract import FieldDescription, GripperRange
+from vla_foundry.robotics.spec import FieldDescription, GripperRange
 from vla_foundry.simulators.base import (
     Layout,
     ObjectState,

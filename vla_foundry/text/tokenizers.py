@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vla_foundry.io.uri import download, is_remote, join_uri, list_files, read_text
+from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

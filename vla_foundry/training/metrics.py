@@ -19,8 +19,8 @@ from urllib.parse import urlparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.loading import to_plain
 from vla_foundry.run_folder import METRICS_NAME
 
 WANDB_ID_NAME = "wandb_run_id.txt"

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from vla_foundry.io.uri import join_uri, upload
 from vla_foundry.run_folder import COMPLETE_NAME, WRITING_PREFIX
+from vla_foundry.storage.uri import join_uri, upload
 
 # files of finished step folders never change, so they are copied once
 _STEP_PREFIX = "step_"

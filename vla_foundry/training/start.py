@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vla_foundry.io.uri import download, is_remote, join_uri, list_files
+from vla_foundry.config.loading import dump_params, load_experiment_params_from_yaml, to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.loading import dump_params, load_experiment_params_from_yaml, to_plain
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -20,6 +19,7 @@ from vla_foundry.run_folder import (
     read_step,
     verify,
 )
+from vla_foundry.storage.uri import download, is_remote, join_uri, list_files
 
 # leaves that say how a run is started, not what it is
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")

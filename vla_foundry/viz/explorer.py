@@ -10,22 +10,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.loading import load_experiment_params_from_yaml
+from vla_foundry.config.resolve import resolve
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
-from vla_foundry.data.robotics.datasets import read_contracts
-from vla_foundry.io.uri import exists, is_remote, join_uri, parent_uri
-from vla_foundry.params.command_line import parse_command
+from vla_foundry.data.robotics.datasets import read_specs
+from vla_foundry.params.commands.inspect import InspectParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.inspect import InspectParams
-from vla_foundry.params.loading import load_experiment_params_from_yaml
-from vla_foundry.params.resolve import resolve
 from vla_foundry.params.robotics import NormalizationParams
-from vla_foundry.params.robotics_facts import read_contract
+from vla_foundry.params.robotics_facts import read_spec
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics_contract import RoboticsContract
+from vla_foundry.robotics.spec import DatasetSpec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME
+from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.viz.stored_sample import show_stored_sample
@@ -71,10 +71,10 @@ def inspect_data(params: InspectParams) -> list[str]:
             manifest = join_uri(manifest, MANIFEST_NAME)
         if not is_remote(manifest):
             manifest = os.path.abspath(os.path.expanduser(manifest))
-        contract = _read_contract(manifest)
-        if contract is None:
+        spec = _read_spec(manifest)
+        if spec is None:
             return show_stored_sample(manifest, params.sample, params.output)
-        sample = read_dataset_sample(manifest, contract, params.sample)
+        sample = read_dataset_sample(manifest, spec, params.sample)
     draw_sample(sample, params.output)
     dropped = [
         f"note: sample {params.sample} can not be used ({reason}); this is the one that training takes in its place"
@@ -89,11 +89,11 @@ def inspect_data(params: InspectParams) -> list[str]:
     ]
 
 
-def _read_contract(manifest: str) -> RoboticsContract | None:
+def _read_spec(manifest: str) -> DatasetSpec | None:
     if not exists(manifest):
         raise FileNotFoundError(f"{manifest} does not exist. Name a folder that `vla-foundry preprocess` made.")
     try:
-        return read_contract(manifest)
+        return read_spec(manifest)
     except FileNotFoundError:
         return None
 
@@ -120,31 +120,31 @@ def read_training_sample(training: str, number: int) -> RobotSample:
     return _read_sample(pipeline, number, seed=seed, global_batch_size=params.hparams.global_batch_size)
 
 
-def read_dataset_sample(manifest: str, contract: RoboticsContract, number: int) -> RobotSample:
+def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotSample:
     """Read a sample of a dataset: all its colour cameras and fields, images as stored, nothing changed at random.
 
     Args:
         manifest: of the dataset.
-        contract: its contract.
+        spec: its spec.
         number: place in the order of the manifest.
 
     Raises:
         ValueError: there is no such sample, or the data can not be read.
     """
-    cameras = {name: camera for name, camera in contract.cameras.items() if not camera.is_depth}
+    cameras = {name: camera for name, camera in spec.cameras.items() if not camera.is_depth}
     side = max((max(camera.size) for camera in cameras.values()), default=_LEAST_SIDE)
     has_statistics = exists(join_uri(parent_uri(manifest), STATISTICS_NAME))
-    actions = [name for name, field in contract.fields.items() if field.role == "action"]
+    actions = [name for name, field in spec.fields.items() if field.role == "action"]
     params = RoboticsDataParams(
         dataset_manifest=[manifest],
         camera_names=list(cameras),
         # of a dataset that does not say which are actions, all are drawn in full
-        action_fields=actions or list(contract.fields),
-        proprioception_fields=[name for name in contract.fields if actions and name not in actions],
+        action_fields=actions or list(spec.fields),
+        proprioception_fields=[name for name in spec.fields if actions and name not in actions],
         image_size=max(side, _LEAST_SIDE),
         image_resizing_method="resize_fit",
         use_language=False,
-        language_instruction_types=list(contract.language_types),
+        language_instruction_types=list(spec.language_types),
         normalization=NormalizationParams(enabled=has_statistics),
         shuffle=False,
         num_workers=0,
@@ -172,8 +172,6 @@ def _read_sample(pipeline: RoboticsPipeline, number: int, *, seed: int, global_b
     finally:
         loader.close()
     fields = {
-        name: field
-        for _, contract in read_contracts(pipeline.params.dataset_manifest)
-        for name, field in contract.fields.items()
+        name: field for _, spec in read_specs(pipeline.params.dataset_manifest) for name, field in spec.fields.items()
     }
     return take_sample(batch, 0, pipeline, fields)

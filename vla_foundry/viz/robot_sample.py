@@ -8,7 +8,7 @@ import numpy as np
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
 from vla_foundry.images.colors import normalize_images
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,8 +9,8 @@ from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.pipelines.base import read_record
 from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
-from vla_foundry.io.uri import join_uri, parent_uri, read_text
 from vla_foundry.shards import parse_manifest
+from vla_foundry.storage.uri import join_uri, parent_uri, read_text
 
 _MOST_TEXT = 1500
 _IMAGES = ("jpg", "jpeg", "png", "webp")

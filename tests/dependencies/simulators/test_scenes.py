@@ -11,9 +11,9 @@ pytest.importorskip("metaworld", reason="needs vla-foundry[simulators]")
 
 from PIL import Image
 
-from vla_foundry.evaluation.scene_captions import GRID, describe_scene, parse_caption, score_captions
-from vla_foundry.evaluation.scenes import create_scene, generate_scenes, main
-from vla_foundry.params.scenes import ScenesParams
+from vla_foundry.datagen.scene_captions import GRID, describe_scene, parse_caption, score_captions
+from vla_foundry.datagen.scenes import create_scene, generate_scenes, main
+from vla_foundry.params.commands.scenes import ScenesParams
 from vla_foundry.simulators import create_simulator
 
 

@@ -1,4 +1,4 @@
-"""Datasets on disk as the contract in vla_foundry/shards.py describes them, made with tarfile alone."""
+"""Datasets on disk as the spec in vla_foundry/shards.py describes them, made with tarfile alone."""
 
 import gzip
 import hashlib
@@ -103,7 +103,7 @@ def s3_folder(s3_bucket: str, tmp_path: Path) -> str:
 @pytest.fixture
 def put_folder() -> Callable[[Path, str], None]:
     """Upload the files of a folder."""
-    from vla_foundry.io.uri import join_uri, upload
+    from vla_foundry.storage.uri import join_uri, upload
 
     def put(folder: Path, uri: str) -> None:
         for path in sorted(folder.iterdir()):

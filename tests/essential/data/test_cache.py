@@ -13,7 +13,7 @@ import pytest
 
 from vla_foundry.data import cache as cache_module
 from vla_foundry.data.cache import LookAhead, RemoteShard, ShardCache
-from vla_foundry.io.uri import write_bytes
+from vla_foundry.storage.uri import write_bytes
 
 
 def put(uri: str, content: bytes, *, checksum: str | None = "") -> RemoteShard:

@@ -63,7 +63,7 @@ def records(batches: list[Batch]) -> list[int]:
     return [int(token) for batch in batches for token in batch["input_ids"][:, 0]]
 
 
-def test_batch_keeps_its_contract(loaders: Loaders, dataset: Path) -> None:
+def test_batch_keeps_its_spec(loaders: Loaders, dataset: Path) -> None:
     for num_workers in (0, 1):
         (batch,) = take(loaders.create(dataset, num_workers=num_workers), 1)
         assert batch["modality"] == "text"

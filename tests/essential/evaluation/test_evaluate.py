@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.plugins import named_plugins
 from vla_foundry.evaluation.actors import NullActor, RandomActor
 from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
 from vla_foundry.evaluation.run import evaluate, main
 from vla_foundry.evaluation.statistics import wilson_interval
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.evaluation import FIRST_DEMO_SEED, EvaluateParams
-from vla_foundry.params.plugins import named_plugins
+from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED, EvaluateParams
 
 pytestmark = pytest.mark.usefixtures("toy_simulator")
 

@@ -10,17 +10,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.evaluation.demos import record_demos
+from vla_foundry.config.command_line import parse
+from vla_foundry.config.resolve import resolve
+from vla_foundry.datagen.demos import record_demos
 from vla_foundry.evaluation.policy_actor import TrainedPolicy
 from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
 from vla_foundry.evaluation.run import evaluate
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.command_line import parse
-from vla_foundry.params.demos import DemosParams
-from vla_foundry.params.evaluation import EvaluateParams
+from vla_foundry.params.commands.demos import DemosParams
+from vla_foundry.params.commands.evaluation import EvaluateParams
+from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.preprocessing_converters import LeRobotParams
-from vla_foundry.params.resolve import resolve
 from vla_foundry.preprocessing.robotics.job import preprocess_robotics
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
@@ -175,12 +175,12 @@ def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> 
 
 
 def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None:
-    contract = run / "robotics.json"
-    text = contract.read_text()
+    spec = run / "robotics.json"
+    text = spec.read_text()
     try:
-        contract.write_text(text.replace('"fps": 10.0', '"fps": 20.0'))
+        spec.write_text(text.replace('"fps": 10.0', '"fps": 20.0'))
         with pytest.raises(ValueError, match=r"has 20 frames a second and toy 10"):
             evaluate(create_params(run, tmp_path / "out"))
     finally:
-        contract.write_text(text)
+        spec.write_text(text)
     assert not (tmp_path / "out").exists()

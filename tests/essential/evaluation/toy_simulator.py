@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.robotics_contract import FieldDescription, GripperRange
+from vla_foundry.robotics.spec import FieldDescription, GripperRange
 from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from vla_foundry.config.decode import Decoding, decode
+from vla_foundry.config.loading import dump_value
+from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.models import create_model
-from vla_foundry.models.published_policy import translate_config
+from vla_foundry.models.legacy.policy import translate_config
 from vla_foundry.params import ModelParams
-from vla_foundry.params.decode import Decoding, decode
-from vla_foundry.params.loading import dump_value
-from vla_foundry.params.yaml_source import parse_inline
 
 PROPRIOCEPTION = ["robot__actual__poses__left::panda__xyz", "robot__actual__grippers__left::panda_hand", "speed"]
 ACTIONS = [f"robot__action__poses__left::panda__{name}_relative" for name in ("xyz", "rot_6d")]

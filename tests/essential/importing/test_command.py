@@ -11,10 +11,10 @@ import torch
 from vla_foundry.cli import main as run_cli
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.inference.loading import load_run_model
-from vla_foundry.io.uri import upload
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.importing import ImportParams
+from vla_foundry.params.commands.importing import ImportParams
 from vla_foundry.run_folder import find_checkpoint
+from vla_foundry.storage.uri import upload
 
 
 def load(run: Path, *, use_ema: bool | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A policy of the earlier implementation becomes a run that acts: config, normalizer, contract and processor."""
+"""A policy of the earlier implementation becomes a run that acts: config, normalizer, spec and processor."""
 
 import json
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from vla_foundry.data.robotics.files import load_contract, load_normalizer
+from vla_foundry.data.robotics.files import load_normalizer, load_spec
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.importing.configs import match_field_config
 from vla_foundry.inference.history import RobotObservation
 from vla_foundry.inference.policy import Policy
 from vla_foundry.params import load_experiment_params_from_yaml
+from vla_foundry.params.commands.importing import ImportParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.importing import ImportParams
 
 XYZ = "robot__action__poses__left::panda__xyz_relative"
 SPEED = "speed"
@@ -69,15 +69,15 @@ def test_numbers_are_normalized_as_they_were(run: tuple[Path, list[str]], policy
     np.testing.assert_allclose(normalized, (values - center) / scale, rtol=1e-12)
 
 
-def test_the_contract_says_what_its_files_say(run: tuple[Path, list[str]]) -> None:
-    contract = load_contract(run[0])
-    assert contract.fps == 10
-    assert {name: camera.size for name, camera in contract.cameras.items()} == dict.fromkeys(
+def test_the_spec_says_what_its_files_say(run: tuple[Path, list[str]]) -> None:
+    spec = load_spec(run[0])
+    assert spec.fps == 10
+    assert {name: camera.size for name, camera in spec.cameras.items()} == dict.fromkeys(
         ["scene_right_0", "wrist_left_plus"], (56, 56)
     )
-    assert contract.fields[XYZ].representation == "relative"
-    assert contract.fields[XYZ].width == 3
-    assert [group.name for group in contract.pose_groups] == ["left_action"]
+    assert spec.fields[XYZ].representation == "relative"
+    assert spec.fields[XYZ].width == 3
+    assert [group.name for group in spec.pose_groups] == ["left_action"]
 
 
 def test_the_policy_acts(run: tuple[Path, list[str]]) -> None:

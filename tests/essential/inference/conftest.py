@@ -9,18 +9,18 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vla_foundry.config.base import register_converter_params
+from vla_foundry.config.command_line import parse
+from vla_foundry.config.resolve import resolve
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.base import register_converter_params
-from vla_foundry.params.command_line import parse
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.params.resolve import resolve
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.job import preprocess_robotics
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
-from vla_foundry.robotics_contract import FieldDescription, GripperRange
+from vla_foundry.robotics.spec import FieldDescription, GripperRange
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 

@@ -15,7 +15,7 @@ from vla_foundry.inference import Policy, RobotObservation
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.models import create_batch_handler
 from vla_foundry.randomness import draw_index
-from vla_foundry.robotics_contract import FieldDescription, GripperRange, NamedContract
+from vla_foundry.robotics.spec import FieldDescription, GripperRange, NamedSpec
 from vla_foundry.world import World
 
 ACTUAL, ACTION = "robot__actual__poses__right::arm", "robot__action__poses__right::arm"
@@ -230,9 +230,9 @@ def test_what_an_observation_lacks_is_named(arm: Any) -> None:
 
 def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
     policy = load(arm)
-    own = policy.contract
+    own = policy.spec
     same = dataclasses.replace(own, fields={**own.fields, OBSERVED[3]: FieldDescription(shape=(6,))})
-    policy.check_robot(NamedContract("the arm", same))
+    policy.check_robot(NamedSpec("the arm", same))
     turned = dataclasses.replace(own.fields[GRIPPER], gripper=GripperRange(open=0.0, closed=1.0))
     for changes, message in (
         ({"fps": 20.0}, r"has 10 frames a second and the arm 20"),
@@ -244,7 +244,7 @@ def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            policy.check_robot(NamedContract("the arm", dataclasses.replace(same, **changes)))
+            policy.check_robot(NamedSpec("the arm", dataclasses.replace(same, **changes)))
 
 
 def test_other_runs_are_no_policies(tmp_path: Path, arm: Any) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vla_foundry.config.loading import dump_params
 from vla_foundry.models import create_batch_handler, create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.params.loading import dump_params
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.training.checkpoint import save_checkpoint
 from vla_foundry.training.distributed import parallelize, strip_wrapper_names

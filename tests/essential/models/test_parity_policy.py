@@ -10,13 +10,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vla_foundry.config.loading import dump_value
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.models.action_heads.base import ActionWindow, reduce_loss
 from vla_foundry.models.backbones.base import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
-from vla_foundry.models.published_policy import translate_config, translate_weights
+from vla_foundry.models.legacy.policy import translate_config, translate_weights
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.loading import dump_value
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 

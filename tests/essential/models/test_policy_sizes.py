@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from vla_foundry.config.command_line import parse
 from vla_foundry.models import create_model
 from vla_foundry.models.action_heads.base import HeadWidths, create_action_head
 from vla_foundry.params import ModelParams
-from vla_foundry.params.command_line import parse
 
 # of LBM's two arms
 WIDTHS = ["--action_dim", "20", "--proprioception_dim", "20"]

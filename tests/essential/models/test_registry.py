@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
+from vla_foundry.config.base import register_model_params
 from vla_foundry.models import create_model, register_model
 from vla_foundry.models.registry import BATCH_HANDLERS, MODELS
-from vla_foundry.params.base import register_model_params
 from vla_foundry.params.models.base import ModelParams
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from vla_foundry.config.command_line import Parsed, parse
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.command_line import Parsed, parse
 
 
 @pytest.fixture

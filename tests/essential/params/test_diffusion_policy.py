@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from vla_foundry.config.command_line import parse
+from vla_foundry.config.derivation import Facts
+from vla_foundry.config.loading import dump_params
+from vla_foundry.config.resolve import resolve_known
 from vla_foundry.models import create_model
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.command_line import parse
-from vla_foundry.params.derivation import Facts
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.loading import dump_params
 from vla_foundry.params.models.action_heads import DDPMTransformerParams, FlowTransformerParams
 from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.base import TokenLimits
@@ -20,8 +21,7 @@ from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
-from vla_foundry.params.resolve import resolve_known
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract, format_contract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
 
 VLM = VLMParams(
     vit=ViTParams(hidden_dim=32, inter_dim=48, n_layers=1, n_heads=2, patch_size=8, img_size=64),
@@ -29,7 +29,7 @@ VLM = VLMParams(
     image_token_id=63,
     vocab_size=64,
 )
-CONTRACT = RoboticsContract(
+SPEC = DatasetSpec(
     layout="episodes",
     fps=10.0,
     past_lowdim_steps=1,
@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> Path:
 def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None:
     checkpoint = str(run / "checkpoints" / "step_00000001")
     (run / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1000}\n')
-    (run / "robotics.json").write_text(format_contract(CONTRACT))
+    (run / "robotics.json").write_text(format_spec(SPEC))
     data_words = ["--data.dataset_manifest", str(run / "manifest.jsonl"), "--data.action_fields", "[a]"]
     data_words += ["--data.seq_len", "100", "--data.tokenizer", "words"]
     budget = ["--total_train_samples", "1000", "--hparams.global_batch_size", "10", "--hparams.warmup", "0.0"]

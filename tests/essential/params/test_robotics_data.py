@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from vla_foundry.config.derivation import DatasetFacts, Unavailable
+from vla_foundry.config.loading import load_params_from_yaml
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.derivation import DatasetFacts, Unavailable
-from vla_foundry.params.loading import load_params_from_yaml
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, NamedContract, RoboticsContract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, NamedSpec
 
 POSE = "robot__{}__poses__left::panda__{}"
 XYZ, ROTATION = POSE.format("action", "xyz"), POSE.format("action", "rot_6d")
@@ -21,13 +21,13 @@ def describe(width: int, **values: Any) -> FieldDescription:
     return FieldDescription(shape=(width,), **values)
 
 
-def create_contract(**changes: Any) -> RoboticsContract:
+def create_spec(**changes: Any) -> DatasetSpec:
     fields = {"gripper": describe(1)}
     for source in ("action", "actual"):
         fields[POSE.format(source, "xyz")] = describe(3, unit="m")
         fields[POSE.format(source, "rot_6d")] = describe(6, rotation="rot_6d_rows")
     camera = CameraDescription(size=(16, 12), original_size=None)
-    contract = RoboticsContract(
+    spec = DatasetSpec(
         layout="episodes",
         fps=10.0,
         past_lowdim_steps=1,
@@ -39,38 +39,38 @@ def create_contract(**changes: Any) -> RoboticsContract:
         pose_groups=(PoseGroup(name="left", position_key=XYZ, rotation_key=ROTATION),),
         language_types=("original",),
     )
-    return replace(contract, **changes)
+    return replace(spec, **changes)
 
 
-def complete(params: RoboticsDataParams, *contracts: RoboticsContract) -> RoboticsDataParams:
+def complete(params: RoboticsDataParams, *specs: DatasetSpec) -> RoboticsDataParams:
     datasets = [
-        DatasetFacts(manifest=name, num_samples=9, provenance={}, robotics=contract)
-        for name, contract in zip("abc", contracts, strict=False)
+        DatasetFacts(manifest=name, num_samples=9, provenance={}, robotics=spec)
+        for name, spec in zip("abc", specs, strict=False)
     ]
     values = {name: derived.value for name, derived in params.derive_from_data(datasets).items()}
     return replace(params, **({"use_language": True} | values))
 
 
-def check(*contracts: RoboticsContract, run: RoboticsContract | None = None, **values: Any) -> list[str]:
+def check(*specs: DatasetSpec, run: DatasetSpec | None = None, **values: Any) -> list[str]:
     settings: dict[str, Any] = {"action_fields": [RELATIVE, "gripper"], "proprioception_fields": ["gripper"]}
-    params = complete(RoboticsDataParams(**(settings | values)), *contracts)
-    named = [NamedContract(name, contract) for name, contract in zip("abc", contracts, strict=False)]
-    return params.check_contracts(named, None if run is None else NamedContract("run", run))
+    params = complete(RoboticsDataParams(**(settings | values)), *specs)
+    named = [NamedSpec(name, spec) for name, spec in zip("abc", specs, strict=False)]
+    return params.check_specs(named, None if run is None else NamedSpec("run", run))
 
 
-def with_fields(**fields: FieldDescription) -> RoboticsContract:
-    contract = create_contract()
-    return replace(contract, fields={**contract.fields, **fields})
+def with_fields(**fields: FieldDescription) -> DatasetSpec:
+    spec = create_spec()
+    return replace(spec, fields={**spec.fields, **fields})
 
 
 def test_what_is_not_given_follows_from_the_data() -> None:
-    params = complete(RoboticsDataParams(action_fields=[RELATIVE, "gripper"]), create_contract())
+    params = complete(RoboticsDataParams(action_fields=[RELATIVE, "gripper"]), create_spec())
     assert params.camera_names == ["scene", "wrist"]
     assert params.image_names == ["scene_t-1", "wrist_t-1", "scene_t0", "wrist_t0"]
     assert (params.lowdim_past_timesteps, params.lowdim_future_timesteps) == (1, 3)
     assert (params.action_dim, params.proprioception_dim) == (4, 0)
-    assert params.parse_groups() == create_contract().pose_groups
-    assert check(create_contract(), create_contract()) == []
+    assert params.parse_groups() == create_spec().pose_groups
+    assert check(create_spec(), create_spec()) == []
 
 
 def test_what_only_remote_data_tell_stays_open() -> None:
@@ -82,30 +82,30 @@ def test_what_only_remote_data_tell_stays_open() -> None:
 
 
 def test_zero_steps_are_given_steps() -> None:
-    params = complete(RoboticsDataParams(action_fields=["gripper"], lowdim_past_timesteps=0), create_contract())
+    params = complete(RoboticsDataParams(action_fields=["gripper"], lowdim_past_timesteps=0), create_spec())
     assert (params.window.past, params.window.future) == (0, 3)
     assert params.normalization_window == params.window
 
 
-SAMPLES = create_contract(layout="samples")
-OTHER_ORDER = create_contract(cameras=dict(reversed(create_contract().cameras.items())))
+SAMPLES = create_spec(layout="samples")
+OTHER_ORDER = create_spec(cameras=dict(reversed(create_spec().cameras.items())))
 IN_COLUMNS = with_fields(**{ROTATION: describe(6, rotation="rot_6d_columns")})
 METRES = describe(1, unit="m")
-TWO_TOPS = create_contract(cameras={name: create_contract().cameras["scene"] for name in ("left.top", "right.top")})
+TWO_TOPS = create_spec(cameras={name: create_spec().cameras["scene"] for name in ("left.top", "right.top")})
 
 
 @pytest.mark.parametrize(
-    ("contracts", "values", "message"),
+    ("specs", "values", "message"),
     [
-        ([create_contract()], {"camera_names": ["wirst"]}, r"camera 'wirst' is unknown\. Did you mean 'wrist'"),
+        ([create_spec()], {"camera_names": ["wirst"]}, r"camera 'wirst' is unknown\. Did you mean 'wrist'"),
         ([TWO_TOPS], {"camera_names": ["top"]}, r"'top' can be left\.top or right\.top of a\. Give the whole name"),
-        ([create_contract(), OTHER_ORDER], {}, r"camera_names is \[scene, wrist\] in a and \[wrist, scene\] in b"),
+        ([create_spec(), OTHER_ORDER], {}, r"camera_names is \[scene, wrist\] in a and \[wrist, scene\] in b"),
         ([SAMPLES], {"image_indices": [-2, 0]}, r"image_indices has -2, but a holds images at -1, 0"),
         ([SAMPLES], {"lowdim_past_timesteps": 2}, r"lowdim_past_timesteps \(2\) is more than a holds \(1\)"),
         ([SAMPLES], {"lowdim_future_timesteps": 4}, r"lowdim_future_timesteps \(4\) is more than a holds \(3\)"),
-        ([create_contract()], {"action_fields": ["griper"]}, r"field 'griper' is unknown\. Did you mean 'gripper'"),
+        ([create_spec()], {"action_fields": ["griper"]}, r"field 'griper' is unknown\. Did you mean 'gripper'"),
         (
-            [create_contract()],
+            [create_spec()],
             {"action_fields": [RELATIVE + "_relative"]},
             r"would be the relative of '.*xyz_relative', which is relative already in a",
         ),
@@ -119,70 +119,70 @@ TWO_TOPS = create_contract(cameras={name: create_contract().cameras["scene"] for
             {"action_fields": [RELATIVE + "_relative"]},
             r"would be the relative of '.*xyz_relative', which is relative already in a",
         ),
-        ([create_contract(pose_groups=())], {}, r"needs a pose group that holds '.*xyz'; a has the groups none"),
+        ([create_spec(pose_groups=())], {}, r"needs a pose group that holds '.*xyz'; a has the groups none"),
         (
-            [create_contract()],
+            [create_spec()],
             {"pose_groups": [{"name": "p", "position_key": XYZ, "rotation_key": ROTATION,
                               "rotation_format": "rot_6d_columns"}]},
             r"pose group p says that '.*rot_6d' is rot_6d_columns, but a says rot_6d_rows",
         ),
-        ([create_contract(), create_contract(fps=20.0)], {}, r"a has 10 frames a second and b 20"),
+        ([create_spec(), create_spec(fps=20.0)], {}, r"a has 10 frames a second and b 20"),
         (
-            [create_contract(), IN_COLUMNS],
+            [create_spec(), IN_COLUMNS],
             {"action_fields": [ROTATION]},
             r"its rotation is rot_6d_rows in a, and rot_6d_columns in b",
         ),
         (
-            [create_contract(), with_fields(gripper=METRES), with_fields(gripper=describe(1, unit="rad"))],
+            [create_spec(), with_fields(gripper=METRES), with_fields(gripper=describe(1, unit="rad"))],
             {"action_fields": ["gripper"]},
             r"field 'gripper': its unit is m in b, and rad in c",
         ),
-        ([create_contract(), with_fields(gripper=describe(2))], {}, r"'gripper' has 1 and 2 columns in different data"),
-        ([create_contract()], {"action_dim": 7}, r"action_dim \(7\) must equal the 4 columns of data\.action_fields"),
-        ([create_contract()], {"proprioception_dim": 7}, r"proprioception_dim \(7\) must equal the 1 columns"),
+        ([create_spec(), with_fields(gripper=describe(2))], {}, r"'gripper' has 1 and 2 columns in different data"),
+        ([create_spec()], {"action_dim": 7}, r"action_dim \(7\) must equal the 4 columns of data\.action_fields"),
+        ([create_spec()], {"proprioception_dim": 7}, r"proprioception_dim \(7\) must equal the 1 columns"),
         (
-            [create_contract()],
+            [create_spec()],
             {"language_instruction_types": ["verbose"]},
             r"types is verbose, but a has only original",
         ),
-        ([create_contract(language_types=())], {}, r"types is original, but a has no instructions\. .*empty list"),
+        ([create_spec(language_types=())], {}, r"types is original, but a has no instructions\. .*empty list"),
     ],
 )  # fmt: skip
-def test_a_contradiction_is_one_line(contracts: list[RoboticsContract], values: dict[str, Any], message: str) -> None:
+def test_a_contradiction_is_one_line(specs: list[DatasetSpec], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        check(*contracts, **values)
+        check(*specs, **values)
     assert "\n" not in str(error.value)
 
 
 def test_a_short_name_is_enough_where_only_one_camera_has_it() -> None:
-    cameras = {f"observation.images.{name}": camera for name, camera in create_contract().cameras.items()}
-    assert check(create_contract(cameras=cameras), camera_names=["wrist"]) == []
+    cameras = {f"observation.images.{name}": camera for name, camera in create_spec().cameras.items()}
+    assert check(create_spec(cameras=cameras), camera_names=["wrist"]) == []
     with pytest.raises(ValueError, match=r"'wrist' and 'observation\.images\.wrist' are both"):
-        check(create_contract(cameras=cameras), camera_names=["wrist", "observation.images.wrist"])
+        check(create_spec(cameras=cameras), camera_names=["wrist", "observation.images.wrist"])
 
 
 def test_depth_is_no_picture() -> None:
     depth = CameraDescription(size=(16, 12), original_size=None, is_depth=True)
-    contract = create_contract(cameras={"depth": depth, **create_contract().cameras})
-    assert complete(RoboticsDataParams(action_fields=["gripper"]), contract).camera_names == ["scene", "wrist"]
+    spec = create_spec(cameras={"depth": depth, **create_spec().cameras})
+    assert complete(RoboticsDataParams(action_fields=["gripper"]), spec).camera_names == ["scene", "wrist"]
     with pytest.raises(ValueError, match="'depth' of a holds depth"):
-        check(contract, camera_names=["depth"])
+        check(spec, camera_names=["depth"])
 
 
 def test_the_run_that_a_model_starts_from_must_mean_the_same() -> None:
     with pytest.raises(
         ValueError, match=r"the model comes from run, which was trained on wrist, scene\. Use that order"
     ):
-        check(create_contract(), run=OTHER_ORDER)
+        check(create_spec(), run=OTHER_ORDER)
     with pytest.raises(ValueError, match=r"run has 5 frames a second and a 10"):
-        check(create_contract(), run=create_contract(fps=5.0))
+        check(create_spec(), run=create_spec(fps=5.0))
     with pytest.raises(ValueError, match=r"field 'gripper': its unit is mm in run, and m in a"):
         check(with_fields(gripper=describe(1, unit="m")), run=with_fields(gripper=describe(1, unit="mm")))
-    assert check(create_contract(), run=create_contract(fps=None)) == []
+    assert check(create_spec(), run=create_spec(fps=None)) == []
 
 
 def test_contradictions_can_be_accepted_and_are_then_said() -> None:
-    notices = check(create_contract(), create_contract(fps=20.0), accept_contradictions=True)
+    notices = check(create_spec(), create_spec(fps=20.0), accept_contradictions=True)
     assert len(notices) == 1
     assert "10 frames a second and b 20" in notices[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.params.preprocessing import TrainTokenizerParams
+from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
 
 
 @pytest.fixture(scope="session")

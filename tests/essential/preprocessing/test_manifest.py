@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_foundry.io import uri
 from vla_foundry.preprocessing import manifest
 from vla_foundry.preprocessing.manifest import build_manifest, verify_dataset
 from vla_foundry.preprocessing.text.packing import Records, write_records
 from vla_foundry.preprocessing.writer import write_shard
 from vla_foundry.shards import format_manifest, parse_index, parse_manifest
+from vla_foundry.storage import uri
 
 
 def write_tar(path: Path, names: list[str], *, content: bytes = b"content") -> None:

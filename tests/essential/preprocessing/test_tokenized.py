@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from vla_foundry.io import uri
-from vla_foundry.params.preprocessing import PreprocessTextParams
+from vla_foundry.params.commands.preprocessing import PreprocessTextParams
 from vla_foundry.preprocessing.manifest import verify_dataset
 from vla_foundry.preprocessing.text.tokenized import preprocess_text
+from vla_foundry.storage import uri
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

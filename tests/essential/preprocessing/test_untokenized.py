@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.params.preprocessing import PreprocessTextUntokenizedParams
+from vla_foundry.params.commands.preprocessing import PreprocessTextUntokenizedParams
 from vla_foundry.preprocessing.manifest import verify_dataset
 from vla_foundry.preprocessing.text.untokenized import preprocess_text_untokenized
 

@@ -1,4 +1,4 @@
-"""A tiny model, loader and handler that obey the contracts of the loop, and scenarios to train them in.
+"""A tiny model, loader and handler that obey the specs of the loop, and scenarios to train them in.
 
 Imported by the tests through the fixture `tiny`; run by torchrun as a script, for several scenarios in one launch:
     torchrun --nproc_per_node 2 tiny_run.py SCENARIOS.json OUTPUT.pt

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.episode_blocks import (
+from vla_foundry.params.commands.stats import StatsParams
+from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
+from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.robotics.episode_blocks import (
     EpisodeCamera,
     EpisodeInfo,
     InstructionSpan,
@@ -17,10 +20,7 @@ from vla_foundry.episode_blocks import (
     format_episode,
     frame_suffix,
 )
-from vla_foundry.params.stats import StatsParams
-from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
-from vla_foundry.preprocessing.writer import open_shard
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract, format_contract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
 from vla_foundry.shards import format_manifest
 
 SIZE, NUM_FRAMES = (96, 80), 8
@@ -77,7 +77,7 @@ def write_data() -> Callable[..., RobotData]:
                     writer.add(episode, files)
         assert writer.entry is not None
         (folder / "manifest.jsonl").write_text(format_manifest([writer.entry]))
-        contract = RoboticsContract(
+        spec = DatasetSpec(
             layout="episodes",
             fps=10.0,
             past_lowdim_steps=2,
@@ -91,7 +91,7 @@ def write_data() -> Callable[..., RobotData]:
             },
             language_types=language_types,
         )
-        (folder / "robotics.json").write_text(format_contract(contract))
+        (folder / "robotics.json").write_text(format_spec(spec))
         if statistics:
             compute_statistics(StatsParams(folder=str(folder), num_workers=0))
         return data

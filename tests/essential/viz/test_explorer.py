@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from vla_foundry.cli import main
-from vla_foundry.params.inspect import InspectParams
-from vla_foundry.robotics_contract import RoboticsContract, parse_contract
+from vla_foundry.params.commands.inspect import InspectParams
+from vla_foundry.robotics.spec import DatasetSpec, parse_spec
 from vla_foundry.viz.explorer import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample
 from vla_foundry.viz.sample_figure import draw_sample
 
 
 def read_sample(folder: Path, number: int) -> RobotSample:
-    contract: RoboticsContract = parse_contract((folder / "robotics.json").read_text(), "robotics.json")
-    return read_dataset_sample(str(folder / "manifest.jsonl"), contract, number)
+    spec: DatasetSpec = parse_spec((folder / "robotics.json").read_text(), "robotics.json")
+    return read_dataset_sample(str(folder / "manifest.jsonl"), spec, number)
 
 
 def open_picture(path: Path) -> np.ndarray:
@@ -169,10 +169,10 @@ hparams: {global_batch_size: 4, per_gpu_batch_size: 2, warmup: 0.1}
 
 
 def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(robot_data, tmp_path):
+    from vla_foundry.config.loading import load_experiment_params_from_yaml
+    from vla_foundry.config.resolve import resolve
     from vla_foundry.data import create_dataloader
     from vla_foundry.params.facts import read_facts
-    from vla_foundry.params.loading import load_experiment_params_from_yaml
-    from vla_foundry.params.resolve import resolve
     from vla_foundry.viz.explorer import read_training_sample
     from vla_foundry.world import World
 

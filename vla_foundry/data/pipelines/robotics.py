@@ -15,7 +15,7 @@ from vla_foundry.data.pipelines.base import Dropped, Rows, Sample, Stage, regist
 from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, create_image_processor, join_samples
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import inputs
-from vla_foundry.data.robotics.datasets import complete_params, read_contracts
+from vla_foundry.data.robotics.datasets import complete_params, read_specs
 from vla_foundry.data.robotics.field_stages import (
     ComputeRelativePoses,
     NormalizeActions,
@@ -209,7 +209,7 @@ class RoboticsPipeline:
 
     def __init__(self, params: RoboticsDataParams, stages: Sequence[Stage] | None = None) -> None:
         self.params = complete_params(params)
-        self.normalizer = create_normalization(self.params, read_contracts(self.params.dataset_manifest)).normalizer
+        self.normalizer = create_normalization(self.params, read_specs(self.params.dataset_manifest)).normalizer
         self.encode = EncodeRobot(self.params)
         self.make_fields = (
             ComputeRelativePoses(),
@@ -226,8 +226,8 @@ class RoboticsPipeline:
     def check(self, reader: ShardReader) -> None:
         """See Pipeline: load the processor, and compare what is asked for with what the datasets say of themselves."""
         self.encode.load()
-        datasets = read_contracts([dataset.manifest for dataset in reader.datasets])
-        self.params.check_contracts(datasets)
+        datasets = read_specs([dataset.manifest for dataset in reader.datasets])
+        self.params.check_specs(datasets)
         self.read = ReadWindow([create_request(self.params, dataset) for dataset in datasets])
 
     def save_files(self, folder: Path) -> None:

@@ -1,24 +1,24 @@
-"""The datasets of robot params: their contracts, and what follows from these for params that are not resolved."""
+"""The datasets of robot params: their specs, and what follows from these for params that are not resolved."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vla_foundry.io.uri import join_uri, parent_uri
+from vla_foundry.config.derivation import DatasetFacts
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.derivation import DatasetFacts
-from vla_foundry.params.robotics_facts import read_contract
-from vla_foundry.robotics_contract import NamedContract
+from vla_foundry.params.robotics_facts import read_spec
+from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.run_folder import STATISTICS_NAME
+from vla_foundry.storage.uri import join_uri, parent_uri
 
 
-def read_contracts(manifests: Sequence[str]) -> list[NamedContract]:
-    """Read the contract of each dataset.
+def read_specs(manifests: Sequence[str]) -> list[NamedSpec]:
+    """Read the spec of each dataset.
 
     Raises:
         FileNotFoundError: a manifest is of no robotics dataset.
-        ValueError: a contract is not what it should be.
+        ValueError: a spec is not what it should be.
     """
-    return [NamedContract(manifest, read_contract(manifest)) for manifest in manifests]
+    return [NamedSpec(manifest, read_spec(manifest)) for manifest in manifests]
 
 
 def complete_params(params: RoboticsDataParams) -> RoboticsDataParams:
@@ -29,8 +29,8 @@ def complete_params(params: RoboticsDataParams) -> RoboticsDataParams:
         ValueError: the datasets disagree on what is not given.
     """
     datasets = [
-        DatasetFacts(manifest=name, num_samples=0, provenance={}, robotics=contract)
-        for name, contract in read_contracts(params.dataset_manifest)
+        DatasetFacts(manifest=name, num_samples=0, provenance={}, robotics=spec)
+        for name, spec in read_specs(params.dataset_manifest)
     ]
     values = {name: derived.value for name, derived in params.derive_from_data(datasets).items()}
     if params.use_language is None:

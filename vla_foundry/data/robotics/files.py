@@ -2,7 +2,7 @@
 
 normalizer.json             how each field is normalized: all that `RoboticsNormalizer.from_state` needs
 stats.json                  statistics of these fields over all training datasets
-robotics.json               the contract of the model: its cameras in order, its fields and what they mean
+robotics.json               the spec of the model: its cameras in order, its fields and what they mean
 preprocessing_config.yaml   how images and windows were made; of several datasets {0: ..., 1: ...}
 """
 
@@ -14,23 +14,23 @@ from typing import Any
 
 import yaml
 
-from vla_foundry.data.robotics.datasets import complete_params, read_contracts
+from vla_foundry.data.robotics.datasets import complete_params, read_specs
 from vla_foundry.data.robotics.normalizer import create_normalization
-from vla_foundry.io.uri import join_uri, parent_uri, read_text, write_text
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.robotics_fit import find_camera
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.robotics.statistics_format import format_statistics
-from vla_foundry.robotics_contract import (
-    CONTRACT_NAME,
+from vla_foundry.robotics.spec import (
+    SPEC_NAME,
     CameraDescription,
+    DatasetSpec,
     FieldDescription,
-    NamedContract,
-    RoboticsContract,
-    format_contract,
-    parse_contract,
+    NamedSpec,
+    format_spec,
+    parse_spec,
 )
+from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
+from vla_foundry.storage.uri import join_uri, parent_uri, read_text, write_text
 
 
 def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
@@ -41,7 +41,7 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
         ValueError: they are not what they should be, or the run was begun with another normalizer.
     """
     params = complete_params(params)
-    datasets = read_contracts(params.dataset_manifest)
+    datasets = read_specs(params.dataset_manifest)
     normalization = create_normalization(params, datasets)
     state = json.dumps(normalization.normalizer.state(), indent=1) + "\n"
     kept_state = folder / NORMALIZER_NAME
@@ -53,7 +53,7 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
         )
     write_text(str(kept_state), state)
     write_text(str(folder / STATISTICS_NAME), format_statistics(normalization.statistics))
-    write_text(str(folder / CONTRACT_NAME), format_contract(describe_inputs(params, datasets)))
+    write_text(str(folder / SPEC_NAME), format_spec(describe_inputs(params, datasets)))
     configs = [_read_config(manifest) for manifest in params.dataset_manifest]
     if any(configs):
         kept: Any = configs[0] if len(configs) == 1 else dict(enumerate(configs))
@@ -71,36 +71,36 @@ def load_normalizer(folder: str | Path) -> RoboticsNormalizer:
     return RoboticsNormalizer.from_state(json.loads(read_text(location)), origin=location)
 
 
-def load_contract(folder: str | Path) -> RoboticsContract:
-    """Read the contract of a run: what its model takes and gives.
+def load_spec(folder: str | Path) -> DatasetSpec:
+    """Read the spec of a run: what its model takes and gives.
 
     Raises:
         FileNotFoundError: the run has none.
         ValueError: it is broken.
     """
-    location = join_uri(str(folder), CONTRACT_NAME)
-    return parse_contract(read_text(location), location)
+    location = join_uri(str(folder), SPEC_NAME)
+    return parse_spec(read_text(location), location)
 
 
-def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedContract]) -> RoboticsContract:
-    """Return the contract of a model that is trained with these params: cameras in its order, the fields it uses."""
+def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedSpec]) -> DatasetSpec:
+    """Return the spec of a model that is trained with these params: cameras in its order, the fields it uses."""
     fields: dict[str, FieldDescription] = {}
-    for name, contract in datasets:
+    for name, spec in datasets:
         # a robot gives absolute poses, so that relative ones are computed as of whole episodes
-        live = replace(contract, layout="episodes")
+        live = replace(spec, layout="episodes")
         for list_name in ("action_fields", "proprioception_fields"):
             try:
-                plan = params.plan_fields(list_name, NamedContract(name, live))
+                plan = params.plan_fields(list_name, NamedSpec(name, live))
             except ValueError:  # the dataset holds relative poses alone
-                plan = params.plan_fields(list_name, NamedContract(name, contract))
-            stored = {field: contract.fields[field] for field in plan.stored}
+                plan = params.plan_fields(list_name, NamedSpec(name, spec))
+            stored = {field: spec.fields[field] for field in plan.stored}
             # those that a config names first, then what relative poses refer to
             fields = fields | {field: value for field, value in plan.descriptions.items() if field not in fields}
             fields = fields | {field: value for field, value in stored.items() if field not in fields}
-    first = datasets[0].contract
-    rates = {contract.fps for _, contract in datasets if contract.fps is not None}
+    first = datasets[0].spec
+    rates = {spec.fps for _, spec in datasets if spec.fps is not None}
     groups = params.parse_groups() or ()
-    return RoboticsContract(
+    return DatasetSpec(
         layout="episodes",
         fps=min(rates, default=None),
         past_lowdim_steps=params.window.past,
@@ -116,11 +116,11 @@ def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedContract
     )
 
 
-def _describe_camera(name: str, datasets: Sequence[NamedContract]) -> CameraDescription:
-    for origin, contract in datasets:
-        camera = find_camera(name, contract, origin)
+def _describe_camera(name: str, datasets: Sequence[NamedSpec]) -> CameraDescription:
+    for origin, spec in datasets:
+        camera = find_camera(name, spec, origin)
         if camera is not None:
-            return contract.cameras[camera]
+            return spec.cameras[camera]
     raise ValueError(f"data.camera_names: no dataset has '{name}'. Leave it out.")
 
 

@@ -7,14 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from vla_foundry.io.uri import is_remote, read_text
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.robotics_fit import width_of
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.normalization import FieldTransform, NormalizationRule, RoboticsNormalizer
+from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics
 from vla_foundry.robotics.statistics_format import parse_statistics
-from vla_foundry.robotics_contract import NamedContract
+from vla_foundry.storage.uri import is_remote, read_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class _StatisticsFile:
     fields: tuple[str, ...]
 
 
-def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedContract]) -> Normalization:
+def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpec]) -> Normalization:
     """Create the normalizer of actions and proprioception.
 
     Args:
@@ -56,7 +56,7 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedCon
         of_name = [params.plan_fields(name, dataset) for dataset in datasets]
         plans.append(of_name)
         widths |= {field: width_of(field, of_name, f"data.{name}") for field in getattr(params, name)}
-    known = {field for _, contract in datasets for field in contract.fields} | widths.keys()
+    known = {field for _, spec in datasets for field in spec.fields} | widths.keys()
     rules = params.normalization.rules(widths, known)
     used = tuple((name, rule) for name, rule in rules.items() if rule.enabled)
     passing = {name: _pass(rules[name], width) for name, width in widths.items() if not rules[name].enabled}
@@ -64,11 +64,11 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedCon
         return Normalization(RoboticsNormalizer(passing), {})
     assert len(params.dataset_statistics) == len(datasets), "resolve derives data.dataset_statistics"
     files = []
-    for number, (path, (_, contract)) in enumerate(zip(params.dataset_statistics, datasets, strict=True)):
+    for number, (path, (_, spec)) in enumerate(zip(params.dataset_statistics, datasets, strict=True)):
         has = plans[0][number].descriptions.keys() | plans[1][number].descriptions.keys()
         fields = tuple(name for name, _ in used if name in has)
         version = 0 if is_remote(path) or not os.path.exists(path) else os.stat(path).st_mtime_ns
-        anchor_index = contract.past_lowdim_steps
+        anchor_index = spec.past_lowdim_steps
         files.append(_StatisticsFile(path=path, version=version, anchor_index=anchor_index, fields=fields))
     is_mixture = params.statistics_weighting == "mixture"
     shares = tuple(params.dataset_weighting or [1.0] * len(datasets)) if is_mixture else None

@@ -16,14 +16,14 @@ import numpy as np
 from torch import Tensor
 
 from vla_foundry.data.reader import EpisodeShard, SampleShard
-from vla_foundry.episode_blocks import RESCALED_INTRINSICS
-from vla_foundry.io.npz import NpzFile
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.robotics_fit import find_camera
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
 from vla_foundry.robotics.fields import PoseGroup, Window, image_name
+from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.robotics.windows import PaddingStrategy, compute_relative_fields, create_windows, image_frames
-from vla_foundry.robotics_contract import NamedContract
+from vla_foundry.storage.npz import NpzFile
 
 # of images, in the order in which they are looked for
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
@@ -71,22 +71,22 @@ class RobotWindow:
     calibration: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def create_request(params: RoboticsDataParams, dataset: NamedContract) -> WindowRequest:
+def create_request(params: RoboticsDataParams, dataset: NamedSpec) -> WindowRequest:
     """Work out what is read of a dataset for params that fit it.
 
     Raises:
         ValueError: they do not.
     """
-    contract = dataset.contract
+    spec = dataset.spec
     plans = [params.plan_fields(name, dataset) for name in ("action_fields", "proprioception_fields")]
     names = params.camera_names or []
-    cameras = [find_camera(name, contract, dataset.name) for name in names]
+    cameras = [find_camera(name, spec, dataset.name) for name in names]
     # a camera that the dataset lacks is as large as its first one
-    sizes = {name: (camera.size[1], camera.size[0]) for name, camera in contract.cameras.items()}
+    sizes = {name: (camera.size[1], camera.size[0]) for name, camera in spec.cameras.items()}
     other = next(iter(sizes.values()), (224, 224))
     image_sizes = tuple(other if camera is None else sizes[camera] for camera in cameras)
     image_indices = tuple(params.image_indices or [])
-    padding = contract.padding_strategy
+    padding = spec.padding_strategy
     assert padding in get_args(PaddingStrategy), padding
     return WindowRequest(
         window=params.window,
@@ -102,11 +102,11 @@ def create_request(params: RoboticsDataParams, dataset: NamedContract) -> Window
     )
 
 
-def _calibration_array(name: str, dataset: NamedContract) -> str:
+def _calibration_array(name: str, dataset: NamedSpec) -> str:
     kind, _, camera = name.partition(".")
     # the intrinsics of the stored image, which published presets call by a name that no shard has
     prefix = RESCALED_INTRINSICS if kind == "intrinsics" else f"{kind}."
-    return prefix + (find_camera(camera, dataset.contract, dataset.name) or camera)
+    return prefix + (find_camera(camera, dataset.spec, dataset.name) or camera)
 
 
 def read_published_window(shard: SampleShard, row: int, request: WindowRequest) -> RobotWindow:

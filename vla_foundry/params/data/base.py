@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from vla_foundry.params.base import BaseParams, ChoiceParams
-from vla_foundry.params.derivation import Derived, Facts
+from vla_foundry.config.base import BaseParams, ChoiceParams
+from vla_foundry.config.derivation import Derived, Facts
 from vla_foundry.registry import unknown_name_message
 
 _MOST_WORKERS = 8

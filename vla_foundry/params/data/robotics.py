@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
+from vla_foundry.config.base import register_data_params
+from vla_foundry.config.derivation import DatasetFacts, Derived, Facts, Unavailable
 from vla_foundry.params import robotics_fit as fit
-from vla_foundry.params.base import register_data_params
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.derivation import DatasetFacts, Derived, Facts, Unavailable
 from vla_foundry.params.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.params.robotics import NormalizationParams
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
-from vla_foundry.robotics_contract import CONTRACT_NAME, NamedContract, RoboticsContract
+from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, NamedSpec
 from vla_foundry.run_folder import STATISTICS_NAME
 from vla_foundry.text.prompts import INSTRUCTION_PROMPTS, template_fields
 
@@ -149,7 +149,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         return derived | self.derive_from_data(facts.datasets)
 
     def derive_from_data(self, datasets: Sequence[DatasetFacts]) -> dict[str, Derived]:
-        """What the contracts of the datasets tell.
+        """What the specs of the datasets tell.
 
         Raises:
             ValueError: they disagree on what is not given here, or lack a field.
@@ -160,30 +160,30 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         if not datasets or needs is not None:
             missing = needs or Unavailable("data.dataset_manifest")
             return {name: Derived(missing, "the data") for name in wanted}
-        known = _contracts_of(datasets)
-        source = f"the data ({CONTRACT_NAME})"
+        known = _specs_of(datasets)
+        source = f"the data ({SPEC_NAME})"
         values: dict[str, Any] = {
             "camera_names": lambda: fit.agree_on(
-                "data.camera_names", {name: _color_cameras(contract) for name, contract in known}
+                "data.camera_names", {name: _color_cameras(spec) for name, spec in known}
             ),
             "image_indices": lambda: fit.agree_on(
-                "data.image_indices", {name: contract.image_indices for name, contract in known}
+                "data.image_indices", {name: spec.image_indices for name, spec in known}
             ),
             # the largest window that all of them hold
-            "lowdim_past_timesteps": lambda: min(contract.past_lowdim_steps for _, contract in known),
-            "lowdim_future_timesteps": lambda: min(contract.future_lowdim_steps for _, contract in known),
+            "lowdim_past_timesteps": lambda: min(spec.past_lowdim_steps for _, spec in known),
+            "lowdim_future_timesteps": lambda: min(spec.future_lowdim_steps for _, spec in known),
             "pose_groups": lambda: fit.format_pose_groups(known),
             "action_dim": lambda: self._width("action_fields", known),
             "proprioception_dim": lambda: self._width("proprioception_fields", known),
         }
         return {name: Derived(values[name](), source) for name in wanted}
 
-    def _width(self, name: str, datasets: Sequence[NamedContract]) -> int:
+    def _width(self, name: str, datasets: Sequence[NamedSpec]) -> int:
         fields = getattr(self, name)
         plans = [self.plan_fields(name, dataset) for dataset in datasets]
         return sum(fit.width_of(field, plans, f"data.{name}") for field in fields)
 
-    def plan_fields(self, name: str, dataset: NamedContract) -> fit.FieldPlan:
+    def plan_fields(self, name: str, dataset: NamedSpec) -> fit.FieldPlan:
         """How the fields of `action_fields` or `proprioception_fields` come out of a dataset.
 
         Raises:
@@ -211,10 +211,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             notices.append(f"{path}.val_dataset_statistics is not used: validation is normalized as training is.")
         datasets = [item for item in (*facts.datasets, *facts.val_datasets)]
         if not any(item.robotics is None or isinstance(item.robotics, Unavailable) for item in datasets):
-            notices += self.check_contracts(_contracts_of(datasets), facts.started_from_robotics)
+            notices += self.check_specs(_specs_of(datasets), facts.started_from_robotics)
         return notices
 
-    def check_contracts(self, datasets: Sequence[NamedContract], run: NamedContract | None = None) -> list[str]:
+    def check_specs(self, datasets: Sequence[NamedSpec], run: NamedSpec | None = None) -> list[str]:
         """Check every dataset against these params, against the others, and against the run a model starts from.
 
         Returns:
@@ -239,7 +239,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             both = {name: (plan[name], other_plan[name]) for name in plan if name in other_plan}
             found += fit.find_contradictions(one, other, both)
         if run is not None and datasets:
-            known = run.contract.fields
+            known = run.spec.fields
             both = {name: (known[name], plans[0][name]) for name in plans[0] if name in known}
             found += fit.find_contradictions(run, datasets[0], both)
             found += fit.find_swapped_cameras(camera_names, run)
@@ -247,7 +247,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(f"{found[0]} Or go on as it is with --data.accept_contradictions true.")
         return found
 
-    def _check_width(self, name: str, fields: str, datasets: Sequence[NamedContract]) -> None:
+    def _check_width(self, name: str, fields: str, datasets: Sequence[NamedSpec]) -> None:
         given = getattr(self, name)
         found = self._width(fields, datasets) if datasets else given
         if given is not None and given != found:
@@ -260,11 +260,9 @@ def _is_open(params: RoboticsDataParams, name: str) -> bool:
     return getattr(params, name) is None
 
 
-def _color_cameras(contract: RoboticsContract) -> list[str]:
-    return [name for name, camera in contract.cameras.items() if not camera.is_depth]
+def _color_cameras(spec: DatasetSpec) -> list[str]:
+    return [name for name, camera in spec.cameras.items() if not camera.is_depth]
 
 
-def _contracts_of(datasets: Sequence[DatasetFacts]) -> list[NamedContract]:
-    return [
-        NamedContract(item.manifest, item.robotics) for item in datasets if isinstance(item.robotics, RoboticsContract)
-    ]
+def _specs_of(datasets: Sequence[DatasetFacts]) -> list[NamedSpec]:
+    return [NamedSpec(item.manifest, item.robotics) for item in datasets if isinstance(item.robotics, DatasetSpec)]

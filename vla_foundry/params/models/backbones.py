@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vla_foundry.params.base import ChoiceParams, register_model_params
-from vla_foundry.params.derivation import Derived, Facts, Unavailable
+from vla_foundry.config.base import ChoiceParams, register_model_params
+from vla_foundry.config.derivation import Derived, Facts, Unavailable
 from vla_foundry.params.models.base import ImageInputs, TokenLimits
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vla_foundry.params.base import ChoiceParams
+from vla_foundry.config.base import ChoiceParams
 
 
 @dataclass(frozen=True, kw_only=True)

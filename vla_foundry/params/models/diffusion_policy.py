@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vla_foundry.params.base import register_model_params
-from vla_foundry.params.derivation import Derived, Facts, Unavailable
+from vla_foundry.config.base import register_model_params
+from vla_foundry.config.derivation import Derived, Facts, Unavailable
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.base import ImageInputs, ModelParams, TokenLimits

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.io.uri import absolute_uri, is_remote
-from vla_foundry.params.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.params.commands.preprocessing_captions import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures, Unusable
 from vla_foundry.preprocessing.image_caption.samples import create_images, create_texts, read_item
@@ -36,6 +35,7 @@ from vla_foundry.preprocessing.provenance import format_provenance
 from vla_foundry.preprocessing.text.job import check_apart
 from vla_foundry.preprocessing.writer import open_shard
 from vla_foundry.shards import ManifestEntry, split_member_name
+from vla_foundry.storage.uri import absolute_uri, is_remote
 
 COMMAND = "preprocess image_caption"
 # raised when the same plan would give other bytes than it gave before

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vla_foundry.io.uri import read_bytes
 from vla_foundry.preprocessing.image_caption.failures import Unusable
 from vla_foundry.preprocessing.image_caption.sources import Item
+from vla_foundry.storage.uri import read_bytes
 
 _CONVERSATION_KEYS = ("conversations", "messages")
 

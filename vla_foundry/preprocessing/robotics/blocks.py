@@ -13,20 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.episode_blocks import (
-    EPISODE_SUFFIX,
-    EXTRINSICS,
-    LOWDIM_SUFFIX,
-    ORIGINAL_INTRINSICS,
-    RESCALED_INTRINSICS,
-    TIMESTAMP_FIELD,
-    EpisodeCamera,
-    EpisodeInfo,
-    format_arrays,
-    format_episode,
-    frame_suffix,
-)
-from vla_foundry.io.uri import delete, join_uri, write_bytes
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
 from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, Episode, EpisodeRef
@@ -42,7 +28,21 @@ from vla_foundry.preprocessing.robotics.resampling import resample_episode
 from vla_foundry.preprocessing.robotics.windows import Anchors, choose_anchors, create_window, iterate_windows
 from vla_foundry.preprocessing.writer import ShardWriter, open_shard
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
+from vla_foundry.robotics.episode_blocks import (
+    EPISODE_SUFFIX,
+    EXTRINSICS,
+    LOWDIM_SUFFIX,
+    ORIGINAL_INTRINSICS,
+    RESCALED_INTRINSICS,
+    TIMESTAMP_FIELD,
+    EpisodeCamera,
+    EpisodeInfo,
+    format_arrays,
+    format_episode,
+    frame_suffix,
+)
 from vla_foundry.robotics.statistics_format import pack_statistics
+from vla_foundry.storage.uri import delete, join_uri, write_bytes
 
 _logger = logging.getLogger(__name__)
 

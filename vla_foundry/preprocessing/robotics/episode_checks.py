@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vla_foundry.episode_blocks import InstructionSpan
 from vla_foundry.preprocessing.robotics.converters.base import Episode
 from vla_foundry.preprocessing.robotics.plan import Recipe
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.rotations import rotation_to_matrix
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
 
 # how far the rate of the timestamps may be from the one that is said; clocks differ by far less
 _RATE_TOLERANCE = 0.02

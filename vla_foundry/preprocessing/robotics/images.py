@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from vla_foundry.episode_blocks import EpisodeCamera
 from vla_foundry.images.decode import decode_image, image_from_array
 from vla_foundry.images.encode import encode_depth, encode_jpeg
 from vla_foundry.images.geometry import PixelMap, Size, rotate_map
 from vla_foundry.images.resize import ResizeMethod, find_resize_map, resize_depth, resize_image
 from vla_foundry.images.rotate import rotate_image
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.base import CameraFrames
+from vla_foundry.robotics.episode_blocks import EpisodeCamera
 
 _JPEG = b"\xff\xd8\xff"
 

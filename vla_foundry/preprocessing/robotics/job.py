@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vla_foundry.io.uri import absolute_uri, exists, join_uri, write_text
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder
 from vla_foundry.preprocessing.provenance import digest_of, format_provenance
@@ -31,15 +30,16 @@ from vla_foundry.preprocessing.robotics.report import (
     METADATA_NAME,
     STATISTICS_NAME,
     Report,
-    create_contract,
+    create_spec,
     describe_processing,
     format_config,
 )
 from vla_foundry.preprocessing.robotics.samples import Sample, SampleJob, plan_samples, write_samples
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
+from vla_foundry.robotics.spec import SPEC_NAME, format_spec
 from vla_foundry.robotics.statistics_format import format_statistics
-from vla_foundry.robotics_contract import CONTRACT_NAME, format_contract
 from vla_foundry.shards import MANIFEST_NAME, ManifestEntry
+from vla_foundry.storage.uri import absolute_uri, exists, join_uri, write_text
 
 COMMAND = "preprocess robotics"
 # raised when the same plan would give other bytes than it gave before
@@ -113,13 +113,13 @@ def _write_part(part: Part) -> None:
         report_uri = join_uri(part.folder, REPORT_NAME)
         write_text(report_uri, _to_json(report.to_json(seconds)))
         report.check(params.max_failed_fraction, report_uri)
-        contract = create_contract(part.recipe, report)
+        spec = create_spec(part.recipe, report)
         shards = blocks
         if params.layout == "samples":
             shards = _write_samples(part, blocks, done)
             seconds |= _add_seconds(shards)
         files = {
-            CONTRACT_NAME: format_contract(contract),
+            SPEC_NAME: format_spec(spec),
             CONFIG_NAME: format_config(part.recipe),
             METADATA_NAME: _to_json(describe_processing(part.recipe, part.source, report)),
         }

@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from vla_foundry.episode_blocks import is_episode_id
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, EpisodeRef
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.episode_blocks import is_episode_id
 from vla_foundry.robotics.fields import PoseGroup, is_relative_field
+from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.robotics.windows import parse_threshold
-from vla_foundry.robotics_contract import FieldDescription
 
 # taken for the length of an episode where none is known before it is read
 _USUAL_FRAMES = 256

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 import vla_foundry
-from vla_foundry.io.uri import is_remote, name_of
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.provenance import digest_of, read_git_commit, read_versions
 from vla_foundry.preprocessing.robotics.plan import Recipe
-from vla_foundry.robotics_contract import CameraDescription, FieldDescription, RoboticsContract
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription
+from vla_foundry.storage.uri import is_remote, name_of
 
 CONFIG_NAME = "preprocessing_config.yaml"
 METADATA_NAME = "processing_metadata.json"
@@ -106,7 +106,7 @@ class Report:
             raise ValueError(f"source_episodes gave no sample: {reasons}. All are named in {report_uri}.")
 
 
-def create_contract(recipe: Recipe, report: Report) -> RoboticsContract:
+def create_spec(recipe: Recipe, report: Report) -> DatasetSpec:
     """Say what the dataset holds.
 
     Raises:
@@ -138,7 +138,7 @@ def create_contract(recipe: Recipe, report: Report) -> RoboticsContract:
             original_size=originals.pop() if len(originals) == 1 else None,
             is_depth=extensions == {"png"},
         )
-    return RoboticsContract(
+    return DatasetSpec(
         layout=params.layout,
         fps=first["fps"],
         past_lowdim_steps=params.past_lowdim_steps,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from vla_foundry.episode_blocks import InstructionSpan
 from vla_foundry.preprocessing.robotics.converters.base import Episode
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import (
     axis_angle_from_matrix,
@@ -20,7 +20,7 @@ from vla_foundry.robotics.rotations import (
     matrix_to_rotation,
     rotation_to_matrix,
 )
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
 
 # a new frame may lie this far behind the last recorded one, in new frames: rounding of timestamps
 _ROUNDING = 1e-3

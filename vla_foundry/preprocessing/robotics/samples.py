@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.episode_blocks import (
+from vla_foundry.preprocessing.job import Task
+from vla_foundry.preprocessing.output import record_task
+from vla_foundry.preprocessing.provenance import digest_of
+from vla_foundry.preprocessing.robotics.blocks import Clock
+from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.windows import create_window, relative_values
+from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.robotics.episode_blocks import (
     CALIBRATION_PREFIXES,
     EPISODE_SUFFIX,
     LOWDIM_SUFFIX,
@@ -22,18 +29,11 @@ from vla_foundry.episode_blocks import (
     format_arrays,
     parse_episode,
 )
-from vla_foundry.io.npz import NpzFile
-from vla_foundry.io.uri import is_remote, join_uri, open_input, read_range, read_text
-from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.output import record_task
-from vla_foundry.preprocessing.provenance import digest_of
-from vla_foundry.preprocessing.robotics.blocks import Clock
-from vla_foundry.preprocessing.robotics.plan import Recipe
-from vla_foundry.preprocessing.robotics.windows import create_window, relative_values
-from vla_foundry.preprocessing.writer import open_shard
 from vla_foundry.robotics.fields import image_name
 from vla_foundry.robotics.windows import Windows, create_windows, image_frames
 from vla_foundry.shards import EpisodeSpans, MemberSpan, parse_index
+from vla_foundry.storage.npz import NpzFile
+from vla_foundry.storage.uri import is_remote, join_uri, open_input, read_range, read_text
 
 # blocks that a task keeps open: each costs a file descriptor, and its index
 _MAX_OPEN = 32

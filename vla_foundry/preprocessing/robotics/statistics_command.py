@@ -8,8 +8,24 @@ import shutil
 import time
 from itertools import combinations
 
-from vla_foundry.episode_blocks import format_arrays
-from vla_foundry.io.uri import (
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.params.commands.stats import StatsParams
+from vla_foundry.params.robotics_facts import read_spec
+from vla_foundry.params.robotics_fit import find_contradictions
+from vla_foundry.preprocessing.command import join_list_flags
+from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
+from vla_foundry.preprocessing.output import PROGRESS_FOLDER
+from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
+from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read_windows
+from vla_foundry.robotics.accumulator import StatisticsAccumulator
+from vla_foundry.robotics.episode_blocks import format_arrays
+from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
+from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
+from vla_foundry.robotics.statistics_format import format_statistics, pack_statistics, parse_statistics
+from vla_foundry.run_folder import STATISTICS_NAME
+from vla_foundry.shards import MANIFEST_NAME, parse_manifest
+from vla_foundry.storage.uri import (
     absolute_uri,
     delete,
     exists,
@@ -21,22 +37,6 @@ from vla_foundry.io.uri import (
     write_bytes,
     write_text,
 )
-from vla_foundry.params.command_line import parse_command
-from vla_foundry.params.robotics_facts import read_contract
-from vla_foundry.params.robotics_fit import find_contradictions
-from vla_foundry.params.stats import StatsParams
-from vla_foundry.preprocessing.command import join_list_flags
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
-from vla_foundry.preprocessing.output import PROGRESS_FOLDER
-from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
-from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read_windows
-from vla_foundry.robotics.accumulator import StatisticsAccumulator
-from vla_foundry.robotics.fields import Window
-from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
-from vla_foundry.robotics.statistics_format import format_statistics, pack_statistics, parse_statistics
-from vla_foundry.robotics_contract import NamedContract, RoboticsContract
-from vla_foundry.run_folder import STATISTICS_NAME
-from vla_foundry.shards import MANIFEST_NAME, parse_manifest
 
 Statistics = dict[str, FieldStatistics]
 
@@ -75,28 +75,28 @@ def compute_statistics(params: StatsParams) -> None:
 
 def _merge(params: StatsParams) -> Statistics:
     sources = [name if name.endswith(".json") else join_uri(name, STATISTICS_NAME) for name in params.merge]
-    contracts = [_find_contract(source) for source in sources]
-    for first, second in combinations([named for named in contracts if named is not None], 2):
-        both = {name: first.contract.fields[name] for name in first.contract.fields if name in second.contract.fields}
-        pairs = {name: (field, second.contract.fields[name]) for name, field in both.items()}
+    specs = [_find_spec(source) for source in sources]
+    for first, second in combinations([named for named in specs if named is not None], 2):
+        both = {name: first.spec.fields[name] for name in first.spec.fields if name in second.spec.fields}
+        pairs = {name: (field, second.spec.fields[name]) for name, field in both.items()}
         found = find_contradictions(first, second, pairs)
         if found and not params.accept_contradictions:
             raise ValueError(f"{found[0]} Or merge them as they are with --accept_contradictions true.")
     return merge_statistics(
         [
             parse_statistics(
-                read_text(source), source, anchor_index=None if named is None else named.contract.past_lowdim_steps
+                read_text(source), source, anchor_index=None if named is None else named.spec.past_lowdim_steps
             )
-            for source, named in zip(sources, contracts, strict=True)
+            for source, named in zip(sources, specs, strict=True)
         ]
     )
 
 
-def _find_contract(source: str) -> NamedContract | None:
-    """The contract beside a stats.json; None if it lies alone."""
+def _find_spec(source: str) -> NamedSpec | None:
+    """The spec beside a stats.json; None if it lies alone."""
     folder = parent_uri(source)
     try:
-        return NamedContract(folder, read_contract(join_uri(folder, MANIFEST_NAME)))
+        return NamedSpec(folder, read_spec(join_uri(folder, MANIFEST_NAME)))
     except FileNotFoundError:
         return None
 
@@ -105,8 +105,8 @@ def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
     folder = absolute_uri(params.folder)
     manifest = join_uri(folder, MANIFEST_NAME)
     entries = parse_manifest(read_text(manifest), manifest)
-    contract = read_contract(manifest)
-    source = WindowSource(folder=folder, contract=contract, window=_choose_window(params, contract))
+    spec = read_spec(manifest)
+    source = WindowSource(folder=folder, spec=spec, window=_choose_window(params, spec))
     groups = [entries[first : first + MERGE_WIDTH] for first in range(0, len(entries), MERGE_WIDTH)]
     tasks = [
         Task(
@@ -135,11 +135,11 @@ def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
         _delete_folder(parts_folder)
 
 
-def _choose_window(params: StatsParams, contract: RoboticsContract) -> Window:
-    stored = Window(contract.past_lowdim_steps, contract.future_lowdim_steps)
+def _choose_window(params: StatsParams, spec: DatasetSpec) -> Window:
+    stored = Window(spec.past_lowdim_steps, spec.future_lowdim_steps)
     past, future = params.past_lowdim_steps, params.future_lowdim_steps
     window = Window(stored.past if past is None else past, stored.future if future is None else future)
-    if contract.layout == "samples":
+    if spec.layout == "samples":
         stored.crop(window)
     return window
 

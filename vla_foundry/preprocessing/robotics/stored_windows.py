@@ -7,14 +7,14 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from vla_foundry.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, parse_episode
-from vla_foundry.io.npz import NpzFile
-from vla_foundry.io.uri import join_uri, open_input, read_text
 from vla_foundry.preprocessing.robotics.windows import relative_values
+from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, parse_episode
 from vla_foundry.robotics.fields import Window, is_relative_field
+from vla_foundry.robotics.spec import DatasetSpec
 from vla_foundry.robotics.windows import PaddingStrategy, create_windows
-from vla_foundry.robotics_contract import RoboticsContract
 from vla_foundry.shards import EpisodeSpans, MemberSpan, ShardIndex, index_shard, parse_index
+from vla_foundry.storage.npz import NpzFile
+from vla_foundry.storage.uri import join_uri, open_input, read_text
 
 # windows that are held at a time
 _CHUNK = 256
@@ -29,7 +29,7 @@ class WindowSource:
 
     # dataset, local or s3://
     folder: str
-    contract: RoboticsContract
+    spec: DatasetSpec
     # of layout samples, no larger than the stored one
     window: Window
 
@@ -70,17 +70,17 @@ def _read(file: BinaryIO, span: MemberSpan) -> bytes:
 def _read_episode(
     source: WindowSource, episode: EpisodeSpans, read: Callable[[MemberSpan], bytes]
 ) -> Iterator[WindowBatch]:
-    contract = source.contract
+    spec = source.spec
     info = parse_episode(read(_find(episode.members, EPISODE_SUFFIX, episode.key)), f"{episode.key}.{EPISODE_SUFFIX}")
     arrays = NpzFile.from_bytes(read(_find(episode.members, LOWDIM_SUFFIX, episode.key)))
-    names = [name for name in contract.fields if not is_relative_field(name)]
+    names = [name for name in spec.fields if not is_relative_field(name)]
     fields = {name: _read_field(arrays, name, info.num_frames, episode.key) for name in names}
-    padding = cast(PaddingStrategy, contract.padding_strategy)
+    padding = cast(PaddingStrategy, spec.padding_strategy)
     anchors = np.array(info.anchors, dtype=np.int64)
     for first in range(0, len(anchors), _CHUNK):
         windows = create_windows(anchors[first : first + _CHUNK], info.num_frames, source.window, padding=padding)
         values = {name: windows.gather(array) for name, array in fields.items()}
-        yield values | relative_values(values, windows, contract.pose_groups), ~windows.is_padding
+        yield values | relative_values(values, windows, spec.pose_groups), ~windows.is_padding
 
 
 def _read_samples(
@@ -88,10 +88,10 @@ def _read_samples(
     samples: Sequence[tuple[str, dict[str, MemberSpan]]],
     read: Callable[[MemberSpan], bytes],
 ) -> WindowBatch:
-    contract = source.contract
-    stored = Window(contract.past_lowdim_steps, contract.future_lowdim_steps)
+    spec = source.spec
+    stored = Window(spec.past_lowdim_steps, spec.future_lowdim_steps)
     steps = stored.crop(source.window)
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in contract.fields}
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in spec.fields}
     valid = []
     for key, members in samples:
         arrays = NpzFile.from_bytes(read(_find(members, LOWDIM_SUFFIX, key)))

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from vla_foundry.io.uri import join_uri, list_sizes, name_of, open_input
 from vla_foundry.preprocessing.provenance import digest_of
+from vla_foundry.storage.uri import join_uri, list_sizes, name_of, open_input
 
 FileKind = Literal["txt", "jsonl", "parquet"]
 KINDS: dict[str, FileKind] = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}

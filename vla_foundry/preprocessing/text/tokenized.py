@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.params.preprocessing import PreprocessTextParams
+from vla_foundry.params.commands.preprocessing import PreprocessTextParams
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.text.job import TextJob, finish_task, read_documents, run_text_job, shard_name
 from vla_foundry.preprocessing.text.packing import RecordPacker, token_type, write_records

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.io.uri import is_remote, join_uri, read_bytes
+from vla_foundry.storage.uri import is_remote, join_uri, read_bytes
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from vla_foundry.io.uri import delete, exists, join_uri, list_files, read_text, write_text
-from vla_foundry.params.preprocessing import TrainTokenizerParams
+from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
 from vla_foundry.preprocessing.job import say, show_progress
 from vla_foundry.preprocessing.output import plan_differences
 from vla_foundry.preprocessing.provenance import format_provenance
@@ -16,6 +15,7 @@ from vla_foundry.preprocessing.text.sources import Sources, list_sources, read_u
 from vla_foundry.preprocessing.text.tally import Tally
 from vla_foundry.preprocessing.text.tokenizer_files import CONFIG_NAME, TOKENIZER_NAME
 from vla_foundry.shards import PROVENANCE_NAME
+from vla_foundry.storage.uri import delete, exists, join_uri, list_files, read_text, write_text
 
 _PIECE_BYTES = 256 << 10
 _TASK_BYTES = 8 << 20

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vla_foundry.params.preprocessing import PreprocessTextUntokenizedParams
+from vla_foundry.params.commands.preprocessing import PreprocessTextUntokenizedParams
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.text.job import TextJob, finish_task, read_documents, run_text_job, shard_name
 from vla_foundry.preprocessing.text.sources import Piece

@@ -190,7 +190,7 @@ def _size_of(image: bytes) -> list[int]:
 
 @pytest.fixture
 def write_robot_data() -> Callable[..., Path]:
-    """Write recordings as a robotics dataset, in either layout, with its contract and statistics."""
+    """Write recordings as a robotics dataset, in either layout, with its spec and statistics."""
 
     def write(
         folder: Path,
@@ -242,7 +242,7 @@ def write_robot_data() -> Callable[..., Path]:
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
             counts[name] = sum(recording.num_frames for recording in some)
-        contract = {
+        spec = {
             "version": 1,
             "layout": layout,
             "fps": fps,
@@ -258,7 +258,7 @@ def write_robot_data() -> Callable[..., Path]:
             "pose_groups": described_groups,
             "language_types": ["original", "randomized"],
         }
-        (folder / "robotics.json").write_text(json.dumps(contract | (changes or {})))
+        (folder / "robotics.json").write_text(json.dumps(spec | (changes or {})))
         (folder / "stats.json").write_text(format_statistics(statistics.finish()))
         lines = (json.dumps({"shard": shard, "num_sequences": count}) for shard, count in counts.items())
         (folder / "manifest.jsonl").write_text("\n".join(lines))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.robotics.datasets import complete_params, read_contracts
-from vla_foundry.data.robotics.files import load_contract, load_normalizer, save_robotics_files
+from vla_foundry.data.robotics.datasets import complete_params, read_specs
+from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_robotics_files
 from vla_foundry.data.robotics.normalizer import Normalization, create_normalization
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.robotics import NormalizationParams
@@ -29,7 +29,7 @@ PER_STEP = NormalizationParams(scope="per_timestep", method="min_max", centered_
 
 def create(params: RoboticsDataParams) -> Normalization:
     params = complete_params(params)
-    return create_normalization(params, read_contracts(params.dataset_manifest))
+    return create_normalization(params, read_specs(params.dataset_manifest))
 
 
 def test_statistics_count_windows_or_follow_the_mixture(
@@ -109,7 +109,7 @@ def test_validation_is_normalized_as_training_is(
     assert np.allclose(batch["proprioception"][row, -1].numpy(), expected[0], atol=1e-6)
 
 
-def test_published_statistics_take_their_anchor_from_the_contract(
+def test_published_statistics_take_their_anchor_from_the_spec(
     tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
 ) -> None:
     manifest = write_robot_data(tmp_path, [create_recording(0)])
@@ -176,13 +176,13 @@ def test_a_run_keeps_what_undoes_normalization(
     for row, anchor in enumerate(batch["anchors"].tolist()):
         expected = np.concatenate([recording.fields[name][anchor] for name in params.proprioception_fields])
         assert np.allclose(values[row, -1], expected, atol=1e-5)
-    contract = load_contract(run)
-    assert list(contract.cameras) == ["wrist"]
-    assert (contract.past_lowdim_steps, contract.future_lowdim_steps, contract.fps) == (1, 3, 10.0)
+    spec = load_spec(run)
+    assert list(spec.cameras) == ["wrist"]
+    assert (spec.past_lowdim_steps, spec.future_lowdim_steps, spec.fps) == (1, 3, 10.0)
     # also what relative poses refer to, and how they are written
-    assert "robot__actual__poses__left::panda__rot_6d" in contract.fields
-    assert "robot__action__poses__left::panda" in [group.name for group in contract.pose_groups]
-    assert "robot__action__poses__right::panda" not in [group.name for group in contract.pose_groups]
+    assert "robot__actual__poses__left::panda__rot_6d" in spec.fields
+    assert "robot__action__poses__left::panda" in [group.name for group in spec.pose_groups]
+    assert "robot__action__poses__right::panda" not in [group.name for group in spec.pose_groups]
     assert "resize_images_size" in (run / "preprocessing_config.yaml").read_text()
 
 

@@ -104,7 +104,7 @@ def test_a_microbatch_at_once_is_what_its_samples_are_one_by_one(
     assert all(set(reasons) == {"ComputeRelativePoses: ValueError"} for reasons in dropped)
 
 
-def test_a_batch_is_as_the_contract_says(
+def test_a_batch_is_as_the_spec_says(
     tmp_path: Path,
     create_recording: Create,
     write_robot_data: Write,

@@ -12,7 +12,7 @@ import pytest
 
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.reader import Dataset, EpisodeShard, SampleShard, ShardReader
-from vla_foundry.data.robotics.datasets import complete_params, read_contracts
+from vla_foundry.data.robotics.datasets import complete_params, read_specs
 from vla_foundry.data.robotics.windows import (
     RobotWindow,
     add_relative_fields,
@@ -33,7 +33,7 @@ def read_windows(manifest: Path, params: RoboticsDataParams) -> list[RobotWindow
     entries = tuple(parse_manifest(manifest.read_text(), str(manifest)))
     dataset = Dataset(manifest=str(manifest), modality="robotics", entries=entries)
     reader = ShardReader([dataset], ShardCache(str(manifest.parent / "cache"), 10**9))
-    request = create_request(complete_params(params), read_contracts([str(manifest)])[0])
+    request = create_request(complete_params(params), read_specs([str(manifest)])[0])
     windows = []
     for number, entry in enumerate(entries):
         shard = reader.open(0, number)

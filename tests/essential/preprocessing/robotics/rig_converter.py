@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.episode_blocks import InstructionSpan
-from vla_foundry.params.base import register_converter_params
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.config.base import register_converter_params
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import FieldDescription, GripperRange
+from vla_foundry.robotics.spec import FieldDescription, GripperRange
 
 ARM = "arm::hand"
 ACTUAL_XYZ, ACTUAL_ROTATION = f"robot__actual__poses__{ARM}__xyz", f"robot__actual__poses__{ARM}__rot_6d"

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vla_foundry.episode_blocks import InstructionSpan
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, create_converter
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
 from vla_foundry.preprocessing.robotics.plan import create_recipe
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 
 LENGTH = 12
 XYZ, ROTATION = "robot__actual__poses__arm::hand__xyz", "robot__actual__poses__arm::hand__rot_6d"

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from vla_foundry.io.uri import list_relative, read_bytes
 from vla_foundry.preprocessing.manifest import build_manifest, verify_dataset
-from vla_foundry.robotics_contract import parse_contract
+from vla_foundry.robotics.spec import parse_spec
+from vla_foundry.storage.uri import list_relative, read_bytes
 
 PAST, FUTURE = 2, 5
 LENGTHS = [14, 9, 11]
@@ -156,13 +156,13 @@ def test_samples_are_shuffled_over_the_whole_dataset(datasets):
 @pytest.mark.parametrize("layout", ["episodes", "samples"])
 def test_what_lies_beside_the_shards(layout, rig, datasets):
     folder = datasets[layout]
-    contract = parse_contract((folder / "robotics.json").read_text(), "robotics.json")
-    assert contract.layout == layout
-    assert list(contract.cameras) == list(rig.CAMERAS)
-    assert contract.cameras["depth"].is_depth
-    assert contract.fields[rig.GRIPPER].gripper == rig.FIELDS[rig.GRIPPER].gripper
-    assert contract.fields[f"{rig.ACTION_XYZ}_relative"].representation == "relative"
-    assert contract.language_types == ("original",)
+    spec = parse_spec((folder / "robotics.json").read_text(), "robotics.json")
+    assert spec.layout == layout
+    assert list(spec.cameras) == list(rig.CAMERAS)
+    assert spec.cameras["depth"].is_depth
+    assert spec.fields[rig.GRIPPER].gripper == rig.FIELDS[rig.GRIPPER].gripper
+    assert spec.fields[f"{rig.ACTION_XYZ}_relative"].representation == "relative"
+    assert spec.language_types == ("original",)
     config = yaml.safe_load((folder / "preprocessing_config.yaml").read_text())
     assert config["camera_names"] == list(rig.CAMERAS)
     assert (config["past_lowdim_steps"], config["future_lowdim_steps"]) == (PAST, FUTURE)
@@ -294,6 +294,6 @@ def test_images_of_different_sizes_are_refused(tmp_path, write_episodes, preproc
     with pytest.raises(ValueError, match=r"camera 'Front' has .* pixels in episode .*--resize_images_size"):
         preprocess(tmp_path / "raw", tmp_path / "out")
     folder = preprocess(tmp_path / "raw", tmp_path / "resized", resize_images_size=[16, 16])
-    contract = parse_contract((folder / "robotics.json").read_text(), "")
-    assert contract.cameras["Front"].size == (16, 16)
-    assert contract.cameras["Front"].original_size is None
+    spec = parse_spec((folder / "robotics.json").read_text(), "")
+    assert spec.cameras["Front"].size == (16, 16)
+    assert spec.cameras["Front"].original_size is None

@@ -7,7 +7,7 @@ import pytest
 from vla_foundry.preprocessing.robotics.converters.base import EpisodeRef, create_converter
 from vla_foundry.preprocessing.robotics.plan import check_refs, create_recipe, plan_shards, split_refs
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
 
 
 def refs(num_episodes: int, num_tasks: int = 4, frames: int | None = 50) -> list[EpisodeRef]:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation, Slerp
 
-from vla_foundry.episode_blocks import InstructionSpan
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.resampling import resample_episode
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.episode_blocks import InstructionSpan
+from vla_foundry.robotics.spec import FieldDescription
 
 FIELDS = {
     "xyz": FieldDescription(shape=(3,), dtype="float64"),

@@ -8,8 +8,8 @@ from typing import BinaryIO, cast
 import numpy as np
 import pytest
 
-from vla_foundry.episode_blocks import EpisodeCamera, EpisodeInfo, format_arrays, format_episode
 from vla_foundry.preprocessing.shard_checks import ShardExpectation, find_faults
+from vla_foundry.robotics.episode_blocks import EpisodeCamera, EpisodeInfo, format_arrays, format_episode
 from vla_foundry.shards import ManifestEntry
 
 CAMERA = EpisodeCamera(original_size=(2, 2), size=(2, 2), extension="jpg")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.cli import main
-from vla_foundry.params.stats import StatsParams
+from vla_foundry.params.commands.stats import StatsParams
 from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
 from vla_foundry.robotics.statistics import FieldStatistics
 from vla_foundry.robotics.statistics_format import parse_statistics
@@ -166,8 +166,8 @@ def test_merged_statistics_are_those_of_all_episodes_together(folder, dataset, p
 
 def test_datasets_that_contradict_each_other_are_not_merged(dataset, tmp_path):
     other = shutil.copytree(dataset, tmp_path / "other")
-    contract = json.loads((other / "robotics.json").read_text())
-    (other / "robotics.json").write_text(json.dumps(contract | {"fps": 2 * contract["fps"]}))
+    spec = json.loads((other / "robotics.json").read_text())
+    (other / "robotics.json").write_text(json.dumps(spec | {"fps": 2 * spec["fps"]}))
     params = {"folder": str(tmp_path / "both"), "merge": [str(dataset), str(other)]}
     with pytest.raises(ValueError, match=r"10 frames a second .* 20: .*--accept_contradictions true"):
         compute_statistics(StatsParams(**params))
@@ -181,7 +181,7 @@ def test_a_larger_window_than_stored_samples_hold_is_refused(samples):
 
 
 def test_remote_datasets_are_read_and_written(dataset, s3_bucket):
-    from vla_foundry.io.uri import list_relative, read_bytes, upload
+    from vla_foundry.storage.uri import list_relative, read_bytes, upload
 
     remote = f"{s3_bucket}/dataset"
     for path in dataset.iterdir():

@@ -10,11 +10,11 @@ A converter is a class and its params, registered by one name. Put them in a mod
 
     import numpy as np
 
-    from vla_foundry.params.base import register_converter_params
-    from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+    from vla_foundry.config.base import register_converter_params
+    from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
     from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
     from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
-    from vla_foundry.robotics_contract import FieldDescription
+    from vla_foundry.robotics.spec import FieldDescription
 
 
     @register_converter_params("npz_folder")
@@ -69,12 +69,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla_foundry.episode_blocks import InstructionSpan
-from vla_foundry.io.uri import list_sizes, name_of
-from vla_foundry.params.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.registry import Registry
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.storage.uri import list_sizes, name_of
 
 _FOLDER = "vla_foundry.preprocessing.robotics.converters"
 _CONVERTERS: Registry[type["BaseRoboticsConverter"]] = Registry(

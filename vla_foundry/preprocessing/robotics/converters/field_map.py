@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_foundry.params.loading import load_params_from_yaml
-from vla_foundry.params.preprocessing_converters import FieldMapParams, FieldParams
-from vla_foundry.params.presets import find_config
+from vla_foundry.config.loading import load_params_from_yaml
+from vla_foundry.config.presets import find_config
+from vla_foundry.params.commands.preprocessing_converters import FieldMapParams, FieldParams
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
 from vla_foundry.robotics.rotations import rotation_width
-from vla_foundry.robotics_contract import FieldDescription, GripperRange, Role
+from vla_foundry.robotics.spec import FieldDescription, GripperRange, Role
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.io.uri import list_files, name_of, parent_uri
-from vla_foundry.params.preprocessing_converters import CameraParams, FieldMapParams, HDF5Params
+from vla_foundry.params.commands.preprocessing_converters import CameraParams, FieldMapParams, HDF5Params
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,
@@ -30,7 +29,8 @@ from vla_foundry.preprocessing.robotics.converters.hdf5_files import (
     read_numbers,
 )
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.storage.uri import list_files, name_of, parent_uri
 
 if TYPE_CHECKING:
     import h5py

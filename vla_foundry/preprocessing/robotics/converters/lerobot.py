@@ -26,8 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_foundry.io.uri import name_of
-from vla_foundry.params.preprocessing_converters import FieldMapParams, FieldParams, LeRobotParams
+from vla_foundry.params.commands.preprocessing_converters import FieldMapParams, FieldParams, LeRobotParams
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,
@@ -49,7 +48,8 @@ from vla_foundry.preprocessing.robotics.converters.lerobot_rows import instructi
 from vla_foundry.preprocessing.robotics.converters.video import VideoFrames, read_video_size
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics_contract import FieldDescription, Role
+from vla_foundry.robotics.spec import FieldDescription, Role
+from vla_foundry.storage.uri import name_of
 
 
 @dataclass(frozen=True)

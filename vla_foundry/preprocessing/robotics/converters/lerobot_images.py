@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.images.decode import decode_depth, decode_image
-from vla_foundry.io.uri import exists, join_uri, read_bytes
 from vla_foundry.preprocessing.robotics.converters.lerobot_meta import EpisodeEntry
 from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import read_episode_rows
+from vla_foundry.storage.uri import exists, join_uri, read_bytes
 
 # images that are read at once; of 100 kB they make 3 MB
 _BATCH_ROWS = 32

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.io.uri import join_uri, list_files, read_text
 from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import read_columns
+from vla_foundry.storage.uri import join_uri, list_files, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _CAMERA_TYPES = ("image", "video")

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vla_foundry.episode_blocks import InstructionSpan
 from vla_foundry.preprocessing.robotics.converters.lerobot_meta import DatasetInfo, EpisodeEntry
 from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import numbers_of, read_episode_rows
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 
 _ROWS_AT_ONCE = 4096
 # features that are read where info.json has them, besides the times

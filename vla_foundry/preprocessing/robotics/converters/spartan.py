@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.episode_blocks import InstructionSpan
-from vla_foundry.io.uri import join_uri, list_files, name_of, parent_uri
-from vla_foundry.params.loading import load_params_from_yaml
-from vla_foundry.params.preprocessing_converters import ActionFieldsParams, SpartanParams
-from vla_foundry.params.presets import find_config
+from vla_foundry.config.loading import load_params_from_yaml
+from vla_foundry.config.presets import find_config
+from vla_foundry.params.commands.preprocessing_converters import ActionFieldsParams, SpartanParams
 from vla_foundry.preprocessing.job import say
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,
@@ -41,8 +39,10 @@ from vla_foundry.preprocessing.robotics.converters.spartan_files import (
     read_episode_lists,
     read_yaml,
 )
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
-from vla_foundry.robotics_contract import FieldDescription
+from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.storage.uri import join_uri, list_files, name_of, parent_uri
 
 _EPISODE_FILE = re.compile(r"(?P<folder>.*/episode_(?P<number>\d+))/processed/(?P<name>[^/]+)")
 _REQUIRED = ("metadata.yaml", "observations.npz", "actions.npz")

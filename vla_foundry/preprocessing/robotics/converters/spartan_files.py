@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vla_foundry.io.uri import open_input, read_text
+from vla_foundry.storage.uri import open_input, read_text
 
 # in C where there is one: 20 times as fast
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

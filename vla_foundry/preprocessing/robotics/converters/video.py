@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.io.uri import open_input
+from vla_foundry.storage.uri import open_input
 
 if TYPE_CHECKING:
     import av

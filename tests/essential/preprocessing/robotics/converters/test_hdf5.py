@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.io.uri import upload
-from vla_foundry.params.preprocessing_converters import HDF5Params
+from vla_foundry.params.commands.preprocessing_converters import HDF5Params
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
-from vla_foundry.robotics_contract import parse_contract
+from vla_foundry.robotics.spec import parse_spec
+from vla_foundry.storage.uri import upload
 
 LENGTHS = {1: 7, 2: 9, 10: 8}
 SIZE = (20, 28)
@@ -121,9 +121,9 @@ def test_the_command_converts_robomimic(tmp_path: Path, recordings: ModuleType, 
     words = ["robotics", "--type", "hdf5", "--field_map", "field_maps/robomimic.yaml", "--num_workers", "0"]
     words += ["--source_episodes", str(path), "--output_dir", str(tmp_path / "out"), "--jpeg_quality", "100"]
     main([*words, "--camera_names", "[agentview]", "--future_lowdim_steps", "3"])
-    contract = parse_contract((tmp_path / "out/robotics.json").read_text(), "robotics.json")
-    assert contract.fields["robot__action__poses__right::panda__xyz_delta"].representation == "delta"
-    assert "robot__actual__poses__right::panda__quat_relative" in contract.fields
+    spec = parse_spec((tmp_path / "out/robotics.json").read_text(), "robotics.json")
+    assert spec.fields["robot__action__poses__right::panda__xyz_delta"].representation == "delta"
+    assert "robot__actual__poses__right::panda__quat_relative" in spec.fields
     members = read_tars(tmp_path / "out")
     for demo, length in LENGTHS.items():
         found = members[f"lift_ph_demo_{demo}"]

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vla_foundry.io.uri import upload
-from vla_foundry.params.preprocessing_converters import LeRobotParams
+from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
-from vla_foundry.robotics_contract import parse_contract
+from vla_foundry.robotics.spec import parse_spec
+from vla_foundry.storage.uri import upload
 
 LENGTHS = [11, 8, 14, 9, 10]
 KINDS = ["v3-video", "v3-png", "v3-jpeg", "v2-video", "v2-png", "v2-files"]
@@ -123,10 +123,10 @@ def test_the_command_writes_what_an_independent_reader_finds(
                     assert data == recordings.encode_image(expected[camera][frame], "jpeg")
                 decoded = np.array(Image.open(io.BytesIO(data))).astype(int)
                 assert np.abs(decoded - images[frame]).mean() < 5, (camera, frame)
-    contract = parse_contract((output / "robotics.json").read_text(), "robotics.json")
-    assert contract.fps == recordings.FPS
-    assert contract.fields["action"].role == "action"
-    assert contract.fields["observation.contact"].is_discrete
+    spec = parse_spec((output / "robotics.json").read_text(), "robotics.json")
+    assert spec.fps == recordings.FPS
+    assert spec.fields["action"].role == "action"
+    assert spec.fields["observation.contact"].is_discrete
 
 
 def test_bookkeeping_is_no_field_unless_it_is_asked_for(write: Any, read_all: Any) -> None:
@@ -147,13 +147,13 @@ def test_a_field_map_splits_features_and_makes_poses_relative(
     output = tmp_path / "out"
     options = {"field_map": str(path), "num_workers": 0, "future_lowdim_steps": 3, "layout": "samples"}
     preprocess_with(LeRobotParams(source_episodes=[str(write("v3-png"))], output_dir=str(output), **options))
-    contract = parse_contract((output / "robotics.json").read_text(), "robotics.json")
-    gripper = contract.fields["robot__actual__grippers__right::arm"].gripper
+    spec = parse_spec((output / "robotics.json").read_text(), "robotics.json")
+    gripper = spec.fields["robot__actual__grippers__right::arm"].gripper
     assert gripper is not None
     assert (gripper.open, gripper.closed) == (0.08, 0)
-    assert contract.fields["robot__action__poses__right::arm__quat_relative"].representation == "relative"
-    assert contract.fields["robot__actual__poses__right::arm__xyz"].frame == "base"
-    assert contract.pose_groups[0].rotation_format == "quaternion_xyzw"
+    assert spec.fields["robot__action__poses__right::arm__quat_relative"].representation == "relative"
+    assert spec.fields["robot__actual__poses__right::arm__xyz"].frame == "base"
+    assert spec.pose_groups[0].rotation_format == "quaternion_xyzw"
     from scipy.spatial.transform import Rotation
 
     for key, sample in read_tars(output).items():

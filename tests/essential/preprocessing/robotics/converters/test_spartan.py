@@ -13,11 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from vla_foundry.io.uri import upload
-from vla_foundry.params.preprocessing_converters import SpartanParams
+from vla_foundry.params.commands.preprocessing_converters import SpartanParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
-from vla_foundry.robotics_contract import parse_contract
+from vla_foundry.robotics.spec import parse_spec
+from vla_foundry.storage.uri import upload
 
 CAMERAS = {"4117": "scene_right_0", "4202": "Wrist_Left_Plus"}
 TASK, TIME = "PutMugInBowl", "2024-11-14T15-59-59-08-00"
@@ -168,10 +168,10 @@ def test_the_command_writes_relative_actions_and_instructions(
     words = ["robotics", "--type", "spartan", "--source_episodes", f"{raw}/tasks/{TASK}/", "--num_workers", "0"]
     words += ["--language_annotations_path", str(tmp_path / "language.yaml"), "--output_dir", str(tmp_path / "out")]
     main([*words, "--future_lowdim_steps", "3", "--layout", "samples", "--jpeg_quality", "100"])
-    contract = parse_contract((tmp_path / "out/robotics.json").read_text(), "robotics.json")
-    assert contract.fields["robot__actual__joint_position__left::panda"].unit == "rad"
-    assert contract.fields["robot__action__poses__left::panda__rot_6d"].rotation == "rot_6d_rows"
-    assert contract.language_types == ("original", "randomized")
+    spec = parse_spec((tmp_path / "out/robotics.json").read_text(), "robotics.json")
+    assert spec.fields["robot__actual__joint_position__left::panda"].unit == "rad"
+    assert spec.fields["robot__action__poses__left::panda__rot_6d"].rotation == "rot_6d_rows"
+    assert spec.language_types == ("original", "randomized")
     samples = read_tars(tmp_path / "out")
     for key, sample in samples.items():
         name, _, anchor = key.rpartition("_t")

@@ -1,0 +1,83 @@
+"""The action spec is read back as it was written, and what is wrong with it is named."""
+
+import json
+
+import pytest
+
+from vla_foundry.robotics.fields import PoseGroup
+from vla_foundry.robotics.spec import (
+    CameraDescription,
+    DatasetSpec,
+    FieldDescription,
+    GripperRange,
+    format_spec,
+    parse_spec,
+)
+
+SPEC = DatasetSpec(
+    layout="episodes",
+    fps=12.5,
+    past_lowdim_steps=1,
+    future_lowdim_steps=14,
+    image_indices=(-1, 0),
+    padding_strategy="copy",
+    cameras={
+        "top": CameraDescription(size=(64, 48), original_size=(640, 480)),
+        "depth": CameraDescription(size=(64, 48), original_size=None, is_depth=True),
+    },
+    fields={
+        "robot__action__poses__left::panda__xyz": FieldDescription(
+            shape=(3,), dtype="float64", unit="m", frame="base", role="action"
+        ),
+        "robot__action__poses__left::panda__rot_6d": FieldDescription(
+            shape=(6,), rotation="rot_6d_rows", role="action"
+        ),
+        "robot__action__grippers__left::panda_hand": FieldDescription(
+            shape=(1,), gripper=GripperRange(open=0.1, closed=0.0), role="action", is_discrete=True
+        ),
+        "delta": FieldDescription(shape=(7,), representation="delta", role="action"),
+    },
+    pose_groups=(
+        PoseGroup(
+            name="left",
+            position_key="robot__action__poses__left::panda__xyz",
+            rotation_key="robot__action__poses__left::panda__rot_6d",
+        ),
+    ),
+    language_types=("original", "randomized"),
+)
+
+
+def test_a_spec_is_read_back():
+    assert parse_spec(format_spec(SPEC), "here") == SPEC
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "no robotics spec of version 1"),
+        ({"layout": "frames"}, "layout must be one of episodes, samples, got 'frames'"),
+        ({"fps": 0}, r"fps \(0\) must be above 0"),
+        ({"fields": {"a": {"shape": [3], "representation": "rel"}}}, r"fields\.a must be one of absolute"),
+        ({"fields": {"a": {}}}, "lacks the key 'shape'"),
+        ({"cameras": {"a": {"size": 3}}}, "is no robotics spec"),
+        ({"pose_groups": [{"name": "a"}]}, "needs the keys name, position_key, rotation_key"),
+    ],
+)
+def test_a_broken_spec_is_named(change, message):
+    values = json.loads(format_spec(SPEC)) | change
+    with pytest.raises(ValueError, match=message):
+        parse_spec(json.dumps(values), "here")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_what_is_no_spec_is_named(text):
+    with pytest.raises(ValueError, match=r"^here is no"):
+        parse_spec(text, "here")
+
+
+def test_a_missing_key_is_named():
+    values = json.loads(format_spec(SPEC))
+    del values["image_indices"]
+    with pytest.raises(ValueError, match="here lacks the key 'image_indices'"):
+        parse_spec(json.dumps(values), "here")

@@ -1,0 +1,95 @@
+"""Arrays out of an .npz: NumPy's own reader is the authority."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_foundry.storage.npz import NpzFile
+
+
+def write_npz(arrays: dict[str, Any], *, is_packed: bool) -> bytes:
+    buffer = io.BytesIO()
+    (np.savez_compressed if is_packed else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def arrays() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    many = {f"robot__actual__joint_position__left::panda_{number}": rng.random((30, 7)) for number in range(120)}
+    return many | {
+        "half": rng.random((30, 3)).astype(np.float16),
+        "mask": rng.random(30) < 0.5,
+        "words": np.asarray(["open", "close it"] * 15),
+        "one": np.float64(3.5),
+        "fortran": np.asfortranarray(rng.random((30, 5))),
+        "stack": rng.random((30, 4, 4)).astype(">f4"),
+        "empty": np.zeros((0, 3)),
+    }
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_every_array_is_what_numpy_reads(arrays: dict[str, Any], is_packed: bool) -> None:
+    content = write_npz(arrays, is_packed=is_packed)
+    file, expected = NpzFile.from_bytes(content), np.load(io.BytesIO(content))
+    assert file.names == expected.files
+    for name in expected.files:
+        assert file.read(name).dtype == expected[name].dtype
+        assert np.array_equal(file.read(name), expected[name])
+        assert file.shape(name) == expected[name].shape
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_rows_are_a_part_of_the_array(arrays: dict[str, Any], is_packed: bool) -> None:
+    file = NpzFile.from_bytes(write_npz(arrays, is_packed=is_packed))
+    for name in ("half", "mask", "words", "fortran", "stack"):
+        assert np.array_equal(file.read_rows(name, 7, 19), arrays[name][7:19])
+    with pytest.raises(ValueError, match=r"30 rows, not 31|no rows 20 to 31"):
+        file.read_rows("stack", 20, 31)
+
+
+def test_rows_of_a_stored_array_are_read_without_the_others() -> None:
+    content = write_npz({"a": np.zeros((10_000, 7)), "b": np.zeros((10_000, 7))}, is_packed=False)
+    num_read = []
+
+    def read(offset: int, size: int) -> bytes:
+        num_read.append(size)
+        return content[offset : offset + size]
+
+    rows = NpzFile(read, len(content)).read_rows("b", 5000, 5016)
+    assert rows.shape == (16, 7)
+    assert sum(num_read) < 10_000
+
+
+def test_python_objects_are_refused() -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, values=np.asarray([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="'values' has a broken header, or holds Python objects"):
+        NpzFile.from_bytes(buffer.getvalue()).read("values")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_in_values(content: bytes) -> bytes:
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(("damage", "message"), [(cut, "cut off"), (flip_in_values, "damaged")])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_damage_is_said(damage: Callable[[bytes], bytes], message: str, is_packed: bool) -> None:
+    values = np.random.default_rng(0).random((200, 7))
+    content = write_npz({"values": values}, is_packed=is_packed)
+    with pytest.raises(ValueError, match=message):
+        NpzFile.from_bytes(damage(content)).read("values")
+
+
+def test_what_is_no_npz_is_said() -> None:
+    for content in (b"", b"PK\5\6", b"x" * 100):
+        with pytest.raises(ValueError, match="cut off, or none"):
+            NpzFile.from_bytes(content)

@@ -1,0 +1,207 @@
+"""The front of every command: words and config files in, one frozen dataclass out, or one line that says why not."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from vla_foundry.config import schema
+from vla_foundry.config.checkpoint_config import read_checkpoint_type
+from vla_foundry.config.decode import Decoding, decode
+from vla_foundry.config.help import format_help
+from vla_foundry.config.plugins import import_installed_plugins, import_plugins
+from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, without
+from vla_foundry.config.values import decode_value
+from vla_foundry.config.words import Words, flags_to_tree, split_words
+from vla_foundry.config.yaml_source import load_config
+from vla_foundry.registry import unknown_name_message
+
+P = TypeVar("P")
+
+CONFIG_FLAG = "config_path"
+PLUGINS_FLAG = "plugins"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What a command line says, and where each of its values comes from."""
+
+    # the decoded dataclass
+    params: Any
+    # config path of each leaf that is not at its default -> where it was written
+    origins: dict[str, Origin]
+    # one line each that the user should see
+    notices: list[str]
+
+
+def parse_command(cls: type[P], argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> P:
+    """Parse the words of a command into its params; notices go to standard error.
+
+    `--a.b VALUE`, `--a.b=VALUE`, `--a.b` (true), `--config_path FILE`, `--section "include FILE"`, `--plugins MODULE`
+    and `--help [TOPIC]`, which prints and leaves by SystemExit(0). Command line over file over its includes over
+    defaults, leaf by leaf, whatever the order of the words.
+
+    Args:
+        cls: the dataclass of the command.
+        argv: the words after the command.
+        prog: the command as the user types it, for the help.
+        positional: fields that words without a flag fill, in order; a last field that is a list takes all the rest.
+
+    Raises:
+        ValueError: what the user can fix, in one line.
+        FileNotFoundError: a config file is not there.
+    """
+    parsed = parse(cls, argv, prog=prog, positional=positional)
+    print_notices(parsed.notices)
+    return parsed.params
+
+
+def print_notices(notices: list[str]) -> None:
+    """Print notices to standard error, on the first process only."""
+    if is_first_process():
+        for notice in notices:
+            sys.stderr.write(f"note: {notice}\n")
+
+
+def is_first_process() -> bool:
+    """True unless the launcher says that this is another process than the first."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+@contextmanager
+def errors_once(environment_name: str = "RANK") -> Iterator[None]:
+    """Let only one process tell of an error that all processes have: the others leave with exit code 2, in silence.
+
+    Args:
+        environment_name: "RANK" for one process in all; "LOCAL_RANK" for one on each machine.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        if os.environ.get(environment_name, "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> Parsed:
+    """Parse like `parse_command`, and return origins and notices too."""
+    import_installed_plugins()
+    # plug-ins may add types, and types say which flags are switches: import them first
+    early = split_words(argv, lambda name: False)
+    for text in early.values_of(PLUGINS_FLAG):
+        import_plugins(_plugin_names(Leaf(Scalar(text), COMMAND_LINE)), f"--{PLUGINS_FLAG}")
+    # without positional words, the word behind a flag is its value, be it right or wrong
+    words = split_words(argv, lambda name: bool(positional) and bool in _leaf_options(cls, name))
+    files = words.values_of(CONFIG_FLAG)
+    if len(files) > 1:
+        raise ValueError(f"--{CONFIG_FLAG} is given twice: {' and '.join(files)}. Include one from the other.")
+    tree: Node = load_config(files[0]) if files else Branch({}, COMMAND_LINE)
+    if not isinstance(tree, Branch):
+        raise ValueError(f"{files[0]} holds no mapping of keys. Is it a config file?")
+    file_plugins = import_file_plugins(tree)
+    if words.help_topic is not None:
+        sys.stdout.write(format_help(cls, prog, words.help_topic, positional))
+        raise SystemExit(0)
+    tree = merge(tree, _command_line_tree(cls, words, positional, file_plugins))
+    return decode_tree(cls, tree)
+
+
+def _leaf_options(cls: Any, name: str) -> list[Any]:
+    hints = schema.lookup(cls, tuple(name.split(".")))
+    return [option for hint in hints for option in schema.options(hint)]
+
+
+def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...], file_plugins: list[str]) -> Branch:
+    modules = [
+        name for text in words.values_of(PLUGINS_FLAG) for name in _plugin_names(Leaf(Scalar(text), COMMAND_LINE))
+    ]
+    for flag, text in words.flags:
+        if flag in (CONFIG_FLAG, PLUGINS_FLAG) and not text:
+            raise ValueError(f"--{flag} needs a value.")
+    tree = flags_to_tree(cls, words.without(CONFIG_FLAG, PLUGINS_FLAG))
+    added = dict(tree.children)
+    if modules:
+        # all that were imported are saved with the run
+        names = dict.fromkeys((*file_plugins, *modules))
+        added[PLUGINS_FLAG] = Leaf([Scalar(name) for name in names], COMMAND_LINE)
+    rest = list(words.positional)
+    for name in positional:
+        if rest and name not in added:
+            takes_all = name == positional[-1] and schema.is_list(schema.field_types(cls)[name])
+            added[name] = Leaf([Scalar(word) for word in rest] if takes_all else Scalar(rest[0]), COMMAND_LINE)
+            rest = [] if takes_all else rest[1:]
+    if rest:
+        wanted = f" after {', '.join(positional)}" if positional else ""
+        raise ValueError(f"'{rest[0]}' belongs to no flag{wanted}. Write --flag VALUE.")
+    return Branch(added, COMMAND_LINE, tree.superseded)
+
+
+def import_file_plugins(tree: Branch) -> list[str]:
+    """Import the plug-ins that a config file names under its key `plugins`, and return their names."""
+    node = tree.children.get(PLUGINS_FLAG)
+    names = _plugin_names(node) if isinstance(node, Leaf) else []
+    import_plugins(names, "" if node is None else str(node.origin))
+    return names
+
+
+def _plugin_names(node: Leaf) -> list[str]:
+    return decode_value(list[str], node.value, PLUGINS_FLAG, node.origin)
+
+
+def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
+    """Decode a tree into a dataclass or a role's concrete class.
+
+    Args:
+        cls: the class.
+        tree: the values.
+        path: config path of the tree, for messages.
+
+    Raises:
+        ValueError: an unknown key, a wrong value or a missing one.
+    """
+    if isinstance(tree, Branch) and not any(
+        PLUGINS_FLAG in schema.accepted_keys(member) for member in schema.concrete_classes(cls)
+    ):
+        tree = without(tree, PLUGINS_FLAG)
+    decoding = Decoding(root=cls, checkpoint_type=read_checkpoint_type)
+    params = decode(cls, tree, decoding, path)
+    ignored = [f"{key} ({reason})" for key, reason in decoding.ignored.items()]
+    notices = decoding.notices + ([f"without effect: {', '.join(ignored)}."] if ignored else [])
+    return Parsed(params=params, origins=decoding.origins, notices=notices)
+
+
+def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Run a command. What a user can fix ends it with one line `error: ...` and exit code 2; `--debug` shows more.
+
+    Raises:
+        SystemExit: 2 after an error, 130 after an interrupt.
+    """
+    is_debug = "--debug" in argv
+    try:
+        main([word for word in argv if word != "--debug"])
+    except (ValueError, OSError) as error:
+        if is_debug or not _is_users(error):
+            raise
+        where = "" if is_first_process() else f"process {os.environ.get('RANK', '?')}: "
+        sys.stderr.write(f"error: {where}{' '.join(_message(error).split()) or repr(error)}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _is_users(error: ValueError | OSError) -> bool:
+    return isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+
+
+def _message(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
+def unknown_command_message(name: str, known: list[str]) -> str:
+    """One line that says a command is unknown."""
+    return unknown_name_message("The command", name, known).replace("Registered:", "There are:")

@@ -1,0 +1,115 @@
+"""Load params from a saved config, and write them as one."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import yaml
+
+from vla_foundry.config import schema
+from vla_foundry.config.base import ChoiceParams
+from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, decode_tree, import_file_plugins, print_notices
+from vla_foundry.config.tree import TYPE_KEY, Branch
+from vla_foundry.config.values import is_ambiguous
+from vla_foundry.config.yaml_source import load_config
+from vla_foundry.params.experiment import TrainExperimentParams
+
+P = TypeVar("P")
+
+
+def load_params_from_yaml(cls: type[P], path: str) -> P:
+    """Load params from a YAML file; it may include others, and may be what an earlier version wrote.
+
+    Args:
+        cls: a config dataclass, or a role such as ModelParams. Given a whole run's config.yaml, its section is taken.
+        path: the file: a path, s3:// or hf://.
+
+    Raises:
+        ValueError: an unknown key, a wrong value or a missing one.
+        FileNotFoundError: it is not there.
+    """
+    parsed = read_params(cls, path)
+    print_notices([f"{path}: {notice}" for notice in parsed.notices])
+    return parsed.params
+
+
+def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:
+    """Load the config of a whole run; see `load_params_from_yaml`."""
+    return load_params_from_yaml(TrainExperimentParams, path)
+
+
+def read_params(cls: Any, path: str) -> Parsed:
+    """Load like `load_params_from_yaml`, and return origins and notices too."""
+    tree = load_config(str(path))
+    if not isinstance(tree, Branch):
+        raise ValueError(f"{path} holds no mapping of keys. Is it a config file?")
+    import_file_plugins(tree)
+    section = _section_name(cls, tree)
+    if section is None:
+        return decode_tree(cls, tree)
+    node = tree.children[section]
+    if not isinstance(node, Branch):
+        raise ValueError(f"{node.origin.prefix}{section} must be a mapping of keys.")
+    return decode_tree(cls, node, section)
+
+
+def _section_name(cls: Any, tree: Branch) -> str | None:
+    """The key of a whole run's config that holds params of this class, or None if the tree is no such config."""
+    if not isinstance(cls, type) or issubclass(cls, TrainExperimentParams):
+        return None
+    own = {key for member in schema.concrete_classes(cls) for key in schema.accepted_keys(member)} | {TYPE_KEY}
+    for name, hint in schema.field_types(TrainExperimentParams).items():
+        section = schema.section_class(hint)
+        is_kind = section is not None and (issubclass(cls, section) or issubclass(section, cls))
+        if is_kind and isinstance(tree.children.get(name), Branch) and name not in own:
+            return name
+    return None
+
+
+def dump_params(params: Any, plugins: list[str] | None = None) -> str:
+    """Write params as YAML that loads to equal params; every leaf is there, and every type.
+
+    Args:
+        params: a whole config, or one section.
+        plugins: for a section, the modules that have to be imported before it is loaded; a whole config has them.
+    """
+    return dump_value(({PLUGINS_FLAG: plugins} if plugins else {}) | to_plain(params))
+
+
+def to_plain(value: Any) -> Any:
+    """Turn params into dicts, lists and scalars; a choice has its `type` first."""
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = {TYPE_KEY: value.registered_name()} if isinstance(value, ChoiceParams) else {}
+        return kind | {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def dump_value(value: Any) -> str:
+    """Write dicts, lists and scalars as YAML that our own reader reads back to the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def dump_inline(value: Any) -> str:
+    """Write a value as YAML on one line."""
+    plain = to_plain(value)
+    text = yaml.dump(
+        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000, default_flow_style=True
+    )
+    # a scalar alone is followed by the marker of the end of a document
+    return text.removesuffix("...\n").strip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that our reader would take for a number or for null."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if is_ambiguous(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)

@@ -1,0 +1,158 @@
+"""Read YAML into a tree that knows each value's line, with includes that merge at every depth.
+
+Three ways to include, all relative to the including file:
+
+    key: !include other.yaml        the value of one key
+    <<: !include other.yaml         merged into this mapping; may stand several times, later ones win
+    include: other.yaml             the same, with one path or a list of paths
+
+What the mapping itself says wins over what it includes, one leaf at a time.
+"""
+
+import posixpath
+from typing import Any
+
+import yaml
+
+from vla_foundry.config.presets import display_name, find_config
+from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, to_value
+from vla_foundry.storage.uri import is_remote, read_text
+
+INCLUDE_KEY = "include"
+_INCLUDE_TAG = "!include"
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_STANDARD_TAG = "tag:yaml.org,2002:"
+_KNOWN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
+_NULL_WORDS = frozenset(("", "~", "null", "Null", "NULL"))
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def load_config(name: str) -> Node:
+    """Read the config file that the command line names, with all it includes.
+
+    Raises:
+        FileNotFoundError: it, or what it includes, is not there.
+        ValueError: it is not YAML, or includes itself; the message begins with file and line.
+    """
+    return _load(find_config(name), ())
+
+
+def parse_inline(text: str) -> Node:
+    """Parse YAML that stands on the command line; includes are found as on the command line.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    return _parse(text, COMMAND_LINE.source, None, ())
+
+
+def is_null(value: Any) -> bool:
+    """True for what YAML reads as null, and for none and None, which users write."""
+    if isinstance(value, Scalar):
+        return not value.quoted and (value.text in _NULL_WORDS or value.text in ("none", "None"))
+    return value is None
+
+
+def _load(location: str, chain: tuple[str, ...]) -> Node:
+    if location in chain:
+        circle = " -> ".join((*chain[chain.index(location) :], location))
+        raise ValueError(f"{location} includes itself: {circle}. Remove one of these includes.")
+    source = display_name(location)
+    return _parse(_read(location), source, posixpath.dirname(location) or ".", (*chain, location))
+
+
+def _read(location: str) -> str:
+    if is_remote(location):
+        return read_text(location)
+    try:
+        with open(location, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{location} is not text in UTF-8 ({error.reason}). Is it a config file?") from None
+
+
+def _parse(text: str, source: str, folder: str | None, chain: tuple[str, ...]) -> Node:
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark and folder is not None else None
+        raise ValueError(f"{Origin(source, line)}: not valid YAML: {error.problem or error.context}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}.") from None
+    reader = _Reader(source, folder, chain)
+    return Branch({}, Origin(source, 1)) if root is None else reader.convert(root)
+
+
+class _Reader:
+    """Turns the YAML nodes of one file into our nodes."""
+
+    def __init__(self, source: str, folder: str | None, chain: tuple[str, ...]) -> None:
+        self.source = source
+        self.folder = folder
+        self.chain = chain
+        self.open_nodes: list[int] = []
+
+    def origin(self, node: yaml.Node) -> Origin:
+        return COMMAND_LINE if self.folder is None else Origin(self.source, node.start_mark.line + 1)
+
+    def convert(self, node: yaml.Node) -> Node:
+        origin = self.origin(node)
+        if id(node) in self.open_nodes:
+            raise ValueError(f"{origin}: this anchor holds itself. Remove the alias.")
+        self.open_nodes.append(id(node))
+        try:
+            if node.tag == _INCLUDE_TAG:
+                return self.include(node)
+            if node.tag.removeprefix(_STANDARD_TAG) not in _KNOWN_TAGS:
+                raise ValueError(f"{origin}: the tag {node.tag} is unknown. The one tag there is, is !include.")
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node)
+            if isinstance(node, yaml.SequenceNode):
+                return Leaf([to_value(self.convert(item)) for item in node.value], origin)
+            return Leaf(_scalar(node), origin)
+        finally:
+            self.open_nodes.pop()
+
+    def mapping(self, node: yaml.MappingNode) -> Node:
+        included: Node = Branch({}, self.origin(node))
+        own: dict[Any, Node] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE_TAG or key_node.value == INCLUDE_KEY:
+                for part in self.merged_parts(key_node, value_node):
+                    included = merge(included, part)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"{self.origin(key_node)}: a key must be a word, not a list or a mapping.")
+            if key_node.value in own:
+                raise ValueError(f"{self.origin(key_node)}: the key '{key_node.value}' stands twice. Remove one.")
+            own[key_node.value] = self.convert(value_node)
+        return merge(included, Branch(own, self.origin(node)))
+
+    def merged_parts(self, key_node: yaml.Node, value_node: yaml.Node) -> list[Node]:
+        """What `<<:` or `include:` brings in, the weakest first."""
+        is_sequence = isinstance(value_node, yaml.SequenceNode)
+        items = value_node.value if is_sequence else [value_node]
+        if key_node.tag != _MERGE_TAG:
+            parts = [self.include(item) for item in items]
+        else:
+            # YAML's own rule for a list: the first one wins
+            parts = [self.convert(item) for item in reversed(items)]
+        for part, item in zip(parts, items, strict=True):
+            if isinstance(part, Leaf):
+                raise ValueError(f"{self.origin(item)}: '{key_node.value}' needs a mapping to merge in.")
+        return parts
+
+    def include(self, node: yaml.Node) -> Node:
+        if not isinstance(node, yaml.ScalarNode) or not node.value:
+            raise ValueError(f"{self.origin(node)}: an include needs the path of a file.")
+        try:
+            return _load(find_config(node.value, self.folder), self.chain)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.origin(node).prefix}{error}") from None
+
+
+def _scalar(node: Any) -> Scalar | None:
+    # a plain scalar has no style; `!!str null` is text although it stands without quotes
+    is_text = node.tag == f"{_STANDARD_TAG}str" and node.value in _NULL_WORDS
+    quoted = bool(node.style) or is_text
+    return None if not quoted and node.value in _NULL_WORDS else Scalar(node.value, quoted=quoted)

@@ -1,0 +1,1 @@
+"""Record demonstrations and captioned scenes in simulators."""

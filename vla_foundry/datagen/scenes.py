@@ -1,0 +1,232 @@
+"""`vla-foundry scenes`: draw scenes in a simulator, describe each from its true state, write pictures with captions."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
+from vla_foundry.params.commands.scenes import ScenesParams
+from vla_foundry.preprocessing.job import num_cores
+from vla_foundry.simulators import Layout, Simulator, SimulatorState, create_simulator
+
+SPLITS = ("train", "validation")
+# file beside the splits that says what made them
+FACTS = "scenes.json"
+# raise it when a scene of the same seed and index comes out differently
+_VERSION = 3
+# thing -> its states, each with the range of openness that is called so; ranges leave room between them
+_STATES: dict[str, dict[str, tuple[float, float]]] = {
+    "button": {"released": (0.0, 0.1), "pressed": (0.9, 1.0)},
+    "faucet": {"turned left": (0.0, 0.25), "turned right": (0.75, 1.0)},
+    "lever": {"down": (0.0, 0.1), "up": (0.9, 1.0)},
+}
+_OPENINGS = {"closed": (0.0, 0.05), "half open": (0.4, 0.6), "open": (0.95, 1.0)}
+# a direction is named from the second of these distances on (metres), and scenes between the two are not used
+_LEVEL_UP_TO, _DIRECTION_FROM = 0.03, 0.05
+# distance that a described point keeps from the picture's edge, as a fraction of the picture
+_MARGIN = 0.02
+# share of the thing that the arm may hide
+_MAX_HIDDEN = 0.2
+_MAX_ATTEMPTS = 1000
+_SCENES_PER_TASK = 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scene:
+    """One picture and what is true of it."""
+
+    # uint8 [H, W, 3]
+    image: np.ndarray
+    caption: str
+    attributes: Attributes
+
+
+def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, index: int, state: int) -> Scene:
+    """Draw one scene: a pure function of the simulator's task and the arguments.
+
+    Args:
+        state: which of the thing's states to show, counted round.
+
+    Raises:
+        ValueError: no layout was found whose parts can be seen.
+    """
+    generator = np.random.default_rng((seed, SPLITS.index(split), index))
+    name = simulator.describe().objects[0].name
+    states = list(_STATES.get(name, _OPENINGS).items())
+    word, openness = states[state % len(states)]
+    for _ in range(_MAX_ATTEMPTS):
+        numbers = generator.random(7)
+        layout = Layout(
+            object_place=(numbers[0], numbers[1]),
+            openness=openness[0] + (openness[1] - openness[0]) * numbers[2],
+            gripper_place=(numbers[3], numbers[4], numbers[5]),
+            gripper_opening=numbers[6],
+        )
+        arranged = simulator.arrange(layout)
+        attributes = None if arranged is None else _describe_state(simulator, camera, arranged, word)
+        if attributes is not None:
+            return Scene(image=simulator.render(camera), caption=describe_scene(attributes), attributes=attributes)
+    raise ValueError(f"Camera '{camera}' saw no {name} whole in {_MAX_ATTEMPTS} layouts. Choose another camera.")
+
+
+def generate_scenes(params: ScenesParams) -> dict[str, int]:
+    """Draw all scenes that the output folder does not hold yet, in processes of their own.
+
+    Returns:
+        Scenes drawn now, by split.
+
+    Raises:
+        ValueError: the folder holds scenes made otherwise, or they cannot be drawn here.
+    """
+    output = Path(params.output)
+    _claim(output, params)
+    numbers = {"train": params.num_scenes, "validation": params.num_validation_scenes}
+    missing = {split: _missing(output / split, number) for split, number in numbers.items()}
+    tasks = list(_tasks(params, missing))
+    num_processes = min(params.num_processes or num_cores(), max(len(tasks), 1))
+    # spawned, so that no process inherits another's OpenGL or threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
+        futures = [pool.submit(_draw, params, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {split: len(indices) for split, indices in missing.items()}
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry scenes`.
+
+    Raises:
+        ValueError: what the user can fix.
+    """
+    params = parse_command(ScenesParams, argv, prog="vla-foundry scenes", positional=())
+    start = time.monotonic()
+    drawn = generate_scenes(params)
+    seconds = time.monotonic() - start
+    total = sum(drawn.values())
+    sys.stdout.write(
+        f"{params.output}: {params.num_scenes} scenes and {params.num_validation_scenes} held out; "
+        f"{total} drawn now in {seconds:.1f} s ({total / seconds:.0f}/s)\n"
+    )
+
+
+def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState, word: str) -> Attributes | None:
+    """Attributes of an arranged scene, or None where the picture would not show them clearly."""
+    thing, gripper = arranged.objects[0], arranged.gripper_position
+    places = {"object": thing.position, "gripper": gripper}
+    attributes: Attributes = {"object": thing.name}
+    if thing.part:
+        attributes["part"] = thing.part
+    if thing.openness is not None:
+        attributes["state"] = word
+    for name, position in places.items():
+        column, row = simulator.project(camera, position)
+        if not (_MARGIN <= column < 1 - _MARGIN and _MARGIN <= row < 1 - _MARGIN):
+            return None
+        attributes[f"{name}_row"], attributes[f"{name}_column"] = cell_of(column, row)
+    for (name, words), distance in zip(DIRECTIONS.items(), thing.position - gripper, strict=True):
+        if _LEVEL_UP_TO < abs(distance) < _DIRECTION_FROM:
+            return None
+        attributes[name] = words[int(distance > 0)] if abs(distance) >= _DIRECTION_FROM else LEVEL
+    if simulator.is_hidden(camera, thing.position, by="robot") or simulator.is_hidden(camera, gripper, by="object"):
+        return None
+    hidden = sum(simulator.is_hidden(camera, point, by="robot") for point in thing.landmarks)
+    return attributes if hidden <= _MAX_HIDDEN * len(thing.landmarks) else None
+
+
+def _claim(output: Path, params: ScenesParams) -> None:
+    """Write what makes these scenes, or check that the folder's scenes were made so."""
+    given = asdict(params)
+    facts = {name: given[name] for name in ("image_size", "seed", "simulator", "tasks", "camera")}
+    facts |= {"version": _VERSION, "grid": GRID}
+    path = output / FACTS
+    if path.exists():
+        found = json.loads(path.read_text())
+        changed = [f"{name} {found.get(name)} -> {value}" for name, value in facts.items() if found.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"'{output}' holds scenes that were made otherwise ({'; '.join(changed)}). "
+                "Name another output folder, or delete this one."
+            )
+    for split in SPLITS:
+        (output / split).mkdir(parents=True, exist_ok=True)
+        for leftover in (output / split).glob(".*.partial"):
+            leftover.unlink()
+    _write(path, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _missing(folder: Path, number: int) -> list[int]:
+    """Indices of scenes that are not whole; the caption is written last."""
+    present = {path.stem for path in folder.glob("*.txt")}
+    wanted = [f"{index:08d}" for index in range(number)]
+    if surplus := len(present.difference(wanted)):
+        raise ValueError(
+            f"'{folder}' holds {surplus} scenes more than the {number} asked for. "
+            "Ask for as many or more, or name another output folder."
+        )
+    return [index for index, name in enumerate(wanted) if name not in present]
+
+
+def _tasks(params: ScenesParams, missing: dict[str, list[int]]) -> Iterator[tuple[str, str, list[int]]]:
+    """Work for one process at a time: (simulator task, split, indices); scenes of one task together."""
+    for number, task in enumerate(params.tasks):
+        for split, indices in missing.items():
+            own = [index for index in indices if index % len(params.tasks) == number]
+            for start in range(0, len(own), _SCENES_PER_TASK):
+                yield task, split, own[start : start + _SCENES_PER_TASK]
+
+
+# this process's simulators by (simulator, task, camera, image size): building one takes longer than drawing with it
+_simulators: dict[tuple[str, str, str, int], Simulator] = {}
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _draw(params: ScenesParams, task: str, split: str, indices: Sequence[int]) -> None:
+    """Draw and write scenes; runs in a process of its own."""
+    from PIL import Image
+
+    key = (params.simulator, task, params.camera, params.image_size)
+    if key not in _simulators:
+        _simulators[key] = create_simulator(
+            params.simulator, task, cameras=(params.camera,), image_size=params.image_size
+        )
+    folder = Path(params.output) / split
+    for index in indices:
+        scene = create_scene(
+            _simulators[key],
+            params.camera,
+            seed=params.seed,
+            split=split,
+            index=index,
+            state=index // len(params.tasks),
+        )
+        picture = io.BytesIO()
+        Image.fromarray(scene.image).save(picture, format="PNG")
+        _write(folder / f"{index:08d}.png", picture.getvalue())
+        _write(folder / f"{index:08d}.json", (json.dumps(scene.attributes) + "\n").encode())
+        _write(folder / f"{index:08d}.txt", scene.caption.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

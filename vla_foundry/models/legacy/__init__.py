@@ -1,0 +1,1 @@
+"""What only checkpoints of the earlier implementation need."""

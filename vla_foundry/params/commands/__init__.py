@@ -1,0 +1,1 @@
+"""Params of commands, torch-free."""

@@ -1,0 +1,137 @@
+"""Params of `vla-foundry evaluate`: a policy in closed loop in a simulator."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vla_foundry.config.base import BaseParams
+
+# demonstrations begin here, so that no policy is evaluated on a start that it was shown
+FIRST_DEMO_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateParams(BaseParams):
+    """Let a policy act in a simulator and count its successes. A killed run goes on when it is started again."""
+
+    # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
+    tasks: list[str]
+    # local folder; results go to <output>/<name>/<task>/rollouts/<time>/results.json
+    output: str
+    # run folder (its newest checkpoint) or step folder; not with another policy
+    checkpoint: str | None = None
+    # the checkpoint's; null: actions of zeros; random: uniform actions; expert: the simulator's own
+    policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
+    # what the policy is called in the results; null: the run's name, or what `policy` says
+    name: str | None = None
+    # simulator
+    simulator: str = "metaworld"
+    # seeds of the starts, first:end; demonstrations have seeds from 1,000,000 on
+    episodes: str = "0:50"
+    # rollouts of a task that are planned, written to the results before the first; null: those of `episodes`
+    max_sample_size: int | None = None
+    # control steps after which an episode has failed; null: as the simulator says
+    max_steps: int | None = None
+    # actions of each predicted chunk that are executed; null: half of them
+    open_loop_steps: int | None = None
+    # steps from noise to actions; null: as the model's params say
+    num_inference_steps: int | None = None
+    # the averaged weights; null: if the checkpoint has them
+    use_ema: bool | None = None
+    # seed of the policy's noise, beside the seed of the episode
+    seed: int = 0
+    # what to tell the robot instead of the task's own instruction, by task: {drawer-open-v3: close the drawer}
+    instructions: dict[str, str] = field(default_factory=dict)
+    # what the policy sees: its own episode, or, to tell whether it looks at all, that of another in its batch
+    images: Literal["own", "other_episode"] = "own"
+    # episodes of a task that run side by side, and for which actions are predicted together; it decides which episodes
+    # share a batch, and so the last bits of their numbers
+    batch_size: int = 16
+    # processes with simulators; outcomes do not depend on it; null: one per core
+    num_workers: int | None = None
+    # episodes of each task, the first ones, of which pictures are kept for the contact sheet
+    num_pictured: int = 2
+    # camera of these pictures, for policies that see nothing
+    camera: str = "workspace"
+    # width and height of these pictures in pixels, for policies that see nothing
+    image_size: int = 64
+    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_policy()
+        self._check_names()
+        for name, least in (("batch_size", 1), ("num_pictured", 0), ("image_size", 16), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+        for name in ("max_steps", "open_loop_steps", "num_inference_steps", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1, or null.")
+        if self.images == "other_episode" and self.batch_size < 2:
+            raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
+        num_seeds = len(self.seeds)
+        if self.max_sample_size is not None and self.max_sample_size < num_seeds:
+            raise ValueError(
+                f"max_sample_size ({self.max_sample_size}) must be at least the {num_seeds} of episodes "
+                f"'{self.episodes}': a budget is fixed before the first rollout."
+            )
+
+    def _check_policy(self) -> None:
+        if (self.checkpoint is None) == (self.policy == "checkpoint"):
+            raise ValueError(
+                "checkpoint is missing. Give a run folder, or --policy null, random or expert."
+                if self.checkpoint is None
+                else f"policy '{self.policy}' takes no checkpoint. Leave one of them out."
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device '{self.device}' is unknown. Use auto, cpu, cuda or cuda:N.")
+
+    def _check_names(self) -> None:
+        if not self.output or "://" in self.output:
+            raise ValueError(f"output must be a local folder, got '{self.output}'.")
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks must hold at least one name, each once, got {self.tasks}.")
+        if self.name is not None and not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", self.name):
+            raise ValueError(f"name must be the name of a folder, got '{self.name}'.")
+        for task in self.instructions:
+            if task not in self.tasks:
+                raise ValueError(f"instructions has '{task}', which is none of tasks: {', '.join(self.tasks)}.")
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the starts."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.episodes)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ValueError(f"episodes must be first:end, such as 0:50, got '{self.episodes}'.")
+        if int(match[2]) > FIRST_DEMO_SEED:
+            raise ValueError(f"episodes ('{self.episodes}') must end at {FIRST_DEMO_SEED}: then come demonstrations.")
+        return range(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionErrorParams(BaseParams):
+    """Predict the actions of a run's held-out samples, and compare."""
+
+    # run folder (its newest checkpoint) or step folder of a policy
+    checkpoint: str
+    # JSON file for the mean squared errors of each field at each step; null: none
+    output: str | None = None
+    # held-out samples; null: all
+    num_samples: int | None = None
+    # samples at a time
+    batch_size: int = 64
+    # steps from noise to actions; null: as the model's params say
+    num_inference_steps: int | None = None
+    # the averaged weights; null: if the checkpoint has them
+    use_ema: bool | None = None
+    # seed of the order of samples
+    seed: int = 0
+    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1.")

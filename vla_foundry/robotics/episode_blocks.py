@@ -1,0 +1,164 @@
+"""@: whole episodes in a shard (layout "episodes"), where windows are made when they are loaded.
+
+The members of an episode, in this order; <key> is its id, unique in the dataset, of letters, digits, "_" and "-":
+
+    <key>.episode.json                      EpisodeInfo: length, rate, anchors, cameras, instructions
+    <key>.lowdim.npz                        not compressed: every field (L, C), absolute; `timestamp` (L,) float64
+                                            seconds; where known `original_intrinsics.<camera>`,
+                                            `rescaled_intrinsics.<camera>` (3, 3) or (L, 3, 3) and
+                                            `extrinsics.<camera>` (4, 4) or (L, 4, 4)
+    <key>.<camera>.<frame:06d>.jpg          each frame of each camera, once, frame by frame; camera names in lower
+                                            case, depth as .png (16 bits, millimetres)
+
+A shard's samples are the anchors of its episodes, in the order of the tar.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EPISODE_SUFFIX = "episode.json"
+LOWDIM_SUFFIX = "lowdim.npz"
+EPISODE_VERSION = 1
+TIMESTAMP_FIELD = "timestamp"
+# followed by the camera's name
+ORIGINAL_INTRINSICS = "original_intrinsics."
+RESCALED_INTRINSICS = "rescaled_intrinsics."
+EXTRINSICS = "extrinsics."
+CALIBRATION_PREFIXES = (ORIGINAL_INTRINSICS, RESCALED_INTRINSICS, EXTRINSICS)
+
+_EPISODE_ID = re.compile(r"[A-Za-z0-9_-]+")
+Extension = Literal["jpg", "png"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeCamera:
+    """The images of a camera in one episode."""
+
+    # (W, H) as recorded
+    original_size: tuple[int, int]
+    # (W, H) as stored
+    size: tuple[int, int]
+    # jpg: RGB; png: depth
+    extension: Extension
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionSpan:
+    """Instructions that hold from frame `start` up to, and without, frame `end`."""
+
+    start: int
+    end: int
+    # {kind ("original", "randomized", ...): texts that say the same}
+    texts: dict[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeInfo:
+    """The JSON member of an episode."""
+
+    # also the key of its members
+    episode_id: str
+    # None: not known
+    task: str | None
+    # frames (L)
+    num_frames: int
+    # frames a second
+    fps: float
+    # frames that are samples, ascending
+    anchors: tuple[int, ...]
+    cameras: dict[str, EpisodeCamera]
+    instructions: tuple[InstructionSpan, ...] = ()
+    # what else is known, as JSON values
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def instructions_at(self, frame: int) -> dict[str, list[str]]:
+        """Instructions that hold at a frame; {} if there are none."""
+        texts: dict[str, list[str]] = {}
+        for span in self.instructions:
+            if span.start <= frame < span.end:
+                for kind, values in span.texts.items():
+                    texts.setdefault(kind, []).extend(values)
+        return texts
+
+
+def is_episode_id(text: str) -> bool:
+    """True if a text can be the id of an episode: letters, digits, "_" and "-"."""
+    return _EPISODE_ID.fullmatch(text) is not None
+
+
+def frame_suffix(camera: str, frame: int, extension: str) -> str:
+    """Suffix of the member that holds a frame of a camera."""
+    return f"{camera.lower()}.{frame:06d}.{extension}"
+
+
+def format_episode(info: EpisodeInfo) -> str:
+    """Format the JSON member of an episode."""
+    return json.dumps({"version": EPISODE_VERSION, **asdict(info)}, separators=(",", ":"), ensure_ascii=False)
+
+
+def parse_episode(text: str | bytes, origin: str) -> EpisodeInfo:
+    """Parse the JSON member of an episode.
+
+    Args:
+        origin: where the text comes from, for messages.
+
+    Raises:
+        ValueError: it is no such member, of another version, or contradicts itself.
+    """
+    try:
+        values = json.loads(text)
+        if values["version"] != EPISODE_VERSION:
+            raise ValueError(f"version {values['version']}, not {EPISODE_VERSION}")
+        info = EpisodeInfo(
+            episode_id=values["episode_id"],
+            task=values["task"],
+            num_frames=int(values["num_frames"]),
+            fps=float(values["fps"]),
+            anchors=tuple(values["anchors"]),
+            cameras={name: _parse_camera(value) for name, value in values["cameras"].items()},
+            instructions=tuple(InstructionSpan(**span) for span in values["instructions"]),
+            metadata=values["metadata"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{origin} is no episode of version {EPISODE_VERSION} ({error}).") from None
+    pairs = zip(info.anchors, info.anchors[1:], strict=False)
+    if info.anchors and (
+        info.anchors[0] < 0 or info.anchors[-1] >= info.num_frames or any(first >= second for first, second in pairs)
+    ):
+        raise ValueError(f"{origin}: its anchors are not ascending within its {info.num_frames} frames.")
+    return info
+
+
+def _parse_camera(value: Mapping[str, Any]) -> EpisodeCamera:
+    if value["extension"] not in get_args(Extension):
+        raise ValueError(f"a camera has the extension {value['extension']!r}")
+    original, size = (tuple(int(side) for side in value[key]) for key in ("original_size", "size"))
+    return EpisodeCamera(
+        original_size=(original[0], original[1]), size=(size[0], size[1]), extension=value["extension"]
+    )
+
+
+def format_arrays(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = False) -> bytes:
+    """Format arrays as an .npz: the same bytes for the same arrays in the same order, whatever their names.
+
+    (numpy.savez takes the arrays as keywords, among its own.)
+    """
+    from numpy.lib import format as npy
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            npy.write_array(content, array, allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # its time is that of every archive: 1980
+            entry.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+            archive.writestr(entry, content.getvalue())
+    return buffer.getvalue()

@@ -1,0 +1,114 @@
+"""Files of Hugging Face repositories, by huggingface_hub: `hf://[datasets/|spaces/]owner/repo[@revision]/path`."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+from vla_foundry.storage.local import replace_file
+from vla_foundry.storage.pattern import compile_pattern, is_pattern
+
+_READ_SIZE = 4 << 20
+
+
+def _file_system() -> Any:
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError:
+        raise ValueError("hf:// needs huggingface_hub, which is not installed: uv pip install 'vla-foundry'") from None
+    return HfFileSystem()
+
+
+@contextmanager
+def _named_errors(uri: str) -> Iterator[None]:
+    """Turn the hub's errors into FileNotFoundError or a one-line ValueError that names `uri`."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ValueError(
+            f"{uri} needs the network, but HF_HUB_OFFLINE is set. Unset it, or use a local copy."
+        ) from None
+    except FileNotFoundError:  # the hub's errors for a missing repository, revision and file are such errors too
+        raise FileNotFoundError(f"{uri} does not exist, or needs a token (HF_TOKEN) to be seen.") from None
+    except (HfHubHTTPError, HFValidationError, NotImplementedError) as error:
+        raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(f"{uri} can not be reached: {' '.join(str(error).split())}") from None
+
+
+class HubStorage:
+    """See vla_foundry.storage.uri.Storage."""
+
+    def open_input(self, uri: str) -> BinaryIO:
+        self.size_of(uri)
+        with _named_errors(uri):
+            return cast(BinaryIO, _file_system().open(uri, "rb", block_size=_READ_SIZE))
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        with _named_errors(uri), _file_system().open(uri, "rb", block_size=size, cache_type="none") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def size_of(self, uri: str) -> int:
+        with _named_errors(uri):
+            info = _file_system().info(uri)
+        if info["type"] != "file":
+            raise FileNotFoundError(f"{uri} is not a file.")
+        return info["size"]
+
+    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+        file_system = _file_system()
+        with _named_errors(folder_or_glob):
+            if is_pattern(folder_or_glob):
+                prefix, matches = compile_pattern(folder_or_glob)
+                found = file_system.find(prefix.rpartition("/")[0], detail=True)
+                found = {name: info for name, info in found.items() if matches(f"hf://{name}")}
+            else:
+                found = file_system.find(folder_or_glob, detail=True)
+        sizes = {f"hf://{name}": info["size"] for name, info in found.items() if info["type"] == "file"}
+        if not sizes:
+            raise FileNotFoundError(f"There is nothing at {folder_or_glob}.")
+        return sizes
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        self._commit(uri, data)
+
+    def download(self, uri: str, path: str) -> None:
+        size = self.size_of(uri)
+        with replace_file(path) as temporary:
+            with (
+                _named_errors(uri),
+                _file_system().open(uri, "rb", block_size=0) as source,
+                open(temporary, "xb") as target,
+            ):
+                shutil.copyfileobj(source, target, _READ_SIZE)
+            if os.path.getsize(temporary) != size:
+                raise ValueError(f"{uri} was changed while it was being read. Run again.")
+
+    def upload(self, path: str, uri: str) -> None:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is not a file.")
+        self._commit(uri, path)
+
+    def _commit(self, uri: str, path_or_bytes: str | bytes) -> None:
+        from huggingface_hub import HfApi
+
+        file_system = _file_system()
+        with _named_errors(uri):
+            target = file_system.resolve_path(uri)
+            HfApi().upload_file(
+                path_or_fileobj=path_or_bytes,
+                path_in_repo=target.path_in_repo,
+                repo_id=target.repo_id,
+                repo_type=target.repo_type,
+                revision=target.revision,
+            )
+        file_system.invalidate_cache()
+
+    def delete(self, uri: str) -> None:
+        with _named_errors(uri):
+            if _file_system().exists(uri):
+                _file_system().rm_file(uri)

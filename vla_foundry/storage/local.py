@@ -1,0 +1,117 @@
+"""Files on this machine: atomic writes, listing."""
+
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from vla_foundry.storage.pattern import is_pattern
+
+# a file with this name's shape is one that was being written; it may be deleted when no writer is alive
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def _local(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+def sync_folder(folder: str) -> None:
+    """Make renames within `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replace_file(path: str) -> Iterator[str]:
+    """Yield a temporary path beside `path`; when the block ends without an error it is fsynced and renamed to `path`.
+
+    Otherwise it is deleted. Temporary names are `.<name>.<random>.tmp`, so that writers of one file do not meet.
+    """
+    path = _local(path)
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(folder)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+class LocalStorage:
+    """See vla_foundry.storage.uri.Storage."""
+
+    def open_input(self, uri: str) -> BinaryIO:
+        path = _local(uri)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{uri} is not a file.")
+        return open(path, "rb")
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        with self.open_input(uri) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def size_of(self, uri: str) -> int:
+        path = _local(uri)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{uri} is not a file.")
+        return os.path.getsize(path)
+
+    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+        path = _local(folder_or_glob)
+        if os.path.isfile(path):
+            names = [path]
+        elif os.path.isdir(path):
+            names = _files_below(path)
+        elif is_pattern(path):
+            names = [name for name in glob.glob(path, recursive=True, include_hidden=True) if os.path.isfile(name)]
+            if not names:
+                raise FileNotFoundError(f"No file matches {folder_or_glob}.")
+        else:
+            raise FileNotFoundError(f"{folder_or_glob} is neither a file nor a folder.")
+        return {name: os.path.getsize(name) for name in names}
+
+    @contextmanager
+    def open_output(self, uri: str) -> Iterator[BinaryIO]:
+        with replace_file(uri) as temporary, open(temporary, "xb") as file:
+            yield file
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        with self.open_output(uri) as file:
+            file.write(data)
+
+    def download(self, uri: str, path: str) -> None:
+        with self.open_input(uri) as source, self.open_output(path) as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+
+    def upload(self, path: str, uri: str) -> None:
+        self.download(path, uri)
+
+    def delete(self, uri: str) -> None:
+        path = _local(uri)
+        if os.path.isfile(path):
+            os.unlink(path)
+
+
+def _files_below(folder: str) -> list[str]:
+    names: list[str] = []
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        names.extend(path for name in files if os.path.isfile(path := os.path.join(here, name)))
+    return names

@@ -1,0 +1,242 @@
+"""Objects in S3 and stores that speak its protocol, by boto3.
+
+Credentials, region and endpoint (AWS_ENDPOINT_URL) come from boto3's usual places. VLA_FOUNDRY_S3_ANONYMOUS=1 sends
+unsigned requests, for public buckets.
+"""
+
+import functools
+import io
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+from vla_foundry.storage.local import replace_file
+from vla_foundry.storage.pattern import compile_pattern, is_pattern
+
+# bytes asked for in one request when a file is read from front to back
+_READ_SIZE = 4 << 20
+# attempts to read the body of one response; requests themselves are retried by botocore
+_READ_ATTEMPTS = 5
+_MULTIPART_SIZE = 16 << 20
+_CLIENT_LOCK = threading.Lock()
+
+
+def _client() -> Any:
+    # a client must not be used on both sides of a fork, nor after the environment names another store
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "VLA_FOUNDRY_S3_ANONYMOUS")
+    with _CLIENT_LOCK:
+        return _create_client(os.getpid(), tuple(os.environ.get(name) for name in names))
+
+
+@functools.lru_cache(maxsize=4)
+def _create_client(pid: int, environment: tuple[str | None, ...]) -> Any:
+    try:
+        import botocore
+        from boto3.session import Session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        raise ValueError("s3:// needs boto3, which is not installed: uv pip install 'vla-foundry[aws]'") from None
+    settings: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "max_pool_connections": 32,
+    }
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        settings["retries"] = {"mode": "standard", "total_max_attempts": 8}
+    if os.environ.get("VLA_FOUNDRY_S3_ANONYMOUS") == "1":
+        settings["signature_version"] = botocore.UNSIGNED
+    try:
+        session = Session()
+        # only a bucket elsewhere needs the right region; S3 redirects, and other stores ignore it
+        return session.client("s3", region_name=session.region_name or "us-east-1", config=Config(**settings))
+    except (BotoCoreError, ValueError) as error:
+        raise ValueError(f"s3:// can not be used: {error}") from None
+
+
+def _transfer_config() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=_MULTIPART_SIZE, multipart_chunksize=_MULTIPART_SIZE, max_concurrency=8)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri[len("s3://") :].partition("/")
+    if not bucket:
+        raise ValueError(f"'{uri}' has no bucket. Write s3://bucket/key.")
+    return bucket, key
+
+
+@contextmanager
+def _named_errors(uri: str) -> Iterator[None]:
+    """Turn boto3's errors into FileNotFoundError or a one-line ValueError that names `uri`."""
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError):
+        raise ValueError(
+            f"{uri} needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            "AWS_PROFILE, or VLA_FOUNDRY_S3_ANONYMOUS=1 for a public bucket."
+        ) from None
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
+            raise FileNotFoundError(f"{uri} does not exist.") from None
+        if code in ("412", "PreconditionFailed"):
+            raise ValueError(f"{uri} was changed while it was being read. Run again.") from None
+        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+            raise ValueError(f"{uri}: access is denied ({code}). Check the AWS credentials.") from None
+        raise ValueError(f"{uri}: the store answers {_one_line(error)}") from None
+    except (BotoCoreError, S3UploadFailedError) as error:
+        raise ValueError(f"{uri}: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class S3Storage:
+    """See vla_foundry.storage.uri.Storage."""
+
+    def _head(self, uri: str) -> tuple[int, str]:
+        bucket, key = _split(uri)
+        if not key or key.endswith("/"):
+            raise FileNotFoundError(f"{uri} is not a file.")
+        client = _client()
+        with _named_errors(uri):
+            head = client.head_object(Bucket=bucket, Key=key)
+        return head["ContentLength"], head["ETag"]
+
+    def open_input(self, uri: str) -> BinaryIO:
+        size, etag = self._head(uri)
+        return cast(BinaryIO, io.BufferedReader(_S3File(uri, size, etag), _READ_SIZE))
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        return _read_range(uri, offset, size)
+
+    def size_of(self, uri: str) -> int:
+        return self._head(uri)[0]
+
+    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+        bucket, key = _split(folder_or_glob)
+        if is_pattern(key):
+            prefix, matches = compile_pattern(key)
+            sizes = {name: size for name, size in self._list(bucket, prefix, folder_or_glob) if matches(name)}
+        else:
+            prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
+            sizes = dict(self._list(bucket, prefix, folder_or_glob))
+        if not sizes and key:
+            sizes = {key: self.size_of(folder_or_glob)}
+        if not sizes:
+            raise FileNotFoundError(f"There is nothing at {folder_or_glob}.")
+        return {f"s3://{bucket}/{name}": size for name, size in sizes.items()}
+
+    def _list(self, bucket: str, prefix: str, uri: str) -> Iterator[tuple[str, int]]:
+        client = _client()
+        with _named_errors(uri):
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    if not item["Key"].endswith("/"):  # such a key only marks a folder
+                        yield item["Key"], item["Size"]
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        bucket, key = _split(uri)
+        client = _client()
+        with _named_errors(uri):
+            client.upload_fileobj(io.BytesIO(data), bucket, key, Config=_transfer_config())
+
+    def download(self, uri: str, path: str) -> None:
+        size, _ = self._head(uri)
+        bucket, key = _split(uri)
+        client = _client()
+        with replace_file(path) as temporary:
+            with _named_errors(uri):
+                client.download_file(bucket, key, temporary, Config=_transfer_config())
+            if os.path.getsize(temporary) != size:
+                raise ValueError(f"{uri} was changed while it was being read. Run again.")
+
+    def upload(self, path: str, uri: str) -> None:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is not a file.")
+        bucket, key = _split(uri)
+        client = _client()
+        with _named_errors(uri):
+            client.upload_file(path, bucket, key, Config=_transfer_config())
+
+    def delete(self, uri: str) -> None:
+        bucket, key = _split(uri)
+        client = _client()
+        with _named_errors(uri):
+            client.delete_object(Bucket=bucket, Key=key)
+
+
+def _read_range(uri: str, offset: int, size: int, etag: str | None = None) -> bytes:
+    client = _client()
+    from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    bucket, key = _split(uri)
+    request = {"Bucket": bucket, "Key": key, "Range": f"bytes={offset}-{offset + size - 1}"}
+    if etag is not None:
+        request["IfMatch"] = etag
+    for attempt in range(1, _READ_ATTEMPTS + 1):
+        with _named_errors(uri):
+            try:
+                return client.get_object(**request)["Body"].read()
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                if attempt == _READ_ATTEMPTS:
+                    raise
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return b""  # the file ends before the range begins
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+class _S3File(io.RawIOBase):
+    """One object as a seekable raw file; every read is one ranged request for the version first seen."""
+
+    mode = "rb"
+
+    def __init__(self, uri: str, size: int, etag: str) -> None:
+        super().__init__()
+        self._uri, self._size, self._etag = uri, size, etag
+        self._position = 0
+        # what files have, so that what reads from this passes for one
+        self.name = uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"{self._uri}: seek before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def _read(self, size: int) -> bytes:
+        size = min(size, self._size - self._position)
+        if size <= 0:
+            return b""
+        data = _read_range(self._uri, self._position, size, self._etag)
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._read(self._size)

@@ -1,0 +1,232 @@
+"""Read, write, list and copy files named by a local path, `s3://bucket/key` or `hf://[datasets/]owner/repo/path`.
+
+A file that is missing raises FileNotFoundError with its name. What the user can fix (an unknown scheme, no
+credentials, a package that is not installed, no network) raises ValueError with one line. Local and remote writes are
+atomic alike: a reader sees the old file or the whole new one.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from vla_foundry.storage.local import LocalStorage
+
+_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_LOCAL = LocalStorage()
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """What a kind of storage must do; `uri` is always the full name, scheme included."""
+
+    def open_input(self, uri: str) -> BinaryIO: ...
+    def read_range(self, uri: str, offset: int, size: int) -> bytes: ...
+    def size_of(self, uri: str) -> int: ...
+    def list_sizes(self, folder_or_glob: str) -> dict[str, int]: ...
+    def write_bytes(self, uri: str, data: bytes) -> None: ...
+    def download(self, uri: str, path: str) -> None: ...
+    def upload(self, path: str, uri: str) -> None: ...
+    def delete(self, uri: str) -> None: ...
+
+
+def _scheme_of(uri: str) -> str:
+    match = _SCHEME.match(uri)
+    return match.group(1).lower() if match else ""
+
+
+def _storage_of(uri: str) -> Storage:
+    scheme = _scheme_of(uri)
+    if not scheme:
+        if not uri:
+            raise ValueError("A path is empty. Give a local path, s3:// or hf:// name.")
+        return _LOCAL
+    if scheme == "s3":
+        from vla_foundry.storage.s3 import S3Storage
+
+        return S3Storage()
+    if scheme == "hf":
+        from vla_foundry.storage.hub import HubStorage
+
+        return HubStorage()
+    raise ValueError(f"'{uri}' has the scheme '{scheme}', which is not known. Use a local path, s3:// or hf://.")
+
+
+def is_remote(uri: str) -> bool:
+    """True if `uri` names something that is not on this machine's file system."""
+    return bool(_scheme_of(uri))
+
+
+def absolute_uri(uri: str) -> str:
+    """Return `uri` without a trailing slash; a local path is made absolute and `~` is expanded."""
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
+def join_uri(base: str, *parts: str) -> str:
+    """Append relative parts to `base` with single slashes.
+
+    Raises:
+        ValueError: a part is absolute or has a scheme of its own.
+    """
+    joined = base
+    for part in parts:
+        if part.startswith("/") or is_remote(part):
+            raise ValueError(f"'{part}' can not be joined to '{base}': it is not a relative path.")
+        if part and joined:
+            joined += part if joined.endswith("/") else "/" + part
+        else:
+            joined = joined or part
+    return joined
+
+
+def parent_uri(uri: str) -> str:
+    """The folder that holds `uri`; "." for a bare file name, and `uri` itself for the root of a store."""
+    match = _SCHEME.match(uri)
+    if match is None:
+        return os.path.dirname(uri.rstrip("/") or "/") or "."
+    root, path = match.group(0), uri[match.end() :].rstrip("/")
+    folder, slash, _ = path.rpartition("/")
+    return root + (folder if slash else path)
+
+
+def name_of(uri: str) -> str:
+    """The last part of `uri`."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def open_input(uri: str) -> BinaryIO:
+    """Open a file for reading; seekable. Remote bytes come by ranges, a few MiB at a time.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return _storage_of(uri).open_input(uri)
+
+
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """Read `size` bytes from `offset`; fewer only where the file ends.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    assert offset >= 0, "offset must not be negative"
+    assert size >= 0, "size must not be negative"
+    return _storage_of(uri).read_range(uri, offset, size) if size else b""
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    with open_input(uri) as file:
+        return file.read()
+
+
+def read_text(uri: str) -> str:
+    """Read a whole file as UTF-8.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return read_bytes(uri).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
+
+
+def size_of(uri: str) -> int:
+    """Size of a file, bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return _storage_of(uri).size_of(uri)
+
+
+def exists(uri: str) -> bool:
+    """True if `uri` is a file, or a folder that holds at least one file."""
+    try:
+        size_of(uri)
+        return True
+    except FileNotFoundError:
+        pass
+    try:
+        return bool(list_sizes(uri))
+    except FileNotFoundError:
+        return False
+
+
+def list_sizes(folder_or_glob: str) -> dict[str, int]:
+    """List files with their sizes in bytes, sorted by name.
+
+    Args:
+        folder_or_glob: a folder (all files below it), a pattern (`*` within a folder level, `**` over levels, `?`,
+            `[...]`), or one file.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or nothing matches the pattern.
+    """
+    return dict(sorted(_storage_of(folder_or_glob).list_sizes(folder_or_glob).items()))
+
+
+def list_files(folder_or_glob: str) -> list[str]:
+    """List files sorted by name; see list_sizes."""
+    return list(list_sizes(folder_or_glob))
+
+
+def list_relative(folder: str) -> dict[str, int]:
+    """List the files below a folder: {path within the folder: bytes}, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = (folder if is_remote(folder) else os.path.expanduser(folder)).rstrip("/") or "/"
+    base = folder if folder.endswith("/") else folder + "/"
+    return {path[len(base) :]: size for path, size in list_sizes(folder).items() if path.startswith(base)}
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file, atomically; folders are made."""
+    _storage_of(uri).write_bytes(uri, data)
+
+
+def write_text(uri: str, text: str) -> None:
+    """Write a whole file as UTF-8, atomically; folders are made."""
+    write_bytes(uri, text.encode("utf-8"))
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """Open a file for writing (seekable); it appears under its name, whole, when the block ends without an error."""
+    if not is_remote(uri):
+        with _LOCAL.open_output(uri) as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_") as folder:
+        path = os.path.join(folder, "output")
+        with open(path, "xb") as file:
+            yield file
+        upload(path, uri)
+
+
+def download(uri: str, path: str) -> None:
+    """Copy `uri` to a local path, atomically; folders are made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    _storage_of(uri).download(uri, path)
+
+
+def upload(path: str, uri: str) -> None:
+    """Copy a local file to `uri`, atomically; folders are made.
+
+    Raises:
+        FileNotFoundError: there is no such local file.
+    """
+    _storage_of(uri).upload(path, uri)
+
+
+def delete(uri: str) -> None:
+    """Delete a file; nothing happens if there is none."""
+    _storage_of(uri).delete(uri)
