@@ -2,7 +2,10 @@
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,21 +21,29 @@ def unknown_name_message(what: str, name: object, known: list[str]) -> str:
 class Registry(Generic[T]):
     """Map names to objects.
 
+    No list holds the names that come with the package. When someone asks for a name that is not registered yet, the
+    source files of `package` are searched, once, for lines such as `@register_model("transformer")`, and the module
+    with that name is imported. So a new file registers itself, and only what is used is imported.
+
     Args:
         what: the config path or concept that a name belongs to, as the user types it (`model.type`).
-        lazy: name -> module that registers it. Such a module is imported the first time its name is asked for.
+        package: where to search, with its subpackages.
+        decorator: the function that registers there, always called with the name as a literal.
     """
 
-    def __init__(self, what: str, lazy: Mapping[str, str] | None = None) -> None:
+    def __init__(self, what: str, *, package: str, decorator: str) -> None:
         self.what = what
-        self._lazy = dict(lazy or {})
+        self._package = package
+        self._line = re.compile(rf"^@{decorator}\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
         self._entries: dict[str, T] = {}
+        # name -> module, of the source files; None: not searched yet
+        self._modules: dict[str, str] | None = None
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers its argument as `name`.
 
         Raises:
-            ValueError: `name` is registered already, to another object.
+            ValueError: another object is registered as `name` already.
         """
 
         def decorate(entry: T) -> T:
@@ -49,12 +60,24 @@ class Registry(Generic[T]):
         Raises:
             ValueError: no such name; the message holds the nearest one and all names.
         """
-        if name not in self._entries and name in self._lazy:
-            importlib.import_module(self._lazy[name])
+        if name not in self._entries and name in self._find_modules():
+            importlib.import_module(self._find_modules()[name])
         if name not in self._entries:
             raise ValueError(unknown_name_message(self.what, name, self.names()))
         return self._entries[name]
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""
-        return sorted(self._entries.keys() | self._lazy.keys())
+        return sorted(self._entries.keys() | self._find_modules().keys())
+
+    def _find_modules(self) -> dict[str, str]:
+        if self._modules is None:
+            spec = find_spec(self._package)
+            self._modules = {}
+            for root in map(Path, (spec.submodule_search_locations or []) if spec is not None else []):
+                for file in sorted(root.rglob("*.py")):
+                    parts = file.relative_to(root).with_suffix("").parts
+                    module = ".".join((self._package, *parts)).removesuffix(".__init__")
+                    names = self._line.findall(file.read_text(encoding="utf-8"))
+                    self._modules.update(dict.fromkeys(names, module))
+        return self._modules

@@ -13,26 +13,10 @@ if TYPE_CHECKING:
     from vla_foundry.params.models.base import ModelParams
 
 MODELS: "Registry[Callable[..., nn.Module]]" = Registry(
-    "model.type",
-    lazy={
-        "transformer": "vla_foundry.models.transformer",
-        "transformer_hf": "vla_foundry.models.transformer_hf",
-        "vit": "vla_foundry.models.vit",
-        "vit_hf": "vla_foundry.models.vit_hf",
-        "vlm": "vla_foundry.models.vlm",
-        "vlm_hf": "vla_foundry.models.vlm_hf",
-        "diffusion_policy": "vla_foundry.models.diffusion_policy",
-    },
+    "model.type", package="vla_foundry.models", decorator="register_model"
 )
 BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Registry(
-    "batch handler of model.type",
-    lazy={
-        "transformer": "vla_foundry.models.text_batch",
-        "transformer_hf": "vla_foundry.models.text_batch",
-        "vlm": "vla_foundry.models.image_caption_batch",
-        "vlm_hf": "vla_foundry.models.image_caption_batch",
-        "diffusion_policy": "vla_foundry.models.robotics_batch",
-    },
+    "batch handler of model.type", package="vla_foundry.models", decorator="register_batch_handler"
 )
 
 

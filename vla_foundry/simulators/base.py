@@ -165,7 +165,9 @@ SimulatorFactory = Callable[..., Simulator]
 
 F = TypeVar("F", bound=SimulatorFactory)
 
-SIMULATORS: Registry[SimulatorFactory] = Registry("simulator", lazy={"metaworld": "vla_foundry.simulators.metaworld"})
+SIMULATORS: Registry[SimulatorFactory] = Registry(
+    "simulator", package="vla_foundry.simulators", decorator="register_simulator"
+)
 
 
 def register_simulator(name: str) -> Callable[[F], F]:

@@ -221,12 +221,6 @@ class SavesFiles(Protocol):
 
 # modality -> factory (params) -> Pipeline
 PIPELINES: Registry[Callable[[DataParams], Pipeline]] = Registry(
-    "data.dataset_modality",
-    lazy={
-        "text": "vla_foundry.data.pipelines.text",
-        "text_untokenized": "vla_foundry.data.pipelines.text_untokenized",
-        "image_caption": "vla_foundry.data.pipelines.image_caption",
-        "robotics": "vla_foundry.data.pipelines.robotics",
-    },
+    "data.dataset_modality", package="vla_foundry.data.pipelines", decorator="register_pipeline"
 )
 register_pipeline = PIPELINES.register

@@ -92,12 +92,7 @@ class ActionHead(nn.Module):
 
 
 ACTION_HEADS: "Registry[Callable[[Any, HeadWidths], ActionHead]]" = Registry(
-    "model.action_head.type",
-    lazy={
-        "flow_transformer": "vla_foundry.models.action_heads.denoising",
-        "ddpm_transformer": "vla_foundry.models.action_heads.denoising",
-        "regression": "vla_foundry.models.action_heads.regression",
-    },
+    "model.action_head.type", package="vla_foundry.models", decorator="register_action_head"
 )
 
 

@@ -53,14 +53,12 @@ BackboneFactory = Callable[..., Backbone]
 PrepareObservation = Callable[[Any, Batch, torch.device | str], dict[str, Any]]
 
 _PATH = "model.vision_language_backbone"
-_MODULES = {
-    "vlm_foundry_backbone": "vla_foundry.models.backbones.vlm_foundry",
-    "vlm_backbone": "vla_foundry.models.backbones.vlm_hugging_face",
-    "clip_backbone": "vla_foundry.models.backbones.clip",
-    "vit_backbone": "vla_foundry.models.backbones.vit",
-}
-BACKBONES: "Registry[BackboneFactory]" = Registry(f"{_PATH}.type", lazy=_MODULES)
-OBSERVATIONS: "Registry[PrepareObservation]" = Registry(f"{_PATH}.type", lazy=_MODULES)
+BACKBONES: "Registry[BackboneFactory]" = Registry(
+    f"{_PATH}.type", package="vla_foundry.models", decorator="register_backbone"
+)
+OBSERVATIONS: "Registry[PrepareObservation]" = Registry(
+    f"{_PATH}.type", package="vla_foundry.models", decorator="register_observation"
+)
 
 
 def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]:

@@ -49,8 +49,7 @@ class NoiseProcess(Protocol):
 
 
 NOISES: "Registry[Callable[[Any], NoiseProcess]]" = Registry(
-    "model.action_head.noise.type",
-    lazy={"flow": "vla_foundry.models.noise.flow", "ddpm": "vla_foundry.models.noise.ddpm"},
+    "model.action_head.noise.type", package="vla_foundry.models", decorator="register_noise"
 )
 
 

@@ -1,5 +1,7 @@
-"""Params of every data type; importing this registers them."""
+"""Params of every data type; importing this package imports every file of it, which registers them."""
 
-from vla_foundry.params.data import image_caption as image_caption
-from vla_foundry.params.data import robotics as robotics
-from vla_foundry.params.data import text as text
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,6 +1,7 @@
-"""Params of every model; importing this registers them."""
+"""Params of every model; importing this package imports every file of it, which registers them."""
 
-from vla_foundry.params.models import diffusion_policy as diffusion_policy
-from vla_foundry.params.models import transformer as transformer
-from vla_foundry.params.models import vit as vit
-from vla_foundry.params.models import vlm as vlm
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -76,9 +76,8 @@ from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.storage.uri import list_sizes, name_of
 
-_FOLDER = "vla_foundry.preprocessing.robotics.converters"
 _CONVERTERS: Registry[type["BaseRoboticsConverter"]] = Registry(
-    "type", lazy={name: f"{_FOLDER}.{name}" for name in ("lerobot", "spartan", "hdf5")}
+    "type", package="vla_foundry.preprocessing.robotics.converters", decorator="register_converter"
 )
 register_converter = _CONVERTERS.register
 
