@@ -47,7 +47,17 @@ FENCES: dict[str, tuple[str, ...]] = {
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
 }
-TORCH_FREE = ("config/", "params/", "storage/", "shards.py", "registry.py", "world.py", "batch.py", "run_folder.py", "cli.py")
+TORCH_FREE = (
+    "config/",
+    "params/",
+    "storage/",
+    "shards.py",
+    "registry.py",
+    "world.py",
+    "batch.py",
+    "run_folder.py",
+    "cli.py",
+)
 MAX_LINES = 450
 MAX_FILES = 15
 MAX_FUNCTION_LINES = 60
