@@ -14,9 +14,8 @@ import json
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, BinaryIO, Literal
-
-from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, frame_suffix, parse_episode
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
@@ -26,6 +25,9 @@ TOKENS_SUFFIX = {"uint16": "tokens.u16", "uint32": "tokens.u32"}
 DOCUMENT_ENDS_SUFFIX = "document_ends.u32"
 DOCUMENT_OFFSETS_SUFFIX = "document_offsets.u64"
 RECORDS_INFO_SUFFIX = "records.json"
+# the JSON member of a whole episode (robotics/episode_blocks.py); an index needs only its header
+EPISODE_SUFFIX = "episode.json"
+EPISODE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,18 @@ class TokenRecords:
     document_ends: MemberSpan
     # (N + 1,) uint64
     document_offsets: MemberSpan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeHeader:
+    """What the JSON member of an episode says about its other members."""
+
+    # frames (L)
+    num_frames: int
+    # frames that are samples, ascending
+    anchors: tuple[int, ...]
+    # {camera: extension of its frames, "jpg" or "png"}
+    extensions: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +246,46 @@ def _index_episode(file: BinaryIO, key: str, members: dict[str, MemberSpan]) -> 
     if EPISODE_SUFFIX not in members:
         raise ValueError(f"episode '{key}' has no member .{EPISODE_SUFFIX}")
     file.seek(members[EPISODE_SUFFIX].offset)
-    info = parse_episode(file.read(members[EPISODE_SUFFIX].size), f"'{key}.{EPISODE_SUFFIX}'")
+    header = parse_episode_header(file.read(members[EPISODE_SUFFIX].size), f"'{key}.{EPISODE_SUFFIX}'")
     rest, frames = dict(members), {}
-    for camera, description in info.cameras.items():
-        suffixes = [frame_suffix(camera, frame, description.extension) for frame in range(info.num_frames)]
+    for camera, extension in header.extensions.items():
+        suffixes = [frame_suffix(camera, frame, extension) for frame in range(header.num_frames)]
         missing = next((suffix for suffix in suffixes if suffix not in rest), None)
         if missing is not None:
             raise ValueError(f"episode '{key}' has no member .{missing}")
         frames[camera] = tuple(rest.pop(suffix) for suffix in suffixes)
-    return EpisodeSpans(key=key, anchors=info.anchors, members=rest, frames=frames)
+    return EpisodeSpans(key=key, anchors=header.anchors, members=rest, frames=frames)
+
+
+def frame_suffix(camera: str, frame: int, extension: str) -> str:
+    """Suffix of the member that holds a frame of a camera."""
+    return f"{camera.lower()}.{frame:06d}.{extension}"
+
+
+def parse_episode_header(text: str | bytes, origin: str) -> EpisodeHeader:
+    """Parse what an index needs of the JSON member of an episode.
+
+    Args:
+        origin: where the text comes from, for messages.
+
+    Raises:
+        ValueError: the text is not an episode of this version, or its anchors contradict its length.
+    """
+    try:
+        values = json.loads(text)
+        if values["version"] != EPISODE_VERSION:
+            raise ValueError(f"version {values['version']}, not {EPISODE_VERSION}")
+        num_frames, anchors = int(values["num_frames"]), tuple(values["anchors"])
+        extensions = {name: camera["extension"] for name, camera in values["cameras"].items()}
+        unknown = [extension for extension in extensions.values() if extension not in ("jpg", "png")]
+        if unknown:
+            raise ValueError(f"a camera has the extension {unknown[0]!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{origin} is not an episode of version {EPISODE_VERSION} ({error}).") from None
+    is_ascending = all(first < second for first, second in pairwise(anchors))
+    if anchors and (anchors[0] < 0 or anchors[-1] >= num_frames or not is_ascending):
+        raise ValueError(f"{origin}: its anchors do not ascend within its {num_frames} frames.")
+    return EpisodeHeader(num_frames=num_frames, anchors=anchors, extensions=extensions)
 
 
 def format_index(index: ShardIndex) -> str:

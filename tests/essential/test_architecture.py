@@ -33,7 +33,6 @@ NOT_MOVED: set[tuple[str, str]] = {
     ("config/derivation.py", "robotics"),
     ("config/loading.py", "params"),
     ("config/resolve.py", "params"),
-    ("shards.py", "robotics"),
 }
 # third-party package -> where it may be imported
 FENCES: dict[str, tuple[str, ...]] = {

@@ -14,16 +14,14 @@ from vla_foundry.data.robotics.files import describe_inputs
 from vla_foundry.data.robotics.normalizer import create_normalization
 from vla_foundry.importing.source import Source, read_yaml
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.robotics_facts import (
-    PUBLISHED_LANGUAGE_TYPES,
-    describe_published_field,
-    find_published_pose_groups,
-)
 from vla_foundry.robotics.spec import (
+    PUBLISHED_LANGUAGE_TYPES,
     SPEC_NAME,
     CameraDescription,
     DatasetSpec,
     NamedSpec,
+    describe_published_field,
+    find_published_pose_groups,
     format_spec,
 )
 from vla_foundry.robotics.statistics_format import format_statistics

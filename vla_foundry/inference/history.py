@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vla_foundry.images.encode import ImageOperations
 from vla_foundry.inference.observations import Observation
-from vla_foundry.preprocessing.robotics.images import ImageOperations
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, Window
 from vla_foundry.robotics.windows import compute_relative_fields, image_frames

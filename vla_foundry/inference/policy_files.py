@@ -9,6 +9,7 @@ import yaml
 
 from vla_foundry.config.loading import load_experiment_params_from_yaml
 from vla_foundry.data.robotics.files import load_normalizer, load_spec
+from vla_foundry.images.encode import ImageOperations
 from vla_foundry.inference.history import Camera, InputPlan, find_name
 from vla_foundry.inference.loading import (
     choose_device,
@@ -20,10 +21,9 @@ from vla_foundry.inference.loading import (
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
-from vla_foundry.params.robotics_fit import find_contradictions
-from vla_foundry.preprocessing.robotics.images import ImageOperations
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
+from vla_foundry.robotics.fit import find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME

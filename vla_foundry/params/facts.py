@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from vla_foundry.params.images import ImageProcessorParams
 from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, TOKENIZER_FOLDER
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
 from vla_foundry.storage.uri import absolute_uri, exists, is_remote, join_uri, parent_uri, read_text
@@ -62,10 +64,38 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         checkpoint_models=_read_checkpoint_models(params.model, offline),
     )
     if isinstance(data, RoboticsDataParams):
-        from vla_foundry.params.robotics_facts import add_robotics  # reads arrays, with numpy
-
-        return add_robotics(facts, list_checkpoints(params.model), offline=offline)
+        return _add_robotics(facts, list_checkpoints(params.model), offline)
     return facts
+
+
+def _add_robotics(facts: Facts, checkpoints: Sequence[str], offline: bool) -> Facts:
+    """Add the spec of each dataset, and that of the run that the model starts from; remote ones only if not offline."""
+
+    def read(dataset: DatasetFacts) -> DatasetFacts:
+        if isinstance(dataset.num_samples, Unavailable):
+            return replace(dataset, robotics=Unavailable(join_uri(parent_uri(dataset.manifest), SPEC_NAME)))
+        return replace(dataset, robotics=read_spec(dataset.manifest))
+
+    return replace(
+        facts,
+        datasets=tuple(read(dataset) for dataset in facts.datasets),
+        val_datasets=tuple(read(dataset) for dataset in facts.val_datasets),
+        started_from_robotics=next(
+            (found for name in checkpoints if (found := _find_run_spec(name, offline)) is not None), None
+        ),
+    )
+
+
+def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
+    if is_remote(checkpoint) and offline:
+        return None
+    folder = absolute_uri(checkpoint)
+    for _ in range(_RUN_DEPTH):
+        location = join_uri(folder, SPEC_NAME)
+        if exists(location):
+            return NamedSpec(folder, parse_spec(read_text(location), location))
+        folder = parent_uri(folder)
+    return None
 
 
 def _ranks_per_node(world_size: int) -> int:

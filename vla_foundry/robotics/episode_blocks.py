@@ -19,14 +19,16 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
+
+from vla_foundry.shards import EPISODE_SUFFIX as EPISODE_SUFFIX
+from vla_foundry.shards import EPISODE_VERSION, parse_episode_header
+from vla_foundry.shards import frame_suffix as frame_suffix
 
 if TYPE_CHECKING:
     import numpy as np
 
-EPISODE_SUFFIX = "episode.json"
 LOWDIM_SUFFIX = "lowdim.npz"
-EPISODE_VERSION = 1
 TIMESTAMP_FIELD = "timestamp"
 # followed by the camera's name
 ORIGINAL_INTRINSICS = "original_intrinsics."
@@ -94,11 +96,6 @@ def is_episode_id(text: str) -> bool:
     return _EPISODE_ID.fullmatch(text) is not None
 
 
-def frame_suffix(camera: str, frame: int, extension: str) -> str:
-    """Suffix of the member that holds a frame of a camera."""
-    return f"{camera.lower()}.{frame:06d}.{extension}"
-
-
 def format_episode(info: EpisodeInfo) -> str:
     """Format the JSON member of an episode."""
     return json.dumps({"version": EPISODE_VERSION, **asdict(info)}, separators=(",", ":"), ensure_ascii=False)
@@ -113,33 +110,24 @@ def parse_episode(text: str | bytes, origin: str) -> EpisodeInfo:
     Raises:
         ValueError: it is no such member, of another version, or contradicts itself.
     """
+    header = parse_episode_header(text, origin)
     try:
         values = json.loads(text)
-        if values["version"] != EPISODE_VERSION:
-            raise ValueError(f"version {values['version']}, not {EPISODE_VERSION}")
-        info = EpisodeInfo(
+        return EpisodeInfo(
             episode_id=values["episode_id"],
             task=values["task"],
-            num_frames=int(values["num_frames"]),
+            num_frames=header.num_frames,
             fps=float(values["fps"]),
-            anchors=tuple(values["anchors"]),
+            anchors=header.anchors,
             cameras={name: _parse_camera(value) for name, value in values["cameras"].items()},
             instructions=tuple(InstructionSpan(**span) for span in values["instructions"]),
             metadata=values["metadata"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{origin} is no episode of version {EPISODE_VERSION} ({error}).") from None
-    pairs = zip(info.anchors, info.anchors[1:], strict=False)
-    if info.anchors and (
-        info.anchors[0] < 0 or info.anchors[-1] >= info.num_frames or any(first >= second for first, second in pairs)
-    ):
-        raise ValueError(f"{origin}: its anchors are not ascending within its {info.num_frames} frames.")
-    return info
+        raise ValueError(f"{origin} is not an episode of version {EPISODE_VERSION} ({error}).") from None
 
 
 def _parse_camera(value: Mapping[str, Any]) -> EpisodeCamera:
-    if value["extension"] not in get_args(Extension):
-        raise ValueError(f"a camera has the extension {value['extension']!r}")
     original, size = (tuple(int(side) for side in value[key]) for key in ("original_size", "size"))
     return EpisodeCamera(
         original_size=(original[0], original[1]), size=(size[0], size[1]), extension=value["extension"]

@@ -11,15 +11,28 @@
 is null where episodes differ. A training config, statistics and a checkpoint are checked against this.
 """
 
+import io
 import json
+import tarfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
-from vla_foundry.robotics.fields import PoseGroup, parse_pose_groups
+import yaml
+
+from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field, parse_pose_groups
+from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
+from vla_foundry.shards import parse_manifest
+from vla_foundry.storage.uri import is_remote, join_uri, open_input, parent_uri, read_range, read_text
 
 SPEC_NAME = "robotics.json"
 SPEC_VERSION = 1
+# kinds of instructions that published datasets may have
+PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
+# of a remote shard, read to find its first sample
+_FIRST_BYTES = 16 << 20
+_POSITION, _ROTATION = "__xyz", "__rot_6d"
 
 Layout = Literal["episodes", "samples"]
 Representation = Literal["absolute", "relative", "delta"]
@@ -177,3 +190,109 @@ def _choice(value: Any, choices: Any, what: str) -> Any:
     if value not in get_args(choices):
         raise ValueError(f"robotics spec: {what} must be one of {', '.join(get_args(choices))}, got {value!r}.")
     return value
+
+
+def read_spec(manifest: str) -> DatasetSpec:
+    """Return the spec of a dataset, by its manifest.
+
+    Raises:
+        FileNotFoundError: it has neither a spec nor a published preprocessing_config.yaml.
+        ValueError: one of them is not what it should be.
+    """
+    folder = parent_uri(manifest)
+    location = join_uri(folder, SPEC_NAME)
+    try:
+        text = read_text(location)
+    except FileNotFoundError:
+        return _describe_published(folder, manifest)
+    return parse_spec(text, location)
+
+
+@lru_cache(maxsize=64)  # it is asked for when params are resolved, and again by each loader
+def _describe_published(folder: str, manifest: str) -> DatasetSpec:
+    from vla_foundry.storage.npz import NpzFile  # lazily, so that params import this file without numpy
+
+    location = join_uri(folder, PREPROCESSING_CONFIG_NAME)
+    try:
+        values = yaml.safe_load(read_text(location))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{manifest} is of no robotics dataset: neither {SPEC_NAME} nor {PREPROCESSING_CONFIG_NAME} lies "
+            "beside it. Make it with `vla-foundry preprocess robotics`."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{location} is not YAML ({' '.join(str(error).split())}).") from None
+    try:
+        past, future = int(values["past_lowdim_steps"]), int(values["future_lowdim_steps"])
+        image_indices = tuple(int(index) for index in values["image_indices"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{location} is no published preprocessing config ({type(error).__name__}: {error})."
+        ) from None
+    first = parse_manifest(read_text(manifest), manifest)[0].shard + ".tar"
+    members = _read_first_sample(join_uri(folder, first))
+    metadata = json.loads(members["metadata.json"])
+    arrays = NpzFile.from_bytes(members["lowdim.npz"])
+    widths = {name: arrays.shape(name)[1] for name in arrays.names if len(arrays.shape(name)) == 2}
+    fields = {name: describe_published_field(name, width) for name, width in widths.items()}
+    return DatasetSpec(
+        layout="samples",
+        fps=None,
+        past_lowdim_steps=past,
+        future_lowdim_steps=future,
+        image_indices=image_indices,
+        padding_strategy=str(values.get("padding_strategy", "copy")),
+        cameras=_describe_cameras(metadata, values.get("resize_images_size")),
+        fields=fields,
+        pose_groups=find_published_pose_groups(fields),
+        language_types=PUBLISHED_LANGUAGE_TYPES,
+    )
+
+
+def describe_published_field(name: str, width: int) -> FieldDescription:
+    """What a field of published data means, by its name alone."""
+    return FieldDescription(
+        shape=(width,),
+        representation="relative" if is_relative_field(name) else "absolute",
+        rotation="rot_6d_rows" if absolute_field(name).endswith(_ROTATION) else None,
+        role="action" if name.startswith(("robot__action__", "action")) else "observation",
+    )
+
+
+def _describe_cameras(metadata: Mapping[str, Any], size: list[int] | None) -> dict[str, CameraDescription]:
+    originals = metadata.get("original_image_sizes") or {}
+    cameras = {}
+    for name in metadata.get("camera_names") or originals:
+        original = (int(originals[name][0]), int(originals[name][1])) if name in originals else None
+        stored = (int(size[0]), int(size[1])) if size else original or (0, 0)
+        cameras[name] = CameraDescription(size=stored, original_size=original, is_depth="depth" in name)
+    return cameras
+
+
+def find_published_pose_groups(fields: Mapping[str, FieldDescription]) -> tuple[PoseGroup, ...]:
+    """The poses that published fields make together, by their names."""
+    stems = [name.removesuffix(_POSITION) for name in fields if name.endswith(_POSITION)]
+    return tuple(
+        PoseGroup(name=stem, position_key=stem + _POSITION, rotation_key=stem + _ROTATION)
+        for stem in stems
+        if stem + _ROTATION in fields
+    )
+
+
+def _read_first_sample(shard: str) -> dict[str, bytes]:
+    """Return the members of a shard's first sample that are no images, by their suffixes."""
+    wanted = ("metadata.json", "lowdim.npz")
+    found: dict[str, bytes] = {}
+    source = io.BytesIO(read_range(shard, 0, _FIRST_BYTES)) if is_remote(shard) else open_input(shard)
+    try:
+        with source, tarfile.open(fileobj=source, mode="r:") as tar:
+            for member in tar:
+                suffix = member.name.partition(".")[2]
+                content = tar.extractfile(member) if suffix in wanted else None
+                if content is not None:
+                    found[suffix] = content.read()
+                if len(found) == len(wanted):
+                    return found
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is not a readable tar ({error}).") from None
+    raise ValueError(f"{shard} holds no robot samples: its first sample lacks {' or '.join(wanted)}.")

@@ -17,12 +17,10 @@ from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.robotics.datasets import read_specs
 from vla_foundry.params.commands.inspect import InspectParams
-from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 from vla_foundry.params.facts import read_facts
-from vla_foundry.params.robotics import NormalizationParams
-from vla_foundry.params.robotics_facts import read_spec
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.spec import DatasetSpec
+from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri

@@ -86,11 +86,11 @@ def test_instructions_hold_from_their_start_up_to_their_end():
     ("change", "message"),
     [
         ({"version": 2}, "version 2, not 1"),
-        ({"anchors": [2, 0]}, "anchors are not ascending within its 3 frames"),
-        ({"anchors": [0, 3]}, "anchors are not ascending within its 3 frames"),
-        ({"anchors": [-1]}, "anchors are not ascending"),
+        ({"anchors": [2, 0]}, "anchors do not ascend within its 3 frames"),
+        ({"anchors": [0, 3]}, "anchors do not ascend within its 3 frames"),
+        ({"anchors": [-1]}, "anchors do not ascend"),
         ({"cameras": {"a": {"original_size": [1, 1], "size": [1, 1], "extension": "gif"}}}, "extension 'gif'"),
-        ({"num_frames": None}, "is no episode of version 1"),
+        ({"num_frames": None}, "is not an episode of version 1"),
     ],
 )
 def test_a_broken_episode_is_named(change, message):
@@ -100,7 +100,7 @@ def test_a_broken_episode_is_named(change, message):
 
 
 def test_an_episode_that_is_no_json_is_named():
-    with pytest.raises(ValueError, match="here is no episode"):
+    with pytest.raises(ValueError, match="here is not an episode"):
         parse_episode("{", "here")
 
 
@@ -143,7 +143,7 @@ def check_index(file: BinaryIO) -> None:
     [
         ([m for m in members(INFO) if not m[0].endswith("depth.000001.png")], r"has no member \.depth\.000001\.png"),
         ([*members(INFO), ("run_2.lowdim.npz", b"")], r"episode 'run_2' has no member \.episode\.json"),
-        ([("run_1.episode.json", b"{}")], "'run_1.episode.json' is no episode"),
+        ([("run_1.episode.json", b"{}")], "'run_1.episode.json' is not an episode"),
     ],
 )
 def test_a_shard_that_lacks_something_is_named(content, message):

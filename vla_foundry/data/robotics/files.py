@@ -17,7 +17,7 @@ import yaml
 from vla_foundry.data.robotics.datasets import complete_params, read_specs
 from vla_foundry.data.robotics.normalizer import create_normalization
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.robotics_fit import find_camera
+from vla_foundry.robotics.fit import find_camera
 from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.spec import (
     SPEC_NAME,

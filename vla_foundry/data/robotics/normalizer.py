@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.robotics_fit import width_of
 from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.fit import width_of
 from vla_foundry.robotics.normalization import FieldTransform, NormalizationRule, RoboticsNormalizer
 from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics

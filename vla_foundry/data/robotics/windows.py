@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vla_foundry.data.reader import EpisodeShard, SampleShard
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.robotics_fit import find_camera
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
 from vla_foundry.robotics.fields import PoseGroup, Window, image_name
+from vla_foundry.robotics.fit import find_camera
 from vla_foundry.robotics.spec import NamedSpec
 from vla_foundry.robotics.windows import PaddingStrategy, compute_relative_fields, create_windows, image_frames
 from vla_foundry.storage.npz import NpzFile

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from vla_foundry.images.encode import ImageOperations
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
 from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
 from vla_foundry.preprocessing.robotics.images import (
-    ImageOperations,
+    choose_operations,
     describe_camera,
     encode_frames,
     rescale_intrinsics,
@@ -169,7 +170,7 @@ def _write_episode(
         anchors = choose_anchors(episode.fields, len(episode.timestamps), recipe)
     if not len(anchors.frames):
         raise Left("no samples")
-    operations = {name: ImageOperations.of_camera(params, name) for name in recipe.cameras}
+    operations = {name: choose_operations(params, name) for name in recipe.cameras}
     cameras = {name: describe_camera(episode.cameras[name], operations[name]) for name in recipe.cameras}
     info = _describe_episode(episode, anchors, cameras)
     with clock.measure("write"):

@@ -1,17 +1,12 @@
 """Turn, resize and encode the frames of a camera, one at a time, and say where their pixels went."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 
-from vla_foundry.images.decode import decode_image, image_from_array
-from vla_foundry.images.encode import encode_depth, encode_jpeg
-from vla_foundry.images.geometry import PixelMap, Size, rotate_map
-from vla_foundry.images.resize import ResizeMethod, find_resize_map, resize_depth, resize_image
-from vla_foundry.images.rotate import rotate_image
+from vla_foundry.images.decode import decode_image
+from vla_foundry.images.encode import ImageOperations, encode_jpeg
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.base import CameraFrames
 from vla_foundry.robotics.episode_blocks import EpisodeCamera
@@ -19,54 +14,15 @@ from vla_foundry.robotics.episode_blocks import EpisodeCamera
 _JPEG = b"\xff\xd8\xff"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageOperations:
-    """What is done to each image of a camera, in this order."""
-
-    # quarter turns clockwise
-    turns: int
-    # (height, width) to resize to; None: as it is
-    size: Size | None
-    method: ResizeMethod
-    jpeg_quality: int
-
-    @classmethod
-    def of_camera(cls, params: RoboticsPreprocessParams, camera: str) -> "ImageOperations":
-        """The operations that the params ask for."""
-        size = params.resize_images_size
-        return cls(
-            turns=(params.camera_rotations or {}).get(camera, 0) % 4,
-            size=None if size is None else (size[1], size[0]),
-            method=params.image_resizing_method,
-            jpeg_quality=params.jpeg_quality,
-        )
-
-    def pixel_map(self, source: Size) -> PixelMap:
-        """Where the pixels of an image of (height, width) go."""
-        turned = rotate_map(source, self.turns)
-        if self.size is None:
-            return turned
-        return turned.then(find_resize_map(turned.target_size, self.size, method=self.method))
-
-    def keeps(self, source: Size) -> bool:
-        """True if images of (height, width) stay as they are."""
-        return self.turns == 0 and self.size in (None, source)
-
-    def encode(self, frame: np.ndarray) -> bytes:
-        """Turn, resize and encode a frame: uint8 (H, W, 3) to JPEG, uint16 (H, W) to PNG."""
-        if frame.ndim == 2:
-            depth = torch.from_numpy(np.ascontiguousarray(frame))
-            if self.turns:
-                depth, _ = rotate_image(depth, self.turns)
-            if self.size is not None:
-                depth, _ = resize_depth(depth, self.size, method=self.method)
-            return encode_depth(depth)
-        image = image_from_array(frame)
-        if self.turns:  # no turn would copy the image too
-            image, _ = rotate_image(image, self.turns)
-        if self.size is not None:
-            image, _ = resize_image(image, self.size, method=self.method, interpolation="bicubic")
-        return encode_jpeg(image, quality=self.jpeg_quality)
+def choose_operations(params: RoboticsPreprocessParams, camera: str) -> ImageOperations:
+    """Return the operations that the params ask for on the images of a camera."""
+    size = params.resize_images_size
+    return ImageOperations(
+        turns=(params.camera_rotations or {}).get(camera, 0) % 4,
+        size=None if size is None else (size[1], size[0]),
+        method=params.image_resizing_method,
+        jpeg_quality=params.jpeg_quality,
+    )
 
 
 def describe_camera(frames: CameraFrames, operations: ImageOperations) -> EpisodeCamera:

@@ -10,8 +10,6 @@ from itertools import combinations
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.stats import StatsParams
-from vla_foundry.params.robotics_facts import read_spec
-from vla_foundry.params.robotics_fit import find_contradictions
 from vla_foundry.preprocessing.command import join_list_flags
 from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER
@@ -20,7 +18,8 @@ from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.episode_blocks import format_arrays
 from vla_foundry.robotics.fields import Window
-from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
+from vla_foundry.robotics.fit import find_contradictions
+from vla_foundry.robotics.spec import DatasetSpec, NamedSpec, read_spec
 from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
 from vla_foundry.robotics.statistics_format import format_statistics, pack_statistics, parse_statistics
 from vla_foundry.run_folder import STATISTICS_NAME

@@ -14,8 +14,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.data.robotics.datasets import complete_params, read_specs
 from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_robotics_files
 from vla_foundry.data.robotics.normalizer import Normalization, create_normalization
-from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.robotics import NormalizationParams
+from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 
 Write = Callable[..., Path]
 Create = Callable[..., Any]
