@@ -28,8 +28,13 @@ from PIL import Image
 
 from vla_foundry.data import create_dataloader
 from vla_foundry.images.decode import decode_image
+from vla_foundry.params.data.images import (
+    ColorJitterParams,
+    CropParams,
+    DataAugmentationParams,
+    ImageAugmentationParams,
+)
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.images import ColorJitterParams, CropParams, DataAugmentationParams, ImageAugmentationParams
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.fields import Window, image_names, parse_pose_groups
 from vla_foundry.robotics.statistics_format import format_statistics

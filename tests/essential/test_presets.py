@@ -15,7 +15,7 @@ from vla_foundry.config.loading import dump_params
 from vla_foundry.config.presets import preset_root
 from vla_foundry.config.resolve import resolve
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.commands.preprocessing_converters import ActionFieldsParams, FieldMapParams
+from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import read_facts
 from vla_foundry.params.models.action_heads import ActionHeadParams

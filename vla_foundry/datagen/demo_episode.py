@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.params.commands.demos import DemosParams
+from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.randomness import draw_index

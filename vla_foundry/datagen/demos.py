@@ -24,7 +24,7 @@ from typing import Any
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.datagen.demo_episode import features_of, record_episode
-from vla_foundry.params.commands.demos import DemosParams
+from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.preprocessing.job import num_cores, show_progress
 from vla_foundry.preprocessing.robotics.lerobot_recording import LeRobotFeatures, delete_leftovers, read_part
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter

@@ -24,7 +24,7 @@ from vla_foundry.randomness import draw_uniforms
 
 @runtime_checkable
 class Crop(Protocol):
-    """A part of fixed size; fields as in `params.images.CropParams`."""
+    """A part of fixed size; fields as in `params.data.images.CropParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -36,7 +36,7 @@ class Crop(Protocol):
 
 @runtime_checkable
 class RandomResizedCrop(Protocol):
-    """A part of random size; fields as in `params.images.RandomResizedCropParams`."""
+    """A part of random size; fields as in `params.data.images.RandomResizedCropParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -50,7 +50,7 @@ class RandomResizedCrop(Protocol):
 
 @runtime_checkable
 class HorizontalFlip(Protocol):
-    """Mirroring; fields as in `params.images.HorizontalFlipParams`."""
+    """Mirroring; fields as in `params.data.images.HorizontalFlipParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -60,7 +60,7 @@ class HorizontalFlip(Protocol):
 
 @runtime_checkable
 class ColorJitter(Protocol):
-    """Change of colours; fields as in `params.images.ColorJitterParams`."""
+    """Change of colours; fields as in `params.data.images.ColorJitterParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -76,7 +76,7 @@ class ColorJitter(Protocol):
 
 @runtime_checkable
 class ImageAugmentation(Protocol):
-    """What may be done to images; fields as in `params.images.ImageAugmentationParams`."""
+    """What may be done to images; fields as in `params.data.images.ImageAugmentationParams`."""
 
     @property
     def crop(self) -> Crop: ...

@@ -188,7 +188,7 @@ def create_processor(
     prompt_layout: str | None = None,
     **native_options: Any,
 ) -> Processor:
-    """Create the processor that `params.images.ImageProcessorParams` describe.
+    """Create the processor that `params.data.images.ImageProcessorParams` describe.
 
     Args:
         processor: folder of a saved processor, or folder or name of a Hugging Face one; None: our own.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROVENANCE_NAME, step_folder_name
 from vla_foundry.storage.uri import download, is_remote, join_uri, name_of, read_text
 

@@ -10,7 +10,7 @@ from vla_foundry.config.loading import dump_inline, dump_value
 from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
 from vla_foundry.models.legacy.policy import translate_config
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.base import ModelParams
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 from vla_foundry.importing.configs import ImportedConfig
 from vla_foundry.importing.robot_files import complete_params, read_robot_data, write_robot_files
 from vla_foundry.importing.source import Source
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.images import ImageProcessorParams
 from vla_foundry.params.models.base import LanguageModelParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.text.tokenizers import load_tokenizer

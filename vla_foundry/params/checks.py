@@ -1,9 +1,9 @@
 """What has to fit together between the sections of a run: each check names both values and a fix."""
 
 from vla_foundry.config.derivation import DatasetFacts, Derived, Facts, Unavailable
-from vla_foundry.params.budget import accumulation_steps, count_decay_steps, total_steps
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
+from vla_foundry.params.hparams import count_decay_steps
 
 
 def derive_budget(params: TrainExperimentParams, facts: Facts) -> dict[str, Derived]:

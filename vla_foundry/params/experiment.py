@@ -78,3 +78,39 @@ class TrainExperimentParams(BaseParams):
                 raise ValueError(f"{name} ({value}) must be at least 1.")
         if self.name is not None and (not self.name.strip("./ ") or "/" in self.name):
             raise ValueError(f"name '{self.name}' can not be the name of a folder. Leave out slashes.")
+
+
+def total_steps(params: TrainExperimentParams) -> int:
+    """Optimizer steps of a run; samples that do not fill a global batch are left over.
+
+    Raises:
+        ValueError: there is no budget in samples yet.
+    """
+    if params.total_train_samples is None:
+        raise ValueError("total_train_samples is not known. Give --total_train_samples or --num_epochs.")
+    return params.total_train_samples // params.hparams.global_batch_size
+
+
+def accumulation_steps(params: TrainExperimentParams, world_size: int) -> int:
+    """Forward passes per optimizer step on each rank.
+
+    Raises:
+        ValueError: the global batch can not be divided so; the message holds the nearest sizes that can.
+    """
+    hparams = params.hparams
+    unit = world_size * hparams.per_gpu_batch_size
+    if hparams.global_batch_size % unit == 0:
+        return hparams.global_batch_size // unit
+    below = hparams.global_batch_size // unit * unit
+    nearest = f"{below} or {below + unit}" if below else str(unit)
+    raise ValueError(
+        f"hparams.global_batch_size ({hparams.global_batch_size}) must be a multiple of num_ranks ({world_size}) x "
+        f"hparams.per_gpu_batch_size ({hparams.per_gpu_batch_size}) = {unit}. Use {nearest}."
+    )
+
+
+def checkpoint_steps(params: TrainExperimentParams) -> tuple[int, ...]:
+    """The steps after which a checkpoint is saved: evenly over the run, the last one at its end."""
+    steps = total_steps(params)
+    count = min(params.num_checkpoints, steps)
+    return tuple(steps * (index + 1) // count for index in range(count))

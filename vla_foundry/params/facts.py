@@ -9,9 +9,9 @@ from typing import Any
 
 from vla_foundry.config.base import BaseParams
 from vla_foundry.config.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
+from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.images import ImageProcessorParams
 from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMParams

@@ -86,3 +86,33 @@ class HyperParams(BaseParams):
                 )
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
             raise ValueError(f"grad_clip_norm ({self.grad_clip_norm}) must be above 0, or null for no clipping.")
+
+
+def count_steps(value: float, total_steps: int) -> int:
+    """Return the number of steps that `hparams.warmup` or `hparams.decay` means: below 1 it is a fraction."""
+    return int(value * total_steps) if value < 1 else int(value)
+
+
+def count_decay_steps(params: HyperParams, total_steps: int) -> int:
+    """Return over how many steps at the end of the run the learning rate falls.
+
+    Raises:
+        ValueError: warm-up and decay do not fit into the run.
+    """
+    warmup_steps = count_steps(params.warmup, total_steps)
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"hparams.warmup ({params.warmup:g}) is {warmup_steps} steps, more than the run's {total_steps}. "
+            f"Use fewer steps, or a fraction of the run such as --hparams.warmup 0.05."
+        )
+    if params.lr_scheduler == "constant":
+        return 0
+    if params.lr_scheduler != "warmup_constant_decay":
+        return total_steps - warmup_steps
+    decay_steps = count_steps(params.decay, total_steps)
+    if warmup_steps + decay_steps > total_steps:
+        raise ValueError(
+            f"hparams.warmup ({warmup_steps} steps) and hparams.decay ({decay_steps} steps) must fit into the run's "
+            f"{total_steps} steps. Lower one of them."
+        )
+    return decay_steps

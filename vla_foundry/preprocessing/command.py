@@ -27,12 +27,12 @@ JOBS = {
         "text -> a byte-level BPE tokenizer",
     ),
     "image_caption": (
-        "vla_foundry.params.commands.preprocessing_captions:PreprocessImageCaptionParams",
+        "vla_foundry.params.commands.preprocessing:PreprocessImageCaptionParams",
         "vla_foundry.preprocessing.image_caption.job:preprocess_image_caption",
         "images and captions: folders of pairs, lists of paths or URLs",
     ),
     "robotics": (
-        "vla_foundry.params.commands.preprocessing_converters:RoboticsPreprocessParams",
+        "vla_foundry.params.commands.preprocessing_robotics:RoboticsPreprocessParams",
         "vla_foundry.preprocessing.robotics.job:preprocess_robotics",
         "recordings of robots (LeRobot, HDF5, ...)",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.params.commands.quickstart import QuickstartParams
+from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.preprocessing.job import num_cores
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report

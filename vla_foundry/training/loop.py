@@ -18,8 +18,7 @@ from torch import Tensor
 
 from vla_foundry.batch import Batch
 from vla_foundry.models.base import BatchHandler
-from vla_foundry.params.budget import accumulation_steps, checkpoint_steps
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.checkpoint import save_checkpoint
 from vla_foundry.training.distributed import all_reduce, gradient_sync, reshard

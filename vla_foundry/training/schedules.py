@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from vla_foundry.params.budget import count_decay_steps, count_steps
-from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.hparams import HyperParams, count_decay_steps, count_steps
 
 
 def learning_rates(params: HyperParams, total_steps: int) -> np.ndarray:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.text import TextDataParams
-from vla_foundry.params.images import ImageProcessorParams
 from vla_foundry.run_folder import PROCESSOR_FOLDER, TOKENIZER_FOLDER
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri
 

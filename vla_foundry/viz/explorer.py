@@ -16,7 +16,7 @@ from vla_foundry.config.resolve import resolve
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.robotics.datasets import read_specs
-from vla_foundry.params.commands.inspect import InspectParams
+from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 from vla_foundry.params.facts import read_facts
 from vla_foundry.registry import unknown_name_message

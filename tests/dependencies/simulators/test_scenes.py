@@ -13,7 +13,7 @@ from PIL import Image
 
 from vla_foundry.datagen.scene_captions import GRID, describe_scene, parse_caption, score_captions
 from vla_foundry.datagen.scenes import create_scene, generate_scenes, main
-from vla_foundry.params.commands.scenes import ScenesParams
+from vla_foundry.params.commands.datagen import ScenesParams
 from vla_foundry.simulators import create_simulator
 
 

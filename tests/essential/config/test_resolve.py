@@ -21,8 +21,8 @@ from vla_foundry.params import (
     load_experiment_params_from_yaml,
     register_data_params,
 )
-from vla_foundry.params.budget import accumulation_steps, checkpoint_steps, total_steps
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
+from vla_foundry.params.experiment import accumulation_steps, checkpoint_steps, total_steps
 from vla_foundry.params.facts import read_facts
 from vla_foundry.params.models.transformer import TransformerParams
 

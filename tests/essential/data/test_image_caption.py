@@ -21,7 +21,7 @@ from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.images.decode import decode_image
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
-from vla_foundry.params.images import (
+from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
     DataAugmentationParams,

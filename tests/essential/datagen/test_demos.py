@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from vla_foundry.datagen import demo_episode, demos
 from vla_foundry.datagen.demos import main, record_demos
-from vla_foundry.params.commands.demos import DemosParams
-from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
+from vla_foundry.params.commands.datagen import DemosParams
+from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.robotics.converters.lerobot import LeRobotConverter
 from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
 from vla_foundry.simulators.metaworld_instructions import instructions_of

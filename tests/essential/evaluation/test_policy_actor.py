@@ -17,9 +17,9 @@ from vla_foundry.evaluation.policy_actor import TrainedPolicy
 from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
 from vla_foundry.evaluation.run import evaluate
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.commands.demos import DemosParams
+from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
-from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
+from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.params.facts import read_facts
 from vla_foundry.preprocessing.robotics.job import preprocess_robotics
 from vla_foundry.training.experiment import train

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vla_foundry.images.augment import CENTRE, augment_image, draw_augmentation, draw_color_factors
-from vla_foundry.params.images import (
+from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
     HorizontalFlipParams,

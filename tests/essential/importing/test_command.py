@@ -12,7 +12,7 @@ from vla_foundry.cli import main as run_cli
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.inference.loading import load_run_model
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.run_folder import find_checkpoint
 from vla_foundry.storage.uri import upload
 

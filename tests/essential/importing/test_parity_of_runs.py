@@ -22,7 +22,7 @@ from vla_foundry.models.action_heads.base import ActionWindow
 from vla_foundry.models.backbones.base import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.run_folder import find_checkpoint, verify
 from vla_foundry.shards import format_manifest

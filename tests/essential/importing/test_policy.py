@@ -15,7 +15,7 @@ from vla_foundry.importing.configs import match_field_config
 from vla_foundry.inference.history import RobotObservation
 from vla_foundry.inference.policy import Policy
 from vla_foundry.params import load_experiment_params_from_yaml
-from vla_foundry.params.commands.importing import ImportParams
+from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 
 XYZ = "robot__action__poses__left::panda__xyz_relative"

@@ -18,8 +18,13 @@ from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_rob
 from vla_foundry.images.decode import image_from_array
 from vla_foundry.images.processor import Processor
 from vla_foundry.inference.observations import Observation, ObservationEncoder
+from vla_foundry.params.data.images import (
+    ColorJitterParams,
+    CropParams,
+    DataAugmentationParams,
+    ImageAugmentationParams,
+)
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.images import ColorJitterParams, CropParams, DataAugmentationParams, ImageAugmentationParams
 
 AUGMENTATION = DataAugmentationParams(
     image=ImageAugmentationParams(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.params.commands.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.image_caption.job import preprocess_image_caption
 from vla_foundry.preprocessing.image_caption.sources import group_pairs, read_list

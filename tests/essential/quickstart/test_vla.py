@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.params.commands.evaluation import EvaluateParams
-from vla_foundry.params.commands.quickstart import QuickstartParams
+from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.quickstart.command import create_llm_stage, create_vla_stage, create_vlm_stage
 from vla_foundry.quickstart.vla import TASKS, ablation_steps
 from vla_foundry.quickstart.vla_report import write_vla_report

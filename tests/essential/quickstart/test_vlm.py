@@ -8,7 +8,7 @@ from PIL import Image
 from vla_foundry.config.command_line import parse
 from vla_foundry.datagen.scene_captions import describe_scene, score_captions
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.commands.quickstart import QuickstartParams
+from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.quickstart.command import create_llm_stage, create_vlm_stage
 from vla_foundry.quickstart.llm import PRESET as LLM_PRESET

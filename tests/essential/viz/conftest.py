@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.params.commands.stats import StatsParams
+from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
 from vla_foundry.preprocessing.writer import open_shard
 from vla_foundry.robotics.episode_blocks import (

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.cli import main
-from vla_foundry.params.commands.inspect import InspectParams
+from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.robotics.spec import DatasetSpec, parse_spec
 from vla_foundry.viz.explorer import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample

@@ -33,7 +33,7 @@ from vla_foundry.images.prepare import prepare_images
 from vla_foundry.images.processor import TOKEN_KEYS, Processor, create_processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
-from vla_foundry.params.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.text.prompts import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
 from vla_foundry.text.tokenizers import pad_token_id_of
 

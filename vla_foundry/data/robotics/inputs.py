@@ -16,7 +16,7 @@ from vla_foundry.images.decode import decode_image
 from vla_foundry.images.geometry import PixelMap, identity_map
 from vla_foundry.images.processor import Processor
 from vla_foundry.images.resize import resize_image
-from vla_foundry.params.images import ImageProcessorParams
+from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.layout import FieldLayout
 from vla_foundry.robotics.normalization import RoboticsNormalizer

@@ -1,4 +1,4 @@
-"""Params of `vla-foundry evaluate`: a policy in closed loop in a simulator."""
+"""Params of the commands that judge a policy: `evaluate` and `action-error`."""
 
 import re
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ from typing import Any
 from vla_foundry.config.base import register_data_params
 from vla_foundry.config.derivation import Derived, Facts
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.text.prompts import CAPTION_PROMPTS, template_fields
 
 

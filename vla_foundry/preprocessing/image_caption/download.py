@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vla_foundry.params.commands.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures
 from vla_foundry.preprocessing.image_caption.sources import Row
 from vla_foundry.preprocessing.job import num_cores

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.params.commands.preprocessing_captions import PreprocessImageCaptionParams
+from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures, Unusable
 from vla_foundry.preprocessing.image_caption.samples import create_images, create_texts, read_item

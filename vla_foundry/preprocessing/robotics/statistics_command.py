@@ -9,7 +9,7 @@ import time
 from itertools import combinations
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.params.commands.stats import StatsParams
+from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.command import join_list_flags
 from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER

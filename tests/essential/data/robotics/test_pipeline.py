@@ -15,8 +15,13 @@ from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
 from vla_foundry.images.processor import load_tokenizer
+from vla_foundry.params.data.images import (
+    ColorJitterParams,
+    CropParams,
+    DataAugmentationParams,
+    ImageAugmentationParams,
+)
 from vla_foundry.params.data.robotics import FieldNormalizationParams, NormalizationParams, RoboticsDataParams
-from vla_foundry.params.images import ColorJitterParams, CropParams, DataAugmentationParams, ImageAugmentationParams
 from vla_foundry.world import World
 
 Write = Callable[..., Path]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.cli import main
-from vla_foundry.params.commands.stats import StatsParams
+from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
 from vla_foundry.robotics.statistics import FieldStatistics
 from vla_foundry.robotics.statistics_format import parse_statistics

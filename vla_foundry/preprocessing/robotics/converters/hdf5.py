@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.params.commands.preprocessing_converters import CameraParams, FieldMapParams, HDF5Params
+from vla_foundry.params.commands.preprocessing_robotics import CameraParams, FieldMapParams, HDF5Params
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,

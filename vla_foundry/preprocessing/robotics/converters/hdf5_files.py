@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_foundry.images.decode import decode_image
-from vla_foundry.params.commands.preprocessing_converters import CameraParams
+from vla_foundry.params.commands.preprocessing_robotics import CameraParams
 from vla_foundry.storage.uri import is_remote, open_input
 
 if TYPE_CHECKING:

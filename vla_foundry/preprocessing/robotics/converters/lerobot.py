@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_foundry.params.commands.preprocessing_converters import FieldMapParams, FieldParams, LeRobotParams
+from vla_foundry.params.commands.preprocessing_robotics import FieldMapParams, FieldParams, LeRobotParams
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
+from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 
 LENGTHS = [12, 9, 15, 10]
 NUM_SEEDS = 10

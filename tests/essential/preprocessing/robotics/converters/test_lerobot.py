@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vla_foundry.params.commands.preprocessing_converters import LeRobotParams
+from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
 from vla_foundry.robotics.spec import parse_spec

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vla_foundry.params.commands.preprocessing_converters import SpartanParams
+from vla_foundry.params.commands.preprocessing_robotics import SpartanParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.robotics.converters.base import create_converter
 from vla_foundry.robotics.spec import parse_spec

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vla_foundry.params.images import (
+from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
     HorizontalFlipParams,
