@@ -1,9 +1,11 @@
 """Settings that hold for every test: no hub, no telemetry, and published data only where it is named."""
 
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +53,39 @@ def s3_bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     Session().client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> str:
+    """The manifest of a dataset of 1000 samples; its shards are never read here."""
+    path = tmp_path / "dataset" / "manifest.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 1000}) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], str]:
+    """Writes a file below the test's folder and returns its path."""
+
+    def write_file(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture
+def parse_train() -> Callable[..., Any]:
+    """Parses the words of `vla-foundry train`, with a type for model and data."""
+
+    def parse_words(*words: str, cls: Any = None) -> Any:
+        from vla_foundry.config.command_line import parse
+        from vla_foundry.params import TrainExperimentParams
+
+        base = ["--model.type", "transformer", "--data.type", "text"] if cls is None else []
+        return parse(cls or TrainExperimentParams, [*base, *words], prog="vla-foundry train")
+
+    return parse_words
