@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_foundry.config.base import register_converter_params
 from vla_foundry.images.decode import decode_image
 from vla_foundry.images.encode import encode_jpeg, image_to_array
-from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.job import Task, num_cores, ray_cluster, run_tasks
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
 from vla_foundry.preprocessing.robotics.converters.base import Episode, EpisodeRef

@@ -1,12 +1,13 @@
 """Train one model: `vla-foundry train ...`, or for several processes `torchrun vla_foundry/main.py ...`."""
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 from vla_foundry.config.command_line import errors_once, parse, print_notices, run_command
-from vla_foundry.config.origins import print_resolved
-from vla_foundry.config.resolve import require_resolved, resolve_known
+from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
+from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.facts import read_facts
 from vla_foundry.world import read_world, read_world_size
 
 PROG = "vla-foundry train"
@@ -24,12 +25,16 @@ def main(argv: list[str]) -> None:
     """
     with errors_once():
         parsed = parse(TrainExperimentParams, argv, prog=PROG)
-    with errors_once("LOCAL_RANK"):
+    with errors_once(on_each_node=True):
         facts = read_facts(parsed.params, read_world_size(), offline=parsed.params.resolve_configs)
         resolved = resolve_known(parsed.params, facts)
     print_notices(parsed.notices + resolved.notices)
     if parsed.params.resolve_configs:
-        print_resolved(resolved, parsed.origins)
+        # the flags that asked for this print are no part of the run
+        flags: dict[str, Any] = {"resolve_configs": False, "resolve_configs_path": None}
+        shown = replace(resolved, params=replace(resolved.params, **flags))
+        origins = {path: origin for path, origin in parsed.origins.items() if path not in flags}
+        print_resolved(shown, origins, parsed.params.resolve_configs_path)
         return
     params = require_resolved(resolved)
 

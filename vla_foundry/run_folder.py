@@ -20,6 +20,8 @@ A step folder is written aside, as `.writing_step_...`, and renamed when all of 
 """
 
 import json
+import os
+import posixpath
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -46,6 +48,22 @@ COMPLETE_NAME = "COMPLETE"
 WRITING_PREFIX = ".writing_"
 
 _STEP_PATTERN = re.compile(r"step_(\d+)")
+
+
+def run_folder_candidates(checkpoint: str) -> list[str]:
+    """Return where the run folder of a checkpoint can be, nearest first: the checkpoint itself or a folder above it.
+
+    Args:
+        checkpoint: path or URI of a run folder, a step folder, or a file of weights.
+    """
+    scheme, mark, path = checkpoint.rpartition("://")
+    place = path.rstrip("/") if mark else os.path.abspath(os.path.expanduser(checkpoint))
+    found = [place]
+    # the deepest is run/checkpoints/step_N/model.safetensors
+    for _ in range(3):
+        place = posixpath.dirname(place) or place
+        found.append(place)
+    return [scheme + mark + folder for folder in dict.fromkeys(found)]
 
 
 def step_folder_name(step: int) -> str:

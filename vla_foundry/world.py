@@ -3,13 +3,23 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-# (rank, local rank, world size), one row per launcher: torchrun, Open MPI, Slurm
-_LAUNCHERS = (
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-)
+
+class _Launcher(NamedTuple):
+    """The variables in which a launcher tells a process its place."""
+
+    rank: str
+    local_rank: str
+    world_size: str
+    ranks_per_node: str
+
+
+_TORCHRUN = _Launcher("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_OPEN_MPI = _Launcher(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
+_SLURM = _Launcher("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+# the first one that is there counts: torchrun is itself started by Slurm or MPI
+_LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _SLURM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +52,10 @@ def read_world(num_cuda_devices: int, environment: Mapping[str, str] | None = No
         ValueError: a variable is missing, or not a number, or names a device that is not there.
     """
     environment = os.environ if environment is None else environment
-    for rank_name, local_rank_name, world_size_name in _LAUNCHERS:
-        if world_size_name in environment:
-            rank, local_rank, world_size = (
-                _read_int(environment, name) for name in (rank_name, local_rank_name, world_size_name)
-            )
-            break
-    else:
-        rank, local_rank, world_size = 0, 0, 1
+    launcher = next((launcher for launcher in _LAUNCHERS if launcher.world_size in environment), None)
+    rank, local_rank, world_size = (
+        (0, 0, 1) if launcher is None else (_read_int(environment, name) for name in launcher[:3])
+    )
     if num_cuda_devices == 0:
         device = "cpu"
     elif local_rank < num_cuda_devices:
@@ -65,8 +71,30 @@ def read_world(num_cuda_devices: int, environment: Mapping[str, str] | None = No
 def read_world_size(environment: Mapping[str, str] | None = None) -> int:
     """Read only the number of processes; needs no torch."""
     environment = os.environ if environment is None else environment
-    names = [row[2] for row in _LAUNCHERS if row[2] in environment]
+    names = [launcher.world_size for launcher in _LAUNCHERS if launcher.world_size in environment]
     return _read_int(environment, names[0]) if names else 1
+
+
+def read_ranks_per_node(world_size: int, environment: Mapping[str, str] | None = None) -> int:
+    """Read the number of processes on this machine; all of `world_size` where the launcher does not tell."""
+    given = _find(environment, [launcher.ranks_per_node for launcher in _LAUNCHERS])
+    return int(given) if given.isdigit() and int(given) > 0 else world_size
+
+
+def read_rank(environment: Mapping[str, str] | None = None) -> str:
+    """Read the rank of this process as its launcher writes it, for messages; "0" without a launcher."""
+    return _find(environment, [launcher.rank for launcher in _LAUNCHERS]) or "0"
+
+
+def is_first_process(*, on_node: bool = False, environment: Mapping[str, str] | None = None) -> bool:
+    """True unless the launcher says that another process is the first, among all or on this machine."""
+    names = [launcher.local_rank if on_node else launcher.rank for launcher in _LAUNCHERS]
+    return (_find(environment, names) or "0") == "0"
+
+
+def _find(environment: Mapping[str, str] | None, names: list[str]) -> str:
+    environment = os.environ if environment is None else environment
+    return next((environment[name] for name in names if name in environment), "")
 
 
 def _read_int(environment: Mapping[str, str], name: str) -> int:

@@ -29,11 +29,7 @@ ALLOWED_SIDEWAYS = {
     ("run_folder", "shards"),
 }
 # (file, imported part) that has not moved to its place yet; this list only shrinks
-NOT_MOVED: set[tuple[str, str]] = {
-    ("config/derivation.py", "robotics"),
-    ("config/loading.py", "params"),
-    ("config/resolve.py", "params"),
-}
+NOT_MOVED: set[tuple[str, str]] = set()
 # third-party package -> where it may be imported
 FENCES: dict[str, tuple[str, ...]] = {
     "torch.distributed.fsdp": ("training/distributed.py",),

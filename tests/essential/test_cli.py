@@ -294,9 +294,18 @@ def test_main_runs_as_a_script_without_its_own_folder_on_the_path(workplace: Pat
     assert (result.returncode, result.stderr) == (2, "error: hparams.lrr is unknown. Did you mean hparams.lr?\n")
 
 
-def test_only_the_first_process_tells_of_an_error_and_all_exit_with_2(workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ],
+    ids=["torchrun", "mpi", "slurm"],
+)
+def test_only_the_first_process_tells_of_an_error_and_all_exit_with_2(workplace: Path, names: tuple[str, ...]) -> None:
     for rank in ("0", "1"):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment = dict(zip(names, (rank, rank, "2"), strict=True))
         words = ["--hparams.per_gpu_batch_size", "64"]
         result, _ = run_process("-m", "vla_foundry.cli", *TRAIN, *words, cwd=workplace, **environment)
         assert result.returncode == 2

@@ -12,12 +12,12 @@ import pytest
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.loading import dump_params
-from vla_foundry.config.presets import preset_root
 from vla_foundry.config.resolve import resolve
+from vla_foundry.config.yaml_source import preset_root
+from vla_foundry.data.facts import read_facts
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.facts import read_facts
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
@@ -181,7 +181,7 @@ def test_the_papers_policies_are_trained_as_in_the_paper(
 def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: str) -> None:
     # the layout of the wheel: the presets are a folder of the package
     site = tmp_path / "site"
-    for name in ("config", "params", "storage", "robotics", "text"):
+    for name in ("config", "data", "params", "storage", "robotics", "text"):
         shutil.copytree(ROOT / "vla_foundry" / name, site / "vla_foundry" / name)
     for path in (ROOT / "vla_foundry").glob("*.py"):
         shutil.copy(path, site / "vla_foundry")

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 PARAMS = '''
 from dataclasses import dataclass, field
 
-from vla_foundry.config.base import register_model_params
+from vla_foundry.params.models.base import register_model_params
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.base import ModelParams

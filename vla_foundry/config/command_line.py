@@ -1,27 +1,31 @@
 """The front of every command: words and config files in, one frozen dataclass out, or one line that says why not."""
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from vla_foundry.config import schema
-from vla_foundry.config.checkpoint_config import read_checkpoint_type
 from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.help import format_help
-from vla_foundry.config.plugins import import_installed_plugins, import_plugins
 from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, without
 from vla_foundry.config.values import decode_value
 from vla_foundry.config.words import Words, flags_to_tree, split_words
 from vla_foundry.config.yaml_source import load_config
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.world import is_first_process, read_rank
 
 P = TypeVar("P")
 
 CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
+ENTRY_POINT_GROUP = "vla_foundry.plugins"
+# those that users named so far; processes that are spawned have to import them again
+_named: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +69,17 @@ def print_notices(notices: list[str]) -> None:
             sys.stderr.write(f"note: {notice}\n")
 
 
-def is_first_process() -> bool:
-    """True unless the launcher says that this is another process than the first."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 @contextmanager
-def errors_once(environment_name: str = "RANK") -> Iterator[None]:
-    """Let only one process tell of an error that all processes have: the others leave with exit code 2, in silence.
+def errors_once(*, on_each_node: bool = False) -> Iterator[None]:
+    """Let one process print an error that all processes have; the others leave with exit code 2, in silence.
 
     Args:
-        environment_name: "RANK" for one process in all; "LOCAL_RANK" for one on each machine.
+        on_each_node: one process on each machine prints it, because machines may differ.
     """
     try:
         yield
     except (ValueError, OSError):
-        if os.environ.get(environment_name, "0") != "0":
+        if not is_first_process(on_node=on_each_node):
             raise SystemExit(2) from None
         raise
 
@@ -151,6 +149,52 @@ def _plugin_names(node: Leaf) -> list[str]:
     return decode_value(list[str], node.value, PLUGINS_FLAG, node.origin)
 
 
+def named_plugins() -> tuple[str, ...]:
+    """The plug-ins that users named so far in this process."""
+    return tuple(dict.fromkeys(_named))
+
+
+def import_installed_plugins() -> None:
+    """Import the plug-ins that installed packages announce as entry points.
+
+    Raises:
+        ValueError: one cannot be imported; the message names the package.
+    """
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        owner = f" of the package {entry.dist.name}" if entry.dist is not None else ""
+        _import(entry.module, f"The plug-in {entry.value}{owner}")
+
+
+def import_plugins(modules: Iterable[str], origin: str) -> None:
+    """Import the plug-ins that a user names; the working directory is searched too.
+
+    Args:
+        modules: dotted names.
+        origin: where they are named, for messages.
+
+    Raises:
+        ValueError: one does not exist or cannot be imported.
+    """
+    for module in modules:
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+        _import(module, f"{origin}: the plug-in {module}")
+        _named.append(module)
+
+
+def _import(module: str, what: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ValueError(
+                f"{what} was not found. Give a module that Python can import, as my_package.my_module."
+            ) from None
+        raise ValueError(f"{what} needs the module {error.name}, which is not installed.") from error
+    except (ImportError, SyntaxError, TypeError) as error:
+        raise ValueError(f"{what} cannot be imported: {error}.") from error
+
+
 def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
     """Decode a tree into a dataclass or a role's concrete class.
 
@@ -166,7 +210,7 @@ def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
         PLUGINS_FLAG in schema.accepted_keys(member) for member in schema.concrete_classes(cls)
     ):
         tree = without(tree, PLUGINS_FLAG)
-    decoding = Decoding(root=cls, checkpoint_type=read_checkpoint_type)
+    decoding = Decoding(root=cls)
     params = decode(cls, tree, decoding, path)
     ignored = [f"{key} ({reason})" for key, reason in decoding.ignored.items()]
     notices = decoding.notices + ([f"without effect: {', '.join(ignored)}."] if ignored else [])
@@ -185,7 +229,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         if is_debug or not _is_users(error):
             raise
-        where = "" if is_first_process() else f"process {os.environ.get('RANK', '?')}: "
+        where = "" if is_first_process() else f"process {read_rank()}: "
         sys.stderr.write(f"error: {where}{' '.join(_message(error).split()) or repr(error)}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:

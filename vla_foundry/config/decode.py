@@ -1,35 +1,41 @@
 """Decode a tree of values into frozen dataclasses: strict keys, types chosen by role, errors of one line."""
 
+import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
-from vla_foundry.config.base import ChoiceParams
-from vla_foundry.config.choices import checkpoint_of, choose_type, drop_superseded
-from vla_foundry.config.migrations import migrations_of
-from vla_foundry.config.tree import TYPE_KEY, Branch, Leaf, Node, Origin, Scalar, to_node, to_value, without
+from vla_foundry.config.schema import ChoiceParams, migrations_of
+from vla_foundry.config.tree import (
+    DEFAULT,
+    TYPE_KEY,
+    Branch,
+    Leaf,
+    Node,
+    Origin,
+    Scalar,
+    text_of,
+    to_node,
+    to_value,
+    without,
+)
 from vla_foundry.config.values import as_list, decode_value
-from vla_foundry.config.yaml_source import is_null
+from vla_foundry.config.yaml_source import is_null, load_config
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.run_folder import MODEL_CONFIG_NAME, run_folder_candidates
 from vla_foundry.storage.uri import is_remote
-
-
-def _no_checkpoint_type(location: str) -> str | None:
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """One decoding: what it needs to know, and what it finds out on the way."""
+    """What one decoding finds out on the way."""
 
     # class of the whole config, for suggestions
     root: Any
-    # returns the model type that a checkpoint's config names, or None
-    checkpoint_type: Callable[[str], str | None] = _no_checkpoint_type
     # config path of each leaf that is not at its default -> where it comes from
     origins: dict[str, Origin] = field(default_factory=dict)
-    # what a user should know although it is no error
+    # lines that are no errors, but worth printing
     notices: list[str] = field(default_factory=list)
     # config path of each key that has no effect any more -> why
     ignored: dict[str, str] = field(default_factory=dict)
@@ -80,22 +86,100 @@ def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any,
     role = schema.role_of(cls)
     if not schema.is_role(cls) and TYPE_KEY not in tree.children:
         return cls, tree
-    name, origin = choose_type(role, tree, path, decoding.checkpoint_type)
+    name, origin = _choose_type(role, tree, path)
     chosen = schema.members(role)[name]
     if not issubclass(chosen, cls):
         raise ValueError(f"{origin.prefix}{_join(path, TYPE_KEY)} is '{name}', not '{cls.registered_name()}'.")
     decoding.origins[_join(path, TYPE_KEY)] = origin
-    checkpoint = checkpoint_of(tree)
+    checkpoint = _checkpoint_of(role, tree)
     if TYPE_KEY not in tree.children and checkpoint is not None and is_remote(checkpoint):
         decoding.notices.append(
             f"{_join(path, TYPE_KEY)} is taken to be '{name}': the config of {checkpoint} is not read for it. "
             f"Give --{_join(path, TYPE_KEY)} if it is another."
         )
-    kept, dropped = drop_superseded(role, name, without(tree, TYPE_KEY), path)
+    kept, dropped = _drop_superseded(role, name, without(tree, TYPE_KEY), path)
     if dropped:
         changed = f"{_join(path, TYPE_KEY)} is now '{name}' ({origin})"
         decoding.notices.append(f"{changed}: dropped {', '.join(dropped)}, which belong to another type.")
     return chosen, kept
+
+
+def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
+    """Return the name of the type that a branch is, and where that comes from.
+
+    In this order: the type that is given; that of the checkpoint it starts from; the only type that has all given
+    keys; the role's native type.
+
+    Args:
+        role: the class of the slot.
+        branch: what is given for the slot.
+        path: config path of the slot, for messages.
+
+    Raises:
+        ValueError: the type is unknown, or cannot be told.
+    """
+    types = schema.members(role)
+    type_path = f"{path}.{TYPE_KEY}" if path else TYPE_KEY
+    given = branch.children.get(TYPE_KEY)
+    if given is not None and not is_null(getattr(given, "value", given)):
+        return _given_type(given, types, type_path), given.origin
+    checkpoint = _checkpoint_of(role, branch)
+    if checkpoint is not None:
+        found = _read_checkpoint_type(checkpoint)
+        if found in types:
+            return str(found), Origin(f"type of {path}.{role.checkpoint_key}")
+    native = role.default_choice_name() if role.default_choice_name() in types else None
+    keys = branch.children.keys() - branch.superseded.keys() - {TYPE_KEY}
+    able = [name for name, cls in types.items() if keys <= schema.accepted_keys(cls)]
+    if native is not None and (native in able or not able):
+        return native, DEFAULT
+    if len(able) == 1 and keys:
+        return able[0], Origin(f"the only type with the keys {', '.join(sorted(keys))}")
+    names = ", ".join(sorted(able or types))
+    raise ValueError(f"{branch.origin.prefix}{type_path} is missing. Choose one of: {names} (--{type_path} NAME).")
+
+
+def _checkpoint_of(role: Any, branch: Branch) -> str | None:
+    """The checkpoint that a branch starts from, if it names one."""
+    node = branch.children.get(role.checkpoint_key)
+    return text_of(node) if isinstance(node, Leaf) and not is_null(node.value) else None
+
+
+def _read_checkpoint_type(location: str) -> str | None:
+    """The type in the saved config of a local checkpoint's run; None if there is none."""
+    if is_remote(location):
+        return None
+    for folder in run_folder_candidates(location):
+        config = f"{folder}/{MODEL_CONFIG_NAME}"
+        if os.path.isfile(config):
+            tree = load_config(config)
+            return text_of(tree.children.get(TYPE_KEY)) if isinstance(tree, Branch) else None
+    return None
+
+
+def _given_type(given: Any, types: dict[str, type], type_path: str) -> str:
+    if not isinstance(given, Leaf) or not isinstance(given.value, Scalar):
+        raise ValueError(f"{given.origin.prefix}{type_path} must be a name, one of: {', '.join(sorted(types))}.")
+    if given.value.text not in types:
+        raise ValueError(given.origin.prefix + unknown_name_message(type_path, given.value.text, sorted(types)))
+    return given.value.text
+
+
+def _drop_superseded(role: Any, name: str, branch: Branch, path: str) -> tuple[Branch, list[str]]:
+    """Drop what was given for another type before the type was changed, where the new type has no such key.
+
+    Returns:
+        the branch, and the config paths that were dropped.
+    """
+    types = schema.members(role)
+    known = schema.accepted_keys(types[name])
+    dropped = []
+    for key, old in branch.superseded.items():
+        owners = [types[old]] if old in types else list(types.values())
+        if key not in known and any(key in schema.accepted_keys(owner) for owner in owners):
+            dropped.append(key)
+    children = {key: node for key, node in branch.children.items() if key not in dropped}
+    return Branch(children, branch.origin), [f"{path}.{key}" for key in dropped]
 
 
 def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
@@ -117,7 +201,7 @@ def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
             decoding.notices.append(f"{_join(path, old)} is called {_join(path, new)} now.")
         for key in children.keys() & migration.values.keys():
             node = children[key]
-            old_value = "null" if isinstance(node, Leaf) and is_null(node.value) else _text(node)
+            old_value = "null" if isinstance(node, Leaf) and is_null(node.value) else text_of(node)
             if old_value not in migration.values[key]:
                 continue
             new_value = migration.values[key][old_value]
@@ -126,10 +210,6 @@ def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
             else:
                 children[key] = Leaf(Scalar(new_value), node.origin)
     return Branch(children, tree.origin)
-
-
-def _text(node: Node) -> str | None:
-    return node.value.text if isinstance(node, Leaf) and isinstance(node.value, Scalar) else None
 
 
 def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from vla_foundry.config import schema
-from vla_foundry.config.base import ChoiceParams
+from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY
 from vla_foundry.registry import unknown_name_message
 

@@ -6,58 +6,50 @@ from typing import Any, TypeVar
 import yaml
 
 from vla_foundry.config import schema
-from vla_foundry.config.base import ChoiceParams
 from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, decode_tree, import_file_plugins, print_notices
+from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY, Branch
 from vla_foundry.config.values import is_ambiguous
 from vla_foundry.config.yaml_source import load_config
-from vla_foundry.params.experiment import TrainExperimentParams
 
 P = TypeVar("P")
 
 
-def load_params_from_yaml(cls: type[P], path: str) -> P:
+def load_params(cls: type[P], path: str, root: Any = None) -> P:
     """Load params from a YAML file; it may include others, and may be what an earlier version wrote.
 
     Args:
-        cls: a config dataclass, or a role such as ModelParams. Given a whole run's config.yaml, its section is taken.
+        cls: a config dataclass or a role.
         path: the file: a path, s3:// or hf://.
+        root: class of whole configs; if the file is such a config, the section that holds `cls` is loaded.
 
     Raises:
         ValueError: an unknown key, a wrong value or a missing one.
         FileNotFoundError: it is not there.
     """
-    parsed = read_params(cls, path)
+    parsed = read_params(cls, path, root)
     print_notices([f"{path}: {notice}" for notice in parsed.notices])
     return parsed.params
 
 
-def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:
-    """Load the config of a whole run; see `load_params_from_yaml`."""
-    return load_params_from_yaml(TrainExperimentParams, path)
-
-
-def read_params(cls: Any, path: str) -> Parsed:
-    """Load like `load_params_from_yaml`, and return origins and notices too."""
+def read_params(cls: Any, path: str, root: Any = None) -> Parsed:
+    """Load like `load_params`, and return origins and notices too."""
     tree = load_config(str(path))
     if not isinstance(tree, Branch):
         raise ValueError(f"{path} holds no mapping of keys. Is it a config file?")
     import_file_plugins(tree)
-    section = _section_name(cls, tree)
+    section = None if root is None or issubclass(cls, root) else _section_name(cls, tree, root)
     if section is None:
         return decode_tree(cls, tree)
     node = tree.children[section]
-    if not isinstance(node, Branch):
-        raise ValueError(f"{node.origin.prefix}{section} must be a mapping of keys.")
+    assert isinstance(node, Branch)
     return decode_tree(cls, node, section)
 
 
-def _section_name(cls: Any, tree: Branch) -> str | None:
-    """The key of a whole run's config that holds params of this class, or None if the tree is no such config."""
-    if not isinstance(cls, type) or issubclass(cls, TrainExperimentParams):
-        return None
+def _section_name(cls: Any, tree: Branch, root: Any) -> str | None:
+    """The key of a whole config that holds params of this class; None if the tree is not a whole config."""
     own = {key for member in schema.concrete_classes(cls) for key in schema.accepted_keys(member)} | {TYPE_KEY}
-    for name, hint in schema.field_types(TrainExperimentParams).items():
+    for name, hint in schema.field_types(root).items():
         section = schema.section_class(hint)
         is_kind = section is not None and (issubclass(cls, section) or issubclass(section, cls))
         if is_kind and isinstance(tree.children.get(name), Branch) and name not in own:

@@ -1,121 +1,176 @@
-"""Fill every derived value in one pure pass, then check that the sections of a run fit together."""
+"""Fill every derived value in one pure pass, check that the sections fit together, print where each value is from."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import os
+import sys
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Generic, TypeVar
 
-from vla_foundry.config.base import BaseParams
-from vla_foundry.config.derivation import Derived, Facts, Unavailable
-from vla_foundry.params import checks
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.config.loading import dump_inline
+from vla_foundry.config.schema import BaseParams, ChoiceParams, Derived, Unavailable
+from vla_foundry.config.tree import DEFAULT, TYPE_KEY, Origin
+from vla_foundry.storage.uri import write_text
+from vla_foundry.world import is_first_process
 
-# later sections may use what earlier ones derived; data follows the model it is for, and the model the data's widths
-_ORDER = ("hparams", "distributed", "ema", "model", "data", "model")
+P = TypeVar("P", bound=BaseParams)
+
+RESOLVED_NAME = "resolved_config.yaml"
+# where the comments of a printed config begin
+_COLUMN = 56
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolved:
+class Resolved(Generic[P]):
     """Params with every derived value that could be had."""
 
-    params: TrainExperimentParams
+    params: P
     # config path of each derived value -> what it follows from
     sources: dict[str, str]
     # config path of each value that could not be derived -> what it would take
     unresolved: dict[str, str]
-    # what is no error, but worth saying
+    # lines that are no errors, but worth printing
     notices: list[str]
 
 
-def resolve(params: TrainExperimentParams, facts: Facts) -> TrainExperimentParams:
+def resolve(params: P, facts: Any) -> P:
     """Return the params with every derived value filled in, checked against each other. Pure.
 
     Raises:
-        ValueError: a value can not be derived, or sections do not fit together; one line with config paths.
+        ValueError: a value cannot be derived, or sections do not fit together; one line with config paths.
     """
     return require_resolved(resolve_known(params, facts))
 
 
-def require_resolved(resolved: Resolved) -> TrainExperimentParams:
+def require_resolved(resolved: Resolved[P]) -> P:
     """Return the params of a derivation that left nothing open.
 
     Raises:
         ValueError: a value could not be derived; the message says what it needs.
     """
     for path, needs in resolved.unresolved.items():
-        raise ValueError(f"{path} can not be resolved: it needs {needs}.")
+        raise ValueError(f"{path} cannot be resolved: it needs {needs}.")
     return resolved.params
 
 
-def resolve_known(params: TrainExperimentParams, facts: Facts) -> Resolved:
-    """Resolve like `resolve`, leaving what can not be known as it is.
+def resolve_known(params: P, facts: Any) -> Resolved[P]:
+    """Resolve like `resolve`, but leave what is not known as it is.
+
+    Args:
+        params: a whole config; its class says in `derivation_order` which section follows which.
+        facts: what its sections' `derive` and `check` take.
 
     Raises:
         ValueError: sections do not fit together, as far as that is known.
     """
-    sources: dict[str, str] = {}
-    unresolved: dict[str, str] = {}
-    for name in _ORDER:
-        # what a section's first turn left open, its second may fill
-        unresolved = {path: needs for path, needs in unresolved.items() if not path.startswith(f"{name}.")}
-        section = _derive(getattr(params, name), params, facts, name, sources, unresolved)
-        params = replace(params, **{name: section})
-    params = _fill(params, checks.derive_budget(params, facts), "", sources, unresolved)
-    notices = checks.check_budget(params, facts)
-    for name in dict.fromkeys(_ORDER):
-        notices += _check(getattr(params, name), params, facts, name)
-    checks.check_data(params, facts)
-    checks.check_tokens(params, facts)
-    return Resolved(params=params, sources=sources, unresolved=unresolved, notices=notices)
+    derivation = _Derivation(sources={}, unresolved={}, facts=facts)
+    order = params.derivation_order
+    for name in order:
+        # a section's second turn may fill what its first one left open
+        derivation.forget_open_values(name)
+        params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
+    params = derivation.fill(params, params.derive(params, facts), "")
+    notices = [line for name in dict.fromkeys(order) for line in _check(getattr(params, name), params, facts, name)]
+    notices += params.check(params, facts, "")
+    return Resolved(params=params, sources=derivation.sources, unresolved=derivation.unresolved, notices=notices)
 
 
-def _derive(
-    section: Any,
-    root: TrainExperimentParams,
-    facts: Facts,
-    path: str,
-    sources: dict[str, str],
-    unresolved: dict[str, str],
-) -> Any:
-    """Return the section with derived values, and the sections in it likewise."""
-    section = _fill(section, section.derive(root, facts), path, sources, unresolved)
-    inner: dict[str, Any] = {}
-    for item in fields(section):
-        value: Any = getattr(section, item.name)
-        below = f"{path}.{item.name}"
-        if isinstance(value, BaseParams):
-            inner[item.name] = _derive(value, root, facts, below, sources, unresolved)
-        elif _is_dict_of_sections(value):
-            parts: dict[str, Any] = value
-            inner[item.name] = {
-                name: _derive(part, root, facts, f"{below}.{name}", sources, unresolved) for name, part in parts.items()
-            }
-    return replace(section, **inner) if inner else section
+@dataclass(frozen=True, kw_only=True)
+class _Derivation:
+    """One pass, and what it found out."""
+
+    sources: dict[str, str]
+    unresolved: dict[str, str]
+    facts: Any
+
+    def forget_open_values(self, path: str) -> None:
+        for full in [full for full in self.unresolved if full.startswith(f"{path}.")]:
+            del self.unresolved[full]
+
+    def derive_section(self, section: Any, root: Any, path: str) -> Any:
+        """Return the section, and the sections in it, with derived values."""
+        section = self.fill(section, section.derive(root, self.facts), path)
+        inner: dict[str, Any] = {}
+        for item in fields(section):
+            value: Any = getattr(section, item.name)
+            below = f"{path}.{item.name}"
+            if isinstance(value, BaseParams):
+                inner[item.name] = self.derive_section(value, root, below)
+            elif _is_dict_of_sections(value):
+                parts = value.items()
+                inner[item.name] = {name: self.derive_section(part, root, f"{below}.{name}") for name, part in parts}
+        return replace(section, **inner) if inner else section
+
+    def fill(self, section: Any, derived: dict[str, Derived], path: str) -> Any:
+        values = {}
+        for name, item in derived.items():
+            full = f"{path}.{name}" if path else name
+            if isinstance(item.value, Unavailable):
+                self.unresolved[full] = item.value.needs
+            else:
+                values[name] = item.value
+                self.sources[full] = item.source
+        return replace(section, **values) if values else section
 
 
 def _is_dict_of_sections(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(part, BaseParams) for part in value.values())
 
 
-def _fill(
-    section: Any, derived: dict[str, Derived], path: str, sources: dict[str, str], unresolved: dict[str, str]
-) -> Any:
-    values = {}
-    for name, item in derived.items():
-        full = f"{path}.{name}" if path else name
-        if isinstance(item.value, Unavailable):
-            unresolved[full] = item.value.needs
-        else:
-            values[name] = item.value
-            sources[full] = item.source
-    return replace(section, **values) if values else section
-
-
-def _check(section: BaseParams, root: TrainExperimentParams, facts: Facts, path: str) -> list[str]:
-    notices = section.check(root, facts, path)
+def _check(section: BaseParams, root: BaseParams, facts: Any, path: str) -> list[str]:
+    notices = list(section.check(root, facts, path))
     for item in fields(section):
         value: Any = getattr(section, item.name)
         if _is_dict_of_sections(value):
             for name, part in value.items():
-                notices = notices + _check(part, root, facts, f"{path}.{item.name}.{name}")
+                notices += _check(part, root, facts, f"{path}.{item.name}.{name}")
         elif isinstance(value, BaseParams):
-            notices = notices + _check(value, root, facts, f"{path}.{item.name}")
+            notices += _check(value, root, facts, f"{path}.{item.name}")
     return notices
+
+
+def print_resolved(resolved: Resolved[Any], origins: dict[str, Origin], folder: str | None = None) -> None:
+    """Print a resolved config on the first process.
+
+    Args:
+        resolved: the config.
+        origins: config path of each given leaf -> where it was written.
+        folder: local folder to write resolved_config.yaml to as well.
+    """
+    if not is_first_process():
+        return
+    text = format_resolved(resolved, origins)
+    sys.stdout.write(text)
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, RESOLVED_NAME)
+        write_text(path, text)
+        sys.stderr.write(f"note: written to {path}\n")
+
+
+def format_resolved(resolved: Resolved[Any], origins: dict[str, Origin]) -> str:
+    """Return a resolved config as YAML whose comments are the origins; loading it gives the same run."""
+    notes = {path: str(origin) for path, origin in origins.items()}
+    notes.update({path: f"resolved from {source}" for path, source in resolved.sources.items()})
+    notes.update({path: f"unresolved (needs {needs})" for path, needs in resolved.unresolved.items()})
+    return "\n".join(_lines(resolved.params, "", notes)) + "\n"
+
+
+def _lines(section: Any, path: str, notes: dict[str, str]) -> list[str]:
+    indent = "  " * (path.count(".") + 1 if path else 0)
+    lines = []
+    values = (
+        section if isinstance(section, dict) else {item.name: getattr(section, item.name) for item in fields(section)}
+    )
+    if isinstance(section, ChoiceParams):
+        lines.append(_line(indent, TYPE_KEY, section.registered_name(), f"{path}.{TYPE_KEY}", notes))
+    for name, value in values.items():
+        full = f"{path}.{name}" if path else name
+        holds_sections = isinstance(value, dict) and any(is_dataclass(part) for part in value.values())
+        if is_dataclass(value) or holds_sections:
+            lines += [f"{indent}{name}:", *_lines(value, full, notes)]
+        else:
+            lines.append(_line(indent, name, value, full, notes))
+    return lines
+
+
+def _line(indent: str, key: str, value: Any, path: str, notes: dict[str, str]) -> str:
+    return f"{f'{indent}{key}: {dump_inline(value)}':<{_COLUMN}} # {notes.get(path, str(DEFAULT))}"

@@ -1,4 +1,4 @@
-"""What fields a config dataclass has: names, types, comments; and which dotted paths exist below it."""
+"""What a config dataclass is: frozen fields with comments, roles whose type is chosen by name, old names of keys."""
 
 import ast
 import difflib
@@ -6,17 +6,144 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vla_foundry.config.base import ChoiceParams
-from vla_foundry.config.migrations import migrations_of
+import draccus
 
+P = TypeVar("P", bound=type)
 Path: TypeAlias = tuple[str, ...]
 
 # a slot may hold the type it stands in; nobody types a path deeper than this
 _MAX_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A fact that is not known here and now."""
+
+    # what it would take, for "unresolved (needs ...)"
+    needs: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that follows from other values."""
+
+    # the value, or what it would take to know it
+    value: Any | Unavailable
+    # what it follows from, for "resolved from ..."
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseParams:
+    """Base of every config dataclass.
+
+    `__post_init__` checks a class's own fields; its messages begin with the name of a field, and the engine puts the
+    config path in front.
+    """
+
+    # of the root of a config: its sections in the order in which they are derived; one may come twice
+    derivation_order: ClassVar[tuple[str, ...]] = ()
+
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        """Return the fields of this section that follow from others: {field: value and where it comes from}.
+
+        Args:
+            root: the whole config; sections before this one are derived already, and the root comes last.
+            facts: what is known about the machine and the data.
+        """
+        return {}
+
+    def check(self, root: Any, facts: Any, path: str) -> list[str]:
+        """Check this section against the others, once everything is derived; the root comes last.
+
+        Args:
+            root: the whole config.
+            facts: what is known about the machine and the data.
+            path: config path of this section, for messages; "" for the root.
+
+        Returns:
+            notices: lines that are no errors, but worth printing.
+
+        Raises:
+            ValueError: sections do not fit together; one line with config paths and a fix.
+        """
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
+    """Base of params whose concrete class is chosen by the key `type`. Each role sets its own `_choice_registry`."""
+
+    # the config path of the choice, as the user types it
+    choice_path: ClassVar[str] = "type"
+    # the type of a slot of this role when nothing else decides; None: the user must name one
+    native_type: ClassVar[str | None] = None
+    # field that names a checkpoint; where `type` is not given, it is the one in the config of that checkpoint's run
+    checkpoint_key: ClassVar[str | None] = None
+
+    @classmethod
+    def default_choice_name(cls) -> str | None:
+        """The native type of this role."""
+        return cls.native_type
+
+    @classmethod
+    def registered_name(cls) -> str:
+        """The name this class is registered as."""
+        return cls.get_choice_name(cls)
+
+    @property
+    def type(self) -> str:
+        """The name this class is registered as."""
+        return self.registered_name()
+
+
+def register_choice(name: str) -> Callable[[P], P]:
+    """Register a dataclass as the type `name` of every role it inherits from.
+
+    Raises:
+        ValueError: one of these roles has another type of this name.
+    """
+
+    def register(cls: P) -> P:
+        for role in cls.__mro__:
+            registry: dict[str, Any] | None = role.__dict__.get("_choice_registry")
+            # draccus gives ChoiceParams a registry too, in which types of different roles would collide
+            if registry is not None and role is not ChoiceParams:
+                if registry.get(name, cls) is not cls:
+                    raise ValueError(f"{role.choice_path} '{name}' is registered twice. Choose another name.")
+                registry[name] = cls
+        return cls
+
+    return register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Migration:
+    """What changed in one config dataclass."""
+
+    # old key -> new key
+    renamed: dict[str, str] = field(default_factory=dict)
+    # old key -> why it has no effect any more
+    ignored: dict[str, str] = field(default_factory=dict)
+    # key -> {old value as text: new value as text; None: the default}
+    values: dict[str, dict[str, str | None]] = field(default_factory=dict)
+
+
+_migrations: dict[str, Migration] = {}
+
+
+def register_migrations(table: dict[str, Migration]) -> None:
+    """Add a table of migrations, by name of the dataclass; a subclass has its bases' migrations too."""
+    _migrations.update(table)
+
+
+def migrations_of(cls: type) -> list[Migration]:
+    """The migrations of a dataclass and of its bases."""
+    return [_migrations[base.__name__] for base in cls.__mro__ if base.__name__ in _migrations]
 
 
 @functools.cache

@@ -80,8 +80,8 @@ def merge(base: Node, over: Node, path: str = "") -> Node:
         below = f"{path}.{key}" if path else str(key)
         children[key] = merge(children[key], node, below) if key in children else node
     superseded = dict(base.superseded)
-    if TYPE_KEY in over.children and _type_text(over) != _type_text(base):
-        superseded.update(dict.fromkeys(base.children, _type_text(base)))
+    if TYPE_KEY in over.children and text_of(over.children.get(TYPE_KEY)) != text_of(base.children.get(TYPE_KEY)):
+        superseded.update(dict.fromkeys(base.children, text_of(base.children.get(TYPE_KEY))))
     superseded.update(over.superseded)
     for key in over.children.keys() - over.superseded.keys():
         superseded.pop(key, None)
@@ -95,8 +95,8 @@ def as_one_layer(node: Node) -> Node:
     return Branch({key: as_one_layer(child) for key, child in node.children.items()}, node.origin)
 
 
-def _type_text(branch: Branch) -> str | None:
-    node = branch.children.get(TYPE_KEY)
+def text_of(node: Node | None) -> str | None:
+    """Return the word that a leaf holds; None for anything else."""
     return node.value.text if isinstance(node, Leaf) and isinstance(node.value, Scalar) else None
 
 

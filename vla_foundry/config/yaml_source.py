@@ -9,22 +9,67 @@ Three ways to include, all relative to the including file:
 What the mapping itself says wins over what it includes, one leaf at a time.
 """
 
+import os
 import posixpath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vla_foundry.config.presets import display_name, find_config
 from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, to_value
 from vla_foundry.storage.uri import is_remote, read_text
 
 INCLUDE_KEY = "include"
+_PRESET_PREFIXES = ("vla_foundry/config_presets/", "config_presets/")
 _INCLUDE_TAG = "!include"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _KNOWN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
 _NULL_WORDS = frozenset(("", "~", "null", "Null", "NULL"))
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def preset_root() -> Path:
+    """The folder of presets: within an installed package, or beside the package in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "config_presets"
+    return installed if installed.is_dir() else package.parent / "config_presets"
+
+
+def _display_name(location: str) -> str:
+    """A config file as a user would name it: presets begin with `config_presets/`, others are left as they are."""
+    root = f"{preset_root()}{os.sep}"
+    return f"config_presets/{location.removeprefix(root)}" if location.startswith(root) else location
+
+
+def find_config(name: str, folder: str | None = None) -> str:
+    """Find the config file that a user named.
+
+    Args:
+        name: a path or URI. A leading `config_presets/` or `vla_foundry/config_presets/` names the preset folder.
+        folder: the folder of the file that includes it; None: it stands on the command line, so that the working
+            directory is searched and then the preset folder.
+
+    Raises:
+        FileNotFoundError: it is in none of these places.
+    """
+    if is_remote(name):
+        return name
+    if folder is not None and is_remote(folder):
+        scheme, _, place = folder.partition("://")
+        return f"{scheme}://{posixpath.normpath(posixpath.join(place, name))}"
+    path = Path(name).expanduser()
+    places = [path if path.is_absolute() else Path(folder or ".") / path]
+    prefix = next((prefix for prefix in _PRESET_PREFIXES if name.startswith(prefix)), None)
+    if prefix is not None:
+        places.append(preset_root() / name.removeprefix(prefix))
+    elif folder is None and not path.is_absolute():
+        places.append(preset_root() / path)
+    for place in places:
+        if place.is_file():
+            return os.path.normpath(place)
+    searched = " nor ".join(str(place) for place in places)
+    raise FileNotFoundError(f"Config file '{name}' was not found: there is no {searched}.")
 
 
 def load_config(name: str) -> Node:
@@ -57,7 +102,7 @@ def _load(location: str, chain: tuple[str, ...]) -> Node:
     if location in chain:
         circle = " -> ".join((*chain[chain.index(location) :], location))
         raise ValueError(f"{location} includes itself: {circle}. Remove one of these includes.")
-    source = display_name(location)
+    source = _display_name(location)
     return _parse(_read(location), source, posixpath.dirname(location) or ".", (*chain, location))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.config.plugins import import_installed_plugins, import_plugins
+from vla_foundry.config.command_line import import_installed_plugins, import_plugins
 from vla_foundry.evaluation.frame_strip import FrameStrip
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.simulators import Simulator, create_simulator

@@ -17,8 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from vla_foundry.config.command_line import parse_command
-from vla_foundry.config.plugins import named_plugins
+from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
 from vla_foundry.evaluation.contact_sheet import write_contact_sheet
 from vla_foundry.evaluation.results import (

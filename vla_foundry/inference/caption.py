@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.config.loading import load_params_from_yaml
 from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model, load_run_processor
 from vla_foundry.params.commands.runs import CaptionParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME

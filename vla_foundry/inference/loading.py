@@ -1,7 +1,6 @@
 """Find a run, and load its model on the device asked for."""
 
 import dataclasses
-import os
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -9,17 +8,14 @@ from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
-from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER
-from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, parent_uri
+from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, run_folder_candidates
+from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from vla_foundry.images.processor import Processor
-
-# a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
-_DEPTH = 4
 
 
 def find_run_folder(checkpoint: str) -> str:
@@ -32,11 +28,9 @@ def find_run_folder(checkpoint: str) -> str:
         raise FileNotFoundError(
             f"checkpoint {checkpoint} does not exist. Give a run folder or one of its step folders."
         )
-    folder = checkpoint.rstrip("/") if is_remote(checkpoint) else os.path.abspath(checkpoint)
-    for _ in range(_DEPTH):
+    for folder in run_folder_candidates(checkpoint):
         if exists(join_uri(folder, MODEL_CONFIG_NAME)):
             return folder
-        folder = parent_uri(folder)
     raise FileNotFoundError(f"checkpoint {checkpoint} lies in no run folder: there is no {MODEL_CONFIG_NAME} above it.")
 
 

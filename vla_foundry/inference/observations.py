@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from vla_foundry.batch import Batch
-from vla_foundry.config.loading import load_experiment_params_from_yaml
 from vla_foundry.data.pipelines.base import Dropped, Sample, Stage
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
@@ -22,6 +21,7 @@ from vla_foundry.data.robotics.windows import RobotWindow, create_request
 from vla_foundry.data.transport import pack
 from vla_foundry.images.processor import Processor, load_processor
 from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.normalization import RoboticsNormalizer

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from vla_foundry.config.loading import load_experiment_params_from_yaml
 from vla_foundry.data.robotics.files import load_normalizer, load_spec
 from vla_foundry.images.encode import ImageOperations
 from vla_foundry.inference.history import Camera, InputPlan, find_name
@@ -19,7 +18,7 @@ from vla_foundry.inference.loading import (
     with_run_files,
 )
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field

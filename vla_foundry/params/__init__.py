@@ -3,15 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import vla_foundry.params.migrations  # noqa: F401  (old names load in whatever part of params is used)
+
 if TYPE_CHECKING:
-    from vla_foundry.config.base import register_data_params, register_model_params
-    from vla_foundry.config.loading import dump_params, load_experiment_params_from_yaml, load_params_from_yaml
-    from vla_foundry.params.data.base import DataParams
+    from vla_foundry.config.loading import dump_params
+    from vla_foundry.params.data.base import DataParams, register_data_params
     from vla_foundry.params.distributed import DistributedParams
     from vla_foundry.params.ema import EMAParams
-    from vla_foundry.params.experiment import TrainExperimentParams
+    from vla_foundry.params.experiment import (
+        TrainExperimentParams,
+        load_experiment_params_from_yaml,
+        load_params_from_yaml,
+    )
     from vla_foundry.params.hparams import HyperParams
-    from vla_foundry.params.models.base import ModelParams
+    from vla_foundry.params.models.base import ModelParams, register_model_params
 
 __all__ = [
     "DataParams",
@@ -36,10 +41,10 @@ _MODULES = {
     "ModelParams": "vla_foundry.params.models.base",
     "TrainExperimentParams": "vla_foundry.params.experiment",
     "dump_params": "vla_foundry.config.loading",
-    "load_experiment_params_from_yaml": "vla_foundry.config.loading",
-    "load_params_from_yaml": "vla_foundry.config.loading",
-    "register_data_params": "vla_foundry.config.base",
-    "register_model_params": "vla_foundry.config.base",
+    "load_experiment_params_from_yaml": "vla_foundry.params.experiment",
+    "load_params_from_yaml": "vla_foundry.params.experiment",
+    "register_data_params": "vla_foundry.params.data.base",
+    "register_model_params": "vla_foundry.params.models.base",
 }
 
 

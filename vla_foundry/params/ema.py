@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_foundry.config.base import BaseParams
+from vla_foundry.config.schema import BaseParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,233 +1,59 @@
-"""Read once what `resolve` has to know: manifests, tokenizers, cores, processes."""
+"""What values are derived from besides the params: facts about the machine and the data."""
 
-import json
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from vla_foundry.config.base import BaseParams
-from vla_foundry.config.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
-from vla_foundry.params.data.images import ImageProcessorParams
-from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
-from vla_foundry.params.models.base import ModelParams
-from vla_foundry.params.models.vlm import VLMParams
-from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
-from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, TOKENIZER_FOLDER
-from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
-from vla_foundry.storage.uri import absolute_uri, exists, is_remote, join_uri, parent_uri, read_text
-from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
-
-# owner/name on the Hugging Face hub, or an old name without an owner
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# a checkpoint lies at most this deep in its run (run/checkpoints/step_N/model.safetensors)
-_RUN_DEPTH = 4
-_RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+from vla_foundry.config.schema import Unavailable
+from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 
 
-def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool = False) -> Facts:
-    """Read the facts that these params call for.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What is known about a tokenizer."""
 
-    Args:
-        params: as parsed.
-        world_size: number of processes.
-        offline: do not reach for anything that is remote; such facts, and missing files, are then Unavailable.
-
-    Raises:
-        FileNotFoundError: a manifest or a checkpoint is missing.
-        ValueError: a manifest is not what it should be.
-    """
-    data = params.data
-    name = data.tokenizer_name()
-    started_from = None
-    if isinstance(data, ImageProcessorParams) and name is None:
-        name = params.model.image_inputs().processor
-        started_from = _find_started_from(params.model, offline) if name is None else None
-    tokenizer = _read_named_tokenizer(name, offline) or started_from
-    if isinstance(data, ImageProcessorParams) and tokenizer is not None and tokenizer.image_token_id is None:
-        # our own processor adds <image> at the end
-        tokenizer = replace(tokenizer, vocab_size=tokenizer.vocab_size + 1, image_token_id=tokenizer.vocab_size)
-    _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
-    facts = Facts(
-        world_size=world_size,
-        ranks_per_node=_ranks_per_node(world_size),
-        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        datasets=tuple(_read_dataset(name, "data.dataset_manifest", offline) for name in data.dataset_manifest),
-        val_datasets=tuple(
-            _read_dataset(name, "data.val_dataset_manifest", offline) for name in data.val_dataset_manifest
-        ),
-        tokenizer=tokenizer,
-        started_from=started_from,
-        checkpoint_models=_read_checkpoint_models(params.model, offline),
-    )
-    if isinstance(data, RoboticsDataParams):
-        return _add_robotics(facts, list_checkpoints(params.model), offline)
-    return facts
+    # its folder or name
+    name: str
+    # 1 + its largest token id, the image token's among them where data has images
+    vocab_size: int
+    # the token that an image's features replace; None: it has none
+    image_token_id: int | None = None
 
 
-def _add_robotics(facts: Facts, checkpoints: Sequence[str], offline: bool) -> Facts:
-    """Add the spec of each dataset, and that of the run that the model starts from; remote ones only if not offline."""
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What is known about one dataset."""
 
-    def read(dataset: DatasetFacts) -> DatasetFacts:
-        if isinstance(dataset.num_samples, Unavailable):
-            return replace(dataset, robotics=Unavailable(join_uri(parent_uri(dataset.manifest), SPEC_NAME)))
-        return replace(dataset, robotics=read_spec(dataset.manifest))
-
-    return replace(
-        facts,
-        datasets=tuple(read(dataset) for dataset in facts.datasets),
-        val_datasets=tuple(read(dataset) for dataset in facts.val_datasets),
-        started_from_robotics=next(
-            (found for name in checkpoints if (found := _find_run_spec(name, offline)) is not None), None
-        ),
-    )
+    # its manifest
+    manifest: str
+    # samples in one pass over it
+    num_samples: int | Unavailable
+    # what the part `dataset` of its provenance.json says (vocab_size, seq_len, ...); empty if there is none
+    provenance: dict[str, Any]
+    # its own tokenizer folder, if it has one
+    tokenizer: TokenizerFacts | None = None
+    # what it holds and what its numbers mean, if it is robot data
+    robotics: DatasetSpec | Unavailable | None = None
 
 
-def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
-    if is_remote(checkpoint) and offline:
-        return None
-    folder = absolute_uri(checkpoint)
-    for _ in range(_RUN_DEPTH):
-        location = join_uri(folder, SPEC_NAME)
-        if exists(location):
-            return NamedSpec(folder, parse_spec(read_text(location), location))
-        folder = parent_uri(folder)
-    return None
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What `resolve` has to know besides the params."""
 
-
-def _ranks_per_node(world_size: int) -> int:
-    given = next((os.environ[name] for name in _RANKS_PER_NODE if name in os.environ), "")
-    return int(given) if given.isdigit() and int(given) > 0 else world_size
-
-
-def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:
-    if location is None or (is_remote(location) and offline):
-        return
-    if not exists(location):
-        raise FileNotFoundError(f"{path}: {location} does not exist.")
-
-
-def _read_dataset(manifest: str, path: str, offline: bool) -> DatasetFacts:
-    """Read the manifest of one dataset, and what lies beside it."""
-    if offline and is_remote(manifest):
-        return DatasetFacts(manifest=manifest, num_samples=Unavailable(manifest), provenance={})
-    try:
-        entries = parse_manifest(read_text(manifest), manifest)
-    except (FileNotFoundError, IsADirectoryError):
-        if offline:
-            return DatasetFacts(manifest=manifest, num_samples=Unavailable(manifest), provenance={})
-        inside = join_uri(manifest, MANIFEST_NAME)
-        is_folder = not manifest.endswith(MANIFEST_NAME) and exists(inside)
-        fix = f"Did you mean {inside}?" if is_folder else "Make it with `vla-foundry preprocess` or `manifest build`."
-        raise FileNotFoundError(f"{path}: there is no manifest {manifest}. {fix}") from None
-    folder = parent_uri(manifest)
-    return DatasetFacts(
-        manifest=manifest,
-        num_samples=sum(entry.num_sequences for entry in entries),
-        provenance=_read_provenance(join_uri(folder, PROVENANCE_NAME)),
-        tokenizer=_read_dataset_tokenizer(join_uri(folder, TOKENIZER_FOLDER)),
-    )
-
-
-def _read_provenance(location: str) -> dict[str, Any]:
-    """Return what a dataset says about itself: the part `dataset` of its provenance."""
-    dataset = _read_json(location).get("dataset", {})
-    return dataset if isinstance(dataset, dict) else {}
-
-
-def _read_json(location: str) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if there is no such file, or it holds something else."""
-    try:
-        values = json.loads(read_text(location))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
-    """Return the facts about a dataset's own tokenizer folder, or None if it has none."""
-    try:
-        return _read_tokenizer(folder, folder)
-    except FileNotFoundError:
-        return None
-
-
-def _read_tokenizer(name: str, location: str) -> TokenizerFacts:
-    return TokenizerFacts(name=name, vocab_size=vocab_size_of(location), image_token_id=image_token_id_of(location))
-
-
-def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | None:
-    """Return the processor, or else the tokenizer, kept in the run that the model or a part of it starts from."""
-    for checkpoint in list_checkpoints(model):
-        if is_remote(checkpoint) and offline:
-            continue
-        folder = absolute_uri(checkpoint)
-        for _ in range(_RUN_DEPTH):
-            for kept in (PROCESSOR_FOLDER, TOKENIZER_FOLDER):
-                found = _read_dataset_tokenizer(join_uri(folder, kept))
-                if found is not None:
-                    return found
-            folder = parent_uri(folder)
-    return None
-
-
-def list_checkpoints(model: BaseParams) -> list[str]:
-    """Return what the model starts from, and then what each of its parts does, in order of the fields."""
-    found = [model.resume_from_checkpoint] if isinstance(model, ModelParams | BackboneParams) else []
-    parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
-    return [name for name in found if name is not None] + [name for part in parts for name in list_checkpoints(part)]
-
-
-def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, ModelParams]:
-    """Return the model of each run that a part starts from and takes its architecture from."""
-    models: dict[str, ModelParams] = {}
-    for part in (value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)):
-        if isinstance(part, VLMFoundryBackboneParams) and part.vlm is None and part.resume_from_checkpoint is not None:
-            _check_checkpoint(part.resume_from_checkpoint, "model.vision_language_backbone", offline)
-            if not (is_remote(part.resume_from_checkpoint) and offline):
-                models[part.resume_from_checkpoint] = _read_run_model(part.resume_from_checkpoint)
-    return models
-
-
-def _read_run_model(checkpoint: str) -> ModelParams:
-    """Return the params of the model that a checkpoint is of; Hugging Face parts are read from the run's own files."""
-    from vla_foundry.config.loading import load_params_from_yaml
-
-    folder = absolute_uri(checkpoint)
-    for _ in range(_RUN_DEPTH):
-        config = join_uri(folder, MODEL_CONFIG_NAME)
-        if exists(config):
-            params = load_params_from_yaml(ModelParams, config)
-            files = join_uri(folder, MODEL_FILES_FOLDER)
-            if isinstance(params, VLMParams) and not is_remote(files) and exists(files):
-                return params.with_model_files(files)
-            return params
-        folder = parent_uri(folder)
-    raise FileNotFoundError(
-        f"model.vision_language_backbone.resume_from_checkpoint: {checkpoint} lies in no run folder (there is no "
-        f"{MODEL_CONFIG_NAME} above it). Give a run folder, or the architecture in model.vision_language_backbone.vlm."
-    )
-
-
-def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:
-    """Return the facts about the tokenizer that data.tokenizer names; None if they are out of reach.
-
-    Raises:
-        FileNotFoundError: it can only be a folder of this machine, and there is none.
-    """
-    if name is None:
-        return None
-    is_hub_name = _HUB_NAME.fullmatch(name) is not None and not os.path.isdir(name)
-    location = f"hf://{name}" if is_hub_name else name
-    if is_remote(location) and offline:
-        return None
-    try:
-        return _read_tokenizer(name, location)
-    except (FileNotFoundError, ValueError):
-        if is_remote(location) or offline:
-            # what loads it will say what is wrong; this only looks at its size
-            return None
-        raise FileNotFoundError(f"data.tokenizer: {name} is no folder with a tokenizer.json.") from None
+    # number of processes
+    world_size: int = 1
+    # processes on this machine
+    ranks_per_node: int = 1
+    # CPU cores of this machine that this process may use
+    num_cpus: int = 1
+    # one per data.dataset_manifest
+    datasets: tuple[DatasetFacts, ...] = ()
+    # one per data.val_dataset_manifest
+    val_datasets: tuple[DatasetFacts, ...] = ()
+    # the tokenizer that the data uses: the one it names, or else the one of the run that the model starts from
+    tokenizer: TokenizerFacts | None = None
+    # processor/ or tokenizer/ of that run, where data with images names neither
+    started_from: TokenizerFacts | None = None
+    # what the robot data of that run was, and the run's folder
+    started_from_robotics: NamedSpec | None = None
+    # checkpoint that a part of the model starts from -> params of the model that its run trained
+    checkpoint_models: dict[str, Any] = field(default_factory=dict)

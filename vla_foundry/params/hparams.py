@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vla_foundry.config.base import BaseParams
+from vla_foundry.config.schema import BaseParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vla_foundry.config.loading import dump_params, load_experiment_params_from_yaml, to_plain
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.config.loading import dump_params, to_plain
+from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,

@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.config.loading import load_experiment_params_from_yaml
 from vla_foundry.config.resolve import resolve
+from vla_foundry.data.facts import read_facts
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.robotics.datasets import read_specs
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
-from vla_foundry.params.facts import read_facts
+from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME

@@ -16,7 +16,7 @@ def test_experts_succeed_and_idle_robots_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, num_successes: int
 ) -> None:
     # without what other tests named
-    monkeypatch.setattr("vla_foundry.config.plugins._named", [])
+    monkeypatch.setattr("vla_foundry.config.command_line._named", [])
     found = []
     for num_workers in (1, 2):
         output = tmp_path / str(num_workers)

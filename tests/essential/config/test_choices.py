@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vla_foundry.config.base import BaseParams, register_data_params, register_model_params
 from vla_foundry.config.command_line import Parsed, parse
-from vla_foundry.config.loading import dump_params, load_params_from_yaml
-from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.models.base import LanguageModelParams, ModelParams
+from vla_foundry.config.loading import dump_params
+from vla_foundry.config.schema import BaseParams
+from vla_foundry.params.data.base import DataParams, register_data_params
+from vla_foundry.params.experiment import load_params_from_yaml
+from vla_foundry.params.models.base import LanguageModelParams, ModelParams, register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
 
 Write = Callable[[str, str], str]

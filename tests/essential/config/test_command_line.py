@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.config.base import BaseParams
 from vla_foundry.config.command_line import Parsed, parse, parse_command
+from vla_foundry.config.schema import BaseParams
 from vla_foundry.params import HyperParams, TrainExperimentParams
 
 Write = Callable[[str, str], str]
@@ -217,8 +217,8 @@ def test_an_installed_package_can_announce_plugins(tmp_path: Path, monkeypatch: 
     [
         (None, "the plug-in broken_plugin was not found"),
         ("import not_there_at_all\n", "needs the module not_there_at_all, which is not installed"),
-        ("def (\n", "can not be imported: invalid syntax"),
-        ("from vla_foundry import nothing_like_this\n", "can not be imported: cannot import name"),
+        ("def (\n", "cannot be imported: invalid syntax"),
+        ("from vla_foundry import nothing_like_this\n", "cannot be imported: cannot import name"),
     ],
 )
 def test_a_broken_plugin_is_one_line(

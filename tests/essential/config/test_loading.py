@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vla_foundry.config.base import BaseParams
 from vla_foundry.config.loading import read_params
+from vla_foundry.config.schema import BaseParams
 from vla_foundry.params import (
     DataParams,
     HyperParams,

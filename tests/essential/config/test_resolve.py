@@ -1,4 +1,4 @@
-"""Derived values, checks between sections, and what is printed when something can not be known."""
+"""Derived values, checks between sections, and what is printed when something cannot be known."""
 
 import json
 import re
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vla_foundry.config.derivation import DatasetFacts, Facts, TokenizerFacts, Unavailable
-from vla_foundry.config.origins import format_resolved
-from vla_foundry.config.resolve import resolve, resolve_known
+from vla_foundry.config.resolve import format_resolved, resolve, resolve_known
+from vla_foundry.config.schema import Unavailable
 from vla_foundry.config.tree import Origin
+from vla_foundry.data.facts import read_facts
 from vla_foundry.params import (
     DataParams,
     DistributedParams,
@@ -23,7 +23,7 @@ from vla_foundry.params import (
 )
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
 from vla_foundry.params.experiment import accumulation_steps, checkpoint_steps, total_steps
-from vla_foundry.params.facts import read_facts
+from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.transformer import TransformerParams
 
 Write = Callable[[str, str], str]
@@ -178,7 +178,7 @@ def test_an_unknown_fact_is_left_open_for_a_print_and_an_error_before_training()
     assert resolved.unresolved == {"total_train_samples": "s3://b/manifest.jsonl"}
     assert "total_train_samples: null" in format_resolved(resolved, {})
     assert "# unresolved (needs s3://b/manifest.jsonl)" in format_resolved(resolved, {})
-    with pytest.raises(ValueError, match=r"^total_train_samples can not be resolved: it needs s3://b/manifest\.jsonl"):
+    with pytest.raises(ValueError, match=r"^total_train_samples cannot be resolved: it needs s3://b/manifest\.jsonl"):
         resolve(params, facts)
 
 
@@ -203,7 +203,7 @@ def test_checkpoints_are_spread_evenly_and_the_last_is_at_the_end(num_checkpoint
 
 
 def test_the_print_shows_every_leaf_with_its_origin_and_loads_to_the_same_run(write: Write) -> None:
-    params = replace(PARAMS, resolve_configs=True, wandb_tags=["a", "1e5"])
+    params = replace(PARAMS, wandb_tags=["a", "1e5"])
     resolved = resolve_known(params, FACTS)
     origins = {"total_train_samples": Origin("command line"), "hparams.seed": Origin("job.yaml", 4)}
     text = format_resolved(resolved, origins)
@@ -214,7 +214,7 @@ def test_the_print_shows_every_leaf_with_its_origin_and_loads_to_the_same_run(wr
     assert comments["dataset_modality"] == "resolved from data.type"
     assert comments["n_layers"] == "default"
     loaded = load_experiment_params_from_yaml(write("resolved_config.yaml", text))
-    assert loaded == replace(resolved.params, resolve_configs=False)
+    assert loaded == resolved.params
     assert resolve(loaded, FACTS) == loaded
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.config.plugins import import_plugins
+from vla_foundry.config.command_line import import_plugins
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
 
 # before a test imports MuJoCo, which would choose a library that needs a display; without any the tests say so
@@ -21,6 +21,6 @@ def toy_simulator() -> Iterator[None]:
         patch.syspath_prepend(str(Path(__file__).parent))
         patch.setenv("OMP_NUM_THREADS", "1")
         # without what other tests named, and forgotten at the end
-        patch.setattr("vla_foundry.config.plugins._named", [])
+        patch.setattr("vla_foundry.config.command_line._named", [])
         import_plugins(["toy_simulator"], "tests")
         yield

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.config.command_line import parse_command
-from vla_foundry.config.plugins import named_plugins
+from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import NullActor, RandomActor
 from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch

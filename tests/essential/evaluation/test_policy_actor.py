@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
+from vla_foundry.data.facts import read_facts
 from vla_foundry.datagen.demos import record_demos
 from vla_foundry.evaluation.policy_actor import TrainedPolicy
 from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
@@ -20,7 +21,6 @@ from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
-from vla_foundry.params.facts import read_facts
 from vla_foundry.preprocessing.robotics.job import preprocess_robotics
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World

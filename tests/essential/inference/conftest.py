@@ -9,12 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.config.base import register_converter_params
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
+from vla_foundry.data.facts import read_facts
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.params.facts import read_facts
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.job import preprocess_robotics

@@ -12,7 +12,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vla_foundry.cli import main
-from vla_foundry.config.loading import load_experiment_params_from_yaml
 from vla_foundry.data.pipelines.image_caption import ImageCaptionPipeline
 from vla_foundry.images.processor import load_processor
 from vla_foundry.inference.caption import (
@@ -24,6 +23,7 @@ from vla_foundry.inference.caption import (
     gather_images,
     load_captioner,
 )
+from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.params.models.vlm import VLMParams
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from vla_foundry.batch import IGNORE_INDEX, Documents
-from vla_foundry.config.derivation import Facts, TokenizerFacts, Unavailable
+from vla_foundry.config.schema import Unavailable
 from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
 from vla_foundry.models.layers.projector import pixel_unshuffle
 from vla_foundry.params import ModelParams, load_params_from_yaml
+from vla_foundry.params.facts import Facts, TokenizerFacts
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMParams

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from vla_foundry.config.loading import load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
-from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.base import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams

@@ -169,10 +169,10 @@ hparams: {global_batch_size: 4, per_gpu_batch_size: 2, warmup: 0.1}
 
 
 def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(robot_data, tmp_path):
-    from vla_foundry.config.loading import load_experiment_params_from_yaml
     from vla_foundry.config.resolve import resolve
     from vla_foundry.data import create_dataloader
-    from vla_foundry.params.facts import read_facts
+    from vla_foundry.data.facts import read_facts
+    from vla_foundry.params.experiment import load_experiment_params_from_yaml
     from vla_foundry.viz.explorer import read_training_sample
     from vla_foundry.world import World
 

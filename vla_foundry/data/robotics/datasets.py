@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vla_foundry.config.derivation import DatasetFacts
 from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.facts import DatasetFacts
 from vla_foundry.robotics.spec import NamedSpec, read_spec
 from vla_foundry.run_folder import STATISTICS_NAME
 from vla_foundry.storage.uri import join_uri, parent_uri

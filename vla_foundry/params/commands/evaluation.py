@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vla_foundry.config.base import BaseParams
+from vla_foundry.config.schema import BaseParams
 
 # demonstrations begin here, so that no policy is evaluated on a start that it was shown
 FIRST_DEMO_SEED = 1_000_000

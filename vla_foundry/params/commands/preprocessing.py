@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vla_foundry.config.base import BaseParams
+from vla_foundry.config.schema import BaseParams
 
 
 def _require(condition: bool, message: str) -> None:
@@ -180,7 +180,7 @@ class PreprocessImageCaptionParams(JobParams):
     jpeg_quality: int = 95
     # seed of the order of samples
     seed: int = 0
-    # the run stops when more than this share of the URLs can not be downloaded
+    # the run stops when more than this share of the URLs cannot be downloaded
     max_failed_downloads: float = 0.9
     # seconds to wait for one download
     download_timeout: int = 10

@@ -1,10 +1,18 @@
 """Params of `preprocess robotics` and its converters, of field maps, and of `stats`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from vla_foundry.config.base import BaseParams, ChoiceParams, register_converter_params
+from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
 from vla_foundry.robotics.spec import Representation, Role
+
+T = TypeVar("T", bound=type)
+
+
+def register_converter_params(name: str) -> Callable[[T], T]:
+    """Register a dataclass as the params of the converter of robot recordings `name`."""
+    return register_choice(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from vla_foundry.config.base import BaseParams
+from vla_foundry.config.schema import BaseParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,22 @@
 """What every dataset's params share."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from vla_foundry.config.base import BaseParams, ChoiceParams
-from vla_foundry.config.derivation import Derived, Facts
+from vla_foundry.config.schema import BaseParams, ChoiceParams, Derived, register_choice
+from vla_foundry.params.facts import Facts
 from vla_foundry.registry import unknown_name_message
 
 _MOST_WORKERS = 8
+
+T = TypeVar("T", bound=type)
+
+
+def register_data_params(name: str) -> Callable[[T], T]:
+    """Register a dataclass as the params of the data type `name`."""
+    return register_choice(name)
 
 
 @dataclass(frozen=True, kw_only=True)

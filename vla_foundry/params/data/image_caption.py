@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from vla_foundry.config.base import register_data_params
-from vla_foundry.config.derivation import Derived, Facts
-from vla_foundry.params.data.base import DataParams
+from vla_foundry.config.schema import Derived
+from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.facts import Facts
 from vla_foundry.text.prompts import CAPTION_PROMPTS, template_fields
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vla_foundry.config.base import BaseParams
-from vla_foundry.config.derivation import Derived, Facts
+from vla_foundry.config.schema import BaseParams, Derived
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.base import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
 

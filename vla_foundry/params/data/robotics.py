@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
-from vla_foundry.config.base import BaseParams, register_data_params
-from vla_foundry.config.derivation import DatasetFacts, Derived, Facts, Unavailable
-from vla_foundry.params.data.base import DataParams
+from vla_foundry.config.schema import BaseParams, Derived, Unavailable
+from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.facts import DatasetFacts, Facts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics import fit as fit
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.config.base import register_data_params
-from vla_foundry.config.derivation import Derived, Facts
-from vla_foundry.params.data.base import DataParams
+from vla_foundry.config.schema import Derived
+from vla_foundry.params.data.base import DataParams, register_data_params
+from vla_foundry.params.facts import Facts
 
 
 @register_data_params("text")

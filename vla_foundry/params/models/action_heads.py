@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vla_foundry.config.base import ChoiceParams, register_model_params
-from vla_foundry.config.derivation import Derived, Facts
+from vla_foundry.config.schema import ChoiceParams, Derived
+from vla_foundry.params.facts import Facts
+from vla_foundry.params.models.base import register_model_params
 from vla_foundry.params.models.noise import DDPMParams, FlowParams, NoiseParams
 from vla_foundry.params.models.transformer import TransformerParams
 

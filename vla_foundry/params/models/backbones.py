@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vla_foundry.config.base import ChoiceParams, register_model_params
-from vla_foundry.config.derivation import Derived, Facts, Unavailable
-from vla_foundry.params.models.base import ImageInputs, TokenLimits
+from vla_foundry.config.schema import ChoiceParams, Derived, Unavailable
+from vla_foundry.params.facts import Facts
+from vla_foundry.params.models.base import ImageInputs, TokenLimits, register_model_params
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
@@ -17,6 +17,7 @@ class BackboneParams(ChoiceParams):
     _choice_registry = {}
     choice_path = "model.vision_language_backbone.type"
     native_type = "vlm_foundry_backbone"
+    checkpoint_key = "resume_from_checkpoint"
 
     # where to take its weights from: a run of the model that it is, or one of its checkpoints; null: its own
     resume_from_checkpoint: str | None = None

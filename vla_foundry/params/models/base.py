@@ -1,8 +1,17 @@
 """What every model's params share, and the roles that slots for models are typed by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from vla_foundry.config.base import ChoiceParams
+from vla_foundry.config.schema import ChoiceParams, register_choice
+
+T = TypeVar("T", bound=type)
+
+
+def register_model_params(name: str) -> Callable[[T], T]:
+    """Register a dataclass as the params of the model, backbone or action head `name`."""
+    return register_choice(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,7 @@ class ModelParams(ChoiceParams):
 
     _choice_registry = {}
     choice_path = "model.type"
+    checkpoint_key = "resume_from_checkpoint"
 
     # where to take the weights from: a run or step folder, .safetensors, .pt, s3:// or hf://
     resume_from_checkpoint: str | None = None

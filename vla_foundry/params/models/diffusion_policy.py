@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vla_foundry.config.base import register_model_params
-from vla_foundry.config.derivation import Derived, Facts, Unavailable
+from vla_foundry.config.schema import Derived, Unavailable
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
-from vla_foundry.params.models.base import ImageInputs, ModelParams, TokenLimits
+from vla_foundry.params.models.base import ImageInputs, ModelParams, TokenLimits, register_model_params
 
 
 @register_model_params("diffusion_policy")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_foundry.config.base import ChoiceParams, register_model_params
+from vla_foundry.config.schema import ChoiceParams
+from vla_foundry.params.models.base import register_model_params
 
 
 @dataclass(frozen=True, kw_only=True)

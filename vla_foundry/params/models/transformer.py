@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_foundry.config.base import register_model_params
-from vla_foundry.params.models.base import LanguageModelParams, TokenLimits
+from vla_foundry.params.models.base import LanguageModelParams, TokenLimits, register_model_params
 
 
 @register_model_params("transformer")

@@ -3,9 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vla_foundry.config.base import register_model_params
-from vla_foundry.config.derivation import Derived, Facts, Unavailable
-from vla_foundry.params.models.base import ImageInputs, LanguageModelParams, ModelParams, TokenLimits
+from vla_foundry.config.schema import Derived, Unavailable
+from vla_foundry.params.facts import Facts
+from vla_foundry.params.models.base import (
+    ImageInputs,
+    LanguageModelParams,
+    ModelParams,
+    TokenLimits,
+    register_model_params,
+)
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vla_foundry.config.loading import load_params_from_yaml, to_plain
+from vla_foundry.config.loading import to_plain
 from vla_foundry.data import create_dataloader
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
+from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.world import World

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from vla_foundry.config.derivation import DatasetFacts, Unavailable
-from vla_foundry.config.loading import load_params_from_yaml
+from vla_foundry.config.schema import Unavailable
 from vla_foundry.params.data.robotics import FieldNormalizationParams, NormalizationParams, RoboticsDataParams
+from vla_foundry.params.experiment import load_params_from_yaml
+from vla_foundry.params.facts import DatasetFacts
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, NamedSpec
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vla_foundry.config.command_line import parse
-from vla_foundry.config.derivation import Facts
 from vla_foundry.config.loading import dump_params
 from vla_foundry.config.resolve import resolve_known
+from vla_foundry.data.facts import read_facts
 from vla_foundry.models import create_model
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.facts import read_facts
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.action_heads import DDPMTransformerParams, FlowTransformerParams
 from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.base import TokenLimits

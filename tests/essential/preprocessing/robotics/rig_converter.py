@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.config.base import register_converter_params
-from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.robotics.episode_blocks import InstructionSpan

@@ -10,7 +10,7 @@ A converter is a class and its params, registered by one name. Put them in a mod
 
     import numpy as np
 
-    from vla_foundry.config.base import register_converter_params
+    from vla_foundry.params.commands.preprocessing_robotics import register_converter_params
     from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
     from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
     from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef

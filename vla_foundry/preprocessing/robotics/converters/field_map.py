@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_foundry.config.loading import load_params_from_yaml
-from vla_foundry.config.presets import find_config
+from vla_foundry.config.yaml_source import find_config
 from vla_foundry.params.commands.preprocessing_robotics import FieldMapParams, FieldParams
+from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
 from vla_foundry.robotics.rotations import rotation_width

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.config.loading import load_params_from_yaml
-from vla_foundry.config.presets import find_config
+from vla_foundry.config.yaml_source import find_config
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, SpartanParams
+from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.preprocessing.job import say
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,

@@ -1,22 +1,10 @@
 """The one table of names and values that earlier versions wrote: what they are called now, or why they are ignored."""
 
-from dataclasses import dataclass, field
+from vla_foundry.config.schema import Migration, register_migrations
 
 _RUNTIME = "it is read from the launcher when a run starts"
 _LOADER = "the order of the data no longer depends on it"
 _TOKENIZER_THREADS = "set TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS instead"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Migration:
-    """What changed in one config dataclass."""
-
-    # old key -> new key
-    renamed: dict[str, str] = field(default_factory=dict)
-    # old key -> why it has no effect any more
-    ignored: dict[str, str] = field(default_factory=dict)
-    # key -> {old value as text: new value as text; None: the default}
-    values: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 # by name of the dataclass; a subclass has its bases' migrations too
@@ -84,7 +72,4 @@ MIGRATIONS: dict[str, Migration] = {
     "VLMParams": Migration(ignored={"processor": "data.processor names it"}),
 }
 
-
-def migrations_of(cls: type) -> list[Migration]:
-    """The migrations of a dataclass and of its bases."""
-    return [MIGRATIONS[base.__name__] for base in cls.__mro__ if base.__name__ in MIGRATIONS]
+register_migrations(MIGRATIONS)
