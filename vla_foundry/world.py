@@ -97,6 +97,11 @@ def _find(environment: Mapping[str, str] | None, names: list[str]) -> str:
     return next((environment[name] for name in names if name in environment), "")
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _read_int(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])

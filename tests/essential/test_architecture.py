@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"models", "data", "preprocessing", "simulators"},
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
-    {"registry", "world", "batch", "randomness", "shards", "run_folder"},
+    {"registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
 ]
 # (importer, imported) within one layer
 ALLOWED_SIDEWAYS = {
@@ -49,6 +49,8 @@ TORCH_FREE = (
     "shards.py",
     "registry.py",
     "world.py",
+    "progress.py",
+    "provenance.py",
     "batch.py",
     "run_folder.py",
     "cli.py",

@@ -25,10 +25,11 @@ from typing import Any
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.datagen.demo_episode import features_of, record_episode
 from vla_foundry.params.commands.datagen import DemosParams
-from vla_foundry.preprocessing.job import num_cores, show_progress
 from vla_foundry.preprocessing.robotics.lerobot_recording import LeRobotFeatures, delete_leftovers, read_part
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
+from vla_foundry.progress import show_progress
 from vla_foundry.simulators import Simulator, create_simulator
+from vla_foundry.world import num_cores
 
 REPORT = "meta/demos.json"
 # instruction of an episode -> every way to say it

@@ -17,8 +17,8 @@ import numpy as np
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.commands.datagen import ScenesParams
-from vla_foundry.preprocessing.job import num_cores
 from vla_foundry.simulators import Layout, Simulator, SimulatorState, create_simulator
+from vla_foundry.world import num_cores
 
 SPLITS = ("train", "validation")
 # file beside the splits that says what made them

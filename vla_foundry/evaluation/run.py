@@ -33,8 +33,9 @@ from vla_foundry.evaluation.results import (
 from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import EvaluateParams
-from vla_foundry.preprocessing.job import num_cores, show_progress
+from vla_foundry.progress import show_progress
 from vla_foundry.storage.uri import write_text
+from vla_foundry.world import num_cores
 
 SUMMARY_NAME = "summary.json"
 CONTACT_SHEET_NAME = "contact_sheet.png"

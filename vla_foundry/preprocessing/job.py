@@ -1,18 +1,18 @@
-"""Run a function over work units, as Ray tasks or in this process, and show how far it is."""
+"""Run a function over tasks, on Ray or in this process, and show progress."""
 
 import logging
 import os
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vla_foundry.progress import show_progress
+from vla_foundry.world import num_cores
+
 # a task that fails for a reason of its own is run this often in all; its worker may also die this often
 _ATTEMPTS = 3
-_SECONDS_BETWEEN_LINES = 10.0
 _OBJECT_STORE_BYTES = 512 << 20
 _CONNECT_SECONDS = 10.0
 # errors that the user must mend: running the task again would not help
@@ -93,17 +93,6 @@ def _try_here(function: Callable[[Any, Task], Any], task: Task, shared: Any) -> 
             if attempt == _ATTEMPTS:
                 raise _failure(task, error) from error
     raise AssertionError("the last attempt returns or raises")
-
-
-def say(line: str) -> None:
-    """Tell the user one line."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_reachable(ray_address: str) -> None:
@@ -224,43 +213,3 @@ def _result_of(reference: Any) -> tuple[Any, BaseException | None]:
         return None, error.cause if isinstance(error.cause, BaseException) else error
     except RayError as error:  # the worker died, or memory ran out
         return None, error
-
-
-@contextmanager
-def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that adds work done to a progress bar on a terminal, or else to a line now and then."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
-        with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)
-        ) as bar:
-            row = bar.add_task(title, total=total, completed=done)
-            yield lambda weight: bar.advance(row, weight)
-        return
-    lines = _ProgressLines(title, total, done)
-    yield lines.advance
-
-
-class _ProgressLines:
-    """Progress for where there is no terminal: a plain line every few seconds."""
-
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self._title, self._total, self._done = title, total, done
-        self._first_done = done
-        self._start = self._last_line = time.monotonic()
-
-    def advance(self, weight: int) -> None:
-        self._done += weight
-        now = time.monotonic()
-        is_end = self._done >= self._total and self._last_line > self._start
-        if now - self._last_line < _SECONDS_BETWEEN_LINES and not is_end:
-            return
-        self._last_line = now
-        seconds = now - self._start
-        left = seconds * (self._total - self._done) / max(self._done - self._first_done, 1)
-        percentage = 100 * self._done / max(self._total, 1)
-        sys.stderr.write(f"{self._title}: {percentage:.1f}% after {seconds:.0f} s, ETA {left:.0f} s\n")
-        sys.stderr.flush()

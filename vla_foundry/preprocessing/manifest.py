@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.preprocessing import ManifestBuildParams, ManifestVerifyParams
-from vla_foundry.preprocessing.job import show_progress
 from vla_foundry.preprocessing.shard_checks import ShardExpectation, ends_properly, find_faults
+from vla_foundry.progress import say, show_progress
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.shards import (
     MANIFEST_NAME,
@@ -58,23 +58,19 @@ def main(argv: list[str]) -> None:
         build = parse_command(ManifestBuildParams, argv[1:], prog="vla-foundry manifest build", positional=("folder",))
         entries, is_new = build_manifest(build.folder, overwrite=build.overwrite, num_threads=build.num_threads)
         verb = "written" if is_new else "already right"
-        _say(f"{join_uri(build.folder, MANIFEST_NAME)}: {verb}, {_summary(entries)}")
+        say(f"{join_uri(build.folder, MANIFEST_NAME)}: {verb}, {_summary(entries)}")
     elif what == "verify":
         verify = parse_command(
             ManifestVerifyParams, argv[1:], prog="vla-foundry manifest verify", positional=("folder",)
         )
         faults = verify_dataset(verify.folder, num_threads=verify.num_threads)
         for fault in faults:
-            _say(fault)
+            say(fault)
         if faults:
             raise ValueError(f"{verify.folder} has {len(faults):,} faults.")
-        _say(f"{verify.folder}: no faults, {_summary(_read_manifest(verify.folder))}")
+        say(f"{verify.folder}: no faults, {_summary(_read_manifest(verify.folder))}")
     else:
         raise ValueError(unknown_name_message("manifest", what, ["build", "verify"]))
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
 
 
 def _summary(entries: Sequence[ManifestEntry]) -> str:

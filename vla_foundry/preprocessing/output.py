@@ -5,12 +5,16 @@ has all its shards in place. The end is provenance.json, then the manifest, then
 manifest is complete.
 """
 
+import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import vla_foundry
+from vla_foundry.provenance import read_git_commit, read_package_versions
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
 from vla_foundry.storage.uri import (
     delete,
@@ -37,6 +41,8 @@ _OWN_FILES = (
 )
 _PLAN_NAME = "plan.json"
 _NUM_THREADS = 16
+# packages that may shape the bytes of a dataset
+_PACKAGES = ("av", "h5py", "numpy", "pillow", "pyarrow", "ray", "tokenizers", "torch", "torchvision", "transformers")
 
 State = Literal["new", "begun", "complete"]
 
@@ -212,3 +218,32 @@ def plan_differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in plan_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
         ]
     return [] if old == new else [f"{path} {old!r} (now {new!r})"]
+
+
+def digest_of(values: Any) -> str:
+    """SHA-256 of the canonical JSON of `values`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the packages that may shape the bytes of a dataset."""
+    own = {"python": platform.python_version(), "vla_foundry": vla_foundry.__version__}
+    return own | read_package_versions(_PACKAGES)
+
+
+def format_provenance(plan: Mapping[str, Any], dataset: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
+    """Format provenance.json, which names no user, host, time or absolute path.
+
+    Args:
+        plan: what determines the dataset's bytes (command, params, source, ...); a later run is compared with it.
+        dataset: facts that readers rely on (kind, vocab_size, eos_token_id, seq_len, ...).
+        counts: what went in, came out and was skipped.
+    """
+    values = {
+        "dataset": dict(dataset),
+        "plan": dict(plan),
+        "counts": dict(counts),
+        "versions": read_versions(),
+        "git_commit": read_git_commit(),
+    }
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import QuickstartParams
-from vla_foundry.preprocessing.job import num_cores
 from vla_foundry.quickstart.llm import generate_step, llm_steps
 from vla_foundry.quickstart.report import write_llm_report
 from vla_foundry.quickstart.stages import Step, count_trainers, run_steps, words_of
@@ -17,6 +16,7 @@ from vla_foundry.quickstart.vla import ABLATIONS, BASELINES, ablation_steps, vla
 from vla_foundry.quickstart.vla_report import write_vla_report
 from vla_foundry.quickstart.vlm import caption_step, vlm_steps
 from vla_foundry.quickstart.vlm_report import write_vlm_report
+from vla_foundry.world import num_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.preprocessing.job import num_cores
+from vla_foundry.world import num_cores
 
 # the batches of the stages' presets divide by it
 _MAX_TRAINERS = 16

@@ -1,9 +1,7 @@
 """What made a run: versions, commit and command, without names of users or machines."""
 
-import importlib.metadata
 import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-import vla_foundry
+from vla_foundry.provenance import has_uncommitted_changes, read_git_commit, read_package_versions
 from vla_foundry.run_folder import PROVENANCE_NAME
 from vla_foundry.world import World
 
@@ -38,30 +36,12 @@ def _describe_start(world: World, first_step: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version_of(name)) is not None},
+        "packages": read_package_versions(_PACKAGES),
         **_describe_commit(),
     }
 
 
-def _version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _describe_commit() -> dict[str, Any]:
     """The commit of the source tree, and whether files differ from it; nothing outside a repository."""
-    source = Path(vla_foundry.__file__).parents[1]
-    if not (source / ".git").exists():
-        return {}
-    commit = _run_git(source, "rev-parse", "HEAD")
-    return {"commit": commit, "is_dirty": bool(_run_git(source, "status", "--porcelain"))} if commit else {}
-
-
-def _run_git(folder: Path, *words: str) -> str:
-    try:
-        result = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+    commit = read_git_commit()
+    return {} if commit is None else {"commit": commit, "is_dirty": bool(has_uncommitted_changes())}

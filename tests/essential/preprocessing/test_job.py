@@ -109,7 +109,7 @@ def test_missing_ray_is_one_line():
 
 
 def test_progress_is_plain_lines_without_a_terminal(monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("vla_foundry.preprocessing.job._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("vla_foundry.progress._SECONDS_BETWEEN_LINES", 0.0)
     run(square, tmp_path, 0, 0)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" after")[0] for line in lines] == [f"test: {20 * n}.0%" for n in range(1, 6)]

@@ -16,7 +16,7 @@ from typing import Any
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures
 from vla_foundry.preprocessing.image_caption.sources import Row
-from vla_foundry.preprocessing.job import num_cores
+from vla_foundry.world import num_cores
 
 URL_COLUMN, CAPTION_COLUMN = "url", "caption"
 _ROWS_PER_FILE = 1 << 20

@@ -29,11 +29,11 @@ from vla_foundry.preprocessing.image_caption.sources import (
     list_sources,
     read_list,
 )
-from vla_foundry.preprocessing.job import Task, run_tasks, say
-from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, record_task
-from vla_foundry.preprocessing.provenance import format_provenance
+from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, format_provenance, record_task
 from vla_foundry.preprocessing.text.job import check_apart
 from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry, split_member_name
 from vla_foundry.storage.uri import absolute_uri, is_remote
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vla_foundry.preprocessing.provenance import digest_of
+from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.storage.uri import is_remote, join_uri, list_sizes, open_input, parent_uri, read_text
 
 LIST_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")

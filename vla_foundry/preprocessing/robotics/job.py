@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks, say
-from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder
-from vla_foundry.preprocessing.provenance import digest_of, format_provenance
+from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
+from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder, digest_of, format_provenance
 from vla_foundry.preprocessing.robotics.blocks import BlockJob, statistics_name, write_block
 from vla_foundry.preprocessing.robotics.converters.base import EpisodeRef, create_converter
 from vla_foundry.preprocessing.robotics.plan import (
@@ -36,6 +35,7 @@ from vla_foundry.preprocessing.robotics.report import (
 )
 from vla_foundry.preprocessing.robotics.samples import Sample, SampleJob, plan_samples, write_samples
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
+from vla_foundry.progress import say
 from vla_foundry.robotics.spec import SPEC_NAME, format_spec
 from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.shards import MANIFEST_NAME, ManifestEntry

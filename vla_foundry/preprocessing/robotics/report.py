@@ -2,19 +2,17 @@
 
 import os
 import shlex
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-import vla_foundry
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.provenance import digest_of, read_git_commit, read_versions
+from vla_foundry.preprocessing.output import digest_of, read_versions
 from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.provenance import has_uncommitted_changes, read_git_commit
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription
 from vla_foundry.storage.uri import is_remote, name_of
 
@@ -191,7 +189,10 @@ def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Repor
             "full_command": format_command(recipe.params),
         },
         "environment": {"python_version": versions["python"], "package_versions": versions},
-        "git_info": {"commit_hash": read_git_commit(), "has_uncommitted_changes": _has_changes()},
+        "git_info": {
+            "commit_hash": read_git_commit(),
+            "has_uncommitted_changes": has_uncommitted_changes("vla_foundry"),
+        },
         "source_data": {**source, "num_episodes": report.num_episodes, "episode_list_hash": digest_of(episodes)},
         "processing": {
             "total_samples_created": counts["samples"],
@@ -229,16 +230,3 @@ def show_path(path: str, roots: Sequence[str]) -> str:
 
 def _show_root(path: str) -> str:
     return path if is_remote(path) or not os.path.isabs(os.path.expanduser(path)) else name_of(path)
-
-
-def _has_changes() -> bool | None:
-    """True if the source tree this package runs from differs from its commit; None if there is no git."""
-    root = Path(vla_foundry.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "status", "--porcelain", "--", "vla_foundry"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return bool(run.stdout.strip())

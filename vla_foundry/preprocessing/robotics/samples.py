@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.output import record_task
-from vla_foundry.preprocessing.provenance import digest_of
+from vla_foundry.preprocessing.output import digest_of, record_task
 from vla_foundry.preprocessing.robotics.blocks import Clock
 from vla_foundry.preprocessing.robotics.plan import Recipe
 from vla_foundry.preprocessing.robotics.windows import create_window, relative_values

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import TextJobParams
-from vla_foundry.preprocessing.job import Task, run_tasks, say
-from vla_foundry.preprocessing.output import OutputFolder, record_task
-from vla_foundry.preprocessing.provenance import format_provenance
+from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.output import OutputFolder, format_provenance, record_task
 from vla_foundry.preprocessing.text.plan import plan_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.sources import Piece, list_sources, read_unit
 from vla_foundry.preprocessing.text.tally import Tally
+from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry
 from vla_foundry.storage.uri import absolute_uri
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from vla_foundry.preprocessing.provenance import digest_of
+from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.storage.uri import join_uri, list_sizes, name_of, open_input
 
 FileKind = Literal["txt", "jsonl", "parquet"]

@@ -6,14 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
-from vla_foundry.preprocessing.job import say, show_progress
-from vla_foundry.preprocessing.output import plan_differences
-from vla_foundry.preprocessing.provenance import format_provenance
+from vla_foundry.preprocessing.output import format_provenance, plan_differences
 from vla_foundry.preprocessing.text.job import check_apart
 from vla_foundry.preprocessing.text.plan import plan_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.sources import Sources, list_sources, read_unit
 from vla_foundry.preprocessing.text.tally import Tally
 from vla_foundry.preprocessing.text.tokenizer_files import CONFIG_NAME, TOKENIZER_NAME
+from vla_foundry.progress import say, show_progress
 from vla_foundry.shards import PROVENANCE_NAME
 from vla_foundry.storage.uri import delete, exists, join_uri, list_files, read_text, write_text
 

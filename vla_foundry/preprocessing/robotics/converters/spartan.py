@@ -22,7 +22,6 @@ import numpy as np
 from vla_foundry.config.yaml_source import find_config
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, SpartanParams
 from vla_foundry.params.experiment import load_params_from_yaml
-from vla_foundry.preprocessing.job import say
 from vla_foundry.preprocessing.robotics.converters.base import (
     BaseRoboticsConverter,
     CameraFrames,
@@ -39,6 +38,7 @@ from vla_foundry.preprocessing.robotics.converters.spartan_files import (
     read_episode_lists,
     read_yaml,
 )
+from vla_foundry.progress import say
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
 from vla_foundry.robotics.spec import FieldDescription

@@ -1,0 +1,54 @@
+"""What a command prints while it works: lines, and a progress bar or its plain form."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(line: str) -> None:
+    """Print one line for the user."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds work done to a progress bar on a terminal, or else to a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
+        with Progress(
+            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)
+        ) as bar:
+            row = bar.add_task(title, total=total, completed=done)
+            yield lambda weight: bar.advance(row, weight)
+        return
+    lines = _ProgressLines(title, total, done)
+    yield lines.advance
+
+
+class _ProgressLines:
+    """Progress for where there is no terminal: a plain line every few seconds."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done = title, total, done
+        self._first_done = done
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, weight: int) -> None:
+        self._done += weight
+        now = time.monotonic()
+        is_end = self._done >= self._total and self._last_line > self._start
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and not is_end:
+            return
+        self._last_line = now
+        seconds = now - self._start
+        left = seconds * (self._total - self._done) / max(self._done - self._first_done, 1)
+        percentage = 100 * self._done / max(self._total, 1)
+        sys.stderr.write(f"{self._title}: {percentage:.1f}% after {seconds:.0f} s, ETA {left:.0f} s\n")
+        sys.stderr.flush()
