@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.plan import SamplePlan
-from vla_foundry.images.decode import decode_image
+from vla_foundry.images.codec import decode_image
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.shards import MemberSpan, index_shard
 from vla_foundry.world import World

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from vla_foundry.data import create_dataloader
-from vla_foundry.images.decode import decode_image
+from vla_foundry.images.codec import decode_image
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,

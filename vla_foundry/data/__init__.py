@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vla_foundry.data.loader import DataLoader, create_dataloader
-    from vla_foundry.data.pipelines.base import register_pipeline
+    from vla_foundry.data.pipelines.stages import register_pipeline
 
 __all__ = ["DataLoader", "create_dataloader", "register_pipeline"]
 
 _MODULES = {
     "DataLoader": "vla_foundry.data.loader",
     "create_dataloader": "vla_foundry.data.loader",
-    "register_pipeline": "vla_foundry.data.pipelines.base",
+    "register_pipeline": "vla_foundry.data.pipelines.stages",
 }
 
 

@@ -15,7 +15,7 @@ from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.description import check_description, describe_plan, fingerprint_of
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.microbatches import Failure, Microbatches, Report, Schedule
-from vla_foundry.data.pipelines.base import PIPELINES, Pipeline, SavesFiles
+from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline, SavesFiles
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.processes import describe_dead_process, prepare_process, start_context, widen_pipe
 from vla_foundry.data.reader import Dataset, ShardReader

@@ -11,7 +11,7 @@ import numpy as np
 import torch.utils.data
 
 from vla_foundry.data.cache import LookAhead
-from vla_foundry.data.pipelines.base import Pipeline, Rows
+from vla_foundry.data.pipelines.stages import Pipeline, Rows
 from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.data.transport import Message, pack

@@ -1,14 +1,15 @@
-"""Augmentation: which part of each image is seen, mirrored or not, and how its colours are changed.
+"""Augment images: crop, flip and draw a colour jitter.
 
-What is drawn for a sample is a function of (seed, position), holds for all its images (cameras and times), and is in
-units that suit images of any size. Parts and mirroring are done here, on the CPU; colours are drawn here and changed
-on the device, together with the normalisation (`colors.normalize_images`), where they cost next to nothing.
+A sample's draw is a function of (seed, position). It applies to all images of the sample (cameras and times), and its
+units suit images of any size. Crops and flips run here, on the CPU. Colours are only drawn here: the device applies
+them while it normalises (`colors.normalize_images`), at almost no cost.
 
-Validation and inference take `CENTRE`, the deterministic counterpart: the middle part, of mean size, with the colours
-as they are.
+Validation and inference use `CENTRE`, the deterministic counterpart: a centred crop of mean size, no flip, unchanged
+colours.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,15 +17,15 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vla_foundry.images.codec import decode_image
 from vla_foundry.images.geometry import PixelMap, Size, identity_map
-from vla_foundry.images.resize import crop_image, resize_image
-from vla_foundry.images.rotate import flip_image
+from vla_foundry.images.resize import crop_image, flip_image, resize_image
 from vla_foundry.randomness import draw_uniforms
 
 
 @runtime_checkable
 class Crop(Protocol):
-    """A part of fixed size; fields as in `params.data.images.CropParams`."""
+    """Crop of fixed size; fields as in `params.data.images.CropParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -36,7 +37,7 @@ class Crop(Protocol):
 
 @runtime_checkable
 class RandomResizedCrop(Protocol):
-    """A part of random size; fields as in `params.data.images.RandomResizedCropParams`."""
+    """Crop of random size; fields as in `params.data.images.RandomResizedCropParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -60,7 +61,7 @@ class HorizontalFlip(Protocol):
 
 @runtime_checkable
 class ColorJitter(Protocol):
-    """Change of colours; fields as in `params.data.images.ColorJitterParams`."""
+    """Colour jitter; fields as in `params.data.images.ColorJitterParams`."""
 
     @property
     def enabled(self) -> bool: ...
@@ -76,7 +77,7 @@ class ColorJitter(Protocol):
 
 @runtime_checkable
 class ImageAugmentation(Protocol):
-    """What may be done to images; fields as in `params.data.images.ImageAugmentationParams`."""
+    """All augmentations; fields as in `params.data.images.ImageAugmentationParams`."""
 
     @property
     def crop(self) -> Crop: ...
@@ -90,17 +91,17 @@ class ImageAugmentation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationDraw:
-    """What was drawn for a sample: numbers in [0, 1), the same for all its images."""
+    """The random numbers of a sample, each in [0, 1), shared by all its images."""
 
-    # where the part lies: 0 at the left and top, 1 at the right and bottom, of the room there is
+    # where the crop lies within the free range: 0 is left and top, 1 right and bottom
     x: float
     y: float
-    # where its area and its aspect lie between their bounds
+    # where its area and its aspect ratio lie between their bounds
     area: float
     ratio: float
-    # the image is mirrored if this is below the probability
+    # the image is flipped if this is below the probability
     flip: float
-    # where brightness, contrast, saturation and hue lie between their bounds; None: they stay as they are
+    # where brightness, contrast, saturation and hue lie between their bounds; None: colours stay unchanged
     colors: tuple[float, float, float, float] | None
 
 
@@ -108,7 +109,7 @@ CENTRE = AugmentationDraw(x=0.5, y=0.5, area=0.5, ratio=0.5, flip=1.0, colors=No
 
 
 def draw_augmentation(*, seed: int, position: int) -> AugmentationDraw:
-    """Draw for the sample at a position of the plan."""
+    """Draw the augmentation of the sample at a position of the plan."""
     x, y, area, ratio, flip, *colors = draw_uniforms(9, seed=seed, position=position, purpose="images.augment").tolist()
     return AugmentationDraw(x=x, y=y, area=area, ratio=ratio, flip=flip, colors=(*colors,))
 
@@ -116,10 +117,10 @@ def draw_augmentation(*, seed: int, position: int) -> AugmentationDraw:
 def augment_image(
     image: UInt8[Tensor, "3 H W"], params: ImageAugmentation, draw: AugmentationDraw
 ) -> tuple[UInt8[Tensor, "3 H2 W2"], PixelMap]:
-    """Take a sample's part of one of its images, and mirror it if that was drawn.
+    """Crop and flip one image of a sample.
 
     Returns:
-        The part (a view where nothing is resampled), and the map of its pixels.
+        The result (a view where nothing is resampled), and the map of its pixels.
 
     Raises:
         ValueError: the image is smaller than the crop.
@@ -136,10 +137,10 @@ def augment_image(
 
 
 def draw_color_factors(params: ColorJitter, draw: AugmentationDraw) -> Float[np.ndarray, " 4"]:
-    """Return a sample's factors of brightness, contrast and saturation and its shift of hue, as `jitter_colors` takes.
+    """Return a sample's brightness, contrast and saturation factors and its hue shift, as `jitter_colors` takes them.
 
     Returns:
-        float32 [4]; (1, 1, 1, 0) leaves the colours as they are.
+        float32 [4]; (1, 1, 1, 0) leaves the colours unchanged.
     """
     if not params.enabled or draw.colors is None:
         return np.array([1, 1, 1, 0], np.float32)
@@ -168,14 +169,14 @@ def _crop(image: Tensor, params: Crop, draw: AugmentationDraw) -> tuple[Tensor, 
     if size[0] > source[0] or size[1] > source[1]:
         raise ValueError(
             f"image of {source[1]} x {source[0]} pixels is smaller than the crop of {size[1]} x {size[0]}. "
-            "Lower data.augmentation.image.crop.shape, or give it as shares of the image."
+            "Lower data.augmentation.image.crop.shape, or give it as fractions of the image."
         )
     where = draw if params.mode == "random" else CENTRE
     return crop_image(image, *_place(source, size, where), size)
 
 
 def _place(source: Size, size: Size, draw: AugmentationDraw) -> tuple[int, int]:
-    """Return (top, left): each whole pixel where the part fits is as likely."""
+    """Return (top, left): every whole pixel where the crop fits is equally likely."""
     return int(draw.y * (source[0] - size[0] + 1)), int(draw.x * (source[1] - size[1] + 1))
 
 
@@ -183,7 +184,7 @@ def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: Augmentatio
     source = (image.shape[1], image.shape[2])
     area = _between(*params.scale, draw.area)
     aspect = math.exp(_between(math.log(params.ratio[0]), math.log(params.ratio[1]), draw.ratio))
-    # a part that is too long for the image is cut at its edge
+    # a crop that is too long for the image ends at its edge
     size = (
         max(1, min(source[0], round(source[0] * math.sqrt(area / aspect)))),
         max(1, min(source[1], round(source[1] * math.sqrt(area * aspect)))),
@@ -191,3 +192,23 @@ def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: Augmentatio
     part, cut = crop_image(image, *_place(source, size, draw), size)
     resized, scaled = resize_image(part, params.size or source, method="resize_no_crop")
     return resized, cut.then(scaled)
+
+
+def prepare_images(
+    files: Sequence[bytes], augmentation: ImageAugmentation | None, draw: AugmentationDraw
+) -> list[Tensor]:
+    """Decode and augment a sample's images: the same in training, validation and inference.
+
+    Args:
+        files: JPEG, PNG or WebP.
+        augmentation: None: images are only decoded.
+        draw: of the sample; `CENTRE` for validation and inference.
+
+    Returns:
+        uint8 [3, H, W] each.
+
+    Raises:
+        ValueError: a file cannot be decoded, or an image is smaller than the crop.
+    """
+    images = [decode_image(data) for data in files]
+    return images if augmentation is None else [augment_image(image, augmentation, draw)[0] for image in images]

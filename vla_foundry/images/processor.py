@@ -27,9 +27,9 @@ from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap
 from vla_foundry.images.resize import Interpolation, ResizeMethod, resize_image
-from vla_foundry.text.prompts import IMAGE_MARKER, Turn
+from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
+from vla_foundry.text.chat_tokenizer import ChatTokenizer
 from vla_foundry.text.tokenizers import load_tokenizer
-from vla_foundry.text.turn_encoder import TurnEncoder
 
 CONFIG_FILE = "config_processor.json"
 TOKEN_KEYS = ("input_ids", "target_mask", "token_type_ids", "mm_token_type_ids")
@@ -54,7 +54,7 @@ class Processor(Protocol):
         """Return the model inputs of a sample, see the table above; the last user turn without an answer announces it.
 
         Raises:
-            ValueError: the sample can not be encoded (`TurnEncoder.encode`); one line.
+            ValueError: the sample can not be encoded (`ChatTokenizer.encode`); one line.
         """
         ...
 
@@ -82,10 +82,10 @@ class ImageTextProcessor:
         interpolation: how pixels are scaled.
         image_mean: subtracted from pixels in 0 .. 1, on the device.
         image_std: what they are divided by then.
-        prompt_layout: how turns are written, see `TurnEncoder`.
+        prompt_layout: how turns are written, see `ChatTokenizer`.
 
     Raises:
-        ValueError: as `TurnEncoder`.
+        ValueError: as `ChatTokenizer`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ImageTextProcessor:
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.prompt_layout = prompt_layout
-        self._turns = TurnEncoder(tokenizer, prompt_layout=prompt_layout)
+        self._turns = ChatTokenizer(tokenizer, prompt_layout=prompt_layout)
 
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None

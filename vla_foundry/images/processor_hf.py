@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap, resize_map
 from vla_foundry.images.processor import HUGGING_FACE, write_config
-from vla_foundry.text.prompts import IMAGE_MARKER, Turn
-from vla_foundry.text.turn_encoder import CHAT_TEMPLATE, TurnEncoder
+from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
+from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE, ChatTokenizer
 
 # rows of the image processor's output that say how an image was cut, and are no inputs of the model
 _NOT_INPUTS = ("rows", "cols", "pixel_attention_mask")
@@ -77,12 +77,12 @@ class HuggingFaceProcessor:
 
     Args:
         processor: as AutoProcessor gives it.
-        prompt_layout: how turns are written, see `TurnEncoder`; None: the chat template, else as the family does.
+        prompt_layout: how turns are written, see `ChatTokenizer`; None: the chat template, else as the family does.
         processor_kwargs: options of its image processor, as that takes them, e.g. {"size": {...}}.
         split_images: cut images into tiles where the family does that (see the module).
 
     Raises:
-        ValueError: it has no tokenizer or no image processor, or as `TurnEncoder`.
+        ValueError: it has no tokenizer or no image processor, or as `ChatTokenizer`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class HuggingFaceProcessor:
         image_processor = processor.image_processor
         self.image_mean = tuple(image_processor.image_mean) if image_processor.do_normalize else (0.0, 0.0, 0.0)
         self.image_std = tuple(image_processor.image_std) if image_processor.do_normalize else (1.0, 1.0, 1.0)
-        self._turns = TurnEncoder(
+        self._turns = ChatTokenizer(
             self.tokenizer,
             prompt_layout=self.prompt_layout,
             render=self._render if processor.chat_template else None,

@@ -1,33 +1,35 @@
-"""Resize images and depth by one of three methods, with the exact map of their pixels.
+"""Resize, crop, rotate and flip images and depth; every operation returns the exact map of the pixels.
 
 | method         | what it does                                                           |
 |----------------|------------------------------------------------------------------------|
-| center_crop    | cut the largest centred part of the wanted aspect, then scale it       |
-| resize_no_crop | scale height and width each to what is wanted: shapes are distorted    |
-| resize_fit     | scale the whole image into the wanted size, centred on black           |
+| center_crop    | crop the largest centred part with the target's aspect, then scale it  |
+| resize_no_crop | scale height and width independently: shapes are distorted             |
+| resize_fit     | scale the whole image to fit the target, centred on black              |
 
-Cuts are at whole pixels, so that the scales of x and y may differ by less than a pixel over the image; the map that
-is returned holds the scales that were used. Images are averaged when they shrink (antialias); depth takes the nearest
-pixel, because the mean of two distances is the distance of nothing.
+Crops start and end at whole pixels, so the x and y scales may differ slightly (less than a pixel over the image); the
+returned map holds the scales that were used. Shrinking an image averages (antialias). Depth takes the nearest pixel,
+because the mean of two distances measures nothing.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8, UInt16
 from torch import Tensor
 
-from vla_foundry.images.geometry import PixelMap, Size, crop_map, identity_map, resize_map
+from vla_foundry.images.codec import encode_depth, encode_jpeg, image_from_array
+from vla_foundry.images.geometry import PixelMap, Size, crop_map, flip_map, identity_map, resize_map, rotate_map
 
 ResizeMethod = Literal["center_crop", "resize_no_crop", "resize_fit"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Cut the source at (top, left) to `cut`, scale that to `scaled`, put it at `offset` of a black `target`."""
+class _Steps:
+    """Cut the source at `top_left` to `cut`, scale to `scaled`, place at `offset` on a black `target`."""
 
     source: Size
     cut: Size
@@ -55,7 +57,7 @@ def _round_up_to_one(value: float) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _plan_resize(source: Size, target: Size, method: ResizeMethod) -> _Plan:
+def _resize_steps(source: Size, target: Size, method: ResizeMethod) -> _Steps:
     height, width = source
     target_height, target_width = target
     is_wide = width * target_height > height * target_width
@@ -68,13 +70,13 @@ def _plan_resize(source: Size, target: Size, method: ResizeMethod) -> _Plan:
         scaled = (_round_up_to_one(height * target_width / width), target_width)
     elif method == "resize_fit":
         scaled = (target_height, _round_up_to_one(width * target_height / height))
-    return _Plan(source, cut, scaled, target)
+    return _Steps(source, cut, scaled, target)
 
 
 def scale_image(
     image: UInt8[Tensor, "*batch 3 H W"], size: Size, *, interpolation: Interpolation = "bilinear"
 ) -> UInt8[Tensor, "*batch 3 H2 W2"]:
-    """Scale whole images to a size, antialiased; an image that has it is returned as it is."""
+    """Scale whole images to a size, antialiased; an image of that size is returned unchanged."""
     *batch, channels, height, width = image.shape
     if (height, width) == size:
         return image
@@ -87,7 +89,7 @@ def scale_image(
 def crop_image(
     image: Shaped[Tensor, "*batch H W"], top: int, left: int, size: Size
 ) -> tuple[Shaped[Tensor, "*batch H2 W2"], PixelMap]:
-    """Cut a part, whose top-left pixel is (left, top), out of images or depth; no copy is made."""
+    """Crop images or depth to a part whose top-left pixel is (left, top); returns a view."""
     source = (image.shape[-2], image.shape[-1])
     assert 0 <= top <= source[0] - size[0], (source, top, size)
     assert 0 <= left <= source[1] - size[1], (source, left, size)
@@ -104,43 +106,95 @@ def resize_image(
     """Resize images to (height, width).
 
     Returns:
-        The images, and the map of their pixels. An image that has the size is returned as it is.
+        The images, and the map of their pixels. An image of that size is returned unchanged.
     """
     source = (image.shape[-2], image.shape[-1])
     if source == size:
         return image, identity_map(size)
-    plan = _plan_resize(source, size, method)
-    cut, _ = crop_image(image, *plan.top_left, plan.cut)
-    scaled = scale_image(cut, plan.scaled, interpolation=interpolation)
-    if plan.scaled != size:
-        top, left = plan.offset
+    steps = _resize_steps(source, size, method)
+    cut, _ = crop_image(image, *steps.top_left, steps.cut)
+    scaled = scale_image(cut, steps.scaled, interpolation=interpolation)
+    if steps.scaled != size:
+        top, left = steps.offset
         canvas = torch.zeros((*image.shape[:-3], *size, 3), dtype=torch.uint8).movedim(-1, -3)
-        canvas[..., top : top + plan.scaled[0], left : left + plan.scaled[1]] = scaled
+        canvas[..., top : top + steps.scaled[0], left : left + steps.scaled[1]] = scaled
         scaled = canvas
-    return scaled, plan.pixel_map
+    return scaled, steps.pixel_map
 
 
 def find_resize_map(source: Size, size: Size, *, method: ResizeMethod = "center_crop") -> PixelMap:
-    """Return the map of pixels that `resize_image` and `resize_depth` make, without an image."""
-    return identity_map(size) if source == size else _plan_resize(source, size, method).pixel_map
+    """Return the pixel map of `resize_image` and `resize_depth`, without an image."""
+    return identity_map(size) if source == size else _resize_steps(source, size, method).pixel_map
 
 
 def resize_depth(
     depth: UInt16[Tensor, "*batch H W"], size: Size, *, method: ResizeMethod = "center_crop"
 ) -> tuple[UInt16[Tensor, "*batch H2 W2"], PixelMap]:
-    """Resize depth by its nearest pixels, along the very map of `resize_image`; padding is 0, "not measured"."""
+    """Resize depth to its nearest pixels, with the same map as `resize_image`; padding is 0, "not measured"."""
     source = (depth.shape[-2], depth.shape[-1])
-    plan = _plan_resize(source, size, method)
-    rows = _nearest(plan.cut[0], plan.scaled[0]) + plan.top_left[0]
-    columns = _nearest(plan.cut[1], plan.scaled[1]) + plan.top_left[1]
-    # indexing is not there for uint16 on every device; its bits as int16 are
+    steps = _resize_steps(source, size, method)
+    rows = _nearest(steps.cut[0], steps.scaled[0]) + steps.top_left[0]
+    columns = _nearest(steps.cut[1], steps.scaled[1]) + steps.top_left[1]
+    # not every device can index uint16, so index its bits as int16
     taken = depth.view(torch.int16)[..., rows[:, None], columns]
     result = torch.zeros((*depth.shape[:-2], *size), dtype=torch.int16)
-    top, left = plan.offset
-    result[..., top : top + plan.scaled[0], left : left + plan.scaled[1]] = taken
-    return result.view(torch.uint16), plan.pixel_map
+    top, left = steps.offset
+    result[..., top : top + steps.scaled[0], left : left + steps.scaled[1]] = taken
+    return result.view(torch.uint16), steps.pixel_map
 
 
 def _nearest(source: int, target: int) -> Tensor:
-    """For each of `target` pixels, the one of `source` that its centre falls in."""
+    """Return, for each of `target` pixels, the `source` pixel that contains its centre."""
     return (2 * torch.arange(target) + 1) * source // (2 * target)
+
+
+def rotate_image(
+    image: Shaped[Tensor, "*batch H W"], quarter_turns_clockwise: int
+) -> tuple[Shaped[Tensor, "*batch H2 W2"], PixelMap]:
+    """Rotate images or depth clockwise by quarter turns; negative values rotate counter-clockwise."""
+    size = (image.shape[-2], image.shape[-1])
+    return torch.rot90(image, -quarter_turns_clockwise, (-2, -1)), rotate_map(size, quarter_turns_clockwise)
+
+
+def flip_image(image: Shaped[Tensor, "*batch H W"]) -> tuple[Shaped[Tensor, "*batch H W"], PixelMap]:
+    """Mirror images or depth left to right."""
+    return image.flip(-1), flip_map((image.shape[-2], image.shape[-1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOperations:
+    """How preprocessing changes each image of a camera before it is stored, in this order; inference repeats it."""
+
+    # quarter turns clockwise
+    turns: int
+    # (height, width) to resize to; None: unchanged
+    size: Size | None
+    method: ResizeMethod
+    jpeg_quality: int
+
+    def pixel_map(self, source: Size) -> PixelMap:
+        """Return where the pixels of an image of (height, width) go."""
+        turned = rotate_map(source, self.turns)
+        if self.size is None:
+            return turned
+        return turned.then(find_resize_map(turned.target_size, self.size, method=self.method))
+
+    def keeps(self, source: Size) -> bool:
+        """True if images of (height, width) stay unchanged."""
+        return self.turns == 0 and self.size in (None, source)
+
+    def encode(self, frame: np.ndarray) -> bytes:
+        """Rotate, resize and encode a frame: uint8 (H, W, 3) to JPEG, uint16 (H, W) to PNG."""
+        if frame.ndim == 2:
+            depth = torch.from_numpy(np.ascontiguousarray(frame))
+            if self.turns:
+                depth, _ = rotate_image(depth, self.turns)
+            if self.size is not None:
+                depth, _ = resize_depth(depth, self.size, method=self.method)
+            return encode_depth(depth)
+        image = image_from_array(frame)
+        if self.turns:  # rotating by nothing would still copy the image
+            image, _ = rotate_image(image, self.turns)
+        if self.size is not None:
+            image, _ = resize_image(image, self.size, method=self.method, interpolation="bicubic")
+        return encode_jpeg(image, quality=self.jpeg_quality)

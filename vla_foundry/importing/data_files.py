@@ -16,8 +16,8 @@ from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.base import LanguageModelParams
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE
 from vla_foundry.text.tokenizers import load_tokenizer
-from vla_foundry.text.turn_encoder import CHAT_TEMPLATE
 from vla_foundry.training.tokenizer_copy import copy_tokenizer
 
 Data = TypeVar("Data", bound=ImageProcessorParams)

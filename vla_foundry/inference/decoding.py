@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vla_foundry.inference.sampling import choose_tokens
+from vla_foundry.randomness import draw_uniforms
 
 _Stop: TypeAlias = Literal["end", "max_new_tokens", "max_seq_len"]
 
@@ -118,3 +118,38 @@ def _next_inputs(inputs: dict[str, Any], new: Tensor, cache: Any, kept: list[int
     if cache is None:
         return {**inputs, "input_ids": torch.cat([input_ids, column], dim=1), "attention_mask": mask}
     return {"input_ids": column, "attention_mask": mask, "past_key_values": cache}
+
+
+def choose_tokens(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seeds: Sequence[int],
+    step: int,
+) -> Int[Tensor, " B"]:
+    """Choose one token per row.
+
+    Args:
+        temperature: 0: the likeliest token.
+        top_k: draw among the k likeliest; 0: among all.
+        top_p: draw among the likeliest tokens that together have this probability (nucleus sampling).
+        seeds: one per row; with `step` it determines the draw, whatever the other rows are.
+        step: number of tokens drawn before.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, tokens = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = before >= top_p
+    if top_k:
+        dropped[:, top_k:] = True
+    # the likeliest token always stays
+    dropped[:, 0] = False
+    cumulative = probabilities.masked_fill(dropped, 0).cumsum(dim=-1)
+    uniforms = [draw_uniforms(1, seed=seed, position=step, purpose="next token")[0] for seed in seeds]
+    draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    limits = draws[:, None] * cumulative[:, -1:]
+    ranks = (cumulative <= limits).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.gather(1, ranks).squeeze(1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vla_foundry.images.encode import ImageOperations
+from vla_foundry.images.resize import ImageOperations
 from vla_foundry.inference.observations import Observation
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PoseGroup, Window

@@ -15,6 +15,7 @@ from vla_foundry.data.pipelines.robotics import (
     PrepareCameraImages,
     join_robot_samples,
 )
+from vla_foundry.data.pipelines.stages import Dropped, Sample, Stage
 from vla_foundry.data.robotics.field_stages import ComputeRelativePoses, NormalizeProprioception
 from vla_foundry.data.robotics.files import load_normalizer, load_spec
 from vla_foundry.data.robotics.windows import RobotWindow, create_request

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from vla_foundry.data.robotics.files import load_normalizer, load_spec
-from vla_foundry.images.encode import ImageOperations
+from vla_foundry.images.resize import ImageOperations
 from vla_foundry.inference.history import Camera, InputPlan, find_name
 from vla_foundry.inference.loading import (
     choose_device,

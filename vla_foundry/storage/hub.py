@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import replace_file
-from vla_foundry.storage.pattern import compile_pattern, is_pattern
+from vla_foundry.storage.local import compile_pattern, is_pattern, replace_file
 
 _READ_SIZE = 4 << 20
 

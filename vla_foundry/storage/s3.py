@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import replace_file
-from vla_foundry.storage.pattern import compile_pattern, is_pattern
+from vla_foundry.storage.local import compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
-from vla_foundry.data.pipelines.base import read_record
+from vla_foundry.data.pipelines.stages import read_record
 from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
 from vla_foundry.shards import parse_manifest
 from vla_foundry.storage.uri import join_uri, parent_uri, read_text

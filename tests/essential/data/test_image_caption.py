@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.cache import ShardCache
-from vla_foundry.data.pipelines.base import Rows
 from vla_foundry.data.pipelines.image_caption import ImageCaptionPipeline, find_images
+from vla_foundry.data.pipelines.stages import Rows
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
-from vla_foundry.images.decode import decode_image
+from vla_foundry.images.codec import decode_image
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import (
     ColorJitterParams,

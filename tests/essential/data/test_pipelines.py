@@ -13,7 +13,7 @@ import webdataset as wds
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.data.cache import ShardCache
-from vla_foundry.data.pipelines.base import Pipeline, Rows, WebDatasetStage
+from vla_foundry.data.pipelines.stages import Pipeline, Rows, WebDatasetStage
 from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline, create_text_batch
 from vla_foundry.data.pipelines.text_untokenized import TextUntokenizedPipeline, pack, split_document
 from vla_foundry.data.plan import SamplePlan

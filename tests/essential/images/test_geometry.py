@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap, crop_map, identity_map, resize_map, rotate_map
-from vla_foundry.images.resize import crop_image, resize_image
-from vla_foundry.images.rotate import flip_image, rotate_image
+from vla_foundry.images.resize import crop_image, flip_image, resize_image, rotate_image
 
 INTRINSICS = np.array([[150.0, 0.0, 78.3], [0.0, 140.0, 55.1], [0.0, 0.0, 1.0]])
 HEIGHT, WIDTH = 120, 160

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_foundry.images.decode import decode_image, image_from_array
-from vla_foundry.images.encode import encode_png, image_to_array
+from vla_foundry.images.codec import decode_image, encode_png, image_from_array, image_to_array
 from vla_foundry.images.processor import (
     CONFIG_FILE,
     ImageTextProcessor,
@@ -18,7 +17,7 @@ from vla_foundry.images.processor import (
     create_processor,
     load_processor,
 )
-from vla_foundry.text.prompts import Turn, create_caption_turns
+from vla_foundry.text.chat_template import Turn, create_caption_turns
 
 TURNS = [Turn("user", "<image>What does this image show?"), Turn("assistant", "A red cube lies on a green table.")]
 

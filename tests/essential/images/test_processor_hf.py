@@ -10,7 +10,7 @@ import torch
 from vla_foundry.images.colors import normalize_images
 from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, create_processor, load_processor
 from vla_foundry.images.processor_hf import HuggingFaceProcessor, load_hugging_face_processor
-from vla_foundry.text.prompts import Turn
+from vla_foundry.text.chat_template import Turn
 
 # the original PaliGemma processor, asked for tensors, uses them in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vla_foundry.images.encode import image_to_array
+from vla_foundry.images.codec import image_to_array
 from vla_foundry.images.resize import resize_depth, resize_image, scale_image
 
 METHODS = ["center_crop", "resize_no_crop", "resize_fit"]

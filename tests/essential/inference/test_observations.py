@@ -15,7 +15,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.data.robotics.datasets import complete_params
 from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_robotics_files
-from vla_foundry.images.decode import image_from_array
+from vla_foundry.images.codec import image_from_array
 from vla_foundry.images.processor import Processor
 from vla_foundry.inference.observations import Observation, ObservationEncoder
 from vla_foundry.params.data.images import (

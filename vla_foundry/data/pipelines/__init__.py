@@ -1,5 +1,5 @@
 """Pipelines: one module per modality."""
 
-from vla_foundry.data.pipelines.base import Pipeline, Sample, Stage, WebDatasetStage, register_pipeline
+from vla_foundry.data.pipelines.stages import Pipeline, Sample, Stage, WebDatasetStage, register_pipeline
 
 __all__ = ["Pipeline", "Sample", "Stage", "WebDatasetStage", "register_pipeline"]

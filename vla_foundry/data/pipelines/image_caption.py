@@ -25,16 +25,15 @@ import numpy as np
 import torch
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.data.pipelines.base import Dropped, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Dropped, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
-from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_factors
-from vla_foundry.images.prepare import prepare_images
+from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_factors, prepare_images
 from vla_foundry.images.processor import TOKEN_KEYS, Processor, create_processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
-from vla_foundry.text.prompts import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
+from vla_foundry.text.chat_template import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
 from vla_foundry.text.tokenizers import pad_token_id_of
 
 # lengths of rows, less one, are multiples of it: few enough lengths for compiled models, and little padding

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.base import Dropped, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, create_image_processor, join_samples
+from vla_foundry.data.pipelines.stages import Dropped, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import inputs
 from vla_foundry.data.robotics.datasets import complete_params, read_specs
@@ -35,7 +35,7 @@ from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_fac
 from vla_foundry.images.processor import Processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
-from vla_foundry.text.prompts import IMAGE_MARKER, Turn
+from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
 
 
 class ReadWindow:

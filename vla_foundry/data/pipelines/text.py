@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.data.pipelines.base import Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.base import Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.text import create_padding_batch, create_text_batch
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams

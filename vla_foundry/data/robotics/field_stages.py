@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vla_foundry.data.pipelines.base import Dropped, Sample
+from vla_foundry.data.pipelines.stages import Dropped, Sample
 from vla_foundry.data.robotics import inputs
 from vla_foundry.data.robotics.windows import RobotWindow, WindowRequest, add_relative_fields
 from vla_foundry.params.data.robotics import RoboticsDataParams

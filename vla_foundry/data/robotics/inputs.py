@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from vla_foundry.images.augment import AugmentationDraw, ImageAugmentation, augment_image
-from vla_foundry.images.decode import decode_image
+from vla_foundry.images.codec import decode_image
 from vla_foundry.images.geometry import PixelMap, identity_map
 from vla_foundry.images.processor import Processor
 from vla_foundry.images.resize import resize_image
@@ -20,7 +20,7 @@ from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.layout import FieldLayout
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.text.prompts import Turn, create_user_turn
+from vla_foundry.text.chat_template import Turn, create_user_turn
 
 
 def choose_instruction(

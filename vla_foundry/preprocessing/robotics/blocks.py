@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.images.encode import ImageOperations
+from vla_foundry.images.resize import ImageOperations
 from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
 from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, Episode, EpisodeRef

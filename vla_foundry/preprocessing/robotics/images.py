@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int64
 
-from vla_foundry.images.decode import decode_image
-from vla_foundry.images.encode import ImageOperations, encode_jpeg
+from vla_foundry.images.codec import decode_image, encode_jpeg
+from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.base import CameraFrames
 from vla_foundry.robotics.episode_blocks import EpisodeCamera

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.images.encode import ImageOperations
+from vla_foundry.images.resize import ImageOperations
 from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames
 from vla_foundry.preprocessing.robotics.images import encode_frames, rescale_intrinsics
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.images.decode import decode_image
+from vla_foundry.images.codec import decode_image
 from vla_foundry.params.commands.preprocessing_robotics import CameraParams
 from vla_foundry.storage.uri import is_remote, open_input
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.images.decode import decode_depth, decode_image
+from vla_foundry.images.codec import decode_depth, decode_image
 from vla_foundry.preprocessing.robotics.converters.lerobot_meta import EpisodeEntry
 from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import read_episode_rows
 from vla_foundry.storage.uri import exists, join_uri, read_bytes

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vla_foundry.text.prompts import (
+from vla_foundry.text.chat_template import (
     IMAGE_MARKER,
     PROMPT_LAYOUTS,
     Segment,
@@ -23,7 +23,7 @@ _MAX_CACHED = 10_000
 Render = Callable[[Sequence[Turn], bool], str]
 
 
-class TurnEncoder:
+class ChatTokenizer:
     """Tokenize conversations with images.
 
     Args:

@@ -1,16 +1,16 @@
-"""Bytes of JPEG, PNG and WebP files -> images and depth, the same on every machine.
+"""Decode JPEG, PNG and WebP files to images and depth, the same on every machine, and encode JPEG and PNG.
 
-JPEG is decoded by torchvision's operator where there is one, else by Pillow: to the same pixels, because both are
-libjpeg-turbo, but Pillow takes 1.6 times as long. (Its Python wrapper is deprecated since 0.29, so that it may go.) To
-decode at half size instead would save nothing, because entropy decoding is most of the work.
+torchvision's operator decodes JPEG where it exists, else Pillow does: both use libjpeg-turbo and give the same pixels,
+but Pillow takes 1.6 times as long. (torchvision deprecated its Python wrapper in 0.29, so it may disappear.) Decoding
+at half size would save nothing, because most of the work is entropy decoding.
 
-- Orientation in EXIF is applied.
+- EXIF orientation is applied.
 - Grey, palette, CMYK and 16-bit pictures become 8-bit RGB (16 bits by rounding, v / 257).
-- Transparent pixels are laid over white.
-- Of an animation, the first picture is taken.
+- Transparent pixels are composited over white.
+- An animation yields its first picture.
 
-A file that is cut short or has a broken structure is refused. A JPEG whose compressed pixels were altered may decode to
-wrong pixels, as with any decoder: the checksums of shards are what finds that.
+A truncated or malformed file raises an error. A JPEG with altered compressed data may decode to wrong pixels, as with
+any decoder: shard checksums catch that.
 """
 
 import io
@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ from torch import Tensor
 
 from vla_foundry.images.geometry import Size
 
-# larger pictures are refused before their memory is taken: 64 million pixels are 192 MB
+# larger pictures are refused before memory is allocated: 64 million pixels take 192 MB
 MAX_PIXELS = 1 << 26
 
 _JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP"
-# what Pillow raises on broken bytes, found by feeding it such
+# what Pillow raises on broken bytes, found by fuzzing
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -62,23 +63,28 @@ _TRANSPOSITIONS = {
 
 
 def image_from_array(array: UInt8[np.ndarray, "*batch H W 3"]) -> UInt8[Tensor, "*batch 3 H W"]:
-    """View an RGB array [..., H, W, 3] as images; memory is shared where the array can be written."""
+    """View an RGB array [..., H, W, 3] as images; a writable contiguous array shares its memory."""
     writable = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
     return torch.from_numpy(writable).movedim(-1, -3)
+
+
+def image_to_array(image: UInt8[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*batch H W 3"]:
+    """View images as an RGB array [..., H, W, 3]; memory is shared."""
+    return image.movedim(-3, -1).numpy()
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
     """Decode a JPEG, PNG or WebP file to RGB.
 
     Raises:
-        ValueError: one line; the bytes are none of these, broken, cut short, or of more than `max_pixels`.
+        ValueError: the bytes are none of these, broken, truncated, or hold more than `max_pixels`; one line.
     """
     decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
     if decode_jpeg is None:
         return _image_of(_open(data, max_pixels))
     _check_size(_read_jpeg_size(data), max_pixels)
     try:
-        # a bytearray, because torch wants memory that can be written
+        # torch needs writable memory, hence the bytearray
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, True)
     except RuntimeError as error:
         raise _broken("JPEG", data, str(error).splitlines()[0].rpartition(", ")[2]) from None
@@ -86,7 +92,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, 
 
 @lru_cache(maxsize=1)
 def _jpeg_operator() -> Callable[[Tensor, int, bool], Tensor] | None:
-    """torchvision's decoder (encoded bytes, colour mode, apply EXIF orientation), or None where it has none."""
+    """Return torchvision's decoder (encoded bytes, colour mode, apply EXIF orientation), or None if it has none."""
     import torchvision.io
 
     assert torchvision.io is not None  # the import registers the operator
@@ -94,21 +100,21 @@ def _jpeg_operator() -> Callable[[Tensor, int, bool], Tensor] | None:
 
 
 def decode_depth(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt16[Tensor, "H W"]:
-    """Decode a grey PNG of 16 bits, unchanged.
+    """Decode a 16-bit grey PNG, unchanged.
 
     Raises:
-        ValueError: one line; the bytes are no such file, broken, or of more than `max_pixels`.
+        ValueError: the bytes are no such file, broken, or hold more than `max_pixels`; one line.
     """
     if not data.startswith(_PNG):
-        raise ValueError(f"depth must be a grey PNG of 16 bits, got {len(data)} bytes that begin with {data[:4]!r}.")
+        raise ValueError(f"depth must be a 16-bit grey PNG, got {len(data)} bytes that begin with {data[:4]!r}.")
     picture = _open(data, max_pixels)
     if not picture.mode.startswith("I"):
-        raise ValueError(f"depth must be a grey PNG of 16 bits, got a PNG of Pillow's mode {picture.mode}.")
+        raise ValueError(f"depth must be a 16-bit grey PNG, got a PNG of Pillow's mode {picture.mode}.")
     return torch.from_numpy(np.array(picture).astype(np.uint16))
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Open and load a PNG or WebP file whose size is allowed."""
+    """Open and load a file of at most `max_pixels`."""
     if data.startswith(_JPEG):
         kind = "JPEG"
     elif data.startswith(_PNG):
@@ -134,13 +140,11 @@ def _broken(kind: str, data: bytes, reason: str) -> ValueError:
 
 def _check_size(size: Size, max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise ValueError(
-            f"image of {size[1]} x {size[0]} pixels is too large: at most {max_pixels} pixels are decoded."
-        )
+        raise ValueError(f"image of {size[1]} x {size[0]} pixels is too large: the limit is {max_pixels} pixels.")
 
 
 def _read_jpeg_size(data: bytes) -> Size:
-    """Find the size in the frame header, without decoding."""
+    """Read the size from the frame header, without decoding."""
     position = 2
     while position + 9 <= len(data):
         if data[position] != 0xFF:
@@ -151,7 +155,7 @@ def _read_jpeg_size(data: bytes) -> Size:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
             height, width = struct.unpack_from(">HH", data, position + 5)
             return height, width
-        elif marker in (0xD9, 0xDA):  # end, or pixels without a frame
+        elif marker in (0xD9, 0xDA):  # end of image, or pixels without a frame
             break
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -159,7 +163,7 @@ def _read_jpeg_size(data: bytes) -> Size:
 
 
 def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
-    """Turn a loaded picture upright and into 8-bit RGB."""
+    """Rotate a loaded picture upright and convert it to 8-bit RGB."""
     transposition = _TRANSPOSITIONS.get(_read_orientation(picture.info.get("exif", b"")))
     if transposition is not None:
         picture = picture.transpose(transposition)
@@ -174,7 +178,7 @@ def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
 
 
 def _read_orientation(exif: bytes) -> int:
-    """Return the orientation that EXIF data state, 1 (upright) if none; broken EXIF does not break the picture."""
+    """Return the EXIF orientation, 1 (upright) without one; broken EXIF data is ignored."""
     start = 6 if exif.startswith(b"Exif\0\0") else 0
     byte_order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
     if byte_order is None:
@@ -189,3 +193,30 @@ def _read_orientation(exif: bytes) -> int:
     except struct.error:
         pass
     return 1
+
+
+def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95, full_colour: bool = False) -> bytes:
+    """Encode an image as JPEG, without metadata.
+
+    Args:
+        image: RGB.
+        quality: 1 .. 100.
+        full_colour: keep colour at full resolution (4:4:4) instead of half (4:2:0): sharper edges, larger files.
+    """
+    return _encode(image_to_array(image), "JPEG", quality=quality, subsampling="4:4:4" if full_colour else "4:2:0")
+
+
+def encode_png(image: UInt8[Tensor, "3 H W"], *, compression: int = 6) -> bytes:
+    """Encode an image as lossless PNG; `compression` is 0 (fast) .. 9 (small)."""
+    return _encode(image_to_array(image), "PNG", compress_level=compression)
+
+
+def encode_depth(depth: UInt16[Tensor, "H W"], *, compression: int = 6) -> bytes:
+    """Encode depth as a 16-bit grey PNG; `compression` is 0 (fast) .. 9 (small)."""
+    return _encode(depth.numpy(), "PNG", compress_level=compression)
+
+
+def _encode(array: np.ndarray, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vla_foundry.inference.sampling import choose_tokens
+from vla_foundry.inference.decoding import choose_tokens
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0])
 

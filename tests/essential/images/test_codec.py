@@ -9,9 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vla_foundry.images import decode
-from vla_foundry.images.decode import decode_depth, decode_image, image_from_array
-from vla_foundry.images.encode import image_to_array
+from vla_foundry.images import codec
+from vla_foundry.images.codec import (
+    decode_depth,
+    decode_image,
+    encode_depth,
+    encode_jpeg,
+    encode_png,
+    image_from_array,
+    image_to_array,
+)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 ORIENTED = {
@@ -36,9 +43,9 @@ def save(picture: Image.Image, kind: str, **options) -> bytes:
 def jpeg_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both of the ways to decode JPEG."""
     if request.param == "pillow":
-        monkeypatch.setattr(decode, "_jpeg_operator", lambda: None)
+        monkeypatch.setattr(codec, "_jpeg_operator", lambda: None)
     else:
-        assert decode._jpeg_operator() is not None
+        assert codec._jpeg_operator() is not None
     return request.param
 
 
@@ -141,7 +148,7 @@ def test_an_absurd_size_is_refused_before_memory_is_taken() -> None:
         decode_image(bytes(jpeg))
     with pytest.raises(ValueError, match=r"too large|is broken: Image size .* exceeds limit"):
         decode_image(_png_header(60000, 60000))
-    with pytest.raises(ValueError, match="56 x 40 pixels is too large: at most 2000"):
+    with pytest.raises(ValueError, match="56 x 40 pixels is too large: the limit is 2000"):
         decode_image(save(Image.fromarray(PICTURE), "WEBP"), max_pixels=2000)
 
 
@@ -174,9 +181,9 @@ def test_altered_bytes_give_a_picture_or_one_line(jpeg_decoder: str, capfd: pyte
 
 
 def test_depth_must_be_16_bit_grey() -> None:
-    with pytest.raises(ValueError, match="depth must be a grey PNG of 16 bits, got a PNG of Pillow's mode RGB"):
+    with pytest.raises(ValueError, match="depth must be a 16-bit grey PNG, got a PNG of Pillow's mode RGB"):
         decode_depth(save(Image.fromarray(PICTURE), "PNG"))
-    with pytest.raises(ValueError, match="depth must be a grey PNG of 16 bits, got"):
+    with pytest.raises(ValueError, match="depth must be a 16-bit grey PNG, got"):
         decode_depth(save(Image.fromarray(PICTURE), "JPEG"))
 
 
@@ -189,3 +196,35 @@ def test_an_array_becomes_an_image_without_a_copy_where_it_can() -> None:
     frozen.flags.writeable = False
     torch.testing.assert_close(image_from_array(frozen).permute(1, 2, 0).numpy(), PICTURE)
     assert image_from_array(PICTURE[:, ::-1]).shape == (3, 40, 56)
+
+
+def test_png_is_without_loss(create_image) -> None:
+    image = create_image(31, 45)
+    torch.testing.assert_close(decode_image(encode_png(image)), image, rtol=0, atol=0)
+
+
+def test_depth_keeps_all_its_bits() -> None:
+    depth = torch.arange(48 * 64, dtype=torch.int32).mul(21).view(48, 64).to(torch.uint16)
+    assert depth.to(torch.int32).max() > 64000
+    torch.testing.assert_close(decode_depth(encode_depth(depth)), depth, rtol=0, atol=0)
+
+
+def test_jpeg_is_close_and_smaller_with_less_quality(create_image) -> None:
+    image = create_image(64, 80)
+    fine, coarse = encode_jpeg(image, quality=95), encode_jpeg(image, quality=50)
+    assert len(coarse) < len(fine)
+    assert (decode_image(fine).int() - image.int()).abs().float().mean() < 2
+
+
+def test_full_colour_keeps_coloured_edges(create_image) -> None:
+    image = torch.zeros((3, 32, 32), dtype=torch.uint8)
+    image[0, :, ::2] = 255
+    image[2, :, 1::2] = 255
+    half, full = encode_jpeg(image), encode_jpeg(image, full_colour=True)
+    error = [(decode_image(data).int() - image.int()).abs().float().mean() for data in (half, full)]
+    assert error[1] < error[0] / 3
+
+
+def test_memory_layout_does_not_matter(create_image) -> None:
+    image = create_image(32, 40)
+    assert encode_jpeg(image) == encode_jpeg(image.contiguous())

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vla_foundry.text.prompts import Turn
-from vla_foundry.text.turn_encoder import TurnEncoder
+from vla_foundry.text.chat_template import Turn
+from vla_foundry.text.chat_tokenizer import ChatTokenizer
 
 TEXT = ["User: What lies on the table? Assistant: A red mug, left of the gripper.", "Describe the image. Colour?"]
 TURNS = [
@@ -55,7 +55,7 @@ def sentence_piece() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def supervised(encoder: TurnEncoder, turns: list[Turn], images: list[list[int]]) -> list[str]:
+def supervised(encoder: ChatTokenizer, turns: list[Turn], images: list[list[int]]) -> list[str]:
     """The text of each run of supervised tokens."""
     ids, mask = encoder.encode(turns, images)
     runs: list[list[int]] = []
@@ -73,7 +73,7 @@ def supervised(encoder: TurnEncoder, turns: list[Turn], images: list[list[int]])
 def test_supervised_text_is_the_answers_and_what_ends_them(layout: str, space: str, end: str) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML
-    encoder = TurnEncoder(tokenizer, prompt_layout=layout)
+    encoder = ChatTokenizer(tokenizer, prompt_layout=layout)
     answers = [f"{space}{turn.content}{end}" for turn in TURNS if turn.role == "assistant"]
     assert supervised(encoder, TURNS, [IMAGE]) == answers
 
@@ -82,7 +82,7 @@ def test_supervised_text_is_the_answers_and_what_ends_them(layout: str, space: s
 def test_the_prompt_is_token_for_token_the_beginning_of_what_was_trained_on(layout: str) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML
-    encoder = TurnEncoder(tokenizer, prompt_layout=layout)
+    encoder = ChatTokenizer(tokenizer, prompt_layout=layout)
     trained, mask = encoder.encode(TURNS, [IMAGE])
     for end in (1, 3):
         prompt, no_targets = encoder.encode(TURNS[:end], [IMAGE])
@@ -92,7 +92,7 @@ def test_the_prompt_is_token_for_token_the_beginning_of_what_was_trained_on(layo
 
 
 def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:
-    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    encoder = ChatTokenizer(byte_level(), prompt_layout="chat")
     ids, mask = encoder.encode(
         [Turn("user", "<image>What? <image>"), Turn("assistant", "Mug.")], [[9001, 9002], [9003]]
     )
@@ -105,14 +105,14 @@ def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:
 
 def test_without_images_the_ids_are_those_of_the_whole_text() -> None:
     tokenizer = byte_level()
-    encoder = TurnEncoder(tokenizer, prompt_layout="chat")
+    encoder = ChatTokenizer(tokenizer, prompt_layout="chat")
     ids, _ = encoder.encode([Turn("user", "What?"), Turn("assistant", "A mug.")], [])
     assert ids == tokenizer.encode("User: What?\nAssistant: A mug.<eos>")
 
 
 def test_a_sentence_piece_tokenizer_puts_no_space_into_the_middle() -> None:
     tokenizer = sentence_piece()
-    encoder = TurnEncoder(tokenizer, prompt_layout="chat")
+    encoder = ChatTokenizer(tokenizer, prompt_layout="chat")
     image = [tokenizer.convert_tokens_to_ids("<image>")]
     ids, _ = encoder.encode([Turn("user", "<image>What?"), Turn("assistant", "A mug.")], [image])
     assert ids == tokenizer.encode("User: <image>What?\nAssistant: A mug.</s>")
@@ -120,7 +120,7 @@ def test_a_sentence_piece_tokenizer_puts_no_space_into_the_middle() -> None:
 
 
 def test_answers_are_cut_at_the_length_and_prompts_are_not() -> None:
-    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    encoder = ChatTokenizer(byte_level(), prompt_layout="chat")
     turns = TURNS[:2]
     whole, mask = encoder.encode(turns, [IMAGE])
     num_prompt = mask.index(True)
@@ -146,16 +146,16 @@ def test_answers_are_cut_at_the_length_and_prompts_are_not() -> None:
     ],
 )
 def test_turns_that_would_mislead_are_refused(turns: list[Turn], message: str) -> None:
-    encoder = TurnEncoder(byte_level(), prompt_layout="chat")
+    encoder = ChatTokenizer(byte_level(), prompt_layout="chat")
     with pytest.raises(ValueError, match=message):
         encoder.encode(turns, [IMAGE])
 
 
 def test_an_unknown_layout_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"prompt_layout 'chatty' is not there .* Use chat, plain, caption\."):
-        TurnEncoder(byte_level(), prompt_layout="chatty")
+        ChatTokenizer(byte_level(), prompt_layout="chatty")
     with pytest.raises(ValueError, match="prompt_layout 'chat_template' is not there for this tokenizer"):
-        TurnEncoder(byte_level(), prompt_layout="chat_template")
+        ChatTokenizer(byte_level(), prompt_layout="chat_template")
 
 
 def test_the_tokens_that_end_an_answer_are_known() -> None:
@@ -163,7 +163,7 @@ def test_the_tokens_that_end_an_answer_are_known() -> None:
     tokenizer.chat_template = CHATML
     names = [
         tokenizer.convert_ids_to_tokens(token)
-        for token in TurnEncoder(tokenizer, prompt_layout="chat_template").stop_token_ids()
+        for token in ChatTokenizer(tokenizer, prompt_layout="chat_template").stop_token_ids()
     ]
     assert names == ["<|im_end|>", "<eos>"]
-    assert TurnEncoder(tokenizer, prompt_layout="chat").stop_token_ids() == [tokenizer.eos_token_id]
+    assert ChatTokenizer(tokenizer, prompt_layout="chat").stop_token_ids() == [tokenizer.eos_token_id]
