@@ -115,7 +115,7 @@ def test_a_folder_of_other_scenes_is_refused(
         main([*words, "--num_scenes", "10"])
 
 
-def test_an_error_of_a_drawing_process_reaches_the_user(tmp_path: Path) -> None:
+def test_the_user_sees_why_a_drawing_process_failed(tmp_path: Path) -> None:
     params = ScenesParams(output=str(tmp_path), num_scenes=2, num_validation_scenes=0, tasks=["reach-v4"])
     with pytest.raises(ValueError, match="metaworld task 'reach-v4' is unknown"):
         generate_scenes(params)
