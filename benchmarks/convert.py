@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_foundry.images.codec import decode_image
-from vla_foundry.images.codec import encode_jpeg, image_to_array
+from vla_foundry.images.codec import decode_image, encode_jpeg, image_to_array
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter

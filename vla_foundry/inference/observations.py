@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.base import Dropped, Sample, Stage
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     EncodeRobot,
