@@ -136,7 +136,7 @@ ERRORS = [
     # what a section checks by itself
     (["--model.n_heads", "5"], r"model\.hidden_dim \(96\) must be a multiple of n_heads \(5\)\."),
     (["--hparams.lr_cooldown_end", "1"], r"hparams\.lr_cooldown_end \(1\.0\) must not be above lr \(0\.001\)\."),
-    (["--name", "a/b"], r"name 'a/b' can not be the name of a folder\."),
+    (["--name", "a/b"], r"name 'a/b' cannot be the name of a folder\."),
     # files and plug-ins
     (["--model", "include no.yaml"], r"Config file 'no\.yaml' was not found"),
     (["--model.resume_from_checkpoint", "no/run"], r"model\.resume_from_checkpoint: no/run does not exist\."),
@@ -218,6 +218,7 @@ def test_resolve_configs_prints_origins_and_writes_a_config_that_reproduces_the_
     assert re.search(r"^  beta1: 0\.9 +# default$", out, re.MULTILINE)
     first = load_experiment_params_from_yaml("resolved/resolved_config.yaml")
     assert (first.hparams.lr, first.hparams.warmup, first.data.seed) == (3e-4, 0.1, 42)
+    assert (first.resolve_configs, first.resolve_configs_path) == (False, None)
     # the written file alone is the same run
     code, _, _ = run(
         "train",
