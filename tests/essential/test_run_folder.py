@@ -13,6 +13,7 @@ from vla_foundry.run_folder import (
     is_complete,
     list_step_folders,
     read_step,
+    run_folder_candidates,
     step_folder_name,
     verify,
 )
@@ -80,3 +81,17 @@ def test_a_folder_without_checkpoints_is_said_to_have_none(tmp_path: Path) -> No
         find_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("root", ["/runs/a", "s3://bucket/a", "hf://owner/a"])
+def test_a_run_is_looked_for_at_a_checkpoint_and_above_it(root: str) -> None:
+    for place in (
+        "",
+        "/",
+        "/checkpoints",
+        "/checkpoints/step_00000001",
+        "/checkpoints/step_00000001/model.safetensors",
+    ):
+        assert root in run_folder_candidates(root + place)
+    assert run_folder_candidates(f"{root}/checkpoints/step_1")[0] == f"{root}/checkpoints/step_1"
+    assert run_folder_candidates("s3://bucket") == ["s3://bucket"]

@@ -7,14 +7,57 @@ from dataclasses import dataclass, field
 import pytest
 
 from vla_foundry.config.command_line import Parsed, parse
-from vla_foundry.config.loading import dump_params
-from vla_foundry.config.schema import BaseParams
-from vla_foundry.params.data.base import DataParams, register_data_params
-from vla_foundry.params.experiment import load_params_from_yaml
-from vla_foundry.params.models.base import LanguageModelParams, ModelParams, register_model_params
-from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.config.loading import dump_params, load_params
+from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
 
 Write = Callable[[str, str], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParams(ChoiceParams):
+    """Role: any model."""
+
+    _choice_registry = {}
+    choice_path = "model.type"
+    checkpoint_key = "resume_from_checkpoint"
+
+    resume_from_checkpoint: str | None = None
+    resume_weights_only: bool = False
+    freeze: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelParams(ModelParams):
+    """Role: what reads text."""
+
+    _choice_registry = {}
+    native_type = "transformer"
+
+
+@register_choice("transformer")
+@dataclass(frozen=True, kw_only=True)
+class TransformerParams(LanguageModelParams):
+    """Our own reader."""
+
+    hidden_dim: int = 96
+    n_layers: int = 8
+    n_heads: int = 4
+
+
+@register_choice("transformer_hf")
+@dataclass(frozen=True, kw_only=True)
+class TransformerHFParams(LanguageModelParams):
+    """A reader from elsewhere."""
+
+    hf_pretrained: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParams(ChoiceParams):
+    """Role: any data."""
+
+    _choice_registry = {}
+    choice_path = "data.type"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +68,7 @@ class EyeParams(ModelParams):
     native_type = "test_eye"
 
 
-@register_model_params("test_eye")
+@register_choice("test_eye")
 @dataclass(frozen=True, kw_only=True)
 class NativeEyeParams(EyeParams):
     """Our own."""
@@ -34,7 +77,7 @@ class NativeEyeParams(EyeParams):
     patch_size: int = 4
 
 
-@register_model_params("test_eye_hf")
+@register_choice("test_eye_hf")
 @dataclass(frozen=True, kw_only=True)
 class BorrowedEyeParams(EyeParams):
     """One from elsewhere."""
@@ -50,7 +93,7 @@ class ToolParams(ModelParams):
     _choice_registry = {}
 
 
-@register_model_params("test_hammer")
+@register_choice("test_hammer")
 @dataclass(frozen=True, kw_only=True)
 class HammerParams(ToolParams):
     """For nails."""
@@ -58,7 +101,7 @@ class HammerParams(ToolParams):
     weight: float = 1.0
 
 
-@register_model_params("test_saw")
+@register_choice("test_saw")
 @dataclass(frozen=True, kw_only=True)
 class SawParams(ToolParams):
     """For boards; it may hold another tool."""
@@ -67,7 +110,7 @@ class SawParams(ToolParams):
     spare: ToolParams | None = None
 
 
-@register_model_params("test_robot")
+@register_choice("test_robot")
 @dataclass(frozen=True, kw_only=True)
 class RobotParams(ModelParams):
     """A model with slots of several roles."""
@@ -205,7 +248,7 @@ def test_slots_in_dicts_lists_and_slots_of_their_own_role_round_trip(write: Writ
     assert params.tool == SawParams(teeth=4, spare=SawParams(spare=HammerParams(weight=2.0)))
     assert params.tools == {"left": HammerParams(weight=10.0), "right": SawParams(teeth=2)}
     assert params.spare_eyes == [NativeEyeParams(width=1), BorrowedEyeParams(hf_pretrained="z")]
-    assert load_params_from_yaml(ModelParams, write("model.yaml", dump_params(params))) == params
+    assert load_params(ModelParams, write("model.yaml", dump_params(params))) == params
 
 
 def test_an_empty_optional_slot_is_null(write: Write) -> None:
@@ -216,12 +259,12 @@ def test_an_empty_optional_slot_is_null(write: Write) -> None:
 def test_two_types_of_one_name_are_an_error_within_a_role_and_not_across_kinds() -> None:
     with pytest.raises(ValueError, match=r"^model\.type 'test_eye' is registered twice"):
 
-        @register_model_params("test_eye")
+        @register_choice("test_eye")
         @dataclass(frozen=True, kw_only=True)
         class OtherEyeParams(EyeParams):
             """Another one."""
 
-    @register_data_params("test_eye")
+    @register_choice("test_eye")
     @dataclass(frozen=True, kw_only=True)
     class EyeDataParams(DataParams):
         """Data may have the name of a model."""

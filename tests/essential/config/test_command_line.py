@@ -277,20 +277,3 @@ def test_help_on_an_unknown_topic_is_an_error() -> None:
         parse_command(TrainExperimentParams, ["--help", "hparms"], prog="train")
     with pytest.raises(ValueError, match=r"^model\.type 'transforme' is unknown\. Did you mean 'transformer'\?"):
         parse_command(TrainExperimentParams, ["--help", "model.type=transforme"], prog="train")
-
-
-def test_every_field_of_every_section_has_a_comment_for_the_help() -> None:
-    from vla_foundry.config import schema
-
-    def check(cls: type) -> None:
-        # other tests register types of their own
-        members = [member for member in schema.concrete_classes(cls) if member.__module__.startswith("vla_foundry.")]
-        for member in members:
-            for name, hint in schema.field_types(member).items():
-                section = schema.section_class(hint)
-                if section is None:
-                    assert schema.field_comments(member)[name], f"{member}.{name}"
-                else:
-                    check(section)
-
-    check(TrainExperimentParams)

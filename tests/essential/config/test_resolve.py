@@ -1,302 +1,130 @@
-"""Derived values, checks between sections, and what is printed when something cannot be known."""
+"""Derivation in the order that a root declares, checks after it, and the print of what came of it."""
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vla_foundry.config.resolve import format_resolved, resolve, resolve_known
-from vla_foundry.config.schema import Unavailable
+from vla_foundry.config.loading import load_params
+from vla_foundry.config.resolve import format_resolved, require_resolved, resolve, resolve_known
+from vla_foundry.config.schema import BaseParams, Derived, Unavailable
 from vla_foundry.config.tree import Origin
-from vla_foundry.data.facts import read_facts
-from vla_foundry.params import (
-    DataParams,
-    DistributedParams,
-    HyperParams,
-    TrainExperimentParams,
-    load_experiment_params_from_yaml,
-    register_data_params,
-)
-from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
-from vla_foundry.params.experiment import accumulation_steps, checkpoint_steps, total_steps
-from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
-from vla_foundry.params.models.transformer import TransformerParams
 
 Write = Callable[[str, str], str]
 
 
-def dataset(num_samples: Any = 1000, **provenance: Any) -> DatasetFacts:
-    return DatasetFacts(manifest="a/manifest.jsonl", num_samples=num_samples, provenance=provenance)
-
-
-FACTS = Facts(datasets=(dataset(),), num_cpus=6, ranks_per_node=2)
-DATA = TextDataParams(dataset_manifest=["a/manifest.jsonl"], seq_len=16)
-PARAMS = TrainExperimentParams(
-    data=DATA,
-    model=TransformerParams(max_seq_len=16, vocab_size=100),
-    hparams=HyperParams(global_batch_size=8, per_gpu_batch_size=4, seed=7, warmup=0.1),
-    total_train_samples=800,
-)
-
-
-def test_seed_workers_weights_and_modalities_are_filled_in_and_nothing_is_changed() -> None:
-    params = resolve(PARAMS, FACTS)
-    assert (params.data.seed, params.data.num_workers) == (7, 3)
-    assert (params.data.dataset_weighting, params.data.dataset_modality) == ([1.0], ["text"])
-    assert PARAMS.data.seed is None
-    assert replace(params, data=DATA) == PARAMS
-
-
-def test_what_is_given_is_not_derived() -> None:
-    given = replace(DATA, seed=1, num_workers=0, dataset_weighting=[3.0], dataset_modality=["text"])
-    assert resolve(replace(PARAMS, data=given), FACTS).data == given
-
-
-def test_resolving_twice_is_resolving_once() -> None:
-    once = resolve(PARAMS, FACTS)
-    assert resolve(once, FACTS) == once
-
-
-def test_epochs_become_samples() -> None:
-    params = replace(PARAMS, total_train_samples=None, num_epochs=2, data=replace(DATA, allow_multiple_epochs=True))
-    assert resolve(params, FACTS).total_train_samples == 2000
-    # both may be given if they agree
-    assert resolve(replace(params, total_train_samples=2000), FACTS).total_train_samples == 2000
-
-
-def test_a_tokenizer_in_the_datasets_folder_is_taken() -> None:
-    facts = replace(FACTS, datasets=(replace(dataset(), tokenizer=TokenizerFacts(name="a/t", vocab_size=99)),))
-    resolved = resolve(PARAMS, facts)
-    assert isinstance(resolved.data, TextDataParams)
-    assert resolved.data.tokenizer == "a/t"
-
-
-TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
-
-
-@pytest.mark.parametrize(
-    ("params", "facts", "message"),
-    [
-        (
-            replace(PARAMS, hparams=HyperParams(global_batch_size=100, per_gpu_batch_size=4)),
-            replace(FACTS, world_size=8),
-            r"^hparams\.global_batch_size \(100\) must be a multiple of num_ranks \(8\) x "
-            r"hparams\.per_gpu_batch_size \(4\) = 32\. Use 96 or 128\.$",
-        ),
-        (
-            replace(PARAMS, hparams=HyperParams(global_batch_size=8, per_gpu_batch_size=16)),
-            FACTS,
-            r"Use 16\.$",
-        ),
-        (replace(PARAMS, total_train_samples=None), FACTS, r"^There is no budget\. Give --total_train_samples"),
-        (replace(PARAMS, total_train_samples=7), FACTS, r"^total_train_samples \(7\) is less than one global batch"),
-        (
-            replace(PARAMS, num_epochs=2),
-            FACTS,
-            r"^total_train_samples \(800\) and num_epochs \(2\) x 1000 samples = 2000 disagree",
-        ),
-        (
-            replace(PARAMS, total_train_samples=1016),
-            FACTS,
-            r"^total_train_samples \(1016\) is more than the 1000 samples of a/manifest\.jsonl\. "
-            r"Set --data\.allow_multiple_epochs true",
-        ),
-        (
-            replace(PARAMS, data=replace(DATA, dataset_manifest=["a", "b"])),
-            TWO_DATASETS,
-            r"^its share 400 of total_train_samples \(800\) is more than the 100 samples",
-        ),
-        (replace(PARAMS, data=TextDataParams()), Facts(), r"^data\.dataset_manifest is empty\. Give --data"),
-        (
-            replace(PARAMS, total_val_samples=8),
-            FACTS,
-            r"^total_val_samples \(8\) needs data\. Give --data\.val_dataset",
-        ),
-        (
-            replace(PARAMS, data=replace(DATA, seq_len=32)),
-            FACTS,
-            r"^data\.seq_len \(32\) is more than model\.max_seq_len \(16\)\. Use --data\.seq_len 16",
-        ),
-        (
-            PARAMS,
-            replace(FACTS, datasets=(dataset(seq_len=8),)),
-            r"^data\.seq_len \(16\) is more than the sequences of a/manifest\.jsonl hold \(8\)\. Use --data\.seq_len 8",
-        ),
-        (
-            PARAMS,
-            replace(FACTS, datasets=(dataset(vocab_size=101),)),
-            r"^model\.vocab_size \(100\) is less than the 101 tokens of a/manifest\.jsonl\. "
-            r"Use --model\.vocab_size 101",
-        ),
-        (
-            replace(PARAMS, data=replace(DATA, tokenizer="t")),
-            replace(FACTS, tokenizer=TokenizerFacts(name="t", vocab_size=200)),
-            r"^model\.vocab_size \(100\) is less than the 200 tokens of data\.tokenizer t",
-        ),
-        (
-            replace(PARAMS, data=replace(DATA, tokenizer="t")),
-            replace(FACTS, tokenizer=TokenizerFacts(name="t", vocab_size=60), datasets=(dataset(vocab_size=50),)),
-            r"^The tokenizers differ: data\.tokenizer t has 60 tokens and a/manifest\.jsonl has 50",
-        ),
-        (
-            replace(PARAMS, data=TextUntokenizedDataParams(dataset_manifest=["a"], seq_len=16)),
-            FACTS,
-            r"^data\.tokenizer is missing\. Give --data\.tokenizer",
-        ),
-    ],
-)
-def test_what_does_not_fit_together_is_one_line_with_a_fix(
-    params: TrainExperimentParams, facts: Facts, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        resolve(params, facts)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_just_fits_is_no_error() -> None:
-    facts = replace(FACTS, datasets=(dataset(vocab_size=100, seq_len=16),))
-    assert resolve(replace(PARAMS, total_train_samples=1000), facts).total_train_samples == 1000
-    # shares of 533.3 and 266.7 samples
-    weights = replace(DATA, dataset_manifest=["a", "b"], dataset_weighting=[2.0, 1.0])
-    facts = replace(FACTS, datasets=(dataset(534), dataset(267)))
-    assert resolve(replace(PARAMS, data=weights), facts).total_train_samples == 800
-
-
-def test_samples_that_fill_no_batch_are_mentioned() -> None:
-    (notice,) = resolve_known(replace(PARAMS, total_train_samples=805), FACTS).notices
-    assert notice.startswith("5 of total_train_samples (805) do not fill a global batch of 8")
-
-
-def test_an_unknown_fact_is_left_open_for_a_print_and_an_error_before_training() -> None:
-    params = replace(PARAMS, total_train_samples=None, num_epochs=1)
-    facts = replace(FACTS, datasets=(dataset(Unavailable("s3://b/manifest.jsonl")),))
-    resolved = resolve_known(params, facts)
-    assert resolved.unresolved == {"total_train_samples": "s3://b/manifest.jsonl"}
-    assert "total_train_samples: null" in format_resolved(resolved, {})
-    assert "# unresolved (needs s3://b/manifest.jsonl)" in format_resolved(resolved, {})
-    with pytest.raises(ValueError, match=r"^total_train_samples cannot be resolved: it needs s3://b/manifest\.jsonl"):
-        resolve(params, facts)
-
-
-def test_the_budget_in_steps() -> None:
-    assert total_steps(replace(PARAMS, total_train_samples=807)) == 100
-    assert accumulation_steps(PARAMS, 1) == 2
-    assert accumulation_steps(PARAMS, 2) == 1
-    assert checkpoint_steps(replace(PARAMS, num_checkpoints=3)) == (33, 66, 100)
-    assert checkpoint_steps(replace(PARAMS, total_train_samples=16)) == (1, 2)
-    with pytest.raises(ValueError, match="total_train_samples is not known"):
-        total_steps(replace(PARAMS, total_train_samples=None))
-
-
-@pytest.mark.parametrize("num_checkpoints", [1, 2, 5, 7, 99, 100, 101])
-def test_checkpoints_are_spread_evenly_and_the_last_is_at_the_end(num_checkpoints: int) -> None:
-    steps = checkpoint_steps(replace(PARAMS, num_checkpoints=num_checkpoints))
-    gaps = [after - before for before, after in zip((0, *steps), steps, strict=False)]
-    assert len(steps) == min(num_checkpoints, 100)
-    assert steps[-1] == 100
-    assert max(gaps) - min(gaps) <= 1
-    assert min(gaps) >= 1
-
-
-def test_the_print_shows_every_leaf_with_its_origin_and_loads_to_the_same_run(write: Write) -> None:
-    params = replace(PARAMS, wandb_tags=["a", "1e5"])
-    resolved = resolve_known(params, FACTS)
-    origins = {"total_train_samples": Origin("command line"), "hparams.seed": Origin("job.yaml", 4)}
-    text = format_resolved(resolved, origins)
-    comments = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
-    assert comments["total_train_samples"] == "command line"
-    assert re.search(r"^  seed: 7 +# job\.yaml:4$", text, re.MULTILINE)
-    assert comments["num_workers"] == "resolved from 6 cores / 2 ranks, at most 8"
-    assert comments["dataset_modality"] == "resolved from data.type"
-    assert comments["n_layers"] == "default"
-    loaded = load_experiment_params_from_yaml(write("resolved_config.yaml", text))
-    assert loaded == resolved.params
-    assert resolve(loaded, FACTS) == loaded
-
-
-def write_dataset(folder: Path, counts: list[int]) -> str:
-    folder.mkdir(parents=True)
-    lines = [json.dumps({"shard": f"s{index}", "num_sequences": count}) for index, count in enumerate(counts)]
-    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
-    return str(folder / "manifest.jsonl")
-
-
-def test_facts_are_read_from_manifests_and_what_lies_beside_them(tmp_path: Path) -> None:
-    first = write_dataset(tmp_path / "a", [10, 20])
-    second = write_dataset(tmp_path / "b", [5])
-    (tmp_path / "a" / "provenance.json").write_text('{"dataset": {"vocab_size": 50, "seq_len": 16}}')
-    (tmp_path / "b" / "tokenizer").mkdir()
-    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
-    (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    data = TextDataParams(dataset_manifest=[first, second], val_dataset_manifest=[second])
-    facts = read_facts(replace(PARAMS, data=data, distributed=DistributedParams()), 4)
-    assert [item.num_samples for item in facts.datasets] == [30, 5]
-    assert facts.datasets[0].provenance == {"vocab_size": 50, "seq_len": 16}
-    assert facts.datasets[0].tokenizer is None
-    assert facts.datasets[1].tokenizer == TokenizerFacts(name=str(tmp_path / "b" / "tokenizer"), vocab_size=3)
-    assert facts.val_datasets == (facts.datasets[1],)
-    assert facts.world_size == 4
-    assert facts.num_cpus >= 1
-
-
-def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert read_facts(replace(PARAMS, data=TextDataParams()), 8).ranks_per_node == 2
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert read_facts(replace(PARAMS, data=TextDataParams()), 8).ranks_per_node == 8
-
-
-def test_a_missing_manifest_is_an_error_before_training_and_a_gap_when_offline(tmp_path: Path) -> None:
-    missing = str(tmp_path / "nowhere" / "manifest.jsonl")
-    params = replace(PARAMS, data=replace(DATA, dataset_manifest=[missing]))
-    with pytest.raises(FileNotFoundError, match=r"^data\.dataset_manifest: there is no manifest .*nowhere"):
-        read_facts(params, 1)
-    for name in (missing, "s3://bucket/manifest.jsonl", "hf://datasets/a/b/manifest.jsonl"):
-        data = replace(DATA, dataset_manifest=[name], tokenizer="hf://a/b")
-        facts = read_facts(replace(params, data=data), 1, offline=True)
-        assert facts.datasets[0].num_samples == Unavailable(name)
-
-
-def test_a_tokenizer_folder_that_is_not_there_is_an_error_and_one_on_the_hub_is_not_waited_for(tmp_path: Path) -> None:
-    folder = str(tmp_path / "nowhere")
-    params = replace(PARAMS, data=TextDataParams(tokenizer=folder))
-    with pytest.raises(FileNotFoundError, match=r"^data\.tokenizer: \S*nowhere is no folder with a tokenizer\.json\.$"):
-        read_facts(params, 1)
-    assert read_facts(params, 1, offline=True).tokenizer is None
-    hub = replace(PARAMS, data=TextDataParams(tokenizer="owner/name"))
-    assert read_facts(hub, 1, offline=True).tokenizer is None
-
-
-@register_data_params("test_mixture")
 @dataclass(frozen=True, kw_only=True)
-class MixtureParams(DataParams):
-    """Named datasets."""
+class WheelParams(BaseParams):
+    """A part."""
 
-    # the datasets
-    datasets: dict[str, DataParams] = field(default_factory=dict)
+    radius: float | None = None
 
-
-def test_sections_in_a_dict_are_resolved_checked_and_printed_too(write: Write) -> None:
-    inner = TextDataParams(dataset_manifest=["b"], seq_len=16)
-    data = MixtureParams(dataset_manifest=["a/manifest.jsonl"], seq_len=16, datasets={"web": inner})
-    resolved = resolve_known(replace(PARAMS, data=data), FACTS)
-    assert isinstance(resolved.params.data, MixtureParams)
-    assert resolved.params.data.datasets["web"].seed == 7
-    assert resolved.sources["data.datasets.web.seed"] == "hparams.seed"
-    text = format_resolved(resolved, {"data.datasets.web.seq_len": Origin("job.yaml", 9)})
-    assert re.search(r"^      seq_len: 16 +# job\.yaml:9$", text, re.MULTILINE)
-    assert load_experiment_params_from_yaml(write("resolved.yaml", text)) == resolved.params
-    empty = replace(data, datasets={"web": TextDataParams(seq_len=16)})
-    with pytest.raises(ValueError, match=r"^data\.datasets\.web\.dataset_manifest is empty"):
-        resolve(replace(PARAMS, data=empty), FACTS)
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        return {} if self.radius is not None else {"radius": Derived(facts / 2, "half the fact")}
 
 
-def test_a_folder_instead_of_its_manifest_says_what_was_meant(tmp_path: Path) -> None:
-    manifest = write_dataset(tmp_path / "a", [1])
-    params = replace(PARAMS, data=replace(DATA, dataset_manifest=[str(tmp_path / "a")]))
-    with pytest.raises(FileNotFoundError, match=rf"Did you mean {manifest}\?"):
-        read_facts(params, 1)
+@dataclass(frozen=True, kw_only=True)
+class FrameParams(BaseParams):
+    """Derived first, and once more when the load is known."""
+
+    height: float | None = None
+    weight: float | None = None
+    wheels: dict[str, WheelParams] = field(default_factory=dict)
+
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        derived = {} if self.height is not None else {"height": Derived(facts, "the facts")}
+        if self.weight is None:
+            load = root.load.weight
+            derived["weight"] = Derived(Unavailable("load.weight") if load is None else load / 10, "load.weight")
+        return derived
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadParams(BaseParams):
+    """Follows the frame."""
+
+    weight: float | None = None
+
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        return {} if self.weight is not None else {"weight": Derived(root.frame.height * 50, "frame.height")}
+
+    def check(self, root: Any, facts: Any, path: str) -> list[str]:
+        if self.weight is not None and self.weight > 500:
+            raise ValueError(f"{path}.weight ({self.weight:g}) must be at most 500.")
+        return [f"{path} is checked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CartParams(BaseParams):
+    """A root."""
+
+    derivation_order = ("frame", "load", "frame")
+
+    frame: FrameParams = field(default_factory=FrameParams)
+    load: LoadParams = field(default_factory=LoadParams)
+    total: float | None = None
+
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        return {"total": Derived(root.frame.weight + root.load.weight, "frame and load")}
+
+    def check(self, root: Any, facts: Any, path: str) -> list[str]:
+        return ["the cart is checked"]
+
+
+CART = CartParams(frame=FrameParams(wheels={"left": WheelParams(), "right": WheelParams(radius=3.0)}))
+
+
+def test_sections_follow_each_other_in_the_order_that_the_root_declares() -> None:
+    resolved = resolve_known(CART, 2.0)
+    assert (resolved.params.frame.height, resolved.params.load.weight, resolved.params.frame.weight) == (
+        2.0,
+        100.0,
+        10.0,
+    )
+    assert resolved.params.total == 110.0
+    assert {name: wheel.radius for name, wheel in resolved.params.frame.wheels.items()} == {"left": 1.0, "right": 3.0}
+    assert resolved.unresolved == {}
+    assert resolved.sources["frame.wheels.left.radius"] == "half the fact"
+    assert resolved.notices == ["load is checked", "the cart is checked"]
+    assert CART.frame.height is None
+    assert resolve(resolved.params, 2.0) == resolved.params
+
+
+def test_what_is_not_known_is_left_open_and_an_error_where_it_is_needed() -> None:
+    resolved = resolve_known(WagonParams(), None)
+    assert resolved.unresolved == {"frame.height": "a ruler"}
+    with pytest.raises(ValueError, match=r"^frame\.height cannot be resolved: it needs a ruler\."):
+        require_resolved(resolved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulerParams(BaseParams):
+    """A section that needs a fact."""
+
+    height: float | None = None
+
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        return {"height": Derived(Unavailable("a ruler"), "nothing")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WagonParams(BaseParams):
+    """A root."""
+
+    derivation_order = ("frame",)
+    frame: RulerParams = field(default_factory=RulerParams)
+
+
+def test_an_error_of_a_check_names_the_path() -> None:
+    with pytest.raises(ValueError, match=r"^load\.weight \(501\) must be at most 500\."):
+        resolve(replace(CART, load=LoadParams(weight=501.0)), 2.0)
+
+
+def test_the_print_names_every_origin_and_loads_to_the_same_params(write: Write) -> None:
+    resolved = resolve_known(CART, 2.0)
+    text = format_resolved(resolved, {"frame.wheels.right.radius": Origin("cart.yaml", 4)})
+    lines = [line.strip().split(" # ") for line in text.splitlines() if " # " in line]
+    assert [comment for value, comment in lines if value.startswith("radius: 3.0")] == ["cart.yaml:4"]
+    assert [comment for value, comment in lines if value.startswith("total: 110.0")] == ["resolved from frame and load"]
+    assert load_params(CartParams, write("cart.yaml", text)) == resolved.params

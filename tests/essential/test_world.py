@@ -1,0 +1,41 @@
+"""The place of a process, as torchrun, Open MPI and Slurm tell it."""
+
+import pytest
+
+from vla_foundry.world import World, is_first_process, read_rank, read_ranks_per_node, read_world, read_world_size
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+OPEN_MPI_NAMES = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")]
+SLURM_NAMES = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"]
+OPEN_MPI = dict(zip(OPEN_MPI_NAMES, TORCHRUN.values(), strict=True))
+SLURM = dict(zip(SLURM_NAMES, TORCHRUN.values(), strict=True))
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, OPEN_MPI, SLURM], ids=["torchrun", "mpi", "slurm"])
+def test_every_launcher_tells_the_same(environment: dict[str, str]) -> None:
+    assert read_world(2, environment) == World(rank=5, local_rank=1, world_size=8, device="cuda:1")
+    assert (read_world_size(environment), read_ranks_per_node(8, environment), read_rank(environment)) == (8, 4, "5")
+    assert not is_first_process(environment=environment)
+    assert not is_first_process(on_node=True, environment=environment)
+    name = next(name for name, value in environment.items() if value == "1")
+    assert is_first_process(on_node=True, environment={**environment, name: "0"})
+
+
+def test_torchrun_counts_where_slurm_started_it() -> None:
+    assert read_world(0, {**SLURM, **TORCHRUN, "RANK": "0"}).rank == 0
+    assert is_first_process(environment={**SLURM, "RANK": "0"})
+
+
+def test_without_a_launcher_a_process_is_alone() -> None:
+    assert read_world(0, {}) == World()
+    assert (read_world_size({}), read_ranks_per_node(1, {}), read_rank({})) == (1, 1, "0")
+    assert is_first_process(environment={})
+
+
+def test_a_variable_that_is_missing_or_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match="LOCAL_RANK is missing"):
+        read_world(0, {"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="WORLD_SIZE must be a number, got 'two'"):
+        read_world_size({"WORLD_SIZE": "two"})
+    with pytest.raises(ValueError, match=r"Local rank 1 has no GPU: this node shows 1\."):
+        read_world(1, TORCHRUN)
