@@ -1,20 +1,123 @@
 """From words to params: precedence whatever the order, positional words, notices, help and plug-ins."""
 
 import itertools
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from vla_foundry.config.command_line import Parsed, parse, parse_command
-from vla_foundry.config.schema import BaseParams
-from vla_foundry.params import HyperParams, TrainExperimentParams
+from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
 
 Write = Callable[[str, str], str]
 Parse = Callable[..., Parsed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperParams(BaseParams):
+    """`--hparams.` Numbers of the optimizer."""
+
+    # peak learning rate
+    lr: float = 1e-4
+    # warm-up, steps
+    warmup: float = 1000.0
+    # decay at the end
+    decay: float = 0.3
+    # weight decay
+    wd: float = 0.01
+    # beta 1
+    beta1: float = 0.9
+    # beta 2
+    beta2: float = 0.95
+    # epsilon
+    eps: float = 1e-8
+    # shape of the learning rate
+    lr_scheduler: str = "cosine"
+    # clipping
+    grad_clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr ({self.lr}) must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParams(ChoiceParams):
+    """`--model.` The model."""
+
+    _choice_registry = {}
+    choice_path = "model.type"
+
+
+@register_choice("transformer")
+@dataclass(frozen=True, kw_only=True)
+class TransformerParams(ModelParams):
+    """Our own."""
+
+    # width
+    hidden_dim: int = 96
+    # heads
+    n_heads: int = 4
+    # key and value heads
+    n_kv_heads: int | None = None
+
+
+@register_choice("transformer_hf")
+@dataclass(frozen=True, kw_only=True)
+class TransformerHFParams(ModelParams):
+    """One from elsewhere."""
+
+    # its name
+    hf_pretrained: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheParams(BaseParams):
+    """`--data.dataset_cache.` The cache."""
+
+    # its size
+    cache_size_gb: float = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParams(ChoiceParams):
+    """`--data.` The data."""
+
+    _choice_registry = {}
+    choice_path = "data.type"
+
+    # length
+    seq_len: int = 2048
+    dataset_cache: CacheParams = field(default_factory=CacheParams)
+
+
+@register_choice("text")
+@dataclass(frozen=True, kw_only=True)
+class TextDataParams(DataParams):
+    """Text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainParams(BaseParams):
+    """A root with sections and choices."""
+
+    # log to a server
+    wandb: bool | None = None
+    # write files
+    tensorboard: bool = False
+    # samples to train on
+    total_train_samples: int | None = None
+    data: DataParams
+    model: ModelParams
+    hparams: HyperParams = field(default_factory=HyperParams)
+
+
+@pytest.fixture
+def parse_train() -> Parse:
+    """Parses words into the root of these tests, with a type for model and data."""
+    return lambda *words: parse(
+        TrainParams, ["--model.type", "transformer", "--data.type", "text", *words], prog="train"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +146,7 @@ def test_the_command_line_wins_over_what_it_includes_in_every_order(write: Write
     preset = write("f.yaml", "type: transformer\nhidden_dim: 96\nn_heads: 2\n")
     words = (("--model", f"include {preset}"), ("--model.hidden_dim", "128"), ("--data.type", "text"))
     for order in itertools.permutations(words):
-        params = parse(TrainExperimentParams, [word for pair in order for word in pair], prog="train").params
+        params = parse(TrainParams, [word for pair in order for word in pair], prog="train").params
         assert (params.model.hidden_dim, params.model.n_heads) == (128, 2)
 
 
@@ -141,18 +244,6 @@ def test_two_config_files_are_an_error(write: Write) -> None:
         copy("a", "--config_path", path, "--config_path", path)
 
 
-def test_a_config_file_is_found_in_the_working_directory_and_then_among_the_presets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = ("hparams/adamw_wsd.yaml", "config_presets/hparams/adamw_wsd.yaml")
-    for name in (*names, f"vla_foundry/{names[1]}"):
-        assert copy("a", "--hparams", f"include {name}").hparams.decay == 0.2
-    (tmp_path / "hparams").mkdir()
-    (tmp_path / "hparams" / "adamw_wsd.yaml").write_text("decay: 0.7\n")
-    assert copy("a", "--hparams", f"include {names[0]}").hparams.decay == 0.7
-
-
 def test_origins_say_where_each_leaf_was_written(write: Write, parse_train: Parse) -> None:
     path = write("job.yaml", "hparams:\n  lr: 2\ndata: {seq_len: 8}\n")
     origins = parse_train("--config_path", path, "--hparams.wd", "1").origins
@@ -162,80 +253,9 @@ def test_origins_say_where_each_leaf_was_written(write: Write, parse_train: Pars
     assert "hparams.beta1" not in origins
 
 
-PLUGIN = """
-from dataclasses import dataclass
-from vla_foundry.params import ModelParams, register_model_params
-
-@register_model_params("{name}")
-@dataclass(frozen=True, kw_only=True)
-class PluginParams(ModelParams):
-    '''A model from outside.'''
-    # how wide it is
-    plugin_width: int = 3
-"""
-
-
-@pytest.mark.parametrize("way", ["flag", "flag=", "file"])
-def test_a_plugin_is_imported_before_its_types_are_parsed(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = f"plugin_model_{way.replace('=', '_equals')}"
-    (tmp_path / f"{name}.py").write_text(PLUGIN.format(name=name))
-    (tmp_path / "job.yaml").write_text(f"plugins: [{name}]\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    words = ["--model.type", name, "--model.plugin_width", "5", "--data.type", "text"]
-    words += {"flag": ["--plugins", name], "flag=": [f"--plugins=[{name}]"], "file": ["--config_path", "job.yaml"]}[way]
-    params = parse(TrainExperimentParams, words, prog="train").params
-    assert (params.model.type, params.model.plugin_width, params.plugins) == (name, 5, [name])
-
-
-def test_plugins_of_the_file_and_of_flags_are_all_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("plugin_a", "plugin_b", "plugin_c"):
-        (tmp_path / f"{name}.py").write_text("")
-    (tmp_path / "job.yaml").write_text("plugins: plugin_a\nmodel: {type: transformer}\ndata: {type: text}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    words = ["--plugins", "plugin_b", "--config_path", "job.yaml", "--plugins", "[plugin_c, plugin_a]"]
-    params = parse(TrainExperimentParams, words, prog="train").params
-    assert params.plugins == ["plugin_a", "plugin_b", "plugin_c"]
-
-
-def test_an_installed_package_can_announce_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "announced_plugin.py").write_text(PLUGIN.format(name="announced_model"))
-    info = tmp_path / "announced-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: announced\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[vla_foundry.plugins]\nmodel = announced_plugin\n")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    words = ["--model.type", "announced_model", "--data.type", "text"]
-    assert parse(TrainExperimentParams, words, prog="train").params.model.type == "announced_model"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "the plug-in broken_plugin was not found"),
-        ("import not_there_at_all\n", "needs the module not_there_at_all, which is not installed"),
-        ("def (\n", "cannot be imported: invalid syntax"),
-        ("from vla_foundry import nothing_like_this\n", "cannot be imported: cannot import name"),
-    ],
-)
-def test_a_broken_plugin_is_one_line(
-    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, os.getcwd()])
-    monkeypatch.delitem(sys.modules, "broken_plugin", raising=False)
-    if text is not None:
-        (tmp_path / "broken_plugin.py").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        parse(TrainExperimentParams, ["--plugins", "broken_plugin"], prog="train")
-
-
 def read_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        parse_command(TrainExperimentParams, list(words), prog="vla-foundry train")
+        parse_command(TrainParams, list(words), prog="vla-foundry train")
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -274,6 +294,6 @@ def test_help_on_a_topic_shows_its_leaves(
 
 def test_help_on_an_unknown_topic_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"There is no help on 'hparms'\. Did you mean --help hparams\?"):
-        parse_command(TrainExperimentParams, ["--help", "hparms"], prog="train")
+        parse_command(TrainParams, ["--help", "hparms"], prog="train")
     with pytest.raises(ValueError, match=r"^model\.type 'transforme' is unknown\. Did you mean 'transformer'\?"):
-        parse_command(TrainExperimentParams, ["--help", "model.type=transforme"], prog="train")
+        parse_command(TrainParams, ["--help", "model.type=transforme"], prog="train")
