@@ -8,25 +8,25 @@ _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
-    "data": ("vla_foundry.viz.explorer:main", "look at data: draw a sample as training gets it"),
+    "data": ("vla_foundry.viz.explorer:main", "inspect data: draw a sample as training gets it"),
     "stats": (
         "vla_foundry.preprocessing.robotics.statistics_command:main",
         "compute or merge the statistics of robot data",
     ),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),
-    "caption": ("vla_foundry.inference.caption:main", "say what images show, with a trained vision-language model"),
+    "caption": ("vla_foundry.inference.caption:main", "caption images with a trained vision-language model"),
     "scenes": ("vla_foundry.datagen.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.datagen.demos:main", "record demonstrations by scripted experts in a simulator"),
-    "evaluate": ("vla_foundry.evaluation.run:main", "let a policy act in a simulator and count its successes"),
+    "evaluate": ("vla_foundry.evaluation.run:main", "run a policy in a simulator and measure its success rate"),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",
     ),
     "import-checkpoint": (
         "vla_foundry.importing.command:main",
-        "turn a run of the earlier implementation into a run of ours",
+        "convert a run of the earlier implementation",
     ),
-    "quickstart": ("vla_foundry.quickstart.command:main", "the whole way on this machine: real data, training, output"),
+    "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 
 _USAGE = """usage: vla-foundry COMMAND ...
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         argv: the words after `vla-foundry`; those of this process if not given.
 
     Raises:
-        SystemExit: 2 after an error of the user's, which is printed as one line `error: ...`.
+        SystemExit: 2 after an error that the user can fix, printed as one line `error: ...`.
     """
-    # threads that wait for each other must not spin: beside another busy process that costs a factor of ten and more
+    # waiting threads must not spin: beside another busy process that costs a factor of ten or more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--help", "-h", "help"):

@@ -143,7 +143,7 @@ ERRORS = [
     (["--plugins", "no_such_plugin"], r"--plugins: the plug-in no_such_plugin was not found\."),
     # words that are no flags
     (["stray"], r"'stray' belongs to no flag\. Write --flag VALUE\."),
-    (["-lr", "1"], r"'-lr' is no flag: flags begin with two dashes, as --lr\."),
+    (["-lr", "1"], r"'-lr' is not a flag: flags begin with two dashes, as --lr\."),
 ]
 
 

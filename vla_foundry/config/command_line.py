@@ -24,19 +24,19 @@ P = TypeVar("P")
 CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
-# those that users named so far; processes that are spawned have to import them again
+# those that users named so far; spawned processes have to import them again
 _named: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What a command line says, and where each of its values comes from."""
+    """The params that a command line gives, and where each of their values comes from."""
 
     # the decoded dataclass
     params: Any
     # config path of each leaf that is not at its default -> where it was written
     origins: dict[str, Origin]
-    # one line each that the user should see
+    # lines that the user should see
     notices: list[str]
 
 
@@ -166,7 +166,7 @@ def import_installed_plugins() -> None:
 
 
 def import_plugins(modules: Iterable[str], origin: str) -> None:
-    """Import the plug-ins that a user names; the working directory is searched too.
+    """Import the plug-ins that a user names, from the working directory too.
 
     Args:
         modules: dotted names.
@@ -218,7 +218,7 @@ def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run a command. What a user can fix ends it with one line `error: ...` and exit code 2; `--debug` shows more.
+    """Run a command. Print an error that the user can fix as one line `error: ...`; `--debug` shows the traceback.
 
     Raises:
         SystemExit: 2 after an error, 130 after an interrupt.
@@ -227,7 +227,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main([word for word in argv if word != "--debug"])
     except (ValueError, OSError) as error:
-        if is_debug or not _is_users(error):
+        if is_debug or not _is_users_error(error):
             raise
         where = "" if is_first_process() else f"process {read_rank()}: "
         sys.stderr.write(f"error: {where}{' '.join(_message(error).split()) or repr(error)}\n")
@@ -236,7 +236,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         raise SystemExit(130) from None
 
 
-def _is_users(error: ValueError | OSError) -> bool:
+def _is_users_error(error: ValueError | OSError) -> bool:
     return isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
 
 
@@ -247,5 +247,5 @@ def _message(error: ValueError | OSError) -> str:
 
 
 def unknown_command_message(name: str, known: list[str]) -> str:
-    """One line that says a command is unknown."""
+    """The error message for an unknown command."""
     return unknown_name_message("The command", name, known).replace("Registered:", "There are:")

@@ -37,7 +37,7 @@ class Decoding:
     origins: dict[str, Origin] = field(default_factory=dict)
     # lines that are no errors, but worth printing
     notices: list[str] = field(default_factory=list)
-    # config path of each key that has no effect any more -> why
+    # config path of each key that no longer has an effect -> why
     ignored: dict[str, str] = field(default_factory=dict)
 
 

@@ -20,12 +20,12 @@ _COLUMN = 56
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved(Generic[P]):
-    """Params with every derived value that could be had."""
+    """Params with every derived value that is known."""
 
     params: P
     # config path of each derived value -> what it follows from
     sources: dict[str, str]
-    # config path of each value that could not be derived -> what it would take
+    # config path of each value that could not be derived -> what it needs
     unresolved: dict[str, str]
     # lines that are no errors, but worth printing
     notices: list[str]

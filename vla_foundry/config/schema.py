@@ -23,7 +23,7 @@ _MAX_DEPTH = 6
 class Unavailable:
     """A fact that is not known here and now."""
 
-    # what it would take, for "unresolved (needs ...)"
+    # what is needed to know it, for "unresolved (needs ...)"
     needs: str
 
 
@@ -31,7 +31,7 @@ class Unavailable:
 class Derived:
     """A value that follows from other values."""
 
-    # the value, or what it would take to know it
+    # the value, or what is needed to know it
     value: Any | Unavailable
     # what it follows from, for "resolved from ..."
     source: str
@@ -127,7 +127,7 @@ class Migration:
 
     # old key -> new key
     renamed: dict[str, str] = field(default_factory=dict)
-    # old key -> why it has no effect any more
+    # old key -> why it no longer has an effect
     ignored: dict[str, str] = field(default_factory=dict)
     # key -> {old value as text: new value as text; None: the default}
     values: dict[str, dict[str, str | None]] = field(default_factory=dict)

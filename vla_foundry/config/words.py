@@ -1,4 +1,4 @@
-"""Split the words of a command line into flags and positional words, and lay the flags in order of precedence."""
+"""Split a command line into flags and positional words, and merge the flags in order of precedence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
         is_switch: says of a dotted path whether it is true or false, so that it may stand without a value.
 
     Raises:
-        ValueError: a word starts with one dash and is no number.
+        ValueError: a word starts with one dash and is not a number.
     """
     flags: list[tuple[str, str | None]] = []
     positional: list[str] = []
@@ -68,7 +68,7 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
             else:
                 flags.append((name, text if equals else None))
         elif word.startswith("-") and word != "-" and not word[1:2].isdigit():
-            raise ValueError(f"'{word}' is no flag: flags begin with two dashes, as --{word.lstrip('-')}.")
+            raise ValueError(f"'{word}' is not a flag: flags begin with two dashes, as --{word.lstrip('-')}.")
         else:
             positional.append(word)
     return Words(flags=tuple(flags), positional=tuple(positional), help_topic=help_topic)
@@ -84,7 +84,7 @@ def flags_to_tree(cls: Any, words: Words) -> Branch:
     A deeper path wins over a shallower one; of two equal flags the later one wins.
 
     Raises:
-        ValueError: a flag has no name, or its mapping is no YAML.
+        ValueError: a flag has no name, or its mapping is not YAML.
         FileNotFoundError: an included file is not there.
     """
     includes: list[tuple[tuple[str, ...], Node]] = []
@@ -92,7 +92,7 @@ def flags_to_tree(cls: Any, words: Words) -> Branch:
     for name, text in words.flags:
         path = tuple(name.split("."))
         if not all(path):
-            raise ValueError(f"'--{name}' is no flag: write --section.field.")
+            raise ValueError(f"'--{name}' is not a flag: write --section.field.")
         is_include, node = _flag_node(cls, path, text)
         (includes if is_include else values).append((path, node))
     tree = merge(_merge_shallow_first(includes), as_one_layer(_merge_shallow_first(values)))

@@ -143,13 +143,13 @@ class _Reader:
     def convert(self, node: yaml.Node) -> Node:
         origin = self.origin(node)
         if id(node) in self.open_nodes:
-            raise ValueError(f"{origin}: this anchor holds itself. Remove the alias.")
+            raise ValueError(f"{origin}: this anchor contains itself. Remove the alias.")
         self.open_nodes.append(id(node))
         try:
             if node.tag == _INCLUDE_TAG:
                 return self.include(node)
             if node.tag.removeprefix(_STANDARD_TAG) not in _KNOWN_TAGS:
-                raise ValueError(f"{origin}: the tag {node.tag} is unknown. The one tag there is, is !include.")
+                raise ValueError(f"{origin}: the tag {node.tag} is unknown. The only tag is !include.")
             if isinstance(node, yaml.MappingNode):
                 return self.mapping(node)
             if isinstance(node, yaml.SequenceNode):
@@ -169,7 +169,7 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"{self.origin(key_node)}: a key must be a word, not a list or a mapping.")
             if key_node.value in own:
-                raise ValueError(f"{self.origin(key_node)}: the key '{key_node.value}' stands twice. Remove one.")
+                raise ValueError(f"{self.origin(key_node)}: the key '{key_node.value}' is given twice. Remove one.")
             own[key_node.value] = self.convert(value_node)
         return merge(included, Branch(own, self.origin(node)))
 

@@ -214,7 +214,7 @@ def _check_data(params: TrainExperimentParams, facts: Facts) -> None:
     """Check that there is enough data, and that its sequences and the model's fit.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: they do not fit.
     """
     data = params.data
     if not data.allow_multiple_epochs:
@@ -260,7 +260,7 @@ def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
     """Check that the model has a row for every token of its data.
 
     Raises:
-        ValueError: it has not, or datasets were made with tokenizers of different sizes.
+        ValueError: it does not, or datasets were made with tokenizers of different sizes.
     """
     sizes: dict[str, int] = {}
     if facts.tokenizer is not None:

@@ -21,7 +21,7 @@ class HyperParams(BaseParams):
     seed: int = 42
     # peak learning rate
     lr: float = 1e-4
-    # the learning rate of parts of the model, by the beginning of their weights' names, times this: {vit: 0.1}
+    # factors on the learning rate of parts of the model, by prefix of their weights' names: {vit: 0.1}
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
@@ -51,7 +51,7 @@ class HyperParams(BaseParams):
     grad_checkpointing: bool = False
     # torch.compile each block
     torchcompile: bool = False
-    # steps in a row with a non-finite loss or gradient, after which the run stops
+    # the run stops after this many steps in a row with a non-finite loss or gradient
     max_skipped_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class HyperParams(BaseParams):
         for part, multiplier in self.lr_multipliers.items():
             if not 0 < multiplier < math.inf:
                 raise ValueError(
-                    f"lr_multipliers.{part} ({multiplier}) must be above 0. To keep a part as it is, freeze it."
+                    f"lr_multipliers.{part} ({multiplier}) must be above 0. To keep a part unchanged, freeze it."
                 )
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
             raise ValueError(f"grad_clip_norm ({self.grad_clip_norm}) must be above 0, or null for no clipping.")

@@ -96,7 +96,7 @@ def test_a_missing_include_names_the_line_that_asks_for_it(write: Write) -> None
     [
         ("a: [1\nb: 2\n", r"main\.yaml:2: not valid YAML"),
         ("a: 1\n\tb: 2\n", r"main\.yaml:2: not valid YAML"),
-        ("a: 1\nb: 2\na: 3\n", r"main\.yaml:3: the key 'a' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", r"main\.yaml:3: the key 'a' is given twice"),
         ("a: !!python/object/apply:os.getcwd []\n", r"main\.yaml:1: the tag .*python.* is unknown"),
         ("a: &x [*x]\n", r"main\.yaml:1: "),
         ("<<: 3\n", r"main\.yaml:1: '<<' needs a mapping"),

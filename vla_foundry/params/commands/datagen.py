@@ -7,7 +7,7 @@ from vla_foundry.config.schema import BaseParams
 
 @dataclass(frozen=True, kw_only=True)
 class DemosParams(BaseParams):
-    """Record demonstrations as a LeRobot set (v3.0). Processes do not change the output, and a killed run goes on."""
+    """Record demonstrations as a LeRobot set (v3.0). Processes do not change the output, and a killed run continues."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
     tasks: list[str]
@@ -25,7 +25,7 @@ class DemosParams(BaseParams):
     video: bool = False
     # standard deviation of the noise on executed actions, of which 1 is the largest; recorded ones are the expert's
     action_noise: float = 0.2
-    # times that an episode is tried, each from another start, until its expert succeeds
+    # attempts at an episode, each from another start, until its expert succeeds
     max_attempts: int = 10
     # seed of starts, noise and the choice of instructions; episode i of a task depends on this, the task and i alone
     seed: int = 0
@@ -62,7 +62,7 @@ _TASKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesParams(BaseParams):
-    """Draw scenes and describe them. The output does not depend on processes, and a killed run goes on."""
+    """Draw scenes and describe them. The output does not depend on processes, and a killed run continues."""
 
     # local folder to write to: train/ and validation/ with 00000000.png, .txt (caption), .json (attributes) ...
     output: str

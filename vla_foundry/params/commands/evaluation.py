@@ -12,7 +12,7 @@ FIRST_DEMO_SEED = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams(BaseParams):
-    """Let a policy act in a simulator and count its successes. A killed run goes on when it is started again."""
+    """Let a policy act in a simulator and count its successes. A killed run continues when it is started again."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
     tasks: list[str]

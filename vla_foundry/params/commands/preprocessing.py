@@ -12,7 +12,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class JobParams(BaseParams):
-    """What every preprocessing job has. The output depends on neither workers nor cluster, and a killed run goes on."""
+    """What all preprocessing jobs share. The output depends on neither workers nor cluster; a killed run continues."""
 
     # folder to write to, local or s3://
     output: str

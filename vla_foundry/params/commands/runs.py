@@ -40,7 +40,7 @@ class GenerateParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionParams(BaseParams):
-    """Say what images show, with a trained vision-language model."""
+    """Caption images with a trained vision-language model."""
 
     # run folder (its newest checkpoint) or step folder; local, s3:// or hf://
     checkpoint: str
@@ -48,7 +48,7 @@ class CaptionParams(BaseParams):
     image: list[str] = field(default_factory=list)
     # all images are shown together, and answered once
     together: bool = False
-    # what is asked; <image> says where images go, else they come first; null: the run's first prompt
+    # the question; <image> marks where images go, else they come first; null: the run's first prompt
     prompt: str | None = None
     # longest answer, tokens
     max_new_tokens: int = 128
@@ -150,17 +150,17 @@ STAGES = ("llm", "vlm", "vla")
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartParams(BaseParams):
-    """The whole road on this machine, on data made here."""
+    """From raw data to a language model, a vision-language model and a robot policy, on this machine."""
 
     # stages to run, in order
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     # folder that everything is written to; a second run goes on from what is there
     output_dir: str = "quickstart_output"
-    # evaluate the policy also with pictures of other episodes, with the wrong instruction, and trained from nothing
+    # also evaluate the policy with pictures of other episodes, with the wrong instruction, and trained from scratch
     ablations: bool = False
     # install the library that draws the simulator (libosmesa6, by apt-get) if there is none
     install_system_packages: bool = False
-    # do every stage again
+    # run every stage again
     overwrite: bool = False
 
     def __post_init__(self) -> None:

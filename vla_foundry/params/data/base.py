@@ -25,7 +25,7 @@ class DatasetCacheParams(BaseParams):
 
     # folder of the cache; null: the user's cache folder
     cache_dir: str | None = None
-    # the cache is kept below this, gigabytes
+    # largest size of the cache, gigabytes
     cache_size_gb: float = 100.0
 
 
@@ -35,7 +35,7 @@ class DataParams(ChoiceParams):
 
     _choice_registry = {}
     choice_path = "data.type"
-    # modalities that a dataset of this type can have; the first one is what it has if it does not say
+    # modalities that a dataset of this type can have; the first one is the default
     modalities: ClassVar[tuple[str, ...]] = ()
 
     # manifests (local, s3:// or hf://), one per dataset
@@ -50,7 +50,7 @@ class DataParams(ChoiceParams):
     val_dataset_modality: list[str] = field(default_factory=list)
     # share of each validation dataset
     val_dataset_weighting: list[float] = field(default_factory=list)
-    # go over a dataset more than once where the budget asks for it
+    # repeat a dataset when the budget is larger than it
     allow_multiple_epochs: bool = False
     # loader processes per rank; null: the node's cores divided by its ranks, at most 8; 0: none, load in the trainer
     num_workers: int | None = None
@@ -60,13 +60,13 @@ class DataParams(ChoiceParams):
     seq_len: int = 2048
     # shuffle shards and samples; false: in order of the manifest
     shuffle: bool = True
-    # samples are shuffled within blocks of shards of about this many samples
+    # samples are shuffled within blocks of shards that hold about this many samples
     shuffle_buffer_size: int = 200_000
     # seed of the order; null: hparams.seed
     seed: int | None = None
     # the run stops when more than this share of samples is broken or dropped
     max_bad_fraction: float = 0.01
-    # go on although the order of the data has changed since the checkpoint
+    # continue even if the order of the data has changed since the checkpoint
     accept_changed_data: bool = False
     dataset_cache: DatasetCacheParams = field(default_factory=DatasetCacheParams)
 
@@ -131,7 +131,7 @@ class DataParams(ChoiceParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that there are datasets to train on, and to validate on if that is asked for."""
+        """Check that there are datasets to train on, and to validate on if validation is on."""
         if not self.dataset_manifest:
             raise ValueError(f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl.")
         if root.total_val_samples is not None and not self.val_dataset_manifest:

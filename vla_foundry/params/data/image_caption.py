@@ -13,7 +13,7 @@ from vla_foundry.text.chat_template import CAPTION_PROMPTS, template_fields
 @register_data_params("image_caption")
 @dataclass(frozen=True, kw_only=True)
 class ImageCaptionDataParams(ImageProcessorParams, DataParams):
-    """Images with captions or conversations; only the answers are supervised."""
+    """Images with captions or conversations; the loss is on the answers only."""
 
     modalities = ("image_caption",)
 
@@ -34,7 +34,7 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
         if not self.prompts:
             raise ValueError("prompts is empty. Give at least one, or leave it out.")
         for prompt in self.prompts:
-            template_fields(prompt)  # a broken template is said before anything is read
+            template_fields(prompt)  # a broken template is an error before anything is read
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """The processor or tokenizer too, the size of images and their tokens, and whether rows are packed."""

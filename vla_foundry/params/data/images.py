@@ -11,17 +11,17 @@ from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitterParams(BaseParams):
-    """Change of colours, the same for all images of a sample; in this order. Only in training."""
+    """Colour changes, the same for all images of a sample, in this order. In training only."""
 
     # on or off
     enabled: bool = False
-    # brightness times a number within 1 - x .. 1 + x
+    # multiply brightness by a factor within 1 - x .. 1 + x
     brightness: float = 0.2
-    # contrast times a number within 1 - x .. 1 + x
+    # multiply contrast by a factor within 1 - x .. 1 + x
     contrast: float = 0.4
-    # saturation times a number within 1 - x .. 1 + x
+    # multiply saturation by a factor within 1 - x .. 1 + x
     saturation: float = 0.2
-    # hue plus a number in this range, in turns of the colour wheel; within -0.5 .. 0.5
+    # shift hue by an amount in this range, in turns of the colour wheel; within -0.5 .. 0.5
     hue: tuple[float, float] = (-0.05, 0.05)
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class ColorJitterParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class CropParams(BaseParams):
-    """A part of each image, at the same place in all images of a sample. Not training: the part in the middle."""
+    """Crop each image, at the same place in all images of a sample. Outside training: the middle."""
 
     # on or off
     enabled: bool = False
@@ -54,13 +54,13 @@ class CropParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCropParams(BaseParams):
-    """A part of random size and place, scaled to a fixed size. Not training: the middle part of the mean size."""
+    """Crop at a random place and size, and resize. Outside training: a crop of the mean size in the middle."""
 
     # on or off
     enabled: bool = False
-    # area of the part, as a share of the image
+    # area of the crop, as a share of the image
     scale: tuple[float, float] = (0.8, 1.0)
-    # aspect of the part, width / height, relative to the image's own
+    # aspect ratio of the crop, width / height, relative to the image's own
     ratio: tuple[float, float] = (0.9, 1.1)
     # height and width of the result, pixels; null: those of the image
     size: tuple[int, int] | None = None
@@ -76,7 +76,7 @@ class RandomResizedCropParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class HorizontalFlipParams(BaseParams):
-    """Mirror left and right, all images of a sample or none. Words ("left") and robot actions are not mirrored."""
+    """Mirror left and right, all images of a sample or none. Words ("left") and robot actions stay as they are."""
 
     # on or off
     enabled: bool = False
@@ -94,9 +94,9 @@ class ImageAugmentationParams(BaseParams):
 
     # colours
     color_jitter: ColorJitterParams = field(default_factory=ColorJitterParams)
-    # a part of fixed size
+    # crop of fixed size
     crop: CropParams = field(default_factory=CropParams)
-    # a part of random size
+    # crop of random size
     random_resized_crop: RandomResizedCropParams = field(default_factory=RandomResizedCropParams)
     # mirroring
     horizontal_flip: HorizontalFlipParams = field(default_factory=HorizontalFlipParams)
@@ -104,17 +104,17 @@ class ImageAugmentationParams(BaseParams):
     def __post_init__(self) -> None:
         if self.crop.enabled and self.random_resized_crop.enabled:
             raise ValueError(
-                "crop and random_resized_crop are both enabled: each chooses the part. Enable one of them."
+                "crop and random_resized_crop are both enabled: each chooses the crop. Enable one of them."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataAugmentationParams(BaseParams):
-    """`--data.augmentation.` How samples are changed at random."""
+    """`--data.augmentation.` Random changes to samples."""
 
     # false: none at all, in training too
     enabled: bool = True
-    # what is done to images
+    # changes to images
     image: ImageAugmentationParams = field(default_factory=ImageAugmentationParams)
 
 
@@ -134,7 +134,7 @@ class ImageProcessorParams(BaseParams):
     image_size: int | None = None
     # tokens of one image of our own processor; null: as the model makes of it
     img_num_tokens: int | None = None
-    # how our own processor brings images to this size: cut the middle, distort, or pad with black
+    # how our own processor resizes images: crop the middle, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # how pixels are scaled
     image_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -183,7 +183,7 @@ class ImageProcessorParams(BaseParams):
         """Check that there is a processor, and that our own one fits the model and the length of rows.
 
         Raises:
-            ValueError: it is not so.
+            ValueError: they do not fit.
         """
         if self.tokenizer_name() is None:
             raise ValueError(
