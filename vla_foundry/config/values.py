@@ -3,6 +3,8 @@
 import math
 import re
 from decimal import Decimal
+from functools import reduce
+from operator import or_
 from typing import Any, Literal, get_args, get_origin
 
 from vla_foundry.config.schema import describe_type, dict_value_type, options
@@ -100,14 +102,7 @@ def _decode_union(choices: tuple[Any, ...], value: Value, path: str, origin: Ori
         except ValueError:
             continue
     shape = Literal[tuple(rest)] if all(get_origin(choice) is Literal for choice in rest) else None
-    raise _wrong_type(shape or _union(choices), value, path, origin)
-
-
-def _union(choices: tuple[Any, ...]) -> Any:
-    union = choices[0]
-    for choice in choices[1:]:
-        union = union | choice
-    return union
+    raise _wrong_type(shape or reduce(or_, choices), value, path, origin)
 
 
 def _decode_literal(hint: Any, value: Value, path: str, origin: Origin) -> Any:
