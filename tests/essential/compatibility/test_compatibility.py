@@ -143,7 +143,7 @@ def test_shards_verify(files: Path) -> None:
 
 def test_an_evaluation_goes_on(files: Path, make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER.parent / "evaluation"))
-    monkeypatch.setattr("vla_foundry.config.plugins._named", [])
+    monkeypatch.setattr("vla_foundry.config.command_line._named", [])
     paths = sorted(files.glob("evaluation/random/*/rollouts/*/results.json"))
     before = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     assert [len(values["evaluations"]) for values in before] == [2, 2]
