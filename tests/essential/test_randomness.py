@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vla_foundry.randomness import draw_index, draw_uniforms
+from vla_foundry.randomness import draw_below, draw_index, draw_uniforms, hash_int, hash_ints
 
 
 def test_a_draw_is_a_function_of_its_key() -> None:
@@ -47,3 +47,14 @@ def test_index_is_below_its_bound_and_each_as_likely() -> None:
 def test_large_seeds_that_differ_in_their_last_bit_draw_differently() -> None:
     draws = {draw_uniforms(1, seed=seed, position=0, purpose="noise")[0] for seed in range(2**64 - 4, 2**64)}
     assert len(draws) == 4
+
+
+def test_vector_hash_equals_scalar_hash() -> None:
+    assert hash_ints(hash_int(5, 6), np.asarray([9, 10])).tolist() == [hash_int(5, 6, 9), hash_int(5, 6, 10)]
+
+
+def test_draws_cover_their_range_evenly() -> None:
+    draws = draw_below(hash_ints(1, np.arange(30_000)), 3)
+    counts = np.bincount(draws.astype(np.int64), minlength=4)
+    assert counts[3] == 0
+    assert (abs(counts[:3] - 10_000) < 400).all()

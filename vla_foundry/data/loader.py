@@ -1,9 +1,14 @@
-"""The loader: microbatches of a rank in the order of the plan, made by any number of processes."""
+"""Load the microbatches of a rank in the order of the plan, with any number of worker processes.
+
+The loader's whole state is the number of the next global batch. A checkpoint also holds `describe()`, everything that
+decides the order, and a run that continues compares it.
+"""
 
 import functools
+import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,14 +17,21 @@ import torch.utils.data
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.cache import ShardCache
-from vla_foundry.data.description import check_description, describe_plan, fingerprint_of
 from vla_foundry.data.indexing import user_cache_folder
-from vla_foundry.data.microbatches import Failure, Microbatches, Report, Schedule
 from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline, SavesFiles
-from vla_foundry.data.plan import SamplePlan
-from vla_foundry.data.processes import describe_dead_process, prepare_process, start_context, widen_pipe
+from vla_foundry.data.plan import PLAN_VERSION, SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
-from vla_foundry.data.transport import Message
+from vla_foundry.data.worker import (
+    Failure,
+    Message,
+    Microbatches,
+    Report,
+    Schedule,
+    describe_dead_process,
+    prepare_process,
+    start_context,
+    widen_pipe,
+)
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.shards import parse_manifest
 from vla_foundry.storage.uri import is_remote, read_text
@@ -27,12 +39,12 @@ from vla_foundry.world import World
 
 Split: TypeAlias = Literal["train", "validation"]
 
-# the share of bad samples is judged as if at least this many samples had been read
+# data.max_bad_fraction is a fraction of at least this many samples
 _MIN_JUDGED_SAMPLES = 1000
 
 
 class _Groups:
-    """Numbers of microbatches in groups, from a start that can be set anew."""
+    """Microbatch numbers in groups, from a start that each iteration may change."""
 
     def __init__(self, group_size: int, end: int | None) -> None:
         self.start = 0
@@ -78,8 +90,6 @@ class DataLoader:
         self._datasets = datasets
         self._num_read = 0
         self._num_dropped = 0
-        self._num_tokens = 0
-        self._num_padding = 0
         self._iterator: Any = None
         cache_params = params.dataset_cache
         folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
@@ -98,56 +108,44 @@ class DataLoader:
             pin_memory=world.device.startswith("cuda"),
             multiprocessing_context=start_context() if num_workers else None,
             prefetch_factor=max(2, -(-params.prefetch_factor // group_size)) if num_workers else None,
-            persistent_workers=num_workers > 0 and split == "train",  # between validations they would only take memory
+            persistent_workers=num_workers > 0 and split == "train",  # idle validation workers would hold memory
             worker_init_fn=functools.partial(prepare_process, dict(os.environ)) if num_workers else None,
-            generator=torch.Generator(),  # PyTorch draws a number per iterator: not from the trainer's generator
+            generator=torch.Generator(),  # PyTorch draws a number per iterator: leave the trainer's generator alone
         )
 
     @property
     def num_samples(self) -> int:
-        """Samples in all datasets, each once."""
+        """Samples in all datasets, each counted once."""
         return self._plan.num_samples
 
     @property
     def num_microbatches(self) -> int | None:
-        """Microbatches that `microbatches(0)` yields, the same on every rank; None: no end."""
+        """Microbatches that `microbatches(0)` yields, the same on every rank; None: unlimited."""
         return self._schedule.num_microbatches
 
     def describe(self) -> dict[str, Any]:
-        """Return what decides the order of the samples, in plain JSON types."""
+        """Return everything that decides the order of the samples, in plain JSON types."""
         return describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of `describe()`; the same hash means the same samples at every position."""
-        return fingerprint_of(self.describe())
 
     def check_plan(self, saved_description: dict[str, Any]) -> None:
         """Compare with the `describe()` of a checkpoint.
 
         Raises:
-            ValueError: the order is not the same; says what changed.
+            ValueError: the order changed; the message says why.
         """
         check_description(saved_description, self.describe())
 
-    def metrics(self) -> dict[str, float]:
-        """Return shares since the loader was made, on this rank: bad samples, and padding among all tokens."""
-        return {
-            "data/bad_fraction": self._num_dropped / max(self._num_read, 1),
-            "data/padding_fraction": self._num_padding / max(self._num_tokens, 1),
-        }
-
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]:
-        """Yield this rank's microbatches from the first one of a global batch on. One iterator at a time.
+        """Yield this rank's microbatches, starting with the first one of a global batch. One iterator at a time.
 
-        For training it has no end. For validation it ends after `total_samples` samples: every rank yields as many
-        microbatches, and where a rank has no samples left, its last one is a row of padding without a target.
+        Training never ends. Validation ends after `total_samples` samples: every rank yields equally many microbatches,
+        and a rank that has run out of samples yields a row of padding without targets.
 
         Raises:
-            ValueError: training goes past one epoch without data.allow_multiple_epochs; or data can not be read.
+            ValueError: training needs a second epoch without data.allow_multiple_epochs; or data cannot be read.
         """
         self._groups.start = self._schedule.first_microbatch(first_global_batch)
-        self._iterator = None  # ends what is left of a validation
+        self._iterator = None  # ends an unfinished validation
         iterator = self._iterator = iter(self._torch_loader)
         widen_pipe(iterator)
         while True:
@@ -177,23 +175,18 @@ class DataLoader:
         limit = self._params.max_bad_fraction * max(self._num_read, _MIN_JUDGED_SAMPLES)
         if num_dropped and self._num_dropped > limit:
             raise ValueError(
-                f"{self._num_dropped} of {self._num_read} samples can not be used, more than data.max_bad_fraction "
+                f"{self._num_dropped} of {self._num_read} samples cannot be used, more than data.max_bad_fraction "
                 f"({self._params.max_bad_fraction:g}) allows; the last one: {report.last_dropped}."
             )
-        batch = message.unpack()
-        if "documents" in batch:
-            documents = batch["documents"]
-            self._num_tokens += int(documents.lengths.sum())
-            self._num_padding += int(documents.lengths[documents.is_padding].sum())
-        return batch
+        return message.unpack()
 
     def save_files(self, folder: Path) -> None:
-        """Write what a run has to keep of its data, so that its model can be used without them."""
+        """Write the files that the run's model needs for inference without the datasets."""
         if isinstance(self._pipeline, SavesFiles):
             self._pipeline.save_files(folder)
 
     def close(self) -> None:
-        """Stop the loader processes."""
+        """Stop the worker processes."""
         iterator, self._iterator, self._torch_loader._iterator = self._iterator, None, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
@@ -219,12 +212,12 @@ def create_dataloader(
         per_gpu_batch_size: samples per microbatch.
         seed: seed of the order.
         split: "train", or "validation": the val_ lists, in the order of the manifests.
-        total_samples: validation reads so many; all, if not given. Not used for training.
-        pipeline: makes batches, with stages of your own; the one that is registered for the modality if not given.
+        total_samples: samples of a validation; None: all. Training ignores it.
+        pipeline: makes batches, for example with your own stages; None: the pipeline registered for the modality.
 
     Raises:
         FileNotFoundError: a manifest or a shard is missing.
-        ValueError: params, manifests and shards do not fit each other.
+        ValueError: params, manifests and shards do not match.
     """
     _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
@@ -298,11 +291,95 @@ def _num_validation_samples(plan: SamplePlan, total_samples: int | None) -> int:
         return available
     if total_samples > available:
         raise ValueError(
-            f"total_val_samples ({total_samples}) must be at most {available}: beyond, a sample of "
-            "data.val_dataset_manifest would be repeated."
+            f"total_val_samples ({total_samples}) must be at most {available}: more would repeat a sample of "
+            "data.val_dataset_manifest."
         )
     return total_samples
 
 
 def _return_unchanged(value: Any) -> Any:
     return value
+
+
+# key of `describe_plan` -> what the user calls it
+_NAMES = {
+    "plan_version": "the version of the plan",
+    "seed": "data.seed",
+    "shuffle": "data.shuffle",
+    "shuffle_buffer_size": "data.shuffle_buffer_size",
+    "global_batch_size": "hparams.global_batch_size",
+    "seq_len": "data.seq_len",
+}
+_DATASET_NAMES = {
+    "modality": "modality",
+    "share": "share of a batch",
+    "num_shards": "number of shards",
+    "num_samples": "number of samples",
+    "digest": "list of shards (names, counts or checksums)",
+}
+
+
+def describe_plan(plan: SamplePlan, datasets: Sequence[Dataset], *, seq_len: int) -> dict[str, Any]:
+    """Describe everything that decides the order of the samples, in plain JSON types."""
+    total = sum(plan.shares)
+    return {
+        "plan_version": PLAN_VERSION,
+        "seed": plan.seed,
+        "shuffle": plan.shuffle,
+        "shuffle_buffer_size": plan.block_size,
+        "global_batch_size": plan.global_batch_size,
+        "seq_len": seq_len,
+        "datasets": [
+            {
+                "manifest": dataset.manifest,
+                "modality": dataset.modality,
+                "share": round(share / total, 9),
+                "num_shards": len(dataset.entries),
+                "num_samples": num_samples,
+                "digest": _digest(dataset),
+            }
+            for dataset, share, num_samples in zip(datasets, plan.shares, plan.num_samples_of, strict=True)
+        ],
+    }
+
+
+def _digest(dataset: Dataset) -> str:
+    digest = hashlib.sha256()
+    for entry in dataset.entries:
+        digest.update(f"{entry.shard}\t{entry.num_sequences}\t{entry.sha256 or entry.num_bytes}\n".encode())
+    return digest.hexdigest()
+
+
+def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Check that two descriptions mean the same order.
+
+    Raises:
+        ValueError: they do not; the message says what changed.
+    """
+    changes = [
+        f"{name} was {saved.get(key)}, is {current[key]}"
+        for key, name in _NAMES.items()
+        if saved.get(key) != current[key]
+    ]
+    rows, saved_rows = current["datasets"], saved.get("datasets", [])
+    if len(rows) != len(saved_rows):
+        changes.append(f"data.dataset_manifest had {len(saved_rows)} datasets, has {len(rows)}")
+    else:
+        for number, (row, saved_row) in enumerate(zip(rows, saved_rows, strict=True)):
+            changes += _dataset_changes(f"dataset {number} ({row['manifest']})", saved_row, row)
+    if changes:
+        raise ValueError(
+            f"The order of the data differs from the checkpoint's: {'; '.join(changes)}. Restore it, or continue with "
+            "--data.accept_changed_data true (samples may be repeated or skipped)."
+        )
+
+
+def _dataset_changes(where: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    changes = [
+        f"{where}: {name} was {saved.get(key)}, is {current[key]}"
+        for key, name in _DATASET_NAMES.items()
+        if key != "digest" and saved.get(key) != current[key]
+    ]
+    if not changes and saved.get("digest") != current["digest"]:
+        changes.append(f"{where}: {_DATASET_NAMES['digest']} changed")
+    return changes

@@ -1,14 +1,14 @@
-"""Which sample stands at position g of the training order: a pure function of shard sizes, weights and seed.
+"""The order of samples: which one is at position g is a pure function of shard sizes, weights and seed.
 
-Global batch b is positions [b * G, (b + 1) * G). A position is resolved in three steps, none of which depends on what
-was read before, on ranks or on workers:
+Global batch b is positions [b * G, (b + 1) * G). Three steps resolve a position. None depends on earlier reads, on
+ranks or on workers:
 
-1. Batch -> dataset. Each batch holds each dataset's share, rounded down or up; which slot of the batch belongs to
-   which dataset is a keyed permutation. Here a later step may hand whole blocks of slots to one modality.
-2. Dataset -> ordinal. How many samples of a dataset came before batch b has a closed form (see `_num_before`).
+1. Batch -> dataset. Each batch holds each dataset's share, rounded down or up; a keyed permutation assigns the slots
+   of a batch to datasets.
+2. Dataset -> ordinal. The number of samples of a dataset before batch b has a closed form (see `_num_before`).
 3. Ordinal -> (epoch, shard, row). Each epoch permutes the shards, then the samples within blocks of shards.
 
-No I/O happens here. Memory is a few integers per shard; a position costs O(log shards).
+The plan does no I/O. It holds a few integers per shard, and a position costs O(log shards).
 """
 
 from collections import OrderedDict
@@ -19,21 +19,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vla_foundry.data.permutation import draw_below, hash_int, hash_ints, permute
+from vla_foundry.randomness import draw_below, hash_int, hash_ints
 
 PLAN_VERSION = 1
-# what a hash is for: part of its key, so that no two draws are the same number
+# the purpose of a hash is part of its key, so that no two draws share a number
 _SLOTS, _SHARDS, _SAMPLES, _REPLACEMENT = 1, 2, 3, 4
 # shares are counted in units of 2**-32 samples
 _UNIT_BITS = 32
 _UNIT = 1 << _UNIT_BITS
 _MAX_LAYOUTS = 64
-# replacements of a bad sample are first drawn from its own block, whose shards are at hand, then from everywhere
+# replacements of a bad sample come first from its own block, whose shards are open, then from the whole dataset
 NUM_NEAR_REPLACEMENTS = 4
+
+# fewer rounds leave visible patterns among the orders of small domains
+_ROUND_KEYS = np.arange(1, 13, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)
 
 
 class Location(NamedTuple):
-    """Where samples lie; four int64 arrays [n]."""
+    """Where samples are stored; four int64 arrays [n]."""
 
     dataset: np.ndarray
     shard: np.ndarray
@@ -45,9 +48,9 @@ class Location(NamedTuple):
 class _Layout:
     """One epoch of one dataset: shards in their order, and the blocks that they form."""
 
-    # int64 [num_shards], shard at each place
+    # int64 [num_shards], the shards in order
     order: np.ndarray
-    # int64 [num_shards + 1], samples before each place
+    # int64 [num_shards + 1], samples before each of them
     starts: np.ndarray
     # int64 [num_blocks + 1], samples before each block
     block_starts: np.ndarray
@@ -107,7 +110,7 @@ class SamplePlan:
 
     @property
     def shares(self) -> list[int]:
-        """What each dataset has of a global batch, in units of 2**-32 samples; they sum to G * 2**32."""
+        """The share of each dataset in a global batch, in units of 2**-32 samples; the sum is G * 2**32."""
         return np.diff(self._boundaries).tolist()
 
     def locate(self, positions: np.ndarray) -> Location:
@@ -127,11 +130,11 @@ class SamplePlan:
         return Location(dataset, shard, row, epoch)
 
     def replacements(self, positions: np.ndarray, attempt: int) -> Location:
-        """Return what stands in for the samples at `positions`, if they are bad: another sample of the same dataset.
+        """Return replacements for bad samples at `positions`: other samples of the same datasets.
 
         Args:
             positions: int64 [n].
-            attempt: 0 for the first replacement, 1 if that is bad too, and so on.
+            attempt: 0 for the first replacement, 1 if that one is bad too, and so on.
         """
         positions = np.asarray(positions, dtype=np.int64)
         dataset, ordinal = self._dataset_ordinals(positions)
@@ -164,7 +167,7 @@ class SamplePlan:
         return int(batch[repeated[0]]) if len(repeated) else int(batch[-1]) + 1
 
     def shards_ahead(self, position: int) -> list[tuple[int, int]]:
-        """Return (dataset, shard) in the order of need: each dataset's block at `position`, then its next block."""
+        """Return (dataset, shard) in the order they are needed: the blocks at `position`, then the next blocks."""
         batch = np.asarray([position // self.global_batch_size])
         ordinals = [position] if self.num_datasets == 1 else self._num_before(batch)[0].tolist()
         now: list[tuple[int, int]] = []
@@ -182,7 +185,7 @@ class SamplePlan:
         return list(dict.fromkeys(now + later))
 
     def _dataset_ordinals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return each position's dataset and its number among the samples of that dataset."""
+        """Return each position's dataset, and its ordinal among the samples of that dataset."""
         if self.num_datasets == 1:
             return np.zeros_like(positions), positions
         batch, slot = np.divmod(positions, self.global_batch_size)
@@ -194,7 +197,7 @@ class SamplePlan:
         return dataset, self._num_before(batches)[of_position, dataset] + slot - edges[rows, dataset]
 
     def _num_before(self, batches: np.ndarray) -> np.ndarray:
-        """Return how many samples of each dataset stand before each batch, int64 [batches, datasets].
+        """Return how many samples of each dataset precede each batch, int64 [batches, datasets].
 
         Batch b gives the first d datasets floor((A_d + v_b) / U) slots, with A_d their share of a batch in units of
         1 / U and v_b the binary digits of b reversed (the van der Corput sequence). So each dataset's count is its
@@ -223,7 +226,7 @@ class SamplePlan:
         return start + permute(index - start, size, layout.block_keys[block])
 
     def _groups(self, dataset: np.ndarray, epoch: np.ndarray) -> list[tuple[np.ndarray | slice, _Layout]]:
-        """Divide positions by dataset and epoch."""
+        """Group positions by dataset and epoch."""
         if not len(dataset):
             return []
         if (dataset == dataset[0]).all() and (epoch == epoch[0]).all():
@@ -236,7 +239,7 @@ class SamplePlan:
         ]
 
     def _layout(self, dataset: int, epoch: int) -> _Layout:
-        """Lay out an epoch of a dataset; the latest ones are kept, as a memo only."""
+        """Return the layout of an epoch of a dataset; the latest ones are cached."""
         layout = self._layouts.get((dataset, epoch))
         if layout is None:
             layout = self._create_layout(dataset, epoch)
@@ -253,7 +256,7 @@ class SamplePlan:
         if self.shuffle:
             order = order[permute(np.arange(len(order)), len(order), hash_int(self.seed, _SHARDS, dataset, epoch))]
         starts = np.concatenate([[0], np.cumsum(sizes[order])])
-        # a block begins at each shard that is the first to begin at or after a multiple of block_size
+        # a block begins with the first shard that starts at or after a multiple of block_size
         block_of_shard = starts[:-1] // self.block_size
         begins = np.flatnonzero(np.diff(block_of_shard, prepend=-1))
         keys = hash_ints(hash_int(self.seed, _SAMPLES, dataset, epoch), np.arange(len(begins)))
@@ -261,7 +264,7 @@ class SamplePlan:
 
 
 def _share_boundaries(weights: Sequence[float], global_batch_size: int) -> np.ndarray:
-    """Return the cumulated shares of the datasets, in units of 2**-32 samples, int64 [num_datasets + 1]."""
+    """Return the cumulative shares of the datasets, in units of 2**-32 samples, int64 [num_datasets + 1]."""
     if not 1 <= global_batch_size < 1 << 30:
         raise ValueError(f"hparams.global_batch_size ({global_batch_size}) must be in 1 .. 2**30 - 1.")
     exact = [Fraction(0)]
@@ -288,3 +291,41 @@ def _split_by_shard(layout: _Layout, index: np.ndarray) -> tuple[np.ndarray, np.
 def _shards_of_block(layout: _Layout, block: int) -> list[int]:
     first, end = np.searchsorted(layout.starts[:-1], layout.block_starts[block : block + 2])
     return layout.order[first:end].tolist()
+
+
+def permute(indices: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
+    """Return where a keyed permutation of 0 .. size - 1 sends each index.
+
+    A Feistel network permutes the cells of a rectangle that just covers the domain; an index that lands outside the
+    domain is permuted again until it is inside (about one index in sqrt(size)).
+
+    Args:
+        indices: int64 [n], each in 0 .. size - 1.
+        size: size of the domain, below 2**62; one for all or one per index.
+        key: 64-bit key; one for all or one per index.
+
+    Returns:
+        int64 [n]; for one size and key, a bijection.
+    """
+    size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
+    key = np.broadcast_to(np.asarray(key, np.uint64), indices.shape)
+    result = _feistel(indices.astype(np.uint64), size, key)
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = _feistel(result[outside], size[outside], key[outside])
+        outside = outside[result[outside] >= size[outside]]
+    return result.astype(np.int64)
+
+
+def _feistel(indices: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Permute the cells of a rectangle of width x height >= size, row by row."""
+    width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
+    height = (size + width - np.uint64(1)) // width
+    left, right = np.divmod(indices, width)  # left < height, right < width
+    for round_number in range(len(_ROUND_KEYS)):
+        round_key = key + _ROUND_KEYS[round_number]
+        if round_number % 2 == 0:
+            left = (left + draw_below(hash_ints(round_key, right), height)) % height
+        else:
+            right = (right + draw_below(hash_ints(round_key, left), width)) % width
+    return left * width + right

@@ -18,7 +18,7 @@ from vla_foundry.params.models.base import LanguageModelParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE
 from vla_foundry.text.tokenizers import load_tokenizer
-from vla_foundry.training.tokenizer_copy import copy_tokenizer
+from vla_foundry.training.start import copy_tokenizer
 
 Data = TypeVar("Data", bound=ImageProcessorParams)
 

@@ -23,8 +23,8 @@ from vla_foundry.run_folder import (
     step_folder_name,
 )
 from vla_foundry.storage.local import sync_folder
+from vla_foundry.training.checkpoint import write_weights
 from vla_foundry.training.distributed import named_persistent_buffers
-from vla_foundry.training.weights_file import write_weights
 
 _ROTARY_TABLE = ".inv_freq"
 

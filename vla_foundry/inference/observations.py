@@ -18,7 +18,7 @@ from vla_foundry.data.pipelines.stages import Dropped, Sample, Stage
 from vla_foundry.data.robotics.field_stages import ComputeRelativePoses, NormalizeProprioception
 from vla_foundry.data.robotics.files import load_normalizer, load_spec
 from vla_foundry.data.robotics.windows import RobotWindow, create_request
-from vla_foundry.data.transport import pack
+from vla_foundry.data.worker import pack
 from vla_foundry.images.processor import Processor, load_processor
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import load_experiment_params_from_yaml

@@ -30,12 +30,12 @@ def _named_errors(uri: str) -> Iterator[None]:
         raise ValueError(
             f"{uri} needs the network, but HF_HUB_OFFLINE is set. Unset it, or use a local copy."
         ) from None
-    except FileNotFoundError:  # the hub's errors for a missing repository, revision and file are such errors too
-        raise FileNotFoundError(f"{uri} does not exist, or needs a token (HF_TOKEN) to be seen.") from None
+    except FileNotFoundError:  # includes the hub's errors for a missing repository, revision and file
+        raise FileNotFoundError(f"{uri} does not exist, or is only visible with a token (HF_TOKEN).") from None
     except (HfHubHTTPError, HFValidationError, NotImplementedError) as error:
         raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
     except OSError as error:
-        raise ValueError(f"{uri} can not be reached: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{uri} cannot be reached: {' '.join(str(error).split())}") from None
 
 
 class HubStorage:
@@ -85,7 +85,7 @@ class HubStorage:
             ):
                 shutil.copyfileobj(source, target, _READ_SIZE)
             if os.path.getsize(temporary) != size:
-                raise ValueError(f"{uri} was changed while it was being read. Run again.")
+                raise ValueError(f"{uri} changed while it was being read. Run again.")
 
     def upload(self, path: str, uri: str) -> None:
         if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Files on this machine: atomic writes, listing."""
+"""Files on this machine: atomic writes, listing, and the file name patterns that all kinds of storage share."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-# a file with this name's shape is one that was being written; it may be deleted when no writer is alive
+# suffix of unfinished files; they may be deleted when no writer is alive
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -28,9 +28,9 @@ def sync_folder(folder: str) -> None:
 
 @contextmanager
 def replace_file(path: str) -> Iterator[str]:
-    """Yield a temporary path beside `path`; when the block ends without an error it is fsynced and renamed to `path`.
+    """Yield a temporary path beside `path`; fsync and rename it to `path` when the block ends without an error.
 
-    Otherwise it is deleted. Temporary names are `.<name>.<random>.tmp`, so that writers of one file do not meet.
+    After an error, delete it. Temporary names are `.<name>.<random>.tmp`, so that concurrent writers do not collide.
     """
     path = _local(path)
     folder = os.path.dirname(path) or "."
@@ -117,12 +117,15 @@ def _files_below(folder: str) -> list[str]:
 
 
 def is_pattern(name: str) -> bool:
-    """True if `name` has a character that is special in a pattern."""
+    """True if `name` has one of the special characters of a pattern."""
     return any(character in name for character in "*?[")
 
 
 def compile_pattern(pattern: str) -> tuple[str, Callable[[str], object]]:
-    """Return the fixed beginning of a pattern, and a function that is true for the names that match."""
+    """Return the fixed prefix of a pattern, and a function that is true for matching names.
+
+    `*`, `?` and `[...]` match within one folder level; a level `**` matches any number of levels.
+    """
     prefix = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
     return prefix, re.compile(_regex(pattern)).fullmatch
 

@@ -1,8 +1,8 @@
-"""Arrays out of an .npz by name, or a run of their rows, without reading or unpacking what lies around them.
+"""Read single arrays of an .npz, or a range of their rows, without reading the rest of the file.
 
-NumPy opens an .npz through `zipfile`, which takes longer than a window of robot data takes to read. This reads the
-directory at the end of the file once, and of each array that is asked for its header and the bytes that are wanted:
-the rows of a stored (not compressed) array are read by themselves. Nothing is unpickled.
+NumPy opens an .npz through `zipfile`, which takes longer than reading a window of robot data. This module reads the
+directory at the end of the file once. For each requested array it reads the header and only the requested bytes: a
+range of rows, if the array is stored uncompressed. It never unpickles.
 """
 
 import ast
@@ -30,7 +30,7 @@ _MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the directory says of one member."""
+    """A member, as the directory lists it."""
 
     method: int
     crc: int
@@ -42,7 +42,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Header:
-    """What an array's header says."""
+    """The header of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -50,14 +50,14 @@ class _Header:
 
 
 class NpzFile:
-    """An .npz of which single arrays are read.
+    """An .npz, read array by array.
 
     Args:
         read: reads a range of it.
         size: bytes of it.
 
     Raises:
-        ValueError: it is not a whole .npz.
+        ValueError: it is not a complete .npz.
     """
 
     def __init__(self, read: ReadRange, size: int) -> None:
@@ -68,7 +68,7 @@ class NpzFile:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NpzFile":
-        """Open one that is in memory."""
+        """Open an .npz in memory."""
         view = memoryview(content)
         return cls(lambda offset, size: bytes(view[offset : offset + size]), len(content))
 
@@ -81,7 +81,7 @@ class NpzFile:
         return name in self._entries
 
     def read(self, name: str) -> np.ndarray:
-        """Return an array, its checksum compared.
+        """Return an array and check its checksum.
 
         Raises:
             KeyError: there is no such array.
@@ -100,7 +100,7 @@ class NpzFile:
         return _array_of(name, header, content[skip:], header.shape)
 
     def read_rows(self, name: str, first: int, end: int) -> np.ndarray:
-        """Return rows first .. end - 1 of an array; of a stored one, no other bytes are read.
+        """Return rows first .. end - 1 of an array; an uncompressed array is read no further.
 
         Raises:
             KeyError: there is no such array.
@@ -119,7 +119,7 @@ class NpzFile:
         return _array_of(name, header, content, (end - first, *header.shape[1:]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return an array's shape; of a stored one, only its header is read.
+        """Return an array's shape; an uncompressed array is read no further than its header.
 
         Raises:
             KeyError: there is no such array.
@@ -218,7 +218,7 @@ def _parse_header(name: str, content: bytes) -> tuple[_Header, int]:
 
 @lru_cache(maxsize=4096)
 def _parse_header_text(text: bytes) -> _Header | None:
-    # the same few headers come again with every sample, and to evaluate one takes longer than to read its values
+    # every sample repeats the same few headers, and parsing one takes longer than reading its values
     try:
         values = ast.literal_eval(text.decode("latin1").strip())
         dtype = np.dtype(values["descr"])

@@ -16,14 +16,14 @@ from vla_foundry.storage.local import compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20
-# attempts to read the body of one response; requests themselves are retried by botocore
+# attempts to read the body of one response; botocore retries the requests themselves
 _READ_ATTEMPTS = 5
 _MULTIPART_SIZE = 16 << 20
 _CLIENT_LOCK = threading.Lock()
 
 
 def _client() -> Any:
-    # a client must not be used on both sides of a fork, nor after the environment names another store
+    # a client must not cross a fork, and a changed environment may name another store
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "VLA_FOUNDRY_S3_ANONYMOUS")
     with _CLIENT_LOCK:
         return _create_client(os.getpid(), tuple(os.environ.get(name) for name in names))
@@ -49,10 +49,10 @@ def _create_client(pid: int, environment: tuple[str | None, ...]) -> Any:
         settings["signature_version"] = botocore.UNSIGNED
     try:
         session = Session()
-        # only a bucket elsewhere needs the right region; S3 redirects, and other stores ignore it
+        # any region will do: S3 redirects to the bucket's own, and other stores ignore it
         return session.client("s3", region_name=session.region_name or "us-east-1", config=Config(**settings))
     except (BotoCoreError, ValueError) as error:
-        raise ValueError(f"s3:// can not be used: {error}") from None
+        raise ValueError(f"s3:// cannot be used: {error}") from None
 
 
 def _transfer_config() -> Any:
@@ -78,7 +78,7 @@ def _named_errors(uri: str) -> Iterator[None]:
         yield
     except (NoCredentialsError, PartialCredentialsError):
         raise ValueError(
-            f"{uri} needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            f"{uri} needs AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
             "AWS_PROFILE, or VLA_FOUNDRY_S3_ANONYMOUS=1 for a public bucket."
         ) from None
     except ClientError as error:
@@ -86,7 +86,7 @@ def _named_errors(uri: str) -> Iterator[None]:
         if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
             raise FileNotFoundError(f"{uri} does not exist.") from None
         if code in ("412", "PreconditionFailed"):
-            raise ValueError(f"{uri} was changed while it was being read. Run again.") from None
+            raise ValueError(f"{uri} changed while it was being read. Run again.") from None
         if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
             raise ValueError(f"{uri}: access is denied ({code}). Check the AWS credentials.") from None
         raise ValueError(f"{uri}: the store answers {_one_line(error)}") from None
@@ -156,7 +156,7 @@ class S3Storage:
             with _named_errors(uri):
                 client.download_file(bucket, key, temporary, Config=_transfer_config())
             if os.path.getsize(temporary) != size:
-                raise ValueError(f"{uri} was changed while it was being read. Run again.")
+                raise ValueError(f"{uri} changed while it was being read. Run again.")
 
     def upload(self, path: str, uri: str) -> None:
         if not os.path.isfile(path):
@@ -204,7 +204,7 @@ class _S3File(io.RawIOBase):
         super().__init__()
         self._uri, self._size, self._etag = uri, size, etag
         self._position = 0
-        # what files have, so that what reads from this passes for one
+        # files have a name, and some readers ask for it
         self.name = uri
 
     def readable(self) -> bool:

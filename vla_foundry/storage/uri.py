@@ -1,16 +1,17 @@
 """Read, write, list and copy files named by a local path, `s3://bucket/key` or `hf://[datasets/]owner/repo/path`.
 
-A file that is missing raises FileNotFoundError with its name. What the user can fix (an unknown scheme, no
-credentials, a package that is not installed, no network) raises ValueError with one line. Local and remote writes are
-atomic alike: a reader sees the old file or the whole new one.
+A missing file raises FileNotFoundError with its name. Anything else that the user can fix (an unknown scheme, no
+credentials, a missing package, no network) raises a one-line ValueError. All writes are atomic: a reader sees the old
+file or the whole new one.
 """
 
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from vla_foundry.storage.local import LocalStorage
 
@@ -41,7 +42,7 @@ def _storage_of(uri: str) -> Storage:
     scheme = _scheme_of(uri)
     if not scheme:
         if not uri:
-            raise ValueError("A path is empty. Give a local path, s3:// or hf:// name.")
+            raise ValueError("A path is empty. Give a local path or an s3:// or hf:// name.")
         return _LOCAL
     if scheme == "s3":
         from vla_foundry.storage.s3 import S3Storage
@@ -51,11 +52,11 @@ def _storage_of(uri: str) -> Storage:
         from vla_foundry.storage.hub import HubStorage
 
         return HubStorage()
-    raise ValueError(f"'{uri}' has the scheme '{scheme}', which is not known. Use a local path, s3:// or hf://.")
+    raise ValueError(f"'{uri}' has the unknown scheme '{scheme}'. Use a local path, s3:// or hf://.")
 
 
 def is_remote(uri: str) -> bool:
-    """True if `uri` names something that is not on this machine's file system."""
+    """True if `uri` is not on this machine's file system."""
     return bool(_scheme_of(uri))
 
 
@@ -68,12 +69,12 @@ def join_uri(base: str, *parts: str) -> str:
     """Append relative parts to `base` with single slashes.
 
     Raises:
-        ValueError: a part is absolute or has a scheme of its own.
+        ValueError: a part is absolute or has its own scheme.
     """
     joined = base
     for part in parts:
         if part.startswith("/") or is_remote(part):
-            raise ValueError(f"'{part}' can not be joined to '{base}': it is not a relative path.")
+            raise ValueError(f"'{part}' cannot be joined to '{base}': it is not a relative path.")
         if part and joined:
             joined += part if joined.endswith("/") else "/" + part
         else:
@@ -97,7 +98,7 @@ def name_of(uri: str) -> str:
 
 
 def open_input(uri: str) -> BinaryIO:
-    """Open a file for reading; seekable. Remote bytes come by ranges, a few MiB at a time.
+    """Open a file for reading; seekable. Remote files are read a few MiB at a time.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,7 +107,7 @@ def open_input(uri: str) -> BinaryIO:
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Read `size` bytes from `offset`; fewer only where the file ends.
+    """Read `size` bytes from `offset`; fewer only at the end of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,6 +133,19 @@ def read_text(uri: str) -> str:
         return read_bytes(uri).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; one line.
+    """
+    try:
+        return json.loads(read_text(uri))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{uri} is not JSON ({error}).") from None
 
 
 def size_of(uri: str) -> int:
@@ -186,18 +200,18 @@ def list_relative(folder: str) -> dict[str, int]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file, atomically; folders are made."""
+    """Write a whole file atomically and flush it to the disk; create folders."""
     _storage_of(uri).write_bytes(uri, data)
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a whole file as UTF-8, atomically; folders are made."""
+    """Write a whole file as UTF-8, like `write_bytes`."""
     write_bytes(uri, text.encode("utf-8"))
 
 
 @contextmanager
 def open_output(uri: str) -> Iterator[BinaryIO]:
-    """Open a file for writing (seekable); it appears under its name, whole, when the block ends without an error."""
+    """Open a file for writing (seekable); the whole file appears when the block ends without an error."""
     if not is_remote(uri):
         with _LOCAL.open_output(uri) as file:
             yield file
@@ -210,7 +224,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
 
 
 def download(uri: str, path: str) -> None:
-    """Copy `uri` to a local path, atomically; folders are made.
+    """Copy `uri` to a local path, atomically; create folders.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -219,7 +233,7 @@ def download(uri: str, path: str) -> None:
 
 
 def upload(path: str, uri: str) -> None:
-    """Copy a local file to `uri`, atomically; folders are made.
+    """Copy a local file to `uri`, atomically; create folders.
 
     Raises:
         FileNotFoundError: there is no such local file.
@@ -228,5 +242,5 @@ def upload(path: str, uri: str) -> None:
 
 
 def delete(uri: str) -> None:
-    """Delete a file; nothing happens if there is none."""
+    """Delete a file, if it exists."""
     _storage_of(uri).delete(uri)

@@ -5,6 +5,7 @@ safetensors storage of torch.distributed.checkpoint, which reads them back under
 pickled to the disk.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,13 +13,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -32,7 +35,10 @@ from vla_foundry.run_folder import (
     step_folder_name,
 )
 from vla_foundry.shards import sha256_of
+from vla_foundry.storage.local import sync_folder
+from vla_foundry.storage.uri import write_bytes
 from vla_foundry.training.distributed import (
+    gather,
     gather_objects,
     local_shard,
     main_rank_first,
@@ -40,8 +46,99 @@ from vla_foundry.training.distributed import (
     shard_like,
 )
 from vla_foundry.training.state import TrainState
-from vla_foundry.training.weights_file import read_weights, write_weights
 from vla_foundry.world import World
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], *, is_main: bool) -> tuple[int, str]:
+    """Collective: call on every rank. Write tensors, sharded or not, as one file, and flush it to the disk.
+
+    Args:
+        is_main: this rank writes; the others only send it their shards.
+
+    Returns:
+        Size in bytes and SHA-256 of the file, on the writing rank (0 and "" elsewhere).
+    """
+    if not is_main:
+        for tensor in tensors.values():
+            if isinstance(tensor, DTensor):
+                gather(tensor)
+        return 0, ""
+    with path.open("wb") as file:
+        digest = hashlib.sha256()
+        _write(file, digest, _format_header(tensors))
+        for tensor in tensors.values():
+            whole = gather(tensor).cpu().contiguous()
+            _write(file, digest, whole.reshape(-1).view(torch.uint8).numpy().data)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _write(file: BinaryIO, digest, content: bytes | memoryview) -> None:
+    file.write(content)
+    digest.update(content)
+
+
+def _format_header(tensors: Mapping[str, Tensor]) -> bytes:
+    # https://huggingface.co/docs/safetensors: length of the header (8 bytes), JSON, then the tensors end to end
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a file into tensors, sharded or not, in place; each rank keeps its part.
+
+    Raises:
+        ValueError: the file's names or shapes are not those of the tensors.
+    """
+    with safe_open(path, framework="pt") as file:
+        missing, unknown = sorted(tensors.keys() - set(file.keys())), sorted(set(file.keys()) - tensors.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{path} is of another model: {len(missing)} weights are missing (such as {missing[:1]}), "
+                f"{len(unknown)} are unknown (such as {unknown[:1]}). Use the config that it was saved with."
+            )
+        for name, tensor in tensors.items():
+            whole = file.get_tensor(name)
+            if whole.shape != tensor.shape:
+                raise ValueError(
+                    f"{path}: '{name}' has shape {tuple(whole.shape)}, the model's is {tuple(tensor.shape)}. "
+                    "Use the config that it was saved with."
+                )
+            if isinstance(tensor, DTensor):
+                whole = distribute_tensor(
+                    whole.to(tensor.device_mesh.device_type),
+                    tensor.device_mesh,
+                    tensor.placements,
+                    src_data_rank=None,
+                )
+            local_shard(tensor).copy_(local_shard(whole))
+
 
 STATE_VERSION = 1
 # bytes of moments in one file, about; what a rank holds twice while it writes
@@ -220,31 +317,14 @@ def _finish(
     max_checkpoints: int | None,
 ) -> None:
     content = json.dumps(scalars, indent=1).encode()
-    _write_durably(folder / STATE_NAME, content)
-    with (folder / STATE_NAME).open("rb") as file:
-        files[STATE_NAME] = (len(content), sha256_of(file))
-    _write_durably(folder / COMPLETE_NAME, json.dumps(files, indent=1).encode())
-    _flush_folder(folder / TRAINING_STATE_FOLDER)
-    _flush_folder(folder)
-    # only a damaged checkpoint can be in the way: a run goes on from its newest sound one
+    write_bytes(str(folder / STATE_NAME), content)
+    files[STATE_NAME] = (len(content), hashlib.sha256(content).hexdigest())
+    sync_folder(str(folder / TRAINING_STATE_FOLDER))
+    write_bytes(str(folder / COMPLETE_NAME), json.dumps(files, indent=1).encode())
+    # only a damaged checkpoint can be in the way: a run continues from its newest sound one
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
-    _flush_folder(final.parent)
+    sync_folder(str(final.parent))
     if max_checkpoints is not None:
         for old in list_step_folders(final.parent.parent)[max(max_checkpoints, 1) :]:
             shutil.rmtree(old)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

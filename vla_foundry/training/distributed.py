@@ -1,15 +1,17 @@
-"""How a single-device model is spread over processes: the only file that knows of wrappers, meshes and process groups.
+"""Spread a single-device model over processes: the only file that knows wrappers, meshes and process groups.
 
-Applied in this order: activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters stay what they were
-(fp32 masters); lower-precision compute is autocast's matter, so that numbers do not depend on the wrapper.
+The order is activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters keep their precision (fp32
+masters); autocast lowers the precision of the computation, so that numbers do not depend on the wrapper.
 """
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -24,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.world import World
 
-# what wrappers put into the names of parameters
+# what wrappers add to parameter names
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
-# ranks need not send each other their buffers in every forward; newer versions of torch have another word for it
+# DDP need not broadcast buffers in every forward; newer versions of torch renamed the option
 _WITHOUT_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -37,10 +39,10 @@ _WITHOUT_BUFFER_SYNC: dict[str, Any] = {
 def start_process_group(params: DistributedParams, world: World) -> None:
     """Collective: call on every rank. Join the process group, if the run needs one.
 
-    CPU tensors always go over gloo, so that hosts can agree on something without touching the accelerator.
+    CPU tensors always use gloo, so that hosts can agree without touching the accelerator.
 
     Raises:
-        ValueError: NCCL is asked for without a GPU.
+        ValueError: NCCL without a GPU.
     """
     on_gpu = world.device.startswith("cuda")
     if params.dist_backend == "nccl" and not on_gpu:
@@ -54,7 +56,7 @@ def start_process_group(params: DistributedParams, world: World) -> None:
         torch.cuda.set_device(world.device)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu and params.dist_backend != "gloo" else "gloo",
-        # one process alone needs no rendezvous
+        # a single process needs no rendezvous
         init_method=None if world.world_size == 1 else params.dist_url,
         store=dist.HashStore() if world.world_size == 1 else None,  # pyright: ignore[reportPrivateImportUsage]
         rank=world.rank,
@@ -64,9 +66,9 @@ def start_process_group(params: DistributedParams, world: World) -> None:
 
 
 def stop_process_group() -> None:
-    """Collective: call on every rank. Leave the process group after a run that ended well.
+    """Collective: call on every rank. Leave the process group after a successful run.
 
-    After an error do not call it: other ranks may wait in a collective; the launcher ends them.
+    Do not call it after an error: other ranks may wait in a collective, and the launcher ends them.
     """
     if dist.is_initialized():
         barrier()
@@ -74,10 +76,10 @@ def stop_process_group() -> None:
 
 
 def leave_process(code: int) -> NoReturn:
-    """End this process at once, after everything was closed.
+    """Exit this process immediately; close everything first.
 
-    While the interpreter of a process that has sharded a model is torn down, torch's threads sometimes abort it,
-    which the launcher would take for a failure.
+    After sharding, torch's threads sometimes abort the interpreter's shutdown, which the launcher would report as a
+    failure.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -95,10 +97,10 @@ def parallelize(
     """Collective: call on every rank. Spread `model` over the processes, in place, and move it to its device.
 
     Args:
-        model: on the CPU, the same on every rank; `blocks()` names the units that are wrapped.
+        model: on the CPU, the same on every rank; `blocks()` names the units to wrap.
 
     Returns:
-        What a training step calls: the model itself, or its DDP wrapper.
+        The module that a training step calls: the model itself, or its DDP wrapper.
     """
     blocks: list[nn.Module] = model.blocks()  # pyright: ignore[reportCallIssue]
     if grad_checkpointing:
@@ -115,7 +117,7 @@ def parallelize(
 
 
 def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
-    """Replace each block by one that recomputes its activations in the backward pass."""
+    """Make each block recompute its activations in the backward pass."""
     wrapped: dict[nn.Module, nn.Module] = {
         block: checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT) for block in blocks
     }
@@ -132,7 +134,7 @@ def create_mesh(world: World) -> DeviceMesh:
 
 
 def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams, world: World) -> nn.Module:
-    # FSDP2 can not shard scalars; they are few, and reduce_unsharded_gradients sees to their gradients
+    # FSDP2 cannot shard scalars; they are few, and reduce_unsharded_gradients averages their gradients
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(world.device)
@@ -150,7 +152,7 @@ def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams,
 
 @contextmanager
 def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Reduce gradients over ranks in backward passes inside this context, or leave them for a later one."""
+    """Reduce gradients over ranks in the backward passes of this context, or defer that to a later one."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
         yield
@@ -162,7 +164,7 @@ def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def reduce_unsharded_gradients(module: nn.Module) -> None:
-    """Collective: call on every rank. Average the gradients that FSDP leaves alone (those of scalars)."""
+    """Collective: call on every rank. Average the gradients that FSDP does not reduce (those of scalars)."""
     if isinstance(module, FSDPModule):
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
@@ -171,19 +173,19 @@ def reduce_unsharded_gradients(module: nn.Module) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free gathered parameters, so that the next forward sees what was written into the shards since."""
+    """Free gathered parameters, so that the next forward sees what has been written into the shards."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the name they have without wrappers; a tied one once."""
+    """Return the parameters by their names without wrappers; a tied one once."""
     return {strip_wrapper_names(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a checkpoint, by the name they have without wrappers."""
+    """Return the buffers that belong in a checkpoint, by their names without wrappers."""
     buffers = {}
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):
@@ -193,20 +195,20 @@ def named_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def strip_wrapper_names(name: str) -> str:
-    """Return the name that a parameter has without wrappers."""
+    """Return the parameter's name without wrappers."""
     for part in _WRAPPER_NAMES:
         name = name.replace(part, "")
     return name
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds (all of it if it is not sharded), sharing its memory, detached."""
+    """Return this rank's part of a tensor (all of it if unsharded), detached, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """View a rank's part as the sharded tensor it belongs to, which is laid out like `parameter`."""
+    """View a rank's part as the sharded tensor it belongs to, laid out like `parameter`."""
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(
@@ -220,13 +222,13 @@ def shard_like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Collective: call on every rank. Return the whole of a tensor."""
+    """Collective: call on every rank. Return the whole tensor."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Collective: call on every rank. Sum a tensor over ranks, in place, without waiting on the host."""
+    """Collective: call on every rank. Sum a tensor over ranks, in place; the host does not wait."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -251,14 +253,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Collective: call on every rank. Wait, on the host, for all ranks."""
+    """Collective: call on every rank. Make the host wait for all ranks."""
     all_reduce(torch.zeros(1))
 
 
 def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
     """Collective: call on every rank. Run `action` on rank 0 and return its result everywhere.
 
-    An error of rank 0 is raised there; the other ranks leave with exit code 2, so that none waits and it is told once.
+    Rank 0 raises its error; the other ranks exit with code 2, so that no rank waits and the error appears once.
     """
     result: Any = None
     error: Exception | None = None
@@ -273,3 +275,47 @@ def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
     if is_failed:
         raise SystemExit(2)
     return result
+
+
+# exit code of a run that saved a checkpoint and stopped because of SIGTERM (128 + 15, as shells report it)
+EXIT_STOPPED = 143
+
+
+class StopSignal:
+    """Listen for SIGTERM inside a `with` block, and stop all ranks after the same step."""
+
+    def __init__(self, world: World) -> None:
+        self._is_shared = world.world_size > 1
+        self._received = False
+        self._flag = torch.zeros(1)
+        self._pending: dist.Work | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+        if kind is None and self._pending is not None:
+            self._pending.wait()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def poll(self) -> bool:
+        """Collective: call on every rank, once a step. Return whether to stop now.
+
+        The signal reaches ranks at different moments. Each rank sends its flag and reads the sum from one step earlier:
+        hosts agree without waiting for each other, and the accelerator is not touched.
+        """
+        if not self._is_shared:
+            return self._received
+        stopping = False
+        if self._pending is not None:
+            self._pending.wait()
+            stopping = bool(self._flag[0] > 0)
+        self._flag = torch.tensor([float(self._received)])
+        self._pending = dist.all_reduce(self._flag, async_op=True)
+        return stopping

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
@@ -17,6 +18,7 @@ from vla_foundry.run_folder import MODEL_FILES_FOLDER
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
+    EXIT_STOPPED,
     broadcast_object,
     leave_process,
     main_rank_first,
@@ -25,14 +27,10 @@ from vla_foundry.training.distributed import (
     stop_process_group,
 )
 from vla_foundry.training.metrics import create_metric_log, truncate_metrics
-from vla_foundry.training.precision import cast_parameters
-from vla_foundry.training.provenance import record_start
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
-from vla_foundry.training.start import find_start, write_configs
+from vla_foundry.training.start import copy_tokenizer, find_start, record_start, write_configs
 from vla_foundry.training.state import TrainState, create_train_state
-from vla_foundry.training.stop import EXIT_STOPPED
-from vla_foundry.training.tokenizer_copy import copy_tokenizer
 from vla_foundry.world import World
 
 
@@ -161,6 +159,23 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         compile_blocks=hparams.torchcompile,
     )
     return create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params))
+
+
+def cast_parameters(model: nn.Module, precision: str) -> None:
+    """Give parameters the precision they are kept in, in place: fp32, but for pure_bf16 and fp64.
+
+    Buffers keep theirs (tables of rotary frequencies need fp32), but for fp64, where all of them follow.
+    """
+    if precision == "fp64":
+        model.double()
+    elif precision == "pure_bf16":
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    else:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
 
 
 def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[str, Any]) -> list[str]:

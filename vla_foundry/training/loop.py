@@ -8,7 +8,7 @@ nor on the number of ranks nor on padding.
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,13 +21,11 @@ from vla_foundry.models.base import BatchHandler
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.checkpoint import save_checkpoint
-from vla_foundry.training.distributed import all_reduce, gradient_sync, reshard
+from vla_foundry.training.distributed import StopSignal, all_reduce, gradient_sync, reshard
 from vla_foundry.training.meter import Meter, StepResult
 from vla_foundry.training.metrics import MetricLog
-from vla_foundry.training.precision import autocast
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.state import TrainState, update_weights
-from vla_foundry.training.stop import StopSignal
 from vla_foundry.world import World
 
 
@@ -143,6 +141,13 @@ def train_step(
         updated=updated,
         log_sums={name: torch.where(updated > 0, value, 0.0) for name, value in log_sums.items()},
     )
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager[object]:
+    """Compute in bf16 inside this context, if the precision asks for it."""
+    if precision in ("amp_bfloat16", "pure_bf16"):
+        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def count_targets(

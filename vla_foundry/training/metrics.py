@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.run_folder import METRICS_NAME
+from vla_foundry.storage.uri import write_text
 
 WANDB_ID_NAME = "wandb_run_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -109,9 +110,7 @@ def truncate_metrics(run_folder: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(str(path), "".join(kept))
 
 
 class Terminal:

@@ -1,41 +1,56 @@
-"""Where a run begins: in a new folder, at its own newest checkpoint, or at another run's."""
+"""Start a run: find the checkpoint it continues from, and write configs, provenance and tokenizer to its folder."""
 
+import json
+import os
+import platform
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla_foundry.config.loading import dump_params, to_plain
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
+from vla_foundry.provenance import has_uncommitted_changes, read_git_commit, read_package_versions
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
     CONFIG_NAME,
     MODEL_CONFIG_NAME,
+    PROCESSOR_FOLDER,
+    PROVENANCE_NAME,
     STATE_NAME,
+    TOKENIZER_FOLDER,
     WRITING_PREFIX,
     find_checkpoint,
     list_step_folders,
     read_step,
     verify,
 )
-from vla_foundry.storage.uri import download, is_remote, join_uri, list_files
+from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
+from vla_foundry.world import World
 
-# leaves that say how a run is started, not what it is
+# leaves that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
 
 
 def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> Path | None:
-    """Return the step folder that a run goes on from, verified; None: it starts anew.
+    """Return the verified step folder that a run continues from; None starts a new run.
 
-    With resume "auto": the newest sound checkpoint of the run's folder, else of its remote copy. Else, or if there is
-    none: model.resume_from_checkpoint, unless only its weights are wanted.
+    resume "auto" takes the newest sound checkpoint of the run's folder, else of its remote copy. Without one, or
+    without resume, model.resume_from_checkpoint decides, unless it only provides weights.
 
     Args:
-        notify: takes a line for each damaged checkpoint that is passed over.
+        notify: called with one line for each damaged checkpoint that is skipped.
 
     Raises:
-        ValueError: the run's folder is there and resume is not set; or there is no usable checkpoint.
+        ValueError: the run's folder exists and resume is not set; or there is no usable checkpoint.
     """
     if params.resume not in (None, "auto"):
         raise ValueError(
@@ -44,7 +59,7 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
         )
     if params.resume is None and run_folder.is_dir() and any(run_folder.iterdir()):
         raise ValueError(
-            f"The run folder {run_folder} is there already. Continue it with --resume auto, or choose another --name."
+            f"The run folder {run_folder} exists. Continue it with --resume auto, or choose another --name."
         )
     if params.resume == "auto":
         if list_step_folders(run_folder):
@@ -58,14 +73,14 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
         return None
     if source.endswith((".pt", ".safetensors")):
         raise ValueError(
-            f"model.resume_from_checkpoint '{source}' holds weights alone, so training can not go on from it. "
+            f"model.resume_from_checkpoint '{source}' holds only weights, so training cannot continue from it. "
             "Add --model.resume_weights_only true, or give a run folder."
         )
     if not is_remote(source):
         step_folder = find_checkpoint(source, notify=notify)
         if not (step_folder / STATE_NAME).is_file():
             raise ValueError(
-                f"model.resume_from_checkpoint {step_folder} was imported and holds weights alone. Add "
+                f"model.resume_from_checkpoint {step_folder} was imported and holds only weights. Add "
                 "--model.resume_weights_only true."
             )
         return step_folder
@@ -79,7 +94,7 @@ def fetch_checkpoint(source: str, run_folder: Path) -> Path | None:
     """Download the newest complete checkpoint of a remote run or step folder into a run's folder, and verify it.
 
     Returns:
-        The step folder; None if there is none at `source`.
+        The step folder; None if `source` has no checkpoint.
     """
     try:
         files = list_files(source)
@@ -105,7 +120,7 @@ def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
     """Write config.yaml and config_model.yaml.
 
     Returns:
-        What differs from the config that was there, one line a leaf.
+        Differences from the config that the folder already had, one line per leaf.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / CONFIG_NAME
@@ -130,3 +145,92 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     for key, item in value.items():
         leaves.update(_leaves(item, f"{path}.{key}" if path else str(key)))
     return leaves
+
+
+_PACKAGES = ("vla-foundry", "torch", "numpy", "transformers", "tokenizers", "safetensors", "webdataset")
+
+
+def record_start(run_folder: Path, world: World, first_step: int) -> None:
+    """Append this start of the run to provenance.json."""
+    path = run_folder / PROVENANCE_NAME
+    record = json.loads(path.read_text()) if path.is_file() else {"starts": []}
+    record["starts"].append(_describe_start(world, first_step))
+    write_text(str(path), json.dumps(record, indent=1) + "\n")
+
+
+def _describe_start(world: World, first_step: int) -> dict[str, Any]:
+    on_gpu = world.device.startswith("cuda")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "first_step": first_step,
+        "command": [word.replace(str(Path.home()), "~") for word in sys.argv],
+        "world_size": world.world_size,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": read_package_versions(_PACKAGES),
+        **_describe_commit(),
+    }
+
+
+def _describe_commit() -> dict[str, Any]:
+    """Return the commit of the source tree, and whether files differ from it; empty outside a repository."""
+    commit = read_git_commit()
+    return {} if commit is None else {"commit": commit, "is_dirty": bool(has_uncommitted_changes())}
+
+
+def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
+    """Copy data.tokenizer, else the tokenizer beside the first manifest, to the run: its folder must be self-contained.
+
+    Data with images saves its processor instead, which includes the tokenizer. Without a tokenizer nothing is copied.
+
+    Raises:
+        FileNotFoundError: data.tokenizer names a remote folder that does not exist.
+        ValueError: data.tokenizer or data.processor cannot be loaded.
+    """
+    if isinstance(data, ImageProcessorParams):
+        if data.tokenizer_name() is not None:
+            _save_processor(data, run_folder / PROCESSOR_FOLDER)
+        return
+    target = run_folder / TOKENIZER_FOLDER
+    if target.is_dir() or not isinstance(data, TextDataParams):
+        return
+    if data.tokenizer is None:
+        beside = join_uri(parent_uri(data.dataset_manifest[0]), TOKENIZER_FOLDER)
+        try:
+            _copy_folder(beside, target)
+        except FileNotFoundError:
+            return
+    elif is_remote(data.tokenizer) or os.path.isdir(data.tokenizer):
+        _copy_folder(data.tokenizer, target)
+    else:
+        _save_named(data.tokenizer, target)
+
+
+def _save_processor(data: ImageProcessorParams, target: Path) -> None:
+    if target.is_dir():
+        return
+    from vla_foundry.data.pipelines.image_caption import create_image_processor
+
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    create_image_processor(data).save(aside)
+    aside.rename(target)
+
+
+def _copy_folder(source: str, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    for file in list_files(source):
+        download(file, str(aside / file.removeprefix(source).lstrip("/")))
+    aside.rename(target)
+
+
+def _save_named(name: str, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(name).save_pretrained(str(target))
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from None

@@ -1,9 +1,12 @@
 """The order of samples as a function of position."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from vla_foundry.data.plan import NUM_NEAR_REPLACEMENTS, SamplePlan
+from vla_foundry.data.plan import NUM_NEAR_REPLACEMENTS, SamplePlan, permute
+from vla_foundry.randomness import hash_int, hash_ints
 
 MIXES = [
     # shard sizes per dataset, weights, global batch size, block size
@@ -170,3 +173,36 @@ def test_large_plans_are_located_within_milliseconds() -> None:
     plan = SamplePlan([[8192] * 20_000] * 2, [1.0, 2.0], seed=0, global_batch_size=512, block_size=200_000)
     location = plan.locate(np.arange(10**9, 10**9 + 512))
     assert len(set(zip(*(array.tolist() for array in location), strict=True))) == 512
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 31, 1000, 4097, 65_536])
+def test_permutation_is_a_bijection(size: int) -> None:
+    for key in (0, 1, 2**64 - 1):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_every_order_of_four_is_about_equally_likely() -> None:
+    num_keys = 24_000
+    keys = hash_ints(7, np.arange(num_keys))
+    orders = np.stack([permute(np.full(num_keys, index), 4, keys) for index in range(4)], axis=1)
+    counts = Counter(map(tuple, orders.tolist()))
+    assert len(counts) == 24
+    assert all(850 < count < 1150 for count in counts.values())  # mean 1000, standard deviation 31
+
+
+def test_neighbours_do_not_stay_together() -> None:
+    order = permute(np.arange(50_000), 50_000, 3)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(50_000), order)[0, 1]) < 0.02
+
+
+def test_sizes_and_keys_may_differ_per_index() -> None:
+    sizes, keys = np.asarray([5, 9, 1000]), np.asarray([3, 4, 5])
+    together = permute(np.asarray([2, 2, 2]), sizes, keys)
+    assert together.tolist() == [permute(np.asarray([2]), int(s), int(k))[0] for s, k in zip(sizes, keys, strict=True)]
+
+
+def test_hash_never_changes() -> None:
+    # the order of every run hangs on these numbers
+    assert hash_int(42, 1) == 0xFA4F945599F9054A
+    assert permute(np.arange(6), 1000, 1).tolist() == [784, 523, 749, 6, 470, 584]

@@ -144,7 +144,7 @@ def test_object_that_changes_while_read_is_an_error(s3_bucket: str):
     with uri.open_input(name) as file:
         assert file.read(1) == b"a"
         uri.write_bytes(name, b"b" * (9 << 20))
-        with pytest.raises(ValueError, match="was changed while it was being read"):
+        with pytest.raises(ValueError, match="changed while it was being read"):
             file.read()
 
 
@@ -168,7 +168,7 @@ def test_unreachable_store_is_one_line(s3_bucket: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["gs://bucket/x", "http://host/x"])
 def test_unknown_scheme_is_refused(name: str):
-    with pytest.raises(ValueError, match="which is not known"):
+    with pytest.raises(ValueError, match="unknown scheme"):
         uri.read_bytes(name)
 
 

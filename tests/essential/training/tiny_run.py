@@ -35,9 +35,9 @@ from vla_foundry.training.distributed import (
     start_process_group,
     stop_process_group,
 )
+from vla_foundry.training.experiment import cast_parameters
 from vla_foundry.training.loop import Run, train
 from vla_foundry.training.metrics import MetricLog
-from vla_foundry.training.precision import cast_parameters
 from vla_foundry.training.state import create_train_state
 from vla_foundry.world import World, read_world
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vla_foundry.randomness import create_key
+from vla_foundry.randomness import FACTORS, GOLDEN, create_key
 
 
 def _signed(value: int) -> int:
@@ -19,8 +19,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FACTORS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+_GOLDEN = _signed(GOLDEN)
+_FACTORS = tuple(map(_signed, FACTORS))
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:

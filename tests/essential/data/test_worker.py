@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vla_foundry.data import create_dataloader
-from vla_foundry.data.transport import pack
+from vla_foundry.data.worker import pack
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.world import World
 

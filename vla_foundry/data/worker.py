@@ -1,0 +1,286 @@
+"""Worker processes of the loader: start them, shield them from signals, make microbatches, and send these back.
+
+Microbatch t of a rank is positions [(t * world_size + rank) * m, ... + m), with m = per_gpu_batch_size. So a global
+batch holds the same samples, divided into the same microbatches, for any number of ranks.
+
+Small arrays travel inside the message and large ones through shared memory: a tensor in shared memory costs about half
+a millisecond, whatever its size; bytes in a message cost a copy through a pipe. Tokens that fit travel as uint16, and
+masks as bits.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import threading
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, get_all_start_methods, get_context
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from vla_foundry.batch import Batch
+from vla_foundry.data.cache import LookAhead
+from vla_foundry.data.pipelines.stages import Pipeline, Rows
+from vla_foundry.data.plan import Location, SamplePlan
+from vla_foundry.data.reader import ShardReader
+from vla_foundry.params.data.base import DataParams
+
+# arrays with more bytes travel through shared memory
+_MAX_INLINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Bits:
+    """A bool array as bits."""
+
+    bits: np.ndarray
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Narrow:
+    """An int32 array of values below 2**16."""
+
+    values: np.ndarray
+
+
+class Message:
+    """A packed microbatch. See `pack`."""
+
+    def __init__(self, values: Batch, report: Any) -> None:
+        self.values = values
+        # travels unchanged
+        self.report = report
+
+    def unpack(self) -> Batch:
+        """Return the batch, with a tensor for each array at its top level."""
+        return {key: _unpack_value(value) for key, value in self.values.items()}
+
+    def pin_memory(self) -> "Message":
+        """Unpack into page-locked memory; called by PyTorch's pinning thread."""
+        batch = self.unpack()
+        pinned = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
+        return Message(pinned, self.report)
+
+
+def pack(batch: Batch, report: Any, *, for_transport: bool) -> Message:
+    """Pack a batch of NumPy arrays.
+
+    Args:
+        batch: the batch.
+        report: anything picklable.
+        for_transport: False if the message stays in this process.
+    """
+    return Message({key: _pack_value(value) for key, value in batch.items()} if for_transport else batch, report)
+
+
+def _pack_value(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype == np.bool_:
+        value = _Bits(np.packbits(value), value.shape)
+        return value if value.bits.nbytes <= _MAX_INLINE_BYTES else torch.from_numpy(_unpack_bits(value))
+    if value.dtype == np.int32 and value.nbytes // 2 <= _MAX_INLINE_BYTES and _fits_uint16(value):
+        return _Narrow(value.astype(np.uint16))
+    return value if value.nbytes <= _MAX_INLINE_BYTES else torch.from_numpy(value)
+
+
+def _fits_uint16(value: np.ndarray) -> bool:
+    return value.size > 0 and int(value.min()) >= 0 and int(value.max()) < 1 << 16
+
+
+def _unpack_value(value: Any) -> Any:
+    if isinstance(value, _Bits):
+        value = _unpack_bits(value)
+    elif isinstance(value, _Narrow):
+        value = value.values.astype(np.int32)
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _unpack_bits(value: _Bits) -> np.ndarray:
+    count = int(np.prod(value.shape))
+    return np.unpackbits(value.bits, count=count).view(np.bool_).reshape(value.shape)
+
+
+# microbatches to locate at once
+_MIN_LOCATED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which positions make each microbatch of a rank."""
+
+    rank: int
+    world_size: int
+    microbatch_size: int
+    global_batch_size: int
+    # number of positions; None: unlimited
+    num_positions: int | None
+    # False for validation: no random augmentation
+    is_training: bool = True
+
+    def first_microbatch(self, global_batch: int) -> int:
+        """Return the number of the first microbatch of a global batch."""
+        return global_batch * self.global_batch_size // (self.world_size * self.microbatch_size)
+
+    @property
+    def num_microbatches(self) -> int | None:
+        """Microbatches of each rank; the last may be short or empty on some ranks. None: unlimited."""
+        if self.num_positions is None:
+            return None
+        return math.ceil(self.num_positions / (self.world_size * self.microbatch_size))
+
+    def positions(self, microbatch: int) -> np.ndarray:
+        """Return the positions of a microbatch, int64 [S]; S is 0 if other ranks have the last samples."""
+        first = (microbatch * self.world_size + self.rank) * self.microbatch_size
+        end = first + self.microbatch_size
+        if self.num_positions is not None:
+            end = min(end, self.num_positions)
+        return np.arange(first, max(first, end), dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Sample counts of a microbatch, for the trainer."""
+
+    num_samples: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    last_dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The error that a worker sends instead of a microbatch."""
+
+    text: str
+
+    def pin_memory(self) -> "Failure":
+        return self
+
+
+class Microbatches(torch.utils.data.Dataset):
+    """Microbatches by number; lives in the worker processes.
+
+    Args:
+        plan: the order.
+        reader: opens shards.
+        pipeline: makes batches.
+        schedule: this rank's share.
+        group_size: microbatches per request.
+    """
+
+    def __init__(
+        self, plan: SamplePlan, reader: ShardReader, pipeline: Pipeline, schedule: Schedule, group_size: int
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._pipeline = pipeline
+        self._schedule = schedule
+        self._group_size = group_size
+        self._located: dict[int, tuple[np.ndarray, Location]] = {}
+        self._look_ahead: LookAhead | None = None
+        self._ahead: list[tuple[int, int]] = []
+
+    def __getitems__(self, numbers: range) -> list[Message | Failure]:
+        """Return microbatches, up to the first failure."""
+        messages: list[Message | Failure] = []
+        for number in numbers:
+            try:
+                messages.append(self._create_message(number))
+            except (ValueError, OSError) as error:
+                messages.append(Failure(" ".join(str(error).split())))
+                break
+        return messages
+
+    def _create_message(self, number: int) -> Message:
+        positions, location = self._locate(number)
+        if any(dataset.is_remote for dataset in self._reader.datasets) and len(positions):
+            self._fetch_ahead(int(positions[0]))
+        rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training)
+        batch = self._pipeline.create_batch(rows) if len(rows) else self._pipeline.create_empty_batch()
+        batch["modality"] = self._reader.datasets[0].modality
+        batch["positions"] = positions
+        batch["dropped"] = dict(rows.drops.counts)
+        report = Report(num_samples=len(rows), dropped=batch["dropped"], last_dropped=rows.drops.last)
+        return pack(batch, report, for_transport=torch.utils.data.get_worker_info() is not None)
+
+    def _locate(self, number: int) -> tuple[np.ndarray, Location]:
+        """Locate a microbatch, together with those that this worker will probably make next."""
+        if number not in self._located:
+            worker = torch.utils.data.get_worker_info()
+            stride = self._group_size * (worker.num_workers if worker is not None else 1)
+            num_groups = -(-_MIN_LOCATED_AT_ONCE // self._group_size)
+            groups = range(number, number + stride * num_groups, stride)
+            numbers = [first + place for first in groups for place in range(self._group_size)]
+            positions = [self._schedule.positions(next_number) for next_number in numbers]
+            ends = np.cumsum([len(part) for part in positions])
+            location = self._plan.locate(np.concatenate(positions))
+            parts = zip(*(np.split(array, ends[:-1]) for array in location), strict=True)
+            self._located = {
+                next_number: (part, Location(*arrays))
+                for next_number, part, arrays in zip(numbers, positions, parts, strict=True)
+            }
+        return self._located.pop(number)
+
+    def _fetch_ahead(self, position: int) -> None:
+        ahead = self._plan.shards_ahead(position)
+        if ahead == self._ahead:
+            return
+        self._ahead = ahead
+        if self._look_ahead is None:
+            self._look_ahead = LookAhead(self._reader.cache)
+        datasets = self._reader.datasets
+        self._look_ahead.want([datasets[d].remote_shard(s) for d, s in ahead if datasets[d].is_remote])
+
+
+# seconds that a worker survives SIGTERM, so that the trainer can save a checkpoint
+_GRACE_SECONDS = 120.0
+# bytes of a message that fit into the pipe, so that the worker need not wait for the trainer
+_PIPE_SIZE = 1 << 20
+_SERVER_MODULE = "vla_foundry.data.loader"
+
+
+def start_context() -> Any:
+    """Return the context that starts workers: forked from a server that imports PyTorch once and has no threads."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([_SERVER_MODULE])
+    forkserver.ensure_running()  # it imports while the trainer creates the model
+    return context
+
+
+def widen_pipe(iterator: Any) -> None:
+    """Widen the pipe from the workers to the trainer, if the system can and allows it."""
+    queue = getattr(iterator, "_worker_result_queue", None)
+    if queue is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(queue._reader.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+
+
+def prepare_process(environment: dict[str, str], worker: int) -> None:
+    """Set up a worker process."""
+    os.environ.update(environment)  # the fork server keeps the environment of its own start
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers itself
+    signal.signal(signal.SIGTERM, _leave_later)
+
+
+def _leave_later(signal_number: int, frame: Any) -> None:
+    timer = threading.Timer(_GRACE_SECONDS, os._exit, (128 + signal_number,))
+    timer.daemon = True
+    timer.start()
+
+
+def describe_dead_process(iterator: Any, params: DataParams) -> str:
+    """Explain why workers died, in one line."""
+    codes = {process.exitcode for process in iterator._workers if process.exitcode}
+    killed = " (killed; most often the machine ran out of memory)" if -signal.SIGKILL in codes else ""
+    return (
+        f"A loader process died with exit code {', '.join(str(code) for code in sorted(codes)) or 'unknown'}{killed}. "
+        f"Lower data.num_workers ({params.num_workers}) or data.prefetch_factor ({params.prefetch_factor})."
+    )
