@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.preprocessing.writer import write_shard
+from vla_foundry.preprocessing.shard_writer import write_shard
 from vla_foundry.shards import format_manifest
 
 VOCAB_SIZE = 4096

@@ -26,10 +26,10 @@ import torch
 
 from vla_foundry.images.codec import decode_image, encode_jpeg, image_to_array
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
-from vla_foundry.preprocessing.robotics.converters.base import Episode, EpisodeRef
-from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+from vla_foundry.preprocessing.robotics.converters.converter import Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
+from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.world import num_cores

@@ -13,27 +13,27 @@ from vla_foundry.registry import unknown_name_message
 JOBS = {
     "text": (
         "vla_foundry.params.commands.preprocessing:PreprocessTextParams",
-        "vla_foundry.preprocessing.text.tokenized:preprocess_text",
+        "vla_foundry.preprocessing.text.text_job:preprocess_text",
         "text -> tokenized, packed shards",
     ),
     "text_untokenized": (
         "vla_foundry.params.commands.preprocessing:PreprocessTextUntokenizedParams",
-        "vla_foundry.preprocessing.text.untokenized:preprocess_text_untokenized",
+        "vla_foundry.preprocessing.text.text_job:preprocess_text_untokenized",
         "text -> shards of raw text",
     ),
     "tokenizer": (
         "vla_foundry.params.commands.preprocessing:TrainTokenizerParams",
-        "vla_foundry.preprocessing.text.tokenizer_training:train_tokenizer",
+        "vla_foundry.preprocessing.text.tokenizer:train_tokenizer",
         "text -> a byte-level BPE tokenizer",
     ),
     "image_caption": (
         "vla_foundry.params.commands.preprocessing:PreprocessImageCaptionParams",
-        "vla_foundry.preprocessing.image_caption.job:preprocess_image_caption",
+        "vla_foundry.preprocessing.image_caption.image_caption_job:preprocess_image_caption",
         "images and captions: folders of pairs, lists of paths or URLs",
     ),
     "robotics": (
         "vla_foundry.params.commands.preprocessing_robotics:RoboticsPreprocessParams",
-        "vla_foundry.preprocessing.robotics.job:preprocess_robotics",
+        "vla_foundry.preprocessing.robotics.robotics_job:preprocess_robotics",
         "recordings of robots (LeRobot, HDF5, ...)",
     ),
 }

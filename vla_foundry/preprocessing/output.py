@@ -1,15 +1,15 @@
-"""The output folder of a job: what is done already, what a changed configuration must not mix with, and the end.
+"""The output folder of a job: resume it, refuse to mix two configurations, publish the dataset with its provenance.
 
-While a job runs, `_progress/plan.json` says what it makes, and `_progress/task_<number>.json` is written when a task
-has all its shards in place. The end is provenance.json, then the manifest, then `_progress` goes: a folder with a
-manifest is complete.
+While a job runs, `_progress/plan.json` records everything that determines its output, and a task writes
+`_progress/task_<number>.json` once all its shards are in place. At the end provenance.json is written, then the
+manifest, and `_progress` is deleted: a folder with a manifest is complete.
 """
 
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import vla_foundry
 from vla_foundry.provenance import read_git_commit, read_package_versions
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
 from vla_foundry.storage.uri import (
+    absolute_uri,
     delete,
     is_remote,
     join_uri,
@@ -192,6 +193,17 @@ class OutputFolder:
         if is_remote(self.uri):
             return
         self._delete_all(name for name in list_relative(self.uri) if _is_temporary(name))
+
+
+def check_apart(source: Sequence[str], output: str) -> None:
+    """Refuse an output folder within a source folder: a second run would read what the first one wrote.
+
+    Raises:
+        ValueError: it lies there.
+    """
+    for place in source:
+        if absolute_uri(output).startswith(absolute_uri(place) + "/") or absolute_uri(output) == absolute_uri(place):
+            raise ValueError(f"--output {output} lies within --source {place}. Write to a folder outside it.")
 
 
 def record_task(folder: str, number: int, result: Any) -> None:

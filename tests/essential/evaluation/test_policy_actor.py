@@ -21,7 +21,7 @@ from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
-from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 

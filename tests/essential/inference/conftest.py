@@ -15,8 +15,8 @@ from vla_foundry.data.facts import read_facts
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
-from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
-from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
 from vla_foundry.robotics.spec import FieldDescription, GripperRange

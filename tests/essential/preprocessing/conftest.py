@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
     """A folder with a byte-level BPE tokenizer of 400 tokens."""
-    from vla_foundry.preprocessing.text.tokenizer_training import train_tokenizer
+    from vla_foundry.preprocessing.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
     train_tokenizer(TrainTokenizerParams(source=[str(source)], output=str(folder), vocab_size=400))

@@ -17,8 +17,8 @@ from PIL import Image
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.command import main
-from vla_foundry.preprocessing.image_caption.job import preprocess_image_caption
-from vla_foundry.preprocessing.image_caption.sources import group_pairs, read_list
+from vla_foundry.preprocessing.image_caption.image_caption_job import preprocess_image_caption
+from vla_foundry.preprocessing.image_caption.items import group_pairs, read_list
 from vla_foundry.preprocessing.manifest import main as manifest_main
 
 NUM_PAIRS = 30
@@ -105,7 +105,7 @@ def test_bytes_depend_on_neither_workers_nor_interruption(
     preprocess(pairs, tmp_path / "ray", num_workers=2)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
     # a run that is cut off: as it is after two of its tasks
-    from vla_foundry.preprocessing.image_caption import job
+    from vla_foundry.preprocessing.image_caption import image_caption_job as job
 
     write_task, done = job.write_task, []
 

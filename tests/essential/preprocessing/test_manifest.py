@@ -11,8 +11,8 @@ import pytest
 
 from vla_foundry.preprocessing import manifest
 from vla_foundry.preprocessing.manifest import build_manifest, verify_dataset
+from vla_foundry.preprocessing.shard_writer import write_shard
 from vla_foundry.preprocessing.text.packing import Records, write_records
-from vla_foundry.preprocessing.writer import write_shard
 from vla_foundry.shards import format_manifest, parse_index, parse_manifest
 from vla_foundry.storage import uri
 

@@ -8,7 +8,7 @@ import pytest
 
 from vla_foundry.params.commands.preprocessing import PreprocessTextUntokenizedParams
 from vla_foundry.preprocessing.manifest import verify_dataset
-from vla_foundry.preprocessing.text.untokenized import preprocess_text_untokenized
+from vla_foundry.preprocessing.text.text_job import preprocess_text_untokenized
 
 
 def read_samples(folder: Path) -> dict[str, dict]:

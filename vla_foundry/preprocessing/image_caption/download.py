@@ -1,8 +1,7 @@
-"""Download the images of a list of URLs with img2dataset, run by uvx in an environment of its own.
+"""Download the images of a list of URLs with img2dataset: uvx runs it in its own environment, for its old webdataset.
 
-It is run as a program, because it pins an old webdataset. Where it is run again with the same folder it goes on. What
-lies there: `urls/*.parquet` (ours), `tars/<number>.tar` with `<number>_stats.json` and `<number>.parquet`, which say
-what became of each URL, and `img2dataset.log`.
+Run it again with the same folder to continue. The folder holds `urls/*.parquet` (ours), `tars/<number>.tar` with
+`<number>_stats.json` and `<number>.parquet`, which say what became of each URL, and `img2dataset.log`.
 """
 
 import json
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
-from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures
-from vla_foundry.preprocessing.image_caption.sources import Row
+from vla_foundry.preprocessing.image_caption.items import DOWNLOAD, Failures, Row
 from vla_foundry.world import num_cores
 
 URL_COLUMN, CAPTION_COLUMN = "url", "caption"

@@ -1,5 +1,11 @@
 """Recordings of robots -> shards."""
 
-from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, register_converter
+from vla_foundry.preprocessing.robotics.converters.converter import (
+    ArrayFrames,
+    BaseRoboticsConverter,
+    Episode,
+    EpisodeRef,
+    register_converter,
+)
 
-__all__ = ["BaseRoboticsConverter", "register_converter"]
+__all__ = ["ArrayFrames", "BaseRoboticsConverter", "Episode", "EpisodeRef", "register_converter"]

@@ -1,4 +1,4 @@
-"""Check what a converter has read of an episode: whatever is wrong is one line, and nothing of it is written."""
+"""Check an episode as its converter read it; any fault is a one-line error, and nothing of the episode is written."""
 
 import json
 import re
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vla_foundry.preprocessing.robotics.converters.base import Episode
-from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.converters.converter import Episode
+from vla_foundry.preprocessing.robotics.recipe import Recipe
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.rotations import rotation_to_matrix

@@ -19,11 +19,13 @@ from vla_foundry.preprocessing.robotics.lerobot_recording import (
     INDEX_COLUMNS,
     EpisodePart,
     LeRobotFeatures,
+    StatisticsMerger,
+    VideoJoiner,
+    describe_video,
     read_part,
     vector_array,
+    vector_statistics,
 )
-from vla_foundry.preprocessing.robotics.lerobot_statistics import StatisticsMerger, vector_statistics
-from vla_foundry.preprocessing.robotics.lerobot_video import VideoJoiner, describe_video
 
 _CHUNK_SIZE = 1000
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"

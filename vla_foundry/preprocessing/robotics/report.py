@@ -1,4 +1,4 @@
-"""What a job on recordings says at its end: counts by reason, failures by name, and the files beside the shards."""
+"""The report of a robotics job: counts by reason, failures by name, and the metadata files beside the shards."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ import yaml
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import digest_of, read_versions
-from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.recipe import Recipe
 from vla_foundry.provenance import has_uncommitted_changes, read_git_commit
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription
 from vla_foundry.storage.uri import is_remote, name_of

@@ -1,8 +1,8 @@
-"""Bring an episode to another rate: what is continuous is interpolated, switches hold, images are the nearest.
+"""Resample an episode to another rate: interpolate continuous fields, hold discrete ones, take the nearest images.
 
-Rotations are turned the short way at an even speed (slerp), in whatever format they are written; positions and all
-other continuous fields are linear in time. Discrete fields and instructions keep the value that was last recorded.
-Images and calibration are those of the frame that is nearest in time.
+Rotations are interpolated at constant speed along the shortest path (slerp), whatever their format; positions and
+other continuous fields linearly. Discrete fields and instructions keep the last recorded value. Images and calibration
+come from the frame nearest in time.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from vla_foundry.preprocessing.robotics.converters.base import Episode
+from vla_foundry.preprocessing.robotics.converters.converter import Episode
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import (

@@ -11,10 +11,10 @@ from itertools import combinations
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.command import join_list_flags
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
 from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read_windows
+from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.progress import say
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.episode_blocks import format_arrays

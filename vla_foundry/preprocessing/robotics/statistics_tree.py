@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.preprocessing.job import Task, run_tasks
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER
+from vla_foundry.preprocessing.tasks import Task, run_tasks
 from vla_foundry.robotics.episode_blocks import format_arrays
 from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics
 from vla_foundry.robotics.statistics_format import pack_statistics, unpack_statistics

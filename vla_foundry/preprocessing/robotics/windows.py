@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from jaxtyping import Int64
 
-from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.recipe import Recipe
 from vla_foundry.robotics.fields import PoseGroup, Window
 from vla_foundry.robotics.windows import (
     Windows,

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from vla_foundry.preprocessing.writer import write_shard
+from vla_foundry.preprocessing.shard_writer import write_shard
 from vla_foundry.shards import (
     DOCUMENT_ENDS_SUFFIX,
     DOCUMENT_OFFSETS_SUFFIX,

@@ -84,7 +84,7 @@ def preprocess(rig: ModuleType) -> Callable[..., Path]:
     """A function that runs the job in this process, and returns its output folder."""
 
     def run(source: Path, output: Path | str, **options: Any) -> Any:
-        from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+        from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 
         options = {"num_workers": 0, "past_lowdim_steps": 2, "future_lowdim_steps": 5, **options}
         preprocess_robotics(rig.RigParams(source_episodes=[str(source)], output_dir=str(output), **options))

@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
-from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription, GripperRange
@@ -111,6 +111,6 @@ class RigConverter(BaseRoboticsConverter):
 
 def run_job(options: dict) -> None:
     """Run the job; for tests that do so in a process of its own, to kill it."""
-    from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+    from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 
     preprocess_robotics(RigParams(**options))

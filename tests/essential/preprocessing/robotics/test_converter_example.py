@@ -1,4 +1,4 @@
-"""The converter that the docstring of converters/base.py shows runs, named by --plugins, as it says."""
+"""The converter that the docstring of converters/converter.py shows runs, named by --plugins, as it says."""
 
 import importlib
 import textwrap
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vla_foundry.preprocessing.command import main
-from vla_foundry.preprocessing.robotics.converters import base
+from vla_foundry.preprocessing.robotics.converters import converter
 
 WORDS = ["robotics", "--plugins", "npz_folder", "--type", "npz_folder", "--num_workers", "0"]
 
@@ -16,8 +16,8 @@ WORDS = ["robotics", "--plugins", "npz_folder", "--type", "npz_folder", "--num_w
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The folder of the example's module, which can be imported from there."""
-    assert base.__doc__ is not None
-    _, _, rest = base.__doc__.partition("has to change:\n\n")
+    assert converter.__doc__ is not None
+    _, _, rest = converter.__doc__.partition("has to change:\n\n")
     code, _, command = rest.partition("    vla-foundry preprocess robotics")
     assert "--plugins npz_folder --type npz_folder" in command
     assert len([line for line in code.splitlines() if line.strip()]) <= 42

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, create_converter
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, Episode, create_converter
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
-from vla_foundry.preprocessing.robotics.plan import create_recipe
+from vla_foundry.preprocessing.robotics.recipe import create_recipe
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 
 LENGTH = 12

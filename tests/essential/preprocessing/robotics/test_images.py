@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vla_foundry.images.resize import ImageOperations
-from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames
-from vla_foundry.preprocessing.robotics.images import encode_frames, rescale_intrinsics
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames
+from vla_foundry.preprocessing.robotics.episode_shards import encode_frames, rescale_intrinsics
 
 INTRINSICS = np.array([[90.0, 0.0, 61.0], [0.0, 95.0, 47.0], [0.0, 0.0, 1.0]])
 WIDTH, HEIGHT = 120, 96

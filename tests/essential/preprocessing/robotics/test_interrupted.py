@@ -32,7 +32,7 @@ def processes() -> Iterator[BaseContext]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RIG.parent))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "rig_converter", "vla_foundry.preprocessing.robotics.job"])
+        context.set_forkserver_preload(["torch", "rig_converter", "vla_foundry.preprocessing.robotics.robotics_job"])
         yield context
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation, Slerp
 
-from vla_foundry.preprocessing.robotics.converters.base import ArrayFrames, Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.resampling import resample_episode
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.spec import FieldDescription

@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.shard_checks import ShardExpectation, find_faults
+from vla_foundry.preprocessing.manifest import ShardExpectation, find_faults
 from vla_foundry.robotics.episode_blocks import EpisodeCamera, EpisodeInfo, format_arrays, format_episode
 from vla_foundry.shards import ManifestEntry
 

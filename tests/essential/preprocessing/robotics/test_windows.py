@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.robotics.converters.base import create_converter
-from vla_foundry.preprocessing.robotics.plan import Recipe, create_recipe
+from vla_foundry.preprocessing.robotics.converters.converter import create_converter
+from vla_foundry.preprocessing.robotics.recipe import Recipe, create_recipe
 from vla_foundry.preprocessing.robotics.windows import choose_anchors
 
 

@@ -1,5 +1,5 @@
-"""Converters of recordings, one module each; base.py says how to write one.
+"""Converters of recordings, one module each; converter.py shows how to write one.
 
-`lerobot`, `spartan` and `hdf5` come along. RLDS (Open X-Embodiment) does not: its records are read by
-tensorflow_datasets, which needs TensorFlow beside PyTorch. Its sets are there as LeRobot datasets, too; convert those.
+`lerobot`, `spartan` and `hdf5` are included. RLDS (Open X-Embodiment) is not: its records need tensorflow_datasets,
+and so TensorFlow beside PyTorch. Its datasets also exist in LeRobot's format; convert those.
 """

@@ -1,4 +1,4 @@
-"""Fields as a field map says: which columns of a recording they are, what they mean, and which make poses."""
+"""Apply a field map: which columns of a recording are which field, what they mean, and which fields make poses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

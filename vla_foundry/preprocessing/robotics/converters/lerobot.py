@@ -21,35 +21,240 @@ Without a map all numbers are taken but bookkeeping (`index`, `next.reward`, ...
 relative actions can not be made.
 """
 
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from vla_foundry.images.codec import decode_depth, decode_image
 from vla_foundry.params.commands.preprocessing_robotics import FieldMapParams, FieldParams, LeRobotParams
 from vla_foundry.preprocessing.robotics.converters import field_map
-from vla_foundry.preprocessing.robotics.converters.base import (
+from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
     CameraFrames,
     Episode,
     EpisodeRef,
     register_converter,
+    unique_names,
 )
-from vla_foundry.preprocessing.robotics.converters.episode_names import unique_names
-from vla_foundry.preprocessing.robotics.converters.lerobot_images import find_row_images
-from vla_foundry.preprocessing.robotics.converters.lerobot_meta import (
+from vla_foundry.preprocessing.robotics.converters.lerobot_files import (
+    VideoFrames,
+    numbers_of,
+    read_episode_rows,
+    read_video_size,
+)
+from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     DatasetInfo,
     EpisodeEntry,
     list_episodes,
     read_info,
     read_tasks,
 )
-from vla_foundry.preprocessing.robotics.converters.lerobot_rows import instructions_of, read_rows
-from vla_foundry.preprocessing.robotics.converters.video import VideoFrames, read_video_size
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription, Role
-from vla_foundry.storage.uri import name_of
+from vla_foundry.storage.uri import exists, join_uri, name_of, read_bytes
+
+_ROWS_AT_ONCE = 4096
+# features that are read where info.json has them, besides the times
+_COUNTERS = ("frame_index", "index", "task_index")
+# images that are read at once; of 100 kB they make 3 MB
+_BATCH_ROWS = 32
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+
+def read_rows(info: DatasetInfo, entry: EpisodeEntry, signals: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read signals, `timestamp` and counters of an episode: {feature: (L, width)}, of the types that info.json says.
+
+    Raises:
+        ValueError: the file is missing or broken, a feature is not as info.json says, or the rows are not those that
+            the tables say; one line that names the file.
+    """
+    import pyarrow as pa
+
+    where = f"{entry.data_uri}: episode {entry.index}"
+    names = ["timestamp", *(name for name in _COUNTERS if name in info.features), *signals]
+    batches = list(read_episode_rows(entry.data_uri, entry.index, names, rows_at_once=_ROWS_AT_ONCE))
+    num_rows = sum(batch.num_rows for batch in batches)
+    if num_rows != entry.length or not num_rows:
+        raise ValueError(f"{where} has {num_rows} rows, but length {entry.length} in meta/episodes.")
+    table = pa.Table.from_batches(batches)
+    arrays = {}
+    for name in dict.fromkeys(names):
+        try:
+            arrays[name] = _read_feature(info, name, table.column(name).combine_chunks())
+        except ValueError as error:
+            raise ValueError(f"{where}: column '{name}' {error}.") from None
+    _check_counters(arrays, entry, where)
+    return arrays
+
+
+def _read_feature(info: DatasetInfo, name: str, column: object) -> np.ndarray:
+    feature = info.features.get(name)
+    if feature is None:
+        raise ValueError("is not among the features of meta/info.json")
+    values = numbers_of(column, feature.width)
+    declared = np.dtype(feature.dtype)
+    kinds = {"u": "i"}
+    if kinds.get(values.dtype.kind, values.dtype.kind) != kinds.get(declared.kind, declared.kind):
+        raise ValueError(f"holds {values.dtype}, but meta/info.json says {feature.dtype}")
+    return values.astype(declared)
+
+
+def _check_counters(arrays: Mapping[str, np.ndarray], entry: EpisodeEntry, where: str) -> None:
+    firsts = {"frame_index": 0, "index": entry.first_row}
+    for name, first in firsts.items():
+        if name not in arrays or first is None:
+            continue
+        values, expected = arrays[name][:, 0], first + np.arange(entry.length)
+        if not np.array_equal(values, expected):
+            row = int(np.argmax(values != expected))
+            raise ValueError(f"{where}: row {row} has {name} {values[row]}, expected {expected[row]}.")
+
+
+def instructions_of(
+    task_indices: np.ndarray | None, tasks: Mapping[int, str], entry: EpisodeEntry
+) -> list[InstructionSpan]:
+    """Return the instruction of every stretch of frames with one task.
+
+    Args:
+        task_indices: (L, 1); None: the rows do not say, and the episode's first task holds throughout.
+        tasks: {task_index: text}.
+
+    Raises:
+        ValueError: a frame has a task that there is not.
+    """
+    if task_indices is None:
+        text = entry.tasks[0] if entry.tasks else ""
+        return [InstructionSpan(start=0, end=entry.length, texts={"original": [text]})] if text else []
+    indices = task_indices[:, 0]
+    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist()]
+    spans = []
+    for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+        index = int(indices[start])
+        if index not in tasks:
+            raise ValueError(
+                f"{entry.data_uri}: episode {entry.index} has task_index {index} at frame {start}, which is not "
+                f"among the {len(tasks)} of meta/tasks."
+            )
+        if tasks[index].strip():
+            spans.append(InstructionSpan(start=start, end=end, texts={"original": [tasks[index]]}))
+    return spans
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of an episode in, or named by, a column of its rows; see `CameraFrames`."""
+
+    entry: EpisodeEntry
+    # the column and the camera
+    camera: str
+    # (W, H) as info.json says
+    size: tuple[int, int]
+    is_depth: bool = False
+    # what the first image is, and all must be
+    is_jpeg: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the episode (L)."""
+        return self.entry.length
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the images: uint8 (H, W, 3), or uint16 (H, W) of depth.
+
+        Raises:
+            ValueError: an image is not there, can not be decoded, or has another size.
+        """
+        for number, data in enumerate(self.read()):
+            yield self._decode(number, data)
+
+    def encoded(self) -> Iterator[bytes] | None:
+        """Yield the images' bytes, each of which is tried to decode; None where the first is no JPEG."""
+        return self._checked_jpegs() if self.is_jpeg else None
+
+    def _checked_jpegs(self) -> Iterator[bytes]:
+        for number, data in enumerate(self.read()):
+            if not data.startswith(_JPEG):
+                raise ValueError(f"{self._where(number)} is no JPEG, though the first image of the episode is one.")
+            self._decode(number, data)
+            yield data
+
+    def _decode(self, number: int, data: bytes) -> np.ndarray:
+        try:
+            if self.is_depth:
+                array = decode_depth(data).numpy()
+            else:
+                array = decode_image(data).permute(1, 2, 0).numpy()
+        except ValueError as error:
+            raise ValueError(f"{self._where(number)}: {error}") from None
+        height, width = array.shape[:2]
+        if (width, height) != self.size:
+            raise ValueError(
+                f"{self._where(number)} is {width} x {height} pixels, but meta/info.json says "
+                f"{self.size[0]} x {self.size[1]}."
+            )
+        return array
+
+    def _where(self, number: int) -> str:
+        return f"{self.entry.data_uri}: image {number} of '{self.camera}' in episode {self.entry.index}"
+
+    def read(self, rows_at_once: int = _BATCH_ROWS) -> Iterator[bytes]:
+        """Yield the encoded bytes of every image.
+
+        Raises:
+            ValueError: an image is not there.
+        """
+        number = 0
+        entry = self.entry
+        for rows in read_episode_rows(entry.data_uri, entry.index, [self.camera], rows_at_once=rows_at_once):
+            for value in rows.column(self.camera).to_pylist():
+                yield self._bytes_of(number, value)
+                number += 1
+
+    def _bytes_of(self, number: int, value: Any) -> bytes:
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(data, str):
+            data, path = None, data
+        if isinstance(data, bytes):
+            return data
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{self._where(number)} is null, or holds neither bytes nor a path.")
+        places = self._places(number, path)
+        place = next((place for place in places if exists(place)), None)
+        if place is None:
+            raise ValueError(f"{self._where(number)} is the file {path}, which is missing: there is no {places[0]}.")
+        return read_bytes(place)
+
+    def _places(self, number: int, path: str) -> list[str]:
+        """Where the file of an image may be: as the row says, within the dataset; and where LeRobot writes images."""
+        root, episode = self.entry.root, self.entry.index
+        inside = posixpath.normpath(path)
+        places = [] if inside.startswith(("..", "/")) else [join_uri(root, inside)]
+        folder = join_uri(root, "images", self.camera)
+        return [
+            *places,
+            join_uri(folder, f"episode_{episode:06d}", f"frame_{number:06d}.png"),
+            join_uri(folder, f"episode-{episode:06d}", f"frame-{number:06d}.png"),
+        ]
+
+
+def find_row_images(entry: EpisodeEntry, camera: str, size: tuple[int, int]) -> RowImages:
+    """Find out from its first image what a camera's images are.
+
+    Args:
+        size: (W, H) as info.json says.
+
+    Raises:
+        ValueError: there is no such column, or no first image.
+    """
+    images = RowImages(entry, camera, size)
+    first = next(images.read(rows_at_once=1), b"")
+    is_grey_16_bit = first.startswith(_PNG) and first[24:26] == b"\x10\x00"
+    return RowImages(entry, camera, size, is_depth=is_grey_16_bit, is_jpeg=first.startswith(_JPEG))
 
 
 @dataclass(frozen=True)

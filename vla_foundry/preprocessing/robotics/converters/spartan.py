@@ -22,14 +22,14 @@ import numpy as np
 from vla_foundry.config.yaml_source import find_config
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, SpartanParams
 from vla_foundry.params.experiment import load_params_from_yaml
-from vla_foundry.preprocessing.robotics.converters.base import (
+from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
     CameraFrames,
     Episode,
     EpisodeRef,
     register_converter,
+    slug,
 )
-from vla_foundry.preprocessing.robotics.converters.episode_names import slug
 from vla_foundry.preprocessing.robotics.converters.field_map import default_role, stored_dtype
 from vla_foundry.preprocessing.robotics.converters.spartan_files import (
     Npz,

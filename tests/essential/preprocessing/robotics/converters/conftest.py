@@ -30,9 +30,9 @@ def read_all() -> Callable[[Any], dict[str, Any]]:
     """A function that reads all episodes, with all their images, as the job does: {episode id: Episode or error}."""
 
     def read(params: Any) -> dict[str, Any]:
-        from vla_foundry.preprocessing.robotics.converters.base import create_converter
+        from vla_foundry.preprocessing.robotics.converters.converter import create_converter
         from vla_foundry.preprocessing.robotics.episode_checks import check_episode
-        from vla_foundry.preprocessing.robotics.plan import check_refs, create_recipe
+        from vla_foundry.preprocessing.robotics.recipe import check_refs, create_recipe
 
         converter = create_converter(params)
         refs = check_refs(converter.discover_episodes(), -1)
@@ -56,7 +56,7 @@ def preprocess_with() -> Callable[[Any], None]:
     """A function that runs the job in this process."""
 
     def run(params: Any) -> None:
-        from vla_foundry.preprocessing.robotics.job import preprocess_robotics
+        from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 
         preprocess_robotics(params)
 

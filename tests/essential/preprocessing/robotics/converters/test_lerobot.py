@@ -15,7 +15,7 @@ from PIL import Image
 
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.command import main
-from vla_foundry.preprocessing.robotics.converters.base import create_converter
+from vla_foundry.preprocessing.robotics.converters.converter import create_converter
 from vla_foundry.robotics.spec import parse_spec
 from vla_foundry.storage.uri import upload
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.preprocessing.writer import open_shard, write_shard
+from vla_foundry.preprocessing.shard_writer import open_shard, write_shard
 from vla_foundry.shards import index_shard, parse_index, sha256_of
 
 SAMPLES = [(f"folder/key{number}", {"json": b"{}", "front.jpg": bytes([number]) * 700}) for number in range(4)]

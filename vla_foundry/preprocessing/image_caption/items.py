@@ -1,23 +1,110 @@
-"""What can become a sample: pairs of files in folders, and rows of lists."""
+"""Images with captions: find them in folders and lists, make the members of a sample, count failures by reason.
+
+Every image and caption is checked here, so that training can use what is written.
+"""
 
 import csv
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vla_foundry.preprocessing.output import digest_of
-from vla_foundry.storage.uri import is_remote, join_uri, list_sizes, open_input, parent_uri, read_text
+from vla_foundry.storage.uri import is_remote, join_uri, list_sizes, open_input, parent_uri, read_bytes, read_text
 
+# begins the reasons that are not the user's to mend: links that are dead, or lead to something else
+DOWNLOAD = "download: "
+# names that are kept for each reason
+_MAX_EXAMPLES = 10
+# before this many are judged, a run is not stopped for its share of failures
+_MIN_JUDGED = 1000
 LIST_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _TEXT_ENDINGS = ("txt", "json")
 # scene.image_0.png, scene.image_1.png, ...: several images of one sample
 _NUMBERED = re.compile(r"(.+)\.image_(\d+)")
 _PARQUET_ROWS = 4096
+_CONVERSATION_KEYS = ("conversations", "messages")
+
+
+class Unusable(ValueError):
+    """Raised for an image and caption that make no sample.
+
+    Args:
+        reason: a few words that failures are counted by.
+        detail: what is particular about this one.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Failures:
+    """Counts that can be sent as JSON and added up."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count failures of one reason, one of which is named."""
+        self.counts[reason] += count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts as JSON values."""
+        return {
+            "samples": self.num_samples,
+            "failed": dict(sorted(self.counts.items())),
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+    def add_json(self, values: dict[str, Any]) -> None:
+        """Add what another one gave as JSON values."""
+        self.num_samples += values["samples"]
+        self.counts.update(values["failed"])
+        for reason, examples in values["examples"].items():
+            mine = self.examples.setdefault(reason, [])
+            mine += examples[: _MAX_EXAMPLES - len(mine)]
+
+    def check(self, max_fraction: float, *, flag: str, downloads: bool, is_final: bool) -> None:
+        """Stop when too much has failed.
+
+        Args:
+            max_fraction: share that may fail.
+            flag: where the user sets that.
+            downloads: judge the failed downloads; else all other failures.
+            is_final: no more will come; few are enough to judge.
+
+        Raises:
+            ValueError: more has failed.
+        """
+        judged = {reason: n for reason, n in self.counts.items() if reason.startswith(DOWNLOAD) == downloads}
+        num_failed = sum(judged.values())
+        total = self.num_samples + num_failed
+        if num_failed > max_fraction * total and (is_final or total >= _MIN_JUDGED):
+            reasons = "; ".join(
+                f"{count:,} {reason}, as {self.examples[reason][0]}" for reason, count in Counter(judged).most_common(3)
+            )
+            raise ValueError(
+                f"{num_failed:,} of {total:,} images failed ({reasons}). Mend the source, or allow more than "
+                f"{flag} {max_fraction:g}."
+            )
+
+    def describe(self) -> list[str]:
+        """Lines that say what failed, and why."""
+        return [
+            f"failed: {count:,} {reason}: {', '.join(self.examples[reason][:3])}{', ...' if count > 3 else ''}"
+            for reason, count in sorted(self.counts.items())
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,3 +316,108 @@ def item_of_row(row: Row, list_uri: str) -> Item:
             path = join_uri(parent_uri(list_uri), path)
     caption = row.caption if isinstance(row.caption, str) else None
     return Item(name=row.name, images=(path,), caption=caption, values=row.values)
+
+
+def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
+    """Read the files of an item and return the members of its sample.
+
+    Raises:
+        Unusable: a file can not be read, an image can not be decoded, or there is no caption.
+    """
+    images = [_read(uri) for uri in item.images]
+    txt = _read(item.txt) if item.txt is not None else None
+    values = _read(item.json) if item.json is not None else None
+    if item.caption is not None:
+        txt = item.caption.encode("utf-8", errors="replace")
+    if item.values:
+        values = json.dumps(item.values, ensure_ascii=False, default=str).encode("utf-8")
+    texts = create_texts(txt, values, caption_key=caption_key)
+    return {**create_images(images, max_side=max_side, jpeg_quality=jpeg_quality), **texts}
+
+
+def _read(uri: str) -> bytes:
+    try:
+        return read_bytes(uri)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise Unusable("missing file", f"{uri}: {type(error).__name__}") from None
+
+
+def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -> dict[str, bytes]:
+    """Return the text members: txt, stripped, and json, as it is.
+
+    Raises:
+        Unusable: they say nothing about the image, or are no text.
+    """
+    members: dict[str, bytes] = {}
+    caption = ""
+    if txt is not None:
+        caption = _decode(txt).strip()
+        if caption:
+            members["txt"] = caption.encode("utf-8")
+    if values is not None:
+        facts = _parse_object(_decode(values))
+        members["json"] = values
+        caption = caption or _find_text(facts, caption_key)
+    if not caption:
+        raise Unusable("no caption")
+    return members
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unusable("caption is not UTF-8", f"byte {error.start}") from None
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise Unusable("bad JSON")
+    return values
+
+
+def _find_text(values: Mapping[str, Any], caption_key: str) -> str:
+    if any(isinstance(values.get(key), list) and values[key] for key in _CONVERSATION_KEYS):
+        return "conversation"
+    caption = values.get(caption_key)
+    return caption.strip() if isinstance(caption, str) else ""
+
+
+def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
+    """Return the image members: one named by its format, or several with `image_<number>.` before.
+
+    Raises:
+        Unusable: an image can not be decoded.
+    """
+    files = [_check_image(data, max_side=max_side, jpeg_quality=jpeg_quality) for data in images]
+    if len(files) == 1:
+        return dict(files)
+    return {f"image_{number}.{suffix}": data for number, (suffix, data) in enumerate(files)}
+
+
+def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tuple[str, bytes]:
+    """Decode an image, and scale it down if it is too large."""
+    from vla_foundry.images.codec import decode_image, encode_jpeg
+    from vla_foundry.images.resize import resize_image
+
+    try:
+        image = decode_image(data)
+    except ValueError as error:
+        raise Unusable("bad image", str(error)) from None
+    height, width = image.shape[1:]
+    if max_side is None or max(height, width) <= max_side:
+        return _suffix_of(data), data
+    scale = max_side / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small, _ = resize_image(image, size, method="resize_no_crop", interpolation="bicubic")
+    return "jpg", encode_jpeg(small, quality=jpeg_quality)
+
+
+def _suffix_of(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "jpg" if data.startswith(b"\xff\xd8") else "webp"

@@ -1,4 +1,8 @@
-"""Write shards: WebDataset tars whose bytes depend on nothing but their content, each with its index."""
+"""Write shards: WebDataset tars whose bytes depend only on their content, each with an index beside it.
+
+webdataset's own TarWriter does not fit: it sorts the members of a sample, ignores its `format` argument, and opens the
+tar as a stream, so that a failed episode could not be taken back.
+"""
 
 import io
 import tarfile

@@ -1,12 +1,11 @@
-"""Which documents meet in which task, in which order: a pure function of the files, their sizes and a seed."""
+"""The order of documents, a pure function of the files, their sizes and a seed: which task reads them, shuffled how."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.text.sources import Piece, Skipped, SourceFile, Unit, split_files
-from vla_foundry.preprocessing.text.tally import Tally
+from vla_foundry.preprocessing.tasks import Task
+from vla_foundry.preprocessing.text.documents import Piece, Skipped, SourceFile, Tally, Unit, split_files
 
 # a task takes this many units where files can be divided, so that its documents come from several places
 _UNITS_PER_TASK = 8
@@ -21,7 +20,7 @@ _SHUFFLE_BYTES = 32 << 20
 _SHUFFLE_UNITS, _SHUFFLE_DOCUMENTS = 0, 1
 
 
-def plan_tasks(files: Iterable[SourceFile], *, seed: int, task_bytes: int) -> list[Task]:
+def divide_into_tasks(files: Iterable[SourceFile], *, seed: int, task_bytes: int) -> list[Task]:
     """Divide files into tasks of about `task_bytes` bytes of text, or less where there is little text.
 
     Units of all files are shuffled by the seed; a task is a stretch of that order.

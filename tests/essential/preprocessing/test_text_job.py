@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from vla_foundry.params.commands.preprocessing import PreprocessTextParams
 from vla_foundry.preprocessing.manifest import verify_dataset
-from vla_foundry.preprocessing.text.tokenized import preprocess_text
+from vla_foundry.preprocessing.text.text_job import preprocess_text
 from vla_foundry.storage import uri
 
 

@@ -1,4 +1,4 @@
-"""What a job on recordings will do: which episodes, in which order and shards, held out or not. Pure functions."""
+"""What to make of recordings: cameras and fields, which episodes, held out or not, their order and shards; all pure."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.robotics.converters.base import BaseRoboticsConverter, EpisodeRef
+from vla_foundry.preprocessing.robotics.converters.converter import BaseRoboticsConverter, EpisodeRef
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import is_episode_id
 from vla_foundry.robotics.fields import PoseGroup, is_relative_field
@@ -172,7 +172,7 @@ def _shuffle(names: Sequence[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
-def plan_shards(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> list[list[EpisodeRef]]:
+def group_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> list[list[EpisodeRef]]:
     """Permute episodes by the seed and divide them into shards of about frames_per_shard frames."""
     known = [ref.num_frames for ref in refs if ref.num_frames is not None]
     usual = round(sum(known) / len(known)) if known else _USUAL_FRAMES

@@ -1,6 +1,6 @@
-"""`vla-foundry preprocess robotics`: find episodes, write them in one pass, merge what was counted, publish.
+"""`vla-foundry preprocess robotics`: find episodes, write them in one pass, merge their statistics, publish.
 
-Every task writes a shard of whole episodes and its statistics. Of layout "episodes" these shards are the dataset; of
+Each task writes a shard of whole episodes and its statistics. In layout "episodes" these shards are the dataset; in
 layout "samples" a second round of tasks copies every sample out of them, in shuffled order.
 """
 
@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.job import Task, ray_cluster, run_tasks
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder, digest_of, format_provenance
-from vla_foundry.preprocessing.robotics.blocks import BlockJob, statistics_name, write_block
-from vla_foundry.preprocessing.robotics.converters.base import EpisodeRef, create_converter
-from vla_foundry.preprocessing.robotics.plan import (
+from vla_foundry.preprocessing.robotics.converters.converter import EpisodeRef, create_converter
+from vla_foundry.preprocessing.robotics.episode_shards import BlockJob, statistics_name, write_block
+from vla_foundry.preprocessing.robotics.recipe import (
     Recipe,
     check_refs,
     count_frames,
     create_recipe,
-    plan_shards,
+    group_episodes,
     split_refs,
 )
 from vla_foundry.preprocessing.robotics.report import (
@@ -33,8 +32,9 @@ from vla_foundry.preprocessing.robotics.report import (
     describe_processing,
     format_config,
 )
-from vla_foundry.preprocessing.robotics.samples import Sample, SampleJob, plan_samples, write_samples
+from vla_foundry.preprocessing.robotics.sample_shards import Sample, SampleJob, group_samples, write_samples
 from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
+from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.robotics.spec import SPEC_NAME, format_spec
 from vla_foundry.robotics.statistics_format import format_statistics
@@ -174,7 +174,7 @@ def _write_blocks(part: Part, done: Mapping[int, Any]) -> list[dict[str, Any]]:
     params = part.recipe.params
     tasks = [
         Task(number=number, name=f"shard {number} ({refs[0].episode_id}, ...)", weight=count_frames(refs), payload=refs)
-        for number, refs in enumerate(plan_shards(part.refs, params))
+        for number, refs in enumerate(group_episodes(part.refs, params))
     ]
     # what failed is tried again: it may have been mended
     done = {
@@ -202,7 +202,7 @@ def _write_samples(part: Part, blocks: Sequence[Mapping[str, Any]], done: Mappin
     ]
     tasks = [
         Task(number=len(blocks) + number, name=f"shard {number}", weight=len(payload), payload=payload)
-        for number, payload in enumerate(plan_samples(samples, params.samples_per_shard, params.seed))
+        for number, payload in enumerate(group_samples(samples, params.samples_per_shard, params.seed))
     ]
     done = {
         task.number: done[task.number]
@@ -216,21 +216,16 @@ def _write_samples(part: Part, blocks: Sequence[Mapping[str, Any]], done: Mappin
 def _run(
     job: Any, function: Any, tasks: list[Task], done: Mapping[int, Any], params: RoboticsPreprocessParams, *, title: str
 ) -> list[dict[str, Any]]:
-    if done:
-        say(f"going on: {len(done):,} of {len(tasks):,} shards are done")
-    results = dict(done)
-    finished = run_tasks(
+    return run_unfinished(
         function,
-        [task for task in tasks if task.number not in done],
+        tasks,
+        done,
         shared=job,
         title=title,
+        noun="shards",
         num_workers=params.num_workers,
         ray_address=params.ray_address,
-        done_weight=sum(task.weight for task in tasks if task.number in done),
     )
-    for task, result in finished:
-        results[task.number] = result
-    return [results[task.number] for task in tasks]
 
 
 def _merge_statistics(part: Part, blocks: Sequence[Mapping[str, Any]]) -> str:

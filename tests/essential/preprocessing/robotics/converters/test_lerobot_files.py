@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.robotics.converters.video import VideoFrames, read_video_size
+from vla_foundry.preprocessing.robotics.converters.lerobot_files import VideoFrames, read_video_size
 
 NUM_FRAMES, RATE = 47, 10
 FPS = float(RATE)

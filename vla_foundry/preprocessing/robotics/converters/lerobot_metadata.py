@@ -1,8 +1,8 @@
-"""What the `meta` folder of a LeRobot dataset says (versions 2.0, 2.1 and 3.0): features, tasks, where episodes are.
+"""The `meta` folder of a LeRobot dataset (versions 2.0, 2.1 and 3.0): features, tasks, where episodes are.
 
-Version 2 has a file of rows and a video per episode, and tables in JSON lines; version 3 puts many episodes into one
-file, and its tables, in parquet, say where each begins. In both, an episode goes by its `episode_index`: the order of
-the tables means nothing.
+Version 2 has one file of rows and one video per episode, and tables in JSON lines. Version 3 puts many episodes into
+one file; its parquet tables say where each begins. Both identify an episode by its `episode_index`: the order of the
+tables means nothing.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.preprocessing.robotics.converters.lerobot_parquet import read_columns
+from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns
 from vla_foundry.storage.uri import join_uri, list_files, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}

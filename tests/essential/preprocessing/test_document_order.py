@@ -3,10 +3,9 @@
 import itertools
 from collections import Counter
 
-from vla_foundry.preprocessing.text import plan
-from vla_foundry.preprocessing.text.plan import plan_tasks, shuffled_documents
-from vla_foundry.preprocessing.text.sources import Piece, Skipped, SourceFile
-from vla_foundry.preprocessing.text.tally import Tally
+from vla_foundry.preprocessing.text import document_order as plan
+from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
+from vla_foundry.preprocessing.text.documents import Piece, Skipped, SourceFile, Tally
 
 
 def create_files() -> list[SourceFile]:
@@ -16,7 +15,7 @@ def create_files() -> list[SourceFile]:
 
 
 def test_each_part_of_each_file_is_in_one_task():
-    tasks = plan_tasks(create_files(), seed=0, task_bytes=2_000_000)
+    tasks = divide_into_tasks(create_files(), seed=0, task_bytes=2_000_000)
     assert [task.number for task in tasks] == list(range(len(tasks)))
     units = Counter((unit.file.name, unit.part) for task in tasks for unit in task.payload)
     assert set(units.values()) == {1}
@@ -28,7 +27,7 @@ def test_each_part_of_each_file_is_in_one_task():
 
 def test_seed_alone_decides_the_order():
     def order(seed: int) -> list[list[tuple[str, int]]]:
-        tasks = plan_tasks(create_files(), seed=seed, task_bytes=2_000_000)
+        tasks = divide_into_tasks(create_files(), seed=seed, task_bytes=2_000_000)
         return [[(unit.file.name, unit.part) for unit in task.payload] for task in tasks]
 
     assert order(1) == order(1)

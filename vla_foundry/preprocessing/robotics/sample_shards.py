@@ -1,7 +1,7 @@
-"""Layout "samples": copy every sample out of the blocks of episodes, shuffled over the whole dataset.
+"""Layout "samples": copy every sample out of the shards of episodes, shuffled over the whole dataset.
 
-Frames were encoded once, when the blocks were written; here their bytes are copied to each sample that shows them. A
-sample is read and written at a time, so that memory does not grow with the dataset.
+Frames were encoded once, when the episodes were written; here their bytes are copied to each sample that shows them.
+One sample is read and written at a time, so memory does not grow with the dataset.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.preprocessing.job import Task
 from vla_foundry.preprocessing.output import digest_of, record_task
-from vla_foundry.preprocessing.robotics.blocks import Clock
-from vla_foundry.preprocessing.robotics.plan import Recipe
+from vla_foundry.preprocessing.robotics.episode_shards import Clock
+from vla_foundry.preprocessing.robotics.recipe import Recipe
 from vla_foundry.preprocessing.robotics.windows import create_window, relative_values
-from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.preprocessing.shard_writer import open_shard
+from vla_foundry.preprocessing.tasks import Task
 from vla_foundry.robotics.episode_blocks import (
     CALIBRATION_PREFIXES,
     EPISODE_SUFFIX,
@@ -52,7 +52,7 @@ class SampleJob:
     num_blocks: int
 
 
-def plan_samples(samples: Sequence[Sample], samples_per_shard: int, seed: int) -> list[list[Sample]]:
+def group_samples(samples: Sequence[Sample], samples_per_shard: int, seed: int) -> list[list[Sample]]:
     """Shuffle samples and divide them into shards."""
     order = np.random.default_rng([seed, len(samples)]).permutation(len(samples)).tolist()
     stretches = [order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
-from vla_foundry.preprocessing.text.tokenizer_training import train_tokenizer
+from vla_foundry.preprocessing.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""`vla-foundry preprocess image_caption`: list what there is, download what has to be, and write checked shards.
+"""`vla-foundry preprocess image_caption`: find images and captions, download URLs, write checked shards.
 
-A task makes one shard: of a stretch of the shuffled pairs and paths, or of one tar that was downloaded. Every image is
-decoded once, so that what training will not be able to use is found here, named and counted: `report.json` says how
-many failed for which reason, with the first names.
+A task writes one shard: either a stretch of the shuffled pairs and paths, or one downloaded tar. Each image is decoded
+once, so anything that training could not use is found here, named and counted. `report.json` gives the number of
+failures by reason, and the first names of each.
 """
 
+import itertools
 import json
 import shutil
 import tarfile
@@ -18,21 +19,24 @@ import numpy as np
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
-from vla_foundry.preprocessing.image_caption.failures import DOWNLOAD, Failures, Unusable
-from vla_foundry.preprocessing.image_caption.samples import create_images, create_texts, read_item
-from vla_foundry.preprocessing.image_caption.sources import (
+from vla_foundry.preprocessing.image_caption.items import (
+    DOWNLOAD,
     IMAGE_ENDINGS,
+    Failures,
     Item,
     Sources,
+    Unusable,
+    create_images,
+    create_texts,
     is_download,
     item_of_row,
     list_sources,
+    read_item,
     read_list,
 )
-from vla_foundry.preprocessing.job import Task, run_tasks
-from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, format_provenance, record_task
-from vla_foundry.preprocessing.text.job import check_apart
-from vla_foundry.preprocessing.writer import open_shard
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, check_apart, format_provenance, record_task
+from vla_foundry.preprocessing.shard_writer import open_shard
+from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry, split_member_name
 from vla_foundry.storage.uri import absolute_uri, is_remote
@@ -77,7 +81,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     failures = Failures()
     items = list_items(params, sources, downloads, failures)
     tars = _download(params, downloads, failures)
-    tasks = plan_tasks(params, items, tars)
+    tasks = divide_into_tasks(params, items, tars)
     results = _run_tasks(params, tasks, output.finished() if state == "begun" else {})
     _publish(output, params, failures, results)
     if downloads is not None:
@@ -133,7 +137,7 @@ def _download(params: PreprocessImageCaptionParams, downloads: Path | None, fail
     return list_tars(downloads)
 
 
-def plan_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: Iterable[Path]) -> list[Task]:
+def divide_into_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: Iterable[Path]) -> list[Task]:
     """Divide the work into tasks of one shard each: a pure function of the items, the seed and the tars."""
     order = np.random.default_rng([params.seed, len(items)]).permutation(len(items)).tolist()
     stretches = [
@@ -151,31 +155,31 @@ def plan_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: It
 
 def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: dict[int, Any]) -> list[dict[str, Any]]:
     """Run the tasks that are not done, and return the results of all in order."""
-    if done:
-        say(f"going on: {len(done):,} of {len(tasks):,} shards are done")
-    results = dict(done)
     failures = Failures()
     for result in done.values():
         failures.add_json(result["failures"])
+
+    def check(result: dict[str, Any]) -> None:
+        failures.add_json(result["failures"])
+        failures.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=False)
+
     shared = {
         "folder": absolute_uri(params.output),
         "caption_key": params.caption_key,
         "max_side": params.max_side,
         "jpeg_quality": params.jpeg_quality,
     }
-    for task, result in run_tasks(
+    return run_unfinished(
         write_task,
-        [task for task in tasks if task.number not in done],
+        tasks,
+        done,
         shared=shared,
         title=COMMAND,
+        noun="shards",
         num_workers=params.num_workers,
         ray_address=params.ray_address,
-        done_weight=sum(task.weight for task in tasks if task.number in done),
-    ):
-        results[task.number] = result
-        failures.add_json(result["failures"])
-        failures.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=False)
-    return [results[task.number] for task in tasks]
+        check=check,
+    )
 
 
 def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     num_images = 0
     if first is not None:
         with open_shard(shared["folder"], shard) as writer:
-            for members in _chain(first, usable):
+            for members in itertools.chain([first], usable):
                 writer.add(f"{shard}_{failures.num_samples:06d}", members)
                 failures.num_samples += 1
                 num_images += sum(name.rpartition(".")[2] in IMAGE_ENDINGS for name in members)
@@ -203,11 +207,6 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     result = {"entries": entries, "failures": failures.to_json(), "images": num_images}
     record_task(shared["folder"], task.number, result)
     return result
-
-
-def _chain(first: dict[str, bytes], rest: Iterator[dict[str, bytes]]) -> Iterator[dict[str, bytes]]:
-    yield first
-    yield from rest
 
 
 def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Failures) -> Iterator[dict[str, bytes]]:

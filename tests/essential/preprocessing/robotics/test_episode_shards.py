@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.job import Task
-from vla_foundry.preprocessing.robotics.blocks import BlockJob, write_block
-from vla_foundry.preprocessing.robotics.converters.base import create_converter
-from vla_foundry.preprocessing.robotics.plan import create_recipe
+from vla_foundry.preprocessing.robotics.converters.converter import create_converter
+from vla_foundry.preprocessing.robotics.episode_shards import BlockJob, write_block
+from vla_foundry.preprocessing.robotics.recipe import create_recipe
+from vla_foundry.preprocessing.tasks import Task
 
 
 @pytest.fixture

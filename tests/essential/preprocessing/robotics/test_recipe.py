@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from vla_foundry.preprocessing.robotics.converters.base import EpisodeRef, create_converter
-from vla_foundry.preprocessing.robotics.plan import check_refs, create_recipe, plan_shards, split_refs
+from vla_foundry.preprocessing.robotics.converters.converter import EpisodeRef, create_converter
+from vla_foundry.preprocessing.robotics.recipe import check_refs, create_recipe, group_episodes, split_refs
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
 
@@ -66,18 +66,18 @@ def test_a_split_that_leaves_nothing_is_refused(params):
 
 
 def test_shards_hold_every_episode_once_in_an_order_of_the_seed(params):
-    shards = plan_shards(refs(300), params(frames_per_shard=500))
+    shards = group_episodes(refs(300), params(frames_per_shard=500))
     flat = [ref.episode_id for shard in shards for ref in shard]
     assert sorted(flat) == sorted(ids(refs(300)))
     assert flat != sorted(flat)
     assert {len(shard) for shard in shards} == {10}
-    assert shards == plan_shards(refs(300), params(frames_per_shard=500))
-    assert shards != plan_shards(refs(300), params(frames_per_shard=500, seed=1))
+    assert shards == group_episodes(refs(300), params(frames_per_shard=500))
+    assert shards != group_episodes(refs(300), params(frames_per_shard=500, seed=1))
 
 
 @pytest.mark.parametrize("frames", [50, None])
 def test_few_frames_still_make_shards_for_all_workers(params, frames):
-    assert len(plan_shards(refs(32, frames=frames), params())) == 16
+    assert len(group_episodes(refs(32, frames=frames), params())) == 16
 
 
 def test_ids_must_be_unique_and_plain():

@@ -3,12 +3,12 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.progress import show_progress
+from vla_foundry.progress import say, show_progress
 from vla_foundry.world import num_cores
 
 # a task that fails for a reason of its own is run this often in all; its worker may also die this often
@@ -70,6 +70,46 @@ def run_tasks(
         for task, result in run or ():
             advance(task.weight)
             yield task, result
+
+
+def run_unfinished(
+    function: Callable[[Any, Task], Any],
+    tasks: Sequence[Task],
+    done: Mapping[int, Any],
+    *,
+    shared: Any,
+    title: str,
+    noun: str,
+    num_workers: int | None,
+    ray_address: str | None,
+    check: Callable[[Any], None] | None = None,
+) -> list[Any]:
+    """Run the tasks that an earlier run has not finished; see run_tasks.
+
+    Args:
+        done: {task number: result} of the earlier run.
+        noun: what the user calls the tasks.
+        check: called with each new result; raises to stop the job.
+
+    Returns:
+        The results of all tasks, in order.
+    """
+    if done:
+        say(f"going on: {len(done):,} of {len(tasks):,} {noun} are done")
+    results = dict(done)
+    for task, result in run_tasks(
+        function,
+        [task for task in tasks if task.number not in done],
+        shared=shared,
+        title=title,
+        num_workers=num_workers,
+        ray_address=ray_address,
+        done_weight=sum(task.weight for task in tasks if task.number in done),
+    ):
+        results[task.number] = result
+        if check is not None:
+            check(result)
+    return [results[task.number] for task in tasks]
 
 
 def _failure(task: Task, error: BaseException) -> ValueError:

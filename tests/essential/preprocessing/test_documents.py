@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_foundry.preprocessing.text.sources import (
+from vla_foundry.preprocessing.text.documents import (
     Piece,
     Skipped,
     Unit,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.preprocessing.job import Task, run_tasks
+from vla_foundry.preprocessing.tasks import Task, run_tasks
 
 
 def create_tasks(folder: Path, num_tasks: int = 5) -> list[Task]:
@@ -87,7 +87,7 @@ def test_errors_of_the_user_are_not_tried_again(tmp_path: Path, num_workers: int
 
 def test_missing_cluster_is_one_line(tmp_path: Path):
     code = (
-        "from vla_foundry.preprocessing.job import Task, run_tasks\n"
+        "from vla_foundry.preprocessing.tasks import Task, run_tasks\n"
         "task = Task(number=0, name='x', weight=1, payload=None)\n"
         "try: list(run_tasks(print, [task], shared=0, title='t', num_workers=1, ray_address='127.0.0.1:1'))\n"
         "except ValueError as error: print(error)"
@@ -99,7 +99,7 @@ def test_missing_cluster_is_one_line(tmp_path: Path):
 def test_missing_ray_is_one_line():
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        "from vla_foundry.preprocessing.job import Task, run_tasks\n"
+        "from vla_foundry.preprocessing.tasks import Task, run_tasks\n"
         "task = Task(number=0, name='x', weight=1, payload=None)\n"
         "try: list(run_tasks(print, [task], shared=0, title='t', num_workers=1, ray_address=None))\n"
         "except ValueError as error: print(error)"
