@@ -8,7 +8,7 @@ _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
-    "data": ("vla_foundry.viz.explorer:main", "inspect data: draw a sample as training gets it"),
+    "data": ("vla_foundry.viz.inspection:main", "inspect data: draw a sample as training gets it"),
     "stats": (
         "vla_foundry.preprocessing.robotics.statistics_command:main",
         "compute or merge the statistics of robot data",
@@ -17,7 +17,7 @@ _COMMANDS = {
     "caption": ("vla_foundry.inference.caption:main", "caption images with a trained vision-language model"),
     "scenes": ("vla_foundry.datagen.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.datagen.demos:main", "record demonstrations by scripted experts in a simulator"),
-    "evaluate": ("vla_foundry.evaluation.run:main", "run a policy in a simulator and measure its success rate"),
+    "evaluate": ("vla_foundry.evaluation.evaluate:main", "run a policy in a simulator and measure its success rate"),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",

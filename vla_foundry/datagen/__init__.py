@@ -1,1 +1,1 @@
-"""Record demonstrations and captioned scenes in simulators."""
+"""Record data in simulators: demonstrations by scripted experts, and captioned scenes."""

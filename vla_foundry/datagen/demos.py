@@ -1,51 +1,124 @@
-"""`vla-foundry demos`: scripted experts show tasks in a simulator; what they saw and did becomes a LeRobot set.
+"""`vla-foundry demos`: scripted experts solve tasks in a simulator; their demonstrations become a LeRobot dataset.
 
-While it works, `<output_dir>/_progress` holds what was asked for and the finished episodes. At the end these are joined
-to a set, which is moved into place, `meta` with the report (`meta/demos.json`) last; then `_progress` goes. So a folder
-with that report is whole, and a run that was killed goes on where it was.
+While it runs, `<output_dir>/_progress` holds the settings and the finished episodes. At the end these are joined to a
+dataset and moved into place: `meta` with the report (`meta/demos.json`) last, then `_progress` is deleted. A folder
+with that report is complete, and a run that was killed resumes where it stopped.
 """
 
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.datagen.demo_episode import features_of, record_episode
+from vla_foundry.datagen.processes import check_settings, create_processes, get_simulator
 from vla_foundry.params.commands.datagen import DemosParams
-from vla_foundry.preprocessing.robotics.lerobot_recording import LeRobotFeatures, delete_leftovers, read_part
+from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED
+from vla_foundry.preprocessing.robotics.lerobot_recording import (
+    EpisodeRecorder,
+    LeRobotFeatures,
+    delete_leftovers,
+    read_part,
+)
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
 from vla_foundry.progress import show_progress
-from vla_foundry.simulators import Simulator, create_simulator
+from vla_foundry.randomness import draw_index
+from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, Simulator, name_observation
+from vla_foundry.storage.uri import write_text
 from vla_foundry.world import num_cores
 
 REPORT = "meta/demos.json"
-# instruction of an episode -> every way to say it
+# instruction of an episode -> every wording of it
 INSTRUCTIONS = "meta/instructions.json"
 _PROGRESS, _SETTINGS = "_progress", "settings.json"
-# raise it when an episode of the same settings comes out differently
+# increment it when an episode of the same settings comes out differently
 _VERSION = 2
-_SIMULATORS_PER_PROCESS = 4
+_FRAMES_AFTER_SUCCESS = 5
+# share of a step's noise that carries over to the next step, so that the arm really leaves its path
+_NOISE_MEMORY = 0.7
+# noise on the fingers' effort, relative to that on motion: they must not let go
+_GRIPPER_NOISE = 0.3
 
-# (function, arguments of each call) -> results, in any order
-Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+
+def features_of(simulator: Simulator, params: DemosParams) -> LeRobotFeatures:
+    """Return the columns of the dataset: each field, and all fields in a row as LeRobot's own policies read them."""
+    state = tuple(f"{field}.{part}" for field, parts in simulator.field_names.items() for part in parts)
+    fields = {f"{OBSERVATION}.{field}": parts for field, parts in simulator.field_names.items()}
+    return LeRobotFeatures(
+        fps=simulator.fps,
+        robot_type=simulator.robot,
+        vectors={STATE: state, **fields, ACTION: simulator.action_names},
+        cameras={f"{IMAGES}.{camera}": (params.image_size, params.image_size) for camera in params.cameras},
+        video=params.video,
+    )
+
+
+def record_episode(simulator: Simulator, params: DemosParams, *, task: str, number: int, path: Path) -> None:
+    """Record the `number`-th episode of a task, as a function of the arguments alone.
+
+    The expert's action is executed with noise, so that the robot strays and the episode shows how to recover. The
+    recorded action is the expert's own, without noise (Laskey et al. 2017, DART). An episode goes on for a few frames
+    after success; one that does not succeed is repeated from another start.
+
+    Raises:
+        ValueError: the expert failed in every attempt.
+    """
+    failed_seeds: list[int] = []
+    features = features_of(simulator, params)
+    which = draw_index(len(simulator.instructions), seed=params.seed, position=number, purpose=f"instruction of {task}")
+    for attempt in range(params.max_attempts):
+        seed = FIRST_DEMO_SEED + draw_index(
+            1 << 31, seed=params.seed, position=number, purpose=f"attempt {attempt} at {task}"
+        )
+        with EpisodeRecorder(path, features) as recorder:
+            if _demonstrate(simulator, recorder, params, seed):
+                facts = {"task": task, "seed": seed, "failed_seeds": failed_seeds}
+                recorder.finish(simulator.instructions[which], facts)
+                return
+        failed_seeds.append(seed)
+    raise ValueError(
+        f"The expert of '{task}' failed in all {params.max_attempts} attempts at episode {number}. "
+        f"Lower action_noise ({params.action_noise:g}), or raise max_attempts."
+    )
+
+
+def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosParams, seed: int) -> bool:
+    """Let the expert act until a few frames after success; return whether it succeeded."""
+    generator = np.random.default_rng(seed)
+    scale = params.action_noise * np.array(
+        [_GRIPPER_NOISE if name == "gripper" else 1 for name in simulator.action_names]
+    )
+    noise = np.zeros(simulator.action_dim)
+    observation = simulator.reset(seed)
+    frames_left: int | None = None
+    for _ in range(simulator.max_steps):
+        action = simulator.expert()
+        images, fields = name_observation(observation.images, observation.fields)
+        recorder.add({**fields, ACTION: action}, images)
+        if frames_left == 0:
+            return True
+        # the variance is the same at every step but the first few
+        fresh = generator.standard_normal(simulator.action_dim) * np.sqrt(1 - _NOISE_MEMORY**2)
+        noise = _NOISE_MEMORY * noise + fresh
+        simulator.apply(action + scale * noise)
+        observation = simulator.observe()
+        if frames_left is not None:
+            frames_left -= 1
+        elif simulator.success():
+            frames_left = _FRAMES_AFTER_SUCCESS - 1
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """What a simulator says of one task."""
+    """What a simulator says about one task."""
 
     task: str
     instructions: tuple[str, ...]
@@ -53,25 +126,26 @@ class TaskFacts:
 
 
 def record_demos(params: DemosParams) -> dict[str, Any]:
-    """Record all demonstrations that the output folder does not hold yet, and make the set of them.
+    """Record the demonstrations that the output folder lacks, and join all of them to a dataset.
 
     Returns:
         The report: settings; episodes, attempts and frames of each task; instruction and seeds of each episode.
 
     Raises:
-        ValueError: the folder holds something else, a name is unknown, or an expert does not succeed.
+        ValueError: the folder holds something else, a name is unknown, or an expert fails in every attempt.
     """
     output = Path(params.output_dir)
     settings = _settings_of(params)
     if (output / REPORT).exists():
         report = json.loads((output / REPORT).read_text())
-        _check_settings(output, report["settings"], settings)
+        check_settings(str(output), report["settings"], settings)
         shutil.rmtree(output / _PROGRESS, ignore_errors=True)
         return report
     _check_folder(output, settings)
     total = params.episodes * len(params.tasks)
-    with _create_processes(params) as run:
-        # every name is checked before anything is written
+    num_workers = num_cores() if params.num_workers is None else params.num_workers
+    with create_processes(min(num_workers, total)) as run:
+        # check every name before writing anything
         tasks = {facts.task: facts for facts in run(_look_at, [(params, task) for task in params.tasks])}
         parts = _claim(output, settings)
         missing = [index for index in _by_task(params) if not _part(parts, index).exists()]
@@ -104,36 +178,27 @@ def main(argv: list[str]) -> None:
 
 
 def _settings_of(params: DemosParams) -> dict[str, Any]:
-    """What makes the bytes of the set."""
+    """Return what determines the bytes of the dataset."""
     values = asdict(params)
     del values["output_dir"], values["num_workers"]
     return {"version": _VERSION, **values}
 
 
-def _check_settings(output: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    changed = [f"{name} {found.get(name)} -> {value}" for name, value in settings.items() if found.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"'{output}' holds demonstrations that were recorded otherwise ({'; '.join(changed)}). "
-            "Name another output_dir, or delete this one."
-        )
-
-
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
-    """Check that what lies in the output folder, if anything, is an unfinished run of the same."""
+    """Check that the output folder is empty or holds an unfinished run of the same settings."""
     path = output / _PROGRESS / _SETTINGS
     if path.exists():
-        _check_settings(output, json.loads(path.read_text()), settings)
+        check_settings(str(output), json.loads(path.read_text()), settings)
     elif output.exists() and any(entry.name != _PROGRESS for entry in output.iterdir()):
-        raise ValueError(f"output_dir '{output}' holds other files. Name a new folder.")
+        raise ValueError(f"output_dir '{output}' holds other files. Choose a new folder.")
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> Path:
-    """Write down what is asked for; return the folder of parts, without what a killed run left half done."""
+    """Write the settings; return the folder of finished episodes, without half-written ones of a killed run."""
     parts = output / _PROGRESS / "episodes"
     parts.mkdir(parents=True, exist_ok=True)
     delete_leftovers(parts)
-    _write(output / _PROGRESS / _SETTINGS, settings)
+    _write_json(output / _PROGRESS / _SETTINGS, settings)
     return parts
 
 
@@ -142,31 +207,25 @@ def _part(parts: Path, index: int) -> Path:
 
 
 def _by_task(params: DemosParams) -> Iterator[int]:
-    """All episodes, those of one task after each other; in the set the tasks take turns."""
+    """Yield all episodes, task after task; in the dataset the tasks alternate."""
     for number in range(len(params.tasks)):
         yield from range(number, params.episodes * len(params.tasks), len(params.tasks))
 
 
-@lru_cache(maxsize=_SIMULATORS_PER_PROCESS)
-def _simulator(simulator: str, task: str, cameras: tuple[str, ...], image_size: int) -> Simulator:
-    """This process's simulators: to create one takes as long as some episodes."""
-    return create_simulator(simulator, task, cameras=cameras, image_size=image_size)
-
-
 def _look_at(params: DemosParams, task: str) -> TaskFacts:
-    simulator = _simulator(params.simulator, task, tuple(params.cameras), params.image_size)
+    simulator = get_simulator(params.simulator, task, tuple(params.cameras), params.image_size)
     return TaskFacts(task=task, instructions=simulator.instructions, features=features_of(simulator, params))
 
 
 def _record(params: DemosParams, parts: str, index: int) -> None:
     number, which = divmod(index, len(params.tasks))
     task = params.tasks[which]
-    simulator = _simulator(params.simulator, task, tuple(params.cameras), params.image_size)
+    simulator = get_simulator(params.simulator, task, tuple(params.cameras), params.image_size)
     record_episode(simulator, params, task=task, number=number, path=_part(Path(parts), index))
 
 
 def _publish(params: DemosParams, output: Path, tasks: Sequence[TaskFacts]) -> dict[str, Any]:
-    """Join the parts to a set and move it into place; may be killed and called again at any point."""
+    """Join the episodes to a dataset and move it into place; may be killed at any point and called again."""
     progress = output / _PROGRESS
     parts = [_part(progress / "episodes", index) for index in range(params.episodes * len(params.tasks))]
     joined = progress / "set"
@@ -176,12 +235,12 @@ def _publish(params: DemosParams, output: Path, tasks: Sequence[TaskFacts]) -> d
         writer.add_episode(part)
     writer.finish()
     variants = {text: list(task.instructions) for task in tasks for text in task.instructions}
-    _write(joined / INSTRUCTIONS, {"version": 1, "variants": variants})
+    _write_json(joined / INSTRUCTIONS, {"version": 1, "variants": variants})
     report = _report_on(params, parts)
-    _write(joined / REPORT, report)
+    _write_json(joined / REPORT, report)
     _sync(joined)
     for name in ("data", "videos", "meta"):
-        # what lies there without a report is from a run that was killed in this very loop
+        # without a report, this folder is left from a run that was killed in this loop
         shutil.rmtree(output / name, ignore_errors=True)
         if (joined / name).exists():
             os.rename(joined / name, output / name)
@@ -202,61 +261,13 @@ def _report_on(params: DemosParams, folders: Sequence[Path]) -> dict[str, Any]:
     return {"settings": _settings_of(params), "tasks": totals, "episodes": episodes}
 
 
-def _write(path: Path, values: Any) -> None:
-    """Write a whole JSON file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+def _write_json(path: Path, values: Any) -> None:
+    write_text(str(path), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def _sync(folder: Path) -> None:
-    """Bring all files to the disk, so that the report does not outlive them when the machine stops."""
+    """Flush all files to disk, so that the report cannot outlive them when the machine stops."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-@contextmanager
-def _create_processes(params: DemosParams) -> Iterator[Run]:
-    """Yield what makes calls in processes of their own, or in this one for 0 workers.
-
-    Raises:
-        ValueError: a process died.
-    """
-    if params.num_workers == 0:
-        yield lambda function, calls: (function(*call) for call in calls)
-        return
-    num_workers = min(params.num_workers or num_cores(), params.episodes * len(params.tasks))
-    # spawned, so that no process inherits another's OpenGL or threads
-    context = get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow_the_parent) as pool:
-
-        def run(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-            for future in as_completed([pool.submit(function, *call) for call in calls]):
-                yield future.result()
-
-        try:
-            yield run
-        except BrokenProcessPool:
-            raise ValueError(
-                "A recording process died; most often the machine ran out of memory. "
-                f"Lower num_workers ({num_workers}) and run the same again: finished episodes are kept."
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _follow_the_parent() -> None:
-    """Leave interrupts to the parent process, and end as soon as it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,14 +1,14 @@
-"""The language of captioned scenes: attributes -> caption, caption -> attributes, and how well captions were predicted.
+"""The language of captioned scenes: attributes to caption, caption to attributes, and scores of predicted captions.
 
 Attributes of a scene (JSON-able):
 
 | key                         | meaning                                                                              |
 |-----------------------------|--------------------------------------------------------------------------------------|
-| object, part                | the thing, and its part that a robot acts on; without `part`: the thing itself       |
+| object, part                | the thing, and the part that a robot acts on; no `part`: the whole thing             |
 | state                       | "closed", "half open", ...; absent where the thing has none                          |
-| object_row, object_column   | cell of the picture that holds that part: 1 to GRID from the top, from the left      |
-| gripper_row, gripper_column | cell that holds the point between the fingertips                                     |
-| side, depth, height         | where the part is, from the gripper, as the robot looks: see DIRECTIONS, or "level"  |
+| object_row, object_column   | cell of the picture with that part: 1 to GRID from the top, from the left            |
+| gripper_row, gripper_column | cell with the point between the fingertips                                           |
+| side, depth, height         | direction from the gripper to the part, as the robot looks: DIRECTIONS, or "level"   |
 """
 
 import re
@@ -34,7 +34,7 @@ _RELATION = re.compile(r"From it: ([a-z, ]+)\.")
 
 
 def describe_scene(attributes: Attributes) -> str:
-    """Say attributes in words; `parse_caption` is the inverse."""
+    """Describe attributes in words; the inverse of `parse_caption`."""
     state, name = attributes.get("state"), str(attributes.get("part", attributes["object"]))
     directions = [str(attributes[name]) for name in DIRECTIONS if attributes[name] != LEVEL]
     return " ".join(
@@ -48,7 +48,7 @@ def describe_scene(attributes: Attributes) -> str:
 
 
 def parse_caption(text: str) -> Attributes:
-    """Read the attributes that a caption states. Each sentence counts by itself; what is malformed is left out."""
+    """Read the attributes that a caption states, sentence by sentence; malformed sentences are skipped."""
     attributes: Attributes = {}
     if found := _OBJECT.match(text):
         attributes |= {name: value for name, value in found.groupdict().items() if value is not None}
@@ -68,7 +68,7 @@ def parse_caption(text: str) -> Attributes:
 
 
 def cell_of(column: float, row: float) -> Cell:
-    """The cell (row, column), from 1, of a point given as fractions of the picture from its top left corner."""
+    """Return the cell (row, column), from 1, of a point in fractions of the picture from its top left corner."""
     return (min(int(row * GRID), GRID - 1) + 1, min(int(column * GRID), GRID - 1) + 1)
 
 

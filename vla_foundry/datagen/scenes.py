@@ -2,41 +2,40 @@
 
 import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.datagen.processes import check_settings, create_processes, get_simulator
 from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.commands.datagen import ScenesParams
-from vla_foundry.simulators import Layout, Simulator, SimulatorState, create_simulator
+from vla_foundry.simulators import Layout, Simulator, SimulatorState
 from vla_foundry.world import num_cores
 
 SPLITS = ("train", "validation")
-# file beside the splits that says what made them
+# file beside the splits with the settings that made them
 FACTS = "scenes.json"
-# raise it when a scene of the same seed and index comes out differently
+# increment it when a scene of the same seed and index comes out differently
 _VERSION = 3
-# thing -> its states, each with the range of openness that is called so; ranges leave room between them
+# thing -> its states, each with its range of openness; there are gaps between the ranges
 _STATES: dict[str, dict[str, tuple[float, float]]] = {
     "button": {"released": (0.0, 0.1), "pressed": (0.9, 1.0)},
     "faucet": {"turned left": (0.0, 0.25), "turned right": (0.75, 1.0)},
     "lever": {"down": (0.0, 0.1), "up": (0.9, 1.0)},
 }
 _OPENINGS = {"closed": (0.0, 0.05), "half open": (0.4, 0.6), "open": (0.95, 1.0)}
-# a direction is named from the second of these distances on (metres), and scenes between the two are not used
+# metres: below the first distance two things are level, from the second on a direction is named; scenes in between are
+# skipped
 _LEVEL_UP_TO, _DIRECTION_FROM = 0.03, 0.05
-# distance that a described point keeps from the picture's edge, as a fraction of the picture
+# least distance of a described point from the picture's edge, as a fraction of the picture
 _MARGIN = 0.02
-# share of the thing that the arm may hide
+# largest share of the thing that the arm may hide
 _MAX_HIDDEN = 0.2
 _MAX_ATTEMPTS = 1000
 _SCENES_PER_TASK = 32
@@ -44,7 +43,7 @@ _SCENES_PER_TASK = 32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
-    """One picture and what is true of it."""
+    """One picture and its true description."""
 
     # uint8 [H, W, 3]
     image: np.ndarray
@@ -53,13 +52,13 @@ class Scene:
 
 
 def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, index: int, state: int) -> Scene:
-    """Draw one scene: a pure function of the simulator's task and the arguments.
+    """Draw one scene, as a pure function of the simulator's task and the arguments.
 
     Args:
-        state: which of the thing's states to show, counted round.
+        state: index of the thing's state, modulo their number.
 
     Raises:
-        ValueError: no layout was found whose parts can be seen.
+        ValueError: no layout shows all that the caption describes.
     """
     generator = np.random.default_rng((seed, SPLITS.index(split), index))
     name = simulator.describe().objects[0].name
@@ -81,30 +80,22 @@ def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, in
 
 
 def generate_scenes(params: ScenesParams) -> dict[str, int]:
-    """Draw all scenes that the output folder does not hold yet, in processes of their own.
+    """Draw the scenes that the output folder lacks, in worker processes.
 
     Returns:
         Scenes drawn now, by split.
 
     Raises:
-        ValueError: the folder holds scenes made otherwise, or they cannot be drawn here.
+        ValueError: the folder holds scenes of other settings, or this machine cannot render.
     """
     output = Path(params.output)
     _claim(output, params)
     numbers = {"train": params.num_scenes, "validation": params.num_validation_scenes}
     missing = {split: _missing(output / split, number) for split, number in numbers.items()}
     tasks = list(_tasks(params, missing))
-    num_processes = min(params.num_processes or num_cores(), max(len(tasks), 1))
-    # spawned, so that no process inherits another's OpenGL or threads
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
-        futures = [pool.submit(_draw, params, *task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with create_processes(min(params.num_processes or num_cores(), max(len(tasks), 1))) as run:
+        for _ in run(_draw, [(params, *task) for task in tasks]):
+            pass
     return {split: len(indices) for split, indices in missing.items()}
 
 
@@ -112,7 +103,7 @@ def main(argv: list[str]) -> None:
     """Run `vla-foundry scenes`.
 
     Raises:
-        ValueError: what the user can fix.
+        ValueError: an error that the user can fix.
     """
     params = parse_command(ScenesParams, argv, prog="vla-foundry scenes", positional=())
     start = time.monotonic()
@@ -126,7 +117,7 @@ def main(argv: list[str]) -> None:
 
 
 def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState, word: str) -> Attributes | None:
-    """Attributes of an arranged scene, or None where the picture would not show them clearly."""
+    """Return the attributes of an arranged scene, or None if the picture would not show them clearly."""
     thing, gripper = arranged.objects[0], arranged.gripper_position
     places = {"object": thing.position, "gripper": gripper}
     attributes: Attributes = {"object": thing.name}
@@ -150,19 +141,13 @@ def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState,
 
 
 def _claim(output: Path, params: ScenesParams) -> None:
-    """Write what makes these scenes, or check that the folder's scenes were made so."""
+    """Write the settings of these scenes, or check that the folder's scenes have the same."""
     given = asdict(params)
     facts = {name: given[name] for name in ("image_size", "seed", "simulator", "tasks", "camera")}
     facts |= {"version": _VERSION, "grid": GRID}
     path = output / FACTS
     if path.exists():
-        found = json.loads(path.read_text())
-        changed = [f"{name} {found.get(name)} -> {value}" for name, value in facts.items() if found.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"'{output}' holds scenes that were made otherwise ({'; '.join(changed)}). "
-                "Name another output folder, or delete this one."
-            )
+        check_settings(params.output, json.loads(path.read_text()), facts)
     for split in SPLITS:
         (output / split).mkdir(parents=True, exist_ok=True)
         for leftover in (output / split).glob(".*.partial"):
@@ -171,19 +156,19 @@ def _claim(output: Path, params: ScenesParams) -> None:
 
 
 def _missing(folder: Path, number: int) -> list[int]:
-    """Indices of scenes that are not whole; the caption is written last."""
+    """Return the indices of missing scenes; a scene's caption is written last."""
     present = {path.stem for path in folder.glob("*.txt")}
     wanted = [f"{index:08d}" for index in range(number)]
     if surplus := len(present.difference(wanted)):
         raise ValueError(
-            f"'{folder}' holds {surplus} scenes more than the {number} asked for. "
-            "Ask for as many or more, or name another output folder."
+            f"'{folder}' holds {surplus} more scenes than the {number} requested. "
+            "Request at least as many, or choose another output folder."
         )
     return [index for index, name in enumerate(wanted) if name not in present]
 
 
 def _tasks(params: ScenesParams, missing: dict[str, list[int]]) -> Iterator[tuple[str, str, list[int]]]:
-    """Work for one process at a time: (simulator task, split, indices); scenes of one task together."""
+    """Yield the work units: (simulator task, split, indices), with the scenes of one task together."""
     for number, task in enumerate(params.tasks):
         for split, indices in missing.items():
             own = [index for index in indices if index % len(params.tasks) == number]
@@ -191,27 +176,15 @@ def _tasks(params: ScenesParams, missing: dict[str, list[int]]) -> Iterator[tupl
                 yield task, split, own[start : start + _SCENES_PER_TASK]
 
 
-# this process's simulators by (simulator, task, camera, image size): building one takes longer than drawing with it
-_simulators: dict[tuple[str, str, str, int], Simulator] = {}
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _draw(params: ScenesParams, task: str, split: str, indices: Sequence[int]) -> None:
-    """Draw and write scenes; runs in a process of its own."""
+    """Draw and write scenes; runs in a worker process."""
     from PIL import Image
 
-    key = (params.simulator, task, params.camera, params.image_size)
-    if key not in _simulators:
-        _simulators[key] = create_simulator(
-            params.simulator, task, cameras=(params.camera,), image_size=params.image_size
-        )
+    simulator = get_simulator(params.simulator, task, (params.camera,), params.image_size)
     folder = Path(params.output) / split
     for index in indices:
         scene = create_scene(
-            _simulators[key],
+            simulator,
             params.camera,
             seed=params.seed,
             split=split,

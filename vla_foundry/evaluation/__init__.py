@@ -1,1 +1,1 @@
-"""Judge trained models: scenes to describe, rollouts, results, statistics."""
+"""Judge trained models: rollouts in simulators, success rates, errors of actions."""

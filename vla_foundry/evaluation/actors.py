@@ -1,6 +1,7 @@
-"""What can act in rollouts: a trained policy, and the policies that it is to be compared with."""
+"""What acts in rollouts: the actor interface, and baselines to compare a policy with."""
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -8,11 +9,32 @@ from vla_foundry.evaluation.rollout_worker import Reply
 from vla_foundry.randomness import draw_uniforms
 
 
+@runtime_checkable
+class Actor(Protocol):
+    """Acts in the episodes of a batch; each episode has a slot."""
+
+    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
+        """Start a batch: {slot: seed of the episode}, and the instruction for all its robots."""
+        ...
+
+    def needs_images(self, slot: int) -> bool:
+        """Return whether the slot's next observation must contain images."""
+        ...
+
+    def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
+        """Return the action of each slot; None lets the simulator's expert act."""
+        ...
+
+    def mean_latency_ms(self, slot: int) -> float | None:
+        """Return the mean time of a prediction in the slot's episode; None: nothing was predicted."""
+        ...
+
+
 class NullActor:
-    """Does nothing: all numbers of its actions are 0.
+    """Does nothing: its actions are zeros.
 
     Args:
-        action_dim: how many they are.
+        action_dim: width of an action.
     """
 
     def __init__(self, action_dim: int) -> None:
@@ -35,11 +57,11 @@ class NullActor:
 
 
 class RandomActor(NullActor):
-    """Takes actions of uniform numbers in -1 .. 1, a function of the seed, the episode's seed and the step.
+    """Draws actions uniformly from [-1, 1], as a function of the seed, the episode's seed and the step.
 
     Args:
-        action_dim: how many numbers there are.
-        seed: of all.
+        action_dim: width of an action.
+        seed: seed of all episodes.
     """
 
     def __init__(self, action_dim: int, seed: int) -> None:
@@ -64,7 +86,7 @@ class RandomActor(NullActor):
 
 
 class ExpertActor(NullActor):
-    """Leaves the actions to the simulator's expert, who sees the true state."""
+    """Lets the simulator's expert act, which sees the true state."""
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""

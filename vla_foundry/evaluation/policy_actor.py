@@ -1,21 +1,22 @@
-"""A trained policy as what acts in rollouts: it sees what simulators sense, under the names of its data."""
+"""A trained policy that acts in rollouts: it sees what simulators sense, under the field names of its data."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vla_foundry.evaluation.robot import create_action_layout, describe_robot, name_observation
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
 from vla_foundry.inference.history import RobotObservation
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.policy import Policy
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_index
+from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.layout import FieldLayout
-from vla_foundry.robotics.spec import NamedSpec
+from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, NamedSpec
 from vla_foundry.shards import sha256_of
+from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, name_observation
 from vla_foundry.storage.uri import is_remote, name_of
 
 _NUM_SEEDS = 1 << 62
@@ -23,17 +24,17 @@ _NUM_SEEDS = 1 << 62
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainedPolicy:
-    """The policy of a checkpoint, and what simulators have to give it."""
+    """The policy of a checkpoint, and what simulators must render for it."""
 
     policy: Policy
     run_name: str
-    # SHA-256 of its weights; None: they are remote
+    # SHA-256 of its weights; None: the checkpoint is remote
     digest: str | None
-    # of the simulators
+    # names of the simulators' cameras
     cameras: tuple[str, ...]
-    # of the pictures, pixels
+    # width and height of the pictures, pixels
     image_size: int
-    # of its noise
+    # seed of its noise
     seed: int
 
     @classmethod
@@ -41,8 +42,8 @@ class TrainedPolicy:
         """Load the policy of `params.checkpoint`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is no policy, or its pictures are not square and of one size.
+            FileNotFoundError: the checkpoint does not exist.
+            ValueError: it is not a policy, or its pictures are not squares of one size.
         """
         assert params.checkpoint is not None
         policy = Policy.from_run(
@@ -56,7 +57,7 @@ class TrainedPolicy:
         sizes = {camera.original_size or camera.size for camera in cameras.values()}
         if len(sizes) > 1 or any(width != height for width, height in sizes):
             raise ValueError(
-                f"The policy's cameras have pictures of {sorted(sizes)}; simulators draw squares of one size."
+                f"The policy's cameras have pictures of {sorted(sizes)}; simulators render squares of one size."
             )
         return cls(
             policy=policy,
@@ -68,10 +69,10 @@ class TrainedPolicy:
         )
 
     def create_actor(self, facts: RobotFacts, *, shows_other_episode: bool) -> "PolicyActor":
-        """Return what acts for a robot.
+        """Return the actor for a robot.
 
         Raises:
-            ValueError: the policy was not trained for such a robot.
+            ValueError: the policy does not fit the robot.
         """
         robot = NamedSpec(facts.robot, describe_robot(facts, self.cameras, self.image_size))
         self.policy.check_robot(robot)
@@ -80,13 +81,13 @@ class TrainedPolicy:
 
 
 class PolicyActor:
-    """Acts in the episodes of a batch, one client each.
+    """Lets a policy act in the episodes of a batch, as one client per episode.
 
     Args:
-        policy: which acts.
-        layout: of the robot's action.
-        seed: of its noise, beside that of an episode.
-        shows_other_episode: each slot sees the pictures of the next one.
+        policy: the policy.
+        layout: layout of the robot's action.
+        seed: seed of the policy's noise, combined with the episode's.
+        shows_other_episode: each slot sees the pictures of the next slot.
     """
 
     def __init__(self, policy: Policy, layout: FieldLayout, *, seed: int, shows_other_episode: bool) -> None:
@@ -96,7 +97,7 @@ class PolicyActor:
         self.shows_other_episode = shows_other_episode
         self._instruction = ""
         self._slots: list[int] = []
-        # last pictures of each slot
+        # latest pictures of each slot
         self._images: dict[int, dict[str, np.ndarray]] = {}
         self._latencies: dict[int, list[float]] = {}
 
@@ -127,7 +128,7 @@ class PolicyActor:
         start = time.perf_counter()
         actions = self.policy.act_many(observations)
         if self.policy.num_predicted > num_predicted:
-            # episodes of a batch are in step: all of them had to wait
+            # the batch runs in lockstep: every episode waited for the prediction
             for slot in observed:
                 self._latencies[slot].append(1000 * (time.perf_counter() - start))
         return {slot: self.layout.concatenate(action).astype(np.float32) for slot, action in actions.items()}
@@ -138,7 +139,7 @@ class PolicyActor:
         return float(np.mean(found)) if found else None
 
     def _neighbour(self, slot: int) -> int:
-        """The next slot that has shown anything; the slot itself if no other has."""
+        """Return the next slot that has pictures; the slot itself if no other has."""
         after = [other for other in self._slots if other > slot] + [other for other in self._slots if other <= slot]
         return next(other for other in after if other in self._images)
 
@@ -150,3 +151,42 @@ def _digest(checkpoint: str, use_ema: bool | None) -> str | None:
         return None
     with find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema).open("rb") as file:
         return sha256_of(file)
+
+
+def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> DatasetSpec:
+    """Return a simulated robot's spec, to compare with the spec that a policy was trained on."""
+    fields = {
+        f"{OBSERVATION}.{name}": FieldDescription(shape=(len(parts),)) for name, parts in facts.field_names.items()
+    }
+    fields[STATE] = FieldDescription(shape=(sum(len(parts) for parts in facts.field_names.values()),))
+    fields[ACTION] = FieldDescription(shape=(facts.action_dim,), role="action")
+    fields |= {f"{ACTION}.{name}": replace(part, role="action") for name, part in facts.action_parts.items()}
+    size = (image_size, image_size)
+    return DatasetSpec(
+        layout="episodes",
+        fps=float(facts.fps),
+        past_lowdim_steps=0,
+        future_lowdim_steps=0,
+        image_indices=(0,),
+        padding_strategy="copy",
+        cameras={f"{IMAGES}.{name}": CameraDescription(size=size, original_size=size) for name in cameras},
+        fields=fields,
+    )
+
+
+def create_action_layout(facts: RobotFacts, action_fields: Sequence[str]) -> FieldLayout:
+    """Return the layout that assembles a robot's action from the fields that a policy predicts.
+
+    Raises:
+        ValueError: the robot does not have a field, or the policy does not predict all of the action.
+    """
+    if list(action_fields) == [ACTION]:
+        return FieldLayout((ACTION,), (facts.action_dim,))
+    parts = {f"{ACTION}.{name}": part.width for name, part in facts.action_parts.items()}
+    for field in action_fields:
+        if field not in parts:
+            raise ValueError(unknown_name_message(f"action field of {facts.robot}", field, [ACTION, *parts]))
+    missing = [name for name in parts if name not in action_fields]
+    if missing:
+        raise ValueError(f"The policy predicts {', '.join(action_fields)}, but {facts.robot} needs {missing[0]} too.")
+    return FieldLayout(tuple(parts), tuple(parts.values()))

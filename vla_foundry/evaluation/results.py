@@ -1,27 +1,29 @@
-"""@: the outcomes of rollouts, in the published layout.
+"""Outcomes of rollouts and success rates, in memory and in the published layout on disk.
 
     <root>/<policy>/<task>/rollouts/<time>/results.json
-      max_sample_size_per_model   rollouts that were planned before the first one
-      evaluations                 one object an episode:
+      max_sample_size_per_model   rollouts planned before the first one
+      evaluations                 one object per episode:
         skill_type, scenario_index                     task and seed of the start
-        is_success, is_pending, total_time             true or false; of an invalid episode null; seconds simulated
-        failure_message                                what went wrong, if it was not just the policy's lack of skill
-        outcome, instruction, num_steps, latency_ms    ours besides; outcome is success, failure, invalid or null
-      settings                    ours: all that the outcomes depend on
+        is_success, is_pending, total_time             true or false (null: invalid episode); simulated seconds
+        failure_message                                what went wrong, unless the policy simply did not succeed
+        outcome, instruction, num_steps, latency_ms    our additions; outcome is success, failure, invalid or null
+      settings                    our addition: everything the outcomes depend on
 
-An episode is invalid if the simulator failed; it is no trial, and is run again when the evaluation goes on.
+An episode is invalid if the simulator failed. It is not a trial, and runs again when the evaluation resumes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal, get_args
 
-from vla_foundry.evaluation.statistics import wilson_interval
 from vla_foundry.storage.uri import write_text
 
 RESULTS_NAME = "results.json"
+SUMMARY_NAME = "summary.json"
 ROLLOUTS_FOLDER = "rollouts"
 
 Outcome = Literal["success", "failure", "invalid"]
@@ -29,7 +31,7 @@ Outcome = Literal["success", "failure", "invalid"]
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """One episode; what is None is not known yet."""
+    """One episode; None means not known yet."""
 
     task: str
     seed: int
@@ -39,7 +41,7 @@ class EpisodeResult:
     num_steps: int | None = None
     # seconds of simulated time
     seconds: float | None = None
-    # mean time of predicting a chunk of actions, with all that shared its batch; None: the policy predicts none
+    # mean time to predict a chunk of actions for the whole batch; None: nothing was predicted
     latency_ms: float | None = None
     failure_message: str | None = None
 
@@ -59,11 +61,11 @@ class SuccessRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's, of 95%."""
+        """The 95% Wilson interval."""
         return wilson_interval(self.num_successes, self.num_trials)
 
     def format(self) -> str:
-        """In words."""
+        """Format as `successes/trials = rate [low, high]`."""
         low, high = self.interval
         share = f"{self.num_successes / self.num_trials:.0%}" if self.num_trials else "-"
         invalid = f", {self.num_invalid} invalid" if self.num_invalid else ""
@@ -71,12 +73,37 @@ class SuccessRate:
 
 
 def count_successes(episodes: Sequence[EpisodeResult]) -> SuccessRate:
-    """Count final episodes; invalid ones are no trials."""
+    """Count episodes; only successes and failures are trials."""
     return SuccessRate(
         num_successes=sum(episode.outcome == "success" for episode in episodes),
         num_trials=sum(episode.is_final for episode in episodes),
         num_invalid=sum(episode.outcome == "invalid" for episode in episodes),
     )
+
+
+def add_rates(rates: Iterable[SuccessRate]) -> SuccessRate:
+    """Pool the episodes of several tasks."""
+    rates = tuple(rates)
+    return SuccessRate(
+        num_successes=sum(rate.num_successes for rate in rates),
+        num_trials=sum(rate.num_trials for rate in rates),
+        num_invalid=sum(rate.num_invalid for rate in rates),
+    )
+
+
+def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a success rate (Wilson 1927); (0, 1) without trials."""
+    assert 0 <= num_successes <= num_trials, (num_successes, num_trials)
+    if num_trials == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate, spread = num_successes / num_trials, z * z / num_trials
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / num_trials + spread / (4 * num_trials)) / (1 + spread)
+    # the interval reaches 0 or 1 exactly at the ends; rounding may miss that
+    low = 0.0 if num_successes == 0 else max(0.0, middle - half)
+    high = 1.0 if num_successes == num_trials else min(1.0, middle + half)
+    return low, high
 
 
 def write_results(
@@ -96,24 +123,50 @@ def write_results(
 
 
 def read_results(path: Path) -> tuple[list[EpisodeResult], dict[str, Any]]:
-    """Read episodes and settings of a results.json that `write_results` wrote.
+    """Read the episodes and settings of a results.json.
 
     Raises:
-        ValueError: it is broken; the file is named.
+        ValueError: the file is broken.
     """
     try:
         values = json.loads(path.read_text())
         return [_from_json(item) for item in values["evaluations"]], values["settings"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no results file of `vla-foundry evaluate` ({error!r}). Name another output."
+            f"{path} is not a results file of `vla-foundry evaluate` ({error!r}). Choose another --output."
         ) from None
 
 
 def find_results(task_folder: Path) -> Path | None:
-    """The newest results.json of a task's folder."""
+    """Return the newest results.json in a task's folder."""
     found = sorted(task_folder.glob(f"{ROLLOUTS_FOLDER}/*/{RESULTS_NAME}"))
     return found[-1] if found else None
+
+
+def write_summary(path: Path, rates: Mapping[str, SuccessRate], **facts: Any) -> None:
+    """Write summary.json: facts, the success rate of each task, and that of all tasks together."""
+    tasks = {task: _rate_to_json(rate) for task, rate in rates.items()}
+    values = {**facts, "tasks": tasks, "all": _rate_to_json(add_rates(rates.values()))}
+    write_text(str(path), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, SuccessRate]:
+    """Read the success rate of each task from a summary.json."""
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return {
+        task: SuccessRate(num_successes=counts["successes"], num_trials=counts["trials"], num_invalid=counts["invalid"])
+        for task, counts in tasks.items()
+    }
+
+
+def _rate_to_json(rate: SuccessRate) -> dict[str, Any]:
+    return {
+        "successes": rate.num_successes,
+        "trials": rate.num_trials,
+        "invalid": rate.num_invalid,
+        "success_rate": rate.num_successes / rate.num_trials if rate.num_trials else None,
+        "interval_95": list(rate.interval),
+    }
 
 
 def _to_json(episode: EpisodeResult) -> dict[str, Any]:

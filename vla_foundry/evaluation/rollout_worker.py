@@ -1,7 +1,7 @@
-"""A process with simulators: it begins episodes, applies actions and says what the robot sensed.
+"""A worker process with simulators: it starts episodes, applies actions and returns what the robot senses.
 
-It knows no policy. The parent sends a list of requests and gets a list of answers in the same order; when the parent
-ends, so does the process.
+It knows no policy. The parent sends a list of requests and gets a list of answers in the same order. The process ends
+when its parent does.
 """
 
 import signal
@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from vla_foundry.config.command_line import import_installed_plugins, import_plugins
-from vla_foundry.evaluation.frame_strip import FrameStrip
+from vla_foundry.evaluation.pictures import FrameStrip
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.simulators import Simulator, create_simulator
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorSetup:
-    """What simulators are made of."""
+    """How to create the simulators."""
 
     simulator: str
-    # that observations hold; none: observations hold no images
+    # cameras of observations; empty: observations have no images
     cameras: tuple[str, ...]
-    # that pictures are taken with
+    # camera of the contact sheet
     picture_camera: str
     image_size: int
-    # actions after which an episode is over; None: as the simulator says
+    # actions after which an episode ends; None: the simulator's own limit
     max_steps: int | None
     # modules that register simulators
     plugins: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class SimulatorSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Describe:
-    """Say what the robot of a task is; the answer is a RobotFacts."""
+    """Describe the robot of a task. The answer is a RobotFacts."""
 
     slot: int
     task: str
@@ -44,12 +44,12 @@ class Describe:
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """Begin an episode in a slot; what was there is forgotten. The answer is a Reply."""
+    """Start an episode in a slot, in place of the one before. The answer is a Reply."""
 
     slot: int
     task: str
     seed: int
-    # file for pictures of the episode, written at its end; None: none are kept
+    # file for pictures of the episode, written when it ends; None: no pictures
     pictures: str | None = None
 
 
@@ -60,7 +60,7 @@ class Step:
     slot: int
     # None: the simulator's expert acts
     action: np.ndarray | None
-    # draw the images of the next observation
+    # render the images of the next observation
     with_images: bool
 
 
@@ -69,7 +69,7 @@ Request = Describe | Begin | Step
 
 @dataclass(frozen=True, kw_only=True)
 class RobotFacts:
-    """What a simulator says of a task's robot."""
+    """What a simulator says about the robot of a task."""
 
     robot: str
     fps: int
@@ -86,13 +86,13 @@ class Reply:
     images: Mapping[str, np.ndarray]
     fields: Mapping[str, np.ndarray]
     is_success: bool
-    # nothing more is to be done in this episode
+    # the episode has ended
     is_over: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The simulator failed, and is gone."""
+    """The simulator failed and was closed."""
 
     message: str
 
@@ -106,10 +106,10 @@ class _Slot:
 
 
 class RolloutWorker:
-    """The simulators of a process, one a slot, each kept as long as the slot's task is the same.
+    """The simulators of a process: one per slot, reused while the slot's task stays the same.
 
     Args:
-        setup: of all of them.
+        setup: how to create each of them.
     """
 
     def __init__(self, setup: SimulatorSetup) -> None:
@@ -117,7 +117,7 @@ class RolloutWorker:
         self._slots: dict[int, _Slot] = {}
 
     def handle(self, request: Request) -> RobotFacts | Reply | Failure:
-        """Do what is asked; a simulator that fails is dropped, and the answer says why."""
+        """Answer a request. A simulator that fails is closed, and the answer says why."""
         try:
             match request:
                 case Describe():
@@ -126,7 +126,7 @@ class RolloutWorker:
                     return self._begin(request)
                 case Step():
                     return self._step(request)
-        except Exception as error:  # the border of a process: the parent names the episode and counts it
+        except Exception as error:  # process border: the parent names the episode and counts it
             self._drop(request.slot)
             return Failure(message=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
@@ -189,8 +189,8 @@ def _describe(simulator: Simulator) -> RobotFacts:
 
 
 def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
-    """Answer requests until the parent closes the connection, or has ended."""
-    # an interrupt is the parent's to handle
+    """Answer requests until the parent closes the connection or ends."""
+    # the parent handles interrupts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_installed_plugins()
     import_plugins(setup.plugins, "--plugins")

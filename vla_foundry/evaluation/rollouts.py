@@ -1,7 +1,7 @@
-"""Rollouts of a batch of episodes in step: simulators in processes of their own, one policy here.
+"""Run batches of episodes in lockstep: simulators in worker processes, one policy in this process.
 
-All episodes of a batch begin together and take their steps together, so which of them a policy predicts for at once is
-a function of the episodes alone, whatever the number of processes and however fast each of them is.
+All episodes of a batch start together and step together. So the episodes that share a prediction depend neither on the
+number of processes nor on their speed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
+from vla_foundry.evaluation.actors import Actor
 from vla_foundry.evaluation.results import EpisodeResult
 from vla_foundry.evaluation.rollout_worker import (
     Begin,
@@ -28,29 +29,8 @@ from vla_foundry.evaluation.rollout_worker import (
 _SECONDS_TO_END = 5
 
 
-@runtime_checkable
-class Actor(Protocol):
-    """What acts in the episodes of a batch; each has a slot."""
-
-    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
-        """Begin a batch: {slot: seed of the episode}, and what all of their robots are told."""
-        ...
-
-    def needs_images(self, slot: int) -> bool:
-        """True if the slot's next observation must hold images."""
-        ...
-
-    def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
-        """Return the action of each slot; None: the simulator's expert is to act."""
-        ...
-
-    def mean_latency_ms(self, slot: int) -> float | None:
-        """Mean time of a prediction in the slot's episode; None: nothing was predicted."""
-        ...
-
-
 class RolloutPool:
-    """Processes with simulators. Slot s lives in process s modulo their number.
+    """Worker processes with simulators. Slot s lives in process s modulo their number.
 
     Args:
         connections: to the processes.
@@ -60,7 +40,7 @@ class RolloutPool:
         self._connections = connections
 
     def ask(self, requests: Sequence[Request]) -> list[Any]:
-        """Return the answers to requests, in their order.
+        """Send requests; return the answers in the same order.
 
         Raises:
             ValueError: a process died.
@@ -83,10 +63,10 @@ class RolloutPool:
         return answers
 
     def describe(self, requests: Sequence[Request]) -> list[RobotFacts]:
-        """Return what the robots are.
+        """Return the facts of the robots.
 
         Raises:
-            ValueError: a simulator or task is unknown, or can not be made.
+            ValueError: a simulator or task is unknown, or cannot be created.
         """
         answers = self.ask(requests)
         for answer in answers:
@@ -97,8 +77,8 @@ class RolloutPool:
 
 @contextmanager
 def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool]:
-    """Start processes with simulators, and end them."""
-    # spawned, so that no process inherits another's OpenGL or threads
+    """Start worker processes; stop them at the end of the block."""
+    # spawn: no process inherits another's OpenGL context or threads
     context = get_context("spawn")
     connections, processes = [], []
     try:
@@ -106,7 +86,7 @@ def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool
             ours, theirs = context.Pipe()
             process = context.Process(target=serve_rollouts, args=(theirs, setup), daemon=True)
             process.start()
-            # or the process would never see that this end is closed
+            # otherwise the process would never see that our end is closed
             theirs.close()
             connections.append(ours)
             processes.append(process)
@@ -122,19 +102,19 @@ def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Episodes of a task that run in step."""
+    """Episodes of one task that run in lockstep."""
 
     task: str
     seeds: tuple[int, ...]
     instruction: str
     # control steps in a second
     fps: float
-    # {seed: file for pictures}
+    # seed -> file for pictures of its episode
     pictures: Mapping[int, str]
 
 
 def run_batch(pool: RolloutPool, actor: Actor, batch: Batch) -> list[EpisodeResult]:
-    """Run the episodes of a batch to their ends; a simulator that fails makes its episode invalid, not the others."""
+    """Run a batch to the end. A simulator that fails invalidates its own episode only."""
     results = [
         EpisodeResult(task=batch.task, seed=seed, instruction=batch.instruction, num_steps=0) for seed in batch.seeds
     ]

@@ -1,1 +1,1 @@
-"""The whole road on this machine: each stage is a public command, run as a subprocess."""
+"""The whole pipeline on this machine: each step is a public command, run as a subprocess."""

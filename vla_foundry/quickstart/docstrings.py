@@ -1,4 +1,4 @@
-"""Real English without a download: the docstrings of the standard library and of installed packages."""
+"""Collect English text without a download: docstrings of the standard library and of installed packages."""
 
 import ast
 import hashlib
@@ -11,20 +11,20 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# shorter docstrings say little and repeat each other
+# shorter docstrings carry little information and repeat
 MIN_CHARACTERS = 80
-# one source file in this many is held out
+# one in this many source files is held out
 HELD_OUT_EVERY = 20
 _HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_processes: int) -> dict[str, int]:
-    """Write every long docstring once, as {"text": ...} lines; all of one source file to the same split.
+    """Write each distinct long docstring as a {"text": ...} line; a source file goes to one split as a whole.
 
     Args:
         output_dir: receives train/docstrings.jsonl and validation/docstrings.jsonl.
-        packages: installed packages to read besides the standard library; nothing of them is imported.
-        num_processes: processes that parse source files; the result does not depend on it.
+        packages: installed packages to read besides the standard library; they are read, not imported.
+        num_processes: processes that parse source files; they do not change the result.
 
     Returns:
         Documents and characters per split: {"train_documents": ..., "train_characters": ..., ...}.
@@ -56,10 +56,10 @@ def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_proce
 
 
 def read_docstrings(path: Path) -> list[str]:
-    """Return the long docstrings of one source file, in its order; none if it is not Python."""
+    """Return the long docstrings of a source file in breadth-first order; none if it is not valid Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's code
+            warnings.simplefilter("ignore")  # invalid escape sequences in third-party code
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []

@@ -1,14 +1,22 @@
-"""The language stage: docstrings -> tokenizer -> shards -> a trained language model -> generated text."""
+"""The language stage: docstrings -> tokenizer -> shards -> language model -> report and generated text."""
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_foundry.batch import Batch
+from vla_foundry.data import create_dataloader
+from vla_foundry.params import load_experiment_params_from_yaml
+from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.quickstart.docstrings import harvest_docstrings
-from vla_foundry.quickstart.stages import Step, training_step, words_of
+from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
+from vla_foundry.run_folder import CONFIG_NAME
+from vla_foundry.world import World, num_cores
 
 PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
@@ -17,42 +25,32 @@ PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
 PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
-def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> list[Step]:
-    """Return the steps of the language stage; everything is written below `output_dir`.
-
-    Args:
-        num_processes: processes that collect text.
-        num_trainers: processes that train.
-    """
-    text, tokenizer = output_dir / "text", output_dir / "tokenizer"
-    shards, run = output_dir / "shards", output_dir / "runs" / "llm"
-
-    def harvest() -> None:
-        counts = harvest_docstrings(text, packages=PACKAGES, num_processes=num_processes)
-        for split in ("train", "validation"):
-            megabytes = counts[f"{split}_characters"] / 1e6
-            print(f"  {split}: {counts[f'{split}_documents']:,} docstrings, {megabytes:.1f} MB")  # noqa: T201
+def create_llm_stage(output_dir: Path) -> Stage:
+    """Build the language stage; it writes below `<output_dir>/llm`."""
+    folder = output_dir / "llm"
+    text, tokenizer, shards, run = folder / "text", folder / "tokenizer", folder / "shards", folder / "runs" / "llm"
+    summary, figure = folder / "summary.txt", folder / "loss.png"
 
     def preprocess(split: str) -> Step:
-        folder = shards / split
+        target = shards / split
         return Step(
             name=f"preprocess_{split}",
             what=f"Tokenize and pack the {split} text into shards",
-            words=words_of("preprocess text", source=text / split, output=folder, tokenizer=tokenizer, seq_len=SEQ_LEN),
-            outputs=(folder / "manifest.jsonl",),
-            folder=folder,
+            words=words_of("preprocess text", source=text / split, output=target, tokenizer=tokenizer, seq_len=SEQ_LEN),
+            outputs=(target / "manifest.jsonl",),
+            folder=target,
         )
 
-    return [
+    steps = (
         Step(
             name="harvest",
             what="Collect real English: docstrings of the standard library, numpy and scipy",
-            function=harvest,
+            function=lambda: _harvest(text),
             outputs=(text / "train" / "docstrings.jsonl", text / "validation" / "docstrings.jsonl"),
         ),
         Step(
             name="tokenizer",
-            what=f"Train a byte-level BPE tokenizer of {VOCAB_SIZE:,} tokens",
+            what=f"Train a byte-level BPE tokenizer with {VOCAB_SIZE:,} tokens",
             words=words_of("preprocess tokenizer", source=text / "train", output=tokenizer, vocab_size=VOCAB_SIZE),
             outputs=(tokenizer / "tokenizer.json",),
             folder=tokenizer,
@@ -65,31 +63,148 @@ def llm_steps(output_dir: Path, *, num_processes: int, num_trainers: int) -> lis
             preset=PRESET,
             run=run,
             shards=shards,
-            num_processes=num_trainers,
+            num_processes=count_trainers(),
         ),
-    ]
+        Step(
+            name="llm_report",
+            what="Compare with a model that ignores context",
+            function=lambda: write_llm_report(run, summary=summary, figure=figure),
+            outputs=(summary, figure),
+        ),
+        Step(
+            name="generate",
+            what="Continue two prompts",
+            words=(
+                *words_of("generate", checkpoint=run),
+                *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
+                *words_of("", max_new_tokens=40, temperature=0.7, seed=0),
+            ),
+        ),
+    )
+    return Stage(steps=steps, summary=summary)
 
 
-def generate_step(output_dir: Path) -> Step:
-    """Return the step that continues two prompts with the trained model."""
-    words = words_of("generate", checkpoint=output_dir / "runs" / "llm")
-    words += tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
-    words += words_of("", max_new_tokens=40, temperature=0.7, seed=0)
-    return Step(name="generate", what="Continue two prompts", words=words)
+def _harvest(text: Path) -> None:
+    counts = harvest_docstrings(text, packages=PACKAGES, num_processes=num_cores())
+    for split in ("train", "validation"):
+        megabytes = counts[f"{split}_characters"] / 1e6
+        print(f"  {split}: {counts[f'{split}_documents']:,} docstrings, {megabytes:.1f} MB")  # noqa: T201
 
 
-def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl."""
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        yield json.loads(line)
+def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
+    """Compare the run's held-out loss with that of a unigram model of the same data, and draw the loss curve.
+
+    Args:
+        run: folder of the language run.
+        summary: text file to write.
+        figure: PNG to write.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: the run has no validation loss.
+    """
+    params = load_experiment_params_from_yaml(str(run / CONFIG_NAME))
+    baseline = measure_unigram(params)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    validation = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
+    if not validation:
+        raise ValueError(f"{run} has no validation loss. Train it with --total_val_samples.")
+    held_out = validation[-1][1]
+    text = "\n".join(
+        (
+            "Language stage",
+            f"  loss in training            {training[0][1]:.3f} -> {training[-1][1]:.3f} nats per token",
+            f"  loss on held-out documents  {held_out:.3f} nats per token",
+            f"  a unigram model there       {baseline:.3f} nats per token",
+            f"  the model is better by      {baseline - held_out:.3f} nats per token (goal: at least 1)",
+            f"  loss curve                  {figure}",
+            "",
+            *sketch_curve(training),
+        )
+    )
+    draw_loss_curve(training, validation, baseline, figure)
+    summary.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def measure_unigram(params: TrainExperimentParams) -> float:
+    """Fit a unigram model to a run's training data; return its loss on the targets that the run validates on."""
+    options: dict[str, Any] = {
+        "global_batch_size": params.hparams.global_batch_size,
+        "per_gpu_batch_size": params.hparams.per_gpu_batch_size,
+        "seed": params.hparams.seed,
+    }
+    # read the training data once, in order, as if it were a validation split
+    train = dataclasses.replace(
+        params.data,
+        val_dataset_manifest=params.data.dataset_manifest,
+        val_dataset_modality=params.data.dataset_modality,
+        val_dataset_weighting=params.data.dataset_weighting,
+    )
+    with closing(create_dataloader(train, World(), **options, split="validation")) as loader:
+        train_counts = count_targets(loader.microbatches(0))
+    held_out = create_dataloader(
+        params.data, World(), **options, split="validation", total_samples=params.total_val_samples
+    )
+    with closing(held_out) as loader:
+        held_out_counts = count_targets(loader.microbatches(0))
+    return unigram_loss(train_counts, held_out_counts)
 
 
 def unigram_loss(train_counts: np.ndarray, held_out_counts: np.ndarray) -> float:
     """Return the loss, in nats per token, of the best model that ignores context.
 
     Args:
-        train_counts: how often each token stands in the training data, [V]; one is added to each.
-        held_out_counts: the same for the held-out targets, [V].
+        train_counts: how often each token occurs in the training data, (V,); one is added to each.
+        held_out_counts: the same for the held-out targets, (V,).
     """
     probabilities = (train_counts + 1.0) / (train_counts + 1.0).sum()
     return float(-(held_out_counts * np.log(probabilities)).sum() / held_out_counts.sum())
+
+
+def count_targets(batches: Iterable[Batch]) -> np.ndarray:
+    """Count how often each token is a supervised target, int64 (V,)."""
+    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for batch in batches:
+        targets = batch["input_ids"][batch["target_mask"]].numpy()
+        counts += np.bincount(targets, minlength=VOCAB_SIZE)
+    return counts
+
+
+def sketch_curve(points: list[tuple[int, float]], *, width: int = 64, height: int = 10) -> list[str]:
+    """Plot losses over steps with characters; return the lines, top first."""
+    steps = np.array([step for step, _ in points], dtype=np.float64)
+    losses = np.array([loss for _, loss in points], dtype=np.float64)
+    columns = np.interp(np.linspace(steps[0], steps[-1], width), steps, losses)
+    low, high = losses.min(), losses.max()
+    rows = np.round((high - columns) / max(high - low, 1e-9) * (height - 1)).astype(int)
+    labels = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
+    lines = [
+        f"  {labels.get(row, ''):>6} |" + "".join("*" if at == row else " " for at in rows).rstrip()
+        for row in range(height)
+    ]
+    return [*lines, f"  {'':>6} +{'-' * width}", f"  {'':>7} step {steps[0]:.0f} to {steps[-1]:.0f}"]
+
+
+def draw_loss_curve(
+    training: list[tuple[int, float]], validation: list[tuple[int, float]], baseline: float, path: Path
+) -> None:
+    """Plot the loss over steps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+    axes.plot(*zip(*training, strict=True), color="#4878a8", linewidth=1.4, label="training")
+    axes.plot(*zip(*validation, strict=True), "o", color="#c44e52", label="held-out documents")
+    axes.axhline(baseline, color="#777777", linestyle="--", linewidth=1, label="unigram model, held-out")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title="Language model")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,68 +1,155 @@
-"""The vision-language stage: scenes drawn by a simulator -> shards -> a model that says what it sees, from the LLM."""
+"""The vision-language stage: simulated scenes -> shards -> a model that starts from the LLM and captions them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vla_foundry.datagen.scene_captions import AttributeScore, score_captions
 from vla_foundry.datagen.scenes import SPLITS
-from vla_foundry.quickstart.stages import Step, training_step, words_of
+from vla_foundry.inference.caption import Question, answer, load_captioner
+from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
 
-# things whose states can be told from 64 pixels; a pressed button can not
+# things whose state is visible at 64 pixels; a pressed button is not
 TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "stick-push-v3")
 NUM_SCENES = 9000
 NUM_VALIDATION_SCENES = 500
 PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
-# held-out scenes that are captioned before the user's eyes
+# held-out scenes whose captions are printed
 SHOWN = (0, 1, 2)
+# attribute -> its label in the report, and the accuracy to reach
+_ROWS: dict[str, tuple[str, float | None]] = {
+    "object": ("object", 0.9),
+    "state": ("its state", 0.9),
+    "object_position": ("where it is, within a cell", 0.9),
+    "gripper_position": ("where the gripper is, within a cell", 0.9),
+    "side": ("to the left or right", None),
+    "depth": ("ahead or behind", None),
+    "height": ("above or below", None),
+    "object_position_exact": ("where it is, the very cell", None),
+    "caption": ("the whole caption", None),
+}
+# held-out scenes in the figure
+_NUM_DRAWN = 8
 
 
-def vlm_steps(output_dir: Path, *, llm_run: Path, num_processes: int) -> list[Step]:
-    """Return the steps of the vision-language stage; everything is written below `output_dir`.
-
-    Args:
-        llm_run: folder of the language run that the model starts from.
-        num_processes: processes that train.
-    """
-    scenes, shards, run = output_dir / "scenes", output_dir / "shards", output_dir / "runs" / "vlm"
+def create_vlm_stage(output_dir: Path) -> Stage:
+    """Build the vision-language stage; it writes below `<output_dir>/vlm` and starts from the run in `llm`."""
+    folder, llm_run = output_dir / "vlm", output_dir / "llm" / "runs" / "llm"
+    scenes, shards, run = folder / "scenes", folder / "shards", folder / "runs" / "vlm"
+    summary, figure = folder / "summary.txt", folder / "captions.png"
+    held_out = scenes / "validation"
 
     def preprocess(split: str) -> Step:
-        folder = shards / split
+        target = shards / split
         return Step(
             name=f"preprocess_scenes_{split}",
             what=f"Put the {split} scenes into shards",
-            words=words_of("preprocess image_caption", source=scenes / split, output=folder, num_workers=0),
-            outputs=(folder / "manifest.jsonl",),
-            folder=folder,
+            words=words_of("preprocess image_caption", source=scenes / split, output=target, num_workers=0),
+            outputs=(target / "manifest.jsonl",),
+            folder=target,
         )
 
-    return [
+    flags = {"num_scenes": NUM_SCENES, "num_validation_scenes": NUM_VALIDATION_SCENES, "tasks": ",".join(TASKS)}
+    steps = (
         Step(
             name="scenes",
-            what="Draw scenes in MuJoCo and say in words what is where",
-            words=words_of(
-                "scenes",
-                output=scenes,
-                num_scenes=NUM_SCENES,
-                num_validation_scenes=NUM_VALIDATION_SCENES,
-                tasks=",".join(TASKS),
-            ),
+            what="Draw scenes in MuJoCo and describe them in words",
+            words=words_of("scenes", output=scenes, **flags),
             outputs=tuple(scenes / split for split in SPLITS),
             folder=scenes,
         ),
         *(preprocess(split) for split in SPLITS),
         training_step(
             "train_vlm",
-            "Train the vision-language model, from the language model",
+            "Train the vision-language model, starting from the language model",
             preset=PRESET,
             run=run,
             shards=shards,
-            num_processes=num_processes,
+            num_processes=count_trainers(),
             flags={"model.transformer.resume_from_checkpoint": llm_run},
         ),
-    ]
+        Step(
+            name="caption",
+            what="Caption three held-out scenes",
+            words=(
+                *words_of("caption", checkpoint=run),
+                *(word for index in SHOWN for word in ("--image", str(held_out / f"{index:08d}.png"))),
+            ),
+        ),
+        Step(
+            name="vlm_report",
+            what="Caption all held-out scenes and score the captions",
+            function=lambda: write_vlm_report(run, held_out, summary=summary, figure=figure),
+            outputs=(summary, figure),
+        ),
+    )
+    return Stage(steps=steps, summary=summary)
 
 
-def caption_step(output_dir: Path) -> Step:
-    """Return the step that captions a few held-out scenes."""
-    words = words_of("caption", checkpoint=output_dir / "runs" / "vlm")
-    for index in SHOWN:
-        words += words_of("", image=output_dir / "scenes" / "validation" / f"{index:08d}.png")
-    return Step(name="caption", what="Say what three held-out scenes show", words=words)
+def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) -> str:
+    """Caption held-out scenes and score the captions, attribute by attribute.
+
+    Args:
+        run: folder of the vision-language run.
+        scenes: folder of the held-out scenes: 00000000.png, .txt ...
+        summary: text file to write.
+        figure: PNG to write: some scenes with their captions.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: there are no scenes, or the run does not hold a vision-language model.
+    """
+    pictures = sorted(scenes.glob("*.png"))
+    if not pictures:
+        raise ValueError(f"{scenes} holds no pictures. Draw them with `vla-foundry scenes`.")
+    images = [path.read_bytes() for path in pictures]
+    truths = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures]
+    captioner = load_captioner(str(run))
+    prompt = captioner.default_prompt
+    predictions = answer(captioner, [Question((image,), prompt) for image in images], batch_size=64, max_new_tokens=80)
+    text = "\n".join(
+        (
+            f"Vision-language stage: captions of {len(truths)} held-out scenes",
+            *format_scores(score_captions(predictions, truths)),
+            f"  pictures with captions  {figure}",
+        )
+    )
+    draw_captions(pictures[:_NUM_DRAWN], predictions, truths, figure)
+    summary.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def format_scores(scores: Mapping[str, AttributeScore]) -> list[str]:
+    """Format a table: each attribute's accuracy beside chance, the best constant answer and the goal."""
+    lines = [f"  {'right, of held-out scenes':<37}{'model':>7}{'chance':>9}{'constant':>10}{'goal':>7}"]
+    for name, (label, goal) in _ROWS.items():
+        score = scores[name]
+        shown_goal = "" if goal is None else f"{goal:.0%}"
+        lines.append(
+            f"  {label:<37}{score.accuracy:>7.1%}{score.chance:>9.1%}{score.constant:>10.1%}{shown_goal:>7}".rstrip()
+        )
+    return [*lines, "  (constant: the best single answer for all pictures)"]
+
+
+def draw_captions(pictures: Sequence[Path], predictions: Sequence[str], truths: Sequence[str], path: Path) -> None:
+    """Draw scenes with their predicted captions; add the true caption where it differs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(-(-len(pictures) // 4), 4, figsize=(14, 5 * -(-len(pictures) // 4)), dpi=90)
+    for axis, picture, caption, truth in zip(axes.flat, pictures, predictions, truths, strict=False):
+        axis.imshow(pyplot.imread(picture), interpolation="nearest")
+        lines = caption.strip().replace(". ", ".\n")
+        if caption.strip() != truth:
+            lines += "\n(true) " + truth.replace(". ", ".\n")
+        axis.set_title(lines, fontsize=8, loc="left", color="#222222" if caption.strip() == truth else "#c44e52")
+    for axis in axes.flat:
+        # set_axis_off would leave no room for the titles
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

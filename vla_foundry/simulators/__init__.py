@@ -1,23 +1,33 @@
-"""Simulated worlds behind one interface, by name: reset, observe, apply, success, render, expert; no policy in them."""
+"""Simulated worlds behind one interface, found by name; a simulator knows no policy."""
 
-from vla_foundry.simulators.base import (
+from vla_foundry.simulators.simulator import (
+    ACTION,
+    IMAGES,
+    OBSERVATION,
     SIMULATORS,
+    STATE,
     Layout,
     ObjectState,
     Observation,
     Simulator,
     SimulatorState,
     create_simulator,
+    name_observation,
     register_simulator,
 )
 
 __all__ = [
+    "ACTION",
+    "IMAGES",
+    "OBSERVATION",
     "SIMULATORS",
+    "STATE",
     "Layout",
     "ObjectState",
     "Observation",
     "Simulator",
     "SimulatorState",
     "create_simulator",
+    "name_observation",
     "register_simulator",
 ]

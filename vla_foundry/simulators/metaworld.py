@@ -9,15 +9,6 @@ from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import FieldDescription, GripperRange
-from vla_foundry.simulators.base import (
-    Layout,
-    ObjectState,
-    Observation,
-    Simulator,
-    SimulatorState,
-    register_simulator,
-)
-from vla_foundry.simulators.metaworld_instructions import instructions_of
 from vla_foundry.simulators.metaworld_tasks import (
     HALF_OPEN_STARTS,
     INSTRUCTIONS,
@@ -25,18 +16,27 @@ from vla_foundry.simulators.metaworld_tasks import (
     THINGS,
     HalfOpenStart,
     Thing,
+    instructions_of,
 )
 from vla_foundry.simulators.mujoco_renderer import Camera, MujocoRenderer, choose_opengl
+from vla_foundry.simulators.simulator import (
+    Layout,
+    ObjectState,
+    Observation,
+    Simulator,
+    SimulatorState,
+    register_simulator,
+)
 
 CAMERAS: dict[str, Camera] = {
     "behindGripper": Camera(model_camera="behindGripper", is_upside_down=False),
     "corner": Camera(model_camera="corner", is_upside_down=True),
-    # nearer than Meta-World puts it, as is usual for learning from pictures
+    # closer than in Meta-World, as is usual for learning from pictures
     "corner2": Camera(model_camera="corner2", is_upside_down=True, position=(0.75, 0.075, 0.7)),
     "corner3": Camera(model_camera="corner3", is_upside_down=True),
     "gripperPOV": Camera(model_camera="gripperPOV", is_upside_down=False),
     "topview": Camera(model_camera="topview", is_upside_down=False),
-    # the same corner, turned to where things happen: they are twice as large in a small picture
+    # the same corner, aimed at the workspace: things are twice as large in a small picture
     "workspace": Camera(
         model_camera="corner2", is_upside_down=False, position=(0.7, 0.1, 0.75), looks_at=(0.02, 0.68, 0.12), fovy=46.0
     ),
@@ -44,19 +44,19 @@ CAMERAS: dict[str, Camera] = {
 # range of the gripper in arranged scenes: across, along, above the table
 _GRIPPER_LOW = np.array([-0.3, 0.4, 0.07])
 _GRIPPER_HIGH = np.array([0.3, 0.82, 0.35])
-# physics steps that bring the arm to rest at a place
+# physics steps until the arm rests at its target
 _NUM_ARM_STEPS = 250
-# where a thing waits while the arm moves in
+# where a thing waits while the arm moves
 _OUT_OF_THE_WAY = np.array([0.0, 10.0, 0.0])
 
 
 def task_names() -> list[str]:
-    """Every task, `@half` variants too."""
+    """Return every task, `@half` variants included."""
     return sorted([*INSTRUCTIONS, *(f"{name}@half" for name in HALF_OPEN_STARTS)])
 
 
 def scene_tasks() -> list[str]:
-    """Tasks that can `arrange` scenes."""
+    """Return the tasks that can `arrange` scenes."""
     return sorted(THINGS)
 
 
@@ -92,7 +92,7 @@ class MetaworldSimulator(Simulator):
         self._thing: Thing | None = THINGS.get(name)
         self._environment, self._expert = environment, expert
         self._model, self._data = environment.model, environment.data
-        # resets move bodies and markers of the model itself; an episode must not depend on the one before
+        # resets change bodies and markers of the model itself; an episode must not depend on the one before
         self._pristine = {part: getattr(self._model, part).copy() for part in ("body_pos", "body_quat", "site_pos")}
         if self._half_open is not None:
             self._limit_layouts(self._half_open)
@@ -103,7 +103,7 @@ class MetaworldSimulator(Simulator):
         self._is_success = False
 
     def reset(self, seed: int) -> Observation:
-        """Begin the episode that belongs to `seed`."""
+        """Start the episode of `seed`."""
         self._forget_the_past()
         self._renderer.shows_sites = self._shows_goal
         self._environment.seed(seed)
@@ -113,14 +113,14 @@ class MetaworldSimulator(Simulator):
             joint = self._data.joint(start.joint)
             joint.qpos = start.middle + np.random.default_rng(seed).uniform(-start.spread, start.spread)
             joint.qvel = 0
-        # Meta-World moves bodies without telling the physics, so that positions would be the last episode's
+        # Meta-World moves bodies without updating the physics: positions would be those of the last episode
         _mujoco().mj_forward(self._model, self._data)
         self._state = self._sense_anew()
         self._is_success = False
         return self.observe()
 
     def observe(self, *, with_images: bool = True) -> Observation:
-        """Draw every camera; `end_effector_position` is in metres, `gripper_opening` in [0, 1]."""
+        """Render every camera; `end_effector_position` is in metres, `gripper_opening` in [0, 1]."""
         sensed = self._sensed()
         return Observation(
             images={camera: self.render(camera) for camera in self.cameras} if with_images else {},
@@ -144,19 +144,19 @@ class MetaworldSimulator(Simulator):
         self._is_success = bool(facts["success"])
 
     def success(self) -> bool:
-        """Whether Meta-World counts the present state as a success; false before the first step."""
+        """Return whether Meta-World counts the current state as a success; false before the first step."""
         return self._is_success
 
     def render(self, camera: str) -> UInt8[np.ndarray, "H W 3"]:
-        """Draw the present state, upright."""
+        """Render the current state, upright."""
         return self._renderer.render(self._data, _find_camera(camera))
 
     def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
-        """Where a point appears: (column, row) as fractions of the picture from the top left."""
+        """Return where a point appears: (column, row) as fractions of the picture from the top left corner."""
         return self._renderer.project(self._data, _find_camera(camera), position)
 
     def is_hidden(self, camera: str, position: Float[np.ndarray, "3"], *, by: Literal["robot", "object"]) -> bool:
-        """Whether the arm, or the task's main thing where one is known, stands first before a point."""
+        """Return whether the arm, or the task's main thing if known, hides a point."""
         if by == "object" and self._thing is None:
             return False
         body = self._thing.body if by == "object" and self._thing is not None else "hand"
@@ -164,25 +164,25 @@ class MetaworldSimulator(Simulator):
         return self._renderer.is_hidden(self._data, _find_camera(camera), position, by_root=root)
 
     def expert(self) -> Float[np.ndarray, " A"]:
-        """The scripted policy's action for the present state."""
+        """Return the scripted policy's action for the current state."""
         with warnings.catch_warnings():
-            # some of its policies ask for more than an action can be, and say so each time
+            # some scripted policies exceed the action range and warn at every step
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
             action = self._expert.get_action(self._sensed())
         return np.clip(action, -1, 1).astype(np.float32)
 
     def describe(self) -> SimulatorState:
-        """The gripper, and the task's main thing where one is known."""
+        """Return the state of the gripper, and of the task's main thing if known."""
         fingertips = [self._data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector")]
         thing = self._thing
         objects = () if thing is None else (self._describe_thing(thing),)
         return SimulatorState(gripper_position=(fingertips[0] + fingertips[1]) / 2, objects=objects)
 
     def arrange(self, layout: Layout) -> SimulatorState | None:
-        """Bring the arm to its place, then set the thing down; no time passes after that.
+        """Move the arm to its place, then put the thing down; no simulated time passes afterwards.
 
         Returns:
-            The scene's state, or None if the arm would stand inside the thing.
+            The scene's state, or None if the arm would penetrate the thing.
 
         Raises:
             ValueError: this task has no such scenes.
@@ -208,7 +208,7 @@ class MetaworldSimulator(Simulator):
 
     def _sensed(self) -> np.ndarray:
         if self._state is None:
-            raise ValueError("No episode was begun. Call reset(seed) first.")
+            raise ValueError("No episode was started. Call reset(seed) first.")
         return self._state
 
     def _sense_anew(self) -> np.ndarray:
@@ -235,7 +235,7 @@ class MetaworldSimulator(Simulator):
         return self._data.joint(int(self._model.body(body).jntadr[0]))
 
     def _place(self, body: str, position: np.ndarray) -> None:
-        """Set a body down at `position`, whether it is fixed there or free."""
+        """Put a body at `position`, whether it is fixed or free."""
         if self._model.body(body).jntnum[0]:
             self._joint_of(body).qpos[:3] = position
         else:
@@ -273,7 +273,7 @@ class MetaworldSimulator(Simulator):
         return np.flatnonzero(is_own & (model.geom_group <= 2) & (model.geom_rgba[:, 3] > 0))
 
     def _is_arm_inside(self, thing: Thing) -> bool:
-        """Whether a contact between the arm and the thing is deeper than touching."""
+        """Return whether a contact between the arm and the thing is deeper than a touch."""
         roots = self._model.body_rootid
         pair = {int(roots[self._model.body(name).id]) for name in ("hand", thing.body)}
         bodies = self._model.geom_bodyid
@@ -300,7 +300,7 @@ def _mujoco() -> Any:
 
 
 def _create_environment(name: str) -> tuple[Any, Any]:
-    """Build Meta-World's environment, which draws a new layout at each reset, and its scripted policy.
+    """Build Meta-World's environment, which samples a new layout at each reset, and its scripted policy.
 
     Raises:
         ValueError: Meta-World is not installed, or there is no OpenGL renderer.

@@ -1,4 +1,4 @@
-"""Draw MuJoCo scenes off screen, one small upright picture at a time, on machines with or without a GPU."""
+"""Render MuJoCo scenes off screen, one small upright picture at a time, with or without a GPU."""
 
 import ctypes.util
 import os
@@ -16,13 +16,13 @@ from jaxtyping import Float, UInt8
 class Camera:
     """One view of a MuJoCo model."""
 
-    # the model's camera that it stands for
+    # the model's camera that it uses
     model_camera: str
-    # whether the model holds that camera upside down, so that its pictures are turned by half a circle
+    # whether that camera is upside down in the model, so that its pictures are rotated by 180 degrees
     is_upside_down: bool
-    # where it is moved to, in its parent body's frame; None: left in place
+    # its new position, in its parent body's frame; None: unchanged
     position: tuple[float, float, float] | None = None
-    # point of that frame that it is turned to, with its upper edge up; None: not turned
+    # point of that frame that it looks at, with its upper edge up; None: unchanged
     looks_at: tuple[float, float, float] | None = None
     # vertical field of view in degrees; None: the model's
     fovy: float | None = None
@@ -32,12 +32,13 @@ def choose_opengl(
     environment: MutableMapping[str, str] | None = None,
     find_library: Callable[[str], str | None] = ctypes.util.find_library,
 ) -> str:
-    """Return the OpenGL library to draw with, and name it in MUJOCO_GL; call before anything imports mujoco.
+    """Choose the OpenGL library for rendering and set MUJOCO_GL; call before anything imports mujoco.
 
-    What MUJOCO_GL names is taken if it is there. Else, on Linux: EGL where a GPU is seen, else OSMesa, else EGL.
+    The library named by MUJOCO_GL is used if installed. Without that variable, on Linux: EGL if there is a GPU, then
+    OSMesa, then EGL.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no library is installed, or the named one is not.
     """
     environment = os.environ if environment is None else environment
     chosen = environment.get("MUJOCO_GL", "").lower().strip()
@@ -51,7 +52,7 @@ def choose_opengl(
     if not chosen or (chosen in ("egl", "osmesa") and chosen not in present):
         raise ValueError(_no_renderer(f"MUJOCO_GL={chosen} is not installed" if chosen else "neither EGL nor OSMesa"))
     environment["MUJOCO_GL"] = chosen
-    # one thread draws a small picture fastest; processes give the parallelism
+    # one thread renders a small picture fastest; processes give the parallelism
     environment.setdefault("LP_NUM_THREADS", "0")
     return chosen
 
@@ -70,10 +71,10 @@ def _no_renderer(reason: str) -> str:
 
 
 class MujocoRenderer:
-    """Draw one model at one size: no shadows, reflections, sky or antialiasing.
+    """Renders one model at one size: no shadows, reflections, sky or antialiasing.
 
-    mujoco's own Renderer frees its textures in whichever OpenGL context is current, which blanks other renderers of
-    the process; this one makes its own context current first.
+    mujoco's own Renderer frees its textures in whichever OpenGL context is current, which blanks the process's other
+    renderers; this one makes its own context current first.
     """
 
     def __init__(self, model: Any, image_size: int) -> None:
@@ -83,7 +84,7 @@ class MujocoRenderer:
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
         self._option = mujoco.MjvOption()
-        # whether markers (sites) of the default group are drawn
+        # whether markers (sites) of the default group are visible
         self.shows_sites = False
         self._view = mujoco.MjvCamera()
         self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
@@ -103,7 +104,7 @@ class MujocoRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
     def render(self, data: Any, camera: Camera) -> UInt8[np.ndarray, "H W 3"]:
-        """Draw what `camera` sees of `data`, upright."""
+        """Render `data` as `camera` sees it, upright."""
         mujoco = self._mujoco
         if self._gl is None:
             raise ValueError("This renderer is closed.")
@@ -116,12 +117,12 @@ class MujocoRenderer:
         self._gl.make_current()
         mujoco.mjr_render(self._rectangle, self._scene, self._context)
         mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._context)
-        # OpenGL's rows run upwards; half a turn on top of that leaves only the columns reversed
+        # OpenGL's rows run upwards; after a rotation by 180 degrees only the columns are reversed
         upright = self._pixels[:, ::-1] if camera.is_upside_down else self._pixels[::-1]
         return upright.copy()
 
     def project(self, data: Any, camera: Camera, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
-        """Where a point of the world appears: (column, row) as fractions of the picture from the top left."""
+        """Return where a world point appears: (column, row) as fractions of the picture from the top left corner."""
         index = self._aim(data, camera)
         right, up, back = data.cam_xmat[index].reshape(3, 3).T
         offset = position - data.cam_xpos[index]
@@ -131,7 +132,7 @@ class MujocoRenderer:
         return (1 - column, 1 - row) if camera.is_upside_down else (column, row)
 
     def is_hidden(self, data: Any, camera: Camera, position: Float[np.ndarray, "3"], *, by_root: int) -> bool:
-        """Whether a body of the tree rooted at body `by_root` stands between the camera and a point."""
+        """Return whether a body of the tree rooted at body `by_root` is between the camera and a point."""
         index = self._aim(data, camera)
         start = data.cam_xpos[index].copy()
         shown = self._option.geomgroup
@@ -142,7 +143,7 @@ class MujocoRenderer:
         return int(self._model.body_rootid[self._model.geom_bodyid[geom[0]]]) == by_root
 
     def _aim(self, data: Any, camera: Camera) -> int:
-        """Move the model's camera to its place, and return its index."""
+        """Put the model's camera in its place; return its index."""
         model, index = self._model, self._model.camera(camera.model_camera).id
         position, quaternion, fovy = (values[index] for values in self._original)
         model.cam_pos[index] = position if camera.position is None else camera.position
@@ -154,7 +155,7 @@ class MujocoRenderer:
         return index
 
     def close(self) -> None:
-        """Free the pictures' memory; may be called twice."""
+        """Free the renderer's memory; may be called twice."""
         if self._gl is not None:
             self._gl.make_current()
             self._context.free()
@@ -167,7 +168,7 @@ class MujocoRenderer:
 
 
 def _turn_to(position: Float[np.ndarray, "3"], target: tuple[float, float, float]) -> Float[np.ndarray, "3 3"]:
-    """Rotation whose columns are a camera's right, up and backward, where it looks from `position` at `target`."""
+    """Return the rotation of a camera at `position` that looks at `target`; its columns are right, up and backward."""
     back = position - np.array(target)
     back = back / np.linalg.norm(back)
     right = np.cross((0.0, 0.0, 1.0), back)

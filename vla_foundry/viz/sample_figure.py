@@ -1,4 +1,4 @@
-"""Draws a sample of robot data as a PNG: images, masks, actions raw and normalised, proprioception, instruction."""
+"""Draw a sample of robot data as a PNG: instruction, images, masks, actions raw and normalised, proprioception."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# colours of the three kinds of steps: observed, to be predicted, padding
+# colours of steps: observed, to be predicted, padding
 PAST, FUTURE, PADDING = "#9ecae1", "#a1d99b", "#d9d9d9"
 # inches
 _WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD, _FEW, _UPRIGHT = 12.0, 1.1, 2.6, 0.9, 1.7, 2.4, 4.0
 _MOST_LEGEND = 9
-# fields, from which on their names stand upright
+# from this many fields on, their names are rotated
 _MANY = 8
-# a normalised value beyond this is drawn by powers of ten
+# beyond this normalised value the axis is logarithmic
 _FAR = 20
 
 
 def draw_sample(sample: RobotSample, path: str) -> None:
-    """Draw a sample and write it, whole or not at all.
+    """Draw a sample and write the file atomically.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -51,7 +51,7 @@ def draw_sample(sample: RobotSample, path: str) -> None:
         draw(row, sample)
     temporary = f"{path}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # without the version of matplotlib in it, the same sample is the same file
+    # leave out matplotlib's version: the same sample gives the same file
     canvas.print_figure(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
 
@@ -151,7 +151,7 @@ def _draw_proprioception(part: "SubFigure", sample: RobotSample) -> None:
     if is_few:
         for label in axis.get_xticklabels():
             label.set_horizontalalignment("right")
-    if np.abs(values).max() > _FAR:  # else one dimension would hide the others
+    if np.abs(values).max() > _FAR:  # otherwise one dimension would hide the others
         axis.set_yscale("symlog", linthresh=_FAR)
     axis.set_xlim(-0.7, len(values) - 0.3)
     axis.tick_params(axis="y", labelsize=7)

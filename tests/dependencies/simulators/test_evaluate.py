@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.evaluation.run import evaluate
+from vla_foundry.evaluation.evaluate import evaluate
 from vla_foundry.params.commands.evaluation import EvaluateParams
 
 TASKS = ["drawer-close-v3@half", "window-open-v3@half"]

@@ -109,9 +109,9 @@ def test_a_folder_of_other_scenes_is_refused(
     words = ["--output", str(folder), "--num_validation_scenes", "6", "--tasks", json.dumps(params.tasks)]
     main([*words, "--num_scenes", "36"])
     assert "36 scenes and 6 held out; 0 drawn now" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"made otherwise \(seed 0 -> 5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(seed 0 -> 5\)"):
         main([*words, "--num_scenes", "36", "--seed", "5"])
-    with pytest.raises(ValueError, match="holds 26 scenes more than the 10 asked for"):
+    with pytest.raises(ValueError, match="holds 26 more scenes than the 10 requested"):
         main([*words, "--num_scenes", "10"])
 
 

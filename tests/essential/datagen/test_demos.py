@@ -18,14 +18,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vla_foundry.datagen import demo_episode, demos
-from vla_foundry.datagen.demos import main, record_demos
+from vla_foundry.datagen import demos
+from vla_foundry.datagen.demos import main, record_demos, record_episode
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.robotics.converters.lerobot import LeRobotConverter
 from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
-from vla_foundry.simulators.metaworld_instructions import instructions_of
-from vla_foundry.simulators.metaworld_tasks import INSTRUCTIONS
+from vla_foundry.simulators.metaworld_tasks import INSTRUCTIONS, instructions_of
 
 TASKS = ["drawer-close-v3@half", "button-press-topdown-v3"]
 IMAGE = "observation.images.workspace"
@@ -302,7 +301,7 @@ def test_noise_has_the_asked_deviation_and_lasts_a_while(tmp_path: Path) -> None
     simulator.max_steps = 2000
     params = slider_params(tmp_path / "set", action_noise=0.3, max_attempts=1)
     with pytest.raises(ValueError, match="failed in all 1 attempts"):
-        demo_episode.record_episode(simulator, params, task="impossible", number=0, path=tmp_path / "episode")
+        record_episode(simulator, params, task="impossible", number=0, path=tmp_path / "episode")
     noise = np.stack(simulator.applied) - np.array([1, -1])
     assert noise.std(axis=0) == pytest.approx([0.3, 0.09], rel=0.1)
     assert np.corrcoef(noise[1:, 0], noise[:-1, 0])[0, 1] == pytest.approx(0.7, abs=0.05)
@@ -351,7 +350,7 @@ def test_a_whole_set_is_left_alone_and_another_is_refused(tmp_path: Path, capsys
     main(words)
     assert "recorded before" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
-    with pytest.raises(ValueError, match=r"recorded otherwise \(episodes 2 -> 3; seed 0 -> 5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(episodes 2 -> 3; seed 0 -> 5\)"):
         main([*words[:-1], "3", "--seed", "5"])
 
 
@@ -363,14 +362,14 @@ def test_an_unfinished_set_of_other_settings_is_refused(tmp_path: Path, monkeypa
         patch.setattr(demos, "_publish", stop)
         with pytest.raises(KeyboardInterrupt):
             record_demos(slider_params(tmp_path / "set"))
-    with pytest.raises(ValueError, match=r"recorded otherwise \(action_noise 0.2 -> 0.1\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(action_noise 0.2 -> 0.1\)"):
         record_demos(slider_params(tmp_path / "set", action_noise=0.1))
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds other files\. Name a new folder"):
+    with pytest.raises(ValueError, match=r"holds other files\. Choose a new folder"):
         record_demos(slider_params(tmp_path))
     assert (tmp_path / "data" / "mine.txt").read_text() == "precious"
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import NullActor, RandomActor
+from vla_foundry.evaluation.evaluate import evaluate, main
+from vla_foundry.evaluation.results import wilson_interval
 from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
-from vla_foundry.evaluation.run import evaluate, main
-from vla_foundry.evaluation.statistics import wilson_interval
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED, EvaluateParams
 
 pytestmark = pytest.mark.usefixtures("toy_simulator")
@@ -186,9 +186,9 @@ def test_unknown_names_are_told_before_anything_is_written(
 
 def test_rollouts_of_other_settings_are_refused(tmp_path: Path) -> None:
     evaluate(create_params(tmp_path, episodes="0:2", policy="null"))
-    with pytest.raises(ValueError, match=r"made otherwise \(max_steps None -> 5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(max_steps None -> 5\)"):
         evaluate(create_params(tmp_path, episodes="0:2", policy="null", max_steps=5))
-    with pytest.raises(ValueError, match=r"a budget of 2 rollouts, which is fixed .* asked for are 3"):
+    with pytest.raises(ValueError, match=r"a budget of 2 rollouts, which is fixed .* 3 are requested"):
         evaluate(create_params(tmp_path, episodes="0:3", policy="null"))
 
 

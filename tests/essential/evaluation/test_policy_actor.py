@@ -14,9 +14,9 @@ from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.datagen.demos import record_demos
+from vla_foundry.evaluation.evaluate import evaluate
 from vla_foundry.evaluation.policy_actor import TrainedPolicy
 from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
-from vla_foundry.evaluation.run import evaluate
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
@@ -170,7 +170,7 @@ def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> 
     path = next((tmp_path / "mine").glob("easy/rollouts/*/results.json"))
     settings = json.loads(path.read_text())["settings"]
     assert (settings["images"], settings["open_loop_steps"]) == ("other_episode", 2)
-    with pytest.raises(ValueError, match=r"made otherwise \(images other_episode -> own\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(images other_episode -> own\)"):
         evaluate(create_params(run, tmp_path, **values))
 
 

@@ -1,19 +1,15 @@
-"""The parts of the quickstart's vision-language stage."""
+"""The preset and the report of the quickstart's vision-language stage."""
 
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.datagen.scene_captions import describe_scene, score_captions
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.params.models.vlm import VLMParams
-from vla_foundry.quickstart.command import create_llm_stage, create_vlm_stage
 from vla_foundry.quickstart.llm import PRESET as LLM_PRESET
-from vla_foundry.quickstart.vlm import PRESET
-from vla_foundry.quickstart.vlm_report import draw_captions, format_scores
+from vla_foundry.quickstart.vlm import PRESET, draw_captions, format_scores
 
 
 def caption(row: int, state: str = "open") -> str:
@@ -42,24 +38,6 @@ def test_the_language_model_is_that_of_the_language_stage() -> None:
     assert {key: value for key, value in vars(vlm.transformer).items() if key not in own} == {
         key: value for key, value in vars(llm).items() if key not in own
     }
-
-
-def test_stages_come_in_order_from_the_first() -> None:
-    assert QuickstartParams(stages=["llm"]).stages == ["llm"]
-    for wrong in (["vlm"], ["vlm", "llm"], ["llm", "llm"]):
-        with pytest.raises(ValueError, match=r"stages \[.*\] must begin \[llm"):
-            QuickstartParams(stages=wrong)
-    with pytest.raises(ValueError, match="stages 'policy' is unknown"):
-        QuickstartParams(stages=["llm", "policy"])
-    with pytest.raises(ValueError, match="stages is empty"):
-        QuickstartParams(stages=[])
-
-
-def test_no_two_steps_share_a_marker_and_each_command_is_public(tmp_path: Path) -> None:
-    steps = [*create_llm_stage(tmp_path).steps, *create_vlm_stage(tmp_path).steps]
-    assert len({step.name for step in steps}) == len(steps)
-    commands = {step.words[0] for step in steps if step.words}
-    assert commands == {"preprocess", "train", "generate", "scenes", "caption"}
 
 
 def test_the_table_shows_accuracy_beside_chance_and_goal() -> None:

@@ -1,4 +1,4 @@
-"""Run one step after another, each once: what is done is not done again."""
+"""Run steps in order, each once: a step that is already done is skipped."""
 
 import hashlib
 import json
@@ -19,40 +19,48 @@ from vla_foundry.config.command_line import parse
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.world import num_cores
 
-# the batches of the stages' presets divide by it
+# the batch sizes of the stages' presets are divisible by it
 _MAX_TRAINERS = 16
-# with another version of one of these, steps are done again
+# steps run again when the version of one of these changes
 _PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One thing the quickstart does: a public command, or a function of its own."""
+    """One step of the quickstart: a public command, or a function of its own."""
 
     # name of the step and of its marker files
     name: str
     # what the user is told it does
     what: str
-    # words of `vla-foundry <words>`, run as a subprocess; or else `function` runs here
+    # words of `vla-foundry <words>`, run as a subprocess; without words, `function` runs in this process
     words: tuple[str, ...] = ()
-    # processes that train together, by torchrun; the first word is then `train`
+    # processes that train together under torchrun; the first word is then `train`
     num_processes: int = 1
     function: Callable[[], object] | None = None
-    # file that what the command prints is written to
+    # file that receives what the command prints
     output: Path | None = None
-    # files it makes; it is not done while one is missing
+    # files it makes; the step is not done while one is missing
     outputs: tuple[Path, ...] = ()
-    # what it makes, as one folder: removed before the step is done in another way than before
+    # folder that holds all it makes; deleted before the step runs with another command than before
     folder: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A few steps, and the page that reports their results."""
+
+    steps: Sequence[Step]
+    summary: Path
+
+
 def words_of(command: str, **flags: object) -> tuple[str, ...]:
-    """The words of a command line: `command --flag value ...`."""
+    """Return the words of a command line: `command --flag value ...`."""
     return (*command.split(), *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
 
 
 def count_trainers() -> int:
-    """Processes that train together on this machine: as many as cores, but a power of two, to divide a batch."""
+    """Return how many processes train together here: one per core, rounded down to a power of two to divide a batch."""
     return 1 << (min(num_cores(), _MAX_TRAINERS).bit_length() - 1)
 
 
@@ -66,13 +74,13 @@ def training_step(
     num_processes: int,
     flags: Mapping[str, object] = {},
 ) -> Step:
-    """Return a step that trains, on one process or several, each of which reads its own samples.
+    """Return a step that trains in one process or several; each reads its own samples.
 
     Args:
-        preset: of training_jobs; the processes share its batch.
+        preset: a file of config_presets/training_jobs; the processes share its global batch.
         run: folder of the run.
-        shards: folder of the datasets train and validation.
-        flags: what the preset leaves open.
+        shards: folder of the datasets `train` and `validation`.
+        flags: values that the preset leaves open.
     """
     words = words_of("train", config_path=preset, **flags)
     words += words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"})
@@ -87,45 +95,45 @@ def training_step(
 
 
 class StepFailedError(ValueError):
-    """A step's command ended with an error, which it has printed itself."""
+    """A step's command failed; it has printed its own error."""
 
 
 def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwrite: bool) -> None:
-    """Run steps in order, each once: one that was done, in the same way, is kept.
+    """Run steps in order; skip a step that is done and would run the same way.
 
-    The way is a hash of the step's command, of all before it and of the versions at work. It is written down when a
-    step starts, so that a step that was interrupted goes on, and again when it is done.
+    A step's fingerprint hashes its command, those of all steps before it, and package versions. It is written when the
+    step starts, so that an interrupted step resumes, and again when the step is done.
 
     Args:
-        markers: folder of these notes.
-        overwrite: do every step again.
+        markers: folder of the fingerprints.
+        overwrite: run every step again.
 
     Raises:
         StepFailedError: a command failed; earlier steps stay done.
     """
     markers.mkdir(parents=True, exist_ok=True)
-    way = json.dumps({name: metadata.version(name) for name in _PINNED_PACKAGES})
+    fingerprint = json.dumps({name: metadata.version(name) for name in _PINNED_PACKAGES})
     for number, step in enumerate(steps, start=1):
-        way = hashlib.sha256((way + step.name + shlex.join(step.words)).encode()).hexdigest()
+        fingerprint = hashlib.sha256((fingerprint + step.name + shlex.join(step.words)).encode()).hexdigest()
         started, done = markers / f"{step.name}.started", markers / f"{step.name}.done"
         console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
         if step.words:
             console.print(f"  $ {shlex.join(_shown_command(step))}", markup=False)
-        if not overwrite and _holds(done, way) and all(path.exists() for path in step.outputs):
-            console.print("  done before; kept")
+        if not overwrite and _holds(done, fingerprint) and all(path.exists() for path in step.outputs):
+            console.print("  done before; skipped")
             continue
         done.unlink(missing_ok=True)
-        if step.folder is not None and (overwrite or not _holds(started, way)):
+        if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
-        started.write_text(way)
+        started.write_text(fingerprint)
         start = time.monotonic()
         _run(step)
-        done.write_text(way)
+        done.write_text(fingerprint)
         console.print(f"  {time.monotonic() - start:.0f} s")
 
 
-def _holds(marker: Path, way: str) -> bool:
-    return marker.is_file() and marker.read_text() == way
+def _holds(marker: Path, fingerprint: str) -> bool:
+    return marker.is_file() and marker.read_text() == fingerprint
 
 
 def _run(step: Step) -> None:

@@ -1,10 +1,10 @@
 """`vla-foundry evaluate`: let a policy act in a simulator, episode after episode, and count its successes.
 
-<output>/<name>/<task>/rollouts/<time>/results.json   what came out, in the published layout (results.py)
-<output>/<name>/summary.json                          success rates with Wilson's intervals of 95%
-<output>/<name>/contact_sheet.png                     chosen episodes, from start to end
+<output>/<name>/<task>/rollouts/<time>/results.json   outcomes in the published layout (results.py)
+<output>/<name>/summary.json                          success rates with 95% Wilson intervals
+<output>/<name>/contact_sheet.png                     pictures of a few episodes, from start to end
 
-results.json is written after each batch of episodes. Started again, the evaluation goes on with what is missing.
+results.json is written after each batch of episodes; a restarted evaluation runs only what is missing.
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
 
@@ -19,47 +19,49 @@ from typing import Any
 
 from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
-from vla_foundry.evaluation.contact_sheet import write_contact_sheet
+from vla_foundry.evaluation.pictures import write_contact_sheet
 from vla_foundry.evaluation.results import (
     RESULTS_NAME,
     ROLLOUTS_FOLDER,
+    SUMMARY_NAME,
     EpisodeResult,
     SuccessRate,
+    add_rates,
     count_successes,
     find_results,
     read_results,
     write_results,
+    write_summary,
 )
 from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import show_progress
-from vla_foundry.storage.uri import write_text
 from vla_foundry.world import num_cores
 
-SUMMARY_NAME = "summary.json"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Who is evaluated, on what."""
+    """The policy that is evaluated, and what the simulators render for it."""
 
     name: str
-    # of the simulators
+    # cameras of observations
     cameras: tuple[str, ...]
+    # camera of the contact sheet
     picture_camera: str
     image_size: int
-    # what the outcomes depend on, besides the params
+    # everything the outcomes depend on, for results.json
     settings: dict[str, Any]
-    # the trained policy (policy_actor.TrainedPolicy); None: another one acts
+    # a policy_actor.TrainedPolicy; None: a baseline acts
     policy: Any = None
 
     def create_actor(self, params: EvaluateParams, facts: RobotFacts) -> Actor:
-        """Return what acts.
+        """Return the actor for one robot.
 
         Raises:
-            ValueError: the trained policy does not go with the robot.
+            ValueError: the trained policy does not fit the robot.
         """
         if self.policy is not None:
             return self.policy.create_actor(facts, shows_other_episode=params.images == "other_episode")
@@ -69,14 +71,14 @@ class Evaluated:
 
 
 def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
-    """Run all episodes that the output folder does not hold yet.
+    """Run all episodes that the output folder does not contain yet.
 
     Returns:
         The success rate of each task.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: a name is unknown, the policy does not go with the robot, or the folder holds something else.
+        ValueError: a name is unknown, the policy does not fit the robot, or the folder holds other results.
     """
     evaluated = _find_policy(params)
     num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
@@ -93,7 +95,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
     with ExitStack() as stack:
         if any(task.missing_batches(params) for task in tasks):
             pool = stack.enter_context(create_pool(setup, num_workers))
-            # every name is checked before anything is written
+            # check every name before writing anything
             robots = pool.describe(
                 [Describe(slot=slot % num_workers, task=task) for slot, task in enumerate(params.tasks)]
             )
@@ -107,7 +109,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
 
 
 class TaskRollouts:
-    """The episodes of one task and their file."""
+    """The episodes of one task and their results.json."""
 
     def __init__(
         self,
@@ -120,17 +122,17 @@ class TaskRollouts:
     ) -> None:
         self.path = path
         self.task = task
-        # by seed; those that were not run yet are not there
+        # by seed; without those that have not run yet
         self.episodes = episodes
         self.max_sample_size = max_sample_size
         self.settings = settings
 
     @classmethod
     def open(cls, params: EvaluateParams, evaluated: Evaluated, task: str) -> "TaskRollouts":
-        """Go on with what the output folder holds of a task, or begin.
+        """Resume a task's rollouts from the output folder, or start new ones.
 
         Raises:
-            ValueError: it holds what was run otherwise.
+            ValueError: the folder holds rollouts of other settings.
         """
         folder = Path(params.output) / evaluated.name / task
         settings = {**evaluated.settings, "instruction": params.instructions.get(task)}
@@ -144,25 +146,25 @@ class TaskRollouts:
         changed = [f"{key} {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
         if changed:
             raise ValueError(
-                f"{path} holds rollouts that were made otherwise ({'; '.join(changed)}). Give another --name or "
+                f"{path} holds rollouts made with other settings ({'; '.join(changed)}). Give another --name or "
                 "--output, or delete it."
             )
         budget = json.loads(path.read_text())["max_sample_size_per_model"]
         seeds = {episode.seed for episode in episodes} | set(params.seeds)
         if params.max_sample_size not in (None, budget) or len(seeds) > budget:
             raise ValueError(
-                f"{path} was begun with a budget of {budget} rollouts, which is fixed before the first one; asked for "
-                f"are {params.max_sample_size or len(seeds)}. Give another --name or --output."
+                f"{path} has a budget of {budget} rollouts, which is fixed before the first one; "
+                f"{params.max_sample_size or len(seeds)} are requested. Give another --name or --output."
             )
         done = {episode.seed: episode for episode in episodes if episode.outcome is not None}
         return cls(path, task, done, max_sample_size=budget, settings=settings)
 
     def num_final(self, seeds: Sequence[int]) -> int:
-        """How many of the episodes count already."""
+        """Return how many of the episodes are successes or failures already."""
         return sum(seed in self.episodes and self.episodes[seed].is_final for seed in seeds)
 
     def missing_batches(self, params: EvaluateParams) -> list[tuple[int, ...]]:
-        """Batches of seeds, of which some were not run or are invalid; they begin at multiples of the batch's size."""
+        """Return the batches of seeds that are not final yet; batches start at multiples of the batch size."""
         groups: dict[int, list[int]] = {}
         for seed in params.seeds:
             groups.setdefault(seed // params.batch_size, []).append(seed)
@@ -171,7 +173,7 @@ class TaskRollouts:
     def run(
         self, pool: RolloutPool, actor: Actor, seeds: tuple[int, ...], *, params: EvaluateParams, facts: RobotFacts
     ) -> int:
-        """Run a batch, keep what is new of it, and write the file; return how many episodes count now that did not."""
+        """Run a batch, keep its new results and write the file; return how many episodes became final."""
         before = self.num_final(seeds)
         batch = Batch(
             task=self.task,
@@ -181,22 +183,22 @@ class TaskRollouts:
             pictures={seed: str(self.pictures_of(seed)) for seed in seeds if seed in self.pictured(params)},
         )
         for result in run_batch(pool, actor, batch):
-            # episodes that count already run only to make up the batch
+            # final episodes run again only to complete the batch
             if not (result.seed in self.episodes and self.episodes[result.seed].is_final):
                 self.episodes[result.seed] = result
         self.write(params.seeds)
         return self.num_final(seeds) - before
 
     def pictured(self, params: EvaluateParams) -> Sequence[int]:
-        """Seeds of which pictures are kept."""
+        """Return the seeds whose pictures are kept."""
         return params.seeds[: params.num_pictured]
 
     def pictures_of(self, seed: int) -> Path:
-        """Where an episode's pictures lie."""
+        """Return the file of an episode's pictures."""
         return self.path.parent / self.task / f"demonstration_{seed}" / "pictures.png"
 
     def write(self, seeds: Sequence[int]) -> None:
-        """Write the file: what was run, and what is to be run."""
+        """Write the file: finished episodes, and pending ones of `seeds`."""
         known = sorted({*self.episodes, *seeds})
         episodes = [self.episodes.get(seed, EpisodeResult(task=self.task, seed=seed)) for seed in known]
         write_results(self.path, episodes, max_sample_size=self.max_sample_size, settings=self.settings)
@@ -246,34 +248,10 @@ def _summarize(params: EvaluateParams, evaluated: Evaluated, tasks: Sequence[Tas
             (task.episodes[seed], task.pictures_of(seed)) for seed in task.pictured(params) if seed in task.episodes
         ]
     write_contact_sheet(folder / CONTACT_SHEET_NAME, pictured)
-    values = {
-        "name": evaluated.name,
-        "episodes": params.episodes,
-        "settings": evaluated.settings,
-        "tasks": {task: _to_json(rate) for task, rate in rates.items()},
-        "all": _to_json(add_rates(list(rates.values()))),
-    }
-    write_text(str(folder / SUMMARY_NAME), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    return rates
-
-
-def add_rates(rates: Sequence[SuccessRate]) -> SuccessRate:
-    """Pool the episodes of several tasks."""
-    return SuccessRate(
-        num_successes=sum(rate.num_successes for rate in rates),
-        num_trials=sum(rate.num_trials for rate in rates),
-        num_invalid=sum(rate.num_invalid for rate in rates),
+    write_summary(
+        folder / SUMMARY_NAME, rates, name=evaluated.name, episodes=params.episodes, settings=evaluated.settings
     )
-
-
-def _to_json(rate: SuccessRate) -> dict[str, Any]:
-    return {
-        "successes": rate.num_successes,
-        "trials": rate.num_trials,
-        "invalid": rate.num_invalid,
-        "success_rate": rate.num_successes / rate.num_trials if rate.num_trials else None,
-        "interval_95": list(rate.interval),
-    }
+    return rates
 
 
 def main(argv: list[str]) -> None:
@@ -283,4 +261,4 @@ def main(argv: list[str]) -> None:
     for task, rate in rates.items():
         sys.stdout.write(f"{task}: {rate.format()}\n")
     if len(rates) > 1:
-        sys.stdout.write(f"all tasks: {add_rates(list(rates.values())).format()}\n")
+        sys.stdout.write(f"all tasks: {add_rates(rates.values()).format()}\n")

@@ -1,10 +1,38 @@
-"""A renderer is found, installed if that is allowed, or asked for in one line."""
+"""The stages come in order, their steps are public commands, and a missing renderer is reported first."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from vla_foundry.quickstart.system import require_renderer
+from vla_foundry.cli import usage
+from vla_foundry.params.commands.runs import QuickstartParams
+from vla_foundry.quickstart.command import create_llm_stage, create_vla_stage, create_vlm_stage, require_renderer
+
+
+def test_stages_come_in_order_from_the_first() -> None:
+    assert QuickstartParams(stages=["llm"]).stages == ["llm"]
+    for wrong in (["vlm"], ["vlm", "llm"], ["llm", "llm"]):
+        with pytest.raises(ValueError, match=r"stages \[.*\] must begin \[llm"):
+            QuickstartParams(stages=wrong)
+    with pytest.raises(ValueError, match="stages 'policy' is unknown"):
+        QuickstartParams(stages=["llm", "policy"])
+    with pytest.raises(ValueError, match="stages is empty"):
+        QuickstartParams(stages=[])
+
+
+def test_ablations_are_of_the_policy() -> None:
+    with pytest.raises(ValueError, match="ablations is true, but stages has no vla"):
+        QuickstartParams(stages=["llm", "vlm"], ablations=True)
+
+
+def test_no_two_steps_share_a_marker_and_each_command_is_public(tmp_path: Path) -> None:
+    stages = [create_llm_stage(tmp_path), create_vlm_stage(tmp_path), create_vla_stage(tmp_path, ablations=True)]
+    steps = [step for stage in stages for step in stage.steps]
+    assert len({step.name for step in steps}) == len(steps)
+    commands = {step.words[0] for step in steps if step.words}
+    assert commands == {"preprocess", "train", "generate", "scenes", "caption", "demos", "evaluate", "action-error"}
+    assert all(f"\n  {command} " in usage() for command in commands)
 
 
 class System:

@@ -1,13 +1,12 @@
 """Each step of the quickstart is done once, again if it changed, and goes on after an interruption."""
 
 import io
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from vla_foundry.quickstart.stages import Step, StepFailedError, run_steps
+from vla_foundry.quickstart.steps import Step, StepFailedError, run_steps
 
 
 @pytest.fixture
@@ -86,4 +85,3 @@ def test_a_failed_command_stops_the_quickstart(tmp_path: Path, console: Console,
         run_steps([bad, later], tmp_path / "done", console, overwrite=False)
     assert calls == []
     assert "no_such_command" in capfd.readouterr().err
-    assert sys.executable

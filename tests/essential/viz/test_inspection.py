@@ -11,7 +11,7 @@ from PIL import Image
 from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.robotics.spec import DatasetSpec, parse_spec
-from vla_foundry.viz.explorer import inspect_data, read_dataset_sample
+from vla_foundry.viz.inspection import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample
 from vla_foundry.viz.sample_figure import draw_sample
 
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(words, message, robot_data, tmp_path, monkeypatch
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_sample_that_can_not_be_used_is_said_to_be_replaced(tmp_path, write_data):
+def test_a_sample_that_cannot_be_used_is_said_to_be_replaced(tmp_path, write_data):
     data = write_data(tmp_path / "data")
     path = data.folder / "shard_000000.tar"
     with tarfile.open(path) as tar:
@@ -126,7 +126,7 @@ def test_a_sample_that_can_not_be_used_is_said_to_be_replaced(tmp_path, write_da
         file.seek(span.offset_data)
         file.write(bytes(span.size))
     lines = inspect_data(InspectParams(dataset=str(data.folder), sample=5, output=str(tmp_path / "s.png")))
-    assert lines[0].startswith("note: sample 5 can not be used (bad image)")
+    assert lines[0].startswith("note: sample 5 cannot be used (bad image)")
 
 
 def test_images_with_captions_are_shown_as_stored(tmp_path):
@@ -172,8 +172,7 @@ def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(ro
     from vla_foundry.config.resolve import resolve
     from vla_foundry.data import create_dataloader
     from vla_foundry.data.facts import read_facts
-    from vla_foundry.params.experiment import load_experiment_params_from_yaml
-    from vla_foundry.viz.explorer import read_training_sample
+    from vla_foundry.viz.inspection import read_training_sample
     from vla_foundry.world import World
 
     config = tmp_path / "config.yaml"

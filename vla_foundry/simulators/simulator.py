@@ -17,6 +17,10 @@ from vla_foundry.robotics.spec import FieldDescription
 
 S = TypeVar("S", bound="Simulator")
 
+# names of a simulator's signals in recorded data: cameras below IMAGES, fields below OBSERVATION, all fields in a row
+# as STATE, parts of an action below ACTION
+OBSERVATION, IMAGES, STATE, ACTION = "observation", "observation.images", "observation.state", "action"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
@@ -28,35 +32,44 @@ class Observation:
     fields: Mapping[str, Float[np.ndarray, " _"]]
 
 
+def name_observation(
+    images: Mapping[str, np.ndarray], fields: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return (images, fields) of an observation under their names in recorded data, STATE included."""
+    named = {f"{OBSERVATION}.{name}": values for name, values in fields.items()}
+    named[STATE] = np.concatenate(list(fields.values()))
+    return {f"{IMAGES}.{name}": image for name, image in images.items()}, named
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObjectState:
-    """Where one thing is, and in which state."""
+    """Position and state of one thing."""
 
-    # what it is called in an instruction or a caption
+    # its name in instructions and captions
     name: str
-    # the part that a robot acts on ("handle"); empty: the thing itself
+    # the part that a robot acts on ("handle"); empty: the whole thing
     part: str
     # position of that part
     position: Float[np.ndarray, "3"]
     # points spread over the whole thing
     landmarks: Float[np.ndarray, "N 3"]
-    # from 0, fully closed (or at rest), to 1, fully open; None where it has no such state
+    # from 0, fully closed (or at rest), to 1, fully open; None: it does not open
     openness: float | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SimulatorState:
-    """The true state of a scene, which a policy does not see."""
+    """The true state of a scene, hidden from policies."""
 
     # midpoint between the fingertips
     gripper_position: Float[np.ndarray, "3"]
-    # the things of the scene, the main one first
+    # the things in the scene, the main one first
     objects: tuple[ObjectState, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A scene to be set up. Every number is a fraction, 0 to 1, of the range that the simulator chooses for it."""
+    """A scene to set up. Every number is a fraction, 0 to 1, of a range that the simulator chooses."""
 
     # where the main object stands: across and along the table
     object_place: tuple[float, float]
@@ -71,76 +84,76 @@ class Layout:
 class Simulator(ABC):
     """One task in one simulated world. Use it as a context manager, or call `close()`.
 
-    Everything is a function of the seed given to `reset`: the same seed and the same actions give the same bytes,
-    whatever was done before.
+    The seed given to `reset` determines everything: the same seed and the same actions give the same bytes, whatever
+    happened before.
     """
 
     # what the robot is told to do
     instruction: str
-    # every way to tell it so; `instruction` is the first
+    # every wording of it; `instruction` is the first
     instructions: tuple[str, ...]
     # the robot's name
     robot: str
-    # control steps in a second
+    # control steps per second
     fps: int
     # width of an action; each number lies in [-1, 1]
     action_dim: int
-    # what each number of an action is; the effort of fingers is called "gripper"
+    # name of each number of an action; the effort of the fingers is called "gripper"
     action_names: tuple[str, ...]
-    # what an action's numbers mean: names of its parts, in order; empty: nothing is said of them
+    # what an action's numbers mean, part by part in order; empty: unknown
     action_parts: Mapping[str, FieldDescription] = MappingProxyType({})
-    # field of an observation -> what each of its numbers is
+    # field of an observation -> name of each of its numbers
     field_names: Mapping[str, tuple[str, ...]]
-    # control steps that an episode may last
+    # control steps after which an episode ends
     max_steps: int
-    # names of the cameras that `observe` draws
+    # names of the cameras that `observe` renders
     cameras: tuple[str, ...]
 
     @abstractmethod
     def reset(self, seed: int) -> Observation:
-        """Begin the episode that belongs to `seed`."""
+        """Start the episode of `seed`."""
 
     @abstractmethod
     def observe(self, *, with_images: bool = True) -> Observation:
-        """Sense the present state; nothing moves. To draw takes most of the time: `with_images` false leaves it out."""
+        """Sense the current state; nothing moves. Rendering takes most of the time: `with_images=False` skips it."""
 
     @abstractmethod
     def apply(self, action: Float[np.ndarray, " A"]) -> None:
-        """Advance one control step. Values beyond [-1, 1] are clipped.
+        """Advance one control step. Values outside [-1, 1] are clipped.
 
         Raises:
-            ValueError: the width is wrong, the episode is over, or none was begun.
+            ValueError: the width is wrong, the episode is over, or none was started.
         """
 
     @abstractmethod
     def success(self) -> bool:
-        """Whether the task is done in the present state."""
+        """Return whether the task is done in the current state."""
 
     @abstractmethod
     def render(self, camera: str) -> UInt8[np.ndarray, "H W 3"]:
-        """Draw the present state, upright."""
+        """Render the current state, upright."""
 
     @abstractmethod
     def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
-        """Where a point appears in a picture: (column, row) as fractions of its width and height from the top left."""
+        """Return where a point appears: (column, row) as fractions of width and height from the top left corner."""
 
     @abstractmethod
     def is_hidden(self, camera: str, position: Float[np.ndarray, "3"], *, by: Literal["robot", "object"]) -> bool:
-        """Whether the robot, or the main object, is what stands first between the camera and a point."""
+        """Return whether the robot, or the main object, hides a point from the camera."""
 
     @abstractmethod
     def expert(self) -> Float[np.ndarray, " A"]:
-        """The action that a scripted expert, who sees the true state, takes now."""
+        """Return the action of a scripted expert, which sees the true state."""
 
     @abstractmethod
     def describe(self) -> SimulatorState:
-        """The true present state."""
+        """Return the true current state."""
 
     def arrange(self, layout: Layout) -> SimulatorState | None:
-        """Set up a scene outside any episode, as a pure function of `layout`. Goal markers are hidden.
+        """Set up a scene outside any episode, as a function of `layout` alone. Goal markers are hidden.
 
         Returns:
-            Its true state, or None if the robot would stand inside a thing.
+            Its true state, or None if the robot would penetrate a thing.
 
         Raises:
             ValueError: this task has no such scenes.
@@ -149,7 +162,7 @@ class Simulator(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the renderer. The simulator cannot be used after it."""
+        """Free the renderer. The simulator cannot be used afterwards."""
 
     def __enter__(self: S) -> S:
         return self
@@ -171,7 +184,7 @@ SIMULATORS: Registry[SimulatorFactory] = Registry(
 
 
 def register_simulator(name: str) -> Callable[[F], F]:
-    """Register a factory `(task, *, cameras, image_size) -> Simulator` as the simulator called `name`."""
+    """Register a factory `(task, *, cameras, image_size) -> Simulator` under `name`."""
 
     def decorate(factory: F) -> F:
         SIMULATORS.register(name)(factory)
@@ -181,14 +194,14 @@ def register_simulator(name: str) -> Callable[[F], F]:
 
 
 def create_simulator(name: str, task: str, *, cameras: Sequence[str], image_size: int) -> Simulator:
-    """Build one task of the simulator called `name`.
+    """Build one task of the simulator `name`.
 
     Args:
-        task: the simulator's own name of the task.
-        cameras: cameras that `observe` draws.
+        task: the simulator's name of the task.
+        cameras: cameras that `observe` renders.
         image_size: width and height of each picture in pixels.
 
     Raises:
-        ValueError: the simulator, task or camera is unknown, the simulator is not installed, or nothing can draw.
+        ValueError: the simulator, task or camera is unknown, the simulator is not installed, or there is no renderer.
     """
     return SIMULATORS.get(name)(task, cameras=tuple(cameras), image_size=image_size)

@@ -1,20 +1,25 @@
-"""`vla-foundry data inspect DIR | --training RUN`: draw a sample just as training gets it.
+"""`vla-foundry data inspect DIR | --training RUN`: draw a sample exactly as training sees it.
 
-Robot data go through the training loader: what is drawn is what a model is trained on. Of text and of images with
-captions, a dataset's sample is shown as it is stored.
+Robot data goes through the training loader: the figure shows what a model is trained on. A sample of text or of images
+with captions is shown as its shard stores it.
 """
 
+import io
 import os
 import sys
+from bisect import bisect_right
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.config.resolve import resolve
-from vla_foundry.data.facts import read_facts
+from vla_foundry.data.cache import ShardCache
+from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
+from vla_foundry.data.pipelines.stages import read_record
+from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
 from vla_foundry.data.robotics.datasets import read_specs
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
@@ -22,14 +27,18 @@ from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
-from vla_foundry.shards import MANIFEST_NAME
-from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri
+from vla_foundry.shards import MANIFEST_NAME, parse_manifest
+from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
-from vla_foundry.viz.stored_sample import show_stored_sample
 from vla_foundry.world import World
 
+# least side of a figure's images, pixels
 _LEAST_SIDE = 64
+# characters of a text that are shown
+_MOST_TEXT = 1500
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_CACHE_BYTES = 10_000_000_000
 
 
 def main(argv: list[str]) -> None:
@@ -39,8 +48,8 @@ def main(argv: list[str]) -> None:
         argv: `inspect`, then its flags.
 
     Raises:
-        ValueError: what the user can fix.
-        FileNotFoundError: a dataset or a config is not there.
+        ValueError: an error that the user can fix.
+        FileNotFoundError: a dataset or a config does not exist.
     """
     what = argv[0] if argv else "--help"
     if what in ("--help", "-h"):
@@ -54,11 +63,11 @@ def main(argv: list[str]) -> None:
 
 
 def inspect_data(params: InspectParams) -> list[str]:
-    """Draw a sample, and return what there is to say of it, line by line.
+    """Draw a sample; return a description of it, line by line.
 
     Raises:
-        ValueError: there is no such sample, or the data can not be read.
-        FileNotFoundError: a dataset or a config is not there.
+        ValueError: there is no such sample, or the data cannot be read.
+        FileNotFoundError: a dataset or a config does not exist.
     """
     if params.training is not None:
         sample = read_training_sample(params.training, params.sample)
@@ -75,7 +84,7 @@ def inspect_data(params: InspectParams) -> list[str]:
         sample = read_dataset_sample(manifest, spec, params.sample)
     draw_sample(sample, params.output)
     dropped = [
-        f"note: sample {params.sample} can not be used ({reason}); this is the one that training takes in its place"
+        f"note: sample {params.sample} cannot be used ({reason}); training replaces it by this one"
         for reason in sample.dropped
     ]
     return [
@@ -97,15 +106,15 @@ def _read_spec(manifest: str) -> DatasetSpec | None:
 
 
 def read_training_sample(training: str, number: int) -> RobotSample:
-    """Read a sample of what a run is trained on.
+    """Read a sample that a run is trained on.
 
     Args:
-        training: folder of a run, or a training config.
-        number: place in the order of training.
+        training: run folder or training config.
+        number: index in training order.
 
     Raises:
         ValueError: the run is not trained on robot data, or its config does not fit them.
-        FileNotFoundError: the config, or what it names, is not there.
+        FileNotFoundError: the config, or a file that it names, does not exist.
     """
     path = join_uri(training, CONFIG_NAME) if Path(os.path.expanduser(training)).is_dir() else training
     params = load_experiment_params_from_yaml(path)
@@ -119,15 +128,15 @@ def read_training_sample(training: str, number: int) -> RobotSample:
 
 
 def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotSample:
-    """Read a sample of a dataset: all its colour cameras and fields, images as stored, nothing changed at random.
+    """Read a sample of a dataset: all colour cameras and fields, images as stored, no augmentation.
 
     Args:
-        manifest: of the dataset.
-        spec: its spec.
-        number: place in the order of the manifest.
+        manifest: manifest of the dataset.
+        spec: spec of the dataset.
+        number: index in the order of the manifest.
 
     Raises:
-        ValueError: there is no such sample, or the data can not be read.
+        ValueError: there is no such sample, or the data cannot be read.
     """
     cameras = {name: camera for name, camera in spec.cameras.items() if not camera.is_depth}
     side = max((max(camera.size) for camera in cameras.values()), default=_LEAST_SIDE)
@@ -136,7 +145,7 @@ def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotS
     params = RoboticsDataParams(
         dataset_manifest=[manifest],
         camera_names=list(cameras),
-        # of a dataset that does not say which are actions, all are drawn in full
+        # a dataset that does not name its actions: draw all fields over time
         action_fields=actions or list(spec.fields),
         proprioception_fields=[name for name in spec.fields if actions and name not in actions],
         image_size=max(side, _LEAST_SIDE),
@@ -148,7 +157,7 @@ def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotS
         num_workers=0,
     )
     pipeline = RoboticsPipeline(params)
-    # without a text processor, but the instruction is drawn as for one
+    # there is no text processor, but the figure shows the chosen instruction
     pipeline.make_inputs = (ChooseInstruction(pipeline.params), *pipeline.make_inputs)
     return _read_sample(pipeline, number, seed=0, global_batch_size=1)
 
@@ -164,7 +173,7 @@ def _read_sample(pipeline: RoboticsPipeline, number: int, *, seed: int, global_b
     )
     try:
         if number >= loader.num_samples:
-            raise ValueError(f"sample ({number}) must be below {loader.num_samples}, the samples that there are.")
+            raise ValueError(f"sample ({number}) must be below {loader.num_samples}, the number of samples.")
         batches = loader.microbatches(number // global_batch_size)
         batch = next(islice(batches, number % global_batch_size, None))
     finally:
@@ -173,3 +182,62 @@ def _read_sample(pipeline: RoboticsPipeline, number: int, *, seed: int, global_b
         name: field for _, spec in read_specs(pipeline.params.dataset_manifest) for name, field in spec.fields.items()
     }
     return take_sample(batch, 0, pipeline, fields)
+
+
+def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
+    """Return the content of a stored sample, line by line; write its first image to `output`.
+
+    Args:
+        manifest: manifest of the dataset.
+        number: index in the order of the manifest.
+        output: PNG to write.
+
+    Raises:
+        ValueError: there is no such sample, or its shard is broken.
+    """
+    entries = tuple(parse_manifest(read_text(manifest), manifest))
+    ends = list(accumulate(entry.num_sequences for entry in entries))
+    if number >= ends[-1]:
+        raise ValueError(f"sample ({number}) must be below {ends[-1]}, the number of samples.")
+    place = bisect_right(ends, number)
+    row = number - (ends[place - 1] if place else 0)
+    cache = ShardCache(os.path.join(user_cache_folder(), "shards"), _CACHE_BYTES)
+    shard = ShardReader([Dataset(manifest=manifest, modality="", entries=entries)], cache).open(0, place)
+    if isinstance(shard, TokenShard):
+        return [f"record {row} of {shard.uri}", *_describe_record(shard, row, parent_uri(manifest))]
+    if not isinstance(shard, SampleShard):
+        raise ValueError(f"{shard.uri} holds robot episodes, but there is no robotics.json beside {manifest}.")
+    return [f"sample {shard.key(row)} of {shard.uri}", *_describe_members(shard.read(row), output)]
+
+
+def _describe_record(shard: TokenShard, row: int, folder: str) -> list[str]:
+    record = read_record(shard, row)
+    ids = record["input_ids"].tolist()
+    ends = record["document_ends"].tolist()
+    lines = [f"{len(ids)} tokens, {len(ends)} documents that end at {ends[:8]}"]
+    tokenizer = join_uri(folder, "tokenizer")
+    if not os.path.isdir(tokenizer):
+        return [*lines, f"tokens: {ids[:64]} ..."]
+    from vla_foundry.text.tokenizers import load_tokenizer
+
+    return [*lines, _shorten(str(load_tokenizer(tokenizer).decode(ids[: ends[-1]])))]
+
+
+def _describe_members(members: dict[str, bytes], output: str) -> list[str]:
+    lines, images = [], [suffix for suffix in members if suffix.rpartition(".")[2] in _IMAGE_SUFFIXES]
+    for suffix, content in members.items():
+        if suffix in images:
+            lines.append(f"{suffix}: {len(content):,} bytes")
+        else:
+            lines.append(f"{suffix}: {_shorten(content.decode('utf-8', 'replace'))}")
+    if images:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(members[images[0]])) as image:
+            image.convert("RGB").save(output, "PNG")
+        lines.append(f"{output}: {images[0]}")
+    return lines
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} ..."

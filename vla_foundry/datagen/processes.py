@@ -1,0 +1,83 @@
+"""Worker processes with simulators, and the check that an output folder was made with the same settings."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+from vla_foundry.simulators import Simulator, create_simulator
+
+_SIMULATORS_PER_PROCESS = 4
+
+# (function, arguments of each call) -> results, in any order
+Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+
+
+@contextmanager
+def create_processes(num_processes: int) -> Iterator[Run]:
+    """Yield a function that makes calls in worker processes, or in this process for 0.
+
+    Raises:
+        ValueError: a process died.
+    """
+    if num_processes == 0:
+        yield lambda function, calls: (function(*call) for call in calls)
+        return
+    # spawn: no process inherits another's OpenGL context or threads
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_follow_the_parent) as pool:
+
+        def run(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+            for future in as_completed([pool.submit(function, *call) for call in calls]):
+                yield future.result()
+
+        try:
+            yield run
+        except BrokenProcessPool:
+            raise ValueError(
+                "A recording process died; most often the machine ran out of memory. "
+                f"Use fewer processes than {num_processes} and run the same command again: finished work is kept."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _follow_the_parent() -> None:
+    """Leave interrupts to the parent process, and exit as soon as it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@lru_cache(maxsize=_SIMULATORS_PER_PROCESS)
+def get_simulator(simulator: str, task: str, cameras: tuple[str, ...], image_size: int) -> Simulator:
+    """Return this process's simulator of a task; creating one takes as long as several episodes."""
+    return create_simulator(simulator, task, cameras=cameras, image_size=image_size)
+
+
+def check_settings(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that what a folder holds was made with the settings that are wanted now.
+
+    Raises:
+        ValueError: a setting differs; all differences are named.
+    """
+    changed = [f"{name} {found.get(name)} -> {value}" for name, value in wanted.items() if found.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"'{folder}' was made with other settings ({'; '.join(changed)}). "
+            "Choose another output folder, or delete this one."
+        )
