@@ -15,6 +15,7 @@ from pathlib import Path
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.cache import ShardCache
+from vla_foundry.data.facts import read_facts
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
