@@ -38,7 +38,8 @@ from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.fields import Window, image_names, parse_pose_groups
 from vla_foundry.robotics.statistics_format import format_statistics
-from vla_foundry.robotics.windows import compute_relative_fields, create_windows
+from vla_foundry.robotics.transforms import RelativePoses
+from vla_foundry.robotics.windows import create_windows
 from vla_foundry.world import World
 
 SIDE, NUM_FRAMES, NUM_EPISODES, BATCH_SIZE = 256, 64, 4, 16
@@ -178,8 +179,8 @@ def write_dataset(
     with tarfile.open(folder / "shard_000000.tar", "w") as tar:
         for number, (fields, frames) in enumerate(episodes):
             windows = create_windows(np.arange(NUM_FRAMES), NUM_FRAMES, WINDOW)
-            values = {name: windows.gather(array) for name, array in fields.items()}
-            values |= compute_relative_fields(values, groups, anchor=WINDOW.anchor)
+            values = {name: windows.apply(array) for name, array in fields.items()}
+            values |= RelativePoses(tuple(groups), WINDOW.anchor).apply(values)
             accumulator.update(values, ~windows.is_padding)
             key = f"episode_{number}"
             if layout == "episodes":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
-from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
+from vla_foundry.preprocessing.robotics.statistics import compute_statistics
 from vla_foundry.preprocessing.shard_writer import open_shard
 from vla_foundry.robotics.episode_blocks import EpisodeInfo, format_arrays, format_episode
 from vla_foundry.robotics.fields import PoseGroup

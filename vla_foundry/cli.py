@@ -10,7 +10,7 @@ _COMMANDS = {
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
     "data": ("vla_foundry.viz.inspection:main", "inspect data: draw a sample as training gets it"),
     "stats": (
-        "vla_foundry.preprocessing.robotics.statistics_command:main",
+        "vla_foundry.preprocessing.robotics.statistics:main",
         "compute or merge the statistics of robot data",
     ),
     "generate": ("vla_foundry.inference.generate:main", "continue a prompt with a trained language model"),

@@ -15,7 +15,8 @@ from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.fields import PoseGroup, Window
 from vla_foundry.robotics.normalization import NormalizationRule, RoboticsNormalizer
 from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
-from vla_foundry.robotics.windows import compute_relative_fields, create_windows
+from vla_foundry.robotics.transforms import RelativePoses
+from vla_foundry.robotics.windows import create_windows
 from vla_foundry.viz.sample_figure import FUTURE, PADDING, PAST
 
 FOLDER = Path(__file__).parent
@@ -137,7 +138,7 @@ def draw_relative() -> Figure:
         xyz = local @ start.T + [*place, 0]
         rotation = matrix_to_rotation(start @ rotation_to_matrix(_about_z(turns), "axis_angle"), "axis_angle")
         fields = {"xyz": xyz[None], "rot": rotation[None]}
-        values = compute_relative_fields(fields, [group], anchor=0)
+        values = RelativePoses((group,), 0).apply(fields)
         _draw_poses(world, xyz, rotation, color, name)
         shift = 0.006 if color == ORANGE else 0.0  # else one would hide the other
         _draw_poses(relative, values["xyz_relative"][0] + shift, values["rot_relative"][0], color, name)

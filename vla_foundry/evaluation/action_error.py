@@ -62,13 +62,13 @@ def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
     if not files.data.val_dataset_manifest:
         raise ValueError(f"The run of {params.checkpoint} has no validation data (data.val_dataset_manifest).")
     true, predicted, is_valid = _predict(files, params)
-    layout = files.normalizer.layout(files.data.action_fields)
-    anchor = files.data.window.anchor
-    values = [
-        layout.split(files.normalizer.denormalize(array.astype(np.float64), layout.fields, anchor=anchor)[:, anchor:])
-        for array in (predicted, true)
-    ]
-    return {field: measure_field(values[0][field], values[1][field], is_valid[:, anchor:]) for field in layout.fields}
+    transform = files.actions.fields
+    values, true_values = transform.invert(predicted), transform.invert(true)
+    steps = slice(transform.anchor, None)
+    return {
+        field: measure_field(values[field][:, steps], true_values[field][:, steps], is_valid[:, steps])
+        for field in transform.select.fields
+    }
 
 
 def _predict(files: PolicyFiles, params: ActionErrorParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

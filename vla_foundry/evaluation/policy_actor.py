@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
-from vla_foundry.inference.history import RobotObservation
 from vla_foundry.inference.loading import find_run_folder
+from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.layout import FieldLayout
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, NamedSpec
+from vla_foundry.robotics.transforms import SelectFields
 from vla_foundry.shards import sha256_of
 from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, name_observation
 from vla_foundry.storage.uri import is_remote, name_of
@@ -90,7 +90,7 @@ class PolicyActor:
         shows_other_episode: each slot sees the pictures of the next slot.
     """
 
-    def __init__(self, policy: Policy, layout: FieldLayout, *, seed: int, shows_other_episode: bool) -> None:
+    def __init__(self, policy: Policy, layout: SelectFields, *, seed: int, shows_other_episode: bool) -> None:
         self.policy = policy
         self.layout = layout
         self.seed = seed
@@ -131,7 +131,7 @@ class PolicyActor:
             # the batch runs in lockstep: every episode waited for the prediction
             for slot in observed:
                 self._latencies[slot].append(1000 * (time.perf_counter() - start))
-        return {slot: self.layout.concatenate(action).astype(np.float32) for slot, action in actions.items()}
+        return {slot: self.layout.apply(action)[0].astype(np.float32) for slot, action in actions.items()}
 
     def mean_latency_ms(self, slot: int) -> float | None:
         """See Actor."""
@@ -174,14 +174,14 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
     )
 
 
-def create_action_layout(facts: RobotFacts, action_fields: Sequence[str]) -> FieldLayout:
+def create_action_layout(facts: RobotFacts, action_fields: Sequence[str]) -> SelectFields:
     """Return the layout that assembles a robot's action from the fields that a policy predicts.
 
     Raises:
         ValueError: the robot does not have a field, or the policy does not predict all of the action.
     """
     if list(action_fields) == [ACTION]:
-        return FieldLayout((ACTION,), (facts.action_dim,))
+        return SelectFields((ACTION,), (facts.action_dim,))
     parts = {f"{ACTION}.{name}": part.width for name, part in facts.action_parts.items()}
     for field in action_fields:
         if field not in parts:
@@ -189,4 +189,4 @@ def create_action_layout(facts: RobotFacts, action_fields: Sequence[str]) -> Fie
     missing = [name for name in parts if name not in action_fields]
     if missing:
         raise ValueError(f"The policy predicts {', '.join(action_fields)}, but {facts.robot} needs {missing[0]} too.")
-    return FieldLayout(tuple(parts), tuple(parts.values()))
+    return SelectFields(tuple(parts), tuple(parts.values()))

@@ -195,20 +195,27 @@ def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: Augmentatio
 
 
 def prepare_images(
-    files: Sequence[bytes], augmentation: ImageAugmentation | None, draw: AugmentationDraw
-) -> list[Tensor]:
+    images: Sequence[bytes | Tensor], augmentation: ImageAugmentation | None, draw: AugmentationDraw
+) -> tuple[list[Tensor], list[PixelMap]]:
     """Decode and augment a sample's images: the same in training, validation and inference.
 
     Args:
-        files: JPEG, PNG or WebP.
+        images: JPEG, PNG or WebP files, or uint8 [3, H, W].
         augmentation: None: images are only decoded.
         draw: of the sample; `CENTRE` for validation and inference.
 
     Returns:
-        uint8 [3, H, W] each.
+        uint8 [3, H, W] each, and the map of its pixels.
 
     Raises:
         ValueError: a file cannot be decoded, or an image is smaller than the crop.
     """
-    images = [decode_image(data) for data in files]
-    return images if augmentation is None else [augment_image(image, augmentation, draw)[0] for image in images]
+    prepared, maps = [], []
+    for image in images:
+        pixels = image if isinstance(image, Tensor) else decode_image(image)
+        pixel_map = identity_map((pixels.shape[1], pixels.shape[2]))
+        if augmentation is not None:
+            pixels, pixel_map = augment_image(pixels, augmentation, draw)
+        prepared.append(pixels)
+        maps.append(pixel_map)
+    return prepared, maps

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from vla_foundry.data.robotics.files import describe_inputs
-from vla_foundry.data.robotics.normalizer import create_normalization
+from vla_foundry.data.robotics import create_normalization, describe_inputs
 from vla_foundry.importing.source import Source, read_yaml
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import DatasetFacts

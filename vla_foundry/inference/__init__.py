@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vla_foundry.inference.history import RobotObservation
+    from vla_foundry.inference.observations import RobotObservation
     from vla_foundry.inference.policy import Policy
 
 __all__ = ["Policy", "RobotObservation"]
 
-_MODULES = {"Policy": "vla_foundry.inference.policy", "RobotObservation": "vla_foundry.inference.history"}
+_MODULES = {"Policy": "vla_foundry.inference.policy", "RobotObservation": "vla_foundry.inference.observations"}
 
 
 def __getattr__(name: str) -> Any:

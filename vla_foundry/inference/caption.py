@@ -91,7 +91,7 @@ def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
     from vla_foundry.images.augment import CENTRE, prepare_images
 
     augmentation = captioner.data.augmentation
-    images = prepare_images(question.images, augmentation.image if augmentation.enabled else None, CENTRE)
+    images, _ = prepare_images(question.images, augmentation.image if augmentation.enabled else None, CENTRE)
     return captioner.processor.encode(images, [Turn("user", place_images(question.prompt, len(images)))])
 
 

@@ -17,15 +17,11 @@ import torch
 from torch import nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.robotics.inputs import normalize_fields
-from vla_foundry.inference.history import EpisodeHistory, RobotObservation
-from vla_foundry.inference.observations import ObservationEncoder
+from vla_foundry.inference.observations import EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.models.robotics_batch import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
-from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
 from vla_foundry.robotics.spec import NamedSpec
-from vla_foundry.robotics.windows import compute_absolute_fields
 
 _NUM_SEEDS = 1 << 63
 
@@ -62,7 +58,7 @@ class Policy:
         open_loop_steps: int | None = None,
         num_inference_steps: int | None = None,
     ) -> None:
-        num_predicted = files.plan.window.future + 1
+        num_predicted = files.window_spec.window.future + 1
         if open_loop_steps is not None and not 1 <= open_loop_steps <= num_predicted:
             raise ValueError(f"open_loop_steps ({open_loop_steps}) must be 1 .. {num_predicted}, the predicted steps.")
         self.model = model
@@ -75,8 +71,7 @@ class Policy:
         self.num_predicted = 0
         self._clients: dict[Hashable, _Client] = {}
         self._encoder = ObservationEncoder(files.data, files.spec, files.normalizer, files.processor)
-        self._anchor = files.plan.window.anchor
-        self._actions = files.normalizer.layout(files.data.action_fields)
+        self._window = files.window_spec.window
 
     @classmethod
     def from_run(
@@ -110,7 +105,7 @@ class Policy:
     @property
     def action_fields(self) -> list[str]:
         """The fields of an action, poses absolute, in the order of the model."""
-        return list(self._files.plan.commanded)
+        return list(self._files.window_spec.commanded)
 
     def check_robot(self, robot: NamedSpec) -> None:
         """Compare what a robot says of itself with what the policy was trained on.
@@ -127,7 +122,9 @@ class Policy:
             seed: of the episode.
             client: which robot, where there are several.
         """
-        self._clients[client] = _Client(seed, EpisodeHistory(self._files.plan))
+        files = self._files
+        history = EpisodeHistory(files.window_spec, files.cameras, pads_images=files.data.pad_missing_images)
+        self._clients[client] = _Client(seed, history)
 
     def forget(self, client: Hashable = None) -> None:
         """Forget a robot that will not act again."""
@@ -136,7 +133,7 @@ class Policy:
     def needs_images(self, client: Hashable = None) -> bool:
         """True if the next observation must hold images: a chunk begins there, or a later one looks back on it."""
         step = self._find(client).history.num_observed
-        indices, every = self._files.plan.image_indices, self.open_loop_steps
+        indices, every = self._files.window_spec.image_indices, self.open_loop_steps
         # what lies before the start is taken from the first step
         return bool(indices) and (step == 0 or any((step - index) % every == 0 for index in indices))
 
@@ -209,7 +206,12 @@ class Policy:
             num_steps=self.num_inference_steps,
         )
         values = normalized.cpu().numpy()
-        return [self._to_actions(chunk, client.history) for chunk, client in zip(values, clients, strict=True)]
+        return [self._to_commands(chunk, client.history) for chunk, client in zip(values, clients, strict=True)]
+
+    def _to_commands(self, normalized: np.ndarray, history: EpisodeHistory) -> list[dict[str, np.ndarray]]:
+        """Return the commands of the steps to come."""
+        commands = self._files.actions.invert(normalized, history.references())
+        return [{name: values[step] for name, values in commands.items()} for step in range(self._window.future + 1)]
 
     def _encode(self, clients: Sequence[_Client]) -> Batch:
         batch = self._encoder.encode([client.history.observation(client.instruction) for client in clients])
@@ -218,25 +220,9 @@ class Policy:
         return batch
 
     def _encode_past(self, history: EpisodeHistory) -> np.ndarray:
-        actions = np.zeros((self._files.plan.window.num_steps, self._actions.width), np.float32)
+        transform, anchor = self._files.actions, self._window.anchor
+        actions = np.zeros((self._window.num_steps, transform.fields.select.width), np.float32)
         past = history.past_actions()
         if past is not None:
-            normalized, _ = normalize_fields(past, self._actions, self._files.normalizer, anchor=self._anchor)
-            actions[: self._anchor] = normalized[: self._anchor]
+            actions[:anchor] = transform.apply(past)[0][:anchor]
         return actions
-
-    def _to_actions(self, normalized: np.ndarray, history: EpisodeHistory) -> list[dict[str, np.ndarray]]:
-        """Return the actions of the steps to come: denormalized, poses absolute, rotations made whole."""
-        anchor, normalizer = self._anchor, self._files.normalizer
-        values = normalizer.denormalize(normalized.astype(np.float64), self._actions.fields, anchor=anchor)
-        fields = {name: part[anchor:] for name, part in self._actions.split(values).items()}
-        groups = [group for group in self._files.plan.pose_groups if set(group.relative_keys) <= fields.keys()]
-        fields |= compute_absolute_fields(fields, history.references(), groups)
-        for name in self._files.plan.commanded:
-            description = self.spec.fields.get(name)
-            if description is not None and description.rotation is not None and description.representation != "delta":
-                # a predicted rotation is one only nearly
-                matrix = rotation_to_matrix(fields[name], description.rotation, field=name)
-                fields[name] = matrix_to_rotation(matrix, description.rotation, field=name)
-        names = self._files.plan.commanded
-        return [{name: fields[name][step] for name in names} for step in range(self._files.plan.window.future + 1)]

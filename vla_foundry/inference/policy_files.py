@@ -4,12 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
-from vla_foundry.data.robotics.files import load_normalizer, load_spec
+from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.images.resize import ImageOperations
-from vla_foundry.inference.history import Camera, InputPlan, find_name
 from vla_foundry.inference.loading import (
     choose_device,
     find_run_folder,
@@ -17,14 +15,15 @@ from vla_foundry.inference.loading import (
     load_run_processor,
     with_run_files,
 )
+from vla_foundry.inference.observations import Camera, create_robot_window, find_name
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field
-from vla_foundry.robotics.fit import find_contradictions
+from vla_foundry.robotics.fit import WindowSpec, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
+from vla_foundry.robotics.transforms import ActionTransform, FieldTransform, RelativePoses
 from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME
 from vla_foundry.storage.uri import exists, join_uri, read_text
 
@@ -52,7 +51,11 @@ class PolicyFiles:
     data: RoboticsDataParams
     normalizer: RoboticsNormalizer
     spec: DatasetSpec
-    plan: InputPlan
+    # what of an episode the model gets, and what it commands
+    window_spec: WindowSpec
+    # in the order of the model
+    cameras: tuple[Camera, ...]
+    actions: ActionTransform
     # None: the model takes no text
     processor: "Processor | None"
 
@@ -63,9 +66,9 @@ class PolicyFiles:
     def check_robot(self, robot: NamedSpec) -> None:
         """See Policy.check_robot."""
         known = robot.spec
-        for camera in self.plan.cameras:
+        for camera in self.cameras:
             name = find_name(camera.name, list(known.cameras))
-            if name is None and not self.plan.pads_images:
+            if name is None and not self.data.pad_missing_images:
                 raise ValueError(unknown_name_message(f"camera of {robot.name}", camera.name, list(known.cameras)))
             size = None if name is None else known.cameras[name].original_size
             if size is not None and camera.original_size not in (None, size):
@@ -73,12 +76,12 @@ class PolicyFiles:
                     f"camera '{camera.name}' of {robot.name} gives pictures of {size}, but the policy was trained on "
                     f"{camera.original_size}. Give these."
                 )
-        for field in (*self.plan.observed, *self.plan.commanded):
+        for field in (*self.window_spec.observed, *self.window_spec.commanded):
             if field not in known.fields:
                 raise ValueError(unknown_name_message(f"field of {robot.name}", field, sorted(known.fields)))
         both = {
             name: (self.spec.fields[name], known.fields[name])
-            for name in (*self.plan.observed, *self.plan.commanded)
+            for name in (*self.window_spec.observed, *self.window_spec.commanded)
             if name in self.spec.fields
         }
         found = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
@@ -106,70 +109,45 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     # a robot is to do the same when it is told the same
     data = dataclasses.replace(data, prompts=data.prompts[:1])
     processor = load_run_processor(run_folder) if data.use_language else None
-    spec = load_spec(run_folder)
+    spec, normalizer = load_spec(run_folder), load_normalizer(run_folder)
     options = _read_image_options(run_folder, dataset)
+    window_spec = create_robot_window(data, spec)
     return PolicyFiles(
         run_folder=run_folder,
         params=dataclasses.replace(params, data=data, model=with_run_files(model, run_folder)),
         data=data,
-        normalizer=load_normalizer(run_folder),
+        normalizer=normalizer,
         spec=spec,
-        plan=create_input_plan(data, spec, options),
+        window_spec=window_spec,
+        cameras=tuple(_create_camera(name, spec, options) for name in data.camera_names or []),
+        actions=create_action_transform(data, window_spec, normalizer),
         processor=processor,
     )
 
 
-def create_input_plan(data: RoboticsDataParams, spec: DatasetSpec, options: dict[str, Any]) -> InputPlan:
-    """Work out what of an episode the model gets, and what it commands.
-
-    Args:
-        options: what preprocessing did to images, see above.
+def create_action_transform(
+    data: RoboticsDataParams, spec: WindowSpec, normalizer: RoboticsNormalizer
+) -> ActionTransform:
+    """Create the transform between what a robot is told to do and the actions of the model.
 
     Raises:
-        ValueError: a relative pose can not be made, or not be undone.
+        ValueError: a relative pose cannot be turned into a command.
     """
-    groups = data.parse_groups() or ()
-    observed: dict[str, np.dtype] = {}
-    commanded: dict[str, np.dtype] = {}
-    used: list[PoseGroup] = []
-
-    def add(fields: dict[str, np.dtype], *names: str) -> None:
-        for name in names:
-            known = spec.fields.get(name)
-            fields[name] = np.dtype("float32" if known is None else known.dtype)
-
-    for name in data.proprioception_fields:
-        if is_relative_field(name):
-            group = _find_group(name, groups)
-            used.append(group)
-            add(observed, group.position_key, group.rotation_key, *group.reference_keys)
-        else:
-            add(observed, name)
-    for name in data.action_fields:
-        if is_relative_field(name):
-            group = _find_group(name, groups)
-            partner = next(key for key in group.relative_keys if key != name)
-            if partner not in data.action_fields:
+    for group in spec.actions.pose_groups:
+        for name, partner in (group.relative_keys, group.relative_keys[::-1]):
+            if name in data.action_fields and partner not in data.action_fields:
                 raise ValueError(f"data.action_fields has '{name}' without '{partner}': both are needed to command it.")
-            used.append(group)
-            add(observed, *group.reference_keys)
-        add(commanded, absolute_field(name))
-    return InputPlan(
-        window=data.window,
-        cameras=tuple(_create_camera(name, spec, options) for name in data.camera_names or []),
-        image_indices=tuple(data.image_indices or []),
-        pads_images=data.pad_missing_images,
-        observed=observed,
-        commanded=commanded,
-        pose_groups=tuple(dict.fromkeys(used)),
+    rotations = {
+        name: described.rotation
+        for name, described in spec.commanded.items()
+        if described.rotation is not None and described.representation != "delta"
+    }
+    anchor = spec.window.anchor
+    return ActionTransform(
+        poses=RelativePoses(spec.actions.pose_groups, anchor),
+        fields=FieldTransform.create(data.action_fields, normalizer, anchor=anchor),
+        rotations=rotations,
     )
-
-
-def _find_group(name: str, groups: tuple[PoseGroup, ...]) -> PoseGroup:
-    for group in groups:
-        if name in group.relative_keys:
-            return group
-    raise ValueError(f"the run's data.pose_groups have no group of '{name}'.")
 
 
 def _create_camera(name: str, spec: DatasetSpec, options: dict[str, Any]) -> Camera:

@@ -16,6 +16,8 @@ from typing import Literal
 from vla_foundry.registry import unknown_name_message
 
 RELATIVE_SUFFIX = "_relative"
+# what steps outside the episode hold: the nearest frame, zeros, or the frames mirrored at its end
+PaddingStrategy = Literal["copy", "zero", "reflect"]
 
 _WORD = r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*?"
 _FIELD_PATTERN = re.compile(

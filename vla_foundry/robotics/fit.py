@@ -1,27 +1,79 @@
-"""What a config asks of robot datasets, against what they hold: cameras, images, fields, windows, rates, instructions.
+"""Fit a config to robot datasets: what it takes of each sample (`WindowSpec`), and where it contradicts their specs.
 
-Everything is matched by name and every contradiction is one line. A name that a dataset writes with dots
-(`observation.images.top`) may be given by its last part, where no other camera ends in it.
+Everything is matched by name, and every contradiction is one line. A camera whose name has dots
+(`observation.images.top`) may be given by the last part, if no other camera ends in it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import cast, get_args
 
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.fields import PoseGroup, Window, absolute_field, is_relative_field
+from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
+from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, absolute_field, is_relative_field
 from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, NamedSpec
 
+# columns of published poses: xyz and the 6D form
+_POSITION_WIDTH, _ROTATION_WIDTH = 3, 6
 
-@dataclass(frozen=True, kw_only=True)
-class FieldPlan:
-    """How the fields that a config names come out of a dataset."""
 
-    # arrays that are read
-    stored: tuple[str, ...]
-    # groups whose relative poses are computed of them
-    groups: tuple[PoseGroup, ...]
-    # what the numbers of each field mean; a field that the dataset lacks is absent
-    descriptions: dict[str, FieldDescription]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FieldSources:
+    """Where the fields that a config lists come from in a dataset."""
+
+    # {array that is read: what its numbers mean}
+    stored: dict[str, FieldDescription]
+    # groups whose relative poses are computed from these arrays
+    pose_groups: tuple[PoseGroup, ...]
+    # {field, in the order of the config: what its numbers mean}; a field that the dataset lacks is absent
+    fields: dict[str, FieldDescription]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WindowSpec:
+    """What a model takes of each sample of a dataset, or of a robot's episode."""
+
+    window: Window
+    # what steps outside the episode hold
+    padding: PaddingStrategy
+    actions: FieldSources
+    proprioception: FieldSources
+    # as the dataset names them, in the order of the config
+    cameras: tuple[str, ...]
+    # frames from the anchor; images are time-major, cameras within a time
+    image_indices: tuple[int, ...]
+    # (height, width) of each image, for the black one that stands for a missing one
+    image_sizes: tuple[tuple[int, int], ...]
+    # (name in the config, array) of camera calibration, of which the row at the anchor is read
+    calibration: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def stored(self) -> dict[str, FieldDescription]:
+        """The arrays that are read over the window."""
+        return self.actions.stored | self.proprioception.stored
+
+    @cached_property
+    def pose_groups(self) -> tuple[PoseGroup, ...]:
+        """The groups whose relative poses are computed."""
+        return tuple(dict.fromkeys([*self.actions.pose_groups, *self.proprioception.pose_groups]))
+
+    @property
+    def num_steps_back(self) -> int:
+        """How far back the window looks, images included."""
+        return max(self.window.past, -min(self.image_indices, default=0))
+
+    @cached_property
+    def observed(self) -> dict[str, FieldDescription]:
+        """What a robot has to sense: proprioception, and what relative actions refer to."""
+        references = [name for group in self.actions.pose_groups for name in group.reference_keys]
+        return self.proprioception.stored | {name: self.actions.stored[name] for name in references}
+
+    @cached_property
+    def commanded(self) -> dict[str, FieldDescription]:
+        """What a robot is told to do, poses absolute, in the order of the model."""
+        names = map(absolute_field, self.actions.fields)
+        return {name: self.actions.stored.get(name) or self.actions.fields[name] for name in names}
 
 
 def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
@@ -104,15 +156,15 @@ def check_instructions(types: Sequence[str], dataset: NamedSpec) -> None:
         )
 
 
-def plan_fields(
+def find_fields(
     names: Sequence[str],
     dataset: NamedSpec,
     *,
     pose_groups: Sequence[PoseGroup] | None,
     path: str,
     may_be_missing: bool = False,
-) -> FieldPlan:
-    """Work out what is read, and what is computed of it, for the fields of a config.
+) -> FieldSources:
+    """Find out what is read, and what is computed from it, for the fields of a config.
 
     Args:
         names: fields, in the order of their columns.
@@ -121,19 +173,19 @@ def plan_fields(
         may_be_missing: leave out a field that the dataset lacks.
 
     Raises:
-        ValueError: a field is unknown, given twice, a relative of what is relative, or of no pose group.
+        ValueError: a field is unknown, given twice, relative to a relative one, or in no pose group.
     """
     spec = dataset.spec
     groups = spec.pose_groups if pose_groups is None else tuple(pose_groups)
     stored: list[str] = []
     used: list[PoseGroup] = []
-    descriptions: dict[str, FieldDescription] = {}
+    fields: dict[str, FieldDescription] = {}
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"{path} lists '{name}' twice. Remove one.")
         if name in spec.fields and not (is_relative_field(name) and spec.layout == "episodes"):
             stored.append(name)
-            descriptions[name] = spec.fields[name]
+            fields[name] = spec.fields[name]
             continue
         base = absolute_field(name)
         if not is_relative_field(name) or (base not in spec.fields and not is_relative_field(base)):
@@ -143,8 +195,10 @@ def plan_fields(
         group = _find_group(name, groups, dataset, path)
         used.append(group)
         stored += [group.position_key, group.rotation_key, *group.reference_keys]
-        descriptions[name] = replace(spec.fields[base], representation="relative")
-    return FieldPlan(stored=tuple(dict.fromkeys(stored)), groups=tuple(dict.fromkeys(used)), descriptions=descriptions)
+        fields[name] = replace(spec.fields[base], representation="relative")
+    return FieldSources(
+        stored={name: spec.fields[name] for name in stored}, pose_groups=tuple(dict.fromkeys(used)), fields=fields
+    )
 
 
 def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedSpec, path: str) -> PoseGroup:
@@ -215,19 +269,90 @@ def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[st
     return []
 
 
-def width_of(name: str, plans: Sequence[FieldPlan], path: str) -> int:
+def width_of(name: str, sources: Sequence[FieldSources], path: str) -> int:
     """Return the columns of a field.
+
+    Args:
+        sources: of each dataset.
 
     Raises:
         ValueError: no dataset has it, or they disagree.
     """
-    widths = sorted({plan.descriptions[name].width for plan in plans if name in plan.descriptions})
+    widths = sorted({source.fields[name].width for source in sources if name in source.fields})
     if not widths:
-        known = sorted({field for plan in plans for field in plan.stored})
+        known = sorted({field for source in sources for field in source.stored})
         raise ValueError(unknown_name_message(f"{path}: field", name, known))
     if len(widths) > 1:
         raise ValueError(f"{path}: '{name}' has {' and '.join(map(str, widths))} columns in different datasets.")
     return widths[0]
+
+
+def create_window_spec(
+    dataset: NamedSpec,
+    *,
+    window: Window,
+    actions: FieldSources,
+    proprioception: FieldSources,
+    camera_names: Sequence[str],
+    image_indices: Sequence[int],
+    calibration_fields: Sequence[str],
+) -> WindowSpec:
+    """Work out what is read of each sample of a dataset that fits the config.
+
+    Raises:
+        ValueError: a camera's name has several meanings, or is that of a depth camera.
+    """
+    spec = dataset.spec
+    cameras = [find_camera(name, spec, dataset.name) for name in camera_names]
+    # a camera that the dataset lacks is as large as its first one
+    sizes = {name: (camera.size[1], camera.size[0]) for name, camera in spec.cameras.items()}
+    other = next(iter(sizes.values()), (224, 224))
+    image_sizes = tuple(other if camera is None else sizes[camera] for camera in cameras)
+    assert spec.padding_strategy in get_args(PaddingStrategy), spec.padding_strategy
+    return WindowSpec(
+        window=window,
+        padding=cast(PaddingStrategy, spec.padding_strategy),
+        actions=actions,
+        proprioception=proprioception,
+        cameras=tuple(camera or name for camera, name in zip(cameras, camera_names, strict=True)),
+        image_indices=tuple(image_indices),
+        image_sizes=image_sizes * len(image_indices),
+        calibration=tuple((name, _calibration_array(name, dataset)) for name in calibration_fields),
+    )
+
+
+def _calibration_array(name: str, dataset: NamedSpec) -> str:
+    kind, _, camera = name.partition(".")
+    # the intrinsics of the stored image, which published presets call by a name that no shard has
+    prefix = RESCALED_INTRINSICS if kind == "intrinsics" else f"{kind}."
+    return prefix + (find_camera(camera, dataset.spec, dataset.name) or camera)
+
+
+def create_statistics_window(spec: DatasetSpec, window: Window) -> WindowSpec:
+    """Work out what is read of each stored window for statistics: all fields, and no images."""
+    nothing = FieldSources(stored={}, pose_groups=(), fields={})
+    return WindowSpec(
+        window=window,
+        padding=cast(PaddingStrategy, spec.padding_strategy),
+        actions=replace(nothing, stored=spec.fields),
+        proprioception=nothing,
+        cameras=(),
+        image_indices=(),
+        image_sizes=(),
+    )
+
+
+def add_live_poses(spec: DatasetSpec, pose_groups: Sequence[PoseGroup]) -> DatasetSpec:
+    """Add the absolute poses that a robot gives to the spec of a run whose data hold only relative ones."""
+    fields = dict(spec.fields)
+    for group in pose_groups:
+        if any(name in fields for name in group.relative_keys):
+            keys = zip(group.relative_keys, (group.position_key, group.rotation_key), group.reference_keys, strict=True)
+            for (relative, *absolute), usual in zip(keys, (_POSITION_WIDTH, _ROTATION_WIDTH), strict=True):
+                width = fields[relative].width if relative in fields else usual
+                for name in absolute:
+                    fields.setdefault(name, FieldDescription(shape=(width,)))
+    return replace(spec, fields=fields)
 
 
 def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:

@@ -24,7 +24,6 @@ from jaxtyping import Float64
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
-from vla_foundry.robotics.layout import FieldLayout
 from vla_foundry.robotics.statistics import FieldStatistics
 
 NormalizationMethod = Literal["std", "min_max", "percentile_1_99", "percentile_5_95"]
@@ -74,8 +73,8 @@ class NormalizationRule:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FieldTransform:
-    """The numbers one field is normalized by; of S steps, or of one row that serves for every step."""
+class FieldScale:
+    """The center and scale of one field: of S steps, or one row that serves for every step."""
 
     rule: NormalizationRule
     # step of the S that is the anchor; None where the scope is global
@@ -124,8 +123,8 @@ class RoboticsNormalizer:
     checkpoint: it needs no statistics any more).
     """
 
-    # {field: its transform}
-    transforms: Mapping[str, FieldTransform]
+    # {field: its centers and scales}
+    scales: Mapping[str, FieldScale]
     # dimensions that hardly vary, as they are named in the warning
     near_constant: tuple[str, ...] = ()
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -147,16 +146,16 @@ class RoboticsNormalizer:
         Raises:
             ValueError: statistics lack a field, a time step or percentiles.
         """
-        transforms, near_constant, smallest = {}, [], np.inf
+        scales, near_constant, smallest = {}, [], np.inf
         for name, rule in rules.items():
             if name not in statistics:
                 raise ValueError(unknown_name_message("statistics: field", name, sorted(statistics)))
             try:
-                transforms[name], is_constant = _create_transform(statistics[name], rule, window)
+                scales[name], is_constant = _create_scale(statistics[name], rule, window)
             except ValueError as error:
                 raise ValueError(f"field '{name}': {error}") from None
             near_constant += _name_dimensions(name, is_constant)
-            smallest = min(smallest, transforms[name].scale[is_constant].min(initial=np.inf))
+            smallest = min(smallest, scales[name].scale[is_constant].min(initial=np.inf))
         if near_constant:
             logger.warning(
                 "%d dimensions hardly vary; noise in them is divided by as little as %.3g. "
@@ -165,15 +164,16 @@ class RoboticsNormalizer:
                 smallest,
                 ", ".join(near_constant[:12]) + (", ..." if len(near_constant) > 12 else ""),
             )
-        return cls(transforms, tuple(near_constant))
+        return cls(scales, tuple(near_constant))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without the cache: a worker has no use for tensors of this process's device
-        return RoboticsNormalizer, (self.transforms, self.near_constant)
+        return RoboticsNormalizer, (self.scales, self.near_constant)
 
-    def layout(self, fields: Sequence[str]) -> FieldLayout:
-        """Return where the columns of `fields` lie when they stand side by side."""
-        return FieldLayout.create(fields, {name: value.width for name, value in self.transforms.items()})
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of each field."""
+        return {name: scale.width for name, scale in self.scales.items()}
 
     def normalize(self, values: Array, fields: str | Sequence[str], *, anchor: int | None = None) -> Array:
         """Normalize values of one field, or of several side by side.
@@ -206,12 +206,12 @@ class RoboticsNormalizer:
             "version": STATE_VERSION,
             "fields": {
                 name: {
-                    "rule": asdict(transform.rule),
-                    "anchor_index": transform.anchor_index,
-                    "center": transform.center.tolist(),
-                    "scale": transform.scale.tolist(),
+                    "rule": asdict(field.rule),
+                    "anchor_index": field.anchor_index,
+                    "center": field.center.tolist(),
+                    "scale": field.scale.tolist(),
                 }
-                for name, transform in self.transforms.items()
+                for name, field in self.scales.items()
             },
         }
 
@@ -224,18 +224,18 @@ class RoboticsNormalizer:
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"{origin} is of version {state.get('version')!r}, this code reads {STATE_VERSION}.")
-        transforms = {}
+        scales = {}
         for name, values in state["fields"].items():
             center, scale = np.array(values["center"], np.float64), np.array(values["scale"], np.float64)
             if center.ndim != 2 or center.shape != scale.shape or not (np.isfinite(center).all() and (scale > 0).all()):
                 raise ValueError(f"{origin}: field '{name}' has broken centers or scales.")
-            transforms[name] = FieldTransform(
+            scales[name] = FieldScale(
                 rule=NormalizationRule(**values["rule"]),
                 anchor_index=values["anchor_index"],
                 center=center,
                 scale=scale,
             )
-        return cls(transforms)
+        return cls(scales)
 
     def _prepare(self, values: Any, fields: str | Sequence[str], anchor: int | None) -> tuple[Any, Any, Any]:
         """Return ((center, scale, clip), values in the type of the arithmetic, how to get back to theirs)."""
@@ -258,17 +258,21 @@ class RoboticsNormalizer:
     def _numbers(
         self, names: tuple[str, ...], anchor: int | None, num_steps: int | None
     ) -> tuple[Float64[np.ndarray, "*T C"], Float64[np.ndarray, "*T C"], Float64[np.ndarray, " C"] | None]:
-        layout = self.layout(names)
-        rows = {name: self.transforms[name].rows(name, anchor, num_steps) for name in layout.fields}
+        for name in names:
+            if name not in self.scales:
+                raise ValueError(unknown_name_message("field", name, sorted(self.scales)))
+        rows = {name: self.scales[name].rows(name, anchor, num_steps) for name in names}
         num_rows = max((part.stop - part.start for part in rows.values()), default=1)
-        center, scale = np.zeros((num_rows, layout.width)), np.ones((num_rows, layout.width))
-        clip = np.full(layout.width, np.inf)
-        for name, columns in layout.slices():
-            transform = self.transforms[name]
-            center[:, columns] = transform.center[rows[name]]
-            scale[:, columns] = transform.scale[rows[name]]
-            if transform.rule.enabled and transform.rule.clip is not None:
-                clip[columns] = transform.rule.clip
+        width = sum(self.scales[name].width for name in names)
+        center, scale, clip = np.zeros((num_rows, width)), np.ones((num_rows, width)), np.full(width, np.inf)
+        start = 0
+        for name in names:
+            field = self.scales[name]
+            columns = slice(start, start + field.width)
+            center[:, columns], scale[:, columns] = field.center[rows[name]], field.scale[rows[name]]
+            if field.rule.enabled and field.rule.clip is not None:
+                clip[columns] = field.rule.clip
+            start = columns.stop
         if num_steps is None:
             center, scale = center[0], scale[0]
         return center, scale, clip if np.isfinite(clip).any() else None
@@ -285,16 +289,16 @@ def _to_torch(numbers: tuple[Any, Any, Any], like: Any) -> tuple[Any, Any, Any]:
     return center, scale, clip
 
 
-def _create_transform(
+def _create_scale(
     statistics: FieldStatistics, rule: NormalizationRule, window: Window | None
-) -> tuple[FieldTransform, np.ndarray]:
-    """Return the transform and which of its dimensions (S, C) hardly vary."""
+) -> tuple[FieldScale, np.ndarray]:
+    """Return the scale of a field, and which of its dimensions (S, C) hardly vary."""
     is_per_step = rule.scope == "per_timestep" and rule.enabled
     anchor_index = statistics.anchor_index if is_per_step else None
     if not rule.enabled:
         shape = (1, statistics.width)
-        transform = FieldTransform(rule=rule, anchor_index=None, center=np.zeros(shape), scale=np.ones(shape))
-        return transform, np.zeros(shape, dtype=bool)
+        unchanged = FieldScale(rule=rule, anchor_index=None, center=np.zeros(shape), scale=np.ones(shape))
+        return unchanged, np.zeros(shape, dtype=bool)
     center, spread = _center_and_spread(statistics, rule)
     if is_per_step:
         if anchor_index is None:
@@ -317,7 +321,7 @@ def _create_transform(
     limit = max(_CONSTANT_SPREAD, rule.range_floor or 0.0)
     is_constant = (spread <= limit) | (spread <= _CONSTANT_SHARE * largest)
     scale = np.maximum(scale, rule.epsilon)
-    return FieldTransform(rule=rule, anchor_index=anchor_index, center=center, scale=scale), is_constant
+    return FieldScale(rule=rule, anchor_index=anchor_index, center=center, scale=scale), is_constant
 
 
 def _center_and_spread(

@@ -1,36 +1,42 @@
-"""Windows of time steps around anchors: which frames, which steps are padding, still windows, relative poses.
+"""Windows of time steps around anchors: which frames, which steps are padding; and the one reader of both layouts.
 
-Preprocessing, load time and inference all make their windows here. For a window of P past and F future steps the
-anchor is step P, and of the three masks exactly one is True at every step:
+For a window of P past and F future steps the anchor is step P, and exactly one of the three masks is True at each step:
 
-| mask        | True where                                                             |
-|-------------|------------------------------------------------------------------------|
-| past_mask   | the step lies before the anchor and within the episode: observed       |
+| mask        | True where                                                              |
+|-------------|-------------------------------------------------------------------------|
+| past_mask   | the step lies before the anchor and within the episode: observed        |
 | future_mask | the step is the anchor or later and within the episode: to be predicted |
-| is_padding  | the step lies outside the episode: neither to be observed nor predicted |
+| is_padding  | the step lies outside the episode: neither observed nor to be predicted |
+
+The published layout ("samples") stores each window by itself, images and all. The default one ("episodes") stores each
+frame once, and windows are made when they are read, by the functions that preprocessing uses, so both layouts of a
+recording give the same bits. (With the padding `reflect`, only for the whole stored window: what is mirrored is the
+window's own part of the episode. Padded steps are masked, whatever they hold.) Only what is asked for is read.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int64, Num
+from jaxtyping import Int64, Num
 
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.fields import PoseGroup, Window
-from vla_foundry.robotics.pose import absolute_pose, relative_pose
+from vla_foundry.robotics.episode_blocks import EpisodeInfo
+from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, image_name
+from vla_foundry.robotics.fit import WindowSpec
+from vla_foundry.robotics.transforms import RelativePoses
+from vla_foundry.storage.npz import NpzFile
 
-# what stands in the steps outside the episode: the nearest frame, zeros, or the frames mirrored at its end
-PaddingStrategy = Literal["copy", "zero", "reflect"]
+# of images, in the order in which they are looked for
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+# windows that are made at a time: bounds the memory that a long episode takes
+_CHUNK = 256
 
-# units of thresholds, in the unit that fields are stored in (metres, radians, seconds, newtons, newton-metres)
-_UNITS = {
-    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "m/s": 1.0, "rad": 1.0, "deg": np.pi / 180, "rad/s": 1.0, "deg/s": np.pi / 180,
-    "N": 1.0, "Nm": 1.0,
-}  # fmt: skip
+# how a shard names a member
+Member = TypeVar("Member")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +64,20 @@ class Windows:
         """(N, T) bool, True where a step is to be predicted: the anchor or later, within the episode."""
         return ~self.is_padding & (np.arange(self.window.num_steps) >= self.window.anchor)
 
-    def gather(self, values: Num[np.ndarray, "L *C"]) -> Num[np.ndarray, "N T *C"]:
+    def apply(self, values: Num[np.ndarray, "L *C"]) -> Num[np.ndarray, "N T *C"]:
         """Take an episode's values (one row a frame) into the windows; zeros in padding if the strategy is zero."""
         taken = values[self.frames]
         if self.padding == "zero":
             taken[self.is_padding] = 0
         return taken
+
+    def invert(self, values: Num[np.ndarray, "N T *C"]) -> Num[np.ndarray, "L *C"]:
+        """Return the rows of an episode from the first to the last frame in the windows; frames in none are zero."""
+        is_inside = ~self.is_padding
+        frames = self.frames[is_inside] - self.frames.min()
+        rows = np.zeros((frames.max() + 1, *values.shape[2:]), dtype=values.dtype)
+        rows[frames] = values[is_inside]
+        return rows
 
 
 def create_windows(
@@ -96,48 +110,6 @@ def create_windows(
     return Windows(window=window, anchors=anchors, frames=frames, is_padding=is_padding, padding=padding)
 
 
-@dataclass(frozen=True, eq=False)
-class SelectedAnchors:
-    """Anchors that may be samples, and how many were left out."""
-
-    # (N,) int64, increasing
-    anchors: np.ndarray
-    # anchors left out because their window reaches too far beyond the episode
-    num_dropped: int
-
-
-def select_anchors(
-    num_frames: int,
-    window: Window,
-    *,
-    stride: int = 1,
-    max_padding_left: int | None = None,
-    max_padding_right: int | None = None,
-) -> SelectedAnchors:
-    """Choose every `stride`-th frame whose window needs no more padding than allowed.
-
-    Args:
-        num_frames: frames of the episode.
-        max_padding_left: most padded steps before the first frame; None: any number.
-        max_padding_right: most padded steps after the last frame; None: any number.
-
-    Raises:
-        ValueError: stride < 1 or a negative limit.
-    """
-    if stride < 1:
-        raise ValueError(f"stride ({stride}) must be at least 1.")
-    for name, limit in (("max_padding_left", max_padding_left), ("max_padding_right", max_padding_right)):
-        if limit is not None and limit < 0:
-            raise ValueError(f"{name} ({limit}) must be at least 0.")
-    candidates = np.arange(0, num_frames, stride, dtype=np.int64)
-    keep = np.ones(len(candidates), dtype=bool)
-    if max_padding_left is not None:
-        keep &= window.past - candidates <= max_padding_left
-    if max_padding_right is not None:
-        keep &= candidates + window.future - (num_frames - 1) <= max_padding_right
-    return SelectedAnchors(anchors=candidates[keep], num_dropped=int(np.sum(~keep)))
-
-
 def image_frames(
     anchors: Int64[np.ndarray, " N"], image_indices: Sequence[int], num_frames: int
 ) -> Int64[np.ndarray, "N I"]:
@@ -146,162 +118,201 @@ def image_frames(
     return np.clip(anchors[:, None] + offsets, 0, num_frames - 1)
 
 
-def parse_threshold(value: float | str, *, where: str = "still_threshold") -> float:
-    """Read a threshold: a number in the field's own unit, or a number and a unit ("5 mm", "1 deg").
-
-    Raises:
-        ValueError: it is neither, or negative.
-    """
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", value)
-        if match is None or (match[2] and match[2] not in _UNITS):
-            raise ValueError(f"{where} '{value}' is not a number with a unit. Units: {', '.join(_UNITS)}.")
-        return float(match[1]) * _UNITS.get(match[2], 1.0)
-    if not value >= 0:
-        raise ValueError(f"{where} ({value}) must be at least 0.")
-    return float(value)
-
-
-def find_still_windows(
-    fields: Mapping[str, Num[np.ndarray, "N T C"]],
-    is_padding: Bool[np.ndarray, "N T"],
-    thresholds: Mapping[str, float | str],
-) -> Bool[np.ndarray, " N"]:
-    """Find the windows in which nothing moves.
-
-    A field moves in a window if, over the steps that are no padding, the standard deviation of one of its columns is
-    above the field's threshold. (A column of a 6D rotation changes by no more than the angle, so radians serve.)
-
-    Args:
-        thresholds: field name or glob pattern -> threshold (see `parse_threshold`). Fields that no pattern names do not
-            count; a field named by several must stay below the smallest.
-
-    Returns:
-        True where no named field moves.
-
-    Raises:
-        ValueError: a pattern names no field.
-    """
-    still = np.ones(len(is_padding), dtype=bool)
-    weights = (~is_padding)[..., None].astype(np.float64)
-    count = np.maximum(weights.sum(axis=1), 1)  # (N, 1)
-    for pattern, threshold in thresholds.items():
-        matching = [name for name in fields if name == pattern or fnmatchcase(name, pattern)]
-        if not matching:
-            raise ValueError(unknown_name_message("still_threshold: field", pattern, sorted(fields)))
-        limit = parse_threshold(threshold, where=f"still_threshold of '{pattern}'")
-        for name in matching:
-            values = fields[name].astype(np.float64)
-            # from the anchor-independent first step, so that large offsets cost no precision
-            values = values - values[:, :1]
-            mean = (values * weights).sum(axis=1) / count
-            variance = (np.square(values - mean[:, None]) * weights).sum(axis=1) / count  # (N, C)
-            still &= np.sqrt(variance.max(axis=-1)) <= limit
-    return still
-
-
-def compute_relative_fields(
+def iterate_windows(
     fields: Mapping[str, np.ndarray],
-    groups: Sequence[PoseGroup],
+    anchors: Int64[np.ndarray, " N"],
+    num_frames: int,
+    window: Window,
     *,
-    anchor: int,
-    is_padding: Bool[np.ndarray, "*N T"] | None = None,
-    padding: PaddingStrategy = "copy",
-) -> dict[str, np.ndarray]:
-    """Express each group's poses in the frame of its reference pose at the anchor: inv(T_ref) T_t.
+    padding: PaddingStrategy,
+    pose_groups: Sequence[PoseGroup] = (),
+) -> Iterator[tuple[Windows, dict[str, np.ndarray]]]:
+    """Yield the windows around the anchors of an episode, some at a time, with the values of every field (n, T, C).
 
     Args:
-        fields: windows (*N, T, C) of the groups' fields and of their reference fields.
-        anchor: the step that the reference pose is taken from.
-        is_padding, padding: needed where padded steps hold zeros, which are no pose; they stay zeros.
-
-    Returns:
-        The `_relative` fields, float64.
+        fields: of the whole episode, (L, C).
+        pose_groups: their `_relative` fields are added, in the type of the poses.
 
     Raises:
-        ValueError: a field is missing or holds what is not a pose.
+        ValueError: an anchor lies outside the episode, or a field does not hold a pose.
     """
-    hole = is_padding if padding == "zero" and is_padding is not None and is_padding.any() else None
-    result = {}
-    formats = dict.fromkeys(group.rotation_format for group in groups)
-    for members in ([group for group in groups if group.rotation_format == name] for name in formats):
-        # poses of one format at once: a window holds few, and each call costs the same for more of them
-        if len(members) > 1 and _have_one_shape(fields, members):
-            try:
-                result |= _relative_poses(fields, members, anchor, hole)
-                continue
-            except ValueError:
-                pass  # said again below, with the name of the group
-        for group in members:
-            result |= _relative_poses(fields, [group], anchor, hole)
-    return result
+    poses = RelativePoses(tuple(pose_groups), window.anchor, padding)
+    types = {
+        name: fields[key].dtype
+        for group in pose_groups
+        for name, key in zip(group.relative_keys, (group.position_key, group.rotation_key), strict=True)
+    }
+    for first in range(0, len(anchors), _CHUNK):
+        windows = create_windows(anchors[first : first + _CHUNK], num_frames, window, padding=padding)
+        values = {name: windows.apply(array) for name, array in fields.items()}
+        relative = poses.apply(values, windows.is_padding)
+        yield windows, values | {name: array.astype(types[name]) for name, array in relative.items()}
 
 
-def _have_one_shape(fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup]) -> bool:
-    shapes = {fields[group.position_key].shape for group in groups if group.position_key in fields}
-    return len(shapes) == 1
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RobotWindow:
+    """What was read of a sample; T steps."""
+
+    episode_id: str
+    # frame of the episode
+    anchor: int
+    # {field: (T, C)}, in the units of the data; what is stored: relative poses are computed later
+    fields: dict[str, np.ndarray]
+    # bool (T,); exactly one is True at each step, see above
+    past_mask: np.ndarray
+    future_mask: np.ndarray
+    is_padding: np.ndarray
+    # image files (at inference: uint8 [3, H, W]), in the order of the spec; None: there is no such image
+    images: Sequence[Any]
+    # {type: instructions}
+    instructions: dict[str, list[str]]
+    # {name in the config: the row at the anchor}
+    calibration: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def _relative_poses(
-    fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup], anchor: int, hole: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """Return the relative fields of groups of one rotation format; `hole` are steps of zeros."""
-    poses = [_group_fields(fields, group, (group.position_key, group.rotation_key)) for group in groups]
-    references = [_group_fields(fields, group, group.reference_keys) for group in groups]
-    # (groups, *N, T, C)
-    position, rotation = (np.stack(parts) for parts in zip(*poses, strict=True))
-    reference_position, reference_rotation = (
-        np.stack([part[..., anchor : anchor + 1, :] for part in parts]) for parts in zip(*references, strict=True)
-    )
-    if hole is not None:
-        # any pose will do where zeros are put back below
-        position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
-        rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
-    relative = relative_pose(
-        position,
-        rotation,
-        reference_position,
-        reference_rotation,
-        rotation_format=groups[0].rotation_format,
-        field=f"pose group '{groups[0].name}'",
-    )
-    result = {}
-    for number, group in enumerate(groups):
-        for name, values in zip(group.relative_keys, relative, strict=True):
-            result[name] = values[number] if hole is None else np.where(hole[..., None], 0.0, values[number])
-    return result
-
-
-def compute_absolute_fields(
-    fields: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray], groups: Sequence[PoseGroup]
-) -> dict[str, np.ndarray]:
-    """Bring predicted relative poses back to the world: the inverse of `compute_relative_fields`.
+def read_sample_window(members: Mapping[str, Member], read: Callable[[Member], bytes], spec: WindowSpec) -> RobotWindow:
+    """Read a window that is stored by itself.
 
     Args:
-        fields: the groups' `_relative` fields, (*N, T, C).
-        references: the groups' reference fields at the anchor, (*N, C).
+        members: of the sample, by suffix in lower case.
+        read: returns the content of a member.
 
-    Returns:
-        The groups' absolute fields, float64.
+    Raises:
+        ValueError: the sample lacks what is asked for, or what it holds is broken.
     """
-    result = {}
-    for group in groups:
-        position, rotation = _group_fields(fields, group, group.relative_keys)
-        reference_position, reference_rotation = _group_fields(references, group, group.reference_keys)
-        pose = absolute_pose(
-            position,
-            rotation,
-            reference_position[..., None, :],
-            reference_rotation[..., None, :],
-            rotation_format=group.rotation_format,
-            field=f"pose group '{group.name}'",
+
+    def find(suffix: str) -> bytes:
+        if suffix not in members:
+            raise ValueError(f"it has no member '{suffix}'; its members are {', '.join(sorted(members))}")
+        return read(members[suffix])
+
+    metadata = _parse_object(find("metadata.json"), "metadata.json")
+    arrays = NpzFile.from_bytes(find("lowdim.npz"))
+    past_mask, future_mask = _read_array(arrays, "past_mask"), _read_array(arrays, "future_mask")
+    # steps before the anchor: LeRobot's published metadata hold numbers as text
+    past = int(metadata.get("anchor_relative_idx", np.argmax(future_mask)))
+    steps = Window(past, len(future_mask) - 1 - past).crop(spec.window)
+    fields = {name: _check_steps(name, _read_array(arrays, name), len(future_mask))[steps] for name in spec.stored}
+    past_mask, future_mask = past_mask[steps], future_mask[steps]
+    calibration = {}
+    for name, array in spec.calibration:
+        values = _read_array(arrays, array)
+        calibration[name] = values[past] if values.ndim == 3 else values
+    images = []
+    for offset in spec.image_indices:
+        for camera in spec.cameras:
+            names = [f"{image_name(camera.lower(), offset)}.{extension}" for extension in IMAGE_EXTENSIONS]
+            found = next((name for name in names if name in members), None)
+            images.append(None if found is None else read(members[found]))
+    texts = "language_instructions.json"
+    return RobotWindow(
+        episode_id=_episode_of(metadata),
+        anchor=int(metadata.get("anchor_timestep", metadata.get("frame_index", -1))),
+        fields=fields,
+        past_mask=past_mask,
+        future_mask=future_mask,
+        is_padding=~(past_mask | future_mask),
+        images=images,
+        instructions=_parse_instructions(_parse_object(find(texts), texts) if texts in members else {}),
+        calibration=calibration,
+    )
+
+
+def read_episode_window(
+    info: EpisodeInfo, arrays: NpzFile, anchor: int, read_frame: Callable[[str, int], bytes | None], spec: WindowSpec
+) -> RobotWindow:
+    """Make a window of an episode.
+
+    Args:
+        arrays: the episode's fields (L, C), of which only the rows of the window are read.
+        read_frame: returns the image of a camera at a frame; None: the episode has no such camera.
+
+    Raises:
+        ValueError: the episode lacks what is asked for, or what it holds is broken.
+    """
+    first, end = max(0, anchor - spec.window.past), min(info.num_frames, anchor + spec.window.future + 1)
+    num_left, num_right = first - (anchor - spec.window.past), anchor + spec.window.future + 1 - end
+    windows, masks = _place_window(num_left, num_right, spec.window, spec.padding)
+    fields = {}
+    for name in spec.stored:
+        if name not in arrays:
+            raise ValueError(unknown_name_message("array", name, arrays.names))
+        values = _check_steps(name, arrays.read_rows(name, first, end), end - first)
+        fields[name] = windows.apply(values)[0] if num_left or num_right else values
+    calibration = {}
+    for name, array in spec.calibration:
+        is_fixed = len(_shape_of(arrays, array)) == 2
+        calibration[name] = arrays.read(array) if is_fixed else arrays.read_rows(array, anchor, anchor + 1)[0]
+    frames = image_frames(np.asarray([anchor]), spec.image_indices, info.num_frames)[0].tolist()
+    return RobotWindow(
+        episode_id=info.episode_id,
+        anchor=anchor,
+        fields=fields,
+        **masks,
+        images=[read_frame(camera, frame) for frame in frames for camera in spec.cameras],
+        instructions=_parse_instructions(info.instructions_at(anchor)),
+        calibration=calibration,
+    )
+
+
+def read_episode_fields(arrays: NpzFile, names: Sequence[str], num_frames: int) -> dict[str, np.ndarray]:
+    """Read fields of a whole episode, (L, C), their checksums compared.
+
+    Raises:
+        ValueError: the episode lacks a field, or it is damaged.
+    """
+    return {name: _check_steps(name, _read_array(arrays, name), num_frames) for name in names}
+
+
+@lru_cache(maxsize=4096)  # made for each sample, it would take half as long as reading its fields
+def _place_window(
+    num_left: int, num_right: int, window: Window, padding: PaddingStrategy
+) -> tuple[Windows, dict[str, np.ndarray]]:
+    """Return a window of which `num_left` steps lie before its frames and `num_right` after them, and its masks."""
+    num_frames = window.num_steps - num_left - num_right
+    windows = create_windows(np.asarray([window.past - num_left]), num_frames, window, padding=padding)
+    masks = {name: getattr(windows, name)[0] for name in ("past_mask", "future_mask", "is_padding")}
+    for mask in masks.values():
+        mask.flags.writeable = False
+    return windows, masks
+
+
+def _parse_object(content: bytes, suffix: str) -> dict[str, Any]:
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError(f"its {suffix} is not a JSON object")
+    return values
+
+
+def _read_array(arrays: NpzFile, name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(unknown_name_message("array", name, arrays.names))
+    return arrays.read(name)
+
+
+def _shape_of(arrays: NpzFile, name: str) -> tuple[int, ...]:
+    if name not in arrays:
+        raise ValueError(unknown_name_message("array", name, arrays.names))
+    return arrays.shape(name)
+
+
+def _check_steps(name: str, values: np.ndarray, num_steps: int) -> np.ndarray:
+    if values.ndim != 2 or len(values) != num_steps or values.dtype.kind not in "fiub":
+        raise ValueError(
+            f"array '{name}' of shape {values.shape} and type {values.dtype} is not a field of {num_steps} steps"
         )
-        result.update(zip((group.position_key, group.rotation_key), pose, strict=True))
-    return result
+    return values
 
 
-def _group_fields(fields: Mapping[str, Any], group: PoseGroup, keys: tuple[str, str]) -> list[np.ndarray]:
-    for key in keys:
-        if key not in fields:
-            raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
-    return [fields[key] for key in keys]
+def _episode_of(metadata: Mapping[str, Any]) -> str:
+    if "episode_id" in metadata:
+        return str(metadata["episode_id"])
+    return f"episode_{metadata['episode_index']}" if "episode_index" in metadata else ""
+
+
+def _parse_instructions(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Bring instructions to lists: LeRobot's published ones are one text each."""
+    lists: dict[str, Sequence[Any]] = {
+        kind: [texts] if isinstance(texts, str) else texts for kind, texts in values.items()
+    }
+    return {kind: [text for text in texts if isinstance(text, str) and text] for kind, texts in lists.items()}

@@ -18,10 +18,11 @@ from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.loader import create_dataloader
-from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
+from vla_foundry.data.pipelines.robotics import RoboticsPipeline
+from vla_foundry.data.pipelines.robotics_stages import ChooseInstruction
 from vla_foundry.data.pipelines.stages import read_record
 from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
-from vla_foundry.data.robotics.datasets import read_specs
+from vla_foundry.data.robotics import read_specs
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 from vla_foundry.params.experiment import load_experiment_params_from_yaml
@@ -158,8 +159,8 @@ def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotS
         num_workers=0,
     )
     pipeline = RoboticsPipeline(params)
-    # there is no text processor, but the figure shows the chosen instruction
-    pipeline.make_inputs = (ChooseInstruction(pipeline.params), *pipeline.make_inputs)
+    # without a text processor, but the instruction is drawn as for one
+    pipeline.stages = (ChooseInstruction(pipeline.params), *pipeline.stages)
     return _read_sample(pipeline, number, seed=0, global_batch_size=1)
 
 

@@ -9,6 +9,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
 from vla_foundry.images.colors import normalize_images
 from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.robotics.transforms import FieldTransform
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,12 +73,12 @@ def take_sample(batch: Batch, row: int, pipeline: RoboticsPipeline, fields: dict
     def take_fields(key: str, names: Sequence[str]) -> list[FieldValues]:
         if not names:
             return []
+        transform = FieldTransform.create(names, pipeline.normalizer, anchor=anchor)
         values = np.asarray(batch[key][row], dtype=np.float64)
-        raw = pipeline.normalizer.denormalize(values, names, anchor=anchor)
-        slices = pipeline.normalizer.layout(names).slices()
+        raw, normalized = transform.invert(values), transform.select.invert(values)
         return [
-            FieldValues(name=name, description=fields.get(name), raw=raw[:, columns], normalized=values[:, columns])
-            for name, columns in slices
+            FieldValues(name=name, description=fields.get(name), raw=raw[name], normalized=normalized[name])
+            for name in names
         ]
 
     return RobotSample(

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from vla_foundry.data.robotics.files import load_normalizer, load_spec
+from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.importing.configs import match_field_config
-from vla_foundry.inference.history import RobotObservation
+from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
 from vla_foundry.params import load_experiment_params_from_yaml
 from vla_foundry.params.commands.runs import ImportParams

@@ -9,6 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.essential.robot_data import create_params as create_params
+from tests.essential.robot_data import create_recording as create_recording
+from tests.essential.robot_data import read_batch as read_batch
+from tests.essential.robot_data import tokenizer_folder as tokenizer_folder
+from tests.essential.robot_data import write_robot_data as write_robot_data
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
@@ -88,7 +93,7 @@ class Arm:
     recordings: list[Recording]
 
 
-def create_recording(seed: int) -> Recording:
+def record_arm(seed: int) -> Recording:
     """Smooth poses, a gripper, and noisy pictures that are not square."""
     rng = np.random.default_rng(seed)
     fields: dict[str, np.ndarray] = {}
@@ -131,7 +136,7 @@ class ArmConverter(BaseRoboticsConverter):
         )
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
-        recording = create_recording(int(ref.source))
+        recording = record_arm(int(ref.source))
         return Episode(
             ref=ref,
             fps=FPS,
@@ -172,7 +177,7 @@ def train_arm(
     params = parse(TrainExperimentParams, words, prog="train").params
     params = resolve(params, read_facts(params, 1))
     train(params, World())
-    return Arm(folder / "runs" / "arm", params, [create_recording(0), create_recording(1)])
+    return Arm(folder / "runs" / "arm", params, [record_arm(0), record_arm(1)])
 
 
 @pytest.fixture(scope="session")

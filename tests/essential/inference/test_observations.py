@@ -13,11 +13,10 @@ from PIL import Image
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.image_caption import create_image_processor
-from vla_foundry.data.robotics.datasets import complete_params
-from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_robotics_files
+from vla_foundry.data.robotics import complete_params, load_normalizer, load_spec, save_robotics_files
 from vla_foundry.images.codec import image_from_array
 from vla_foundry.images.processor import Processor
-from vla_foundry.inference.observations import Observation, ObservationEncoder
+from vla_foundry.inference.observations import ObservationEncoder, ObservedSteps
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
@@ -72,7 +71,7 @@ def test_a_robot_sees_what_training_saw(
     for anchor, instruction in zip(expected["anchors"].tolist(), expected["instructions"], strict=True):
         seen = slice(max(0, anchor - 2), anchor + 1)
         observations.append(
-            Observation(
+            ObservedSteps(
                 images={
                     camera: [image_from_array(np.array(Image.open(io.BytesIO(file)))) for file in files[seen]]
                     for camera, files in recording.frames.items()
@@ -104,13 +103,13 @@ def test_what_an_observation_lacks_is_named(
     encoder = ObservationEncoder(params, spec, normalizer)
     images = {camera: files[:1] for camera, files in recording.frames.items()}
     fields = {name: values[:1] for name, values in recording.fields.items()}
-    assert encoder.encode([Observation(images=images, fields=fields)])["proprioception"].shape == (1, 2, 9)
+    assert encoder.encode([ObservedSteps(images=images, fields=fields)])["proprioception"].shape == (1, 2, 9)
     with pytest.raises(ValueError, match=r"observation: camera 'wrist' is unknown"):
-        encoder.encode([Observation(images={"Scene.Left": images["Scene.Left"]}, fields=fields)])
+        encoder.encode([ObservedSteps(images={"Scene.Left": images["Scene.Left"]}, fields=fields)])
     with pytest.raises(ValueError, match=r"observation: field 'robot__actual.*' is unknown"):
-        encoder.encode([Observation(images=images, fields={"gripper": np.zeros((1, 1))})])
+        encoder.encode([ObservedSteps(images=images, fields={"gripper": np.zeros((1, 1))})])
     fields["robot__actual__poses__right::panda__xyz"] = np.full((1, 3), np.nan)
-    with pytest.raises(ValueError, match=r"can not be used \(not finite\): field 'robot__actual"):
-        encoder.encode([Observation(images=images, fields=fields)])
+    with pytest.raises(ValueError, match=r"cannot be used: not finite: field 'robot__actual"):
+        encoder.encode([ObservedSteps(images=images, fields=fields)])
     with pytest.raises(ValueError, match=r"image_indices \[0, 1\] are of the future"):
         ObservationEncoder(replace(params, image_indices=[0, 1]), spec, normalizer)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from vla_foundry.data import create_dataloader
-from vla_foundry.data.robotics.files import load_normalizer
+from vla_foundry.data.robotics import load_normalizer
 from vla_foundry.inference import Policy, RobotObservation
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.models import create_batch_handler
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.spec import FieldDescription, GripperRange, NamedSpec
+from vla_foundry.robotics.transforms import SelectFields
 from vla_foundry.world import World
 
 ACTUAL, ACTION = "robot__actual__poses__right::arm", "robot__action__poses__right::arm"
@@ -129,7 +130,7 @@ def test_actions_are_absolute_and_in_units_of_the_data(arm: Any) -> None:
     seeds = torch.tensor([draw_index(1 << 63, seed=1, position=0, purpose="policy.noise")])
     normalized = model.sample(handler.prepare_sampling(policy.encode(), "cpu"), seeds=seeds)[0].double().numpy()  # pyright: ignore[reportCallIssue]
     names = arm.params.data.action_fields
-    columns = normalizer.layout(names).split(normalizer.denormalize(normalized, names, anchor=2))
+    columns = SelectFields.create(names, normalizer.widths).invert(normalizer.denormalize(normalized, names, anchor=2))
     rotation = recording.fields[f"{ACTUAL}__rot_6d"][0].reshape(2, 3)
     reference = np.stack([*rotation, np.cross(*rotation)])
     origin = recording.fields[f"{ACTUAL}__xyz"][0]

@@ -237,7 +237,7 @@ def test_epsilon_is_the_smallest_scale() -> None:
     fields = nearly_constant()
     rule = NormalizationRule(method="min_max", epsilon=0.25)
     robot = RoboticsNormalizer.create(statistics(fields, 0), {"joint": rule})
-    assert robot.transforms["joint"].scale[0, 1] == 0.25
+    assert robot.scales["joint"].scale[0, 1] == 0.25
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
-from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
+from vla_foundry.preprocessing.robotics.statistics import compute_statistics
 from vla_foundry.preprocessing.shard_writer import open_shard
 from vla_foundry.robotics.episode_blocks import (
     EpisodeCamera,

@@ -146,7 +146,7 @@ class PrepareImages:
         if is_training and self.params is not None:
             draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"])
         try:
-            images = prepare_images([sample[name] for name in find_images(sample)], self.params, draw)
+            images, _ = prepare_images([sample[name] for name in find_images(sample)], self.params, draw)
         except ValueError as error:
             raise Dropped("bad image", str(error)) from None
         sample = {**sample, "images": images}

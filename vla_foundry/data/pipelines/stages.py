@@ -1,16 +1,17 @@
-"""What a pipeline is: an ordered list of small stages that make samples of what a shard holds, and a batch of samples.
+"""What a pipeline is: an ordered list of small stages that make samples of a shard's content, and a batch of samples.
 
-A stage is a callable `sample -> sample | None`. A sample is a dictionary: `__key__` and `__url__` as in WebDataset,
-each member's bytes by its suffix ("json.gz"), and what stages add. `__seed__` and `__position__` are what random draws
-are keyed by, and where `__is_training__` is False nothing is to be changed at random. Returning None drops the sample,
-and so does raising `Dropped`, which says why; any other error breaks it. Either way it is replaced by another of the
-same dataset, chosen by a hash of its position, and counted by reason.
+A stage is a callable `sample -> sample | None`; a `BatchStage` takes many samples at once. A sample is a dictionary:
+`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and what stages add. Random
+draws are keyed by `__seed__` and `__position__`; where `__is_training__` is False nothing changes at random. Returning
+None drops a sample, and so does raising `Dropped`, which says why; any other error breaks it. Either way another sample
+of the same dataset, chosen by a hash of the position, takes its place, and it is counted by reason.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -44,6 +45,84 @@ class Dropped(ValueError):
         self.reason = reason
 
 
+class BatchStage(ABC):
+    """A stage that takes many samples at once, where that is faster than one after another."""
+
+    @abstractmethod
+    def apply(self, samples: Sequence[Sample]) -> "list[Sample | ValueError]":
+        """Return what becomes of each sample: the sample, or why it is dropped (`Dropped`) or broken."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Apply the stage to one sample.
+
+        Raises:
+            Dropped: it drops the sample.
+            ValueError: the sample is broken.
+        """
+        (result,) = self.apply([sample])
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What became of a sample that cannot be used."""
+
+    # a few words that samples are counted by
+    reason: str
+    # what happened, with the name of the stage
+    description: str
+    # what was raised; None: the stage returned None
+    error: Exception | None = None
+
+
+def _describe_failure(error: Exception, step: str) -> Failure:
+    if isinstance(error, Dropped):
+        return Failure(error.reason, f"{error.reason}: {error}", error)
+    fault = type(error).__name__
+    return Failure(f"{step}: {fault}", f"{step}: {' '.join(str(error).split()) or fault}", error)
+
+
+def apply_stages(samples: "Sequence[Sample | Failure]", stages: Sequence[Stage]) -> list[Sample | Failure]:
+    """Put samples through the stages in order; those that failed before stay as they are."""
+    results = list(samples)
+    for is_batch, members in groupby(stages, key=lambda stage: isinstance(stage, BatchStage)):
+        run = list(members)
+        if not is_batch:
+            # one sample after another, so that the large arrays between two stages exist once
+            results = [each if isinstance(each, Failure) else _apply_each(each, run) for each in results]
+            continue
+        for stage in run:
+            numbers = [number for number, each in enumerate(results) if not isinstance(each, Failure)]
+            made = _apply_batch([results[number] for number in numbers], stage)  # pyright: ignore[reportArgumentType]
+            for number, result in zip(numbers, made, strict=True):
+                results[number] = result
+    return results
+
+
+def _apply_each(sample: Sample, stages: Sequence[Stage]) -> Sample | Failure:
+    for stage in stages:
+        step = name_of_stage(stage)
+        try:
+            result = stage(sample)
+        except Exception as error:  # a broken sample or a user's stage must not end the run: it is counted
+            return _describe_failure(error, step)
+        if result is None:
+            return Failure(f"{step}: dropped", f"{step} dropped it")
+        sample = result
+    return sample
+
+
+def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure]:
+    step = name_of_stage(stage)
+    try:
+        results = stage.apply(samples)
+    except Exception as error:  # as above
+        results = [error] * len(samples)
+    return [_describe_failure(each, step) if isinstance(each, Exception) else each for each in results]
+
+
 @dataclass
 class Drops:
     """Bad samples that were replaced."""
@@ -57,10 +136,6 @@ class Drops:
         """Count one."""
         self.counts[reason] += 1
         self.last = description
-
-    def forget(self) -> None:
-        """Count from the beginning, where the same samples are read again."""
-        self.counts.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,48 +173,47 @@ class Rows:
         Raises:
             ValueError: too many samples in a row were bad, or a shard is not what its manifest says.
         """
-        numbers = range(len(self)) if numbers is None else numbers
-        return [self._read_sample(stages, number, read or read_content) for number in numbers]
-
-    def _read_sample(self, stages: Sequence[Stage], number: int, read: ReadContent) -> Sample:
-        location = self.location
+        order = list(range(len(self)) if numbers is None else numbers)
+        found: dict[int, Sample] = {}
+        # rows that wait for a sample, and where the next ones lie: one a row of the microbatch, then one that waits
+        waiting, location, places = order, self.location, order
         for attempt in range(MAX_REPLACEMENTS + 1):
-            place = number if attempt == 0 else 0
-            dataset, shard, row = (int(array[place]) for array in location[:3])
-            opened = self.reader.open(dataset, shard)
-            content = partial(read, dataset, opened, row)
-            sample = self._try_sample(stages, opened, row, int(self.positions[number]), content)
-            if sample is not None:
-                return sample
-            location = self.plan.replacements(self.positions[number : number + 1], attempt)
+            samples = [
+                self._read(location, place, number, read or read_content)
+                for place, number in zip(places, waiting, strict=True)
+            ]
+            results = apply_stages([sample for sample, _ in samples], stages)
+            failed = []
+            for number, result, (_, origin) in zip(waiting, results, samples, strict=True):
+                if isinstance(result, Failure):
+                    self.drops.add(result.reason, f"{origin} ({result.description})")
+                    failed.append(number)
+                else:
+                    found[number] = result
+            if not failed:
+                return [found[number] for number in order]
+            waiting, places = failed, range(len(failed))
+            location = self.plan.replacements(self.positions[waiting], attempt)
         manifest = self.reader.datasets[int(location.dataset[0])].manifest
         raise ValueError(
-            f"{MAX_REPLACEMENTS + 1} samples in a row of {manifest} can not be used; the last one: {self.drops.last}."
+            f"{MAX_REPLACEMENTS + 1} samples in a row of {manifest} cannot be used; the last one: {self.drops.last}."
         )
 
-    def _try_sample(
-        self, stages: Sequence[Stage], shard: Shard, row: int, position: int, read: Callable[[], Sample]
-    ) -> Sample | None:
-        step, key = "read", f"record {row}"
-        draws = {"__seed__": self.plan.seed, "__position__": position, "__is_training__": self.is_training}
+    def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
+        """Return what the stages begin with, and where it comes from."""
+        dataset, shard, row = (int(array[place]) for array in location[:3])
+        opened, key = self.reader.open(dataset, shard), f"record {row}"
         try:
-            key = key if isinstance(shard, TokenShard) else shard.key(row)
-            sample: Sample | None = {"__key__": key, "__url__": shard.uri, **draws, **read()}
-            for stage in stages:
-                step = name_of_stage(stage)
-                sample = stage(sample)
-                if sample is None:
-                    self.drops.add(f"{step}: dropped", f"{shard.uri} {key} ({step} dropped it)")
-                    return None
-            return sample
-        except Dropped as drop:
-            self.drops.add(drop.reason, f"{shard.uri} {key} ({drop.reason}: {drop})")
-            return None
-        except Exception as error:  # a broken sample or a user's stage must not end the run: it is counted
-            fault = type(error).__name__
-            text = " ".join(str(error).split()) or fault
-            self.drops.add(f"{step}: {fault}", f"{shard.uri} {key} ({step}: {text})")
-            return None
+            key = key if isinstance(opened, TokenShard) else opened.key(row)
+            draws = {
+                "__seed__": self.plan.seed,
+                "__position__": int(self.positions[number]),
+                "__is_training__": self.is_training,
+            }
+            sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
+            return sample, f"{opened.uri} {key}"
+        except Exception as error:  # a broken sample must not end the run: it is counted
+            return _describe_failure(error, "read"), f"{opened.uri} {key}"
 
 
 def read_content(dataset: int, shard: Shard, row: int) -> Sample:

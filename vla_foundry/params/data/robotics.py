@@ -295,16 +295,32 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
     def _width(self, name: str, datasets: Sequence[NamedSpec]) -> int:
         fields = getattr(self, name)
-        plans = [self.plan_fields(name, dataset) for dataset in datasets]
-        return sum(fit.width_of(field, plans, f"data.{name}") for field in fields)
+        sources = [self.find_fields(name, dataset) for dataset in datasets]
+        return sum(fit.width_of(field, sources, f"data.{name}") for field in fields)
 
-    def plan_fields(self, name: str, dataset: NamedSpec) -> fit.FieldPlan:
-        """How the fields of `action_fields` or `proprioception_fields` come out of a dataset.
+    def create_window_spec(self, dataset: NamedSpec) -> fit.WindowSpec:
+        """Work out what is read of each sample of a dataset, once these params are resolved.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the dataset does not fit.
         """
-        return fit.plan_fields(
+        return fit.create_window_spec(
+            dataset,
+            window=self.window,
+            actions=self.find_fields("action_fields", dataset),
+            proprioception=self.find_fields("proprioception_fields", dataset),
+            camera_names=self.camera_names or [],
+            image_indices=self.image_indices or [],
+            calibration_fields=[*self.intrinsics_fields, *self.extrinsics_fields],
+        )
+
+    def find_fields(self, name: str, dataset: NamedSpec) -> fit.FieldSources:
+        """Find out where the fields of `action_fields` or `proprioception_fields` come from in a dataset.
+
+        Raises:
+            ValueError: the dataset does not have them.
+        """
+        return fit.find_fields(
             getattr(self, name),
             dataset,
             pose_groups=self.parse_groups(),
@@ -339,23 +355,23 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             ValueError: one line.
         """
         camera_names, image_indices = self.camera_names or [], self.image_indices or []
-        plans: list[dict[str, Any]] = []
+        described: list[dict[str, Any]] = []
         for dataset in datasets:
             fit.check_cameras(camera_names, dataset, may_be_missing=self.pad_missing_images)
             fit.check_window(self.window, image_indices, dataset)
             if self.use_language:
                 fit.check_instructions(self.language_instruction_types, dataset)
-            named = [self.plan_fields(name, dataset) for name in ("action_fields", "proprioception_fields")]
-            plans.append(named[0].descriptions | named[1].descriptions)
+            lists = [self.find_fields(name, dataset).fields for name in ("action_fields", "proprioception_fields")]
+            described.append(lists[0] | lists[1])
         self._check_width("action_dim", "action_fields", datasets)
         self._check_width("proprioception_dim", "proprioception_fields", datasets)
         found = []
-        for (one, plan), (other, other_plan) in combinations(zip(datasets, plans, strict=True), 2):
-            both = {name: (plan[name], other_plan[name]) for name in plan if name in other_plan}
+        for (one, fields), (other, other_fields) in combinations(zip(datasets, described, strict=True), 2):
+            both = {name: (fields[name], other_fields[name]) for name in fields if name in other_fields}
             found += fit.find_contradictions(one, other, both)
         if run is not None and datasets:
             known = run.spec.fields
-            both = {name: (known[name], plans[0][name]) for name in plans[0] if name in known}
+            both = {name: (known[name], described[0][name]) for name in described[0] if name in known}
             found += fit.find_contradictions(run, datasets[0], both)
             found += fit.find_swapped_cameras(camera_names, run)
         if found and not self.accept_contradictions:

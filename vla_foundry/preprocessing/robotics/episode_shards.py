@@ -18,6 +18,7 @@ from vla_foundry.images.codec import decode_image, encode_jpeg
 from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
+from vla_foundry.preprocessing.robotics.anchors import Anchors, choose_anchors, create_window
 from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
     CameraFrames,
@@ -27,7 +28,6 @@ from vla_foundry.preprocessing.robotics.converters.converter import (
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
 from vla_foundry.preprocessing.robotics.recipe import Recipe
 from vla_foundry.preprocessing.robotics.resampling import resample_episode
-from vla_foundry.preprocessing.robotics.windows import Anchors, choose_anchors, create_window, iterate_windows
 from vla_foundry.preprocessing.shard_writer import ShardWriter, open_shard
 from vla_foundry.preprocessing.tasks import Task
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
@@ -45,6 +45,7 @@ from vla_foundry.robotics.episode_blocks import (
     frame_suffix,
 )
 from vla_foundry.robotics.statistics_format import pack_statistics
+from vla_foundry.robotics.windows import iterate_windows
 from vla_foundry.storage.uri import delete, join_uri, write_bytes
 
 _logger = logging.getLogger(__name__)
@@ -149,7 +150,14 @@ def _try_episode(
         return {**said, "outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     if recipe.params.compute_statistics:
         with clock.measure("statistics"):
-            for windows, values in iterate_windows(fields, anchors.frames, facts["frames"], recipe):
+            for windows, values in iterate_windows(
+                {name: fields[name] for name in recipe.fields},
+                anchors.frames,
+                facts["frames"],
+                create_window(recipe),
+                padding=recipe.params.padding_strategy,
+                pose_groups=recipe.pose_groups,
+            ):
                 accumulator.update(values, ~windows.is_padding)
     return {**said, "outcome": "written", **facts}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,17 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import is_episode_id
 from vla_foundry.robotics.fields import PoseGroup, is_relative_field
 from vla_foundry.robotics.spec import FieldDescription
-from vla_foundry.robotics.windows import parse_threshold
 
 # taken for the length of an episode where none is known before it is read
 _USUAL_FRAMES = 256
 # few frames are divided into this many shards, so that the workers have something to do each
 _LEAST_SHARDS = 16
+
+# units of thresholds, in the unit that fields are stored in (metres, radians, seconds, newtons, newton-metres)
+_UNITS = {
+    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "m/s": 1.0, "rad": 1.0, "deg": np.pi / 180, "rad/s": 1.0, "deg/s": np.pi / 180,
+    "N": 1.0, "Nm": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,22 @@ def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConve
         fields=fields,
         pose_groups=groups,
     )
+
+
+def parse_threshold(value: float | str, *, where: str = "still_threshold") -> float:
+    """Read a threshold: a number in the field's own unit, or a number and a unit ("5 mm", "1 deg").
+
+    Raises:
+        ValueError: it is neither, or negative.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", value)
+        if match is None or (match[2] and match[2] not in _UNITS):
+            raise ValueError(f"{where} '{value}' is not a number with a unit. Units: {', '.join(_UNITS)}.")
+        return float(match[1]) * _UNITS.get(match[2], 1.0)
+    if not value >= 0:
+        raise ValueError(f"{where} ({value}) must be at least 0.")
+    return float(value)
 
 
 def _check_against_fields(params: RoboticsPreprocessParams, fields: Mapping[str, FieldDescription]) -> None:

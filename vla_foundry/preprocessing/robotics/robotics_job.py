@@ -33,7 +33,7 @@ from vla_foundry.preprocessing.robotics.report import (
     format_config,
 )
 from vla_foundry.preprocessing.robotics.sample_shards import Sample, SampleJob, group_samples, write_samples
-from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
+from vla_foundry.preprocessing.robotics.statistics import merge_parts
 from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.robotics.spec import SPEC_NAME, format_spec

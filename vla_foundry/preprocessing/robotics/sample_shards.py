@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.preprocessing.output import digest_of, record_task
+from vla_foundry.preprocessing.robotics.anchors import create_window
 from vla_foundry.preprocessing.robotics.episode_shards import Clock
 from vla_foundry.preprocessing.robotics.recipe import Recipe
-from vla_foundry.preprocessing.robotics.windows import create_window, relative_values
 from vla_foundry.preprocessing.shard_writer import open_shard
 from vla_foundry.preprocessing.tasks import Task
 from vla_foundry.robotics.episode_blocks import (
@@ -29,7 +29,7 @@ from vla_foundry.robotics.episode_blocks import (
     parse_episode,
 )
 from vla_foundry.robotics.fields import image_name
-from vla_foundry.robotics.windows import Windows, create_windows, image_frames
+from vla_foundry.robotics.windows import Windows, image_frames, iterate_windows
 from vla_foundry.shards import EpisodeSpans, MemberSpan, parse_index
 from vla_foundry.storage.npz import NpzFile
 from vla_foundry.storage.uri import is_remote, join_uri, open_input, read_range, read_text
@@ -149,14 +149,21 @@ def _create_sample(episode: _BlockEpisode, anchor: int, recipe: Recipe) -> dict[
     """Return the members of a sample as published: images, lowdim.npz, metadata.json, language_instructions.json."""
     params, info = recipe.params, episode.info
     anchors = np.array([anchor], dtype=np.int64)
-    windows = create_windows(anchors, info.num_frames, create_window(recipe), padding=params.padding_strategy)
+    ((windows, values),) = iterate_windows(
+        {name: episode.arrays[name] for name in recipe.fields},
+        anchors,
+        info.num_frames,
+        create_window(recipe),
+        padding=params.padding_strategy,
+        pose_groups=recipe.pose_groups,
+    )
     frames = image_frames(anchors, params.image_indices, info.num_frames)[0].tolist()
     members = {
         f"{image_name(camera, offset)}.{description.extension}".lower(): episode.read_frame(camera, frame)
         for offset, frame in zip(params.image_indices, frames, strict=True)
         for camera, description in info.cameras.items()
     }
-    members[LOWDIM_SUFFIX] = format_arrays(_lowdim(episode.arrays, windows, recipe), compressed=True)
+    members[LOWDIM_SUFFIX] = format_arrays(_lowdim(episode.arrays, windows, values), compressed=True)
     members["metadata.json"] = _to_json(_metadata(episode, windows, frames))
     texts = info.instructions_at(anchor)
     if texts:
@@ -164,9 +171,9 @@ def _create_sample(episode: _BlockEpisode, anchor: int, recipe: Recipe) -> dict[
     return members
 
 
-def _lowdim(arrays: Mapping[str, np.ndarray], windows: Windows, recipe: Recipe) -> dict[str, np.ndarray]:
-    values = {name: windows.gather(arrays[name]) for name in recipe.fields}
-    values |= relative_values(values, windows, recipe.pose_groups)
+def _lowdim(
+    arrays: Mapping[str, np.ndarray], windows: Windows, values: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     result = {name: array[0] for name, array in values.items()}
     # calibration is padded by the nearest frame, whatever the strategy: zeros would be no camera
     steps = windows.anchors[:, None] + np.array(windows.window.offsets)

@@ -2,10 +2,17 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from vla_foundry.preprocessing.robotics.converters.converter import EpisodeRef, create_converter
-from vla_foundry.preprocessing.robotics.recipe import check_refs, create_recipe, group_episodes, split_refs
+from vla_foundry.preprocessing.robotics.recipe import (
+    check_refs,
+    create_recipe,
+    group_episodes,
+    parse_threshold,
+    split_refs,
+)
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
 
@@ -125,3 +132,13 @@ def test_params_that_no_episode_could_follow_are_refused_at_once(rig, params, mo
     monkeypatch.setattr(rig.RigConverter, "describe_fields", lambda self: rig.FIELDS | delta)
     with pytest.raises(ValueError, match=r"target_fps \(5\): field 'delta' holds delta values"):
         create_recipe(params(target_fps=5.0), create_converter(params()))
+
+
+def test_thresholds_have_units() -> None:
+    assert parse_threshold("5 mm") == pytest.approx(0.005)
+    assert parse_threshold("2deg") == pytest.approx(np.deg2rad(2))
+    assert parse_threshold("1e-3") == parse_threshold(1e-3) == 1e-3
+    with pytest.raises(ValueError, match="'5 furlongs' is not a number with a unit"):
+        parse_threshold("5 furlongs")
+    with pytest.raises(ValueError, match=r"\(-1.0\) must be at least 0"):
+        parse_threshold(-1.0)

@@ -10,7 +10,7 @@ import pytest
 
 from vla_foundry.cli import main
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
-from vla_foundry.preprocessing.robotics.statistics_command import compute_statistics
+from vla_foundry.preprocessing.robotics.statistics import compute_statistics
 from vla_foundry.robotics.statistics import FieldStatistics
 from vla_foundry.robotics.statistics_format import parse_statistics
 

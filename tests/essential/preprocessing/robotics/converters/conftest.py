@@ -61,3 +61,64 @@ def preprocess_with() -> Callable[[Any], None]:
         preprocess_robotics(params)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def check_inverse(read_all: Callable[[Any], dict[str, Any]]) -> Callable[..., None]:
+    """A function that checks that the transforms of training and their inverses give a converter's fields back."""
+
+    def check(params: Any) -> None:
+        from vla_foundry.preprocessing.robotics.converters.converter import create_converter
+
+        converter = create_converter(params)
+        described, groups = converter.describe_fields(), tuple(converter.pose_groups())
+        episodes = list(read_all(params).values())
+        for scope in ("global", "per_timestep"):
+            for method in ("std", "min_max", "percentile_5_95"):
+                for used in (groups, ()):
+                    _check_inverse(episodes, described, used, scope, method)
+
+    return check
+
+
+def _check_inverse(episodes: list[Any], described: Any, groups: Any, scope: Any, method: Any) -> None:
+    from vla_foundry.robotics.accumulator import StatisticsAccumulator
+    from vla_foundry.robotics.fields import Window, absolute_field
+    from vla_foundry.robotics.normalization import NormalizationRule, RoboticsNormalizer
+    from vla_foundry.robotics.rotations import rotation_to_matrix
+    from vla_foundry.robotics.transforms import ActionTransform, FieldTransform, RelativePoses
+    from vla_foundry.robotics.windows import iterate_windows
+
+    window, made, accumulator = Window(2, 4), [], StatisticsAccumulator(2)
+    for episode in episodes:
+        fields, num_frames = {name: episode.fields[name] for name in described}, len(episode.timestamps)
+        ((windows, values),) = iterate_windows(
+            fields, np.arange(num_frames), num_frames, window, padding="copy", pose_groups=groups
+        )
+        accumulator.update(values)
+        np.testing.assert_array_equal(windows.invert(values[next(iter(described))]), fields[next(iter(described))])
+        made.append((fields, {name: values[name] for name in described}))
+    # poses of groups as relative ones, all other fields as they are
+    relative = {key: key + "_relative" for group in groups for key in (group.position_key, group.rotation_key)}
+    names = [relative.get(name, name) for name in described]
+    rule = NormalizationRule(scope=scope, method=method, epsilon=1e-3)
+    transform = ActionTransform(
+        poses=RelativePoses(groups, window.anchor),
+        fields=FieldTransform.create(
+            names, RoboticsNormalizer.create(accumulator.finish(), dict.fromkeys(names, rule)), anchor=window.anchor
+        ),
+        rotations={name: field.rotation for name, field in described.items() if field.rotation is not None},
+    )
+    for fields, values in made:
+        actions, is_there = transform.apply(values)
+        assert is_there.all()
+        assert actions.dtype == np.float32
+        found = transform.invert(actions, fields)
+        assert list(found) == [absolute_field(name) for name in names] == list(described)
+        for name, field in described.items():
+            expected, back = values[name][:, window.anchor :], found[name]
+            assert back.shape == expected.shape
+            if field.rotation is not None:  # a rotation may be written in several ways
+                expected, back = (rotation_to_matrix(each, field.rotation) for each in (expected, back))
+            scale = max(1.0, float(np.abs(expected).max()))
+            np.testing.assert_allclose(back, expected, atol=2e-5 * scale, err_msg=f"{name} {scope} {method}")

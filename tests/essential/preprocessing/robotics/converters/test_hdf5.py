@@ -265,3 +265,15 @@ def test_a_file_that_is_cut_off_or_says_no_rate_is_named(tmp_path: Path, recordi
     (tmp_path / "empty" / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match="holds no HDF5 file"):
         create_converter(params_of(tmp_path / "empty", "robomimic")).discover_episodes()
+
+
+@pytest.mark.parametrize("layout", ["robomimic", "libero", "aloha"])
+def test_transforms_and_their_inverses_give_the_fields_back(
+    layout: str, tmp_path: Path, recordings: ModuleType, check_inverse: Any
+) -> None:
+    path = tmp_path / "set" / "demos.hdf5"
+    if layout == "aloha":
+        write_aloha(path.parent, recordings, is_compressed=False)
+    else:
+        {"robomimic": write_robomimic, "libero": write_libero}[layout](path, recordings)
+    check_inverse(params_of(path.parent, layout, instruction="lift"))

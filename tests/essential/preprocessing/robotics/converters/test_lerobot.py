@@ -257,3 +257,9 @@ def test_only_the_row_groups_of_an_episode_are_read(
     found = read_all(params_of(root))
     assert not isinstance(found["set_episode_000000"], ValueError)
     assert "is no whole parquet file" in str(found["set_episode_000002"])
+
+
+def test_transforms_and_their_inverses_give_the_fields_back(write: Any, tmp_path: Path, check_inverse: Any) -> None:
+    path = tmp_path / "map.yaml"
+    path.write_text(FIELD_MAP)
+    check_inverse(params_of(write("v3-png"), field_map=str(path)))

@@ -279,3 +279,7 @@ def test_a_broken_episode_is_named_and_the_others_are_read(
 def test_the_bomb_explodes_where_pickle_is_allowed(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
     assert (tmp_path / "exploded").exists()
+
+
+def test_transforms_and_their_inverses_give_the_fields_back(raw: Path, check_inverse: Any) -> None:
+    check_inverse(params_of(raw))

@@ -14,6 +14,7 @@ from PIL import Image
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
+from vla_foundry.data.pipelines.stages import Sample, Stage, name_of_stage
 from vla_foundry.images.processor import load_tokenizer
 from vla_foundry.params.data.images import (
     ColorJitterParams,
@@ -72,6 +73,14 @@ def test_both_layouts_give_equal_batches(
     assert sorted(batches[0]["anchors"].tolist()) == sorted(list(range(6)) * 4)
 
 
+def _one_by_one(stage: Stage) -> Stage:
+    def apply(sample: Sample) -> Sample | None:
+        return stage(sample)
+
+    apply.__name__ = name_of_stage(stage)
+    return apply
+
+
 def test_a_microbatch_at_once_is_what_its_samples_are_one_by_one(
     tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
 ) -> None:
@@ -88,7 +97,7 @@ def test_a_microbatch_at_once_is_what_its_samples_are_one_by_one(
         pipeline = loader._pipeline
         assert isinstance(pipeline, RoboticsPipeline)
         if not at_once:
-            pipeline.stages = (*pipeline.make_fields, *pipeline.make_inputs)
+            pipeline.stages = [_one_by_one(stage) for stage in pipeline.stages]
         batches = list(islice(loader.microbatches(0), 6))
         loader.close()
         return batches

@@ -9,8 +9,7 @@ import pytest
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
-from vla_foundry.data.facts import read_facts
-from vla_foundry.data.robotics.files import load_normalizer, load_spec
+from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.inference.observations import ObservationEncoder
 from vla_foundry.params import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.training.experiment import train
@@ -65,7 +64,7 @@ def test_a_policy_trains_and_goes_on(
     assert saved.image_names == ["Scene.Left_t-1", "wrist_t-1", "Scene.Left_t0", "wrist_t0"]  # pyright: ignore[reportAttributeAccessIssue]
     assert (run / "processor").is_dir() is has_language
     assert list(load_spec(run).cameras) == ["Scene.Left", "wrist"]
-    assert set(load_normalizer(run).transforms) == {*params.data.action_fields, *params.data.proprioception_fields}  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(load_normalizer(run).scales) == {*params.data.action_fields, *params.data.proprioception_fields}  # pyright: ignore[reportAttributeAccessIssue]
     assert ObservationEncoder.from_run(run).num_steps == 2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # of the anchors 0 to 4 of 6 frames: 4, 4, 4, 3 and 2 steps of 4 numbers

@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.robotics.datasets import complete_params, read_specs
-from vla_foundry.data.robotics.files import load_normalizer, load_spec, save_robotics_files
-from vla_foundry.data.robotics.normalizer import Normalization, create_normalization
+from vla_foundry.data.robotics import (
+    Normalization,
+    complete_params,
+    create_normalization,
+    load_normalizer,
+    load_spec,
+    read_specs,
+    save_robotics_files,
+)
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 
 Write = Callable[..., Path]
@@ -72,7 +78,7 @@ def test_windows_of_other_lengths_are_aligned_by_their_anchors(
     ]
     params = complete_params(create_params(*manifests, action_fields=[XYZ], normalization=PER_STEP))
     assert (params.lowdim_past_timesteps, params.lowdim_future_timesteps) == (1, 1)
-    transform = create(params).normalizer.transforms[XYZ]
+    transform = create(params).normalizer.scales[XYZ]
     assert transform.anchor_index == 1
     # a step before the anchor holds all frames but the last, of either dataset
     before = np.concatenate([recording.fields[XYZ][:-1] for recording in recordings])

@@ -1,4 +1,4 @@
-"""Robot datasets on disk in both layouts, made with tarfile, NumPy and Pillow; and what reads them."""
+"""Fixtures of robot datasets on disk in both layouts, made with tarfile, NumPy and Pillow; and what reads them."""
 
 import io
 import json
@@ -18,9 +18,9 @@ from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
-from vla_foundry.robotics.fields import parse_pose_groups
+from vla_foundry.robotics.fields import PaddingStrategy, parse_pose_groups
 from vla_foundry.robotics.statistics_format import format_statistics
-from vla_foundry.robotics.windows import PaddingStrategy, compute_relative_fields
+from vla_foundry.robotics.transforms import RelativePoses
 from vla_foundry.world import World
 
 CAMERAS = {"Scene.Left": (24, 20), "wrist": (16, 16)}
@@ -153,9 +153,7 @@ def _sample_members(
     samples = []
     for part in _slice_windows(recording, *window, padding):
         anchor, fields = part["anchor"], part["fields"]
-        relative = compute_relative_fields(
-            fields, groups, anchor=window[0], is_padding=part["is_padding"], padding=padding
-        )
+        relative = RelativePoses(groups, window[0], padding).apply(fields, part["is_padding"])
         num_steps = len(part["past_mask"])
         intrinsics = {
             f"rescaled_intrinsics.{camera}": np.tile(values, (num_steps, 1, 1))
@@ -216,9 +214,7 @@ def write_robot_data() -> Callable[..., Path]:
         fields: dict[str, Any] = {}
         for recording in recordings if statistics_of is None else statistics_of:
             for part in _slice_windows(recording, *window, padding):
-                relative = compute_relative_fields(
-                    part["fields"], groups, anchor=window[0], is_padding=part["is_padding"], padding=padding
-                )
+                relative = RelativePoses(groups, window[0], padding).apply(part["fields"], part["is_padding"])
                 values = {name: array[None] for name, array in (part["fields"] | relative).items()}
                 statistics.update(values, ~part["is_padding"][None])
                 for name, array in values.items():

@@ -4,27 +4,38 @@ Shards are counted in groups and the groups merged as a tree, in the order of th
 neither workers nor timing; for a dataset of layout "episodes" it is, byte for byte, what preprocessing wrote.
 """
 
+import contextlib
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any, cast
+
+import numpy as np
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.command import join_list_flags
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER
-from vla_foundry.preprocessing.robotics.statistics_tree import merge_parts
-from vla_foundry.preprocessing.robotics.stored_windows import WindowSource, read_windows
 from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.progress import say
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
-from vla_foundry.robotics.episode_blocks import format_arrays
-from vla_foundry.robotics.fields import Window
-from vla_foundry.robotics.fit import find_contradictions
+from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, format_arrays, parse_episode
+from vla_foundry.robotics.fields import PaddingStrategy, Window, is_relative_field
+from vla_foundry.robotics.fit import create_statistics_window, find_contradictions
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec, read_spec
 from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
-from vla_foundry.robotics.statistics_format import format_statistics, pack_statistics, parse_statistics
+from vla_foundry.robotics.statistics_format import (
+    format_statistics,
+    pack_statistics,
+    parse_statistics,
+    unpack_statistics,
+)
+from vla_foundry.robotics.windows import RobotWindow, iterate_windows, read_episode_fields, read_sample_window
 from vla_foundry.run_folder import STATISTICS_NAME
-from vla_foundry.shards import MANIFEST_NAME, parse_manifest
+from vla_foundry.shards import MANIFEST_NAME, EpisodeSpans, MemberSpan, index_shard, parse_index, parse_manifest
+from vla_foundry.storage.npz import NpzFile
 from vla_foundry.storage.uri import (
     absolute_uri,
     delete,
@@ -32,13 +43,29 @@ from vla_foundry.storage.uri import (
     is_remote,
     join_uri,
     list_relative,
+    open_input,
     parent_uri,
+    read_range,
     read_text,
+    size_of,
     write_bytes,
     write_text,
 )
 
 Statistics = dict[str, FieldStatistics]
+# samples that are read at a time
+_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A dataset, and the window that is made around its anchors."""
+
+    # local or s3://
+    folder: str
+    spec: DatasetSpec
+    # of layout samples, no larger than the stored one
+    window: Window
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +133,7 @@ def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
     manifest = join_uri(folder, MANIFEST_NAME)
     entries = parse_manifest(read_text(manifest), manifest)
     spec = read_spec(manifest)
-    source = WindowSource(folder=folder, spec=spec, window=_choose_window(params, spec))
+    source = _Source(folder=folder, spec=spec, window=_choose_window(params, spec))
     groups = [entries[first : first + MERGE_WIDTH] for first in range(0, len(entries), MERGE_WIDTH)]
     tasks = [
         Task(
@@ -148,7 +175,7 @@ def _part_name(number: int) -> str:
     return f"{PROGRESS_FOLDER}/statistics_{number:06d}.npz"
 
 
-def _count_group(shared: tuple[WindowSource, str], task: Task) -> None:
+def _count_group(shared: tuple[_Source, str], task: Task) -> None:
     """Write the statistics of a group of shards: the first round of merging, made where the shards are read."""
     source, parts_folder = shared
     parts = [_count_shard(source, shard) for shard in task.payload]
@@ -159,15 +186,83 @@ def _count_group(shared: tuple[WindowSource, str], task: Task) -> None:
     write_bytes(join_uri(parts_folder, _part_name(task.number)), format_arrays(pack_statistics(merged)))
 
 
-def _count_shard(source: WindowSource, shard: str) -> Statistics:
+def _count_shard(source: _Source, shard: str) -> Statistics:
     accumulator = StatisticsAccumulator(source.window.anchor)
     try:
-        for values, valid in read_windows(source, shard):
+        for values, valid in _read_windows(source, shard):
             accumulator.update(values, valid)
     except ValueError as error:
         text = str(error).rstrip(".")
         raise ValueError(f"{join_uri(source.folder, shard)}.tar: {text}. Make it again.") from None
     return accumulator.finish()
+
+
+# ({field: (n, T, C)}, (n, T) True where a step lies within the episode)
+_WindowBatch = tuple[dict[str, np.ndarray], np.ndarray]
+
+
+def _read_windows(source: _Source, shard: str) -> Iterator[_WindowBatch]:
+    """Yield the windows of a shard's samples without their images, some at a time, in the order of the tar."""
+    with contextlib.closing(open_input(join_uri(source.folder, f"{shard}.tar"))) as file:
+
+        def read(span: MemberSpan) -> bytes:
+            file.seek(span.offset)
+            content = file.read(span.size)
+            if len(content) < span.size:
+                raise ValueError("the tar is cut off")
+            return content
+
+        name = join_uri(source.folder, f"{shard}.index.json")
+        try:
+            index = parse_index(read_text(name), name)
+        except FileNotFoundError:  # foreign shards have none
+            index = index_shard(file)
+        for episode in index.episodes:
+            yield from _read_episode(source, episode, read)
+        for first in range(0, len(index.samples), _CHUNK):
+            yield _read_samples(source, index.samples[first : first + _CHUNK], read)
+
+
+def _read_episode(
+    source: _Source, episode: EpisodeSpans, read: Callable[[MemberSpan], bytes]
+) -> Iterator[_WindowBatch]:
+    members, key = episode.members, episode.key
+    for suffix in (EPISODE_SUFFIX, LOWDIM_SUFFIX):
+        if suffix not in members:
+            raise ValueError(f"'{key}' has no member '{suffix}'")
+    info = parse_episode(read(members[EPISODE_SUFFIX]), f"{key}.{EPISODE_SUFFIX}")
+    arrays = NpzFile.from_bytes(read(members[LOWDIM_SUFFIX]))
+    names = [name for name in source.spec.fields if not is_relative_field(name)]
+    try:
+        fields = read_episode_fields(arrays, names, info.num_frames)
+    except ValueError as error:
+        raise ValueError(f"'{key}': {error}") from None
+    for windows, values in iterate_windows(
+        fields,
+        np.array(info.anchors, dtype=np.int64),
+        info.num_frames,
+        source.window,
+        padding=cast(PaddingStrategy, source.spec.padding_strategy),
+        pose_groups=source.spec.pose_groups,
+    ):
+        yield values, ~windows.is_padding
+
+
+def _read_samples(
+    source: _Source, samples: Sequence[tuple[str, dict[str, MemberSpan]]], read: Callable[[MemberSpan], bytes]
+) -> _WindowBatch:
+    spec = create_statistics_window(source.spec, source.window)
+    windows: list[RobotWindow] = []
+    for key, members in samples:
+        try:
+            windows.append(read_sample_window(members, read, spec))
+        except ValueError as error:
+            raise ValueError(f"'{key}': {error}") from None
+    valid = ~np.stack([window.is_padding for window in windows])
+    try:
+        return {name: np.stack([window.fields[name] for window in windows]) for name in spec.stored}, valid
+    except ValueError:
+        raise ValueError(f"samples '{samples[0][0]}' to '{samples[-1][0]}' hold fields of different widths") from None
 
 
 def _delete_folder(folder: str) -> None:
@@ -176,3 +271,56 @@ def _delete_folder(folder: str) -> None:
         return
     for name in list_relative(folder):
         delete(join_uri(folder, name))
+
+
+def merge_parts(
+    folder: str, parts: Sequence[str], *, num_workers: int | None, ray_address: str | None
+) -> dict[str, FieldStatistics]:
+    """Merge files of packed statistics; the result depends on the files and their order alone.
+
+    Args:
+        folder: the output folder.
+        parts: paths of the files within it, at least one.
+        num_workers: as of run_tasks.
+        ray_address: as of run_tasks.
+    """
+    level, names = 0, list(parts)
+    while len(names) > 1:
+        groups = [names[first : first + MERGE_WIDTH] for first in range(0, len(names), MERGE_WIDTH)]
+        merged = [f"{PROGRESS_FOLDER}/merged_{level}_{number:06d}.npz" for number in range(len(groups))]
+        tasks = [
+            Task(number=number, name=f"statistics {level}.{number}", weight=len(group), payload=(group, merged[number]))
+            for number, group in enumerate(groups)
+        ]
+        finished = run_tasks(
+            _merge_group, tasks, shared=folder, title="statistics", num_workers=num_workers, ray_address=ray_address
+        )
+        for _ in finished:
+            pass
+        level, names = level + 1, merged
+    part = _open(folder, names[0])
+    return {name: _read_field(part, name) for name in _field_names(part)}
+
+
+def _merge_group(folder: str, task: Task) -> None:
+    group, target = task.payload
+    parts = [_open(folder, name) for name in group]
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted({name for part in parts for name in _field_names(part)}):
+        fields = [_read_field(part, name) for part in parts if f"{name}|shape" in part]
+        arrays |= pack_statistics({name: merge_field_statistics(fields)})
+    write_bytes(join_uri(folder, target), format_arrays(arrays))
+
+
+def _open(folder: str, name: str) -> NpzFile:
+    uri = join_uri(folder, name)
+    return NpzFile(lambda offset, size: read_range(uri, offset, size), size_of(uri))
+
+
+def _field_names(part: NpzFile) -> list[str]:
+    return sorted(name.removesuffix("|shape") for name in part.names if name.endswith("|shape"))
+
+
+def _read_field(part: NpzFile, name: str) -> FieldStatistics:
+    arrays: Mapping[str, Any] = {key: part.read(key) for key in part.names if key.rpartition("|")[0] == name}
+    return unpack_statistics(arrays)[name]

@@ -1,0 +1,255 @@
+"""The files that robot params read, and those that a run keeps, so that its folder alone is enough to use the model.
+
+normalizer.json             how each field is normalized: all that `RoboticsNormalizer.from_state` needs
+stats.json                  statistics of these fields over all training datasets
+robotics.json               the spec of the model: its cameras in order, its fields and what they mean
+preprocessing_config.yaml   how images and windows were made; of several datasets {0: ..., 1: ...}
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.facts import DatasetFacts
+from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.fit import find_camera, width_of
+from vla_foundry.robotics.normalization import FieldScale, NormalizationRule, RoboticsNormalizer
+from vla_foundry.robotics.spec import (
+    SPEC_NAME,
+    CameraDescription,
+    DatasetSpec,
+    FieldDescription,
+    NamedSpec,
+    format_spec,
+    parse_spec,
+    read_spec,
+)
+from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics
+from vla_foundry.robotics.statistics_format import format_statistics, parse_statistics
+from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
+from vla_foundry.storage.uri import is_remote, join_uri, parent_uri, read_text, write_text
+
+
+def read_specs(manifests: Sequence[str]) -> list[NamedSpec]:
+    """Read the spec of each dataset.
+
+    Raises:
+        FileNotFoundError: a manifest is of no robotics dataset.
+        ValueError: a spec is not what it should be.
+    """
+    return [NamedSpec(manifest, read_spec(manifest)) for manifest in manifests]
+
+
+def complete_params(params: RoboticsDataParams) -> RoboticsDataParams:
+    """Fill what `resolve` would take from the training datasets, for params that are used without a model.
+
+    Raises:
+        FileNotFoundError: a manifest is of no robotics dataset.
+        ValueError: the datasets disagree on what is not given.
+    """
+    datasets = [
+        DatasetFacts(manifest=name, num_samples=0, provenance={}, robotics=spec)
+        for name, spec in read_specs(params.dataset_manifest)
+    ]
+    values = {name: derived.value for name, derived in params.derive_from_data(datasets).items()}
+    if params.use_language is None:
+        values["use_language"] = params.tokenizer_name() is not None
+    if not params.dataset_statistics:
+        values["dataset_statistics"] = [
+            join_uri(parent_uri(manifest), STATISTICS_NAME) for manifest in params.dataset_manifest
+        ]
+    return replace(params, **values) if values else params
+
+
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """How the fields of a run are normalized, and by what."""
+
+    normalizer: RoboticsNormalizer
+    # of the fields that are normalized, over all datasets
+    statistics: dict[str, FieldStatistics]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StatisticsFile:
+    """One dataset's statistics, and what is used of them."""
+
+    path: str
+    # changes when the file does; a remote file is taken to stay as it is
+    version: int
+    # step of its windows that is the anchor, if it does not say
+    anchor_index: int
+    fields: tuple[str, ...]
+
+
+def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpec]) -> Normalization:
+    """Create the normalizer of actions and proprioception.
+
+    Args:
+        params: of the data, resolved.
+        datasets: the training datasets, in the order of `params.dataset_manifest`. Validation uses them too: the model
+            was trained on numbers normalized by these, and others would mean something else to it.
+
+    Raises:
+        FileNotFoundError: a dataset has no statistics.
+        ValueError: statistics lack a field, a step or percentiles.
+    """
+    widths: dict[str, int] = {}
+    fields_of: list[set[str]] = [set() for _ in datasets]
+    for name in ("action_fields", "proprioception_fields"):
+        sources = [params.find_fields(name, dataset) for dataset in datasets]
+        widths |= {field: width_of(field, sources, f"data.{name}") for field in getattr(params, name)}
+        for known, source in zip(fields_of, sources, strict=True):
+            known.update(source.fields)
+    known_fields = {field for _, spec in datasets for field in spec.fields} | widths.keys()
+    rules = params.normalization.rules(widths, known_fields)
+    used = tuple((name, rule) for name, rule in rules.items() if rule.enabled)
+    passing = {name: _pass(rules[name], width) for name, width in widths.items() if not rules[name].enabled}
+    if not used:
+        return Normalization(RoboticsNormalizer(passing), {})
+    assert len(params.dataset_statistics) == len(datasets), "resolve derives data.dataset_statistics"
+    files = []
+    for path, (_, spec), has in zip(params.dataset_statistics, datasets, fields_of, strict=True):
+        fields = tuple(name for name, _ in used if name in has)
+        version = 0 if is_remote(path) or not os.path.exists(path) else os.stat(path).st_mtime_ns
+        anchor_index = spec.past_lowdim_steps
+        files.append(_StatisticsFile(path=path, version=version, anchor_index=anchor_index, fields=fields))
+    is_mixture = params.statistics_weighting == "mixture"
+    shares = tuple(params.dataset_weighting or [1.0] * len(datasets)) if is_mixture else None
+    created = _create(tuple(files), used, shares, params.normalization_window)
+    normalizer = created.normalizer
+    whole = RoboticsNormalizer({**normalizer.scales, **passing}, normalizer.near_constant)
+    return Normalization(whole, created.statistics)
+
+
+@lru_cache(maxsize=1)  # the loaders of training and validation ask for the same, and files may be large
+def _create(
+    files: tuple[_StatisticsFile, ...],
+    rules: tuple[tuple[str, NormalizationRule], ...],
+    shares: tuple[float, ...] | None,
+    window: Window,
+) -> Normalization:
+    merged = merge_statistics([_read(file) for file in files], shares=shares)
+    return Normalization(RoboticsNormalizer.create(merged, dict(rules), window=window), merged)
+
+
+def _read(file: _StatisticsFile) -> dict[str, FieldStatistics]:
+    if not file.fields:
+        return {}
+    try:
+        text = read_text(file.path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"data.dataset_statistics: there is no {file.path}. Make it with `vla-foundry stats FOLDER`, or set "
+            "--data.normalization.enabled false."
+        ) from None
+    return parse_statistics(text, file.path, anchor_index=file.anchor_index, fields=file.fields)
+
+
+def _pass(rule: NormalizationRule, width: int) -> FieldScale:
+    return FieldScale(rule=rule, anchor_index=None, center=np.zeros((1, width)), scale=np.ones((1, width)))
+
+
+def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
+    """Write the files above to a run folder.
+
+    Raises:
+        FileNotFoundError: a dataset or its statistics are gone.
+        ValueError: they are not what they should be, or the run was begun with another normalizer.
+    """
+    params = complete_params(params)
+    datasets = read_specs(params.dataset_manifest)
+    normalization = create_normalization(params, datasets)
+    state = json.dumps(normalization.normalizer.state(), indent=1) + "\n"
+    kept_state = folder / NORMALIZER_NAME
+    if kept_state.exists() and kept_state.read_text() != state and not params.accept_changed_data:
+        raise ValueError(
+            f"data.dataset_statistics or data.normalization are not those that {kept_state} was made from, so the "
+            "model's numbers would mean something else. Restore them, start another run, or go on with "
+            "--data.accept_changed_data true."
+        )
+    write_text(str(kept_state), state)
+    write_text(str(folder / STATISTICS_NAME), format_statistics(normalization.statistics))
+    write_text(str(folder / SPEC_NAME), format_spec(describe_inputs(params, datasets)))
+    configs = [_read_config(manifest) for manifest in params.dataset_manifest]
+    if any(configs):
+        kept: Any = configs[0] if len(configs) == 1 else dict(enumerate(configs))
+        write_text(str(folder / PREPROCESSING_CONFIG_NAME), yaml.safe_dump(kept, sort_keys=False))
+
+
+def load_normalizer(folder: str | Path) -> RoboticsNormalizer:
+    """Read the normalizer of a run.
+
+    Raises:
+        FileNotFoundError: the run has none.
+        ValueError: it is broken.
+    """
+    location = join_uri(str(folder), NORMALIZER_NAME)
+    return RoboticsNormalizer.from_state(json.loads(read_text(location)), origin=location)
+
+
+def load_spec(folder: str | Path) -> DatasetSpec:
+    """Read the spec of a run: what its model takes and gives.
+
+    Raises:
+        FileNotFoundError: the run has none.
+        ValueError: it is broken.
+    """
+    location = join_uri(str(folder), SPEC_NAME)
+    return parse_spec(read_text(location), location)
+
+
+def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedSpec]) -> DatasetSpec:
+    """Return the spec of a model that is trained with these params: cameras in its order, the fields it uses."""
+    fields: dict[str, FieldDescription] = {}
+    for name, spec in datasets:
+        # a robot gives absolute poses, so that relative ones are computed as of whole episodes
+        live = replace(spec, layout="episodes")
+        for list_name in ("action_fields", "proprioception_fields"):
+            try:
+                source = params.find_fields(list_name, NamedSpec(name, live))
+            except ValueError:  # the dataset holds only relative poses
+                source = params.find_fields(list_name, NamedSpec(name, spec))
+            # those that a config names first, then what relative poses refer to
+            for field, description in (*source.fields.items(), *source.stored.items()):
+                fields.setdefault(field, description)
+    first = datasets[0].spec
+    rates = {spec.fps for _, spec in datasets if spec.fps is not None}
+    groups = params.parse_groups() or ()
+    return DatasetSpec(
+        layout="episodes",
+        fps=min(rates, default=None),
+        past_lowdim_steps=params.window.past,
+        future_lowdim_steps=params.window.future,
+        image_indices=tuple(params.image_indices or []),
+        padding_strategy=first.padding_strategy,
+        cameras={name: _describe_camera(name, datasets) for name in params.camera_names or []},
+        fields=fields,
+        pose_groups=tuple(
+            group for group in groups if group.position_key in fields or group.relative_keys[0] in fields
+        ),
+        language_types=tuple(params.language_instruction_types) if params.use_language else (),
+    )
+
+
+def _describe_camera(name: str, datasets: Sequence[NamedSpec]) -> CameraDescription:
+    for origin, spec in datasets:
+        camera = find_camera(name, spec, origin)
+        if camera is not None:
+            return spec.cameras[camera]
+    raise ValueError(f"data.camera_names: no dataset has '{name}'. Leave it out.")
+
+
+def _read_config(manifest: str) -> Any:
+    try:
+        return yaml.safe_load(read_text(join_uri(parent_uri(manifest), PREPROCESSING_CONFIG_NAME)))
+    except FileNotFoundError:
+        return None

@@ -1,1 +1,0 @@
-"""Robot samples: read from either layout, turned into model inputs, normalized; inference uses the same functions."""

@@ -1,0 +1,300 @@
+"""Transforms between the fields of a window and a model's numbers; each stands beside its inverse.
+
+| transform       | apply                                              | invert                                      |
+|-----------------|----------------------------------------------------|---------------------------------------------|
+| RelativePoses   | poses -> as seen from the reference at the anchor  | back to the world                           |
+| SelectFields    | fields -> one array; 0 in columns that are missing | array -> fields                             |
+| FieldTransform  | select, then normalize                             | denormalize, then take the fields apart     |
+| ActionTransform | relative poses, select, normalize                  | commands of the steps from the anchor on    |
+
+Padding of time steps and its inverse are `windows.Windows`. Arrays of one window (T, C) and of many (N, T, C) are both
+fine; `FieldTransform.invert` takes torch tensors too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, absolute_field
+from vla_foundry.robotics.normalization import RoboticsNormalizer
+from vla_foundry.robotics.pose import absolute_pose, relative_pose
+from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
+
+
+@dataclass(frozen=True)
+class RelativePoses:
+    """Poses as seen from a reference pose at the anchor: inv(T_ref) T_t."""
+
+    groups: tuple[PoseGroup, ...]
+    # step of the window that the reference pose is taken from
+    anchor: int
+    # what padded steps hold: zeros are not a pose, and stay zeros
+    padding: PaddingStrategy = "copy"
+
+    def apply(
+        self, fields: Mapping[str, np.ndarray], is_padding: Bool[np.ndarray, "*N T"] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the groups' `_relative` fields, float64.
+
+        Args:
+            fields: windows (*N, T, C) of the groups' fields and of their reference fields.
+            is_padding: needed only where padded steps hold zeros.
+
+        Raises:
+            ValueError: a field is missing or does not hold a pose.
+        """
+        hole = is_padding if self.padding == "zero" and is_padding is not None and is_padding.any() else None
+        result = {}
+        formats = dict.fromkeys(group.rotation_format for group in self.groups)
+        for members in ([group for group in self.groups if group.rotation_format == name] for name in formats):
+            # all poses of one format at once: a window holds few, and a call costs the same for more of them
+            if len(members) > 1 and _have_one_shape(fields, members):
+                try:
+                    result |= _relative_poses(fields, members, self.anchor, hole)
+                    continue
+                except ValueError:
+                    pass  # raised again below, with the name of the group
+            for group in members:
+                result |= _relative_poses(fields, [group], self.anchor, hole)
+        return result
+
+    def invert(self, fields: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the groups' absolute fields, float64.
+
+        Args:
+            fields: the groups' `_relative` fields, (*N, T, C).
+            references: the groups' reference fields at the anchor, (*N, C).
+
+        Raises:
+            ValueError: a field is missing or does not hold a pose.
+        """
+        result = {}
+        for group in self.groups:
+            position, rotation = _group_fields(fields, group, group.relative_keys)
+            reference_position, reference_rotation = _group_fields(references, group, group.reference_keys)
+            pose = absolute_pose(
+                position,
+                rotation,
+                reference_position[..., None, :],
+                reference_rotation[..., None, :],
+                rotation_format=group.rotation_format,
+                field=f"pose group '{group.name}'",
+            )
+            result.update(zip((group.position_key, group.rotation_key), pose, strict=True))
+        return result
+
+
+def _have_one_shape(fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup]) -> bool:
+    shapes = {fields[group.position_key].shape for group in groups if group.position_key in fields}
+    return len(shapes) == 1
+
+
+def _relative_poses(
+    fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup], anchor: int, hole: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Return the relative fields of groups of one rotation format; `hole` marks steps of zeros."""
+    poses = [_group_fields(fields, group, (group.position_key, group.rotation_key)) for group in groups]
+    references = [_group_fields(fields, group, group.reference_keys) for group in groups]
+    # (groups, *N, T, C)
+    position, rotation = (np.stack(parts) for parts in zip(*poses, strict=True))
+    reference_position, reference_rotation = (
+        np.stack([part[..., anchor : anchor + 1, :] for part in parts]) for parts in zip(*references, strict=True)
+    )
+    if hole is not None:
+        # any pose will do where zeros are put back below
+        position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
+        rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
+    relative = relative_pose(
+        position,
+        rotation,
+        reference_position,
+        reference_rotation,
+        rotation_format=groups[0].rotation_format,
+        field=f"pose group '{groups[0].name}'",
+    )
+    result = {}
+    for number, group in enumerate(groups):
+        for name, values in zip(group.relative_keys, relative, strict=True):
+            result[name] = values[number] if hole is None else np.where(hole[..., None], 0.0, values[number])
+    return result
+
+
+def _group_fields(fields: Mapping[str, Any], group: PoseGroup, keys: tuple[str, str]) -> list[np.ndarray]:
+    for key in keys:
+        if key not in fields:
+            raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
+    return [fields[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class SelectFields:
+    """Fields side by side in one array (..., width), in a stated order."""
+
+    # fields in the order of their columns
+    fields: tuple[str, ...]
+    # columns of each field
+    widths: tuple[int, ...]
+
+    @classmethod
+    def create(cls, fields: Sequence[str], widths: Mapping[str, int], *, what: str = "field") -> "SelectFields":
+        """Lay out `fields` with their known widths.
+
+        Args:
+            what: config path of the list, for messages (`data.action_fields`).
+
+        Raises:
+            ValueError: a field is unknown or given twice.
+        """
+        for number, name in enumerate(fields):
+            if name not in widths:
+                raise ValueError(unknown_name_message(what, name, sorted(widths)))
+            if name in fields[:number]:
+                raise ValueError(f"{what} lists '{name}' twice. Remove one.")
+        return cls(tuple(fields), tuple(widths[name] for name in fields))
+
+    @property
+    def width(self) -> int:
+        """Columns of the whole array."""
+        return sum(self.widths)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """The columns of each field."""
+        columns, start = {}, 0
+        for name, width in zip(self.fields, self.widths, strict=True):
+            columns[name] = slice(start, start + width)
+            start += width
+        return columns
+
+    def apply(
+        self, fields: Mapping[str, Float[np.ndarray, "*N _"]]
+    ) -> tuple[Float[np.ndarray, "*N C"], Bool[np.ndarray, " C"]]:
+        """Put the fields side by side, in float64.
+
+        Returns:
+            The array, 0 in columns of fields that are missing, and which columns are there.
+
+        Raises:
+            ValueError: a field has another width, or all fields are missing.
+        """
+        if not any(name in fields for name in self.fields):
+            raise ValueError(f"it has none of the fields {', '.join(self.fields)}")
+        shape = next(fields[name].shape[:-1] for name in self.fields if name in fields)
+        values, is_there = np.zeros((*shape, self.width)), np.zeros(self.width, dtype=bool)
+        for name, columns in self.slices.items():
+            if name in fields:
+                width = columns.stop - columns.start
+                if fields[name].shape[-1] != width:
+                    raise ValueError(f"field '{name}' has {fields[name].shape[-1]} columns, expected {width}.")
+                values[..., columns] = fields[name]
+                is_there[columns] = True
+        return values, is_there
+
+    def invert(self, values: Any) -> dict[str, Any]:
+        """Take the fields apart again: views of a numpy array or torch tensor (..., C).
+
+        Raises:
+            ValueError: the array has another width.
+        """
+        if values.shape[-1] != self.width:
+            raise ValueError(f"fields {', '.join(self.fields)} need {self.width} columns, got {values.shape[-1]}.")
+        return {name: values[..., columns] for name, columns in self.slices.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class FieldTransform:
+    """Fields of a window <-> an array of a model's numbers: side by side, then normalized."""
+
+    select: SelectFields
+    normalizer: RoboticsNormalizer
+    # step of the window that is the anchor
+    anchor: int
+
+    @classmethod
+    def create(cls, fields: Sequence[str], normalizer: RoboticsNormalizer, *, anchor: int) -> "FieldTransform":
+        """Create the transform of some of a normalizer's fields.
+
+        Raises:
+            ValueError: a field is unknown or given twice.
+        """
+        return cls(SelectFields.create(fields, normalizer.widths), normalizer, anchor)
+
+    def apply(
+        self, fields: Mapping[str, Float[np.ndarray, "*N T _"]]
+    ) -> tuple[Float32[np.ndarray, "*N T C"], Bool[np.ndarray, " C"]]:
+        """Select and normalize, in float64.
+
+        Args:
+            fields: {field: (*N, T, its columns)}; fields that this robot lacks are absent.
+
+        Returns:
+            The numbers, 0 in columns that are missing, and which columns are there.
+
+        Raises:
+            ValueError: a field has another width, or all fields are missing.
+        """
+        values, is_there = self.select.apply(fields)
+        normalized = self.normalizer.normalize(values, self.select.fields, anchor=self.anchor)
+        if not is_there.all():
+            normalized[..., ~is_there] = 0
+        return normalized.astype(np.float32), is_there
+
+    def invert(self, values: Any) -> dict[str, Any]:
+        """Denormalize and take the fields apart.
+
+        Args:
+            values: (*N, T, C), a numpy array, which is computed in float64, or a torch tensor.
+
+        Returns:
+            {field: (*N, T, its columns)} in the units of the data.
+        """
+        values = values.astype(np.float64) if isinstance(values, np.ndarray) else values
+        return self.select.invert(self.normalizer.denormalize(values, self.select.fields, anchor=self.anchor))
+
+
+@dataclass(frozen=True, eq=False)
+class ActionTransform:
+    """Commands of a robot <-> actions of a model: relative poses, side by side, normalized."""
+
+    poses: RelativePoses
+    fields: FieldTransform
+    # {command: how its rotations are written (rotations.py)}; the other commands are not rotations
+    rotations: Mapping[str, str]
+
+    def apply(
+        self, fields: Mapping[str, Float[np.ndarray, "*N T _"]], is_padding: Bool[np.ndarray, "*N T"] | None = None
+    ) -> tuple[Float32[np.ndarray, "*N T C"], Bool[np.ndarray, " C"]]:
+        """Return normalized actions of all steps, and which columns are there.
+
+        Args:
+            fields: commands and the references of relative poses, over the window.
+            is_padding: needed only where padded steps hold zeros.
+
+        Raises:
+            ValueError: a field is missing, has another width or does not hold a pose.
+        """
+        return self.fields.apply({**fields, **self.poses.apply(fields, is_padding)})
+
+    def invert(
+        self, actions: Float[np.ndarray, "*N T C"], references: Mapping[str, Float[np.ndarray, "*N _"]]
+    ) -> dict[str, np.ndarray]:
+        """Return the commands of the steps from the anchor on: {field: (*N, future + 1, its columns)}, poses absolute.
+
+        A predicted rotation matrix is only approximately orthogonal; it is projected back.
+
+        Args:
+            references: the reference fields of relative poses at the anchor.
+
+        Raises:
+            ValueError: a reference is missing, or a rotation is degenerate.
+        """
+        fields = {name: values[..., self.fields.anchor :, :] for name, values in self.fields.invert(actions).items()}
+        fields |= self.poses.invert(fields, references)
+        for name, rotation_format in self.rotations.items():
+            matrix = rotation_to_matrix(fields[name], rotation_format, field=name)
+            fields[name] = matrix_to_rotation(matrix, rotation_format, field=name)
+        return {name: fields[name] for name in map(absolute_field, self.fields.select.fields)}
