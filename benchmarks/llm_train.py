@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_foundry.models import create_batch_handler, create_model
-from vla_foundry.models.layers.feed_forward import SwiGLU
+from vla_foundry.models.layers import SwiGLU
 from vla_foundry.params import DataParams, HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.models.transformer import TransformerParams

@@ -17,7 +17,7 @@ from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, 
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import FlowTransformerParams
 from vla_foundry.params.models.backbones import VLMFoundryBackboneParams
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.policy import DiffusionPolicyParams
 
 PRESET = "config_presets/models/vla_11m.yaml"
 IMAGE_TOKEN = 50_000

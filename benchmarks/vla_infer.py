@@ -66,7 +66,7 @@ def main() -> None:
             params = create_params(
                 arguments.preset,
                 repeats=1,
-                time_conditioning="adaptive_norm" if is_kept else "concat",
+                time_conditioning="adaln_zero" if is_kept else "concat",
                 precision=precision,
             )
             for views in arguments.views:

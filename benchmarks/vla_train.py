@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bfloat16"])
-    parser.add_argument("--time_conditioning", nargs="+", default=["concat", "adaptive_norm"])
+    parser.add_argument("--time_conditioning", nargs="+", default=["concat", "adaln_zero"])
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)

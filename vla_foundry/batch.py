@@ -101,3 +101,19 @@ class LossOutput(NamedTuple):
     sum: Any
     count: Any
     logs: dict[str, Any]
+
+
+@dataclass(eq=False)
+class LanguageModelOutput:
+    """What a language model returns when it is given no targets.
+
+    `hidden_states` has one entry more than the model has blocks: entry 0 is the embedding, entry i the output of
+    block i, and the last one is taken after the final norm.
+    """
+
+    # Tensor (B, T, V), or the last `logits_to_keep` positions of each row; None where the model has no output head
+    logits: Any
+    # tuple of Tensors (B, T, D); None unless asked for
+    hidden_states: tuple[Any, ...] | None = None
+    # keys and values so far: pass it to the next call of `decode`
+    past_key_values: Any = None

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 def unknown_name_message(what: str, name: object, known: list[str]) -> str:
@@ -35,18 +36,18 @@ class Registry(Generic[T]):
         self.what = what
         self._package = package
         self._line = re.compile(rf"^@{decorator}\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, Any] = {}
         # name -> module, of the source files; None: not searched yet
         self._modules: dict[str, str] | None = None
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[E], E]:
         """Return a decorator that registers its argument as `name`.
 
         Raises:
             ValueError: another object is registered as `name` already.
         """
 
-        def decorate(entry: T) -> T:
+        def decorate(entry: E) -> E:
             if name in self._entries and self._entries[name] is not entry:
                 raise ValueError(f"{self.what} '{name}' is registered twice. Choose another name.")
             self._entries[name] = entry

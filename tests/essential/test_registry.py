@@ -15,11 +15,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 PARAMS = '''
 from dataclasses import dataclass, field
 
-from vla_foundry.params.models.base import register_model_params
-from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.params.models.roles import register_model_params
+from vla_foundry.params.models.action_heads import ActionHeadParams, NoiseParams
 from vla_foundry.params.models.backbones import BackboneParams
-from vla_foundry.params.models.base import ModelParams
-from vla_foundry.params.models.noise import NoiseParams
+from vla_foundry.params.models.roles import ModelParams
 
 
 @register_model_params("new_model")
@@ -70,7 +69,7 @@ class NewBatchHandler:
 HEAD = """
 from torch import nn
 
-from vla_foundry.models.action_heads.base import ActionHead, register_action_head
+from vla_foundry.models.action_heads.action_head import ActionHead, register_action_head
 
 
 @register_action_head("new_head")
@@ -81,7 +80,7 @@ def create_new_head(params, widths):
 """
 
 BACKBONE = """
-from vla_foundry.models.backbones.base import Backbone, register_backbone, register_observation
+from vla_foundry.models.backbones.backbone import Backbone, register_backbone, register_observation
 
 
 @register_backbone("new_backbone")
@@ -97,7 +96,7 @@ def prepare_observation(params, batch, device):
 """
 
 NOISE = """
-from vla_foundry.models.noise.base import register_noise
+from vla_foundry.models.action_heads.noise import register_noise
 
 
 @register_noise("new_noise")
@@ -120,7 +119,7 @@ print(create_model(params.model).in_features, create_batch_handler(params).width
 words = ["--model.type", "diffusion_policy", "--model.action_dim", "2", "--model.proprioception_dim", "0"]
 words += ["--model.vision_language_backbone.type", "new_backbone", "--model.action_head.type", "new_head"]
 print(create_model(read(*words).model).action_head.linear)
-from vla_foundry.models.noise.base import NOISES
+from vla_foundry.models.action_heads.noise import NOISES
 print(NOISES.get("new_noise")(None))
 unused = {f"vla_foundry.models.{name}" for name in ("transformer_hf", "vlm", "backbones.clip")}
 print(sorted(unused & set(sys.modules)))
@@ -135,7 +134,7 @@ def test_files_added_to_the_package_register_themselves(tmp_path: Path) -> None:
         "models/new_model.py": MODEL,
         "models/action_heads/new_head.py": HEAD,
         "models/backbones/new_backbone.py": BACKBONE,
-        "models/noise/new_noise.py": NOISE,
+        "models/action_heads/new_noise.py": NOISE,
     }
     for name, text in added.items():
         (copy / name).write_text(text)

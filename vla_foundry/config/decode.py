@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
-from vla_foundry.config.schema import ChoiceParams, migrations_of
+from vla_foundry.config.schema import ChoiceParams, find_retyped, migrations_of
 from vla_foundry.config.tree import (
     DEFAULT,
     TYPE_KEY,
@@ -87,7 +87,15 @@ def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any,
     if not schema.is_role(cls) and TYPE_KEY not in tree.children:
         return cls, tree
     name, origin = _choose_type(role, tree, path)
+    retyped = find_retyped(role, name, lambda key: _find_text(tree, key))
+    if retyped is not None:
+        decoding.notices.append(
+            f"{_join(path, TYPE_KEY)} '{name}' with {_join(path, retyped[1])} is called '{retyped[0]}' now."
+        )
+        name = retyped[0]
     chosen = schema.members(role)[name]
+    # a slot may hold one type only, which was made of the one that is given
+    chosen = cls if issubclass(cls, chosen) else chosen
     if not issubclass(chosen, cls):
         raise ValueError(f"{origin.prefix}{_join(path, TYPE_KEY)} is '{name}', not '{cls.registered_name()}'.")
     decoding.origins[_join(path, TYPE_KEY)] = origin
@@ -210,6 +218,17 @@ def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
             else:
                 children[key] = Leaf(Scalar(new_value), node.origin)
     return Branch(children, tree.origin)
+
+
+def _find_text(tree: Node, key: str) -> str | None:
+    """What a branch gives for a dotted key, as text; None: nothing."""
+    for name in key.split("."):
+        if not isinstance(tree, Branch) or name not in tree.children:
+            return None
+        tree = tree.children[name]
+    if isinstance(tree, Leaf) and is_null(tree.value):
+        return "null"
+    return text_of(tree) or str(to_value(tree))
 
 
 def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:

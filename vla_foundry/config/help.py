@@ -29,8 +29,8 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
     lines = [f"usage: {prog}{words} [--config_path FILE] [--FLAG VALUE ...]", "", _summary(cls), ""]
     sections = []
     if schema.is_role(cls):
-        lines.append(f"  {'--type ' + ' | '.join(sorted(schema.members(cls))):<{_WIDTH}} what it is (required)")
-    for name, hint in schema.field_types(cls).items():
+        lines.append(f"  {'--type ' + ' | '.join(sorted(schema.offered_members(cls))):<{_WIDTH}} what it is (required)")
+    for name, hint in schema.offered_types(cls).items():
         section = schema.section_class(hint)
         if section is None:
             lines.append(_leaf_line(cls, name, f"--{name}"))
@@ -43,7 +43,7 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
         for name, section in sections:
             lines.append(f"  --{name + '.*':<{_WIDTH - 2}} {_summary(section)}")
             if schema.is_role(section):
-                types = ", ".join(sorted(schema.members(section)))
+                types = ", ".join(sorted(schema.offered_members(section)))
                 lines.append(f"  {'':<{_WIDTH}} --{name}.type: {types} (--help {name}.type=NAME)")
     lines += [
         "",
@@ -57,9 +57,9 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
 def _type_lines(role: Any) -> list[str]:
     """What each type of a role adds to the fields that all have."""
     lines = []
-    for type_name, member in sorted(schema.members(role).items()):
+    for type_name, member in sorted(schema.offered_members(role).items()):
         lines += ["", f"--{TYPE_KEY} {type_name}: {_summary(member)}"]
-        own = [name for name in schema.field_types(member) if name not in schema.field_types(role)]
+        own = [name for name in schema.offered_types(member) if name not in schema.field_types(role)]
         lines += [_leaf_line(member, name, f"--{name}") for name in own]
     return lines
 
@@ -102,7 +102,8 @@ def _format_topic(cls: Any, topic: str) -> str:
     if sections:
         lines: list[str] = []
         for section in sections:
-            for member in schema.concrete_classes(section):
+            offered = schema.offered_members(section).values() if schema.is_role(section) else [section]
+            for member in offered:
                 lines += [*_section_lines(member, path), ""]
         return "\n".join(lines)
     parent, _, leaf = path.rpartition(".")
@@ -110,7 +111,7 @@ def _format_topic(cls: Any, topic: str) -> str:
     lines = [
         f"  {f'{path}={name}':<{_WIDTH}} {_summary(member)}"
         for role in roles
-        for name, member in sorted(schema.members(role).items())
+        for name, member in sorted(schema.offered_members(role).items())
     ]
     for owner in _sections(cls, parent) if parent else [cls]:
         for member in schema.concrete_classes(owner):
@@ -132,12 +133,12 @@ def _sections(cls: Any, path: str) -> list[Any]:
 def _section_lines(cls: Any, path: str) -> list[str]:
     kind = f"{path}.type={cls.registered_name()}" if issubclass(cls, ChoiceParams) else path
     lines = [f"{kind}: {_summary(cls)}"]
-    for name, hint in schema.field_types(cls).items():
+    for name, hint in schema.offered_types(cls).items():
         section = schema.section_class(hint)
         if section is None:
             lines.append(_leaf_line(cls, name, f"--{path}.{name}"))
         elif schema.is_role(section):
-            types = ", ".join(sorted(schema.members(section)))
+            types = ", ".join(sorted(schema.offered_members(section)))
             lines.append(f"  {f'--{path}.{name}.*':<{_WIDTH}} one of: {types} (--help {path}.{name}.type=NAME)")
         else:
             lines += [f"  {line}" for line in _section_lines(section, f"{path}.{name}")]

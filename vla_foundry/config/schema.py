@@ -15,6 +15,9 @@ import draccus
 P = TypeVar("P", bound=type)
 Path: TypeAlias = tuple[str, ...]
 
+# metadata of a field that only legacy checkpoints need: --help leaves it out
+LEGACY = {"is_legacy": True}
+
 # a slot may hold the type it stands in; nobody types a path deeper than this
 _MAX_DEPTH = 6
 
@@ -82,6 +85,8 @@ class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
     choice_path: ClassVar[str] = "type"
     # the type of a slot of this role when nothing else decides; None: the user must name one
     native_type: ClassVar[str | None] = None
+    # --help lists this class among the types of its roles
+    is_offered: ClassVar[bool] = True
     # field that names a checkpoint; where `type` is not given, it is the one in the config of that checkpoint's run
     checkpoint_key: ClassVar[str | None] = None
 
@@ -122,6 +127,17 @@ def register_choice(name: str) -> Callable[[P], P]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retyped:
+    """When a type of a role is another type now, by what else is given."""
+
+    to: str
+    # dotted key -> values, as text, that make it the new type
+    when: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # dotted key -> values, as text, that leave it as it is; any other makes it the new type
+    unless: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Migration:
     """What changed in one config dataclass."""
 
@@ -131,6 +147,8 @@ class Migration:
     ignored: dict[str, str] = field(default_factory=dict)
     # key -> {old value as text: new value as text; None: the default}
     values: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    # of a role: type -> what it is now
+    retyped: dict[str, Retyped] = field(default_factory=dict)
 
 
 _migrations: dict[str, Migration] = {}
@@ -144,6 +162,23 @@ def register_migrations(table: dict[str, Migration]) -> None:
 def migrations_of(cls: type) -> list[Migration]:
     """The migrations of a dataclass and of its bases."""
     return [_migrations[base.__name__] for base in cls.__mro__ if base.__name__ in _migrations]
+
+
+def find_retyped(role: type, name: str, value_of: Callable[[str], str | None]) -> tuple[str, str] | None:
+    """Return the new type of a section and the key that makes it so; None: its type is as it was.
+
+    Args:
+        name: the type that is given or taken.
+        value_of: returns what is given for a dotted key, as text; None: nothing.
+    """
+    for migration in migrations_of(role):
+        retyped = migration.retyped.get(name, Retyped(to=name))
+        for keys, is_new in ((retyped.when, True), (retyped.unless, False)):
+            for key, values in keys.items():
+                value = value_of(key)
+                if value is not None and (value.lower() in values) == is_new:
+                    return retyped.to, key
+    return None
 
 
 @functools.cache
@@ -217,6 +252,17 @@ def role_of(hint: Any) -> Any:
 def members(role: Any) -> dict[str, type]:
     """The types that a role can be, by name."""
     return dict(role.get_known_choices())
+
+
+def offered_members(role: Any) -> dict[str, Any]:
+    """The types that `--help` lists for a role, by name."""
+    return {name: member for name, member in members(role).items() if member.is_offered}
+
+
+def offered_types(cls: type) -> dict[str, Any]:
+    """The type of each field that `--help` lists, in order."""
+    items = fields_by_name(cls)
+    return {name: hint for name, hint in field_types(cls).items() if not items[name].metadata.get("is_legacy")}
 
 
 def options(hint: Any) -> tuple[Any, ...]:

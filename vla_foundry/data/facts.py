@@ -13,7 +13,7 @@ from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import (

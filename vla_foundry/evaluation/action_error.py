@@ -76,7 +76,7 @@ def _predict(files: PolicyFiles, params: ActionErrorParams) -> tuple[np.ndarray,
     import torch
 
     from vla_foundry.data import create_dataloader
-    from vla_foundry.models.robotics_batch import RoboticsBatchHandler
+    from vla_foundry.models.policy import RoboticsBatchHandler
     from vla_foundry.world import World
 
     model: Any = files.load_model(params.checkpoint, device=params.device, use_ema=params.use_ema)

@@ -9,10 +9,10 @@ from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.loading import dump_inline, dump_value
 from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
-from vla_foundry.models.legacy.policy import translate_config
+from vla_foundry.models.legacy.published_policy import translate_config
 from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 
 _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")

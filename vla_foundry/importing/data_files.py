@@ -14,7 +14,7 @@ from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.models.base import LanguageModelParams
+from vla_foundry.params.models.roles import LanguageModelParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE
 from vla_foundry.text.tokenizers import load_tokenizer

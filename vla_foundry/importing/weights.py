@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from vla_foundry.models import create_model
-from vla_foundry.models.base import SavesFiles
-from vla_foundry.models.legacy.policy import LEFT_OUT, translate_weights
+from vla_foundry.models.legacy.published_policy import LEFT_OUT, translate_weights
+from vla_foundry.models.registry import SavesFiles
 from vla_foundry.models.weights import load_model_checkpoint, read_pt, strip_wrapper_names
-from vla_foundry.params.models.base import ModelParams
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -70,7 +70,7 @@ def read_weights_facts(path: Path, ema_path: Path | None) -> StoredWeights:
 
 def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
     """A line on the tensors that the model has no place for, by what they are."""
-    reasons = LEFT_OUT if isinstance(params, DiffusionPolicyParams) else {}
+    reasons = LEFT_OUT if isinstance(params, RobotPolicyParams) else {}
     groups = {reason: [name for name in stored.names if name.startswith(mark)] for mark, reason in reasons.items()}
     groups["rotary tables are computed"] = [name for name in stored.names if name.endswith(_ROTARY_TABLE)]
     return [
@@ -91,7 +91,7 @@ def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeigh
     Raises:
         ValueError: names or shapes are not those of the model.
     """
-    translate = translate_weights if isinstance(params, DiffusionPolicyParams) else None
+    translate = translate_weights if isinstance(params, RobotPolicyParams) else None
     model: Any = create_model(params, load_pretrained=False)
     folder = run_folder / CHECKPOINTS_FOLDER / step_folder_name(stored.step)
     folder.mkdir(parents=True)

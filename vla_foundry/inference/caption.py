@@ -16,7 +16,7 @@ from vla_foundry.params.commands.runs import CaptionParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.experiment import load_params_from_yaml
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME
 from vla_foundry.storage.uri import join_uri, read_bytes
@@ -106,7 +106,7 @@ def create_prompt_batch(captioner: Captioner, questions: Sequence[Question]) -> 
 
     from vla_foundry.data.pipelines.image_caption import join_samples
     from vla_foundry.images.processor import TOKEN_KEYS
-    from vla_foundry.models.image_caption_batch import normalize_batch_images
+    from vla_foundry.models.batch_handlers import normalize_batch_images
 
     samples = [{"inputs": encode_question(captioner, question)} for question in questions]
     lengths = [len(sample["inputs"]["input_ids"]) for sample in samples]

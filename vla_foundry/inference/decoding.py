@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_foundry.randomness import draw_uniforms
 
@@ -25,7 +25,7 @@ class Continuation:
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: Any,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"] | None = None,
     *,
@@ -43,7 +43,7 @@ def generate(
     A row that has ended leaves the batch, so it neither waits for the others nor costs anything.
 
     Args:
-        model: a language model; it is run in evaluation mode and left in the mode it was in.
+        model: a language model with `decode`; it is run in evaluation mode and left in the mode it was in.
         attention_mask: 1 for the tokens of a prompt, 0 for padding, wherever it is.
         seeds: one per row, for temperature > 0; 0, 1, ... if not given.
         use_cache: false: run whole rows again for each token, instead of keeping keys and values.
@@ -61,7 +61,7 @@ def generate(
     was_training, model = model.training, model.eval()
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, **(prompt_inputs or {})}
     for step in range(max_new_tokens):
-        output = model(**inputs, use_cache=use_cache, logits_to_keep=1)
+        output = model.decode(**inputs, use_cache=use_cache, logits_to_keep=1)
         new = choose_tokens(
             output.logits[:, -1].float(),
             temperature=temperature,

@@ -9,7 +9,7 @@ from vla_foundry.config.command_line import parse_command
 from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model
 from vla_foundry.params.commands.runs import GenerateParams
 from vla_foundry.params.experiment import load_params_from_yaml
-from vla_foundry.params.models.base import LanguageModelParams, ModelParams
+from vla_foundry.params.models.roles import LanguageModelParams, ModelParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, TOKENIZER_FOLDER
 from vla_foundry.storage.uri import exists, join_uri
 

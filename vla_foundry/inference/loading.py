@@ -4,8 +4,8 @@ import dataclasses
 import tempfile
 from typing import TYPE_CHECKING
 
-from vla_foundry.params.models.base import ModelParams
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, run_folder_candidates
@@ -81,7 +81,7 @@ def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     if not is_remote(files) and exists(files):
         if isinstance(params, TransformerHFParams):
             return dataclasses.replace(params, hf_pretrained=files)
-        if isinstance(params, (VLMParams, VLMHFParams, DiffusionPolicyParams)):
+        if isinstance(params, (VLMParams, VLMHFParams, RobotPolicyParams)):
             return params.with_model_files(files)
     return params
 

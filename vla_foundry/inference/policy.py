@@ -19,7 +19,7 @@ from torch import nn
 from vla_foundry.batch import Batch
 from vla_foundry.inference.observations import EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
-from vla_foundry.models.robotics_batch import RoboticsBatchHandler
+from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.spec import NamedSpec
 

@@ -18,7 +18,6 @@ from vla_foundry.inference.loading import (
 from vla_foundry.inference.observations import Camera, create_robot_window, find_name
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fit import WindowSpec, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
@@ -102,7 +101,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     run_folder = find_run_folder(checkpoint)
     params = load_experiment_params_from_yaml(join_uri(run_folder, CONFIG_NAME))
     model, data = params.model, params.data
-    if not isinstance(model, DiffusionPolicyParams):
+    if not isinstance(model, RobotPolicyParams):
         raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is no policy.")
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")

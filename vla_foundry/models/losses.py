@@ -7,7 +7,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from vla_foundry.batch import IGNORE_INDEX, LossOutput
-from vla_foundry.models.base import count_valid_targets
+
+
+def count_valid_targets(targets: Int[Tensor, "*shape"]) -> Int[Tensor, ""]:
+    """The number of targets that are not IGNORE_INDEX, as a scalar on their device."""
+    return (targets != IGNORE_INDEX).sum()
+
 
 # Logits held at a time. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
 _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}

@@ -1,16 +1,43 @@
 """Models and batch handlers by the name in `model.type`; importing this file needs no torch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from vla_foundry.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
-    from vla_foundry.models.base import BatchHandler
+    from vla_foundry.batch import Batch
     from vla_foundry.params.experiment import TrainExperimentParams
-    from vla_foundry.params.models.base import ModelParams
+    from vla_foundry.params.models.roles import ModelParams
+
+
+@runtime_checkable
+class BatchHandler(Protocol):
+    """Turns a batch (see batch.py) into what the model's forward takes."""
+
+    def prepare(self, batch: "Batch", device: "torch.device | str") -> dict[str, Any]:
+        """Return forward's keyword arguments, on `device`; nothing waits for the device."""
+        ...
+
+    def count_targets(self, inputs: dict[str, Any]) -> "Tensor":
+        """The number of valid targets among prepared inputs, a scalar on their device."""
+        ...
+
+
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A model that needs more than its params and weights to be loaded again."""
+
+    def save_files(self, folder: Path) -> None:
+        """Write what it needs to `folder` (MODEL_FILES_FOLDER of a run)."""
+        ...
+
+
+H = TypeVar("H", bound="Callable[[TrainExperimentParams], BatchHandler]")
 
 MODELS: "Registry[Callable[..., nn.Module]]" = Registry(
     "model.type", package="vla_foundry.models", decorator="register_model"
@@ -29,9 +56,7 @@ def register_model(name: str) -> "Callable[[Callable[..., nn.Module]], Callable[
     return MODELS.register(name)
 
 
-def register_batch_handler(
-    name: str,
-) -> "Callable[[Callable[[TrainExperimentParams], BatchHandler]], Callable[[TrainExperimentParams], BatchHandler]]":
+def register_batch_handler(name: str) -> "Callable[[H], H]":
     """Register what turns batches into the inputs of the model called `name`: a factory that takes the root params."""
     return BATCH_HANDLERS.register(name)
 

@@ -6,30 +6,38 @@
 
 There are no biases. The names of modules and the order of rows in fused matrices are those of published checkpoints:
 in_proj is [q; k; v] with the heads in order, w12 is [gate; up].
+
+`forward` gives logits or a loss, `decode` continues rows with a KV cache, `encode` gives hidden states to a policy. The
+block is in layers.py; attention kernels and the cache are in attention.py.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vla_foundry.batch import Documents, LossOutput
-from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.layers.attention import Segments, create_segments, read_mask
-from vla_foundry.models.layers.block import Block, init_block, init_normal, take_token
-from vla_foundry.models.layers.kv_cache import CacheStep, KVCache
-from vla_foundry.models.layers.norms import RMSNorm, create_norm
-from vla_foundry.models.layers.rotary import RotaryTables, Rotation
+from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
+from vla_foundry.models.attention import CacheStep, KVCache, Segments, create_segments, read_mask
+from vla_foundry.models.layers import (
+    Block,
+    RMSNorm,
+    Rotation,
+    create_norm,
+    create_rotary,
+    init_block,
+    init_normal,
+    take_token,
+)
 from vla_foundry.models.losses import language_model_loss
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerParams
 
 
 class _Rows(NamedTuple):
-    """How the tokens of a batch see each other, and where they stand."""
+    """Which tokens of a batch see each other, and their positions."""
 
     # int64 [B, T], puts the real tokens of each row in front; None: they are
     order: Tensor | None
@@ -45,24 +53,62 @@ class Transformer(nn.Module):
         super().__init__()
         self.params = params
         self.max_seq_len = params.max_seq_len
+        # each token sees only itself and earlier ones
+        self.is_causal = params.is_causal
         dim = params.hidden_dim
         self.embeddings = nn.Embedding(params.vocab_size, dim) if params.vocab_size else None
         self.post_embed_norm = create_norm(params.norm_type, dim, params.norm_eps) if params.post_embed_norm else None
         self.layers = nn.ModuleList(Block(params) for _ in range(params.n_layers))
         self.norm = create_norm(params.norm_type, dim, params.norm_eps)
         self.output = nn.Linear(dim, params.vocab_size, bias=False) if params.vocab_size else None
-        self.rotary = None
-        if params.positional_embedding_type != "none":
-            self.rotary = RotaryTables(
-                params.head_dim or dim // params.n_heads,
-                max_seq_len=params.max_seq_len,
-                theta=params.rope_theta,
-                bf16_frequencies=params.rope_bf16_frequencies,
-                rotate_in_float32=params.positional_embedding_type == "rotary_float32",
-            )
+        self.rotary = create_rotary(params)
         self._tie()
 
     def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        output_hidden_states: bool = False,
+    ) -> LossOutput | LanguageModelOutput:
+        """Return the loss if there are targets, else logits.
+
+        Args:
+            attention_mask: (B, T), 1 for tokens, 0 for padding, anywhere in a row: padding is never attended to and
+                takes no position. Reading it waits for the device: training gives `documents` instead.
+            documents: how each row divides into documents that do not see each other, each from position 0.
+            targets: what to predict at each position, IGNORE_INDEX for nothing.
+
+        Raises:
+            ValueError: arguments that exclude each other, or more tokens than model.max_seq_len.
+        """
+        embeds = self.embed_tokens(input_ids)
+        rows: dict[str, Any] = {"attention_mask": attention_mask, "documents": documents}
+        if targets is not None:
+            return self.loss(embeds, targets, z_loss_coefficient=z_loss_coefficient, **rows)
+        return self.decode(inputs_embeds=embeds, use_cache=False, output_hidden_states=output_hidden_states, **rows)
+
+    def loss(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        targets: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        documents: Documents | None = None,
+        sees_ahead: np.ndarray | None = None,
+        z_loss_coefficient: float = 0.0,
+    ) -> LossOutput:
+        """Return the loss; see `forward`, and `create_segments` for `sees_ahead`."""
+        if self.output is None:
+            raise ValueError("model.vocab_size is 0: a model without an output head has no loss over tokens.")
+        rows = self._arrange(inputs_embeds, attention_mask, documents, sees_ahead)
+        hidden = self._hidden_states(inputs_embeds, rows)[-1]
+        return language_model_loss(hidden, self.output.weight, targets, z_loss_coefficient=z_loss_coefficient)
+
+    def decode(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Tensor | None = None,
@@ -70,58 +116,32 @@ class Transformer(nn.Module):
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         documents: Documents | None = None,
         sees_ahead: np.ndarray | None = None,
-        targets: Int[Tensor, "B T"] | None = None,
-        z_loss_coefficient: float = 0.0,
-        is_causal: bool | None = None,
-        output_hidden_states: bool = False,
         past_key_values: KVCache | None = None,
-        use_cache: bool = False,
+        use_cache: bool = True,
         logits_to_keep: int = 0,
-    ) -> LossOutput | LanguageModelOutput:
-        """Run the model.
+        output_hidden_states: bool = False,
+    ) -> LanguageModelOutput:
+        """Return logits, and keys and values for the next call; see `forward`.
 
         Args:
-            attention_mask: 1 for tokens, 0 for padding, anywhere in a row: padding is never attended to and takes no
-                position. (B, T), or (B, past + T) with a cache. Reading it waits for the device: training gives
-                `documents` instead.
-            documents: how each row divides into documents that do not see each other, each from position 0.
+            attention_mask: (B, past + T) with a cache.
+            inputs_embeds: in place of input_ids.
             sees_ahead: see `create_segments`; not for tokens that follow a cache.
-            targets: what to predict at each place, IGNORE_INDEX for nothing; asks for the loss instead of logits.
-            is_causal: overrides the params.
-            use_cache: return keys and values, without gradient, for the next call's `past_key_values`.
-            logits_to_keep: logits of the last so many places only; 0: all.
-
-        Returns:
-            LossOutput if there are targets, else LanguageModelOutput.
-
-        Raises:
-            ValueError: arguments that exclude each other, or more tokens than model.max_seq_len.
+            past_key_values: what the last call returned: this call's tokens follow those. It is changed in place.
+            use_cache: return a cache, whose keys and values have no gradient.
+            logits_to_keep: logits of the last so many positions only; 0: all.
         """
-        x = self._embed(input_ids, inputs_embeds)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        x: Any = self.embed_tokens(input_ids) if input_ids is not None else inputs_embeds
         cache = (past_key_values or KVCache(len(self.layers))) if use_cache or past_key_values is not None else None
-        is_causal = self.params.is_causal if is_causal is None else is_causal
-        rows = self._arrange(x, attention_mask, documents, is_causal, cache, sees_ahead)
-        if rows.order is not None:
-            x = _reorder(x, rows.order)
-        hidden_states = [x]
-        for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x = block(x, rows.rotation, rows.segments, is_causal, layer_cache, rows.cache_step)
-            if output_hidden_states:
-                hidden_states.append(x)
-        hidden_states[-1] = self.norm(x)
-        if rows.order is not None:
-            hidden_states = [_reorder(h, rows.order.argsort(dim=1)) for h in hidden_states]
-        x = hidden_states[-1]
-        if targets is not None:
-            if self.output is None:
-                raise ValueError("model.vocab_size is 0: a model without an output head has no loss over tokens.")
-            return language_model_loss(x, self.output.weight, targets, z_loss_coefficient=z_loss_coefficient)
-        return LanguageModelOutput(
-            logits=self._logits(x[:, -logits_to_keep:]),
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            past_key_values=cache,
-        )
+        rows = self._arrange(x, attention_mask, documents, sees_ahead, cache)
+        hidden_states = self._hidden_states(x, rows, cache, keeps_all=output_hidden_states)
+        logits = None
+        if self.output is not None:
+            logits = self.output(hidden_states[-1][:, -logits_to_keep:])
+            logits = logits.float() if self.params.cast_output_to_float32 else logits
+        return LanguageModelOutput(logits, tuple(hidden_states) if output_hidden_states else None, cache)
 
     def encode(
         self,
@@ -136,54 +156,74 @@ class Transformer(nn.Module):
         """Return the outputs of the last `num_states` blocks, without an output head; see `forward`.
 
         Args:
-            at: only those of the token at this place of each row (S is 1); nothing else is computed where it can be
+            at: only those of the token at this position of each row (S is 1); nothing else is computed where it can be
                 left out. The token sees all before it in its row.
             normalize: take the last one after the final norm.
 
         Raises:
             ValueError: there are fewer blocks.
         """
-        if num_states > len(self.layers):
-            raise ValueError(f"The last {num_states} layers are asked for, but the model has {len(self.layers)}.")
-        x = self._embed(None, inputs_embeds)
-        is_causal = self.params.is_causal
-        rows = self._arrange(x, None, documents, is_causal, None, sees_ahead)
+        num_blocks = len(self.layers)
+        if num_states > num_blocks:
+            raise ValueError(f"The last {num_states} layers are asked for, but the model has {num_blocks}.")
+        rows = self._arrange(inputs_embeds, None, documents, sees_ahead)
         states: list[Tensor] = []
-        for i, block in enumerate(self.layers, start=1 - len(self.layers)):
-            # i is 0 at the last block
-            x = block(x, rows.rotation, rows.segments, is_causal, at=at if i == 0 else None)
-            if i > -num_states:
-                states.append(x if at is None or i == 0 else take_token(x, at))
+        for i, x in enumerate(self._run_blocks(self._norm_embeds(inputs_embeds), rows, at=at), start=1):
+            if i > num_blocks - num_states:
+                states.append(x if at is None or i == num_blocks else take_token(x, at))
         if normalize:
             states[-1] = self.norm(states[-1])
         return states
+
+    def _hidden_states(
+        self, inputs_embeds: Tensor, rows: _Rows, cache: KVCache | None = None, *, keeps_all: bool = False
+    ) -> list[Tensor]:
+        """Return the normalised output of the last block; before it, if asked for, the embedding and all outputs."""
+        x = self._norm_embeds(inputs_embeds)
+        if rows.order is not None:
+            x = _reorder(x, rows.order)
+        states = [x]
+        output = x
+        for output in self._run_blocks(x, rows, cache):
+            if keeps_all:
+                states.append(output)
+        states[-1] = self.norm(output)
+        return states if rows.order is None else [_reorder(state, rows.order.argsort(dim=1)) for state in states]
+
+    def _run_blocks(
+        self, x: Tensor, rows: _Rows, cache: KVCache | None = None, at: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            at_last = at if i == len(self.layers) - 1 else None
+            x = block(x, rows.rotation, rows.segments, self.is_causal, layer_cache, rows.cache_step, at_last)
+            yield x
 
     def _arrange(
         self,
         x: Tensor,
         attention_mask: Tensor | None,
         documents: Documents | None,
-        is_causal: bool,
-        cache: KVCache | None,
         sees_ahead: np.ndarray | None,
+        cache: KVCache | None = None,
     ) -> _Rows:
-        """Work out, once for all blocks, who sees whom and from which position."""
+        """Work out, once for all blocks, which tokens see each other and what their positions are."""
         B, T, _ = x.shape
         if documents is not None and (attention_mask is not None or cache is not None):
             raise ValueError("documents exclude attention_mask and a cache of keys and values.")
-        if cache is not None and not is_causal:
+        if cache is not None and not self.is_causal:
             raise ValueError("A cache of keys and values needs causal attention (model.is_causal).")
         masked = None if attention_mask is None else read_mask(attention_mask[:, -T:])
         order = None if masked is None or masked.order is None else torch.from_numpy(masked.order).to(x.device)
-        cache_step = None if cache is None else cache.plan(B, T, None if masked is None else masked.counts, x.device)
+        cache_step = None if cache is None else cache.advance(B, T, None if masked is None else masked.counts, x.device)
         segments = None
         if cache_step is not None and sees_ahead is not None and sees_ahead.any():
-            raise ValueError("Tokens that follow a cache can not see ahead. Give all images with the first tokens.")
+            raise ValueError("Tokens that follow a cache cannot see ahead. Give all images with the first tokens.")
         if cache_step is None:
             if sees_ahead is not None and masked is not None and masked.order is not None:
                 sees_ahead = np.take_along_axis(sees_ahead, masked.order, axis=1)
-            rows = documents if masked is None else masked.documents
-            segments = create_segments(rows, is_causal, x.device, sees_ahead=sees_ahead)
+            documents = documents if masked is None else masked.documents
+            segments = create_segments(documents, self.is_causal, x.device, sees_ahead=sees_ahead)
         longest = T if segments is None else segments.max_length
         longest = longest if cache_step is None else cache_step.num_slots
         if longest > self.max_seq_len:
@@ -193,8 +233,9 @@ class Transformer(nn.Module):
             )
         rotation = None
         if self.rotary is not None:
-            places = cache_step.slots if cache_step is not None else T if segments is None else segments.positions
-            rotation = self.rotary(places)
+            rotation = self.rotary(
+                cache_step.slots if cache_step is not None else T if segments is None else segments.positions
+            )
         return _Rows(order, segments, cache_step, rotation)
 
     @property
@@ -208,19 +249,8 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is 0: a model without token embeddings takes inputs_embeds.")
         return self.embeddings(input_ids)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed_tokens(input_ids)
+    def _norm_embeds(self, inputs_embeds: Tensor) -> Tensor:
         return inputs_embeds if self.post_embed_norm is None else self.post_embed_norm(inputs_embeds)
-
-    def _logits(self, x: Tensor) -> Tensor | None:
-        if self.output is None:
-            return None
-        logits = self.output(x)
-        return logits.float() if self.params.cast_output_to_float32 else logits
 
     def blocks(self) -> list[nn.Module]:
         """The blocks, in order."""
@@ -228,10 +258,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights: normal, cut off at 3 sigma, with sigma 1/sqrt(D); norms are 1 and biases 0.
-
-        What writes to the residual stream has its sigma divided by sqrt(2 (block + 1)).
-        """
+        """Draw all weights, see `init_block`: normal, cut off at 3 sigma, sigma 1/sqrt(D); norms are 1, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | RMSNorm):
                 module.reset_parameters()
@@ -282,7 +309,7 @@ class Transformer(nn.Module):
             self.output.weight = self.embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        # moving a module from the meta device makes new parameters, one for each of two tied names
+        # moving from the meta device creates new parameters, one for each of two tied names
         super()._apply(fn, recurse)
         self._tie()
         return self
@@ -297,7 +324,7 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 def create_transformer(params: TransformerParams, load_pretrained: bool = True) -> Transformer:
     """Build the native transformer; it has no published weights of its own, so `load_pretrained` changes nothing."""
     device = torch.get_default_device()
-    # without memory at first: torch would draw weights of its own, only for ours to replace them
+    # on the meta device first: torch would draw weights of its own, only for ours to replace them
     with torch.device("meta"):
         model = Transformer(params)
     if device.type != "meta":

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vla_foundry.batch import Documents, LossOutput
-from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
+from vla_foundry.models.attention import Segments, attend, create_segments
 from vla_foundry.models.hugging_face import (
     HuggingFaceModule,
     find_blocks,
@@ -23,7 +23,6 @@ from vla_foundry.models.hugging_face import (
     load_published_model,
     select_states,
 )
-from vla_foundry.models.layers.attention import Segments, attend, create_segments
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerHFParams
@@ -91,52 +90,79 @@ class TransformerHF(HuggingFaceModule):
 
     def forward(
         self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+        targets: Int[Tensor, "B T"] | None = None,
+        z_loss_coefficient: float = 0.0,
+        output_hidden_states: bool = False,
+    ) -> LossOutput | LanguageModelOutput:
+        """Return the loss if there are targets, else logits; see the native transformer.
+
+        Raises:
+            ValueError: `documents` were given, and this architecture cannot keep them apart.
+        """
+        rows = self._arrange(input_ids, attention_mask, documents, None)
+        inputs = {"input_ids": input_ids.long(), "use_cache": False, **rows}
+        if targets is not None:
+            return self._loss(inputs, targets, z_loss_coefficient)
+        output = self.model(**inputs, output_hidden_states=output_hidden_states)
+        return LanguageModelOutput(output.logits, output.hidden_states)
+
+    def loss(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        targets: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        documents: Documents | None = None,
+        sees_ahead: np.ndarray | None = None,
+        z_loss_coefficient: float = 0.0,
+    ) -> LossOutput:
+        """Return the loss; see the native transformer.
+
+        Raises:
+            ValueError: `sees_ahead` was given, and some layers of this architecture see only near tokens.
+        """
+        rows = self._arrange(inputs_embeds, attention_mask, documents, sees_ahead)
+        return self._loss({"inputs_embeds": inputs_embeds, "use_cache": False, **rows}, targets, z_loss_coefficient)
+
+    def _loss(self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float) -> LossOutput:
+        if not self.has_plain_head:
+            return dense_language_model_loss(
+                self.model(**inputs).logits, targets, z_loss_coefficient=z_loss_coefficient
+            )
+        head: Any = self.model.get_output_embeddings()
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+
+    def decode(
+        self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Tensor | None = None,
         *,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         documents: Documents | None = None,
         sees_ahead: np.ndarray | None = None,
-        targets: Int[Tensor, "B T"] | None = None,
-        z_loss_coefficient: float = 0.0,
-        output_hidden_states: bool = False,
         past_key_values: Any = None,
-        use_cache: bool = False,
+        use_cache: bool = True,
         logits_to_keep: int = 0,
-    ) -> LossOutput | LanguageModelOutput:
-        """Run the model; arguments and results are those of the native transformer.
-
-        Raises:
-            ValueError: `documents` were given and this architecture can not keep them apart, or `sees_ahead`, and it
-                has layers that see only near tokens.
-        """
-        inputs: dict[str, Any] = {
-            "input_ids": None if input_ids is None else input_ids.long(),
-            "inputs_embeds": inputs_embeds,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache or past_key_values is not None,
-            "output_hidden_states": output_hidden_states,
-        }
+        output_hidden_states: bool = False,
+    ) -> LanguageModelOutput:
+        """Return logits, and keys and values for the next call; see the native transformer."""
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
-        if sees_ahead is not None and sees_ahead.any():
-            self._check_sees_ahead(past_key_values)
-            if attention_mask is not None:
-                documents, attention_mask = _padding_as_documents(attention_mask), None
-        else:
-            sees_ahead = None
-        inputs |= self._arrange(given, attention_mask, documents, sees_ahead)
-        if targets is None:
-            output = self.model(**inputs, logits_to_keep=logits_to_keep)
-            return LanguageModelOutput(output.logits, output.hidden_states, output.past_key_values)
-        if not self.has_plain_head:
-            return dense_language_model_loss(
-                self.model(**inputs).logits, targets, z_loss_coefficient=z_loss_coefficient
-            )
-        decoder: Any = self.model.base_model
-        head: Any = self.model.get_output_embeddings()
-        hidden = decoder(**inputs).last_hidden_state
-        return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+        output = self.model(
+            input_ids=None if input_ids is None else input_ids.long(),
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache or past_key_values is not None,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            **self._arrange(given, attention_mask, documents, sees_ahead, past_key_values),
+        )
+        return LanguageModelOutput(output.logits, output.hidden_states, output.past_key_values)
 
     def encode(
         self,
@@ -155,9 +181,6 @@ class TransformerHF(HuggingFaceModule):
         """
         if not normalize:
             raise ValueError("A Hugging Face model gives its last hidden state after the final norm only.")
-        sees_ahead = sees_ahead if sees_ahead is not None and sees_ahead.any() else None
-        if sees_ahead is not None:
-            self._check_sees_ahead(None)
         inputs = self._arrange(inputs_embeds, None, documents, sees_ahead)
         output = self.model.base_model(
             inputs_embeds=inputs_embeds, use_cache=False, output_hidden_states=True, **inputs
@@ -176,11 +199,11 @@ class TransformerHF(HuggingFaceModule):
     def _check_sees_ahead(self, past_key_values: Any) -> None:
         config = self.model.config
         if past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError("Tokens that follow a cache can not see ahead. Give all images with the first tokens.")
+            raise ValueError("Tokens that follow a cache cannot see ahead. Give all images with the first tokens.")
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not self.keeps_documents or layer_types != {"full_attention"}:
             raise ValueError(
-                f"model.hf_pretrained: {type(self.model).__name__} can not let image tokens see ahead. "
+                f"model.hf_pretrained: {type(self.model).__name__} cannot let image tokens see ahead. "
                 f"Set --model.image_attention causal."
             )
 
@@ -190,8 +213,14 @@ class TransformerHF(HuggingFaceModule):
         attention_mask: Tensor | None,
         documents: Documents | None,
         sees_ahead: np.ndarray | None,
+        past_key_values: Any = None,
     ) -> dict[str, Any]:
-        """Who sees whom and from which position, as transformers takes it."""
+        """Which tokens see each other and what their positions are, as transformers takes it."""
+        sees_ahead = sees_ahead if sees_ahead is not None and sees_ahead.any() else None
+        if sees_ahead is not None:
+            self._check_sees_ahead(past_key_values)
+            if attention_mask is not None:
+                documents, attention_mask = _padding_as_documents(attention_mask), None
         if documents is not None or sees_ahead is not None:
             if attention_mask is not None:
                 raise ValueError("Give attention_mask or documents, not both.")
@@ -200,7 +229,7 @@ class TransformerHF(HuggingFaceModule):
                 return {}
             if not self.keeps_documents:
                 raise ValueError(
-                    f"model.hf_pretrained: {type(self.model).__name__} can not keep the documents of a row apart. "
+                    f"model.hf_pretrained: {type(self.model).__name__} cannot keep the documents of a row apart. "
                     f"Set --data.mask_documents false."
                 )
             # a mask with four dimensions is passed on as it is; an empty one fails loudly should `segments` get lost

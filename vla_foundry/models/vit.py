@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vla_foundry.models.layers.attention import attend
+from vla_foundry.models.attention import attend
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vit import ViTParams
 

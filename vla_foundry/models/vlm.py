@@ -16,13 +16,51 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vla_foundry.batch import Documents, LossOutput
-from vla_foundry.models.base import LanguageModelOutput
-from vla_foundry.models.layers.projector import ModalityProjector
+from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
 from vla_foundry.models.registry import create_model, register_model
 from vla_foundry.models.weights import count_stored_rows, load_part_checkpoint
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import ROWS_MULTIPLE, VLMParams
+
+
+def pixel_unshuffle(x: Float[Tensor, "N T D"], factor: int) -> Float[Tensor, "N S E"]:
+    """Join each square of factor x factor neighbouring tokens into one, factor^2 times as wide.
+
+    Tokens are the cells of a square grid, row by row, before and after; the features of a new token are those of its
+    cells, row by row (the order of published checkpoints).
+
+    Raises:
+        ValueError: the tokens are no square, or its side is no multiple of the factor.
+    """
+    if factor == 1:
+        return x
+    N, T, D = x.shape
+    side = round(T**0.5)
+    if side * side != T or side % factor:
+        raise ValueError(
+            f"model.vit.projector_pixel_shuffle_factor ({factor}) must divide the side of a square of image tokens, "
+            f"but there are {T} tokens. Change it, or the size of the images."
+        )
+    cells = x.reshape(N, side // factor, factor, side // factor, factor, D)  # (N, row, row offset, column, ...)
+    return cells.transpose(2, 3).reshape(N, T // factor**2, factor**2 * D)
+
+
+class ModalityProjector(nn.Module):
+    """Image tokens -> fewer tokens as wide as the language model's."""
+
+    def __init__(self, *, image_dim: int, text_dim: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.proj = nn.Linear(image_dim * factor**2, text_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N S E"]:
+        """Join neighbouring tokens and map them."""
+        return self.proj(pixel_unshuffle(x, self.factor))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights: normal, sigma 0.02."""
+        nn.init.normal_(self.proj.weight, std=0.02)
 
 
 class VLM(nn.Module):
@@ -63,51 +101,69 @@ class VLM(nn.Module):
         targets: Int[Tensor, "B T"] | None = None,
         z_loss_coefficient: float = 0.0,
         output_hidden_states: bool = False,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-        logits_to_keep: int = 0,
     ) -> LossOutput | LanguageModelOutput:
-        """Run the model; what is not said here is as in the native transformer.
+        """Return the loss if there are targets, else logits; see the native transformer for the other arguments.
 
         Args:
             pixel_values: normalised images, (N, 3, H, W) or (B, N, 3, H, W), in the order of their tokens.
-            image_positions: where the image tokens are in the flat batch, ascending. Looked up, waiting for the
-                device, if not given: training gives them.
+            image_positions: where the image tokens are in the flat batch, ascending. Training gives them; looking them
+                up waits for the device.
             sees_ahead: bool (B, T) on the host, True at image tokens, if these see each other; likewise.
 
         Raises:
             ValueError: there are more or fewer image tokens than the images make.
         """
-        if pixel_values is None and targets is None:
-            return self.transformer(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                documents=documents,
-                output_hidden_states=output_hidden_states,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-            )
+        rows: dict[str, Any] = {"attention_mask": attention_mask, "documents": documents}
+        if targets is None and pixel_values is None:
+            return self.transformer(input_ids, output_hidden_states=output_hidden_states, **rows)
+        inputs = self._read_images(input_ids, pixel_values, image_positions, sees_ahead)
+        if targets is not None:
+            return self.transformer.loss(targets=targets, z_loss_coefficient=z_loss_coefficient, **inputs, **rows)
+        return self.transformer.decode(use_cache=False, output_hidden_states=output_hidden_states, **inputs, **rows)
+
+    def decode(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Float[Tensor, "*N 3 H W"] | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+    ) -> LanguageModelOutput:
+        """Return logits, and keys and values for the next call; see the native transformer.
+
+        Args:
+            pixel_values: the images of these tokens: given with the prompt, not with the tokens that follow.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if pixel_values is not None:
+            inputs = self._read_images(input_ids, pixel_values, None, None)
+        return self.transformer.decode(
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **inputs,
+        )
+
+    def _read_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_positions: Tensor | None,
+        sees_ahead: np.ndarray | None,
+    ) -> dict[str, Any]:
+        """Return what the language model takes instead of tokens."""
         if image_positions is None:
             is_image = input_ids == self._image_token()
             image_positions = is_image.flatten().nonzero().squeeze(1)
             if self.sees_ahead:
                 sees_ahead = is_image.cpu().numpy()
-        inputs: dict[str, Any] = {
+        return {
             "inputs_embeds": self.embed(input_ids, pixel_values, image_positions),
-            "attention_mask": attention_mask,
-            "documents": documents,
             "sees_ahead": sees_ahead if self.sees_ahead else None,
         }
-        if targets is not None:
-            return self.transformer(**inputs, targets=targets, z_loss_coefficient=z_loss_coefficient)
-        return self.transformer(
-            **inputs,
-            output_hidden_states=output_hidden_states,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-        )
 
     def encode_images(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "N S D"]:
         """Return what takes the place of each image's tokens."""

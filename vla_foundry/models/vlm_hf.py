@@ -7,8 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from vla_foundry.batch import LossOutput
-from vla_foundry.models.base import LanguageModelOutput
+from vla_foundry.batch import LanguageModelOutput, LossOutput
 from vla_foundry.models.hugging_face import (
     HuggingFaceModule,
     find_blocks,
@@ -66,27 +65,46 @@ class VLMHF(HuggingFaceModule):
         targets: Int[Tensor, "B T"] | None = None,
         z_loss_coefficient: float = 0.0,
         output_hidden_states: bool = False,
-        past_key_values: VLMCache | None = None,
-        use_cache: bool = False,
-        logits_to_keep: int = 0,
         **extras: Tensor,
     ) -> LossOutput | LanguageModelOutput:
-        """Run the model; what is not said here is as in the native transformer.
+        """Return the loss if there are targets, else logits; see the native transformer for the other arguments.
 
         Args:
             pixel_values: normalised images or patches, in the order of their tokens.
             extras: what this architecture takes besides, such as image_grid_thw.
         """
-        use_cache = use_cache or past_key_values is not None
-        inputs, offsets = self._arrange(input_ids, attention_mask, pixel_values, past_key_values, extras)
-        inputs |= {"use_cache": use_cache, "output_hidden_states": output_hidden_states}
-        if self.takes_prompt_types and targets is None and past_key_values is None:
-            inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
+        inputs, _ = self._arrange(input_ids, attention_mask, pixel_values, None, extras)
+        inputs["use_cache"] = False
         if targets is not None:
             return self._loss(inputs, targets, z_loss_coefficient, has_images=pixel_values is not None)
-        output = self.model(**inputs, logits_to_keep=logits_to_keep)
-        cache = VLMCache(output.past_key_values, offsets) if use_cache else None
-        return LanguageModelOutput(output.logits, output.hidden_states, cache)
+        self._mark_prompt(inputs)
+        output = self.model(**inputs, output_hidden_states=output_hidden_states)
+        return LanguageModelOutput(output.logits, output.hidden_states)
+
+    def decode(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Float[Tensor, "M ..."] | None = None,
+        past_key_values: VLMCache | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+        **extras: Tensor,
+    ) -> LanguageModelOutput:
+        """Return logits, and keys and values for the next call; see `forward` and the native transformer."""
+        use_cache = use_cache or past_key_values is not None
+        inputs, offsets = self._arrange(input_ids, attention_mask, pixel_values, past_key_values, extras)
+        if past_key_values is None:
+            self._mark_prompt(inputs)
+        output = self.model(**inputs, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        return LanguageModelOutput(
+            output.logits, None, VLMCache(output.past_key_values, offsets) if use_cache else None
+        )
+
+    def _mark_prompt(self, inputs: dict[str, Any]) -> None:
+        if self.takes_prompt_types:
+            inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
 
     def encode(
         self,
@@ -100,8 +118,7 @@ class VLMHF(HuggingFaceModule):
     ) -> list[Float[Tensor, "B S D"]]:
         """Return the outputs of the last `num_states` blocks, without the output head; see the native transformer."""
         inputs, _ = self._arrange(input_ids, attention_mask, pixel_values, None, extras)
-        if self.takes_prompt_types:
-            inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
+        self._mark_prompt(inputs)
         output = self.model.base_model(**inputs, use_cache=False, output_hidden_states=True)
         return select_states(output.hidden_states, num_states, at)
 

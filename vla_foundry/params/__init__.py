@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         load_params_from_yaml,
     )
     from vla_foundry.params.hparams import HyperParams
-    from vla_foundry.params.models.base import ModelParams, register_model_params
+    from vla_foundry.params.models.roles import ModelParams, register_model_params
 
 __all__ = [
     "DataParams",
@@ -38,13 +38,13 @@ _MODULES = {
     "DistributedParams": "vla_foundry.params.distributed",
     "EMAParams": "vla_foundry.params.ema",
     "HyperParams": "vla_foundry.params.hparams",
-    "ModelParams": "vla_foundry.params.models.base",
+    "ModelParams": "vla_foundry.params.models.roles",
     "TrainExperimentParams": "vla_foundry.params.experiment",
     "dump_params": "vla_foundry.config.loading",
     "load_experiment_params_from_yaml": "vla_foundry.params.experiment",
     "load_params_from_yaml": "vla_foundry.params.experiment",
     "register_data_params": "vla_foundry.params.data.base",
-    "register_model_params": "vla_foundry.params.models.base",
+    "register_model_params": "vla_foundry.params.models.roles",
 }
 
 

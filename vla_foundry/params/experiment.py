@@ -12,7 +12,7 @@ from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.facts import DatasetFacts, Facts
 from vla_foundry.params.hparams import HyperParams, count_decay_steps
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 
 P = TypeVar("P")
 

@@ -1,10 +1,17 @@
 """The one table of names and values that earlier versions wrote: what they are called now, or why they are ignored."""
 
-from vla_foundry.config.schema import Migration, register_migrations
+from vla_foundry.config.schema import Migration, Retyped, register_migrations
 
 _RUNTIME = "it is read from the launcher when a run starts"
 _LOADER = "the order of the data no longer depends on it"
 _TOKENIZER_THREADS = "set TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS instead"
+_LEGACY_ONLY = "only legacy checkpoints need it"
+_HEAD_DEFAULTS = {"time_encoding": ("mlp",), "final_norm": ("true",)}
+_FLOW_DEFAULTS = {
+    "noise.num_timesteps": ("null",),
+    "noise.clamp_range": ("null",),
+    "noise.sampling_time_shift": ("0", "0.0"),
+}
 
 
 # by name of the dataclass; a subclass has its bases' migrations too
@@ -66,6 +73,23 @@ MIGRATIONS: dict[str, Migration] = {
             "use_point_cloud": "it never had an effect",
             "point_cloud_num_points": "it never had an effect",
         },
+    ),
+    "ModelParams": Migration(
+        retyped={"diffusion_policy": Retyped(to="regression_policy", when={"action_head.type": ("regression",)})}
+    ),
+    "ActionHeadParams": Migration(
+        retyped={
+            "flow_transformer": Retyped(to="legacy_flow_transformer", unless={**_HEAD_DEFAULTS, **_FLOW_DEFAULTS}),
+            "ddpm_transformer": Retyped(to="legacy_ddpm_transformer", unless=_HEAD_DEFAULTS),
+        }
+    ),
+    "TransformerParams": Migration(ignored={"attn_name": "there is one attention kernel for each device"}),
+    "DenoisingHeadParams": Migration(
+        ignored={"time_encoding": _LEGACY_ONLY, "final_norm": _LEGACY_ONLY},
+        values={"time_conditioning": {"adaptive_norm": "adaln_zero"}},
+    ),
+    "FlowParams": Migration(
+        ignored=dict.fromkeys(("clamp_range", "num_timesteps", "sampling_time_shift"), _LEGACY_ONLY)
     ),
     "ImageAugmentationParams": Migration(renamed={"random_crop": "crop"}),
     "ViTParams": Migration(ignored={"pretrained": "it never had an effect"}),

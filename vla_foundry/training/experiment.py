@@ -12,7 +12,7 @@ from torch import nn
 
 from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
-from vla_foundry.models.base import SavesFiles
+from vla_foundry.models.registry import SavesFiles
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.run_folder import MODEL_FILES_FOLDER
 from vla_foundry.training import loop

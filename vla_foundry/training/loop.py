@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.base import BatchHandler
+from vla_foundry.models.registry import BatchHandler
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.checkpoint import save_checkpoint

@@ -14,7 +14,7 @@ from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.loading import dump_value
 from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.models import create_model
-from vla_foundry.models.legacy.policy import translate_config
+from vla_foundry.models.legacy.published_policy import translate_config
 from vla_foundry.params import ModelParams
 
 PROPRIOCEPTION = ["robot__actual__poses__left::panda__xyz", "robot__actual__grippers__left::panda_hand", "speed"]

@@ -18,8 +18,8 @@ from vla_foundry.inference.caption import Question, answer, load_captioner
 from vla_foundry.inference.generate import main as generate
 from vla_foundry.inference.loading import load_run_model
 from vla_foundry.main import main as train
-from vla_foundry.models.action_heads.base import ActionWindow
-from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.models.action_heads.action_head import ActionWindow
+from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.commands.runs import ImportParams
@@ -97,7 +97,7 @@ def test_a_policy_gives_the_same_velocity_and_actions(parity: Path, tmp_path: Pa
     times = inputs["timesteps"] / head.process.params.num_timesteps
     noised = head.process.add_noise(inputs["actions"], inputs["noise"], times)
     noised = torch.where(window.free_mask(), noised, window.held_actions())
-    velocity = head.predict(noised, times, head.observe(conditioning, window))
+    velocity = head.predict(noised, times, head.embed_context(conditioning, window))
     torch.testing.assert_close(velocity, run.outputs["predicted_direction"], **CLOSE)
     window = window._replace(past_mask=inputs["past_mask"], future_mask=~inputs["past_mask"])
     made = head.sample_from(inputs["sampling_noise"], conditioning, window, 10)

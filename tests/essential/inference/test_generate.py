@@ -20,7 +20,7 @@ from vla_foundry.models import create_model
 from vla_foundry.models.transformer_hf import TransformerHF
 from vla_foundry.models.weights import find_tied_names
 from vla_foundry.params import dump_params
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, EMA_WEIGHTS_NAME, MODEL_WEIGHTS_NAME
 

@@ -29,7 +29,7 @@ from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams

@@ -35,8 +35,8 @@ from vla_foundry.params.models.backbones import (
     VLMBackboneParams,
     VLMFoundryBackboneParams,
 )
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
-from vla_foundry.params.models.noise import FlowParams
+from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyFlowTransformerParams
+from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPolicyParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
@@ -62,8 +62,8 @@ HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
     "flow adaptive": (FlowTransformerParams, {}),
     "flow concat": (FlowTransformerParams, {"time_conditioning": "concat"}),
     "flow add": (
-        FlowTransformerParams,
-        {"time_conditioning": "add", "time_encoding": "table", "noise": FlowParams(num_timesteps=50)},
+        LegacyFlowTransformerParams,
+        {"time_conditioning": "add", "time_encoding": "table", "noise": LegacyFlowParams(num_timesteps=50)},
     ),
     "flow cross": (FlowTransformerParams, {"conditioning": "cross_attention"}),
     "flow cross concat": (FlowTransformerParams, {"conditioning": "cross_attention", "time_conditioning": "concat"}),
@@ -111,9 +111,9 @@ def create_params(backbone: BackboneParams, head: ActionHeadParams, **changes: A
     hparams = {"precision": "fp32", "lr": 1e-2, "warmup": 0.0, "lr_scheduler": "constant", "wd": 0.1, **changes}
     return TrainExperimentParams(
         data=RoboticsDataParams(),
-        model=DiffusionPolicyParams(
+        model=(RegressionPolicyParams if isinstance(head, RegressionParams) else DiffusionPolicyParams)(
             vision_language_backbone=backbone,
-            action_head=head,
+            action_head=head,  # pyright: ignore[reportArgumentType]
             action_dim=ACTIONS,
             proprioception_dim=PROPRIOCEPTION,
         ),

@@ -8,29 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from vla_foundry.models.action_heads.base import ActionWindow, DrawKey, HeadWidths, create_action_head
-from vla_foundry.models.backbones.base import Conditioning
-from vla_foundry.models.noise.draws import draw_normals, draw_uniforms
+from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, HeadWidths, create_action_head
+from vla_foundry.models.action_heads.noise import draw_normals, draw_uniforms
+from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import (
     ActionHeadParams,
     DDPMTransformerParams,
     FlowTransformerParams,
     RegressionParams,
 )
-from vla_foundry.params.models.noise import FlowParams
+from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyFlowTransformerParams
 from vla_foundry.params.models.transformer import TransformerParams
 
 B, T, A, P, D, C = 3, 6, 3, 2, 4, 8
 WIDTHS = HeadWidths(action_dim=A, proprioception_dim=D, conditioning_dim=C)
 TRANSFORMER = TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=0, is_causal=False, max_seq_len=32)
 # what a head whose times are rows of a table has
-TABLE: dict[str, Any] = {"time_encoding": "table", "noise": FlowParams(num_timesteps=50)}
+TABLE: dict[str, Any] = {"time_encoding": "table", "noise": LegacyFlowParams(num_timesteps=50)}
 # name -> how a head differs
 HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow": (FlowTransformerParams, {}),
     "flow concat": (FlowTransformerParams, {"time_conditioning": "concat"}),
-    "flow add table": (FlowTransformerParams, {"time_conditioning": "add", **TABLE}),
-    "flow concat table": (FlowTransformerParams, {"time_conditioning": "concat", **TABLE}),
+    "flow add table": (LegacyFlowTransformerParams, {"time_conditioning": "add", **TABLE}),
+    "flow concat table": (LegacyFlowTransformerParams, {"time_conditioning": "concat", **TABLE}),
     "flow cross": (FlowTransformerParams, {"conditioning": "cross_attention"}),
     "flow cross concat": (FlowTransformerParams, {"conditioning": "cross_attention", "time_conditioning": "concat"}),
     "flow cross add": (FlowTransformerParams, {"conditioning": "cross_attention", "time_conditioning": "add"}),
@@ -125,7 +125,7 @@ def test_draws_of_one_pass_are_those_of_several(name: str, num_tokens: int, is_c
         times = head.process.spread_times(uniforms[:, draw])
         noised = head.process.add_noise(window.actions.double(), noise[:, draw], times)
         noised = torch.where(window.free_mask(), noised, window.held_actions().double())
-        predicted = head.predict(noised, times, head.observe(conditioning, window))
+        predicted = head.predict(noised, times, head.embed_context(conditioning, window))
         errors = (predicted - head.process.target(window.actions.double(), noise[:, draw])).square()
         total += errors[window.free_mask()].sum()
     torch.testing.assert_close(together.sum, total / 3, rtol=1e-9, atol=1e-9)
@@ -137,12 +137,12 @@ def test_draws_of_one_pass_are_those_of_several(name: str, num_tokens: int, is_c
 def test_kept_keys_and_values_change_nothing(name: str, num_tokens: int) -> None:
     conditioning, window = create_inputs(num_tokens=num_tokens)
     head = create(name).eval()
-    observation = head.observe(conditioning, window)
+    context = head.embed_context(conditioning, window)
     noised, times = torch.randn(B, T, A, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.9])
-    predicted = head.predict(noised, times, observation)
-    assert (observation.context is not None) == (name not in ("flow concat", "flow add table", "flow concat table"))
-    if observation.context is not None:
-        kept = observation._replace(memories=head.transformer.remember(observation.context))
+    predicted = head.predict(noised, times, context)
+    assert (context.tokens is not None) == (name not in ("flow concat", "flow add table", "flow concat table"))
+    if context.tokens is not None:
+        kept = context._replace(cache=head.transformer.cache_context(context.tokens))
         torch.testing.assert_close(head.predict(noised, times, kept), predicted, rtol=1e-9, atol=1e-9)
 
 
@@ -260,4 +260,4 @@ def test_missing_proprioception_is_an_error() -> None:
 )
 def test_params_that_can_not_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FlowTransformerParams(transformer=TRANSFORMER, **changes)
+        LegacyFlowTransformerParams(transformer=TRANSFORMER, **changes)

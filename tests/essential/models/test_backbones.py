@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_batch_handler
-from vla_foundry.models.backbones.base import OBSERVATIONS, create_backbone
+from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
 from vla_foundry.models.backbones.observation_token import arrange_rows, documents_of, mask_of
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.training.loop import train_step

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vla_foundry.models.layers.norms import create_norm
-from vla_foundry.models.layers.rotary import RotaryTables, rotate
+from vla_foundry.models.layers import RotaryTables, create_norm, rotate
 
 
 def create_tables(**changes: object) -> RotaryTables:

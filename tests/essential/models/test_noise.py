@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vla_foundry.models.noise.base import create_noise
-from vla_foundry.models.noise.draws import draw_normals, draw_uniforms
-from vla_foundry.models.noise.flow import beta_quantiles
-from vla_foundry.params.models.noise import DDPMParams, FlowParams, NoiseParams
+from vla_foundry.models.action_heads.noise import beta_quantiles, create_noise, draw_normals, draw_uniforms
+from vla_foundry.params.models.action_heads import DDPMParams, FlowParams, NoiseParams
+from vla_foundry.params.models.legacy import LegacyFlowParams
 from vla_foundry.randomness import draw_uniforms as draw_uniforms_on_host
 
 STEPS = [4, 6, 7, 10, 16, 30]
@@ -25,6 +24,10 @@ def hold_nothing(x: Tensor) -> Tensor:
 
 def flow(**values: Any) -> Any:
     return create_noise(FlowParams(**values))
+
+
+def legacy_flow(**values: Any) -> Any:
+    return create_noise(LegacyFlowParams(**values))
 
 
 def test_draws_are_those_of_the_host() -> None:
@@ -86,7 +89,7 @@ def test_the_process_goes_from_actions_to_noise_and_its_velocity_says_so() -> No
 )
 def test_times_have_their_distribution(values: dict[str, Any], mean: float, std: float) -> None:
     uniforms = (torch.arange(20000) + 0.5) / 20000
-    times = flow(**values).spread_times(uniforms)
+    times = (legacy_flow if "num_timesteps" in values else flow)(**values).spread_times(uniforms)
     assert 0 <= times.min() <= times.max() < 1
     assert times.mean().item() == pytest.approx(mean, abs=2e-3)
     assert times.std().item() == pytest.approx(std, abs=2e-3)
@@ -195,7 +198,7 @@ def test_what_is_held_is_in_every_input_and_in_the_result() -> None:
 
 
 def test_clamping_limits_noised_actions_but_not_the_first_noise() -> None:
-    process = flow(clamp_range=(-1.0, 1.0))
+    process = legacy_flow(clamp_range=(-1.0, 1.0))
     noised = process.add_noise(torch.zeros(1, 2, 2), torch.full((1, 2, 2), 4.0), torch.tensor([0.5]))
     assert noised.max() == 1
     inputs: list[float] = []
@@ -212,7 +215,10 @@ def test_clamping_limits_noised_actions_but_not_the_first_noise() -> None:
     ("create", "message"),
     [
         (lambda: FlowParams(num_inference_steps=0), "num_inference_steps"),
-        (lambda: FlowParams(clamp_range=(1.0, -1.0)), r"clamp_range \(\[1.0, -1.0\]\) must be \[smallest, largest\]"),
+        (
+            lambda: LegacyFlowParams(clamp_range=(1.0, -1.0)),
+            r"clamp_range \(\[1.0, -1.0\]\) must be \[smallest, largest\]",
+        ),
         (lambda: FlowParams(beta_a=0.1), "beta_a"),
         (lambda: DDPMParams(beta_start=0.5, beta_end=0.1), "beta_start"),
     ],

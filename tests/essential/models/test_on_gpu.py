@@ -1,6 +1,7 @@
 """On a GPU: documents go through variable-length attention, and a training step never waits for the device."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,17 +27,18 @@ def no_sync() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_documents_equal_rows_of_their_own(is_causal: bool, create_documents: Callable[..., Documents]) -> None:
     torch.manual_seed(0)
-    model = create_model(PARAMS).cuda()
+    model: Any = create_model(PARAMS).cuda()
+    model.is_causal = is_causal
     ids = torch.randint(0, 512, (2, 300), device="cuda")
     documents = create_documents([100, 200], [37, 128, 100, -35])
     pieces = [(0, 0, 100), (0, 100, 300), (1, 0, 37), (1, 37, 165), (1, 165, 265)]
-    exact = [model(input_ids=ids[r : r + 1, a:b], is_causal=is_causal).logits[0] for r, a, b in pieces]
+    exact = [model(input_ids=ids[r : r + 1, a:b]).logits[0] for r, a, b in pieces]
     with torch.autocast("cuda", torch.bfloat16):
-        packed = model(input_ids=ids, documents=documents, is_causal=is_causal).logits
+        packed = model(input_ids=ids, documents=documents).logits
     for (row, start, end), alone in zip(pieces, exact, strict=True):
         error = (packed[row, start:end].float() - alone).norm() / alone.norm()
         assert error < 0.02
-    fp32 = model(input_ids=ids, documents=documents, is_causal=is_causal).logits
+    fp32 = model(input_ids=ids, documents=documents).logits
     for (row, start, end), alone in zip(pieces, exact, strict=True):
         torch.testing.assert_close(fp32[row, start:end], alone, rtol=1e-3, atol=1e-3)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vla_foundry.config.loading import dump_value
 from vla_foundry.models import create_model, load_model_checkpoint
-from vla_foundry.models.action_heads.base import ActionWindow, reduce_loss
-from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.models.action_heads.action_head import ActionWindow, reduce_loss
+from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
-from vla_foundry.models.legacy.policy import translate_config, translate_weights
+from vla_foundry.models.legacy.published_policy import translate_config, translate_weights
 from vla_foundry.params import ModelParams, load_params_from_yaml
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -67,7 +67,7 @@ def test_velocity_and_loss(published: Published) -> None:
     noised = head.process.add_noise(inputs["actions"], inputs["noise"], times)
     noised = torch.where(window.free_mask(), noised, window.held_actions())
     torch.testing.assert_close(noised, outputs["noisy_action_model_input"], **CLOSE)
-    velocity = head.predict(noised, times, head.observe(conditioning, window))
+    velocity = head.predict(noised, times, head.embed_context(conditioning, window))
     torch.testing.assert_close(velocity, outputs["predicted_direction"], **CLOSE)
     loss = reduce_loss((velocity - head.process.target(inputs["actions"], inputs["noise"])).square(), window)
     assert (loss.sum / loss.count).item() == pytest.approx(published.meta["loss"], rel=1e-5)

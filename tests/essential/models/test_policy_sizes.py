@@ -7,7 +7,7 @@ import torch
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.models import create_model
-from vla_foundry.models.action_heads.base import HeadWidths, create_action_head
+from vla_foundry.models.action_heads.action_head import HeadWidths, create_action_head
 from vla_foundry.params import ModelParams
 
 # of LBM's two arms

@@ -10,7 +10,7 @@ from torch import nn
 
 from vla_foundry.models import create_model, register_model
 from vla_foundry.models.registry import BATCH_HANDLERS, MODELS
-from vla_foundry.params.models.base import ModelParams, register_model_params
+from vla_foundry.params.models.roles import ModelParams, register_model_params
 
 
 def test_importing_models_needs_no_torch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_model
-from vla_foundry.models.layers.feed_forward import swiglu_hidden_dim
+from vla_foundry.models.layers import swiglu_hidden_dim
 from vla_foundry.models.transformer import Transformer
 from vla_foundry.params.models.transformer import TransformerParams
 
@@ -150,9 +150,11 @@ def test_is_causal_can_be_overridden_both_ways(create_tiny: Create) -> None:
     causal, ids = create_tiny(), random_ids(1, 8)
     open_model = create_tiny(is_causal=False)
     open_model.load_state_dict(causal.state_dict())
-    assert torch.equal(causal(input_ids=ids, is_causal=False).logits, open_model(input_ids=ids).logits)
-    assert torch.equal(open_model(input_ids=ids, is_causal=True).logits, causal(input_ids=ids).logits)
-    assert not torch.allclose(open_model(input_ids=ids).logits, causal(input_ids=ids).logits)
+    of_causal, of_open = causal(input_ids=ids).logits, open_model(input_ids=ids).logits
+    causal.is_causal, open_model.is_causal = False, True
+    assert torch.equal(causal(input_ids=ids).logits, of_open)
+    assert torch.equal(open_model(input_ids=ids).logits, of_causal)
+    assert not torch.allclose(of_open, of_causal)
 
 
 def test_hidden_states_are_the_embedding_each_block_and_the_norm_at_the_end(create_tiny: Create) -> None:
@@ -191,12 +193,7 @@ def test_cache_of_unequal_rows_gives_what_whole_rows_give(options: dict[str, Any
     masks[2, 4:8] = 0
     cache, logits = None, []
     for start, end in [(0, 6), (6, 10), (10, 11), (11, 12)]:
-        output = model(
-            input_ids=ids[:, start:end],
-            attention_mask=masks[:, :end],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        output = model.decode(ids[:, start:end], masks[:, :end], past_key_values=cache)
         cache = output.past_key_values
         logits.append(output.logits)
     assert cache.lengths.tolist() == [12, 9, 8]
@@ -209,29 +206,29 @@ def test_cache_of_unequal_rows_gives_what_whole_rows_give(options: dict[str, Any
 def test_cache_keeps_rows_and_grows(create_tiny: Create) -> None:
     model, ids = create_tiny(max_seq_len=200), random_ids(2, 150)
     whole = model(input_ids=ids[1:]).logits
-    cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    cache = model.decode(ids[:, :3]).past_key_values
     cache.batch_select_indices(torch.tensor([1]))
     for i in range(3, 150):
-        output = model(input_ids=ids[1:, i : i + 1], past_key_values=cache)
+        output = model.decode(ids[1:, i : i + 1], past_key_values=cache)
         torch.testing.assert_close(output.logits[:, 0], whole[:, i], rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="past_key_values holds 1 rows, but 2 were given"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model.decode(ids[:, :1], past_key_values=cache)
 
 
 def test_logits_to_keep_are_the_last(create_tiny: Create) -> None:
     model, ids = create_tiny(cast_output_to_float32=True), random_ids(2, 6)
     logits = model(input_ids=ids).logits
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(model.decode(ids, logits_to_keep=2).logits, logits[:, -2:])
 
 
 def test_embeddings_may_be_given_instead_of_tokens(create_tiny: Create) -> None:
     model, ids = create_tiny(), random_ids(2, 6)
     assert model.embeddings is not None
-    embedded = model(inputs_embeds=model.embeddings(ids)).logits
+    embedded = model.decode(inputs_embeds=model.embeddings(ids)).logits
     assert torch.equal(embedded, model(input_ids=ids).logits)
     headless = create_tiny(vocab_size=0)
-    output = headless(inputs_embeds=model.embeddings(ids), output_hidden_states=True)
+    output = headless.decode(inputs_embeds=model.embeddings(ids), output_hidden_states=True)
     assert output.logits is None
     assert output.hidden_states[-1].shape == (2, 6, 32)
     assert not [name for name in headless.state_dict() if name.startswith(("embeddings", "output"))]
@@ -329,15 +326,16 @@ def test_what_can_not_be_is_said_in_one_line(create_tiny: Create, create_documen
     with pytest.raises(ValueError, match=r"9 tokens is longer than model\.max_seq_len \(8\)"):
         model(input_ids=ids)
     assert model(input_ids=ids, documents=create_documents([4, 5])).logits.shape == (1, 9, 61)
-    cache = model(input_ids=ids[:, :8], use_cache=True).past_key_values
+    cache = model.decode(ids[:, :8]).past_key_values
     with pytest.raises(ValueError, match="9 tokens is longer"):
-        model(input_ids=ids[:, 8:], past_key_values=cache)
+        model.decode(ids[:, 8:], past_key_values=cache)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        model()
+        model.decode()
     with pytest.raises(ValueError, match="documents exclude"):
         model(input_ids=ids, documents=create_documents([4, 5]), attention_mask=torch.ones(1, 9))
+    model.is_causal = False
     with pytest.raises(ValueError, match="needs causal attention"):
-        model(input_ids=ids[:, :4], is_causal=False, use_cache=True)
+        model.decode(ids[:, :4])
 
 
 @pytest.mark.parametrize(

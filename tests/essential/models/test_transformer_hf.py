@@ -174,7 +174,7 @@ def test_capped_logits_have_the_right_loss_and_no_documents(create_documents: Ca
     expected = torch.nn.functional.cross_entropy(original(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
     assert original(ids).logits.abs().max() > 25
     torch.testing.assert_close(output.sum, expected)
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM can not keep .* --data\.mask_documents false"):
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM cannot keep .* --data\.mask_documents false"):
         model(input_ids=ids, documents=create_documents([2, 4], [6]))
 
 

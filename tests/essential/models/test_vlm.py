@@ -16,7 +16,7 @@ from vla_foundry.batch import IGNORE_INDEX, Documents
 from vla_foundry.config.schema import Unavailable
 from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
-from vla_foundry.models.layers.projector import pixel_unshuffle
+from vla_foundry.models.vlm import pixel_unshuffle
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.facts import Facts, TokenizerFacts
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
@@ -195,7 +195,8 @@ def test_image_tokens_see_each_other_where_that_is_asked_for_and_text_stays_caus
 
         def hidden(x: Tensor, model: Any = model) -> Tensor:
             sees = (ids == IMAGE).numpy() if model.sees_ahead else None
-            return model.transformer(inputs_embeds=x, sees_ahead=sees, output_hidden_states=True).hidden_states[1]
+            output = model.transformer.decode(inputs_embeds=x, sees_ahead=sees, output_hidden_states=True)
+            return output.hidden_states[1]
 
         x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
         # sees[i, j]: token i depends on token j, after one block
@@ -226,9 +227,7 @@ def test_masked_places_give_no_gradient(create: Create) -> None:
     targets = torch.full_like(ids, IGNORE_INDEX)
     targets[0, 9] = 5
     embeds: list[Tensor] = []
-    model.transformer.register_forward_pre_hook(
-        lambda _module, _args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
+    model.transformer.layers[0].register_forward_pre_hook(lambda _module, inputs: embeds.append(inputs[0]))
     output = model(input_ids=ids, pixel_values=random_images(1), targets=targets)
     gradient = torch.autograd.grad(output.sum, embeds[0])[0][0].abs().sum(-1)
     assert (gradient[:10] > 0).all()
@@ -433,7 +432,7 @@ def test_operations_count_the_image_encoder_once_a_row(create: Create) -> None:
 
 
 def test_stretches_end_with_their_document(create_documents: Callable[..., Documents]) -> None:
-    from vla_foundry.models.layers.attention import create_segments
+    from vla_foundry.models.attention import create_segments
 
     sees = np.array([[0, 1, 1, 1, 0, 1, 0, 0]], dtype=bool)
     segments = create_segments(create_documents([3, 5]), True, torch.device("cpu"), sees_ahead=sees)

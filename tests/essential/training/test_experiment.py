@@ -19,7 +19,7 @@ from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.params.models.base import ModelParams
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.training.experiment import train

@@ -1,15 +1,17 @@
-"""The transformer of action heads: tokens of actions that read conditioning.
+"""The transformer inside action heads: tokens of actions that read conditioning.
 
 Conditioning comes in one of three ways:
 
-  joint   it stands among the tokens, in front of the actions; there is no context
+  joint   it stands among the tokens, in front of the actions; there is no separate context
   prefix  context tokens in front, which see each other but not the actions: their keys and values can be kept
   cross   context tokens that each block reads by cross-attention after its own attention: likewise
 
-A block is that of the native transformer, with its names. Told the time by its norms (Peebles and Xie 2023), each of
-its branches y becomes gate * y(norm(x) * (1 + scale) + shift), all three zero at first; context is not told the time.
+A block is that of the native transformer, with its names. With adaLN-Zero (Peebles and Xie 2023) each of its branches y
+becomes gate * y(norm(x) * (1 + scale) + shift), all three zero at first; the context gets no time.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,14 +19,25 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vla_foundry.models.layers.attention import attend_cached
-from vla_foundry.models.layers.block import Attention, init_block, init_normal
-from vla_foundry.models.layers.feed_forward import create_feed_forward
-from vla_foundry.models.layers.norms import RMSNorm, create_norm
-from vla_foundry.models.layers.rotary import RotaryTables, Rotation, rotate
+from vla_foundry.models.attention import attend_cached
+from vla_foundry.models.layers import (
+    Attention,
+    RMSNorm,
+    Rotation,
+    create_feed_forward,
+    create_norm,
+    create_rotary,
+    init_block,
+    init_normal,
+)
 from vla_foundry.params.models.transformer import TransformerParams
 
+# of sines, up to 2 pi
+_LONGEST_PERIOD = 1e4
+
 Reading = Literal["joint", "prefix", "cross"]
+# tokens (B, S, D) and bool (B, S), True where they may be seen; None: everywhere
+Part = tuple[Tensor, Tensor | None]
 
 
 class Tokens(NamedTuple):
@@ -38,24 +51,25 @@ class Tokens(NamedTuple):
     positions: Tensor
 
 
-class Memory(NamedTuple):
-    """The keys and values of context in one block, (B, C, G, K)."""
+class KeyValues(NamedTuple):
+    """The KV cache of the context in one block, (B, C, G, K)."""
 
     keys: Tensor
     values: Tensor
 
 
-class Plan(NamedTuple):
-    """What is the same in all blocks."""
+class Visibility(NamedTuple):
+    """Positions and masks, the same in all blocks; a mask is True where a token may look, None: anywhere."""
 
-    # of the tokens, and of the context
     rotation: Rotation | None
     context_rotation: Rotation | None
-    # bool, True where a token may look, of (tokens' own and prefix), cross-attention, context to itself; None: anywhere
+    # of the tokens, to a prefix and themselves
     mask: Tensor | None
+    # of the tokens, to the context by cross-attention
     cross_mask: Tensor | None
+    # of the context, to itself
     context_mask: Tensor | None
-    # draws of each row of context
+    # rows of tokens for each row of context
     num_draws: int
 
 
@@ -70,22 +84,22 @@ class CrossAttention(nn.Module):
         self.kv_proj = nn.Linear(params.hidden_dim, 2 * kv_width, bias=False)
         self.out_proj = nn.Linear(params.n_heads * self.head_dim, params.hidden_dim, bias=False)
 
-    def remember(self, context: Float[Tensor, "B C D"]) -> Memory:
-        """The keys and values of context."""
+    def project_context(self, context: Float[Tensor, "B C D"]) -> KeyValues:
+        """The keys and values of the context."""
         keys, values = self.kv_proj(context).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
-        return Memory(keys, values)
+        return KeyValues(keys, values)
 
-    def forward(self, x: Float[Tensor, "N S D"], memory: Memory, plan: Plan) -> Float[Tensor, "N S D"]:
-        """Attend; the draws of a sample share its memory."""
+    def forward(self, x: Float[Tensor, "N S D"], cache: KeyValues, visibility: Visibility) -> Float[Tensor, "N S D"]:
+        """Attend; the draws of a sample share its context."""
         queries = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        # (B R, S, ...) as (B, R S, ...): nothing of the memory is copied
-        queries = queries.unflatten(0, (-1, plan.num_draws)).flatten(1, 2)
-        output = attend_cached(queries, memory.keys, memory.values, plan.cross_mask).flatten(2)
-        return self.out_proj(output.unflatten(1, (plan.num_draws, -1)).flatten(0, 1))
+        # (B R, S, ...) as (B, R S, ...): nothing of the context is copied
+        queries = queries.unflatten(0, (-1, visibility.num_draws)).flatten(1, 2)
+        output = attend_cached(queries, cache.keys, cache.values, visibility.cross_mask).flatten(2)
+        return self.out_proj(output.unflatten(1, (visibility.num_draws, -1)).flatten(0, 1))
 
 
 class DecoderBlock(nn.Module):
-    """Attention, perhaps cross-attention, and feed-forward."""
+    """Attention, cross-attention if the context is read so, and feed-forward."""
 
     def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool) -> None:
         super().__init__()
@@ -99,6 +113,7 @@ class DecoderBlock(nn.Module):
         if reading == "cross":
             self.cross_norm = create_norm(params.norm_type, dim, params.norm_eps)
             self.cross_attention = CrossAttention(params)
+        # adaLN-Zero
         self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
 
     def forward(
@@ -106,76 +121,60 @@ class DecoderBlock(nn.Module):
         x: Float[Tensor, "N S D"] | None,
         time: Float[Tensor, "N D"] | None,
         context: Float[Tensor, "B C D"] | None,
-        memory: Memory | None,
-        plan: Plan,
+        cache: KeyValues | None,
+        visibility: Visibility,
         *,
         num_outputs: int | None = None,
         is_last: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Memory | None]:
-        """Return the tokens, the context and its memory after this block; `memory` given, context is not needed."""
-        if memory is None and context is not None:
-            memory, context = self._read(context, plan, is_last)
+    ) -> tuple[Tensor | None, Tensor | None, KeyValues | None]:
+        """Return the tokens, the context and its keys and values after this block; `cache` replaces the context."""
+        if cache is None and context is not None:
+            cache, context = self._read_context(context, visibility, is_last)
         if x is None:
-            return None, context, memory
+            return None, context, cache
         shifts: tuple[Tensor, ...] = ()
         if self.modulation is not None:
             assert time is not None
             shifts = self.modulation(F.silu(time)).unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
         h = _modulate(self.attention_norm(x), shifts[:2])
-        added = self._attend(h, memory if self.reading == "prefix" else None, plan, num_outputs)
+        added = self._attend(h, cache if self.reading == "prefix" else None, visibility, num_outputs)
         x = x if num_outputs is None else x[:, -num_outputs:]
         x = x + (added * shifts[2] if shifts else added)
         if self.cross_attention is not None and self.cross_norm is not None:
-            assert memory is not None
-            x = x + self.cross_attention(self.cross_norm(x), memory, plan)
+            assert cache is not None
+            x = x + self.cross_attention(self.cross_norm(x), cache, visibility)
         added = self.feed_forward(_modulate(self.ffn_norm(x), shifts[3:5]))
-        return x + (added * shifts[5] if shifts else added), context, memory
+        return x + (added * shifts[5] if shifts else added), context, cache
 
-    def _read(self, context: Tensor, plan: Plan, is_last: bool) -> tuple[Memory, Tensor]:
+    def _read_context(self, context: Tensor, visibility: Visibility, is_last: bool) -> tuple[KeyValues, Tensor]:
         if self.cross_attention is not None:
-            return self.cross_attention.remember(context), context
-        queries, keys, values = self._project(self.attention_norm(context), plan.context_rotation, None)
-        memory = Memory(keys, values)
+            return self.cross_attention.project_context(context), context
+        queries, keys, values = self.attention.project(self.attention_norm(context), visibility.context_rotation)
         if not is_last:
-            output = attend_cached(queries, keys, values, plan.context_mask)
+            output = attend_cached(queries, keys, values, visibility.context_mask)
             context = context + self.attention.out_proj(output.flatten(2))
             context = context + self.feed_forward(self.ffn_norm(context))
-        return memory, context
+        return KeyValues(keys, values), context
 
-    def _attend(self, h: Tensor, memory: Memory | None, plan: Plan, num_outputs: int | None) -> Tensor:
-        queries, keys, values = self._project(h, plan.rotation, num_outputs)
-        mask = plan.mask
-        if memory is not None:
-            keys, values = (
-                torch.cat((_repeat(old, plan.num_draws), new), dim=1)
-                for old, new in zip(memory, (keys, values), strict=True)
-            )
-        if mask is not None and num_outputs is not None and mask.shape[2] > 1:
-            mask = mask[:, :, -num_outputs:]
-        return self.attention.out_proj(attend_cached(queries, keys, values, mask).flatten(2))
-
-    def _project(self, h: Tensor, rotation: Rotation | None, num_queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the last `num_queries` tokens, and keys and values of all."""
-        attention = self.attention
-        if num_queries is None:
-            queries, keys, values = attention.in_proj(h).split(attention.widths, dim=-1)
+    def _attend(self, h: Tensor, cache: KeyValues | None, visibility: Visibility, num_outputs: int | None) -> Tensor:
+        rotation, mask = visibility.rotation, visibility.mask
+        if num_outputs is None:
+            queries, keys, values = self.attention.project(h, rotation)
         else:
-            weights = attention.in_proj.weight.split([attention.widths[0], 2 * attention.widths[1]])
-            queries = F.linear(h[:, -num_queries:], weights[0])
-            keys, values = F.linear(h, weights[1]).chunk(2, dim=-1)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            queries, keys = attention.q_norm(queries).to(values.dtype), attention.k_norm(keys).to(values.dtype)
-        queries, keys, values = (t.unflatten(-1, (-1, attention.head_dim)) for t in (queries, keys, values))
-        if rotation is not None:
-            last = rotation
-            if num_queries is not None:
-                last = rotation._replace(cos=rotation.cos[:, -num_queries:], sin=rotation.sin[:, -num_queries:])
-            queries, keys = rotate(queries, last), rotate(keys, rotation)
-        return queries, keys, values
+            last = None if rotation is None else rotation.last(num_outputs)
+            queries, keys, values = self.attention.project(h, rotation, h[:, -num_outputs:], last)
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, -num_outputs:]
+        if cache is not None:
+            keys, values = (
+                torch.cat((repeat(old, visibility.num_draws), new), dim=1)
+                for old, new in zip(cache, (keys, values), strict=True)
+            )
+        return self.attention.out_proj(attend_cached(queries, keys, values, mask).flatten(2))
 
 
 class ActionDecoder(nn.Module):
-    """The blocks of a head. Parameters are those of published heads, where these have them."""
+    """The blocks of a head. Parameters have the names of published heads, where these have them."""
 
     def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool, final_norm: bool) -> None:
         super().__init__()
@@ -185,15 +184,7 @@ class ActionDecoder(nn.Module):
             DecoderBlock(params, reading=reading, is_modulated=is_modulated) for _ in range(params.n_layers)
         )
         self.norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps) if final_norm else None
-        self.rotary = None
-        if params.positional_embedding_type != "none":
-            self.rotary = RotaryTables(
-                params.head_dim or params.hidden_dim // params.n_heads,
-                max_seq_len=params.max_seq_len,
-                theta=params.rope_theta,
-                bf16_frequencies=params.rope_bf16_frequencies,
-                rotate_in_float32=params.positional_embedding_type == "rotary_float32",
-            )
+        self.rotary = create_rotary(params)
 
     def forward(
         self,
@@ -201,42 +192,42 @@ class ActionDecoder(nn.Module):
         context: Tokens | None,
         *,
         time: Float[Tensor, "N D"] | None = None,
-        memories: list[Memory] | None = None,
+        cache: list[KeyValues] | None = None,
         num_outputs: int | None = None,
     ) -> Float[Tensor, "N S D"]:
-        """Return what becomes of the tokens.
+        """Return the tokens after the last block.
 
         Args:
             tokens: N = B x R rows, the R draws of a sample next to each other.
             context: B rows; None: joint.
-            time: encoded, where the norms are told it.
-            memories: what `remember` made of the context; its values are not looked at then.
-            num_outputs: of the last so many tokens only.
+            time: encoded, for adaLN-Zero.
+            cache: `cache_context` of the context, whose values are not read then.
+            num_outputs: return the last so many tokens only.
         """
-        plan = self._plan(tokens, context)
+        visibility = self._find_visibility(tokens, context)
         x: Tensor | None = tokens.values
-        values = None if context is None or memories is not None else context.values
+        values = None if context is None or cache is not None else context.values
         for i, block in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            memory = None if memories is None else memories[i]
+            kept = None if cache is None else cache[i]
             outputs = num_outputs if is_last else None
-            x, values, _ = block(x, time, values, memory, plan, num_outputs=outputs, is_last=is_last)
+            x, values, _ = block(x, time, values, kept, visibility, num_outputs=outputs, is_last=is_last)
         assert x is not None
         return x if self.norm is None else self.norm(x)
 
-    def remember(self, context: Tokens) -> list[Memory]:
-        """Return the keys and values of context in each block, for several calls with the same one."""
-        plan = self._plan(None, context)
+    def cache_context(self, context: Tokens) -> list[KeyValues]:
+        """Return the keys and values of the context in each block, for several calls with the same one."""
+        visibility = self._find_visibility(None, context)
         values: Tensor = context.values
-        memories = []
+        cache = []
         for i, block in enumerate(self.layers):
-            _, values, memory = block(None, None, values, None, plan, is_last=i == len(self.layers) - 1)
-            memories.append(memory)
-        return memories
+            _, values, kept = block(None, None, values, None, visibility, is_last=i == len(self.layers) - 1)
+            cache.append(kept)
+        return cache
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights as the native transformer does; what tells the time starts at zero."""
+        """Draw the weights as the native transformer does; those of adaLN-Zero start at zero."""
         dim = self.params.hidden_dim
         layers: Any = self.layers
         for i, block in enumerate(layers):
@@ -252,12 +243,12 @@ class ActionDecoder(nn.Module):
             if isinstance(module, nn.LayerNorm | RMSNorm):
                 module.reset_parameters()
 
-    def _plan(self, tokens: Tokens | None, context: Tokens | None) -> Plan:
+    def _find_visibility(self, tokens: Tokens | None, context: Tokens | None) -> Visibility:
         is_causal = self.params.is_causal
         num_draws, mask, cross_mask, context_mask, rotation, context_rotation = 1, None, None, None, None, None
         if context is not None:
             if self.reading == "prefix":
-                context_mask = _join_masks(context.mask, context, 0, is_causal)
+                context_mask = _make_causal(context.mask, context, 0, is_causal)
                 context_rotation = self._rotate(context.positions)
             elif context.mask is not None:
                 cross_mask = context.mask[:, None, None]
@@ -268,9 +259,10 @@ class ActionDecoder(nn.Module):
                 num_draws = tokens.values.shape[0] // context.values.shape[0]
             if context is not None and self.reading == "prefix":
                 num_context = context.values.shape[1]
-                seen = _append_mask(context, tokens, num_draws)
-            mask = _join_masks(seen, tokens, num_context, is_causal)
-        return Plan(rotation, context_rotation, mask, cross_mask, context_mask, num_draws)
+                if context.mask is not None or tokens.mask is not None:
+                    seen = torch.cat((repeat(_mask_of(context), num_draws), _mask_of(tokens)), dim=1)
+            mask = _make_causal(seen, tokens, num_context, is_causal)
+        return Visibility(rotation, context_rotation, mask, cross_mask, context_mask, num_draws)
 
     def _rotate(self, positions: Int[Tensor, "B S"]) -> Rotation | None:
         if self.rotary is None:
@@ -283,28 +275,73 @@ class ActionDecoder(nn.Module):
         return self.rotary(positions)
 
 
+def join_parts(parts: Sequence[Part]) -> Tokens:
+    """Put parts behind each other.
+
+    Positions count the tokens that may be seen, so they do not depend on how far a batch is padded.
+    """
+    values = torch.cat([part for part, _ in parts], dim=1)
+    positions = torch.arange(values.shape[1], device=values.device)[None]
+    if all(mask is None for _, mask in parts):
+        return Tokens(values, None, positions)
+    mask = torch.cat([_mask_of(Tokens(part, mask, positions)) for part, mask in parts], dim=1)
+    return Tokens(values, mask, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+def place_steps(values: Float[Tensor, "N T D"], mask: Bool[Tensor, "N T"] | None, front: Tokens | None) -> Tokens:
+    """The tokens of a window's steps behind `front`; the position of a step does not depend on padding among them."""
+    start: Any = 0
+    if front is not None and front.mask is None:
+        start = front.values.shape[1]
+    elif front is not None and front.mask is not None:
+        count = front.mask.sum(1, keepdim=True)
+        start = count if count.shape[0] == 1 else repeat(count, values.shape[0] // count.shape[0])
+    return Tokens(values, mask, start + torch.arange(values.shape[1], device=values.device)[None])
+
+
+def append_steps(front: Tokens, steps: Tokens) -> Tokens:
+    """Put a window's steps behind the tokens in front of them."""
+    values = torch.cat((front.values, steps.values), dim=1)
+    rows = (values.shape[0], -1)
+    mask = None
+    if front.mask is not None or steps.mask is not None:
+        mask = torch.cat((_mask_of(front), _mask_of(steps)), dim=1)
+    return Tokens(values, mask, torch.cat((front.positions.expand(rows), steps.positions.expand(rows)), dim=1))
+
+
+def encode_sines(places: Tensor, width: int) -> Float[Tensor, "N {width}"]:
+    """Sines and then cosines of places, at frequencies from 1 down to 1/10000 (Vaswani et al. 2017), fp32."""
+    half = width // 2
+    steps = torch.arange(half, device=places.device, dtype=torch.float32)
+    angles = places.float()[:, None] * torch.exp(-math.log(_LONGEST_PERIOD) / max(1, half - 1) * steps)
+    return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, width - 2 * half))
+
+
+def init_maps(*maps: nn.Linear | None) -> None:
+    """Draw Xavier's uniform weights; biases are 0."""
+    for module in maps:
+        if module is not None:
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def repeat(x: Tensor, num_draws: int) -> Tensor:
+    """Each row once for each of its draws."""
+    return x if num_draws == 1 else x.repeat_interleave(num_draws, dim=0)
+
+
 def _modulate(x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
     return x * (1 + shifts[1]) + shifts[0] if shifts else x
 
 
-def _repeat(x: Tensor, num_draws: int) -> Tensor:
-    return x if num_draws == 1 else x.repeat_interleave(num_draws, dim=0)
+def _mask_of(tokens: Tokens) -> Tensor:
+    if tokens.mask is not None:
+        return tokens.mask
+    return torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
 
 
-def _append_mask(context: Tokens, tokens: Tokens, num_draws: int) -> Bool[Tensor, "N S"] | None:
-    """Which of context and tokens may be seen; None: all."""
-    if context.mask is None and tokens.mask is None:
-        return None
-    masks = []
-    for part, draws in ((context, num_draws), (tokens, 1)):
-        shape = part.values.shape[:2]
-        mask = torch.ones(shape, dtype=torch.bool, device=part.values.device) if part.mask is None else part.mask
-        masks.append(_repeat(mask, draws))
-    return torch.cat(masks, dim=1)
-
-
-def _join_masks(seen: Tensor | None, tokens: Tokens, num_context: int, is_causal: bool) -> Tensor | None:
-    """(N or 1, 1, S or 1, context + S): what may be seen, and under a causal mask by whom."""
+def _make_causal(seen: Tensor | None, tokens: Tokens, num_context: int, is_causal: bool) -> Tensor | None:
+    """(N or 1, 1, S or 1, context + S): what may be seen, and under a causal mask by which token."""
     mask = None if seen is None else seen[:, None, None]
     if not is_causal:
         return mask

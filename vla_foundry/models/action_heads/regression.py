@@ -1,7 +1,7 @@
 """A head that predicts all steps at once, without noise, by their absolute error (after OpenVLA-OFT, Kim et al. 2025).
 
-Context is conditioning and proprioception. The token of a step says which one it is, and that of an observed step its
-action too.
+Its context is conditioning and proprioception. The token of a step says which step it is; that of an observed step also
+holds its action.
 """
 
 from typing import Any
@@ -11,15 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vla_foundry.batch import LossOutput
-from vla_foundry.models.action_heads.base import (
+from vla_foundry.models.action_heads.action_head import (
     ActionWindow,
     DrawKey,
     HeadWidths,
     reduce_loss,
     register_action_head,
 )
-from vla_foundry.models.action_heads.transformer_head import Part, TransformerHead, join_parts, place_steps
-from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.models.action_heads.decoder import Part, join_parts, place_steps
+from vla_foundry.models.action_heads.flow_transformer import TransformerHead
+from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import RegressionParams
 
 
@@ -28,7 +29,7 @@ class RegressionHead(TransformerHead):
 
     def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
         reading = "cross" if params.conditioning == "cross_attention" else "prefix"
-        super().__init__(params, widths, reading=reading, is_modulated=False)
+        super().__init__(params, widths, reading=reading, final_norm=params.final_norm)
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the absolute error, summed."""
@@ -46,19 +47,19 @@ class RegressionHead(TransformerHead):
 
     def predict(self, conditioning: Conditioning, window: ActionWindow) -> Float[Tensor, "B T A"]:
         """Return the actions of every step."""
-        parts = [Part(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
-        proprioception = self.encode_proprioception(window.proprioception)
+        parts: list[Part] = [(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
+        proprioception = self.embed_proprioception(window.proprioception)
         if proprioception is not None:
-            parts.append(Part(proprioception))
+            parts.append((proprioception, None))
         context = join_parts(parts)
         observed = self.action_encode(window.held_actions().to(self.dtype))
-        values = self.encode_steps(torch.where(window.past_mask[..., None], observed, 0.0))
+        values = self.add_steps(torch.where(window.past_mask[..., None], observed, 0.0))
         in_front = context if self.transformer.reading == "prefix" else None
         hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
         return self.output_layer(hidden)
 
     def compile_sampling(self, **options: Any) -> None:
-        """Compile the decoder."""
+        """Compile the transformer."""
         self.transformer.compile(**options)
 
 

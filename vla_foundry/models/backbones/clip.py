@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.backbones.base import (
+from vla_foundry.models.backbones.backbone import (
     Backbone,
     Conditioning,
     read_image_mask,
     register_backbone,
     register_observation,
-    to_device,
 )
 from vla_foundry.models.backbones.observation_token import arrange_rows, mask_of
+from vla_foundry.models.batch_handlers import normalize_batch_images, to_device
 from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, load_published_model
-from vla_foundry.models.image_caption_batch import normalize_batch_images
 from vla_foundry.params.models.backbones import CLIPBackboneParams
 
 

@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.backbones.base import (
+from vla_foundry.models.backbones.backbone import (
     Backbone,
     Conditioning,
     read_image_mask,
     register_backbone,
     register_observation,
 )
-from vla_foundry.models.image_caption_batch import normalize_batch_images
+from vla_foundry.models.batch_handlers import normalize_batch_images
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import ViTBackboneParams
 

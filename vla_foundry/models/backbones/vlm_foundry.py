@@ -9,7 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.models.backbones.base import Backbone, Conditioning, register_backbone, register_observation, to_device
+from vla_foundry.models.backbones.backbone import (
+    Backbone,
+    Conditioning,
+    register_backbone,
+    register_observation,
+)
 from vla_foundry.models.backbones.observation_token import (
     arrange_rows,
     documents_of,
@@ -17,7 +22,7 @@ from vla_foundry.models.backbones.observation_token import (
     mask_of,
     put_token,
 )
-from vla_foundry.models.image_caption_batch import normalize_batch_images
+from vla_foundry.models.batch_handlers import normalize_batch_images, to_device
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMFoundryBackboneParams
 from vla_foundry.params.models.vlm import VLMParams

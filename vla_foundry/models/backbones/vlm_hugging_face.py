@@ -8,9 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.backbones.base import Backbone, Conditioning, register_backbone, register_observation, to_device
+from vla_foundry.models.backbones.backbone import (
+    Backbone,
+    Conditioning,
+    register_backbone,
+    register_observation,
+)
 from vla_foundry.models.backbones.observation_token import arrange_rows, extend_columns, mask_of, put_token
-from vla_foundry.models.image_caption_batch import NOT_INPUTS, normalize_batch_images
+from vla_foundry.models.batch_handlers import NOT_INPUTS, normalize_batch_images, to_device
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMBackboneParams
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from vla_foundry.config.schema import BaseParams, Derived
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.base import ImageInputs
+from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 

@@ -1,11 +1,11 @@
 """Params of backbones: what encodes a robot's observation (images, instruction) for an action head."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vla_foundry.config.schema import ChoiceParams, Derived, Unavailable
+from vla_foundry.config.schema import LEGACY, ChoiceParams, Derived, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.base import ImageInputs, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import ImageInputs, TokenLimits, register_model_params
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
@@ -58,8 +58,8 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
 
     # its architecture; null: that of resume_from_checkpoint
     vlm: VLMParams | None = None
-    # take the last layer's hidden state after the model's final norm; false: imported checkpoints
-    final_norm: bool = True
+    # take the last layer's hidden state after the model's final norm; false: legacy checkpoints
+    final_norm: bool = field(default=True, metadata=LEGACY)
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """The architecture, from the run that the weights come from."""
@@ -139,8 +139,8 @@ class CLIPBackboneParams(BackboneParams):
     freeze_text_encoder: bool = False
     # keep the image encoder as it is
     freeze_image_encoder: bool = False
-    # imported checkpoints: normalise the instruction before its projection, not after
-    text_norm_before_projection: bool = False
+    # legacy checkpoints: normalise the instruction before its projection, not after
+    text_norm_before_projection: bool = field(default=False, metadata=LEGACY)
 
     def image_inputs(self) -> ImageInputs:
         """What its own processor makes of images."""

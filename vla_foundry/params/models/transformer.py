@@ -1,9 +1,10 @@
 """Params of the native transformer and of Hugging Face causal language models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from vla_foundry.params.models.base import LanguageModelParams, TokenLimits, register_model_params
+from vla_foundry.config.schema import LEGACY
+from vla_foundry.params.models.roles import LanguageModelParams, TokenLimits, register_model_params
 
 
 @register_model_params("transformer")
@@ -28,10 +29,8 @@ class TransformerParams(LanguageModelParams):
     positional_embedding_type: Literal["rotary", "rotary_float32", "none"] = "rotary"
     # base of the rotary frequencies
     rope_theta: float = 10000.0
-    # imported bf16-trained checkpoints: round the rotary frequencies to bf16 as their training did
-    rope_bf16_frequencies: bool = False
-    # attention kernel; torch_attn and auto: PyTorch's scaled dot product attention
-    attn_name: Literal["auto", "torch_attn"] = "torch_attn"
+    # legacy checkpoints trained in bf16: round the rotary frequencies to bf16 as their training did
+    rope_bf16_frequencies: bool = field(default=False, metadata=LEGACY)
     # model width
     hidden_dim: int = 96
     # number of blocks

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_foundry.params.models.base import ImageInputs, ModelParams, register_model_params
+from vla_foundry.params.models.roles import ImageInputs, ModelParams, register_model_params
 
 
 @dataclass(frozen=True, kw_only=True)

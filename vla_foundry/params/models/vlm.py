@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from vla_foundry.config.schema import Derived, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.base import (
+from vla_foundry.params.models.roles import (
     ImageInputs,
     LanguageModelParams,
     ModelParams,

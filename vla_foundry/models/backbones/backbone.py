@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
+from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.models.weights import load_part_checkpoint
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.registry import Registry
@@ -85,11 +86,6 @@ def create_backbone(params: BackboneParams, load_pretrained: bool = True) -> Bac
     if params.freeze:
         backbone.requires_grad_(False)
     return backbone
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Move without waiting."""
-    return tensor.to(device, non_blocking=True)
 
 
 def read_image_mask(batch: Batch, device: torch.device | str) -> Tensor | None:

@@ -18,7 +18,7 @@ from vla_foundry.config.loading import dump_params
 from vla_foundry.models import create_batch_handler, create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.policy import RegressionPolicyParams
 from vla_foundry.training.checkpoint import save_checkpoint
 from vla_foundry.training.distributed import parallelize, strip_wrapper_names
 from vla_foundry.training.loop import train_step
@@ -284,7 +284,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_pa
 
 
 def test_a_policy_without_widths_is_an_error(policies) -> None:
-    params = DiffusionPolicyParams(
+    params = RegressionPolicyParams(
         vision_language_backbone=policies.create_backbone_params("vit"),
         action_head=policies.create_head_params("regression"),
     )

@@ -1,4 +1,4 @@
-"""What the policy expects of an action head, the registry of heads, and what every head's loss is made of."""
+"""What a policy expects of an action head, the registry of heads, and the reduction of every head's loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_foundry.batch import LossOutput
-from vla_foundry.models.backbones.base import Conditioning
+from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadWidths:
-    """What a head has to know of what is around it."""
+    """The widths of what surrounds a head."""
 
     # numbers in an action
     action_dim: int
@@ -27,9 +27,9 @@ class HeadWidths:
 
 
 class ActionWindow(NamedTuple):
-    """The steps of B samples; see batch.py. Of the two masks at most one is True at a step; padding has neither."""
+    """The steps of B samples; see batch.py. At most one of the two masks is True at a step; padding has neither."""
 
-    # (B, T, A); what is not observed is not read while sampling
+    # (B, T, A); sampling reads only what is observed
     actions: Tensor
     # (B, T)
     past_mask: Tensor
@@ -39,11 +39,11 @@ class ActionWindow(NamedTuple):
     action_dim_mask: Tensor | None
     # (B, P, D); None: there is none
     proprioception: Tensor | None
-    # (B, T), True at steps that are no padding; None: none is
+    # (B, T), False at padding; None: there is none
     step_mask: Tensor | None
 
     def free_mask(self) -> Bool[Tensor, "B T A"]:
-        """True at the numbers that are to be predicted."""
+        """True at the numbers to be predicted."""
         free = self.future_mask[..., None]
         if self.action_dim_mask is None:
             return free.expand_as(self.actions)
@@ -57,7 +57,7 @@ class ActionWindow(NamedTuple):
 class DrawKey(NamedTuple):
     """What the draws of a batch are a function of."""
 
-    # int64 (B,): of each sample, its position in the plan, or its seed
+    # int64 (B,), position in the plan, or seed, of each sample
     samples: Tensor
     # of the run
     seed: int
@@ -69,13 +69,13 @@ class ActionHead(nn.Module):
     """Predicts a chunk of actions: `forward(conditioning, window, key)` returns a LossOutput, `sample` actions."""
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
-        """Return the loss, as a sum over the numbers to be predicted, and how many these are."""
+        """Return the loss, summed over the numbers to be predicted, and their number."""
         raise NotImplementedError
 
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
-        """Return actions: observed ones as they are, predicted ones, 0 in padding and where there is no dimension."""
+        """Return actions: observed ones unchanged, predicted ones, 0 in padding and in dimensions a robot lacks."""
         raise NotImplementedError
 
     def compile_sampling(self, **options: Any) -> None:
@@ -108,16 +108,14 @@ def create_action_head(params: ActionHeadParams, widths: HeadWidths) -> ActionHe
     return ACTION_HEADS.get(params.type)(params, widths)
 
 
-def reduce_loss(
-    errors: Float[Tensor, "N T A"], window: ActionWindow, num_draws: int = 1, logs: dict[str, Tensor] | None = None
-) -> LossOutput:
-    """Sum the errors of the numbers to be predicted; of several draws of a sample, the mean.
+def reduce_loss(errors: Float[Tensor, "N T A"], window: ActionWindow, num_draws: int = 1) -> LossOutput:
+    """Sum the errors of the numbers to be predicted; take the mean over several draws of a sample.
 
     Returns:
-        LossOutput whose count is the number of valid numbers (steps to be predicted x dimensions that are there).
+        LossOutput whose count is the number of valid numbers (steps to be predicted x dimensions that exist).
     """
     free = window.free_mask()
     errors = errors.unflatten(0, (-1, num_draws))
-    # where, not a product: what is not valid may be anything
+    # where, not a product: invalid numbers may be anything
     total = torch.where(free[:, None], errors, 0.0).sum() / num_draws
-    return LossOutput(sum=total, count=free.sum(), logs=logs or {})
+    return LossOutput(sum=total, count=free.sum(), logs={})

@@ -1,23 +1,22 @@
-"""Params of the robot policy (VLA): a backbone that encodes the observation, and a head that predicts actions."""
+"""Params of robot policies: a backbone that encodes the observation, and a head that predicts actions."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vla_foundry.config.schema import Derived, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams
 from vla_foundry.params.models.backbones import BackboneParams
-from vla_foundry.params.models.base import ImageInputs, ModelParams, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimits, register_model_params
 
 
-@register_model_params("diffusion_policy")
 @dataclass(frozen=True, kw_only=True)
-class DiffusionPolicyParams(ModelParams):
-    """Images, an instruction and proprioception to a chunk of actions."""
+class RobotPolicyParams(ModelParams):
+    """What policies share: images, an instruction and proprioception to a chunk of actions."""
 
-    # what encodes images and instruction
+    # encodes images and instruction
     vision_language_backbone: BackboneParams
-    # what predicts actions from that
+    # predicts actions from that
     action_head: ActionHeadParams
     # numbers in an action; null: that of the data
     action_dim: int | None = None
@@ -53,6 +52,21 @@ class DiffusionPolicyParams(ModelParams):
         """Those of its backbone."""
         return self.vision_language_backbone.image_inputs()
 
-    def with_model_files(self, folder: str) -> "DiffusionPolicyParams":
+    def with_model_files(self, folder: str) -> "RobotPolicyParams":
         """The same, with Hugging Face parts read from the files that a run keeps of them."""
         return replace(self, vision_language_backbone=self.vision_language_backbone.with_model_files(folder))
+
+
+@register_model_params("diffusion_policy")
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPolicyParams(RobotPolicyParams):
+    """A vision-language-action model (VLA) whose head turns noise into a chunk of actions."""
+
+
+@register_model_params("regression_policy")
+@dataclass(frozen=True, kw_only=True)
+class RegressionPolicyParams(RobotPolicyParams):
+    """A vision-language-action model (VLA) whose head predicts a chunk of actions in one pass, without noise."""
+
+    # predicts actions from that
+    action_head: RegressionParams

@@ -8,16 +8,22 @@ import pytest
 import torch
 
 from vla_foundry.config.command_line import parse
+from vla_foundry.config.help import format_help
 from vla_foundry.config.loading import dump_params
 from vla_foundry.config.resolve import resolve_known
 from vla_foundry.data.facts import read_facts
 from vla_foundry.models import create_model
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.action_heads import DDPMTransformerParams, FlowTransformerParams
+from vla_foundry.params.models.action_heads import (
+    ActionHeadParams,
+    DDPMTransformerParams,
+    FlowTransformerParams,
+    RegressionParams,
+)
 from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
-from vla_foundry.params.models.base import TokenLimits
-from vla_foundry.params.models.diffusion_policy import DiffusionPolicyParams
+from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPolicyParams
+from vla_foundry.params.models.roles import TokenLimits
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
@@ -166,3 +172,84 @@ def test_the_papers_policy_on_qwen_has_the_papers_size(tmp_path: Path) -> None:
     assert count_millions(inner.base_model.visual.parameters()) == pytest.approx(410, abs=5)
     assert count_millions(inner.base_model.language_model.layers.parameters()) == pytest.approx(1410, abs=5)
     assert count_millions([table]) == pytest.approx(311, abs=1)
+
+
+OLD_HEAD = """
+type: {type}
+transformer: {{attn_name: torch_attn, hidden_dim: 32, n_layers: 1, n_heads: 2, vocab_size: 0}}
+conditioning: tokens
+final_norm: {final_norm}
+time_conditioning: {time}
+time_encoding: {encoding}
+num_action_head_repeats: 1
+input_noise_std: 0.0
+noise: {noise}
+"""
+OLD_FLOW = "{type: flow, clamp_range: null, num_timesteps: null, sampling_time_shift: 0.0, solver: heun}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "new_type", "key"),
+    [
+        ({}, "flow_transformer", None),
+        ({"time": "add", "encoding": "table", "noise": "{type: flow, num_timesteps: 9}"}, "legacy", "time_encoding"),
+        ({"final_norm": "false"}, "legacy", "final_norm"),
+        ({"noise": "{type: flow, clamp_range: [-1.5, 1.5]}"}, "legacy", "noise.clamp_range"),
+        ({"noise": "{type: flow, num_timesteps: 9}"}, "legacy", "noise.num_timesteps"),
+        ({"noise": "{type: flow, sampling_time_shift: 0.01}"}, "legacy", "noise.sampling_time_shift"),
+        ({"type": "ddpm_transformer", "noise": "{type: ddpm, num_timesteps: 9}"}, "ddpm_transformer", None),
+        ({"type": "ddpm_transformer", "noise": "{type: ddpm}", "final_norm": "false"}, "legacy", "final_norm"),
+    ],
+)
+def test_heads_of_older_configs_are_legacy_ones_by_what_they_use(
+    changes: dict[str, str], new_type: str, key: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"type": "flow_transformer", "final_norm": "true", "time": "adaptive_norm", "encoding": "mlp"}
+    values |= {"noise": OLD_FLOW, **changes}
+    config = tmp_path / "head.yaml"
+    config.write_text(OLD_HEAD.format(**values))
+    head: Any = load_params_from_yaml(ActionHeadParams, str(config))
+    notes = capsys.readouterr().err
+    if key is not None:
+        new_type = f"legacy_{values['type']}"
+        assert f"'{values['type']}' with {key} is called '{new_type}' now" in notes
+    assert head.type == new_type
+    assert head.time_conditioning == values["time"].replace("adaptive_norm", "adaln_zero")
+    if new_type.startswith("legacy"):
+        assert (head.time_encoding, head.final_norm) == (values["encoding"], values["final_norm"] == "true")
+    # what is saved now needs no translation
+    config.write_text(dump_params(head))
+    assert load_params_from_yaml(ActionHeadParams, str(config)) == head
+    assert not capsys.readouterr().err
+
+
+def test_a_diffusion_policy_with_a_regression_head_is_a_regression_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config_model.yaml"
+    size = "{hidden_dim: 32, n_layers: 1, n_heads: 2, vocab_size: 0}"
+    text = f"vision_language_backbone: {{type: vit_backbone}}\naction_head: {{HEADtransformer: {size}}}\n"
+    config.write_text("type: diffusion_policy\n" + text.replace("HEAD", "type: regression, final_norm: true, "))
+    params: Any = load_params_from_yaml(ModelParams, str(config))
+    assert "'diffusion_policy' with action_head.type is called 'regression_policy' now" in capsys.readouterr().err
+    assert isinstance(params, RegressionPolicyParams)
+    assert isinstance(params.action_head, RegressionParams)
+    # its head needs no type
+    config.write_text("type: regression_policy\n" + text.replace("HEAD", ""))
+    assert load_params_from_yaml(ModelParams, str(config)) == params
+    config.write_text("type: regression_policy\n" + text.replace("HEAD", "type: flow_transformer, "))
+    with pytest.raises(ValueError, match=r"action_head\.type is 'flow_transformer', not 'regression'"):
+        load_params_from_yaml(ModelParams, str(config))
+
+
+def test_help_offers_no_legacy_options() -> None:
+    pages = [
+        format_help(TrainExperimentParams, "train", topic)
+        for topic in ("model", "model.action_head", "model.action_head.type", "model.type=diffusion_policy")
+    ]
+    names = ["legacy", "regression ", "time_encoding", "final_norm", "sampling_time_shift", "rope_bf16", "before_proj"]
+    assert [name for name in names for page in pages if name in page] == []
+    assert all("flow_transformer" in page for page in pages)
+    whole = format_help(TrainExperimentParams, "train", "model.action_head.type=legacy_flow_transformer")
+    assert "--model.action_head.time_encoding" in whole
+    assert "--model.action_head.noise.sampling_time_shift" in whole

@@ -1,4 +1,8 @@
-"""Batches of images and text into the inputs of a vision-language model: predict the answers' tokens."""
+"""Batch handlers of language models and vision-language models: turn a batch into the inputs of forward.
+
+Rows hold T + 1 tokens; the model reads the first T and predicts, at each, the token that follows. The policy's handler
+is in policy.py.
+"""
 
 from typing import Any
 
@@ -8,18 +12,23 @@ from torch import Tensor
 
 from vla_foundry.batch import IGNORE_INDEX, Batch, Documents
 from vla_foundry.images.colors import normalize_images
-from vla_foundry.models.base import count_valid_targets
+from vla_foundry.models.losses import count_valid_targets
 from vla_foundry.models.registry import register_batch_handler
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.vlm import VLMParams
 
-# along the tokens of a batch, and cut as these are
+# they lie along the tokens of a batch, and are cut as these are
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# of a batch, but no inputs of a model
+# keys of a batch that are not passed on to a Hugging Face model under their own name
 NOT_INPUTS = {
     *("modality", "positions", "input_ids", "target_mask", "documents", "dropped", "pixel_maps"),
     *("pixel_values", "image_mean", "image_std", "color_factors", "image_index"),
 }
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move without waiting."""
+    return tensor.to(device, non_blocking=True)
 
 
 def normalize_batch_images(batch: Batch, device: torch.device | str) -> Tensor | None:
@@ -28,20 +37,22 @@ def normalize_batch_images(batch: Batch, device: torch.device | str) -> Tensor |
     if pixel_values is None or pixel_values.shape[0] == 0:
         return None
     options = {
-        name: batch[name].to(device, non_blocking=True)
+        name: to_device(batch[name], device)
         for name in ("color_factors", "image_index")
         if batch.get(name) is not None and batch.get("color_factors") is not None
     }
-    pixels = pixel_values.to(device, non_blocking=True)
-    return normalize_images(pixels, batch["image_mean"], batch["image_std"], **options)
+    return normalize_images(to_device(pixel_values, device), batch["image_mean"], batch["image_std"], **options)
 
 
-def prepare_tokens(batch: Batch) -> tuple[Tensor, Tensor, Documents | None]:
-    """Return inputs [B, T] with 0 in padding, targets [B, T] and documents of rows of T + 1 tokens, on the host."""
+def split_targets(batch: Batch) -> tuple[Tensor, Tensor, Documents | None]:
+    """Return inputs [B, T] with 0 in padding, targets [B, T] and documents, all on the host.
+
+    Targets are IGNORE_INDEX where a token is not supervised.
+    """
     tokens: Tensor = batch["input_ids"]
     documents: Documents | None = batch.get("documents")
     if documents is not None and documents.is_padding.any():
-        # what padding holds is unspecified, and might not be a row of the embedding
+        # padding may hold any number, also one that is no row of the embedding
         is_padding = np.repeat(documents.is_padding, documents.lengths).reshape(tuple(tokens.shape))
         tokens = tokens.masked_fill(torch.from_numpy(is_padding), 0)
     targets = tokens[:, 1:].long().masked_fill(~batch["target_mask"][:, 1:], IGNORE_INDEX)
@@ -49,80 +60,94 @@ def prepare_tokens(batch: Batch) -> tuple[Tensor, Tensor, Documents | None]:
     return tokens[:, :-1].contiguous(), targets, trimmed
 
 
-@register_batch_handler("vlm")
-class VLMBatchHandler:
-    """Rows of T + 1 tokens, several samples each, and their images."""
+@register_batch_handler("transformer")
+@register_batch_handler("transformer_hf")
+class TextBatchHandler:
+    """Rows of one or more documents of text."""
 
     def __init__(self, params: TrainExperimentParams) -> None:
+        self.z_loss_coefficient = params.hparams.z_loss_coefficient
+
+    def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+        """Return what Transformer.forward takes."""
+        tokens, targets, documents = split_targets(batch)
+        return {
+            "input_ids": to_device(tokens, device),
+            "targets": to_device(targets, device),
+            "documents": documents,
+            "z_loss_coefficient": self.z_loss_coefficient,
+        }
+
+    def count_targets(self, inputs: dict[str, Any]) -> Tensor:
+        """The number of supervised tokens."""
+        return count_valid_targets(inputs["targets"])
+
+
+@register_batch_handler("vlm")
+class VLMBatchHandler(TextBatchHandler):
+    """Rows of one or more samples, and their images."""
+
+    def __init__(self, params: TrainExperimentParams) -> None:
+        super().__init__(params)
         model = params.model
         if not isinstance(model, VLMParams) or model.image_token_id is None:
             raise ValueError("model.image_token_id is missing. Give --model.image_token_id N.")
         self.image_token_id = model.image_token_id
         self.sees_ahead = model.image_attention == "bidirectional"
-        self.z_loss_coefficient = params.hparams.z_loss_coefficient
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-        """Return what VLM.forward takes; where the image tokens are is found on the host."""
-        tokens, targets, documents = prepare_tokens(batch)
+        """Return what VLM.forward takes; the image tokens are looked up on the host."""
+        tokens, targets, documents = split_targets(batch)
         is_image = tokens == self.image_token_id
         if documents is not None and self.image_token_id == 0:
             is_padding = np.repeat(documents.is_padding, documents.lengths).reshape(tuple(tokens.shape))
             is_image &= torch.from_numpy(~is_padding)
-        positions = is_image.flatten().nonzero().squeeze(1)
         return {
-            "input_ids": tokens.to(device, non_blocking=True),
-            "targets": targets.to(device, non_blocking=True),
+            "input_ids": to_device(tokens, device),
+            "targets": to_device(targets, device),
             "documents": documents,
             "pixel_values": normalize_batch_images(batch, device),
-            "image_positions": positions.to(device, non_blocking=True),
+            "image_positions": to_device(is_image.flatten().nonzero().squeeze(1), device),
             "sees_ahead": is_image.numpy() if self.sees_ahead else None,
             "z_loss_coefficient": self.z_loss_coefficient,
         }
 
-    def count_targets(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of supervised tokens."""
-        return count_valid_targets(inputs["targets"])
-
 
 @register_batch_handler("vlm_hf")
-class VLMHFBatchHandler:
-    """Rows of T + 1 tokens, one sample each with padding behind it, and their images."""
-
-    def __init__(self, params: TrainExperimentParams) -> None:
-        self.z_loss_coefficient = params.hparams.z_loss_coefficient
+class VLMHFBatchHandler(TextBatchHandler):
+    """Rows of one sample each with padding behind it, and their images."""
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-        """Return what VLMHF.forward takes; what is neither tokens nor images is passed on as it is.
+        """Return what VLMHF.forward takes; tensors that are neither tokens nor images are passed on unchanged.
 
         Raises:
             ValueError: a row holds several samples.
         """
-        tokens, targets, documents = prepare_tokens(batch)
+        tokens, targets, documents = split_targets(batch)
         inputs: dict[str, Any] = {
-            "input_ids": tokens.to(device, non_blocking=True),
-            "targets": targets.to(device, non_blocking=True),
+            "input_ids": to_device(tokens, device),
+            "targets": to_device(targets, device),
             "pixel_values": normalize_batch_images(batch, device),
             "z_loss_coefficient": self.z_loss_coefficient,
         }
         if documents is not None and documents.is_padding.any():
-            inputs["attention_mask"] = _mask_of(documents, tokens.shape[1]).to(device, non_blocking=True)
+            inputs["attention_mask"] = to_device(_mask_of(documents, tokens.shape[1]), device)
         elif documents is not None and (documents.num_per_row > 1).any():
-            raise ValueError("data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false.")
+            raise _packed_rows_error()
         for name, value in batch.items():
             if name not in NOT_INPUTS and isinstance(value, Tensor):
-                value = value[:, :-1] if name in _TOKEN_TYPES else value
-                inputs[name] = value.to(device, non_blocking=True)
+                inputs[name] = to_device(value[:, :-1] if name in _TOKEN_TYPES else value, device)
         return inputs
-
-    def count_targets(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of supervised tokens."""
-        return count_valid_targets(inputs["targets"])
 
 
 def _mask_of(documents: Documents, num_tokens: int) -> Tensor:
     """1 at tokens and 0 at padding, int64 [B, T]."""
     rows = np.repeat(np.arange(len(documents.num_per_row)), documents.num_per_row)
     if np.bincount(rows[~documents.is_padding], minlength=1).max() > 1:
-        raise ValueError("data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false.")
+        raise _packed_rows_error()
     is_real = np.repeat(~documents.is_padding, documents.lengths).reshape(-1, num_tokens)
     return torch.from_numpy(is_real.astype(np.int64))
+
+
+def _packed_rows_error() -> ValueError:
+    return ValueError("data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false.")

@@ -1,0 +1,270 @@
+"""Noise processes of denoising heads, flow matching and denoising diffusion, and the draws that they need.
+
+Time 0 is actions, time 1 is standard normal noise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vla_foundry.params.models.action_heads import DDPMParams, FlowParams, NoiseParams
+from vla_foundry.randomness import FACTORS, GOLDEN, create_key
+from vla_foundry.registry import Registry
+
+# (noised actions (B, T, A), time (B,)) -> what the head predicts, (B, T, A)
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+# of Beta's inverse distribution function
+_NUM_QUANTILES = 2048
+# of the cosine schedule (Nichol and Dhariwal 2021)
+_COSINE_OFFSET = 0.008
+_LARGEST_BETA = 0.999
+
+
+class NoiseProcess:
+    """How actions become noise, what a head learns to predict, and how its predictions lead back to actions."""
+
+    params: Any
+
+    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Turn uniform draws into the times of training."""
+        raise NotImplementedError
+
+    def add_noise(
+        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
+    ) -> Float[Tensor, "N T A"]:
+        """Return the noised actions at these times."""
+        raise NotImplementedError
+
+    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+        """Return what the head learns to predict."""
+        raise NotImplementedError
+
+    def sample(
+        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "B T A"]:
+        """Go from noise to actions.
+
+        Args:
+            predict: the head.
+            noise: where to start, at time 1.
+            hold: puts known numbers into noised actions: observed steps, and 0 in dimensions that a robot lacks. It is
+                applied to every input of `predict`, and to the result.
+        """
+        raise NotImplementedError
+
+
+F = TypeVar("F", bound=Callable[..., NoiseProcess])
+
+NOISES: "Registry[Callable[[Any], NoiseProcess]]" = Registry(
+    "model.action_head.noise.type", package="vla_foundry.models", decorator="register_noise"
+)
+
+
+def register_noise(name: str) -> Callable[[F], F]:
+    """Register a factory of params as the noise process called `name`."""
+    return NOISES.register(name)
+
+
+def create_noise(params: NoiseParams) -> NoiseProcess:
+    """Build the noise process that `params` describe."""
+    return NOISES.get(params.type)(params)
+
+
+@register_noise("flow")
+class FlowMatching(NoiseProcess):
+    """Flow matching (Lipman et al. 2023) along straight lines: the head predicts the velocity.
+
+    x_t = (1 - t) actions + t noise,   velocity dx/dt = noise - actions; sampling integrates it from t = 1 to t = 0.
+    """
+
+    def __init__(self, params: FlowParams) -> None:
+        self.params: FlowParams = params
+        self._quantiles: Tensor | None = None
+        if params.time_distribution == "beta":
+            self._quantiles = torch.from_numpy(beta_quantiles(params.beta_a, params.beta_b))
+
+    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Turn uniform draws into the times of training, by the inverse of their distribution function."""
+        params, times = self.params, uniforms
+        if params.time_distribution == "logit_normal":
+            normals = math.sqrt(2) * torch.erfinv(2 * times.clamp(2**-24, 1 - 2**-24) - 1)
+            return torch.sigmoid(params.logit_mean + params.logit_std * normals)
+        if self._quantiles is not None:
+            self._quantiles = self._quantiles.to(times.device)
+            places = times * (_NUM_QUANTILES - 1)
+            below = places.long()
+            return torch.lerp(self._quantiles[below], self._quantiles[below + 1], places - below)
+        return times
+
+    def add_noise(
+        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
+    ) -> Float[Tensor, "N T A"]:
+        """Return the noised actions at these times."""
+        return actions + times[:, None, None].to(actions.dtype) * (noise - actions)
+
+    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+        """Return the velocity."""
+        return noise - actions
+
+    def sample(
+        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "B T A"]:
+        """Integrate the velocity from noise to actions; any number of steps covers [0, 1] exactly."""
+        # on the host: nothing is read back, and each step has its own constants
+        times = [1 - step / num_steps for step in range(num_steps + 1)]
+        x = hold(noise)
+        for time, next_time in pairwise(times):
+            width = time - next_time
+            velocity = predict(x, self._tell(time, x))
+            if self.params.solver == "heun":
+                ahead = hold(self._step(x, width, velocity))
+                velocity = (velocity + predict(ahead, self._tell(next_time, x))) / 2
+            x = hold(self._step(x, width, velocity))
+        return x
+
+    def _tell(self, time: float, x: Tensor) -> Tensor:
+        """The time of every row, as the head is told it."""
+        return torch.full((x.shape[0],), time, device=x.device)
+
+    def _step(self, x: Tensor, width: float, velocity: Tensor) -> Tensor:
+        return x - width * velocity
+
+
+def beta_quantiles(a: float, b: float) -> np.ndarray:
+    """The inverse distribution function of Beta(a, b) at evenly spaced probabilities from 0 to 1, float32."""
+    # t = sin^2(angle) takes the poles out of the density for a, b >= 1/2
+    num_cells = 1 << 16
+    angles = (np.arange(num_cells) + 0.5) * (np.pi / 2 / num_cells)
+    mass = np.sin(angles) ** (2 * a - 1) * np.cos(angles) ** (2 * b - 1)
+    distribution = np.concatenate(([0.0], np.cumsum(mass)))
+    edges = np.arange(num_cells + 1) * (np.pi / 2 / num_cells)
+    found = np.interp(np.linspace(0, 1, _NUM_QUANTILES), distribution / distribution[-1], edges)
+    return (np.sin(found) ** 2).astype(np.float32)
+
+
+@register_noise("ddpm")
+class DenoisingDiffusion(NoiseProcess):
+    """Denoising diffusion, trained as DDPM (Ho et al. 2020), sampled by DDIM (Song et al. 2021) without new noise.
+
+    x_k = sqrt(alpha_k) actions + sqrt(1 - alpha_k) noise for k = 0 .. K - 1, alpha the cumulative product of 1 - beta;
+    the head predicts the noise. It is told k as the time (k + 1) / K; time 0 is data.
+    """
+
+    def __init__(self, params: DDPMParams) -> None:
+        self.params: DDPMParams = params
+        # [K + 1], alpha at times 0, 1/K, ..., 1: before the first step there is no noise
+        self.alphas = [1.0]
+        for beta in _betas(params):
+            self.alphas.append(self.alphas[-1] * (1 - beta))
+        # kept on the device that was used last
+        self._table = torch.tensor(self.alphas, dtype=torch.float64)
+
+    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Turn uniform draws into times, all K of them equally likely."""
+        num = self.params.num_timesteps
+        return ((uniforms * num).floor() + 1) / num
+
+    def add_noise(
+        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
+    ) -> Float[Tensor, "N T A"]:
+        """Return the noised actions at these times."""
+        self._table = self._table.to(times.device)
+        alpha = self._table[(times * self.params.num_timesteps).round().long(), None, None]
+        return alpha.sqrt().to(actions.dtype) * actions + (1 - alpha).sqrt().to(actions.dtype) * noise
+
+    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+        """Return the noise."""
+        return noise
+
+    def sample(
+        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "B T A"]:
+        """Go from noise to actions by DDIM, over times spread evenly from 1 to 0."""
+        num, limits = self.params.num_timesteps, self.params.clamp_range
+        if num_steps > num:
+            raise ValueError(
+                f"num_steps ({num_steps}) must be at most model.action_head.noise.num_timesteps ({num}), the steps "
+                "that the head was trained on."
+            )
+        places = [round(num * (1 - step / num_steps)) for step in range(num_steps + 1)]
+        x = hold(noise)
+        for place, next_place in pairwise(places):
+            alpha, next_alpha = self.alphas[place], self.alphas[next_place]
+            found = predict(x, torch.full((x.shape[0],), place / num, device=x.device))
+            actions = (x - math.sqrt(1 - alpha) * found) / math.sqrt(alpha)
+            if limits is not None:
+                actions = actions.clamp(*limits)
+                # the noise that goes with the clamped actions
+                found = (x - math.sqrt(alpha) * actions) / math.sqrt(1 - alpha)
+            x = hold(math.sqrt(next_alpha) * actions + math.sqrt(1 - next_alpha) * found)
+        return x
+
+
+def _betas(params: DDPMParams) -> list[float]:
+    num = params.num_timesteps
+    if params.beta_schedule == "linear":
+        widths = max(1, num - 1)
+        return [params.beta_start + (params.beta_end - params.beta_start) * k / widths for k in range(num)]
+
+    def level(time: float) -> float:
+        return math.cos((time + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
+
+    return [min(1 - level((k + 1) / num) / level(k / num), _LARGEST_BETA) for k in range(num)]
+
+
+# Draws on a device that are a function of (seed, sample, purpose): never of the batch, the rank or earlier draws. The
+# words are those of randomness.py, vectorised: sample s draws word n = 1, 2, ... as mix(start_s + n * golden), with
+# start_s = mix(key(seed, purpose) + golden * (s + 1)) and SplitMix64's finalizer as mix, all modulo 2^64.
+
+
+def draw_uniforms(samples: Int[Tensor, " S"], count: int, *, seed: int, purpose: str) -> Float[Tensor, "S {count}"]:
+    """Return numbers in [0, 1) for each sample, fp32; a larger `count` only appends to a smaller one."""
+    return _shift(_draw_words(samples, count, seed=seed, purpose=purpose), 40).float() * 2.0**-24
+
+
+def draw_normals(
+    samples: Int[Tensor, " S"], shape: Sequence[int], *, seed: int, purpose: str
+) -> Float[Tensor, "S *shape"]:
+    """Return standard normal numbers of `shape` for each sample, fp32 (Box and Muller 1958); |x| < 5.9."""
+    count = math.prod(shape)
+    words = _draw_words(samples, -(-count // 2), seed=seed, purpose=purpose)
+    # 24 bits each, from the two halves of a word; the first never 0
+    first = (_shift(words, 40).float() + 0.5) * 2.0**-24
+    second = ((words >> 8) & 0xFFFFFF).float() * (2.0**-24 * 2 * math.pi)
+    radius = (-2 * first.log()).sqrt()
+    pairs = torch.stack((radius * second.cos(), radius * second.sin()), dim=-1)
+    return pairs.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def _draw_words(samples: Tensor, count: int, *, seed: int, purpose: str) -> Int[Tensor, "S {count}"]:
+    """Return `count` words of 64 random bits for each sample."""
+    start = _mix((samples.long() + 1) * _GOLDEN + _signed(create_key(seed, purpose)))
+    numbers = torch.arange(1, count + 1, device=samples.device) * _GOLDEN
+    return _mix(start[:, None] + numbers)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GOLDEN = _signed(GOLDEN)
+_FACTORS = tuple(map(_signed, FACTORS))
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _FACTORS[0]
+    value = (value ^ _shift(value, 27)) * _FACTORS[1]
+    return value ^ _shift(value, 31)

@@ -1,0 +1,312 @@
+"""The block of the native transformer and its parts: norms, feed-forward, rotary positions, attention."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vla_foundry.models.attention import CacheStep, LayerCache, Segments, attend, attend_cached
+from vla_foundry.params.models.transformer import TransformerParams
+
+
+class LowPrecisionLayerNorm(nn.LayerNorm):
+    """LayerNorm computed in autocast's dtype, where the plain one would be computed in fp32."""
+
+    def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """Normalise the last dimension."""
+        device_type = input.device.type
+        dtype = input.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        with torch.autocast(device_type, enabled=False):
+            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight; normalised in fp32 at least."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """Normalise the last dimension."""
+        if input.dtype == self.weight.dtype:
+            return F.rms_norm(input, self.weight.shape, self.weight, self.eps)
+        # autocast: the fused kernel takes one dtype only
+        return F.rms_norm(input, self.weight.shape, None, self.eps) * self.weight
+
+
+def create_norm(norm_type: str, dim: int, eps: float) -> nn.Module:
+    """Return a norm over the last dimension, of width `dim`."""
+    if norm_type == "default_layer_norm":
+        return nn.LayerNorm(dim, eps=eps)
+    if norm_type == "gain_only_layer_norm":
+        return nn.LayerNorm(dim, eps=eps, bias=False)
+    if norm_type == "no_wb_layer_norm":
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+    if norm_type == "lp_layer_norm":
+        return LowPrecisionLayerNorm(dim, eps=eps)
+    if norm_type == "gain_only_lp_layer_norm":
+        return LowPrecisionLayerNorm(dim, eps=eps, bias=False)
+    if norm_type == "rms_norm":
+        return RMSNorm(dim, eps)
+    raise ValueError(f"model.norm_type '{norm_type}' is unknown.")
+
+
+def swiglu_hidden_dim(dim: int) -> int:
+    """The inner width of a gated feed-forward: 8/3 of the model's, rounded up to a multiple of 256."""
+    return 256 * -(-(8 * dim // 3) // 256)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * up), where the rows of w12 are [gate; up] (Shazeer 2020)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden_dim = swiglu_hidden_dim(dim)
+        self.w12 = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.w3 = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Apply the layer to every token."""
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+def create_feed_forward(ffn_type: str, dim: int) -> nn.Module:
+    """Return a feed-forward of model width `dim`: `swiglu`, or `gelu` with an inner width of 4 dim."""
+    if ffn_type == "swiglu":
+        return SwiGLU(dim)
+    if ffn_type == "gelu":
+        return nn.Sequential(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
+    raise ValueError(f"model.ffn_type '{ffn_type}' is unknown.")
+
+
+class Rotation(NamedTuple):
+    """The angles of a batch of tokens."""
+
+    # (T, 1, K/2), or (B, T, 1, K/2) where rows differ
+    cos: Float[Tensor, "... 1 half"]
+    sin: Float[Tensor, "... 1 half"]
+    # rotate in fp32 whatever the dtype of queries and keys
+    in_float32: bool
+
+    def at(self, positions: Int[Tensor, " B"]) -> "Rotation":
+        """The angles of one token of each row, (B, 1, 1, K/2)."""
+        cos, sin = (
+            table[positions, None] if table.ndim == 3 else table[torch.arange(len(positions)), positions, None]
+            for table in (self.cos, self.sin)
+        )
+        return Rotation(cos, sin, self.in_float32)
+
+    def last(self, num_tokens: int) -> "Rotation":
+        """The angles of the last tokens of rows that may differ."""
+        return self._replace(cos=self.cos[:, -num_tokens:], sin=self.sin[:, -num_tokens:])
+
+
+class RotaryTables(nn.Module):
+    """Rotary position embedding (Su et al. 2021, GPT-NeoX's half rotation): cos and sin of position x frequency.
+
+    Positions are 0 .. max_seq_len - 1, frequencies theta^(-2i/K). The tables stay fp32 in a model that is cast to
+    another dtype (bf16 tables are off by up to 0.86 at position 2047). They are rebuilt whenever the module moves, so a
+    model created on the meta device gets them with its memory. A checkpoint does not hold them.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, head_dim: int, *, max_seq_len: int, theta: float, bf16_frequencies: bool, rotate_in_float32: bool
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.max_seq_len = max_seq_len
+        self.theta = theta
+        # legacy checkpoints that were trained in bf16 rounded the frequencies to bf16: each is off by up to 0.4%, so
+        # far positions turn by visibly different angles
+        self.bf16_frequencies = bf16_frequencies
+        self.rotate_in_float32 = rotate_in_float32
+        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin", torch.empty_like(self.cos), persistent=False)
+        self._fill(self.cos.device)
+
+    def forward(self, positions: Int[Tensor, "B T"] | int) -> Rotation:
+        """The angles at `positions`, or at 0 .. positions - 1 where it is one number for all rows."""
+        if isinstance(positions, int):
+            cos, sin = self.cos[:positions], self.sin[:positions]
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        return Rotation(cos.unsqueeze(-2), sin.unsqueeze(-2), self.rotate_in_float32)
+
+    def _fill(self, device: torch.device) -> None:
+        if device.type == "meta":
+            return
+        # on the CPU and in fp64, so that every device has the same tables, correct to the last bit of fp32
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
+        frequencies = self.theta**-exponents
+        if self.bf16_frequencies:
+            frequencies = frequencies.to(torch.bfloat16).double()
+        positions = torch.arange(self.max_seq_len, dtype=torch.float64, device="cpu")
+        angles = positions[:, None] * frequencies
+        self.cos = angles.cos().float().to(device)
+        self.sin = angles.sin().float().to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
+        super()._apply(fn, recurse)
+        self._fill(self.cos.device)
+        return self
+
+
+def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B T H K"]:
+    """Turn each pair (x[i], x[i + K/2]) by its angle."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if rotation.in_float32 else x.dtype
+    cos, sin = rotation.cos.to(dtype), rotation.sin.to(dtype)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; n_kv_heads < n_heads is grouped-query attention."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        self.head_dim = params.head_dim or params.hidden_dim // params.n_heads
+        self.num_heads = params.n_heads
+        self.num_kv_heads = params.n_kv_heads or params.n_heads
+        self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.in_proj = nn.Linear(params.hidden_dim, sum(self.widths), bias=False)
+        self.out_proj = nn.Linear(self.widths[0], params.hidden_dim, bias=False)
+        self.q_norm = self.k_norm = None
+        if params.qk_norm:
+            self.q_norm = create_norm(params.norm_type, self.widths[0], params.norm_eps)
+            self.k_norm = create_norm(params.norm_type, self.widths[1], params.norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None,
+        segments: Segments | None,
+        is_causal: bool,
+        cache: LayerCache | None,
+        cache_step: CacheStep | None,
+        at: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend within segments, or to the cache where `cache_step` says so; `at`: see Block."""
+        if at is not None:
+            # one token of each row asks, and sees those up to it
+            at_rotation = None if rotation is None else rotation.at(at)
+            queries, keys, values = self.project(x, rotation, take_token(x, at), at_rotation)
+            is_seen = torch.arange(x.shape[1], device=x.device) <= at[:, None]
+            return self.out_proj(attend_cached(queries, keys, values, is_seen[:, None, None]).flatten(2))
+        queries, keys, values = self.project(x, rotation)
+        if cache is not None:
+            keys, values = cache.write(keys, values, cache_step)
+        if cache_step is not None:
+            output = attend_cached(queries, keys, values, cache_step.mask)
+        else:
+            output = attend(queries, keys, values, segments=segments, is_causal=is_causal)
+        return self.out_proj(output.flatten(2))  # (B, T, D)
+
+    def project(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None,
+        asking: Float[Tensor, "B S D"] | None = None,
+        asking_rotation: Rotation | None = None,
+    ) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B T G K"], Float[Tensor, "B T G K"]]:
+        """Return queries, keys and values, normalised and rotated.
+
+        Args:
+            asking: the tokens that queries are made of, rotated by `asking_rotation`; None: all of x.
+        """
+        if asking is None:
+            asking_rotation = rotation
+            queries, keys, values = self.in_proj(x).split(self.widths, dim=-1)
+        else:
+            q_weight, kv_weight = self.in_proj.weight.split([self.widths[0], 2 * self.widths[1]])
+            queries = F.linear(asking, q_weight)
+            keys, values = F.linear(x, kv_weight).chunk(2, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            # over all heads at once; an fp32 norm under autocast must not change the dtype of attention
+            queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # (B, T, H, K)
+        if rotation is not None and asking_rotation is not None:
+            queries, keys = rotate(queries, asking_rotation), rotate(keys, rotation)
+        return queries, keys, values
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to what came in."""
+
+    def __init__(self, params: TransformerParams) -> None:
+        super().__init__()
+        self.attention = Attention(params)
+        self.feed_forward = create_feed_forward(params.ffn_type, params.hidden_dim)
+        self.attention_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
+        self.ffn_norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None = None,
+        segments: Segments | None = None,
+        is_causal: bool = True,
+        cache: LayerCache | None = None,
+        cache_step: CacheStep | None = None,
+        at: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Return x with what this block adds.
+
+        Args:
+            at: compute only the token at this position of each row, which sees those up to it (S is 1, else T).
+        """
+        added = self.attention(self.attention_norm(x), rotation, segments, is_causal, cache, cache_step, at)
+        x = (x if at is None else take_token(x, at)) + added
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def take_token(x: Float[Tensor, "B T D"], at: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
+    """The token at one position of each row."""
+    return x[torch.arange(x.shape[0], device=x.device), at].unsqueeze(1)
+
+
+@torch.no_grad()
+def init_block(block: Any, index: int, dim: int) -> None:
+    """Draw the matrices of a block's attention and feed-forward: sigma 1/sqrt(dim).
+
+    Matrices that write to the residual stream have their sigma divided by sqrt(2 (index + 1)).
+    """
+    ffn = block.feed_forward
+    inner, outer = (ffn.w12, ffn.w3) if isinstance(ffn, SwiGLU) else (ffn[0], ffn[2])
+    for weight in (block.attention.in_proj.weight, inner.weight):
+        init_normal(weight, dim**-0.5)
+    for weight in (block.attention.out_proj.weight, outer.weight):
+        init_normal(weight, dim**-0.5 / (2 * (index + 1)) ** 0.5)
+
+
+def init_normal(weight: Tensor, std: float) -> None:
+    """Draw from a normal distribution that is cut off at 3 sigma."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def create_rotary(params: TransformerParams) -> RotaryTables | None:
+    """The rotary tables that `params` describe; None: no positions."""
+    if params.positional_embedding_type == "none":
+        return None
+    return RotaryTables(
+        params.head_dim or params.hidden_dim // params.n_heads,
+        max_seq_len=params.max_seq_len,
+        theta=params.rope_theta,
+        bf16_frequencies=params.rope_bf16_frequencies,
+        rotate_in_float32=params.positional_embedding_type == "rotary_float32",
+    )

@@ -1,1 +1,0 @@
-"""Parts of models: norms, rotary positions, feed-forwards, attention and its cache."""

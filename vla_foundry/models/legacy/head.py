@@ -1,0 +1,106 @@
+"""The flow transformer as legacy checkpoints had it; the paper's published policies are of this kind.
+
+Its params say how it differs from action_heads/flow_transformer.py. The time may be a row of a trained table, as wide
+as the conditioning, to which it is added before both are mapped to the head's width. The last norm may be left out.
+Flow matching may use few times, clamp noised actions, and tell the head a time one step less in sampling.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vla_foundry.models.action_heads.action_head import HeadWidths, register_action_head
+from vla_foundry.models.action_heads.decoder import Part, encode_sines
+from vla_foundry.models.action_heads.flow_transformer import FlowTransformer
+from vla_foundry.models.action_heads.noise import FlowMatching, register_noise
+from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyHeadParams
+
+
+@register_noise("legacy_flow")
+class LegacyFlowMatching(FlowMatching):
+    """Flow matching with a limited number of times, clamped actions and a shift of the time in sampling."""
+
+    def __init__(self, params: LegacyFlowParams) -> None:
+        super().__init__(params)
+        self.num_timesteps, self.clamp_range = params.num_timesteps, params.clamp_range
+        self.time_shift = params.sampling_time_shift
+
+    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Turn uniform draws into the times of training."""
+        times = super().spread_times(uniforms)
+        if self.num_timesteps is not None:
+            times = (times * self.num_timesteps).floor() / self.num_timesteps
+        return times
+
+    def add_noise(
+        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
+    ) -> Float[Tensor, "N T A"]:
+        """Return the noised actions at these times."""
+        return self._clamp(super().add_noise(actions, noise, times))
+
+    def _tell(self, time: float, x: Tensor) -> Tensor:
+        return super()._tell(max(0.0, time - self.time_shift), x)
+
+    def _step(self, x: Tensor, width: float, velocity: Tensor) -> Tensor:
+        return self._clamp(super()._step(x, width, velocity))
+
+    def _clamp(self, x: Tensor) -> Tensor:
+        return x if self.clamp_range is None else x.clamp(*self.clamp_range)
+
+
+class LegacyFlowTransformer(FlowTransformer):
+    """A flow transformer whose time may come from a table, and whose last norm may be missing."""
+
+    def __init__(self, params: LegacyHeadParams, widths: HeadWidths) -> None:
+        super().__init__(params, widths, final_norm=params.final_norm)
+
+    @property
+    def has_table(self) -> bool:
+        """The time comes from a table."""
+        return self.params.time_encoding == "table"
+
+    def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
+        """The table, or the network behind the sines of the time."""
+        if not self.has_table:
+            return super().create_time_encoding(widths)
+        return nn.Embedding(self.process.params.num_timesteps, widths.conditioning_dim)
+
+    def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K E"]:
+        """With a table, conditioning is mapped once the time is added."""
+        return tokens if self.has_table else super().embed_conditioning(tokens)
+
+    def embed_time(self, times: Float[Tensor, " N"]) -> Float[Tensor, "N E"]:
+        """Encode times, by the nearest row of the table if there is one."""
+        if not self.has_table:
+            return super().embed_time(times)
+        num = self.time_encoding.num_embeddings
+        return self.time_encoding((times * num).round().long().clamp(0, num - 1))
+
+    def add_time(self, parts: list[Part], time: Float[Tensor, "N E"]) -> list[Part]:
+        """Tell the parts of one sequence the time, and map conditioning to the head's width."""
+        if not self.has_table:
+            return super().add_time(parts, time)
+        (tokens, mask), *others = parts
+        if self.params.time_conditioning == "concat":
+            in_front: Part = (self.condition_encode(time).unsqueeze(1), None)
+            return [in_front, (self.condition_encode(tokens), mask), *others]
+        return [(self.condition_encode(tokens + time.unsqueeze(1)), mask), *others]
+
+    def init_time_encoding(self) -> None:
+        """Draw the network's weights; a table starts as sines."""
+        if not self.has_table:
+            super().init_time_encoding()
+            return
+        table: Any = self.time_encoding.weight
+        table.copy_(encode_sines(torch.arange(table.shape[0], device=table.device), table.shape[1]))
+
+
+@register_action_head("legacy_flow_transformer")
+@register_action_head("legacy_ddpm_transformer")
+def create_legacy_head(params: LegacyHeadParams, widths: HeadWidths) -> LegacyFlowTransformer:
+    """Build the head; its noise process makes the difference."""
+    head = LegacyFlowTransformer(params, widths)
+    head.init_weights()
+    return head

@@ -1,1 +1,0 @@
-"""Noise processes of denoising heads, and the draws that they are trained and sampled with."""

@@ -1,0 +1,194 @@
+"""Robot policies (VLAs): a backbone encodes images and instruction, an action head predicts a chunk of actions.
+
+conditioning = backbone(observation)
+loss         = action head(conditioning, window of actions and proprioception)
+actions      = action head.sample(conditioning, window)
+
+The head of the paper is in action_heads/flow_transformer.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vla_foundry.batch import Batch, LossOutput
+from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, HeadWidths, create_action_head
+from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
+from vla_foundry.models.batch_handlers import to_device
+from vla_foundry.models.registry import register_batch_handler, register_model
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.models.policy import RobotPolicyParams
+
+
+class RobotPolicy(nn.Module):
+    """Observations to a loss, or to actions."""
+
+    def __init__(self, vision_language_backbone: Any, action_head: Any) -> None:
+        super().__init__()
+        # each is one of several classes
+        self.vision_language_backbone: Any = vision_language_backbone
+        self.action_head: Any = action_head
+
+    def forward(
+        self,
+        *,
+        observation: dict[str, Any],
+        actions: Float[Tensor, "B T A"],
+        past_mask: Bool[Tensor, "B T"],
+        future_mask: Bool[Tensor, "B T"],
+        samples: Int[Tensor, " B"],
+        seed: int,
+        proprioception: Float[Tensor, "B P D"] | None = None,
+        action_dim_mask: Bool[Tensor, "B A"] | None = None,
+        step_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> LossOutput:
+        """Return the loss; RoboticsBatchHandler makes the arguments from a batch.
+
+        Noise and times are a function of (seed, sample), and of whether the model is in training: in validation a
+        sample always gets the same ones.
+
+        Args:
+            observation: what the backbone takes.
+            samples: position of each sample in the plan.
+            seed: of the run.
+            step_mask: False at padding; None: there is none.
+
+        Returns:
+            LossOutput whose count is the number of valid numbers: steps to be predicted x dimensions that exist.
+        """
+        window = ActionWindow(actions, past_mask, future_mask, action_dim_mask, proprioception, step_mask)
+        conditioning = self.vision_language_backbone(**observation)
+        stage = "training" if self.training else "validation"
+        return self.action_head(conditioning, window, DrawKey(samples, seed, stage))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        inputs: dict[str, Any],
+        *,
+        seeds: Int[Tensor, " B"],
+        num_steps: int | None = None,
+    ) -> Float[Tensor, "B T A"]:
+        """Return normalised actions, fp32: observed steps unchanged, the others predicted.
+
+        Args:
+            inputs: what RoboticsBatchHandler.prepare makes of a batch. `actions` may be left out if no step is
+                observed (past_mask); only observed steps are read.
+            seeds: the noise of each sample depends on its seed alone, not on the batch.
+            num_steps: steps from noise to actions; None: as the params of the noise process say.
+        """
+        observation, window = inputs["observation"], self._window(inputs)
+        conditioning = self.vision_language_backbone(**observation)
+        return self.action_head.sample(conditioning, window, DrawKey(seeds, 0, "sampling"), num_steps)
+
+    def _window(self, inputs: dict[str, Any]) -> ActionWindow:
+        past_mask: Tensor = inputs["past_mask"]
+        actions: Tensor | None = inputs.get("actions")
+        if actions is None:
+            shape = (*past_mask.shape, self.action_head.output_layer.out_features)
+            actions = torch.zeros(shape, device=past_mask.device)
+        return ActionWindow(
+            actions.float(),
+            past_mask,
+            inputs["future_mask"],
+            inputs.get("action_dim_mask"),
+            inputs.get("proprioception"),
+            inputs.get("step_mask"),
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        """Those of the backbone, and those of the head."""
+        return [*self.vision_language_backbone.blocks(), *self.action_head.blocks()]
+
+    def init_weights(self) -> None:
+        """Draw the weights of both parts."""
+        self.vision_language_backbone.init_weights()
+        self.action_head.init_weights()
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Those of the backbone; the head is left out, as its tokens are not tokens of a row."""
+        return self.vision_language_backbone.num_flops_per_token(seq_len)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture of Hugging Face parts (RobotPolicyParams.with_model_files reads it)."""
+        self.vision_language_backbone.save_files(folder)
+
+
+@register_model("diffusion_policy")
+@register_model("regression_policy")
+def create_policy(params: RobotPolicyParams, load_pretrained: bool = True) -> RobotPolicy:
+    """Build the policy; a backbone that names a checkpoint starts from its weights.
+
+    Raises:
+        ValueError: a width is missing, or a checkpoint does not fit.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if params.action_dim is None or params.proprioception_dim is None:
+        name = "action_dim" if params.action_dim is None else "proprioception_dim"
+        raise ValueError(f"model.{name} is missing. Give --model.{name} N, or data of type robotics.")
+    backbone = create_backbone(params.vision_language_backbone, load_pretrained)
+    widths = HeadWidths(
+        action_dim=params.action_dim,
+        proprioception_dim=params.proprioception_dim,
+        conditioning_dim=backbone.conditioning_dim,
+    )
+    return RobotPolicy(backbone, create_action_head(params.action_head, widths))
+
+
+@register_batch_handler("diffusion_policy")
+@register_batch_handler("regression_policy")
+class RoboticsBatchHandler:
+    """Samples of images, an instruction, proprioception and a window of actions."""
+
+    def __init__(self, params: TrainExperimentParams) -> None:
+        if not isinstance(params.model, RobotPolicyParams):
+            raise ValueError(f"model.type '{params.model.type}' is not a policy. Use --model.type diffusion_policy.")
+        self.backbone = params.model.vision_language_backbone
+        self.seed = params.hparams.seed
+        self._prepare_observation = OBSERVATIONS.get(self.backbone.type)
+
+    def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+        """Return what RobotPolicy.forward takes."""
+        positions = torch.as_tensor(batch["positions"], dtype=torch.int64)
+        return {
+            **self.prepare_sampling(batch, device),
+            "samples": to_device(positions, device),
+            "seed": self.seed,
+        }
+
+    def prepare_sampling(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+        """Return what RobotPolicy.sample takes; the batch needs neither positions nor actions of future steps.
+
+        Raises:
+            ValueError: steps are observed, but there are no actions.
+        """
+        past_mask, future_mask = batch["past_mask"], batch["future_mask"]
+        if batch.get("actions") is None and past_mask.any():
+            raise ValueError("past_mask says that steps are observed, but there are no actions.")
+        inputs: dict[str, Any] = {
+            "observation": self._prepare_observation(self.backbone, batch, device),
+            "past_mask": to_device(past_mask, device),
+            "future_mask": to_device(future_mask, device),
+        }
+        # decided on the host: attention without a mask is faster
+        step_mask = past_mask | future_mask
+        inputs["step_mask"] = None if step_mask.all() else to_device(step_mask, device)
+        action_dim_mask: Tensor | None = batch.get("action_dim_mask")
+        if action_dim_mask is not None and not action_dim_mask.all():
+            inputs["action_dim_mask"] = to_device(action_dim_mask, device)
+        for name in ("actions", "proprioception"):
+            if batch.get(name) is not None:
+                inputs[name] = to_device(batch[name], device)
+        return inputs
+
+    def count_targets(self, inputs: dict[str, Any]) -> Tensor:
+        """The number of valid numbers: steps to be predicted x dimensions that exist."""
+        future_mask: Tensor = inputs["future_mask"]
+        num_steps = future_mask.sum(1)
+        action_dim_mask: Tensor | None = inputs.get("action_dim_mask")
+        if action_dim_mask is None:
+            return num_steps.sum() * inputs["actions"].shape[-1]
+        return (num_steps * action_dim_mask.sum(1)).sum()
