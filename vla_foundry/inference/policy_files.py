@@ -18,6 +18,7 @@ from vla_foundry.inference.loading import (
 from vla_foundry.inference.observations import Camera, create_robot_window, find_name
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
+from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fit import WindowSpec, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
