@@ -1,8 +1,8 @@
 """Counter-based randomness: every draw is a function of its key, never of earlier draws or of the process that draws.
 
 All of it is SplitMix64, integer arithmetic modulo 2**64, so every machine gets the same numbers. The order of the data
-comes from `hash_int` and `hash_ints`, the draws of a sample from `draw_uniforms` and `draw_index`; models/action_heads/noise.py draws
-the same words on the device.
+comes from `hash_int` and `hash_ints`, the draws of a sample from `draw_uniforms` and `draw_index`;
+models/action_heads/noise.py draws the same words on the device.
 """
 
 import hashlib
