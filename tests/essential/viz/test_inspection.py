@@ -172,6 +172,7 @@ def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(ro
     from vla_foundry.config.resolve import resolve
     from vla_foundry.data import create_dataloader
     from vla_foundry.data.facts import read_facts
+    from vla_foundry.params.experiment import load_experiment_params_from_yaml
     from vla_foundry.viz.inspection import read_training_sample
     from vla_foundry.world import World
 
