@@ -157,7 +157,7 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has no tars, a tar can not be read, or a manifest is there that says something else.
+        ValueError: it has no tars, a tar cannot be read, or a manifest is there that says something else.
     """
     tars = _list_tars(folder)
     if not tars:
@@ -214,7 +214,7 @@ def verify_dataset(folder: str, *, num_threads: int = 8) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no manifest.
-        ValueError: the manifest can not be read.
+        ValueError: the manifest cannot be read.
     """
     entries = _read_manifest(folder)
     tars = _list_tars(folder)

@@ -118,7 +118,7 @@ class OutputFolder:
             files: {path within the folder: content}.
 
         Raises:
-            ValueError: a shard that a task has written can not be seen from here.
+            ValueError: a shard that a task has written cannot be seen from here.
         """
         entries = list(entries)
         self._check_visible(entries)

@@ -64,7 +64,7 @@ def download(params: PreprocessImageCaptionParams, folder: Path) -> None:
     """Run img2dataset over `folder/urls`.
 
     Raises:
-        ValueError: it can not be run, or fails; one line with the last of what it said.
+        ValueError: it cannot be run, or fails; one line with the last of what it said.
     """
     command = [*_runner(params.img2dataset), *_arguments(params, folder)]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "TQDM_DISABLE": "1"}

@@ -60,7 +60,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     """Write images and captions as a dataset of modality `image_caption`, or go on where a killed run left off.
 
     Raises:
-        ValueError: the output folder will not do, too much of the source fails, or img2dataset can not be run.
+        ValueError: the output folder will not do, too much of the source fails, or img2dataset cannot be run.
         FileNotFoundError: a source does not exist.
     """
     check_apart(params.source, params.output)

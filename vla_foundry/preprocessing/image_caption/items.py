@@ -237,7 +237,7 @@ def read_list(uri: str, *, url_key: str, caption_key: str, extra_keys: Sequence[
     """Read the rows of a list; a row without a URL is given as its name.
 
     Raises:
-        ValueError: the list can not be read, or lacks a column.
+        ValueError: the list cannot be read, or lacks a column.
     """
     name = uri.rpartition("/")[2]
     wanted = (url_key, caption_key, *extra_keys)
@@ -322,7 +322,7 @@ def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_qualit
     """Read the files of an item and return the members of its sample.
 
     Raises:
-        Unusable: a file can not be read, an image can not be decoded, or there is no caption.
+        Unusable: a file cannot be read, an image cannot be decoded, or there is no caption.
     """
     images = [_read(uri) for uri in item.images]
     txt = _read(item.txt) if item.txt is not None else None
@@ -391,7 +391,7 @@ def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality
     """Return the image members: one named by its format, or several with `image_<number>.` before.
 
     Raises:
-        Unusable: an image can not be decoded.
+        Unusable: an image cannot be decoded.
     """
     files = [_check_image(data, max_side=max_side, jpeg_quality=jpeg_quality) for data in images]
     if len(files) == 1:

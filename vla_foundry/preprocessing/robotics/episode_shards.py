@@ -286,7 +286,7 @@ def encode_frames(
         sources: the recorded frame that each image is of, ascending; one may stand more than once, or not at all.
 
     Raises:
-        ValueError: a frame can not be decoded, has another size, or frames are missing.
+        ValueError: a frame cannot be decoded, has another size, or frames are missing.
     """
     width, height = frames.size
     files = frames.encoded() if operations.keeps((height, width)) and not frames.is_depth else None
@@ -312,7 +312,7 @@ def _encode(
     width, height = frames.size
     if isinstance(frame, bytes):
         try:
-            image = decode_image(frame)  # so that what training can not decode is found here
+            image = decode_image(frame)  # so that what training cannot decode is found here
         except ValueError as error:
             raise ValueError(f"camera '{name}', frame {number}: {error}") from None
         if tuple(image.shape[1:]) != (height, width):

@@ -27,7 +27,7 @@ class Report:
     """What became of the episodes of a job; as JSON, report.json.
 
     Args:
-        episodes: what tasks say of each (blocks.write_block), in the order of the dataset.
+        episodes: what tasks say of each (episode_shards.write_block), in the order of the dataset.
         source_episodes: params; paths are shown from there.
     """
 

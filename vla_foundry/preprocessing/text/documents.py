@@ -158,7 +158,7 @@ def split_files(files: Iterable[SourceFile], unit_bytes: int) -> list[Unit]:
 def read_unit(unit: Unit, *, text_key: str, max_bytes: int) -> Iterator[Piece | Skipped]:
     """Read the documents of a unit, in order, in pieces of at most `max_bytes` bytes of UTF-8.
 
-    A file that can not be decoded yields a Skipped when that is found; what was read before stands.
+    A file that cannot be decoded yields a Skipped when that is found; what was read before stands.
 
     Raises:
         ValueError: the file has changed since it was listed, or its storage fails.
@@ -268,7 +268,7 @@ def _read_parquet(unit: Unit, text_key: str, max_bytes: int) -> Iterator[Piece |
         source = cast(BinaryIO, unpacked) if unit.file.is_gzip else file
         try:
             yield from _read_row_groups(source, unit, text_key, max_bytes)
-        except (pa.ArrowException, OSError) as error:  # Arrow raises OSError, too, for what it can not decode
+        except (pa.ArrowException, OSError) as error:  # Arrow raises OSError, too, for what it cannot decode
             reason = " ".join(str(error).split())[:200]
             yield Skipped("unreadable", f"{unit.file.name}: not valid parquet ({reason})", unit.weight)
 
@@ -340,7 +340,7 @@ class Tally:
         self.num_documents = 0
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
-        # about how many bytes of text are in files that can not be read
+        # about how many bytes of text are in files that cannot be read
         self.num_lost_bytes = 0
 
     def skip(self, row: Skipped) -> None:

@@ -254,7 +254,7 @@ def unique_names(uris: Sequence[str], *, num_parts: int = 1) -> list[str]:
         num_parts: how many parts of a path are taken at least.
 
     Raises:
-        ValueError: two are the same, or differ only in what a name can not hold.
+        ValueError: two are the same, or differ only in what a name cannot hold.
     """
     parts = [[part for part in uri.split("/") if part not in ("", ".")] for uri in uris]
     lengths = [num_parts] * len(uris)

@@ -156,7 +156,7 @@ class HDF5Frames:
         """Yield the images: uint8 (H, W, 3), or uint16 (H, W) millimetres of depth.
 
         Raises:
-            ValueError: the file is broken, or an image can not be decoded or has another size.
+            ValueError: the file is broken, or an image cannot be decoded or has another size.
         """
         for number, stored in enumerate(self._read()):
             yield self._image_of(number, stored)

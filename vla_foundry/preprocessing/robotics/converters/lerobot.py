@@ -18,7 +18,7 @@ unless a field map splits them:
         rotation_key: robot__action__poses__right::arm__quat
 
 Without a map all numbers are taken but bookkeeping (`index`, `next.reward`, ...); no poses are known then, so that
-relative actions can not be made.
+relative actions cannot be made.
 """
 
 import posixpath
@@ -167,7 +167,7 @@ class RowImages:
         """Yield the images: uint8 (H, W, 3), or uint16 (H, W) of depth.
 
         Raises:
-            ValueError: an image is not there, can not be decoded, or has another size.
+            ValueError: an image is not there, cannot be decoded, or has another size.
         """
         for number, data in enumerate(self.read()):
             yield self._decode(number, data)

@@ -42,7 +42,7 @@ def _open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
             yield pq.ParquetFile(file)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
-    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError, too, for what it can not decode
+    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError, too, for what it cannot decode
         if getattr(error, "errno", None) is not None:  # trouble of the machine or the network
             raise
         raise ValueError(f"{uri} is no whole parquet file ({' '.join(str(error).split())[:200]}).") from None
