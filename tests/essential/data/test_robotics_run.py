@@ -9,6 +9,7 @@ import pytest
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
+from vla_foundry.data.facts import read_facts
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.inference.observations import ObservationEncoder
 from vla_foundry.params import TrainExperimentParams, load_experiment_params_from_yaml
