@@ -1,4 +1,4 @@
-"""Write the tree of the README from the first line of each module's docstring, or check that it is up to date.
+"""Write the list of files in docs/architecture.md from the first line of each module's docstring, or check it.
 
 Usage: python .ci/tree.py [--check]
 """
@@ -8,15 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- tree: begin (written by .ci/tree.py) -->", "<!-- tree: end -->"
-FOLDERS = {
-    "config_presets/": "presets, in the wheel too: models/ hparams/ training_jobs/ data/ field_maps/ action_fields/",
-    "benchmarks/": "scripts that measure both sides of a claim and print JSON",
-    "tests/essential/": "mirrors the package; CPU, no network",
-    "tests/dependencies/": "one folder per optional dependency group",
-    ".ci/": "the script that CI runs, and the one that writes this tree",
-}
 
 
 def create_tree() -> str:
@@ -32,7 +25,6 @@ def create_tree() -> str:
         indent = "  " * len(inside.parts)
         name = f"{indent}{path.name}"
         lines.append(f"{name:<34}{first_line(path)}")
-    lines += [f"{name:<34}{what}" for name, what in FOLDERS.items() if (ROOT / name).exists()]
     return "\n".join([*lines, "```"])
 
 
@@ -45,15 +37,15 @@ def first_line(path: Path) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     expected = f"{before}{BEGIN}\n{create_tree()}\n{END}{after}"
     if "--check" in sys.argv[1:]:
         if expected != text:
-            raise SystemExit("The tree in README.md is out of date. Run: python .ci/tree.py")
+            raise SystemExit("The list of files in docs/architecture.md is out of date. Run: python .ci/tree.py")
         return
-    README.write_text(expected, encoding="utf-8")
+    PAGE.write_text(expected, encoding="utf-8")
 
 
 if __name__ == "__main__":
