@@ -120,7 +120,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, total_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, total_grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         # scaled in place, for the head's is as large as the head: a second backward is refused by autograd
         hidden_grad, head_grad = ctx.saved_tensors  # type: ignore
         if hidden_grad is not None:

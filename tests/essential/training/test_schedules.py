@@ -21,8 +21,8 @@ def test_decaying_shapes_start_at_the_peak_and_end_at_the_end_value(scheduler, w
     assert rates.shape == (total_steps,)
     np.testing.assert_allclose(rates[:warmup_steps], 2.0 * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1))
     assert np.all(np.diff(rates[warmup_steps:]) <= 1e-12)
-    if warmup_steps < total_steps and params.decay > 0:
-        assert rates[-1] == pytest.approx(0.5)
+    is_flat = scheduler == "warmup_constant_decay" and params.decay == 0
+    assert rates[-1] == pytest.approx(2.0 if warmup_steps == total_steps or is_flat else 0.5)
 
 
 def test_shapes_equal_their_formulas() -> None:
