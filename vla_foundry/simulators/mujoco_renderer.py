@@ -4,6 +4,7 @@ import ctypes.util
 import os
 import platform
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def choose_opengl(
     environment["MUJOCO_GL"] = chosen
     # one thread renders a small picture fastest; processes give the parallelism
     environment.setdefault("LP_NUM_THREADS", "0")
+    if chosen == "osmesa":
+        # OSMesa and Triton bring an LLVM each: a process that loads OSMesa's first crashes when torch imports Triton
+        with suppress(ImportError):
+            import triton  # noqa: F401
     return chosen
 
 

@@ -206,3 +206,15 @@ def test_a_machine_that_cannot_draw_gets_one_line_with_the_command() -> None:
     )
     assert "apt-get install libosmesa6" in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+def test_torch_optimizers_work_in_a_process_that_renders() -> None:
+    # OSMesa and Triton, which creating an optimizer imports, bring an LLVM each
+    code = (
+        "from vla_foundry.simulators import create_simulator\n"
+        "create_simulator('metaworld', 'push-v3', cameras=('corner2',), image_size=16)\n"
+        "import torch\n"
+        "torch.optim.AdamW([torch.zeros(1, requires_grad=True)])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
