@@ -291,6 +291,8 @@ def test_intrinsics_follow_the_crop_and_the_resizing(
     assert np.allclose(intrinsics[0, 0].numpy(), expected)
 
 
+# torch warns of more workers than cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_samples_depend_on_neither_ranks_nor_workers_nor_restarts(
     tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params, num_workers: int
