@@ -1,4 +1,4 @@
-"""Models, their losses and what feeds them; importing this package needs no torch."""
+"""Models, their losses and batch handlers; importing this package does not import torch."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for."""
+    """Import names that need torch on first use."""
     if name == "load_model_checkpoint":
         from vla_foundry.models.weights import load_model_checkpoint
 

@@ -1,4 +1,4 @@
-"""Attention kernels for rows that divide into segments (documents, padding) that must not see each other; the KV cache.
+"""Segmented attention and the KV cache; segments (documents, padding) of a row do not see each other.
 
 No dense T x T mask is ever built: the CPU attends segment by segment, a GPU uses variable-length attention.
 """
@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from vla_foundry.batch import Documents
 
-# releases of torch differ in how variable-length attention is told to be causal, and in grouped queries
+# torch releases differ in how variable-length attention takes the causal flag and grouped queries
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -29,11 +29,11 @@ class _Run(NamedTuple):
 
 
 class _Stretches(NamedTuple):
-    """Stretches of one shape, of tokens that also see those after them in their stretch; (G, n) and (G, m)."""
+    """Stretches of one shape whose tokens also see later tokens of their stretch; (G, n) and (G, m)."""
 
-    # int64, where the tokens of each stretch are in the flat batch
+    # int64, indices of each stretch's tokens in the flat batch
     queries: Tensor
-    # int64, what they see: from the start of their segment to the end of the stretch
+    # int64, the tokens they see: from the start of the segment to the end of the stretch
     keys: Tensor
 
 
@@ -43,15 +43,15 @@ class Segments:
 
     # neighbouring segments of one length
     runs: tuple[_Run, ...]
-    # int32 [num_segments + 1], where each segment starts, and the end; on the batch's device
+    # int32 [num_segments + 1], start of each segment, then the end of the last; on the batch's device
     starts: Tensor
     # tokens of the longest segment
     max_length: int
-    # the same, rounded up: a bound that changes less often, for compiled blocks are made again when it does
+    # max_length rounded up: it changes less often, and compiled blocks recompile whenever it does
     bound: int
-    # int64 [B, T], place of each token within its segment; on the batch's device
+    # int64 [B, T], position of each token within its segment; on the batch's device
     positions: Tensor
-    # what sees more than a causal mask lets it
+    # tokens that see more than a causal mask allows
     stretches: tuple[_Stretches, ...] = ()
 
 
@@ -62,10 +62,10 @@ def create_segments(
     *,
     sees_ahead: np.ndarray | None = None,
 ) -> Segments | None:
-    """Lay out the documents of a batch for attention; None where plain attention over whole rows is the same.
+    """Lay out a batch's documents for attention; None where plain attention over whole rows gives the same result.
 
-    That is so for rows of one document, and under a causal mask for one document followed by padding: it never looks
-    ahead. Nothing waits for the device.
+    This holds for rows of one document, and under a causal mask also for one document followed by padding, because it
+    never looks ahead. Does not synchronise with the device.
 
     Args:
         sees_ahead: bool (B, T), True at tokens that under a causal mask also see the tokens after them, up to the end
@@ -98,10 +98,10 @@ def create_segments(
 
 
 def _find_stretches(sees_ahead: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[_Stretches, ...]:
-    """Group the stretches of one shape, so that a caption batch, whose samples begin alike, has few groups."""
+    """Group stretches by shape. A caption batch has few groups because its samples begin alike."""
     ends = np.cumsum(lengths)
     segment = np.repeat(np.arange(len(lengths)), lengths)
-    # each stretch gets a number of its own: it ends where the next token is of another segment, or no such token
+    # number the stretches: one ends where the next token is in another segment or does not see ahead
     is_start = sees_ahead.copy()
     is_start[1:] &= ~sees_ahead[:-1] | (segment[1:] != segment[:-1])
     is_end = sees_ahead.copy()
@@ -132,7 +132,7 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
-    # a copy from pageable memory would wait for the device
+    # a copy from pageable memory would synchronise with the device
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -147,15 +147,15 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "B T H M"]:
-    """Scaled dot-product attention of each token to its own segment; G key heads serve H = n x G query heads.
+    """Compute scaled dot-product attention within segments; G key heads serve H = n x G query heads.
 
     Args:
-        segments: None: a row is one segment. Padding segments give zeros, or what attention among padding gives.
-        scale: factor of the scores; None: 1/sqrt(K).
+        segments: None treats each row as one segment. Outputs at padding are zeros or attention among padding.
+        scale: factor on the scores; None: 1/sqrt(K).
         window: within segments, a token sees itself and the window - 1 tokens before it (causal only).
     """
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.requires_grad:
-        # the CPU's backward in bf16 takes about four times as long as in fp32 (64 to 256 tokens, heads of 32)
+        # on the CPU the bf16 backward is about four times slower than fp32 (64 to 256 tokens, head width 32)
         wide = (queries.float(), keys.float(), values.float())
         with torch.autocast("cpu", enabled=False):
             output = attend(*wide, segments=segments, is_causal=is_causal, dropout=dropout, scale=scale, window=window)
@@ -210,7 +210,7 @@ def _attend_runs(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    # split, not slices: the gradient of each slice would be as large as the batch
+    # use split: the gradient of each slice would be as large as the batch
     sizes = [run.num_segments * run.length for run in segments.runs]
     outputs = []
     for run, q, k, v in zip(segments.runs, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
@@ -233,7 +233,7 @@ def _attend_runs(
     return torch.cat(outputs)
 
 
-# the lengths change with every batch: traced, they would compile the block again each time
+# lengths change with every batch; tracing them would recompile the block each time
 _attend_runs_untraced: Any = torch.compiler.disable(_attend_runs)
 
 
@@ -246,7 +246,7 @@ def _attend_stretches(
     dropout: float,
     scale: float | None,
 ) -> Tensor:
-    """Put the attention of tokens that see ahead into `output`; each sees a whole range of keys, so no mask is made."""
+    """Write the attention of tokens that see ahead to `output`. Each sees a whole range of keys: no mask needed."""
     for group in stretches:
         seen = _attend_rows(
             queries[group.queries],
@@ -297,23 +297,23 @@ def attend_cached(
     values: Float[Tensor, "B S G K"],
     mask: Tensor | None,
 ) -> Float[Tensor, "B T H K"]:
-    """Attention of new tokens to the cached ones and to themselves; `mask` (B or 1, 1, T, S) is True where it may."""
+    """Attend from new tokens to cached tokens and themselves; `mask` (B or 1, 1, T, S) is True where allowed."""
     return _attend_rows(queries, keys, values, is_causal=False, mask=mask)
 
 
 class MaskedRows(NamedTuple):
-    """What a mask of padding says of each row."""
+    """The row layout that a padding mask describes."""
 
-    # the rows as one document and the padding behind it, once in `order`
+    # each row as one document followed by padding, after sorting by `order`
     documents: Documents
     # int64 [B], real tokens
     counts: np.ndarray
-    # int64 [B, T], the token that comes at each place so that real ones are in front; None: they are already
+    # int64 [B, T], permutation that moves real tokens to the front; None if they are already there
     order: np.ndarray | None
 
 
 def read_mask(attention_mask: Shaped[Tensor, "B T"]) -> MaskedRows | None:
-    """Describe a mask that is 0 at padding, anywhere in a row; None where nothing is masked. Waits for the device."""
+    """Describe a mask that is 0 at padding anywhere in a row; None if nothing is masked. Synchronises the device."""
     is_real = attention_mask.cpu().numpy().astype(bool)
     num_rows, num_tokens = is_real.shape
     counts = is_real.sum(1)
@@ -332,15 +332,15 @@ def read_mask(attention_mask: Shaped[Tensor, "B T"]) -> MaskedRows | None:
 
 @dataclass(frozen=True, eq=False)
 class CacheStep:
-    """Where the T new tokens of each row go, and what they may see."""
+    """Cache slots of the T new tokens of each row, and what these tokens may see."""
 
     # int64 [B, T], slot in the cache and position of each new token
     slots: Tensor
-    # first slot, where it is the same in every row
+    # first slot, if it is the same in every row
     start: int | None
-    # slots that are read
+    # number of slots to read
     num_slots: int
-    # bool (B or 1, 1, T, num_slots), True where a new token may see a slot; None: everywhere
+    # bool (B or 1, 1, T, num_slots), True where a new token may see a slot; None: all visible
     mask: Tensor | None
 
 
@@ -352,7 +352,7 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def write(self, keys: Tensor, values: Tensor, step: CacheStep | None) -> tuple[Tensor, Tensor]:
-        """Store the (B, T, G, K) keys and values of the new tokens; return all that they may see."""
+        """Store the (B, T, G, K) keys and values of the new tokens; return all keys and values they may see."""
         self.keys, all_keys = _write(self.keys, keys.detach(), step)
         self.values, all_values = _write(self.values, values.detach(), step)
         return (keys, values) if step is None else (all_keys, all_values)
@@ -361,8 +361,8 @@ class LayerCache:
 class KVCache:
     """The keys and values of the tokens seen so far, for generation with rows of unequal length.
 
-    Row b keeps its `lengths[b]` tokens in the first slots of each layer. The padding of a chunk lies behind its real
-    tokens, and the next chunk overwrites it.
+    Row b keeps its `lengths[b]` tokens in the first slots of each layer. Padding follows a chunk's real tokens and is
+    overwritten by the next chunk.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -379,7 +379,7 @@ class KVCache:
             counts: real tokens of each row, at the front of the chunk; None: all.
 
         Returns:
-            None for the first chunk: its tokens see only each other, so plain causal attention will do.
+            None for the first chunk: its tokens see only each other, so plain causal attention suffices.
         """
         past = np.zeros(num_rows, dtype=np.int64) if self.lengths is None else self.lengths
         if len(past) != num_rows:
@@ -397,7 +397,7 @@ class KVCache:
         return CacheStep(slots=slots, start=int(past[0]) if is_equal else None, num_slots=num_slots, mask=mask)
 
     def batch_select_indices(self, rows: Tensor) -> None:
-        """Keep only these rows. The name is that of transformers' cache, so generation treats both alike."""
+        """Keep only these rows. Named as in transformers' cache, so that generation treats both alike."""
         if self.lengths is not None:
             self.lengths = self.lengths[rows.cpu().numpy()]
         for layer in self.layers:
@@ -409,7 +409,7 @@ def _write(buffer: Tensor | None, new: Tensor, step: CacheStep | None) -> tuple[
     num_rows, num_tokens, *rest = new.shape
     num_slots = num_tokens if step is None else step.num_slots
     if buffer is None or buffer.shape[1] < num_slots:
-        # doubling: a token at a time costs one copy of the cache per doubling, not per token
+        # grow by doubling: generating token by token copies the cache once per doubling, not once per token
         grown = new.new_zeros(num_rows, max(2 * num_slots, 64), *rest)
         if buffer is not None:
             grown[:, : buffer.shape[1]] = buffer

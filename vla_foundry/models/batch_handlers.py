@@ -1,4 +1,4 @@
-"""Batch handlers of language models and vision-language models: turn a batch into the inputs of forward.
+"""Batch handlers of language and vision-language models: turn a batch into the inputs of forward.
 
 Rows hold T + 1 tokens; the model reads the first T and predicts, at each, the token that follows. The policy's handler
 is in policy.py.
@@ -17,9 +17,9 @@ from vla_foundry.models.registry import register_batch_handler
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.vlm import VLMParams
 
-# they lie along the tokens of a batch, and are cut as these are
+# aligned with the tokens of a batch and cut like them
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# keys of a batch that are not passed on to a Hugging Face model under their own name
+# batch keys that are not passed to a Hugging Face model under their own name
 NOT_INPUTS = {
     *("modality", "positions", "input_ids", "target_mask", "documents", "dropped", "pixel_maps"),
     *("pixel_values", "image_mean", "image_std", "color_factors", "image_index"),
@@ -27,12 +27,12 @@ NOT_INPUTS = {
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Move without waiting."""
+    """Move a tensor without synchronising."""
     return tensor.to(device, non_blocking=True)
 
 
 def normalize_batch_images(batch: Batch, device: torch.device | str) -> Tensor | None:
-    """Move the images of a batch to a device and normalise them there; None if it has none."""
+    """Move the images of a batch to a device and normalise them there; None without images."""
     pixel_values: Tensor | None = batch.get("pixel_values")
     if pixel_values is None or pixel_values.shape[0] == 0:
         return None
@@ -52,7 +52,7 @@ def split_targets(batch: Batch) -> tuple[Tensor, Tensor, Documents | None]:
     tokens: Tensor = batch["input_ids"]
     documents: Documents | None = batch.get("documents")
     if documents is not None and documents.is_padding.any():
-        # padding may hold any number, also one that is no row of the embedding
+        # padding may hold any number, even one outside the embedding table
         is_padding = np.repeat(documents.is_padding, documents.lengths).reshape(tuple(tokens.shape))
         tokens = tokens.masked_fill(torch.from_numpy(is_padding), 0)
     targets = tokens[:, 1:].long().masked_fill(~batch["target_mask"][:, 1:], IGNORE_INDEX)
@@ -79,7 +79,7 @@ class TextBatchHandler:
         }
 
     def count_targets(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of supervised tokens."""
+        """Return the number of supervised tokens."""
         return count_valid_targets(inputs["targets"])
 
 
@@ -96,7 +96,7 @@ class VLMBatchHandler(TextBatchHandler):
         self.sees_ahead = model.image_attention == "bidirectional"
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-        """Return what VLM.forward takes; the image tokens are looked up on the host."""
+        """Return what VLM.forward takes; image tokens are located on the host."""
         tokens, targets, documents = split_targets(batch)
         is_image = tokens == self.image_token_id
         if documents is not None and self.image_token_id == 0:
@@ -115,7 +115,7 @@ class VLMBatchHandler(TextBatchHandler):
 
 @register_batch_handler("vlm_hf")
 class VLMHFBatchHandler(TextBatchHandler):
-    """Rows of one sample each with padding behind it, and their images."""
+    """Rows of one sample each, followed by padding, and their images."""
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         """Return what VLMHF.forward takes; tensors that are neither tokens nor images are passed on unchanged.
@@ -141,7 +141,7 @@ class VLMHFBatchHandler(TextBatchHandler):
 
 
 def _mask_of(documents: Documents, num_tokens: int) -> Tensor:
-    """1 at tokens and 0 at padding, int64 [B, T]."""
+    """Return an int64 mask [B, T], 1 at tokens and 0 at padding."""
     rows = np.repeat(np.arange(len(documents.num_per_row)), documents.num_per_row)
     if np.bincount(rows[~documents.is_padding], minlength=1).max() > 1:
         raise _packed_rows_error()

@@ -1,4 +1,4 @@
-"""What every model of transformers needs here: its blocks, its weights, its token tables, its fp32 buffers."""
+"""What all Hugging Face models share here: blocks, weights, token tables and fp32 buffers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +15,15 @@ _HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_s
 
 
 class HuggingFaceModule(nn.Module):
-    """A model of transformers; its parameters have their names there, behind `model.`"""
+    """Wraps a transformers model; parameters keep their names, prefixed with `model.`"""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # typed as anything, for models differ in what they have
+        # typed Any because models have different attributes
         self.model: Any = model
 
     def init_weights(self) -> None:
-        """Draw all weights as transformers does for this architecture."""
+        """Initialise all weights as transformers does for this architecture."""
         for module in self.model.modules():
             module._is_hf_initialized = False
         for parameter in self.model.parameters():
@@ -31,27 +31,27 @@ class HuggingFaceModule(nn.Module):
         self.model.init_weights()
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture, so that a run can be loaded without asking for the published model again."""
+        """Write the architecture, so that a run loads without fetching the published model again."""
         self.model.config.save_pretrained(folder)
 
     def token_tables(self) -> list[str]:
-        """Names of the weights that have a row per token."""
+        """Return the names of the weights that have one row per token."""
         ends: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         weights = {id(module.weight) for module in ends}
         return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in weights]
 
     def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
-        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
+        """Grow the token tables to hold `num_tokens` tokens (they never shrink); return the number of rows."""
         embedding: Any = self.model.get_input_embeddings()
         if num_tokens > embedding.weight.shape[0]:
-            # drawn as at the start, not around the mean of all rows: their covariance takes a model's worth of work
+            # initialise new rows as at the start, not around the mean of all rows: the covariance costs too much
             embedding = self.model.resize_token_embeddings(
                 num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False
             )
         return embedding.weight.shape[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HuggingFaceModule":
-        # rotary frequencies and the like stay fp32 in a model that is cast to another dtype
+        # rotary frequencies and similar buffers stay fp32 when the model is cast to another dtype
         tables = [
             (module, name, table)
             for module in self.modules()
@@ -67,7 +67,7 @@ class HuggingFaceModule(nn.Module):
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """True if logits are hidden states times the head's weight, and nothing else."""
+    """Return True if logits are just hidden states times the head's weight."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     return getattr(head, "bias", None) is None and all(
@@ -76,9 +76,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model of transformers, in order: of its image encoder too, of blocks within blocks the outer.
+    """Return a transformers model's blocks in order, image encoder included; of nested blocks, the outer ones.
 
-    Not what the model says must not be split: image-text models name parts of their blocks there.
+    `_no_split_modules` does not serve here: image-text models list parts of blocks in it.
     """
     blocks: list[nn.Module] = []
     inner: set[nn.Module] = set()
@@ -95,10 +95,10 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 def select_states(
     hidden_states: tuple[Tensor, ...], num_states: int, at: Int[Tensor, " B"] | None
 ) -> list[Float[Tensor, "B S D"]]:
-    """Return the last `num_states` hidden states; of the token at one place of each row where `at` is given.
+    """Return the last `num_states` hidden states; with `at`, only those of one token per row.
 
     Raises:
-        ValueError: there are fewer blocks.
+        ValueError: the model has fewer blocks.
     """
     if num_states >= len(hidden_states):
         raise ValueError(f"The last {num_states} layers are asked for, but the model has {len(hidden_states) - 1}.")
@@ -110,14 +110,14 @@ def select_states(
 
 
 def load_published_model(auto_class: Any, hf_pretrained: str, *, loads_weights: bool) -> Any:
-    """Build the model that `hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+    """Build the model that `hf_pretrained` names, in fp32; code shipped with it is never run.
 
     Args:
         auto_class: the class of transformers that knows models of this kind.
-        loads_weights: with the published weights; False: the architecture with new ones.
+        loads_weights: load the published weights; False: initialise new ones.
 
     Raises:
-        ValueError: there is no such model, or it is none that transformers knows.
+        ValueError: the model does not exist, or transformers does not support it.
     """
     name = hf_pretrained.removeprefix("hf://")
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}

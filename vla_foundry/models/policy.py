@@ -124,7 +124,7 @@ def create_policy(params: RobotPolicyParams, load_pretrained: bool = True) -> Ro
 
     Raises:
         ValueError: a width is missing, or a checkpoint does not fit.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
     if params.action_dim is None or params.proprioception_dim is None:
         name = "action_dim" if params.action_dim is None else "proprioception_dim"

@@ -71,7 +71,7 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
 
     Raises:
         ValueError: the type is not registered, or a checkpoint does not fit.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
     factory = MODELS.get(params.type)
     checkpoint = params.resume_from_checkpoint if load_pretrained else None

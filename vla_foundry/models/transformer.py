@@ -161,7 +161,7 @@ class Transformer(nn.Module):
             normalize: take the last one after the final norm.
 
         Raises:
-            ValueError: there are fewer blocks.
+            ValueError: the model has fewer blocks.
         """
         num_blocks = len(self.layers)
         if num_states > num_blocks:
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         return rows
 
     def token_tables(self) -> list[str]:
-        """Names of the weights that have a row per token."""
+        """Return the names of the weights that have one row per token."""
         return [f"{name}.weight" for name in ("embeddings", "output") if getattr(self, name) is not None]
 
     def num_flops_per_token(self, seq_len: int) -> float:

@@ -206,7 +206,7 @@ class VLM(nn.Module):
         self.projection.init_weights()
 
     def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = ROWS_MULTIPLE) -> int:
-        """Make room for `num_tokens` tokens, never fewer rows than before; returns the number of rows."""
+        """Grow the token tables to hold `num_tokens` tokens (they never shrink); return the number of rows."""
         return self.transformer.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of)
 
     def num_flops_per_token(self, seq_len: int) -> float:
@@ -236,7 +236,7 @@ def create_vlm(params: VLMParams, load_pretrained: bool = True) -> VLM:
 
     Raises:
         ValueError: a checkpoint does not fit its part.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
     vit = _create_part(params.vit, load_pretrained)
     transformer = _create_part(params.transformer, load_pretrained)

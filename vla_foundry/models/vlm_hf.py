@@ -230,7 +230,7 @@ def create_vlm_hf(params: VLMHFParams, load_pretrained: bool = True) -> VLMHF:
     """Build the model that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
 
     Raises:
-        ValueError: there is no such model, or it is none that transformers knows.
+        ValueError: the model does not exist, or transformers does not support it.
     """
     loads = load_pretrained and params.hf_load_weights
     model = load_published_model(AutoModelForImageTextToText, params.hf_pretrained, loads_weights=loads)

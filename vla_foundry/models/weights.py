@@ -43,7 +43,7 @@ def load_model_checkpoint(
         translate: gives what the file holds the model's own names; None: it has them.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: it can not be read, or its names and shapes are not the model's.
     """
     with open_checkpoint(path, use_ema=use_ema) as entries:
@@ -61,7 +61,7 @@ def load_part_checkpoint(
         may_grow: names of tensors whose first rows are loaded where the model has more; its other rows stay.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: it can not be read, or does not fit.
     """
     with open_checkpoint(checkpoint) as entries:

@@ -83,7 +83,7 @@ class ActionHead(nn.Module):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """Return the units that activation checkpointing, compilation and sharding wrap."""
+        """Return the modules that activation checkpointing, compilation and sharding wrap."""
         raise NotImplementedError
 
     def init_weights(self) -> None:

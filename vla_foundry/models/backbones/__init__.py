@@ -1,1 +1,1 @@
-"""Backbones: what encodes a robot's observation for an action head."""
+"""Backbones encode a robot's observation for an action head."""

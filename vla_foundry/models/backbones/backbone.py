@@ -1,4 +1,4 @@
-"""What the policy expects of a backbone, and the registries of backbones and of what prepares their inputs."""
+"""The backbone base class and the registries of backbones and of the functions that prepare their inputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,29 +14,29 @@ from vla_foundry.registry import Registry
 
 
 class Conditioning(NamedTuple):
-    """What a backbone makes of the observations of B samples."""
+    """A backbone's output for B samples."""
 
     # (B, K, C)
     tokens: Tensor
-    # bool (B, K), True where a token may be seen; None: everywhere
+    # bool (B, K), True where a token is visible; None: all visible
     mask: Tensor | None = None
 
 
 class Backbone(nn.Module):
-    """Encodes observations: `forward` takes what its observation function gives, and returns Conditioning.
+    """Encodes observations: `forward` takes the output of its observation function and returns Conditioning.
 
     A base class, not a protocol: since Python 3.12 a protocol's isinstance check does not see submodules.
     """
 
-    # the model that it wraps, whose checkpoints it can start from
+    # the wrapped model; the backbone can start from its checkpoints
     model: Any
-    # what that model is called within larger models' checkpoints
+    # name of that model within larger models' checkpoints
     part_name: str
     # width of its tokens
     conditioning_dim: int
 
     def blocks(self) -> list[nn.Module]:
-        """Return the units that activation checkpointing, compilation and sharding wrap."""
+        """Return the modules that activation checkpointing, compilation and sharding wrap."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
@@ -44,11 +44,11 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Return the operations of forward and backward per token of a row of `seq_len` tokens."""
+        """Return the FLOPs of forward and backward per token, for rows of `seq_len` tokens."""
         raise NotImplementedError
 
 
-# (params, load_pretrained) -> backbone; checkpoints and freezing are dealt with by create_backbone
+# (params, load_pretrained) -> backbone; create_backbone handles checkpoints and freezing
 BackboneFactory = Callable[..., Backbone]
 # (params, batch of modality "robotics" with or without actions, device) -> keyword arguments of forward
 PrepareObservation = Callable[[Any, Batch, torch.device | str], dict[str, Any]]
@@ -68,16 +68,16 @@ def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]
 
 
 def register_observation(name: str) -> Callable[[PrepareObservation], PrepareObservation]:
-    """Register the function that prepares a batch for the backbone called `name`; nothing may wait for the device."""
+    """Register the function that prepares batches for backbone `name`; it must not synchronise with the device."""
     return OBSERVATIONS.register(name)
 
 
 def create_backbone(params: BackboneParams, load_pretrained: bool = True) -> Backbone:
-    """Build the backbone, with the weights of its checkpoint, or published ones, if `load_pretrained` is true.
+    """Build the backbone; if `load_pretrained`, load its checkpoint or its published weights.
 
     Raises:
         ValueError: the type is not registered, or the checkpoint does not fit.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
     checkpoint = params.resume_from_checkpoint if load_pretrained else None
     backbone = BACKBONES.get(params.type)(params, load_pretrained=load_pretrained and checkpoint is None)
@@ -89,6 +89,6 @@ def create_backbone(params: BackboneParams, load_pretrained: bool = True) -> Bac
 
 
 def read_image_mask(batch: Batch, device: torch.device | str) -> Tensor | None:
-    """Return `image_mask` on the device, or None where every image is there."""
+    """Return `image_mask` on the device, or None if no image is missing."""
     image_mask: Tensor | None = batch.get("image_mask")
     return None if image_mask is None or image_mask.all() else to_device(image_mask, device)

@@ -1,4 +1,4 @@
-"""A Hugging Face CLIP model as a backbone: one token for the instruction, and one for each image."""
+"""The CLIP backbone (Hugging Face): one token for the instruction and one for each image."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from vla_foundry.params.models.backbones import CLIPBackboneParams
 
 
 class CLIPBackbone(Backbone):
-    """Tokens are the two encoders' projections, normalised to length 1."""
+    """Outputs the projections of both encoders as tokens, normalised to length 1."""
 
     part_name = "vision_language_backbone.model"
 
@@ -33,7 +33,7 @@ class CLIPBackbone(Backbone):
         self.model = model
         clip = model.model
         self.conditioning_dim: int = clip.config.projection_dim
-        # the scale of CLIP's own loss
+        # only CLIP's own loss uses this scale
         clip.logit_scale.requires_grad_(False)
         if params.disable_text or params.freeze_text_encoder:
             clip.text_model.requires_grad_(False)
@@ -51,7 +51,7 @@ class CLIPBackbone(Backbone):
         input_ids: Int[Tensor, "B T"] | None,
         attention_mask: Int[Tensor, "B T"] | None,
     ) -> Conditioning:
-        """Encode; `num_images` of each sample, B x N images in all."""
+        """Encode B x N images; `num_images` is N, the number per sample."""
         clip = self.model.model
         images = clip.visual_projection(clip.vision_model(pixel_values=pixel_values).pooler_output)
         tokens = F.normalize(images, dim=-1).unflatten(0, (-1, num_images))  # (B, N, C)
@@ -66,15 +66,15 @@ class CLIPBackbone(Backbone):
         return Conditioning(tokens, None if image_mask is None else F.pad(image_mask, (1, 0), value=True))
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of both encoders."""
+        """Return the blocks of both encoders."""
         return find_blocks(self.model.model)
 
     def init_weights(self) -> None:
-        """Draw all weights as transformers does."""
+        """Initialise all weights as transformers does."""
         self.model.init_weights()
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """6 per weight of the text encoder's matrices; images are left out."""
+        """Return 6 FLOPs per matrix weight of the text encoder; images are not counted."""
         return 6.0 * sum(p.numel() for p in self.model.model.text_model.encoder.parameters() if p.ndim == 2)
 
     def save_files(self, folder: Any) -> None:
@@ -87,7 +87,7 @@ def create_clip_backbone(params: CLIPBackboneParams, load_pretrained: bool = Tru
     """Build the backbone, in fp32.
 
     Raises:
-        ValueError: there is no such model, or it is no CLIP model.
+        ValueError: the model does not exist or is not a CLIP model.
     """
     loads = load_pretrained and params.hf_load_weights
     if loads:

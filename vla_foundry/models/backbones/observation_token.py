@@ -1,4 +1,4 @@
-"""The observation token: one token after the text of each row, at which a policy reads what a model understood."""
+"""The observation token: appended to each row's text; the policy reads the model's hidden state there."""
 
 from typing import Any, NamedTuple
 
@@ -14,18 +14,18 @@ class Rows(NamedTuple):
 
     # int64 (B, W), 0 in padding and at the observation token
     input_ids: Tensor
-    # int64 (B,), tokens of each row, the observation token among them
+    # int64 (B,), number of tokens in each row, including the observation token
     lengths: Tensor
-    # int64 (B,), where the observation token is; None: there is none
+    # int64 (B,), position of the observation token; None if absent
     places: Tensor | None
 
 
 def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool) -> Rows:
-    """Lay out the rows of a batch, with room for an observation token right behind each text.
+    """Lay out the rows of a batch, with room for an observation token right after each text.
 
     Args:
-        is_trimmed: cut off columns that are padding in every row; false: keep to the batch's own widths, of which
-            there are few.
+        is_trimmed: drop columns that are padding in every row; false: keep the batch's width, which takes few
+            distinct values.
 
     Raises:
         ValueError: a row holds several samples.
@@ -50,19 +50,19 @@ def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool)
 
 
 def extend_columns(values: Tensor, width: int) -> Tensor:
-    """Bring token types (B, T) to the width of rows, with 0 in what is added."""
+    """Pad token types (B, T) with 0 to the row width."""
     grown = torch.zeros(values.shape[0], width, dtype=values.dtype)
     grown[:, : values.shape[1]] = values[:, :width]
     return grown
 
 
 def mask_of(rows: Rows) -> Tensor:
-    """bool (B, W), True at tokens."""
+    """Return a bool mask (B, W), True at tokens."""
     return torch.arange(rows.input_ids.shape[1]) < rows.lengths[:, None]
 
 
 def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
-    """Return the batch without images that `image_mask` says are not to be seen, and without their tokens."""
+    """Return the batch without the images that `image_mask` hides and without their tokens."""
     image_mask: Tensor | None = batch.get("image_mask")
     if image_mask is None or image_mask.all():
         return batch
@@ -79,7 +79,7 @@ def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
 
 
 def documents_of(rows: Rows) -> Documents:
-    """Each row as one document and the padding behind it."""
+    """Return each row as one document followed by padding."""
     lengths = rows.lengths.numpy()
     pairs = np.stack([lengths, rows.input_ids.shape[1] - lengths], axis=1)
     return Documents(
@@ -90,7 +90,7 @@ def documents_of(rows: Rows) -> Documents:
 
 
 def put_token(embeds: Tensor, token: Tensor, places: Tensor) -> Tensor:
-    """Replace the embedding at one place of each row of (B, W, D) by `token` (D,)."""
+    """Replace the embedding at one position of each row of (B, W, D) with `token` (D,)."""
     flat_places = torch.arange(embeds.shape[0], device=places.device) * embeds.shape[1] + places
     rows: Any = token.to(embeds.dtype).expand(embeds.shape[0], -1)
     return embeds.flatten(0, 1).index_copy(0, flat_places, rows).view_as(embeds)

@@ -1,4 +1,4 @@
-"""An image encoder alone as a backbone: all patches of all images; the instruction is not read."""
+"""The image-only backbone: outputs all patches of all images and ignores the instruction."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vla_foundry.params.models.backbones import ViTBackboneParams
 
 
 class ViTBackbone(Backbone):
-    """Images to the tokens of their patches, image by image."""
+    """Maps images to patch tokens, image by image."""
 
     # within a vision-language model's checkpoint
     part_name = "vit"
@@ -34,22 +34,22 @@ class ViTBackbone(Backbone):
     def forward(
         self, pixel_values: Float[Tensor, "M 3 H W"], *, num_images: int, image_mask: Bool[Tensor, "B N"] | None
     ) -> Conditioning:
-        """Encode; `num_images` of each sample, B x N images in all."""
+        """Encode B x N images; `num_images` is N, the number per sample."""
         tokens = self.model(pixel_values)  # (B N, T, C)
         per_image = tokens.shape[1]
         mask = None if image_mask is None else image_mask.repeat_interleave(per_image, dim=1)
         return Conditioning(tokens.unflatten(0, (-1, num_images)).flatten(1, 2), mask)
 
     def blocks(self) -> list[nn.Module]:
-        """Those of the encoder."""
+        """Return the encoder's blocks."""
         return self.model.list_blocks()
 
     def init_weights(self) -> None:
-        """Draw the weights of the encoder."""
+        """Initialise the encoder's weights."""
         self.model.init_weights()
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of one image, spread over the tokens of a row."""
+        """Return the FLOPs of one image divided by the tokens of a row."""
         return self.model.num_flops_per_image() / seq_len
 
     def save_files(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ def create_vit_backbone(params: ViTBackboneParams, load_pretrained: bool = True)
     """Build the backbone.
 
     Raises:
-        ValueError: a checkpoint does not fit, or there is no such published encoder.
+        ValueError: a checkpoint does not fit, or the published encoder does not exist.
     """
     return ViTBackbone(create_model(params.vit, load_pretrained=load_pretrained))
 

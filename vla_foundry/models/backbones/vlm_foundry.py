@@ -1,4 +1,4 @@
-"""Our vision-language model as a backbone: hidden states of its last layers, without its output head."""
+"""The native vision-language backbone: hidden states of the last layers, without the output head."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from vla_foundry.params.models.vlm import VLMParams
 
 
 class VLMFoundryBackbone(Backbone):
-    """Images and an instruction to the hidden states at the observation token, or at every token (prefix)."""
+    """Maps images and an instruction to hidden states at the observation token or at every token (prefix)."""
 
     part_name = "vision_language_backbone.model"
 
@@ -61,8 +61,8 @@ class VLMFoundryBackbone(Backbone):
 
         Args:
             documents: each row as one document and its padding.
-            observation_places: where in each row the observation token goes, behind all of its text.
-            token_mask: prefix: which tokens the head may see; None: all.
+            observation_places: position of the observation token in each row, after all text.
+            token_mask: True at tokens that the head may see (prefix only); None: all.
         """
         embeds = self.model.embed(input_ids, pixel_values, image_positions)
         if self.observation_token is not None:
@@ -79,11 +79,11 @@ class VLMFoundryBackbone(Backbone):
         return Conditioning(torch.cat(states, dim=-1), token_mask)
 
     def blocks(self) -> list[nn.Module]:
-        """Those of the model."""
+        """Return the model's blocks."""
         return self.model.blocks()
 
     def init_weights(self) -> None:
-        """Draw the weights of the model, and the observation token like an embedding."""
+        """Initialise the model's weights; draw the observation token like an embedding."""
         self.model.init_weights()
         self._init_token()
 
@@ -93,7 +93,7 @@ class VLMFoundryBackbone(Backbone):
             nn.init.normal_(self.observation_token, std=self.observation_token.numel() ** -0.5)
 
     def _freeze_unused(self) -> None:
-        """What no gradient reaches: the output head, if it is not the embedding too, and a norm that is left out."""
+        """Freeze weights that get no gradient: an untied output head, and the final norm if it is skipped."""
         transformer = self.model.transformer
         is_native = hasattr(transformer, "layers")
         head = transformer.output if is_native else transformer.model.get_output_embeddings()
@@ -105,11 +105,11 @@ class VLMFoundryBackbone(Backbone):
             transformer.norm.requires_grad_(False)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the model without its output head."""
+        """Return the model's FLOPs without its output head."""
         return self.model.num_flops_per_token(seq_len) - 6.0 * self._head_size
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of Hugging Face parts."""
+        """Write the architecture of the Hugging Face parts."""
         self.model.save_files(folder)
 
 
@@ -135,7 +135,7 @@ def _architecture(params: VLMFoundryBackboneParams) -> VLMParams:
 
 @register_observation("vlm_foundry_backbone")
 def prepare_observation(params: VLMFoundryBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-    """Return what VLMFoundryBackbone.forward takes; where the image tokens are is found on the host."""
+    """Return what VLMFoundryBackbone.forward takes; image tokens are located on the host."""
     vlm = _architecture(params)
     assert vlm.image_token_id is not None
     batch = drop_missing_images(batch, vlm.image_token_id)

@@ -1,4 +1,4 @@
-"""Any Hugging Face image-text model as a backbone: hidden states of its last layers, without its output head."""
+"""The backbone for any Hugging Face image-text model: hidden states of the last layers, without the output head."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vla_foundry.models.batch_handlers import NOT_INPUTS, normalize_batch_images
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMBackboneParams
 
-# of a batch of robot data, but no inputs of an image-text model
+# batch keys of robot data that are not inputs of an image-text model
 _ROBOT_KEYS = {
     *("image_mask", "actions", "proprioception", "past_mask", "future_mask", "is_padding", "action_dim_mask"),
     *("anchors", "intrinsics", "extrinsics"),
@@ -27,7 +27,7 @@ _ROBOT_KEYS = {
 
 
 class VLMBackbone(Backbone):
-    """Images and an instruction to the hidden states at the observation token, or at every token (prefix)."""
+    """Maps images and an instruction to hidden states at the observation token or at every token (prefix)."""
 
     part_name = "vision_language_backbone.model"
 
@@ -43,12 +43,12 @@ class VLMBackbone(Backbone):
             # no gradient reaches it
             head.requires_grad_(False)
         self.observation_token = None
-        # during a forward: where the observation token goes
+        # position of the observation token, set during a forward
         self._places: Tensor | None = None
         if params.conditioning == "observation_token":
             self.observation_token = nn.Parameter(torch.empty(width))
             self._init_token()
-            # architectures differ in what they do to embeddings next, but each looks tokens up in its table
+            # architectures process embeddings differently, but all of them look tokens up in this table
             table.register_forward_hook(self._put_token)
 
     def forward(
@@ -61,10 +61,10 @@ class VLMBackbone(Backbone):
         token_mask: Bool[Tensor, "B W"] | None,
         **extras: Tensor,
     ) -> Conditioning:
-        """Encode; arguments are those of VLMHF and VLMFoundryBackbone."""
+        """Encode; for the arguments see VLMHF and VLMFoundryBackbone."""
         self._places = observation_places
         if self.model.takes_prompt_types and observation_places is not None:
-            # the prompt's tokens see each other in both directions, and not the observation token
+            # prompt tokens see each other in both directions, but not the observation token
             columns = torch.arange(input_ids.shape[1], device=input_ids.device)
             extras["token_type_ids"] = (columns == observation_places[:, None]).int()
         states = self.model.encode(
@@ -79,17 +79,17 @@ class VLMBackbone(Backbone):
         return Conditioning(torch.cat(states, dim=-1), token_mask)
 
     def _put_token(self, module: nn.Module, inputs: Any, embeds: Tensor) -> Tensor:
-        # an architecture may look up single tokens besides
+        # some architectures also look up single tokens
         if self._places is None or self.observation_token is None or embeds.ndim != 3:
             return embeds
         return put_token(embeds, self.observation_token, self._places)
 
     def blocks(self) -> list[nn.Module]:
-        """Those of the model."""
+        """Return the model's blocks."""
         return self.model.blocks()
 
     def init_weights(self) -> None:
-        """Draw the weights of the model, and the observation token like an embedding."""
+        """Initialise the model's weights; draw the observation token like an embedding."""
         self.model.init_weights()
         self._init_token()
 
@@ -99,7 +99,7 @@ class VLMBackbone(Backbone):
             nn.init.normal_(self.observation_token, std=0.02)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the model without its output head."""
+        """Return the model's FLOPs without its output head."""
         return self.model.num_flops_per_token(seq_len) - 6.0 * self._head_size
 
     def save_files(self, folder: Path) -> None:
@@ -112,16 +112,16 @@ def create_vlm_backbone(params: VLMBackboneParams, load_pretrained: bool = True)
     """Build the backbone, in fp32.
 
     Raises:
-        ValueError: there is no such model, or it is none that transformers knows.
+        ValueError: the model does not exist, or transformers does not support it.
     """
     return VLMBackbone(params, create_model(params.model_params(), load_pretrained=load_pretrained))
 
 
 @register_observation("vlm_backbone")
 def prepare_observation(params: VLMBackboneParams, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-    """Return what VLMBackbone.forward takes; what is neither tokens nor images is passed on as it is.
+    """Return what VLMBackbone.forward takes; inputs other than tokens and images are passed on unchanged.
 
-    Images that are missing are seen, black: how tokens and images go together differs between families.
+    Missing images stay visible as black images: model families differ in how they match tokens to images.
     """
     has_token = params.conditioning == "observation_token"
     rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
