@@ -1,4 +1,4 @@
-"""Reading data: the order of samples, shards, pipelines, the loader. The plan, reader and cache need no torch."""
+"""Read data: sample order, shards, pipelines and the loader. The plan, reader and cache do not need torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

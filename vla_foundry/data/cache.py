@@ -1,13 +1,13 @@
-"""The node's cache of remote shards: whole files, shared by all processes of the node, bounded, safe to kill.
+"""Cache remote shards on the node: whole files, shared by all its processes, bounded in size, safe to kill.
 
     <folder>/<key>.tar          a whole, checked shard
     <folder>/<key>.index.json   its index
-    <folder>/<key>.part/        a download in progress; without a process that holds its lock it is rubbish
-    <folder>/locks/<00 .. ff>   locks (flock), shared by all keys with these first two digits; locks/all: for eviction
+    <folder>/<key>.part/        a download in progress; stale if no process holds its lock
+    <folder>/locks/<00 .. ff>   flock files, one for all keys that start with these two digits; locks/all: eviction
 
-A key is a hash of a shard's name, size and checksum, so a dataset that is written anew never meets old bytes. The
-least recently opened shards are deleted when room is needed. A reader that still has one open goes on reading it: its
-bytes are freed when it is closed.
+A key is a hash of a shard's name, size and checksum, so a rewritten dataset never gets stale bytes. When space runs
+out, the least recently opened shards are deleted. A reader that still has one open can keep reading: the disk space is
+freed when the reader closes it.
 """
 
 import fcntl
@@ -33,12 +33,12 @@ _MAX_OPEN_ATTEMPTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteShard:
-    """A remote tar and what is known of it."""
+    """A remote tar, with its size and checksum if known."""
 
     uri: str
-    # size in bytes, or None
+    # size in bytes; None if unknown
     num_bytes: int | None = None
-    # SHA-256, hexadecimal, or None
+    # hexadecimal SHA-256; None if unknown
     sha256: str | None = None
 
 
@@ -46,8 +46,8 @@ class ShardCache:
     """Downloads and keeps remote shards.
 
     Args:
-        folder: folder of the cache, on a local disk; all processes of a node name the same.
-        max_bytes: the files of the cache together stay below this.
+        folder: cache folder on a local disk, the same for all processes of a node.
+        max_bytes: limit on the total size of the cached files.
     """
 
     def __init__(self, folder: str, max_bytes: int) -> None:
@@ -56,11 +56,11 @@ class ShardCache:
         self._sizes: dict[str, int] = {}
 
     def open(self, shard: RemoteShard) -> tuple[BinaryIO, str]:
-        """Return a shard, open for reading, and its path in the cache; download it if it is not there.
+        """Return a shard, open for reading, and its path in the cache; download it if it is not cached.
 
         Raises:
-            FileNotFoundError: there is no such remote file.
-            ValueError: its bytes are not those that the manifest names, twice; or it is larger than the cache.
+            FileNotFoundError: the remote file does not exist.
+            ValueError: two downloads did not match the manifest, or the shard is larger than the cache.
         """
         for _ in range(_MAX_OPEN_ATTEMPTS):
             self.fetch(shard)
@@ -80,11 +80,11 @@ class ShardCache:
         return os.path.exists(self._path(shard))
 
     def fetch(self, shard: RemoteShard, *, wait: bool = True) -> bool:
-        """Bring a shard into the cache.
+        """Download a shard into the cache unless it is already there.
 
         Args:
-            shard: which.
-            wait: wait for another process that is downloading it; if False, leave it to that one.
+            shard: the shard.
+            wait: if another process is downloading it, wait; if False, leave it to that process.
 
         Returns:
             True if the shard is in the cache.
@@ -105,14 +105,14 @@ class ShardCache:
                 f"{shard.uri} ({num_bytes} bytes) is larger than the cache. "
                 f"Raise data.dataset_cache.cache_size_gb ({self.max_bytes / 1e9:g})."
             )
-        shutil.rmtree(part_folder, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(part_folder, ignore_errors=True)  # left by a killed process
         part = os.path.join(part_folder, "shard")
         try:
             with self._locked("all"):
                 self._evict(num_bytes)
                 os.makedirs(part_folder)
                 with open(os.path.join(part_folder, "room"), "wb") as room:
-                    room.truncate(num_bytes)  # takes no disk space, but is counted by others
+                    room.truncate(num_bytes)  # takes no disk space, but other processes count it
             download(shard.uri, part)
             fault = _find_fault(part, num_bytes, shard.sha256)
             if fault:
@@ -128,7 +128,7 @@ class ShardCache:
             shutil.rmtree(part_folder, ignore_errors=True)
 
     def _evict(self, num_bytes: int) -> None:
-        """Delete the least recently used shards until `num_bytes` fit, and rubbish. The caller holds the lock "all"."""
+        """Delete stale files, and least recently used shards until `num_bytes` fit. The caller holds the lock "all"."""
         used, shards = 0, []
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
             if entry.name.endswith(".part"):
@@ -147,7 +147,7 @@ class ShardCache:
             used -= size
 
     def _measure_part(self, entry: os.DirEntry[str]) -> int:
-        """Return the room that a download in progress has reserved; remove it if nobody works on it any more."""
+        """Return the bytes that a download in progress has reserved; delete the download if no process owns it."""
         with self._locked(entry.name[:2], wait=False) as is_abandoned:
             if is_abandoned:
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -156,7 +156,7 @@ class ShardCache:
         return status.st_size if status else 0
 
     def size(self, shard: RemoteShard) -> int:
-        """Return a shard's size in bytes, from the manifest or else from the store."""
+        """Return a shard's size in bytes, from the manifest or, failing that, the store."""
         if shard.num_bytes is not None:
             return shard.num_bytes
         if shard.uri not in self._sizes:
@@ -169,7 +169,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock of the cache. Yields False, without it, if `wait` is False and another process holds it."""
+        """Hold a cache lock. Yield False, without the lock, if `wait` is False and another process holds it."""
         os.makedirs(os.path.join(self.folder, "locks"), exist_ok=True)
         with open(os.path.join(self.folder, "locks", name), "ab") as file:
             try:
@@ -177,14 +177,14 @@ class ShardCache:
                 is_mine = True
             except BlockingIOError:
                 is_mine = False
-            yield is_mine  # closing the file gives the lock back
+            yield is_mine  # closing the file releases the lock
 
 
 class LookAhead:
-    """Threads that bring shards into the cache before they are read.
+    """Threads that download shards into the cache before they are read.
 
-    Several processes may look ahead over the same shards: one that is being downloaded is left to whoever does it. An
-    error here is only logged: whoever reads the shard meets it again.
+    Several processes may look ahead over the same shards; a shard that another process is downloading is skipped.
+    Errors are only logged here, because reading the shard raises them again.
     """
 
     def __init__(self, cache: ShardCache) -> None:
@@ -197,14 +197,14 @@ class LookAhead:
             threading.Thread(target=self._work, daemon=True, name="look-ahead").start()
 
     def want(self, shards: Sequence[RemoteShard]) -> None:
-        """Replace the list of shards to fetch, the most urgent first. At most half the cache is filled ahead."""
+        """Replace the list of shards to fetch, most urgent first. Prefetching fills at most half the cache."""
         with self._changed:
             self._wanted = list(shards)
             self._room = self._cache.max_bytes // 2
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop after the downloads in progress."""
+        """Finish the downloads in progress, then stop."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Read the facts that a config is resolved with: manifests, tokenizers, specs, earlier runs, cores, processes."""
+"""Read the facts needed to resolve a config: manifests, tokenizers, specs, earlier runs, cores, processes."""
 
 import json
 import os
@@ -28,21 +28,21 @@ from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, rea
 from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
 from vla_foundry.world import read_ranks_per_node
 
-# owner/name on the Hugging Face hub, or an old name without an owner
+# owner/name on the Hugging Face hub, or a legacy name without an owner
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool = False) -> Facts:
-    """Read the facts that these params call for.
+    """Read the facts that these params need.
 
     Args:
-        params: as parsed.
+        params: the parsed params, not yet resolved.
         world_size: number of processes.
-        offline: do not reach for anything that is remote; such facts, and missing files, are then Unavailable.
+        offline: read nothing remote; remote facts and missing files are then Unavailable.
 
     Raises:
         FileNotFoundError: a manifest or a checkpoint is missing.
-        ValueError: a manifest is not what it should be.
+        ValueError: a manifest is malformed.
     """
     data = params.data
     name = data.tokenizer_name()
@@ -73,7 +73,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
 
 
 def _add_robotics(facts: Facts, checkpoints: Sequence[str], offline: bool) -> Facts:
-    """Add the spec of each dataset, and that of the run that the model starts from; remote ones only if not offline."""
+    """Add the spec of each dataset and of the run the model starts from; remote ones only if not offline."""
 
     def read(dataset: DatasetFacts) -> DatasetFacts:
         if isinstance(dataset.num_samples, Unavailable):
@@ -108,7 +108,7 @@ def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:
 
 
 def _read_dataset(manifest: str, path: str, offline: bool) -> DatasetFacts:
-    """Read the manifest of one dataset, and what lies beside it."""
+    """Read one dataset's manifest and the files beside it."""
     if offline and is_remote(manifest):
         return DatasetFacts(manifest=manifest, num_samples=Unavailable(manifest), provenance={})
     try:
@@ -130,13 +130,13 @@ def _read_dataset(manifest: str, path: str, offline: bool) -> DatasetFacts:
 
 
 def _read_provenance(location: str) -> dict[str, Any]:
-    """Return what a dataset says about itself: the part `dataset` of its provenance."""
+    """Return the `dataset` section of a dataset's provenance."""
     dataset = _read_json(location).get("dataset", {})
     return dataset if isinstance(dataset, dict) else {}
 
 
 def _read_json(location: str) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if there is no such file, or it holds something else."""
+    """Return the JSON object in a file, or {} if the file is missing or holds something else."""
     try:
         values = json.loads(read_text(location))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -145,7 +145,7 @@ def _read_json(location: str) -> dict[str, Any]:
 
 
 def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
-    """Return the facts about a dataset's own tokenizer folder, or None if it has none."""
+    """Return the facts about a dataset's own tokenizer, or None if it has no tokenizer folder."""
     try:
         return _read_tokenizer(folder, folder)
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _read_tokenizer(name: str, location: str) -> TokenizerFacts:
 
 
 def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | None:
-    """Return the processor, or else the tokenizer, kept in the run that the model or a part of it starts from."""
+    """Return the processor, or else the tokenizer, saved in the run that the model or one of its parts starts from."""
     for checkpoint in list_checkpoints(model):
         if is_remote(checkpoint) and offline:
             continue
@@ -170,14 +170,14 @@ def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | Non
 
 
 def list_checkpoints(model: BaseParams) -> list[str]:
-    """Return what the model starts from, and then what each of its parts does, in order of the fields."""
+    """Return the checkpoint the model starts from, then those of its parts, in field order."""
     found = [model.resume_from_checkpoint] if isinstance(model, ModelParams | BackboneParams) else []
     parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
     return [name for name in found if name is not None] + [name for part in parts for name in list_checkpoints(part)]
 
 
 def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, ModelParams]:
-    """Return the model of each run that a part starts from and takes its architecture from."""
+    """Return the model params of each run that a part takes its weights and architecture from."""
     models: dict[str, ModelParams] = {}
     for part in (value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)):
         if isinstance(part, VLMFoundryBackboneParams) and part.vlm is None and part.resume_from_checkpoint is not None:
@@ -188,7 +188,7 @@ def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, Model
 
 
 def _read_run_model(checkpoint: str) -> ModelParams:
-    """Return the params of the model that a checkpoint is of; Hugging Face parts are read from the run's own files."""
+    """Return the model params of a checkpoint; Hugging Face parts are read from the run's own files."""
     for folder in run_folder_candidates(checkpoint):
         config = join_uri(folder, MODEL_CONFIG_NAME)
         if exists(config):
@@ -204,10 +204,10 @@ def _read_run_model(checkpoint: str) -> ModelParams:
 
 
 def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | None:
-    """Return the facts about the tokenizer that data.tokenizer names; None if they are out of reach.
+    """Return the facts about the tokenizer named by data.tokenizer, or None if they cannot be read.
 
     Raises:
-        FileNotFoundError: it can only be a folder of this machine, and there is none.
+        FileNotFoundError: the name can only be a local folder, and the folder does not exist.
     """
     if name is None:
         return None
@@ -219,6 +219,6 @@ def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | N
         return _read_tokenizer(name, location)
     except (FileNotFoundError, ValueError):
         if is_remote(location) or offline:
-            # what loads it will say what is wrong; this only looks at its size
+            # loading the tokenizer will report the error; this function only reads its size
             return None
         raise FileNotFoundError(f"data.tokenizer: {name} is no folder with a tokenizer.json.") from None

@@ -1,4 +1,4 @@
-"""The index of a shard: read from beside it, or made on first use and kept."""
+"""Load a shard's index from the file beside it, or build it on first use and save it."""
 
 import hashlib
 import logging
@@ -13,21 +13,21 @@ _logger = logging.getLogger(__name__)
 
 
 def user_cache_folder() -> str:
-    """Return the folder for caches of this user."""
+    """Return this user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(root, "vla_foundry")
 
 
 def index_name(tar_name: str) -> str:
-    """Return the name of the index that belongs to a tar."""
+    """Return the name of a tar's index file."""
     return tar_name.removesuffix(".tar") + ".index.json"
 
 
 def load_index(file: BinaryIO, path: str) -> ShardIndex:
     """Return the index of a local shard.
 
-    An index beside the shard is used if it fits it (see `_fits`); else one from this user's cache; else the tar is
-    read once and its index is written beside it or, where that is not allowed, into the cache.
+    The index beside the shard is used if it matches the tar (see `_fits`), else one from this user's cache. Otherwise
+    the tar is read once, and its index is written beside it or, if the folder is read-only, to the cache.
 
     Args:
         file: the open tar.
@@ -51,7 +51,7 @@ def load_index(file: BinaryIO, path: str) -> ShardIndex:
     text = format_index(index)
     try:
         write_text(beside, text)
-    except OSError:  # a folder that may not be written to
+    except OSError:  # a read-only folder
         write_text(cached, text)
     return index
 
@@ -70,7 +70,7 @@ def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
 
 
 def _fits(file: BinaryIO, index: ShardIndex) -> bool:
-    """Check an index against its tar: the size of the tar, and the headers of the first and the last member."""
+    """Check an index against its tar: the tar's size, and the headers of its first and last members."""
     if os.fstat(file.fileno()).st_size != index.num_bytes:
         return False
     if index.records is not None:
@@ -88,6 +88,6 @@ def _has_header(file: BinaryIO, span: MemberSpan) -> bool:
     size = header[124:136].rstrip(b"\0 ")
     if header[257:262] != b"ustar":
         return False
-    if not size.isdigit():  # sizes of 8 GiB and above are binary
+    if not size.isdigit():  # tar writes sizes of 8 GiB and above in binary
         return True
     return int(size, 8) == span.size

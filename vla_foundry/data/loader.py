@@ -1,7 +1,7 @@
-"""Load the microbatches of a rank in the order of the plan, with any number of worker processes.
+"""Load a rank's microbatches in plan order, with any number of worker processes.
 
-The loader's whole state is the number of the next global batch. A checkpoint also holds `describe()`, everything that
-decides the order, and a run that continues compares it.
+The loader's only state is the number of the next global batch. A checkpoint also holds `describe()`, everything that
+determines the sample order, and a resumed run compares it with its own.
 """
 
 import functools
@@ -39,12 +39,12 @@ from vla_foundry.world import World
 
 Split: TypeAlias = Literal["train", "validation"]
 
-# data.max_bad_fraction is a fraction of at least this many samples
+# data.max_bad_fraction is checked against at least this many samples
 _MIN_JUDGED_SAMPLES = 1000
 
 
 class _Groups:
-    """Microbatch numbers in groups, from a start that each iteration may change."""
+    """Groups of microbatch numbers; each iteration may begin at a different number."""
 
     def __init__(self, group_size: int, end: int | None) -> None:
         self.start = 0
@@ -60,15 +60,15 @@ class _Groups:
 
 
 class DataLoader:
-    """A rank's loader. See create_dataloader.
+    """Loads one rank's microbatches. See `create_dataloader`.
 
     Args:
-        params: the data's params.
+        params: the data params.
         world: this rank.
-        datasets: what to read, all of one modality.
-        plan: the order.
+        datasets: the datasets to read, all of one modality.
+        plan: the sample order.
         pipeline: makes batches.
-        schedule: this rank's share.
+        schedule: this rank's share of the positions.
         split: "train" or "validation".
     """
 
@@ -108,41 +108,41 @@ class DataLoader:
             pin_memory=world.device.startswith("cuda"),
             multiprocessing_context=start_context() if num_workers else None,
             prefetch_factor=max(2, -(-params.prefetch_factor // group_size)) if num_workers else None,
-            persistent_workers=num_workers > 0 and split == "train",  # idle validation workers would hold memory
+            persistent_workers=num_workers > 0 and split == "train",  # idle validation workers would waste memory
             worker_init_fn=functools.partial(prepare_process, dict(os.environ)) if num_workers else None,
-            generator=torch.Generator(),  # PyTorch draws a number per iterator: leave the trainer's generator alone
+            generator=torch.Generator(),  # PyTorch draws a number per iterator: do not use the trainer's generator
         )
 
     @property
     def num_samples(self) -> int:
-        """Samples in all datasets, each counted once."""
+        """Number of samples in all datasets, each counted once."""
         return self._plan.num_samples
 
     @property
     def num_microbatches(self) -> int | None:
-        """Microbatches that `microbatches(0)` yields, the same on every rank; None: unlimited."""
+        """Number of microbatches that `microbatches(0)` yields, the same on every rank; None: unlimited."""
         return self._schedule.num_microbatches
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that decides the order of the samples, in plain JSON types."""
+        """Return everything that determines the sample order, in plain JSON types."""
         return describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
 
     def check_plan(self, saved_description: dict[str, Any]) -> None:
-        """Compare with the `describe()` of a checkpoint.
+        """Check that a checkpoint's `describe()` matches this loader.
 
         Raises:
-            ValueError: the order changed; the message says why.
+            ValueError: the sample order changed; the message says why.
         """
         check_description(saved_description, self.describe())
 
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]:
-        """Yield this rank's microbatches, starting with the first one of a global batch. One iterator at a time.
+        """Yield this rank's microbatches, starting at the first one of a global batch. One iterator at a time.
 
-        Training never ends. Validation ends after `total_samples` samples: every rank yields equally many microbatches,
-        and a rank that has run out of samples yields a row of padding without targets.
+        Training never ends. Validation ends after `total_samples` samples. Every rank yields the same number of
+        microbatches: a rank that has run out of samples yields a row of padding without targets.
 
         Raises:
-            ValueError: training needs a second epoch without data.allow_multiple_epochs; or data cannot be read.
+            ValueError: training needs a second epoch without data.allow_multiple_epochs, or data cannot be read.
         """
         self._groups.start = self._schedule.first_microbatch(first_global_batch)
         self._iterator = None  # ends an unfinished validation
@@ -181,7 +181,7 @@ class DataLoader:
         return message.unpack()
 
     def save_files(self, folder: Path) -> None:
-        """Write the files that the run's model needs for inference without the datasets."""
+        """Write the files that inference needs when the datasets are not available."""
         if isinstance(self._pipeline, SavesFiles):
             self._pipeline.save_files(folder)
 
@@ -206,18 +206,18 @@ def create_dataloader(
     """Create a rank's loader.
 
     Args:
-        params: the data's params.
+        params: the data params.
         world: this rank.
         global_batch_size: samples per step over all ranks.
         per_gpu_batch_size: samples per microbatch.
-        seed: seed of the order.
-        split: "train", or "validation": the val_ lists, in the order of the manifests.
-        total_samples: samples of a validation; None: all. Training ignores it.
+        seed: seed of the sample order.
+        split: "train", or "validation" for the val_ lists, read in manifest order.
+        total_samples: number of validation samples; None: all. Training ignores it.
         pipeline: makes batches, for example with your own stages; None: the pipeline registered for the modality.
 
     Raises:
         FileNotFoundError: a manifest or a shard is missing.
-        ValueError: params, manifests and shards do not match.
+        ValueError: params, manifests and shards contradict each other.
     """
     _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
@@ -301,7 +301,7 @@ def _return_unchanged(value: Any) -> Any:
     return value
 
 
-# key of `describe_plan` -> what the user calls it
+# key of `describe_plan` -> its name in messages
 _NAMES = {
     "plan_version": "the version of the plan",
     "seed": "data.seed",
@@ -320,7 +320,7 @@ _DATASET_NAMES = {
 
 
 def describe_plan(plan: SamplePlan, datasets: Sequence[Dataset], *, seq_len: int) -> dict[str, Any]:
-    """Describe everything that decides the order of the samples, in plain JSON types."""
+    """Describe everything that determines the sample order, in plain JSON types."""
     total = sum(plan.shares)
     return {
         "plan_version": PLAN_VERSION,
@@ -351,7 +351,7 @@ def _digest(dataset: Dataset) -> str:
 
 
 def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Check that two descriptions mean the same order.
+    """Check that two descriptions give the same sample order.
 
     Raises:
         ValueError: they do not; the message says what changed.

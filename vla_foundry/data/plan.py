@@ -1,14 +1,14 @@
-"""The order of samples: which one is at position g is a pure function of shard sizes, weights and seed.
+"""The sample order: the sample at position g is a pure function of shard sizes, weights and seed.
 
-Global batch b is positions [b * G, (b + 1) * G). Three steps resolve a position. None depends on earlier reads, on
-ranks or on workers:
+Global batch b covers positions [b * G, (b + 1) * G). Three steps resolve a position. None depends on earlier reads,
+ranks or workers:
 
 1. Batch -> dataset. Each batch holds each dataset's share, rounded down or up; a keyed permutation assigns the slots
    of a batch to datasets.
-2. Dataset -> ordinal. The number of samples of a dataset before batch b has a closed form (see `_num_before`).
+2. Dataset -> ordinal. The number of samples a dataset contributes before batch b has a closed form (see `_num_before`).
 3. Ordinal -> (epoch, shard, row). Each epoch permutes the shards, then the samples within blocks of shards.
 
-The plan does no I/O. It holds a few integers per shard, and a position costs O(log shards).
+The plan does no I/O. It holds a few integers per shard and resolves a position in O(log shards).
 """
 
 from collections import OrderedDict
@@ -22,21 +22,21 @@ import numpy as np
 from vla_foundry.randomness import draw_below, hash_int, hash_ints
 
 PLAN_VERSION = 1
-# the purpose of a hash is part of its key, so that no two draws share a number
+# each hash key includes its purpose, so that draws for different purposes are independent
 _SLOTS, _SHARDS, _SAMPLES, _REPLACEMENT = 1, 2, 3, 4
-# shares are counted in units of 2**-32 samples
+# shares are integers in units of 2**-32 samples
 _UNIT_BITS = 32
 _UNIT = 1 << _UNIT_BITS
 _MAX_LAYOUTS = 64
-# replacements of a bad sample come first from its own block, whose shards are open, then from the whole dataset
+# a bad sample is replaced first from its own block, whose shards are open, then from the whole dataset
 NUM_NEAR_REPLACEMENTS = 4
 
-# fewer rounds leave visible patterns among the orders of small domains
+# with fewer rounds, permutations of small domains show visible patterns
 _ROUND_KEYS = np.arange(1, 13, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)
 
 
 class Location(NamedTuple):
-    """Where samples are stored; four int64 arrays [n]."""
+    """Where samples are stored: four int64 arrays [n]."""
 
     dataset: np.ndarray
     shard: np.ndarray
@@ -46,31 +46,31 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """One epoch of one dataset: shards in their order, and the blocks that they form."""
+    """One epoch of one dataset: the shard order, and the blocks the shards form."""
 
-    # int64 [num_shards], the shards in order
+    # int64 [num_shards], shards in reading order
     order: np.ndarray
-    # int64 [num_shards + 1], samples before each of them
+    # int64 [num_shards + 1], samples before each shard
     starts: np.ndarray
     # int64 [num_blocks + 1], samples before each block
     block_starts: np.ndarray
-    # uint64 [num_blocks], key of the permutation within each block
+    # uint64 [num_blocks], permutation key of each block
     block_keys: np.ndarray
 
 
 class SamplePlan:
-    """The order of samples.
+    """The sample order.
 
     Args:
-        shard_sizes: for each dataset, the number of samples in each shard, in the order of the manifest.
-        weights: share of each dataset, any positive numbers.
+        shard_sizes: for each dataset, the number of samples in each shard, in manifest order.
+        weights: relative share of each dataset; any positive numbers.
         seed: seed of all permutations.
         global_batch_size: G, samples per optimizer step.
-        block_size: samples are shuffled within blocks of shards of about this many samples.
-        shuffle: False: shards and samples in the order of the manifest.
+        block_size: samples are shuffled within blocks of shards that hold about this many samples.
+        shuffle: if False, shards and samples keep their manifest order.
 
     Raises:
-        ValueError: a dataset is empty, or a number is out of its range.
+        ValueError: a dataset is empty, or a number is out of range.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class SamplePlan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all datasets together, each counted once."""
+        """Number of samples in all datasets together, each counted once."""
         return sum(self.num_samples_of)
 
     @property
     def shares(self) -> list[int]:
-        """The share of each dataset in a global batch, in units of 2**-32 samples; the sum is G * 2**32."""
+        """Each dataset's share of a global batch, in units of 2**-32 samples; they sum to G * 2**32."""
         return np.diff(self._boundaries).tolist()
 
     def locate(self, positions: np.ndarray) -> Location:
@@ -134,7 +134,7 @@ class SamplePlan:
 
         Args:
             positions: int64 [n].
-            attempt: 0 for the first replacement, 1 if that one is bad too, and so on.
+            attempt: 0 for the first replacement, 1 if that is bad too, and so on.
         """
         positions = np.asarray(positions, dtype=np.int64)
         dataset, ordinal = self._dataset_ordinals(positions)
@@ -153,12 +153,12 @@ class SamplePlan:
         return Location(dataset, shard, row, epoch)
 
     def num_positions_in_one_epoch(self) -> int:
-        """Return how many positions, from the first, repeat no sample of any dataset."""
+        """Return how many positions, counted from 0, come before any dataset repeats a sample."""
         if self.num_datasets == 1:
             return self.num_samples
         low, high = 0, self.num_samples // self.global_batch_size + 2
         limits = np.asarray(self.num_samples_of)
-        while high - low > 1:  # full batches: the largest number that takes no more than is there
+        while high - low > 1:  # full batches: find the largest number that no dataset runs out in
             middle = (low + high) // 2
             fits = bool((self._num_before(np.asarray([middle]))[0] <= limits).all())
             low, high = (middle, high) if fits else (low, middle)
@@ -167,7 +167,7 @@ class SamplePlan:
         return int(batch[repeated[0]]) if len(repeated) else int(batch[-1]) + 1
 
     def shards_ahead(self, position: int) -> list[tuple[int, int]]:
-        """Return (dataset, shard) in the order they are needed: the blocks at `position`, then the next blocks."""
+        """Return (dataset, shard) pairs in the order they are needed: the blocks at `position`, then the next ones."""
         batch = np.asarray([position // self.global_batch_size])
         ordinals = [position] if self.num_datasets == 1 else self._num_before(batch)[0].tolist()
         now: list[tuple[int, int]] = []
@@ -185,7 +185,7 @@ class SamplePlan:
         return list(dict.fromkeys(now + later))
 
     def _dataset_ordinals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return each position's dataset, and its ordinal among the samples of that dataset."""
+        """Return each position's dataset, and its ordinal among that dataset's samples."""
         if self.num_datasets == 1:
             return np.zeros_like(positions), positions
         batch, slot = np.divmod(positions, self.global_batch_size)
@@ -199,17 +199,18 @@ class SamplePlan:
     def _num_before(self, batches: np.ndarray) -> np.ndarray:
         """Return how many samples of each dataset precede each batch, int64 [batches, datasets].
 
-        Batch b gives the first d datasets floor((A_d + v_b) / U) slots, with A_d their share of a batch in units of
-        1 / U and v_b the binary digits of b reversed (the van der Corput sequence). So each dataset's count is its
-        share rounded down or up, and over the batches [k * 2**j, (k + 1) * 2**j) it is the share of these rounded down
-        or up too. The sum over all b' < b is split into such aligned ranges, one per binary digit of b.
+        Batch b gives the first d datasets floor((A_d + v_b) / U) slots, where A_d is their share of a batch in units
+        of 1 / U and v_b is b with its binary digits reversed (the van der Corput sequence). So each dataset's count in
+        a batch is its share rounded down or up. The same holds for its total over the batches
+        [k * 2**j, (k + 1) * 2**j). The sum over all b' < b is split into such aligned ranges, one per binary digit
+        of b.
         """
         whole, fraction = np.divmod(self._boundaries, _UNIT)
         batches = batches[:, None, None]  # (batches, boundaries, digits)
         digit = np.arange(_UNIT_BITS, dtype=np.int64)
         in_range = (batches >> digit) & 1
         lowest = _reversed_bits(batches) & ((1 << (_UNIT_BITS - 1 - digit)) - 1)
-        threshold = (_UNIT - fraction)[:, None]  # v_b at or above it rounds up
+        threshold = (_UNIT - fraction)[:, None]  # round up if v_b is at or above the threshold
         missing = np.maximum(threshold - lowest, 0)
         num_below = -((-missing) >> (_UNIT_BITS - digit))
         num_up = (in_range * ((1 << digit) - num_below)).sum(axis=2)
@@ -239,7 +240,7 @@ class SamplePlan:
         ]
 
     def _layout(self, dataset: int, epoch: int) -> _Layout:
-        """Return the layout of an epoch of a dataset; the latest ones are cached."""
+        """Return the layout of one epoch of a dataset; recent layouts are cached."""
         layout = self._layouts.get((dataset, epoch))
         if layout is None:
             layout = self._create_layout(dataset, epoch)
@@ -256,7 +257,7 @@ class SamplePlan:
         if self.shuffle:
             order = order[permute(np.arange(len(order)), len(order), hash_int(self.seed, _SHARDS, dataset, epoch))]
         starts = np.concatenate([[0], np.cumsum(sizes[order])])
-        # a block begins with the first shard that starts at or after a multiple of block_size
+        # a block begins at the first shard that starts at or after a multiple of block_size
         block_of_shard = starts[:-1] // self.block_size
         begins = np.flatnonzero(np.diff(block_of_shard, prepend=-1))
         keys = hash_ints(hash_int(self.seed, _SAMPLES, dataset, epoch), np.arange(len(begins)))
@@ -264,7 +265,7 @@ class SamplePlan:
 
 
 def _share_boundaries(weights: Sequence[float], global_batch_size: int) -> np.ndarray:
-    """Return the cumulative shares of the datasets, in units of 2**-32 samples, int64 [num_datasets + 1]."""
+    """Return the cumulative dataset shares in units of 2**-32 samples, int64 [num_datasets + 1]."""
     if not 1 <= global_batch_size < 1 << 30:
         raise ValueError(f"hparams.global_batch_size ({global_batch_size}) must be in 1 .. 2**30 - 1.")
     exact = [Fraction(0)]
@@ -294,18 +295,18 @@ def _shards_of_block(layout: _Layout, block: int) -> list[int]:
 
 
 def permute(indices: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
-    """Return where a keyed permutation of 0 .. size - 1 sends each index.
+    """Return the image of each index under a keyed permutation of 0 .. size - 1.
 
-    A Feistel network permutes the cells of a rectangle that just covers the domain; an index that lands outside the
-    domain is permuted again until it is inside (about one index in sqrt(size)).
+    A Feistel network permutes the cells of a rectangle that just covers the domain. An index that lands outside the
+    domain (about one in sqrt(size)) is permuted again until it is inside.
 
     Args:
         indices: int64 [n], each in 0 .. size - 1.
-        size: size of the domain, below 2**62; one for all or one per index.
-        key: 64-bit key; one for all or one per index.
+        size: domain size, below 2**62; one for all indices or one each.
+        key: 64-bit key; one for all indices or one each.
 
     Returns:
-        int64 [n]; for one size and key, a bijection.
+        int64 [n]; a bijection for a fixed size and key.
     """
     size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
     key = np.broadcast_to(np.asarray(key, np.uint64), indices.shape)
@@ -318,7 +319,7 @@ def permute(indices: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) 
 
 
 def _feistel(indices: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Permute the cells of a rectangle of width x height >= size, row by row."""
+    """Permute the cells, numbered row by row, of a rectangle with width x height >= size."""
     width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     height = (size + width - np.uint64(1)) // width
     left, right = np.divmod(indices, width)  # left < height, right < width

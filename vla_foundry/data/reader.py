@@ -1,4 +1,4 @@
-"""Indexed access to shards: any sample or record by (dataset, shard, row), without reading what lies before it."""
+"""Read any sample or record by (dataset, shard, row), without reading the samples before it."""
 
 import mmap
 import os
@@ -16,34 +16,34 @@ from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecor
 from vla_foundry.storage.npz import NpzFile, ReadRange
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
 
-# shards that a process keeps open: each costs a file descriptor or a memory map, and its index
+# shards that a process keeps open; each costs a file descriptor or a memory map, plus its index
 _MAX_OPEN_SHARDS = 256
-# episodes of a shard whose directory of arrays is kept
+# episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A manifest and what it lists."""
+    """A dataset: its manifest, entries and modality."""
 
-    # where the manifest is; its folder holds the shards
+    # path or URI of the manifest; its folder holds the shards
     manifest: str
-    # what its samples are: the name of a pipeline
+    # kind of samples: the name of a pipeline
     modality: str
     entries: tuple[ManifestEntry, ...]
 
     def shard_uri(self, shard: int) -> str:
-        """Return the name of a tar."""
+        """Return a shard's path or URI."""
         return join_uri(parent_uri(self.manifest), self.entries[shard].shard + ".tar")
 
     def remote_shard(self, shard: int) -> RemoteShard:
-        """Return what is known of a remote tar."""
+        """Return a shard's remote tar, with its size and checksum if known."""
         entry = self.entries[shard]
         return RemoteShard(uri=self.shard_uri(shard), num_bytes=entry.num_bytes, sha256=entry.sha256)
 
     @property
     def is_remote(self) -> bool:
-        """True if its shards have to be downloaded."""
+        """True if the shards must be downloaded."""
         return is_remote(self.manifest)
 
 
@@ -51,13 +51,13 @@ class TokenShard:
     """A shard of tokenized records, mapped into memory.
 
     Args:
-        uri: its name, for messages.
+        uri: name of the shard, for messages.
         file: the open tar; may be closed afterwards.
-        records: where its arrays lie.
-        num_records: N.
+        records: where the arrays lie in the tar.
+        num_records: number of records (N).
 
     Raises:
-        ValueError: the arrays do not fit each other.
+        ValueError: the array sizes contradict each other.
     """
 
     def __init__(self, uri: str, file: BinaryIO, records: TokenRecords, num_records: int) -> None:
@@ -98,17 +98,17 @@ class TokenShard:
 class SampleShard:
     """A shard of WebDataset samples, read member by member.
 
-    The index is kept in arrays: member i has the suffix `suffixes[suffix_numbers[i]]`, and sample n has the members
+    The index is kept in arrays: member i has the suffix `suffixes[suffix_numbers[i]]`, and sample n consists of members
     starts[n] .. starts[n + 1] - 1.
 
     Args:
-        uri: its name, for messages.
+        uri: name of the shard, for messages.
         file: the open tar; may be closed afterwards.
-        index: its index.
+        index: the shard's index.
     """
 
     def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
-        # closed when the shard is no longer used: a batch may use more shards than are kept open
+        # closed once nothing uses the shard: a batch may use more shards than are kept open
         self._descriptor = os.dup(file.fileno())
         self.uri = uri
         members = [(suffix, span) for _, spans in index.samples for suffix, span in spans.items()]
@@ -127,19 +127,19 @@ class SampleShard:
         os.close(self._descriptor)
 
     def key(self, row: int) -> str:
-        """Return the key of a sample: what the names of its members begin with."""
+        """Return a sample's key: the common prefix of its member names."""
         return self._keys[row]
 
     def read(self, row: int) -> dict[str, bytes]:
-        """Return the content of each member of a sample by its suffix.
+        """Return a sample's content: {member suffix: bytes}.
 
         Raises:
-            ValueError: the file ends before a member does.
+            ValueError: the file is cut off within a member.
         """
         return {suffix: self.read_member(member) for suffix, member in self.members(row).items()}
 
     def members(self, row: int) -> dict[str, int]:
-        """Return a sample's members: {suffix in lower case: what `read_member` takes}."""
+        """Return a sample's members: {lower-case suffix: member number for `read_member`}."""
         members = range(self._starts[row], self._starts[row + 1])
         return {self._suffixes[self._suffix_numbers[member]]: member for member in members}
 
@@ -147,27 +147,27 @@ class SampleShard:
         """Return the content of one member.
 
         Raises:
-            ValueError: the file ends before it does.
+            ValueError: the file is cut off within the member.
         """
         return _read_span(self._descriptor, int(self._offsets[member]), int(self._sizes[member]))
 
 
 @dataclass(frozen=True, eq=False)
 class OpenEpisode:
-    """What is known of an episode that windows are made of."""
+    """An episode that windows are cut from."""
 
     info: EpisodeInfo
-    # its fields (L, C), read by rows
+    # the fields (L, C), read by rows
     arrays: NpzFile
 
 
 class EpisodeShard:
-    """A shard of whole episodes: a row is an anchor of an episode, in the order of the tar.
+    """A shard of whole episodes. Each row is one anchor of an episode, in tar order.
 
     Args:
-        uri: its name, for messages.
+        uri: name of the shard, for messages.
         file: the open tar; may be closed afterwards.
-        index: its index.
+        index: the shard's index.
     """
 
     def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
@@ -194,19 +194,19 @@ class EpisodeShard:
         os.close(self._descriptor)
 
     def key(self, row: int) -> str:
-        """Return the name of a sample, the same as in the layout of single windows."""
+        """Return a sample's key, the same as in the layout "samples"."""
         number, anchor = self.locate(row)
         return f"{self._keys[number]}_t{anchor:06d}"
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the number of a row's episode in this shard, and the row's frame in it."""
+        """Return the number of a row's episode in this shard, and its anchor frame in that episode."""
         return int(np.searchsorted(self._starts, row, side="right")) - 1, int(self._anchors[row])
 
     def episode(self, number: int) -> OpenEpisode:
-        """Return an episode; the latest are kept.
+        """Return an episode; recent ones are cached.
 
         Raises:
-            ValueError: it is broken.
+            ValueError: the episode is malformed.
         """
         opened = self._open.get(number)
         if opened is None:
@@ -225,10 +225,10 @@ class EpisodeShard:
         return opened
 
     def read_frame(self, number: int, camera: str, frame: int) -> bytes | None:
-        """Return the image file of a camera's frame; None if the episode has no such camera.
+        """Return the bytes of a camera's image file at a frame, or None if the episode lacks the camera.
 
         Raises:
-            ValueError: the file ends before it does.
+            ValueError: the file is cut off within the image.
         """
         spans = self._frames[number].get(camera)
         if spans is None:
@@ -255,11 +255,11 @@ Shard: TypeAlias = TokenShard | SampleShard | EpisodeShard
 
 
 class ShardReader:
-    """Opens shards when they are asked for and keeps the latest open.
+    """Opens shards on demand and keeps the most recently used ones open.
 
     Args:
-        datasets: what to read.
-        cache: where remote shards go.
+        datasets: the datasets to read.
+        cache: cache for remote shards.
     """
 
     def __init__(self, datasets: Sequence[Dataset], cache: ShardCache) -> None:
@@ -268,15 +268,15 @@ class ShardReader:
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave open files behind when a loader process is started."""
+        """Pickle without open files, so that loader processes open their own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def open(self, dataset: int, shard: int) -> Shard:
-        """Return a shard, open.
+        """Return an open shard.
 
         Raises:
-            FileNotFoundError: there is no such tar.
-            ValueError: the tar is not what its manifest says.
+            FileNotFoundError: the tar does not exist.
+            ValueError: the tar contradicts its manifest.
         """
         opened = self._open.get((dataset, shard))
         if opened is None:
@@ -313,7 +313,7 @@ def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:
 
 
 def _fetch_index(uri: str, path: str) -> None:
-    """Copy the index of a remote shard, if it has one, beside the shard in the cache."""
+    """Download a remote shard's index, if it exists, beside the cached shard."""
     if not exists(index_name(path)):
         try:
             write_text(index_name(path), read_text(index_name(uri)))
@@ -340,7 +340,7 @@ def _check_count(dataset: Dataset, shard: int, num_sequences: int) -> None:
 
 
 def read_remote_record_length(dataset: Dataset) -> int | None:
-    """Return the tokens in a record of a remote dataset; None if it has none, or if only a download would tell."""
+    """Return a remote dataset's tokens per record; None without records, or if finding out would need a download."""
     name = index_name(dataset.shard_uri(0))
     try:
         records = parse_index(read_text(name), name).records

@@ -1,9 +1,9 @@
-"""The files that robot params read, and those that a run keeps, so that its folder alone is enough to use the model.
+"""Read the specs and statistics of robot datasets, and save what a run needs to be used without its datasets.
 
-normalizer.json             how each field is normalized: all that `RoboticsNormalizer.from_state` needs
+normalizer.json             how each field is normalized: the input of `RoboticsNormalizer.from_state`
 stats.json                  statistics of these fields over all training datasets
-robotics.json               the spec of the model: its cameras in order, its fields and what they mean
-preprocessing_config.yaml   how images and windows were made; of several datasets {0: ..., 1: ...}
+robotics.json               the model's spec: its cameras in order, its fields and what they mean
+preprocessing_config.yaml   how images and windows were made; {0: ..., 1: ...} for several datasets
 """
 
 import json
@@ -42,18 +42,18 @@ def read_specs(manifests: Sequence[str]) -> list[NamedSpec]:
     """Read the spec of each dataset.
 
     Raises:
-        FileNotFoundError: a manifest is of no robotics dataset.
-        ValueError: a spec is not what it should be.
+        FileNotFoundError: a manifest does not belong to a robotics dataset.
+        ValueError: a spec is malformed.
     """
     return [NamedSpec(manifest, read_spec(manifest)) for manifest in manifests]
 
 
 def complete_params(params: RoboticsDataParams) -> RoboticsDataParams:
-    """Fill what `resolve` would take from the training datasets, for params that are used without a model.
+    """Fill in what `resolve` would take from the training datasets, for params used without a model.
 
     Raises:
-        FileNotFoundError: a manifest is of no robotics dataset.
-        ValueError: the datasets disagree on what is not given.
+        FileNotFoundError: a manifest does not belong to a robotics dataset.
+        ValueError: the datasets disagree on a value that the params leave open.
     """
     datasets = [
         DatasetFacts(manifest=name, num_samples=0, provenance={}, robotics=spec)
@@ -71,21 +71,21 @@ def complete_params(params: RoboticsDataParams) -> RoboticsDataParams:
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """How the fields of a run are normalized, and by what."""
+    """A run's normalizer, and the statistics it was made from."""
 
     normalizer: RoboticsNormalizer
-    # of the fields that are normalized, over all datasets
+    # {normalized field: its statistics over all datasets}
     statistics: dict[str, FieldStatistics]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _StatisticsFile:
-    """One dataset's statistics, and what is used of them."""
+    """One dataset's statistics file, and which fields of it are used."""
 
     path: str
-    # changes when the file does; a remote file is taken to stay as it is
+    # changes when the file does; remote files are assumed not to change
     version: int
-    # step of its windows that is the anchor, if it does not say
+    # index of the anchor step, for files that do not state it
     anchor_index: int
     fields: tuple[str, ...]
 
@@ -94,9 +94,9 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpe
     """Create the normalizer of actions and proprioception.
 
     Args:
-        params: of the data, resolved.
-        datasets: the training datasets, in the order of `params.dataset_manifest`. Validation uses them too: the model
-            was trained on numbers normalized by these, and others would mean something else to it.
+        params: resolved data params.
+        datasets: the training datasets, in the order of `params.dataset_manifest`. Validation uses their statistics
+            too, because the model was trained on numbers normalized with them.
 
     Raises:
         FileNotFoundError: a dataset has no statistics.
@@ -130,7 +130,7 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpe
     return Normalization(whole, created.statistics)
 
 
-@lru_cache(maxsize=1)  # the loaders of training and validation ask for the same, and files may be large
+@lru_cache(maxsize=1)  # the training and validation loaders need the same result, and files may be large
 def _create(
     files: tuple[_StatisticsFile, ...],
     rules: tuple[tuple[str, NormalizationRule], ...],
@@ -159,11 +159,11 @@ def _pass(rule: NormalizationRule, width: int) -> FieldScale:
 
 
 def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
-    """Write the files above to a run folder.
+    """Write the files listed above to a run folder.
 
     Raises:
-        FileNotFoundError: a dataset or its statistics are gone.
-        ValueError: they are not what they should be, or the run was begun with another normalizer.
+        FileNotFoundError: a dataset or its statistics no longer exist.
+        ValueError: a file is malformed, or the run was started with a different normalizer.
     """
     params = complete_params(params)
     datasets = read_specs(params.dataset_manifest)
@@ -186,39 +186,39 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
 
 
 def load_normalizer(folder: str | Path) -> RoboticsNormalizer:
-    """Read the normalizer of a run.
+    """Read a run's normalizer.
 
     Raises:
-        FileNotFoundError: the run has none.
-        ValueError: it is broken.
+        FileNotFoundError: the run has no normalizer.
+        ValueError: the normalizer is malformed.
     """
     location = join_uri(str(folder), NORMALIZER_NAME)
     return RoboticsNormalizer.from_state(json.loads(read_text(location)), origin=location)
 
 
 def load_spec(folder: str | Path) -> DatasetSpec:
-    """Read the spec of a run: what its model takes and gives.
+    """Read a run's spec: the inputs and outputs of its model.
 
     Raises:
-        FileNotFoundError: the run has none.
-        ValueError: it is broken.
+        FileNotFoundError: the run has no spec.
+        ValueError: the spec is malformed.
     """
     location = join_uri(str(folder), SPEC_NAME)
     return parse_spec(read_text(location), location)
 
 
 def describe_inputs(params: RoboticsDataParams, datasets: Sequence[NamedSpec]) -> DatasetSpec:
-    """Return the spec of a model that is trained with these params: cameras in its order, the fields it uses."""
+    """Return the spec of a model trained with these params: its cameras in order, and the fields it uses."""
     fields: dict[str, FieldDescription] = {}
     for name, spec in datasets:
-        # a robot gives absolute poses, so that relative ones are computed as of whole episodes
+        # a robot reports absolute poses, so relative ones are computed as for whole episodes
         live = replace(spec, layout="episodes")
         for list_name in ("action_fields", "proprioception_fields"):
             try:
                 source = params.find_fields(list_name, NamedSpec(name, live))
             except ValueError:  # the dataset holds only relative poses
                 source = params.find_fields(list_name, NamedSpec(name, spec))
-            # those that a config names first, then what relative poses refer to
+            # first the fields that the config names, then the reference poses
             for field, description in (*source.fields.items(), *source.stored.items()):
                 fields.setdefault(field, description)
     first = datasets[0].spec

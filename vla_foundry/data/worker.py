@@ -1,10 +1,10 @@
-"""Worker processes of the loader: start them, shield them from signals, make microbatches, and send these back.
+"""Start the loader's worker processes, shield them from signals, make microbatches and send them to the trainer.
 
-Microbatch t of a rank is positions [(t * world_size + rank) * m, ... + m), with m = per_gpu_batch_size. So a global
+Microbatch t of a rank covers positions [(t * world_size + rank) * m, ... + m), with m = per_gpu_batch_size. So a global
 batch holds the same samples, divided into the same microbatches, for any number of ranks.
 
-Small arrays travel inside the message and large ones through shared memory: a tensor in shared memory costs about half
-a millisecond, whatever its size; bytes in a message cost a copy through a pipe. Tokens that fit travel as uint16, and
+Small arrays travel inside the message and large ones through shared memory. A tensor in shared memory costs about half
+a millisecond, whatever its size; bytes in a message cost a copy through a pipe. Tokens travel as uint16 if they fit,
 masks as bits.
 """
 
@@ -29,13 +29,13 @@ from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
 
-# arrays with more bytes travel through shared memory
+# larger arrays (in bytes) travel through shared memory
 _MAX_INLINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class _Bits:
-    """A bool array as bits."""
+    """A bool array packed into bits."""
 
     bits: np.ndarray
     shape: tuple[int, ...]
@@ -43,25 +43,25 @@ class _Bits:
 
 @dataclass(frozen=True, eq=False)
 class _Narrow:
-    """An int32 array of values below 2**16."""
+    """An int32 array of values below 2**16, stored as uint16."""
 
     values: np.ndarray
 
 
 class Message:
-    """A packed microbatch. See `pack`."""
+    """A packed microbatch; see `pack`."""
 
     def __init__(self, values: Batch, report: Any) -> None:
         self.values = values
-        # travels unchanged
+        # sent unchanged
         self.report = report
 
     def unpack(self) -> Batch:
-        """Return the batch, with a tensor for each array at its top level."""
+        """Return the batch, with each top-level array as a tensor."""
         return {key: _unpack_value(value) for key, value in self.values.items()}
 
     def pin_memory(self) -> "Message":
-        """Unpack into page-locked memory; called by PyTorch's pinning thread."""
+        """Unpack into page-locked memory. PyTorch's pinning thread calls this."""
         batch = self.unpack()
         pinned = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
         return Message(pinned, self.report)
@@ -106,13 +106,13 @@ def _unpack_bits(value: _Bits) -> np.ndarray:
     return np.unpackbits(value.bits, count=count).view(np.bool_).reshape(value.shape)
 
 
-# microbatches to locate at once
+# smallest number of microbatches to locate at once
 _MIN_LOCATED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which positions make each microbatch of a rank."""
+    """Which positions form each microbatch of a rank."""
 
     rank: int
     world_size: int
@@ -124,18 +124,18 @@ class Schedule:
     is_training: bool = True
 
     def first_microbatch(self, global_batch: int) -> int:
-        """Return the number of the first microbatch of a global batch."""
+        """Return the number of a global batch's first microbatch."""
         return global_batch * self.global_batch_size // (self.world_size * self.microbatch_size)
 
     @property
     def num_microbatches(self) -> int | None:
-        """Microbatches of each rank; the last may be short or empty on some ranks. None: unlimited."""
+        """Number of microbatches per rank; the last may be short or empty on some ranks. None: unlimited."""
         if self.num_positions is None:
             return None
         return math.ceil(self.num_positions / (self.world_size * self.microbatch_size))
 
     def positions(self, microbatch: int) -> np.ndarray:
-        """Return the positions of a microbatch, int64 [S]; S is 0 if other ranks have the last samples."""
+        """Return a microbatch's positions, int64 [S]; S is 0 if other ranks hold the last samples."""
         first = (microbatch * self.world_size + self.rank) * self.microbatch_size
         end = first + self.microbatch_size
         if self.num_positions is not None:
@@ -166,10 +166,10 @@ class Microbatches(torch.utils.data.Dataset):
     """Microbatches by number; lives in the worker processes.
 
     Args:
-        plan: the order.
+        plan: the sample order.
         reader: opens shards.
         pipeline: makes batches.
-        schedule: this rank's share.
+        schedule: this rank's share of the positions.
         group_size: microbatches per request.
     """
 
@@ -209,7 +209,7 @@ class Microbatches(torch.utils.data.Dataset):
         return pack(batch, report, for_transport=torch.utils.data.get_worker_info() is not None)
 
     def _locate(self, number: int) -> tuple[np.ndarray, Location]:
-        """Locate a microbatch, together with those that this worker will probably make next."""
+        """Locate a microbatch, together with the ones this worker will probably make next."""
         if number not in self._located:
             worker = torch.utils.data.get_worker_info()
             stride = self._group_size * (worker.num_workers if worker is not None else 1)
@@ -239,23 +239,23 @@ class Microbatches(torch.utils.data.Dataset):
 
 # seconds that a worker survives SIGTERM, so that the trainer can save a checkpoint
 _GRACE_SECONDS = 120.0
-# bytes of a message that fit into the pipe, so that the worker need not wait for the trainer
+# pipe size in bytes: a message that fits lets the worker continue without waiting for the trainer
 _PIPE_SIZE = 1 << 20
 _SERVER_MODULE = "vla_foundry.data.loader"
 
 
 def start_context() -> Any:
-    """Return the context that starts workers: forked from a server that imports PyTorch once and has no threads."""
+    """Return the context that forks workers from a server, which imports PyTorch once and has no threads."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([_SERVER_MODULE])
-    forkserver.ensure_running()  # it imports while the trainer creates the model
+    forkserver.ensure_running()  # the server imports while the trainer creates the model
     return context
 
 
 def widen_pipe(iterator: Any) -> None:
-    """Widen the pipe from the workers to the trainer, if the system can and allows it."""
+    """Enlarge the pipe from the workers to the trainer, if the system supports and allows it."""
     queue = getattr(iterator, "_worker_result_queue", None)
     if queue is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
         with contextlib.suppress(OSError):
@@ -264,9 +264,9 @@ def widen_pipe(iterator: Any) -> None:
 
 def prepare_process(environment: dict[str, str], worker: int) -> None:
     """Set up a worker process."""
-    os.environ.update(environment)  # the fork server keeps the environment of its own start
+    os.environ.update(environment)  # the fork server still has the environment it was started with
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer stops its workers itself
     signal.signal(signal.SIGTERM, _leave_later)
 
 
