@@ -42,7 +42,7 @@ def write_caption_data(folder: Path, *, num_samples: int, image_size: int, quali
             members = {"jpg": picture, "txt": caption.encode(), "json": json.dumps({"number": number}).encode()}
             samples.append((f"{number:08d}", members))
         entries.append(write_shard(str(train), f"shard_{first // SAMPLES_PER_SHARD:06d}", samples))
-    (train / "manifest.jsonl").write_text(format_manifest(entries))
+    (train / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
 
 
 def draw_picture(rng: np.random.Generator, size: int, quality: int) -> bytes:

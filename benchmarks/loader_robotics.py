@@ -202,9 +202,9 @@ def write_dataset(
         "language_types": ["original"],
     }
     line = {"shard": "shard_000000", "num_sequences": NUM_FRAMES * len(episodes)}
-    (folder / "manifest.jsonl").write_text(json.dumps(line))
-    (folder / "robotics.json").write_text(json.dumps(spec))
-    (folder / "stats.json").write_text(format_statistics(found))
+    (folder / "manifest.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    (folder / "robotics.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "stats.json").write_text(format_statistics(found), encoding="utf-8")
 
 
 def add_episode(tar: tarfile.TarFile, key: str, fields: dict[str, np.ndarray], frames: dict[str, list[bytes]]) -> None:

@@ -93,7 +93,7 @@ def create_readers(folder: Path, seq_len: int, batch_size: int) -> dict[str, Rea
 
     tokens, json_lists = folder / "tokens" / "manifest.jsonl", folder / "json" / "manifest.jsonl"
     second = folder / "tokens" / "manifest_2.jsonl"
-    second.write_text(tokens.read_text())
+    second.write_text(tokens.read_text(encoding="utf-8"), encoding="utf-8")
     return {
         "bare copy": (lambda: copy_rows(folder / "tokens", seq_len, batch_size), 1.0),
         "records, in this process": (start([tokens], 0), 1.0),
@@ -141,7 +141,7 @@ def write_tokens(folder: Path, seq_len: int) -> None:
             add_member(tar, f"{name}.document_offsets.u64", offsets.tobytes())
             add_member(tar, f"{name}.records.json", json.dumps(info).encode())
         entries.append(ManifestEntry(shard=name, num_sequences=RECORDS_PER_SHARD))
-    (folder / "manifest.jsonl").write_text(format_manifest(entries))
+    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
 
 
 def draw_documents(rng: np.random.Generator, record_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +164,7 @@ def write_json(folder: Path, seq_len: int) -> None:
             tokens = rng.integers(0, VOCAB_SIZE, seq_len + 1).tolist()
             add_member(tar, f"{number:032x}.json.gz", gzip.compress(json.dumps(tokens).encode()))
     entry = ManifestEntry(shard="shard_000000", num_sequences=NUM_JSON_SAMPLES)
-    (folder / "manifest.jsonl").write_text(format_manifest([entry]))
+    (folder / "manifest.jsonl").write_text(format_manifest([entry]), encoding="utf-8")
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

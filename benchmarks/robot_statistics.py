@@ -77,8 +77,8 @@ def write_dataset(folder: Path, num_frames: int) -> None:
         fields={name: FieldDescription(shape=(width,)) for name, width in widths.items()},
         pose_groups=tuple(groups),
     )
-    (folder / "robotics.json").write_text(format_spec(spec))
-    (folder / MANIFEST_NAME).write_text(format_manifest(entries))
+    (folder / "robotics.json").write_text(format_spec(spec), encoding="utf-8")
+    (folder / MANIFEST_NAME).write_text(format_manifest(entries), encoding="utf-8")
 
 
 def main() -> None:

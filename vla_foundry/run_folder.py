@@ -162,7 +162,7 @@ def find_checkpoint(
 
 
 def _read_complete(step_folder: Path) -> dict[str, tuple[int, str]]:
-    entries = json.loads((step_folder / COMPLETE_NAME).read_text())
+    entries = json.loads((step_folder / COMPLETE_NAME).read_text(encoding="utf-8"))
     return {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
 
 

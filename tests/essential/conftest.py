@@ -60,7 +60,7 @@ def manifest(tmp_path: Path) -> str:
     """The manifest of a dataset of 1000 samples; its shards are never read here."""
     path = tmp_path / "dataset" / "manifest.jsonl"
     path.parent.mkdir()
-    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 1000}) + "\n")
+    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 1000}) + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -71,7 +71,7 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
     def write_file(name: str, text: str) -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return str(path)
 
     return write_file

@@ -254,10 +254,10 @@ def write_robot_data() -> Callable[..., Path]:
             "pose_groups": described_groups,
             "language_types": ["original", "randomized"],
         }
-        (folder / "robotics.json").write_text(json.dumps(spec | (changes or {})))
-        (folder / "stats.json").write_text(format_statistics(statistics.finish()))
+        (folder / "robotics.json").write_text(json.dumps(spec | (changes or {})), encoding="utf-8")
+        (folder / "stats.json").write_text(format_statistics(statistics.finish()), encoding="utf-8")
         lines = (json.dumps({"shard": shard, "num_sequences": count}) for shard, count in counts.items())
-        (folder / "manifest.jsonl").write_text("\n".join(lines))
+        (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
         return folder / "manifest.jsonl"
 
     return write

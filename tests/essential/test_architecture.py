@@ -67,7 +67,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def imports_of(path: Path) -> list[tuple[str, int]]:
     """Every module a file imports, wherever in the file, with its line."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -109,7 +109,7 @@ def test_third_party_packages_stay_behind_their_fences(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_stay_short(path: Path) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= MAX_LINES, f"{path} has {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

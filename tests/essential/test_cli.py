@@ -53,14 +53,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a job, datasets of manifests only, and a tokenizer."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "job.yaml").write_text(JOB, encoding="utf-8")
     for name, count in (("a", 1000), ("b", 500)):
         (tmp_path / name).mkdir()
         line = {"shard": "shard_000000", "num_sequences": count}
-        (tmp_path / name / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / name / "manifest.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": index for index in range(400)}}, "added_tokens": []}
     (tmp_path / "large_tokenizer").mkdir()
-    (tmp_path / "large_tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "large_tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return tmp_path
 
 
@@ -175,7 +175,7 @@ FILE_ERRORS = [
 
 @pytest.mark.parametrize(("text", "message"), FILE_ERRORS)
 def test_errors_of_a_file_begin_with_its_line(run: Run, workplace: Path, text: str, message: str) -> None:
-    (workplace / "bad.yaml").write_text(text)
+    (workplace / "bad.yaml").write_text(text, encoding="utf-8")
     code, out, err = run("train", "--config_path", "bad.yaml")
     assert re.match(f"error: {message}", err), err
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -31,7 +31,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [text for path in sorted(library.glob("*.py")) for text in read_docstrings(path)]
     assert len(texts) > 500
     (folder / "text").mkdir()
-    (folder / "text" / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "text" / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     run("preprocess", "tokenizer", "--source", "text", "--output", "tokenizer", "--vocab_size", "512", cwd=folder)
     words = ["--source", "text", "--output", "shards", "--tokenizer", "tokenizer", "--seq_len", "64"]
     run("preprocess", "text", *words, "--num_workers", "2", cwd=folder)
@@ -50,7 +52,10 @@ def test_shards_verify(trained: Path) -> None:
 
 
 def test_training_lowers_the_loss(trained: Path) -> None:
-    lines = [json.loads(line) for line in (trained / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (trained / "runs" / "tiny" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     validation = [line["loss"] for line in lines if line["kind"] == "validation"]
     assert losses[-1] < losses[0] - 1
@@ -84,6 +89,6 @@ def test_the_run_folder_has_all_that_generation_needs(trained: Path) -> None:
 
 def test_a_finished_run_goes_no_further_when_resumed(trained: Path) -> None:
     metrics = trained / "runs" / "tiny" / "metrics.jsonl"
-    before = metrics.read_text()
+    before = metrics.read_text(encoding="utf-8")
     run("train", "--config_path", "runs/tiny/config.yaml", "--resume", "auto", cwd=trained)
-    assert metrics.read_text() == before
+    assert metrics.read_text(encoding="utf-8") == before

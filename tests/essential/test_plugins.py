@@ -83,7 +83,7 @@ def write_counting_dataset(folder: Path, num_samples: int) -> str:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     manifest = folder / "manifest.jsonl"
-    manifest.write_text(json.dumps({"shard": "shard_000000", "num_sequences": num_samples}) + "\n")
+    manifest.write_text(json.dumps({"shard": "shard_000000", "num_sequences": num_samples}) + "\n", encoding="utf-8")
     return str(manifest)
 
 
@@ -97,7 +97,7 @@ def run_python(*words: str, cwd: Path) -> str:
 
 
 def test_a_model_from_outside_the_package_trains_and_its_run_loads_again(tmp_path: Path) -> None:
-    (tmp_path / "my_bigram.py").write_text(PLUGIN)
+    (tmp_path / "my_bigram.py").write_text(PLUGIN, encoding="utf-8")
     manifest = write_counting_dataset(tmp_path / "data", 64)
     words = {
         "plugins": "my_bigram",
@@ -121,7 +121,10 @@ def test_a_model_from_outside_the_package_trains_and_its_run_loads_again(tmp_pat
     }
     flags = [word for name, value in words.items() for word in (f"--{name}", value)]
     run_python("-m", "vla_foundry.cli", "train", *flags, cwd=tmp_path)
-    metrics = [json.loads(line) for line in (tmp_path / "runs" / "bigram" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "bigram" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [row["loss"] for row in metrics if row["kind"] == "train"]
     # it starts from knowing nothing of 4 tokens, and what follows is certain
     assert len(losses) == 8

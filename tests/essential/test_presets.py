@@ -52,7 +52,7 @@ SECTIONS = {
 def manifest(tmp_path: Path) -> str:
     """The manifest of a dataset that is large enough for every job."""
     path = tmp_path / "manifest.jsonl"
-    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 10**9}) + "\n")
+    path.write_text(json.dumps({"shard": "shard_000000", "num_sequences": 10**9}) + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -71,7 +71,9 @@ def save_vlm(folder: Path) -> None:
     folder.mkdir()
     vit = ViTParams(hidden_dim=32, inter_dim=32, n_layers=1, n_heads=1, patch_size=16, img_size=64)
     transformer = TransformerParams(hidden_dim=32, n_layers=4, vocab_size=64, max_seq_len=2048)
-    (folder / "config_model.yaml").write_text(dump_params(VLMParams(vit=vit, transformer=transformer)))
+    (folder / "config_model.yaml").write_text(
+        dump_params(VLMParams(vit=vit, transformer=transformer)), encoding="utf-8"
+    )
 
 
 def save_spec(folder: Path, data: RoboticsDataParams) -> None:
@@ -92,7 +94,7 @@ def save_spec(folder: Path, data: RoboticsDataParams) -> None:
         ),
         language_types=("original", "randomized", "verbose", "alternative"),
     )
-    (folder / "robotics.json").write_text(format_spec(spec))
+    (folder / "robotics.json").write_text(format_spec(spec), encoding="utf-8")
 
 
 def test_the_presets_there_are() -> None:
@@ -145,7 +147,8 @@ def test_the_sizes_are_those_that_the_preset_states(size: str) -> None:
     params = load_params_from_yaml(ModelParams, str(path))
     assert isinstance(params, TransformerParams)
     stated = [
-        float(number) for number in re.findall(r"([\d.]+) M parameters, of which ([\d.]+) M", path.read_text())[0]
+        float(number)
+        for number in re.findall(r"([\d.]+) M parameters, of which ([\d.]+) M", path.read_text(encoding="utf-8"))[0]
     ]
     for count, number in zip(count_parameters(params), stated, strict=True):
         digits = len(str(number).partition(".")[2])

@@ -137,7 +137,7 @@ def test_files_added_to_the_package_register_themselves(tmp_path: Path) -> None:
         "models/action_heads/new_noise.py": NOISE,
     }
     for name, text in added.items():
-        (copy / name).write_text(text)
+        (copy / name).write_text(text, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -157,9 +157,10 @@ def test_the_search_takes_whole_lines_only_and_an_unknown_name_gets_all_that_wer
     (package / "inner" / "thing.py").write_text(
         '"""Say @register_thing("in_prose"):\n\n    @register_thing("in_an_example")\n"""\n'
         "from things import register_thing\n\n"
-        '@register_thing("first")\n@register_thing("second")\ndef thing(): ...\n'
+        '@register_thing("first")\n@register_thing("second")\ndef thing(): ...\n',
+        encoding="utf-8",
     )
-    (package / "broken.py").write_text("raise AssertionError('imported')\n")
+    (package / "broken.py").write_text("raise AssertionError('imported')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     registry: Registry[object] = Registry("a.thing", package="searched_package", decorator="register_thing")
     assert registry.names() == ["first", "second"]

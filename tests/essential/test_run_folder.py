@@ -26,7 +26,7 @@ def write_step(run: Path, step: int) -> Path:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     complete = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in contents.items()}
-    (folder / COMPLETE_NAME).write_text(json.dumps(complete))
+    (folder / COMPLETE_NAME).write_text(json.dumps(complete), encoding="utf-8")
     return folder
 
 
@@ -45,8 +45,8 @@ def test_the_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> Non
         (MODEL_WEIGHTS_NAME, lambda file: file.write_bytes(b"weightz 9"), "SHA-256"),
         (MODEL_WEIGHTS_NAME, lambda file: file.unlink(), "is missing"),
         (COMPLETE_NAME, lambda file: file.unlink(), "never finished"),
-        (COMPLETE_NAME, lambda file: file.write_text("[]"), "not readable"),
-        (COMPLETE_NAME, lambda file: file.write_text('{"model'), "not readable"),
+        (COMPLETE_NAME, lambda file: file.write_text("[]", encoding="utf-8"), "not readable"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"model', encoding="utf-8"), "not readable"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path, name: str, damage, fault: str) -> None:

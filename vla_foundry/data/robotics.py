@@ -170,7 +170,7 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
     normalization = create_normalization(params, datasets)
     state = json.dumps(normalization.normalizer.state(), indent=1) + "\n"
     kept_state = folder / NORMALIZER_NAME
-    if kept_state.exists() and kept_state.read_text() != state and not params.accept_changed_data:
+    if kept_state.exists() and kept_state.read_text(encoding="utf-8") != state and not params.accept_changed_data:
         raise ValueError(
             f"data.dataset_statistics or data.normalization are not those that {kept_state} was made from, so the "
             "model's numbers would mean something else. Restore them, start another run, or go on with "

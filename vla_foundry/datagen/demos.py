@@ -137,7 +137,7 @@ def record_demos(params: DemosParams) -> dict[str, Any]:
     output = Path(params.output_dir)
     settings = _settings_of(params)
     if (output / REPORT).exists():
-        report = json.loads((output / REPORT).read_text())
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
         check_settings(str(output), report["settings"], settings)
         shutil.rmtree(output / _PROGRESS, ignore_errors=True)
         return report
@@ -188,7 +188,7 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
     """Check that the output folder is empty or holds an unfinished run of the same settings."""
     path = output / _PROGRESS / _SETTINGS
     if path.exists():
-        check_settings(str(output), json.loads(path.read_text()), settings)
+        check_settings(str(output), json.loads(path.read_text(encoding="utf-8")), settings)
     elif output.exists() and any(entry.name != _PROGRESS for entry in output.iterdir()):
         raise ValueError(f"output_dir '{output}' holds other files. Choose a new folder.")
 

@@ -147,7 +147,7 @@ def _claim(output: Path, params: ScenesParams) -> None:
     facts |= {"version": _VERSION, "grid": GRID}
     path = output / FACTS
     if path.exists():
-        check_settings(params.output, json.loads(path.read_text()), facts)
+        check_settings(params.output, json.loads(path.read_text(encoding="utf-8")), facts)
     for split in SPLITS:
         (output / split).mkdir(parents=True, exist_ok=True)
         for leftover in (output / split).glob(".*.partial"):

@@ -149,7 +149,7 @@ class TaskRollouts:
                 f"{path} holds rollouts made with other settings ({'; '.join(changed)}). Give another --name or "
                 "--output, or delete it."
             )
-        budget = json.loads(path.read_text())["max_sample_size_per_model"]
+        budget = json.loads(path.read_text(encoding="utf-8"))["max_sample_size_per_model"]
         seeds = {episode.seed for episode in episodes} | set(params.seeds)
         if params.max_sample_size not in (None, budget) or len(seeds) > budget:
             raise ValueError(

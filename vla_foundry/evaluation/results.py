@@ -129,7 +129,7 @@ def read_results(path: Path) -> tuple[list[EpisodeResult], dict[str, Any]]:
         ValueError: the file is broken.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         return [_from_json(item) for item in values["evaluations"]], values["settings"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

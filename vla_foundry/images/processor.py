@@ -176,7 +176,7 @@ def add_image_token(tokenizer: Any) -> int:
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write `config_processor.json`, which says which processor this is."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def create_processor(
@@ -224,7 +224,7 @@ def load_processor(folder: str | Path) -> Processor:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not the folder of a processor.")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     kind = config.pop("type", None)
     if kind == HUGGING_FACE:
         from vla_foundry.images.processor_hf import load_hugging_face_processor

@@ -71,9 +71,9 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
     stored = read_weights_facts(local[0], local[1])
     config = translate(source, params, has_bf16_tables=stored.has_bf16_tables)
     experiment, data_lines = write_data_files(source, config, params, folder)
-    (folder / MODEL_CONFIG_NAME).write_text(dump_params(config.model))
+    (folder / MODEL_CONFIG_NAME).write_text(dump_params(config.model), encoding="utf-8")
     if experiment is not None:
-        (folder / CONFIG_NAME).write_text(dump_params(experiment))
+        (folder / CONFIG_NAME).write_text(dump_params(experiment), encoding="utf-8")
     for name in _KEPT_NAMES:
         _keep(join_uri(source.folder, name), folder / _KEPT_FOLDER / name)
     count = write_step_folder(folder, config.model, stored)
@@ -88,7 +88,9 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
         "checkpoint": name_of(source.weights),
         "notes": lines,
     }
-    (folder / PROVENANCE_NAME).write_text(json.dumps({"imported": record, "starts": []}, indent=1) + "\n")
+    (folder / PROVENANCE_NAME).write_text(
+        json.dumps({"imported": record, "starts": []}, indent=1) + "\n", encoding="utf-8"
+    )
     return lines
 
 
@@ -106,7 +108,7 @@ def _keep(location: str, target: Path) -> None:
     except FileNotFoundError:
         return
     target.parent.mkdir(exist_ok=True)
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:

@@ -92,18 +92,20 @@ def write_robot_files(data: RobotData, params: RoboticsDataParams, folder: Path)
     dataset = NamedSpec(data.location, data.spec)
     with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
         local = Path(scratch) / STATISTICS_NAME
-        local.write_text(data.statistics)
+        local.write_text(data.statistics, encoding="utf-8")
         of_one = {"dataset_manifest": [data.location], "dataset_weighting": [], "dataset_modality": []}
         alone = replace(params, **of_one, dataset_statistics=[str(local)])
         try:
             normalization = create_normalization(alone, [dataset])
         except ValueError as error:
             raise ValueError(str(error).replace(str(local), data.location)) from None
-    (folder / NORMALIZER_NAME).write_text(json.dumps(normalization.normalizer.state(), indent=1) + "\n")
-    (folder / STATISTICS_NAME).write_text(format_statistics(normalization.statistics))
-    (folder / SPEC_NAME).write_text(format_spec(describe_inputs(alone, [dataset])))
+    (folder / NORMALIZER_NAME).write_text(
+        json.dumps(normalization.normalizer.state(), indent=1) + "\n", encoding="utf-8"
+    )
+    (folder / STATISTICS_NAME).write_text(format_statistics(normalization.statistics), encoding="utf-8")
+    (folder / SPEC_NAME).write_text(format_spec(describe_inputs(alone, [dataset])), encoding="utf-8")
     kept: Any = data.preprocessing[0] if len(data.preprocessing) == 1 else dict(enumerate(data.preprocessing))
-    (folder / PREPROCESSING_CONFIG_NAME).write_text(yaml.safe_dump(kept, sort_keys=False))
+    (folder / PREPROCESSING_CONFIG_NAME).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
 
 
 def _read_preprocessing(source: Source) -> tuple[dict[str, Any], ...]:

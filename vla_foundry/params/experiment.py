@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-import vla_foundry.params.data
+import vla_foundry.params.data  # noqa: F401
 import vla_foundry.params.models  # noqa: F401  (both register the types there are)
 from vla_foundry.config.loading import load_params
 from vla_foundry.config.schema import BaseParams, Derived, Unavailable

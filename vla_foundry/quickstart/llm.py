@@ -107,7 +107,7 @@ def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
     """
     params = load_experiment_params_from_yaml(str(run / CONFIG_NAME))
     baseline = measure_unigram(params)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     training = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
     validation = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
     if not validation:

@@ -125,15 +125,15 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         done.unlink(missing_ok=True)
         if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
-        started.write_text(fingerprint)
+        started.write_text(fingerprint, encoding="utf-8")
         start = time.monotonic()
         _run(step)
-        done.write_text(fingerprint)
+        done.write_text(fingerprint, encoding="utf-8")
         console.print(f"  {time.monotonic() - start:.0f} s")
 
 
 def _holds(marker: Path, fingerprint: str) -> bool:
-    return marker.is_file() and marker.read_text() == fingerprint
+    return marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
 
 
 def _run(step: Step) -> None:

@@ -181,7 +181,7 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is of another model, or of another version.
     """
-    saved = json.loads((step_folder / STATE_NAME).read_text())
+    saved = json.loads((step_folder / STATE_NAME).read_text(encoding="utf-8"))
     if saved["version"] != STATE_VERSION:
         raise ValueError(
             f"{step_folder / STATE_NAME} has version {saved['version']}; this code reads {STATE_VERSION}. "

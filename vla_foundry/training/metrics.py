@@ -107,9 +107,9 @@ def truncate_metrics(run_folder: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        if json.loads(line)["step"] <= step:
+            kept.append(f"{line}\n")
     write_text(str(path), "".join(kept))
 
 
@@ -199,9 +199,9 @@ class Wandb:
 
         id_file = run_folder / WANDB_ID_NAME
         if not id_file.is_file():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._run = wandb.init(
-            id=id_file.read_text().strip(),
+            id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             project=params.wandb_project_name,
             entity=params.wandb_entity,

@@ -133,8 +133,8 @@ def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name) and name not in _INCIDENTAL
         ]
-    path.write_text(dump_params(params))
-    (run_folder / MODEL_CONFIG_NAME).write_text(dump_params(params.model, params.plugins))
+    path.write_text(dump_params(params), encoding="utf-8")
+    (run_folder / MODEL_CONFIG_NAME).write_text(dump_params(params.model, params.plugins), encoding="utf-8")
     return changes
 
 
@@ -153,7 +153,7 @@ _PACKAGES = ("vla-foundry", "torch", "numpy", "transformers", "tokenizers", "saf
 def record_start(run_folder: Path, world: World, first_step: int) -> None:
     """Append this start of the run to provenance.json."""
     path = run_folder / PROVENANCE_NAME
-    record = json.loads(path.read_text()) if path.is_file() else {"starts": []}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"starts": []}
     record["starts"].append(_describe_start(world, first_step))
     write_text(str(path), json.dumps(record, indent=1) + "\n")
 

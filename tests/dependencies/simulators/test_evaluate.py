@@ -32,7 +32,7 @@ def test_experts_succeed_and_idle_robots_do_not(
         rates = evaluate(params)
         assert [rate.num_successes for rate in rates.values()] == [num_successes] * 2
         files = sorted((output / policy).glob("*/rollouts/*/results.json"))
-        found.append([json.loads(file.read_text())["evaluations"] for file in files])
+        found.append([json.loads(file.read_text(encoding="utf-8"))["evaluations"] for file in files])
         assert (output / policy / "contact_sheet.png").is_file()
     assert found[0] == found[1]
     assert {episode["instruction"] for task in found[0] for episode in task} == {"close the drawer", "open the window"}

@@ -41,7 +41,7 @@ def recorded_actions(folder: Path) -> dict[int, np.ndarray]:
 
 def test_statistics_are_those_of_the_recorded_actions(folder):
     main(["stats", str(folder / "episodes"), "--overwrite", "--num_workers", "0"])
-    statistics = json.loads((folder / "episodes" / "stats.json").read_text())
+    statistics = json.loads((folder / "episodes" / "stats.json").read_text(encoding="utf-8"))
     # the window of preprocessing: a sample needs at most 1 step of padding before it and 7 after it
     windows = [
         actions[anchor : anchor + 1, :3]
@@ -58,7 +58,10 @@ def test_statistics_are_those_of_the_recorded_actions(folder):
 
 def test_both_layouts_have_the_same_statistics(folder):
     main(["stats", str(folder / "samples"), "--output", str(folder / "samples.json"), "--num_workers", "0"])
-    texts = [(folder / "episodes" / "stats.json").read_text(), (folder / "samples.json").read_text()]
+    texts = [
+        (folder / "episodes" / "stats.json").read_text(encoding="utf-8"),
+        (folder / "samples.json").read_text(encoding="utf-8"),
+    ]
     of_episodes, of_samples = (json.loads(text)["action.displacement"] for text in texts)
     assert of_episodes["count"] == of_samples["count"]
     np.testing.assert_allclose(of_episodes["std"], of_samples["std"], atol=1e-10)
@@ -72,7 +75,7 @@ def test_a_sample_is_drawn_from_either_layout(layout, folder, capsys):
     printed = capsys.readouterr().out
     assert f"{output}: 2 images, 16 steps, 2 action and 2 proprioception fields" in printed
     instruction = next(line for line in printed.splitlines() if line.startswith("instruction: "))
-    known = json.loads((folder / "demos" / "meta" / "instructions.json").read_text())
+    known = json.loads((folder / "demos" / "meta" / "instructions.json").read_text(encoding="utf-8"))
     assert instruction.removeprefix("instruction: ") in {text for texts in known["variants"].values() for text in texts}
     with Image.open(output) as image:
         pixels = np.asarray(image.convert("RGB"))

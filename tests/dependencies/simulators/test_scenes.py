@@ -36,8 +36,8 @@ def test_every_scene_is_a_picture_a_caption_and_attributes_that_agree(made: tupl
     for split, number in (("train", 36), ("validation", 6)):
         for index in range(number):
             stem = made[1] / split / f"{index:08d}"
-            caption = stem.with_suffix(".txt").read_text()
-            attributes = json.loads(stem.with_suffix(".json").read_text())
+            caption = stem.with_suffix(".txt").read_text(encoding="utf-8")
+            attributes = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
             assert describe_scene(attributes) == caption
             assert parse_caption(caption) == attributes
             with Image.open(stem.with_suffix(".png")) as image:
@@ -57,7 +57,7 @@ def test_the_scenes_do_not_depend_on_processes_and_nothing_drawn_is_drawn_again(
     # as if the run had been killed while it wrote scene 7: the rest stays, the leftover goes
     for suffix in ("txt", "json"):
         (tmp_path / "train" / f"00000007.{suffix}").unlink()
-    (tmp_path / "train" / ".00000007.json.partial").write_text("{")
+    (tmp_path / "train" / ".00000007.json.partial").write_text("{", encoding="utf-8")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "train").glob("*.txt")}
     assert generate_scenes(other) == {"train": 1, "validation": 0}
     assert contents(tmp_path) == again
@@ -65,7 +65,7 @@ def test_the_scenes_do_not_depend_on_processes_and_nothing_drawn_is_drawn_again(
 
 
 def test_objects_and_states_are_balanced_and_no_single_answer_is_good(made: tuple[ScenesParams, Path]) -> None:
-    captions = [path.read_text() for path in sorted((made[1] / "train").glob("*.txt"))]
+    captions = [path.read_text(encoding="utf-8") for path in sorted((made[1] / "train").glob("*.txt"))]
     attributes = [parse_caption(caption) for caption in captions]
     assert Counter(one["object"] for one in attributes) == {"drawer": 12, "button": 12, "thermos": 12}
     states = Counter(one["state"] for one in attributes if "state" in one)

@@ -183,12 +183,12 @@ def write_sources() -> None:
     Path("source/pairs").mkdir(parents=True)
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS[6:], size=int(draw.integers(5, 30)))) for _ in range(24)]
-    Path("source/text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("source/text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     for number, color in enumerate(((200, 30, 20), (20, 190, 40), (210, 40, 30))):
         image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 240, np.uint8)
         image[3 : 7 + number, 2:9] = color
         Image.fromarray(image).save(f"source/pairs/{number}.png")
-        Path(f"source/pairs/{number}.txt").write_text(f"a {'green' if number == 1 else 'red'} square")
+        Path(f"source/pairs/{number}.txt").write_text(f"a {'green' if number == 1 else 'red'} square", encoding="utf-8")
     with h5py.File("source/robot.hdf5", "w") as file:
         for seed in range(2):
             recording = create_recording(seed)
@@ -197,7 +197,7 @@ def write_sources() -> None:
             group["obs/xyz"], group["obs/rot_6d"] = recording[XYZ], recording[ROTATION]
             for name in CAMERAS:
                 group[f"obs/{name}"] = recording[name]
-    Path("source/field_map.yaml").write_text(yaml.safe_dump(FIELD_MAP))
+    Path("source/field_map.yaml").write_text(yaml.safe_dump(FIELD_MAP), encoding="utf-8")
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<unk>")
@@ -224,12 +224,14 @@ def write_shards() -> None:
 def train(name: str) -> list[float]:
     """Train four steps, take away what follows the second, and return the losses of the third and the fourth."""
     Path("configs").mkdir(exist_ok=True)
-    Path(f"configs/{name}.yaml").write_text(yaml.safe_dump(SHARED | RUNS[name], sort_keys=False))
+    Path(f"configs/{name}.yaml").write_text(yaml.safe_dump(SHARED | RUNS[name], sort_keys=False), encoding="utf-8")
     run(f"train --config_path configs/{name}.yaml --name {name}")
     folder = Path("runs") / name
     shutil.rmtree(folder / "checkpoints/step_00000004")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= 2))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= 2), encoding="utf-8"
+    )
     return read_losses(lines)
 
 
@@ -279,10 +281,10 @@ def act(name: str) -> list[dict[str, list[float]]]:
 def hide_paths() -> None:
     """Replace the path of the program in the provenance of runs."""
     for path in Path("runs").glob("*/provenance.json"):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         for start in record["starts"]:
             start["command"][0] = "vla-foundry"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def write_archive(path: Path) -> None:
@@ -310,7 +312,7 @@ def main(folder: Path, archive: Path) -> None:
         "samples": {name: read_samples(name) for name in RUNS},
         "actions": {name: act(name) for name in POLICIES},
     }
-    Path("expected.json").write_text(json.dumps(expected) + "\n")
+    Path("expected.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
     hide_paths()
     for left_over in ("source", "configs"):
         shutil.rmtree(left_over)

@@ -32,7 +32,7 @@ def _write_manifest(folder: Path, counts: dict[str, int], with_checksums: bool) 
             content = (folder / f"{shard}.tar").read_bytes()
             line |= {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         lines.append(json.dumps(line))
-    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder / "manifest.jsonl"
 
 

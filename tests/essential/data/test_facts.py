@@ -39,17 +39,17 @@ PARAMS = TrainExperimentParams(
 def write_dataset(folder: Path, counts: list[int]) -> str:
     folder.mkdir(parents=True)
     lines = [json.dumps({"shard": f"s{index}", "num_sequences": count}) for index, count in enumerate(counts)]
-    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / "manifest.jsonl")
 
 
 def test_facts_are_read_from_manifests_and_what_lies_beside_them(tmp_path: Path) -> None:
     first = write_dataset(tmp_path / "a", [10, 20])
     second = write_dataset(tmp_path / "b", [5])
-    (tmp_path / "a" / "provenance.json").write_text('{"dataset": {"vocab_size": 50, "seq_len": 16}}')
+    (tmp_path / "a" / "provenance.json").write_text('{"dataset": {"vocab_size": 50, "seq_len": 16}}', encoding="utf-8")
     (tmp_path / "b" / "tokenizer").mkdir()
     tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
-    (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     data = TextDataParams(dataset_manifest=[first, second], val_dataset_manifest=[second])
     facts = read_facts(replace(PARAMS, data=data, distributed=DistributedParams()), 4)
     assert [item.num_samples for item in facts.datasets] == [30, 5]

@@ -104,7 +104,7 @@ def create_params(tokenizer: Path, **values: Any) -> ImageCaptionDataParams:
 
 
 def create_rows(manifest: Path, positions: Sequence[int], *, is_training: bool = True) -> Rows:
-    entries = tuple(parse_manifest(manifest.read_text(), str(manifest)))
+    entries = tuple(parse_manifest(manifest.read_text(encoding="utf-8"), str(manifest)))
     datasets = [Dataset(manifest=str(manifest), modality="image_caption", entries=entries)]
     plan = SamplePlan(
         [[entry.num_sequences for entry in entries]], [1.0], seed=0, global_batch_size=4, block_size=100, shuffle=False

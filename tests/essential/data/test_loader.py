@@ -306,11 +306,11 @@ def test_changed_plan_is_refused_with_what_changed(loaders: Loaders, dataset: Pa
         loaders.create(dataset, seed=6, shuffle=False).check_plan(saved)
     with pytest.raises(ValueError, match="had 1 datasets, has 2"):
         loaders.create(dataset, dataset).check_plan(saved)
-    lines = dataset.read_text().splitlines()
-    dataset.write_text("\n".join([*lines[1:], lines[0]]))
+    lines = dataset.read_text(encoding="utf-8").splitlines()
+    dataset.write_text("\n".join([*lines[1:], lines[0]]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"dataset 0 .*manifest.jsonl\): list of shards .* changed"):
         loaders.create(dataset).check_plan(saved)
-    dataset.write_text("\n".join(lines[1:]))
+    dataset.write_text("\n".join(lines[1:]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"number of shards was 7, is 6; .*number of samples was 100, is 80"):
         loaders.create(dataset).check_plan(saved)
 
@@ -373,7 +373,7 @@ def create_shifted(params):
 def test_modality_from_outside_the_package_works_in_other_processes(
     loaders: Loaders, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "shifted_text_plugin.py").write_text(PLUGIN)
+    (tmp_path / "shifted_text_plugin.py").write_text(PLUGIN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     plugin = __import__("shifted_text_plugin")
     loader = loaders.create(dataset, num_workers=1, params_class=plugin.ShiftedTextParams)

@@ -24,7 +24,7 @@ from vla_foundry.shards import parse_manifest
 
 def create_rows(manifests: Sequence[Path], positions: Sequence[int], *, global_batch_size: int = 4) -> Rows:
     datasets = [
-        Dataset(manifest=str(m), modality="text", entries=tuple(parse_manifest(m.read_text(), str(m))))
+        Dataset(manifest=str(m), modality="text", entries=tuple(parse_manifest(m.read_text(encoding="utf-8"), str(m))))
         for m in manifests
     ]
     sizes = [[entry.num_sequences for entry in dataset.entries] for dataset in datasets]

@@ -18,7 +18,7 @@ from vla_foundry.shards import parse_manifest
 
 
 def open_reader(manifest: Path) -> ShardReader:
-    entries = parse_manifest(manifest.read_text(), str(manifest))
+    entries = parse_manifest(manifest.read_text(encoding="utf-8"), str(manifest))
     dataset = Dataset(manifest=str(manifest), modality="text", entries=tuple(entries))
     return ShardReader([dataset], ShardCache(str(manifest.parent / "cache"), 10**9))
 
@@ -61,7 +61,7 @@ def test_index_is_kept_beside_the_shard_and_used(
     manifest = write_samples(tmp_path / "d", [[{"txt": b"a"}, {"txt": b"bc"}]])
     open_reader(manifest).open(0, 0)
     index = manifest.parent / "shard_000000.index.json"
-    assert json.loads(index.read_text())["num_sequences"] == 2
+    assert json.loads(index.read_text(encoding="utf-8"))["num_sequences"] == 2
 
     def refuse(file: object) -> None:
         raise AssertionError("the tar is read again")
@@ -98,14 +98,14 @@ def test_index_of_an_earlier_state_of_the_shard_is_not_used(
     manifest = write_samples(folder, [[{"txt": b"a" * 600}, {"txt": b"b" * 10}]])
     open_reader(manifest).open(0, 0)
     index = folder / "shard_000000.index.json"
-    old_text = index.read_text()
+    old_text = index.read_text(encoding="utf-8")
     if change == "size":
         write_samples(folder, [[{"txt": b"c" * 20_000}, {"txt": b"d"}]])
     elif change == "members":  # the tar is as large as before
         write_samples(folder, [[{"txt": b"c" * 10}, {"txt": b"d" * 600}]])
         assert json.loads(old_text)["num_bytes"] == os.path.getsize(folder / "shard_000000.tar")
     else:
-        index.write_text(old_text[:40])
+        index.write_text(old_text[:40], encoding="utf-8")
     opened = open_reader(manifest).open(0, 0)
     assert isinstance(opened, SampleShard)
     assert opened.read(1)["txt"] == {"size": b"d", "members": b"d" * 600, "damage": b"b" * 10}[change]

@@ -119,10 +119,10 @@ def test_published_statistics_take_their_anchor_from_the_spec(
 ) -> None:
     manifest = write_robot_data(tmp_path, [create_recording(0)])
     expected = create(create_params(manifest, normalization=PER_STEP)).normalizer.state()
-    values = json.loads((tmp_path / "stats.json").read_text())
+    values = json.loads((tmp_path / "stats.json").read_text(encoding="utf-8"))
     for field in values.values():
         del field["anchor_index"]
-    (tmp_path / "stats.json").write_text(json.dumps(values))
+    (tmp_path / "stats.json").write_text(json.dumps(values), encoding="utf-8")
     assert create(create_params(manifest, normalization=PER_STEP)).normalizer.state() == expected
 
 
@@ -142,9 +142,9 @@ def test_a_field_without_statistics_is_named(
     tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params
 ) -> None:
     manifest = write_robot_data(tmp_path, [create_recording(0)])
-    values = json.loads((tmp_path / "stats.json").read_text())
+    values = json.loads((tmp_path / "stats.json").read_text(encoding="utf-8"))
     del values[XYZ]
-    (tmp_path / "stats.json").write_text(json.dumps(values))
+    (tmp_path / "stats.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"stats\.json: field '{XYZ}' is unknown"):
         create(create_params(manifest))
 
@@ -170,7 +170,7 @@ def test_a_run_keeps_what_undoes_normalization(
 ) -> None:
     recording = create_recording(0)
     manifest = write_robot_data(tmp_path / "data", [recording])
-    (manifest.parent / "preprocessing_config.yaml").write_text("resize_images_size: [16, 16]\n")
+    (manifest.parent / "preprocessing_config.yaml").write_text("resize_images_size: [16, 16]\n", encoding="utf-8")
     params = complete_params(create_params(manifest, camera_names=["wrist"], normalization=PER_STEP))
     run = tmp_path / "run"
     save_robotics_files(params, run)
@@ -188,7 +188,7 @@ def test_a_run_keeps_what_undoes_normalization(
     assert "robot__actual__poses__left::panda__rot_6d" in spec.fields
     assert "robot__action__poses__left::panda" in [group.name for group in spec.pose_groups]
     assert "robot__action__poses__right::panda" not in [group.name for group in spec.pose_groups]
-    assert "resize_images_size" in (run / "preprocessing_config.yaml").read_text()
+    assert "resize_images_size" in (run / "preprocessing_config.yaml").read_text(encoding="utf-8")
 
 
 def test_a_run_does_not_go_on_with_another_normalizer(

@@ -41,7 +41,7 @@ def dataset(shared_data: Path, tmp_path: Path) -> Path:
         arrays = sample["lowdim.npz"]
         values = {name: array[None] for name, array in arrays.items() if array.ndim == 2 and name.startswith("robot")}
         statistics.update(values, (arrays["past_mask"] | arrays["future_mask"])[None])
-    (tmp_path / "stats.json").write_text(format_statistics(statistics.finish()))
+    (tmp_path / "stats.json").write_text(format_statistics(statistics.finish()), encoding="utf-8")
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def test_the_published_shard_loads(dataset: Path, window: tuple[int, int], camer
     )
     loader = create_dataloader(params, World(), global_batch_size=5, per_gpu_batch_size=5, seed=0)
     batch = next(loader.microbatches(0))
-    statistics = json.loads((dataset / "stats.json").read_text())
+    statistics = json.loads((dataset / "stats.json").read_text(encoding="utf-8"))
     steps = slice(1 - window[0], 2 + window[1])
     for row, sample in enumerate(read_samples(dataset)):
         arrays = sample["lowdim.npz"]

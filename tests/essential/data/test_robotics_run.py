@@ -52,7 +52,7 @@ def test_a_policy_trains_and_goes_on(
 ) -> None:
     manifest = write_robot_data(tmp_path / "data", [create_recording(number, 6) for number in range(3)])
     backbone = f"vlm_foundry_backbone, {VLM}" if has_language else f"vit_backbone, {VIT}"
-    (tmp_path / "train.yaml").write_text(CONFIG.replace("BACKBONE", backbone))
+    (tmp_path / "train.yaml").write_text(CONFIG.replace("BACKBONE", backbone), encoding="utf-8")
     words = ["--config_path", str(tmp_path / "train.yaml"), "--save_path", str(tmp_path / "runs"), "--name", "policy"]
     words += ["--data.dataset_manifest", str(manifest), "--data.val_dataset_manifest", str(manifest)]
     words += ["--data.tokenizer", str(tokenizer_folder)] if has_language else []
@@ -67,7 +67,7 @@ def test_a_policy_trains_and_goes_on(
     assert list(load_spec(run).cameras) == ["Scene.Left", "wrist"]
     assert set(load_normalizer(run).scales) == {*params.data.action_fields, *params.data.proprioception_fields}  # pyright: ignore[reportAttributeAccessIssue]
     assert ObservationEncoder.from_run(run).num_steps == 2
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # of the anchors 0 to 4 of 6 frames: 4, 4, 4, 3 and 2 steps of 4 numbers
     assert {line["targets"] for line in metrics if line["kind"] == "validation"} == {68}
     # the run goes on; with other cameras than it has learned by, it does not

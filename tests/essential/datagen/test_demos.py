@@ -40,7 +40,7 @@ def read_rows(folder: Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta/demos.json").read_text())
+    return json.loads((folder / "meta/demos.json").read_text(encoding="utf-8"))
 
 
 class Slider(Simulator):
@@ -123,7 +123,7 @@ def test_the_set_holds_frames_of_all_episodes_task_by_turn(made: Path) -> None:
     report, rows = read_report(made), read_rows(made, "data/*/*.parquet")
     table = read_rows(made, "meta/episodes/*/*.parquet")
     texts = [row["__index_level_0__"] for row in read_rows(made, "meta/tasks.parquet")]
-    variants = json.loads((made / "meta/instructions.json").read_text())["variants"]
+    variants = json.loads((made / "meta/instructions.json").read_text(encoding="utf-8"))["variants"]
     assert [episode["task"] for episode in report["episodes"]] == TASKS * 2
     start = 0
     for number, (row, episode) in enumerate(zip(table, report["episodes"], strict=True)):
@@ -139,7 +139,7 @@ def test_the_set_holds_frames_of_all_episodes_task_by_turn(made: Path) -> None:
 
 
 def test_frames_show_what_the_robot_saw_and_felt(made: Path) -> None:
-    info = json.loads((made / "meta/info.json").read_text())
+    info = json.loads((made / "meta/info.json").read_text(encoding="utf-8"))
     assert (info["fps"], info["robot_type"]) == (80, "sawyer")
     assert info["features"]["action"]["names"] == ["dx", "dy", "dz", "gripper"]
     rows = read_rows(made, "data/*/*.parquet")
@@ -368,10 +368,10 @@ def test_an_unfinished_set_of_other_settings_is_refused(tmp_path: Path, monkeypa
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "mine.txt").write_text("precious")
+    (tmp_path / "data" / "mine.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds other files\. Choose a new folder"):
         record_demos(slider_params(tmp_path))
-    assert (tmp_path / "data" / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "data" / "mine.txt").read_text(encoding="utf-8") == "precious"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -32,7 +32,7 @@ def results_file(folder: Path) -> Path:
 
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
-    return json.loads(results_file(folder).read_text())["evaluations"]
+    return json.loads(results_file(folder).read_text(encoding="utf-8"))["evaluations"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_results_have_the_published_layout(tmp_path: Path) -> None:
     assert (rates["easy"].num_successes, rates["easy"].num_trials) == (6, 6)
     path = results_file(tmp_path / "expert/easy")
     assert [len(path.relative_to(tmp_path).parts), path.parent.parent.name] == [5, "rollouts"]
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     assert values["max_sample_size_per_model"] == 50
     for seed, episode in enumerate(values["evaluations"]):
         assert (episode["skill_type"], episode["scenario_index"]) == ("easy", seed)
@@ -76,7 +76,7 @@ def test_doing_nothing_fails_and_is_pictured(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "easy: 0/3 = 0% [0%, 56%]\n" in printed
     assert "all tasks: 0/6 = 0% [0%, 39%]\n" in printed
-    summary = json.loads((tmp_path / "null/summary.json").read_text())
+    summary = json.loads((tmp_path / "null/summary.json").read_text(encoding="utf-8"))
     assert summary["all"]["interval_95"] == pytest.approx([0, 0.3903], abs=1e-4)
     assert {episode["num_steps"] for episode in read_episodes(tmp_path / "null/easy")} == {24}
     strips = sorted((tmp_path / "null").glob("*/rollouts/*/*/demonstration_*/pictures.png"))
@@ -93,12 +93,12 @@ def test_an_evaluation_goes_on_with_what_is_missing(tmp_path: Path, random_episo
     params = create_params(tmp_path, max_sample_size=6)
     evaluate(create_params(tmp_path, max_sample_size=6, episodes="0:4"))
     path = results_file(tmp_path / "random/easy")
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     assert len(values["evaluations"]) == 4
     # a mark on what was done, and one episode that was not
     values["evaluations"][0]["instruction"] = "marked"
     values["evaluations"][1] |= {"is_success": None, "is_pending": True, "outcome": None, "num_steps": None}
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     evaluate(params)
     found = read_episodes(tmp_path / "random/easy")
     assert found[0].pop("instruction") == "marked"

@@ -79,7 +79,7 @@ def run(toy_simulator: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
             output_dir=str(demos),
         )
     )
-    (folder / "map.yaml").write_text(FIELD_MAP)
+    (folder / "map.yaml").write_text(FIELD_MAP, encoding="utf-8")
     options: dict[str, Any] = {"past_lowdim_steps": 0, "future_lowdim_steps": 3, "image_indices": [0]}
     options |= {"source_episodes": [str(demos)], "output_dir": str(data), "field_map": str(folder / "map.yaml")}
     preprocess_robotics(LeRobotParams(**options, num_workers=0))
@@ -88,7 +88,7 @@ def run(toy_simulator: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<unk>")
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "train.yaml").write_text(CONFIG)
+    (folder / "train.yaml").write_text(CONFIG, encoding="utf-8")
     flags = ["--config_path", str(folder / "train.yaml"), "--data.dataset_manifest", str(data / "manifest.jsonl")]
     flags += ["--data.tokenizer", str(folder / "tokenizer"), "--save_path", str(folder), "--name", "toy_run"]
     params = parse(TrainExperimentParams, flags, prog="train").params
@@ -104,7 +104,7 @@ def create_params(run: Path, output: Path, **values: Any) -> EvaluateParams:
 
 def read_steps(folder: Path) -> dict[tuple[str, int], tuple[str, int]]:
     """{(task, seed): (outcome, steps)}; latencies differ from run to run."""
-    files = [json.loads(path.read_text()) for path in folder.glob("*/rollouts/*/results.json")]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/rollouts/*/results.json")]
     episodes = [episode for file in files for episode in file["evaluations"]]
     assert all(episode["latency_ms"] > 0 for episode in episodes)
     return {(e["skill_type"], e["scenario_index"]): (e["outcome"], e["num_steps"]) for e in episodes}
@@ -168,7 +168,7 @@ def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> 
     values: dict[str, Any] = {"tasks": ["easy"], "episodes": "0:2", "name": "mine"}
     evaluate(create_params(run, tmp_path, images="other_episode", **values))
     path = next((tmp_path / "mine").glob("easy/rollouts/*/results.json"))
-    settings = json.loads(path.read_text())["settings"]
+    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     assert (settings["images"], settings["open_loop_steps"]) == ("other_episode", 2)
     with pytest.raises(ValueError, match=r"made with other settings \(images other_episode -> own\)"):
         evaluate(create_params(run, tmp_path, **values))
@@ -176,11 +176,11 @@ def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> 
 
 def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None:
     spec = run / "robotics.json"
-    text = spec.read_text()
+    text = spec.read_text(encoding="utf-8")
     try:
-        spec.write_text(text.replace('"fps": 10.0', '"fps": 20.0'))
+        spec.write_text(text.replace('"fps": 10.0', '"fps": 20.0'), encoding="utf-8")
         with pytest.raises(ValueError, match=r"has 20 frames a second and toy 10"):
             evaluate(create_params(run, tmp_path / "out"))
     finally:
-        spec.write_text(text)
+        spec.write_text(text, encoding="utf-8")
     assert not (tmp_path / "out").exists()

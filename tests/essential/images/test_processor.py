@@ -105,7 +105,7 @@ def test_inference_sees_what_training_saw(processor: ImageTextProcessor, create_
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{CONFIG_FILE} is missing"):
         load_processor(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text('{"type": "other"}')
+    (tmp_path / CONFIG_FILE).write_text('{"type": "other"}', encoding="utf-8")
     with pytest.raises(ValueError, match="is of type 'other', which must be native or hugging_face"):
         load_processor(tmp_path)
 

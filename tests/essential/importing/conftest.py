@@ -98,12 +98,14 @@ def policy_source(tmp_path: Path) -> Path:
     """A policy's whole folder: config, statistics, normalizer, preprocessing, and its vision-language model beside."""
     folder, vlm = tmp_path / "sources" / "policy", tmp_path / "sources" / "vlm"
     vlm.mkdir(parents=True)
-    (vlm / "config_model.yaml").write_text(yaml.safe_dump(VLM))
+    (vlm / "config_model.yaml").write_text(yaml.safe_dump(VLM), encoding="utf-8")
     model = create_policy_config()
     save_policy(folder, model)
-    (folder / "config.yaml").write_text(yaml.safe_dump(create_config(model)))
-    (folder / "stats.json").write_text(json.dumps(create_statistics()))
-    (folder / "config_normalizer.yaml").write_text(yaml.safe_dump(create_config(model)["data"]["normalization"]))
+    (folder / "config.yaml").write_text(yaml.safe_dump(create_config(model)), encoding="utf-8")
+    (folder / "stats.json").write_text(json.dumps(create_statistics()), encoding="utf-8")
+    (folder / "config_normalizer.yaml").write_text(
+        yaml.safe_dump(create_config(model)["data"]["normalization"]), encoding="utf-8"
+    )
     preprocessing = {
         "type": "spartan",
         "camera_names": CAMERAS,
@@ -114,7 +116,7 @@ def policy_source(tmp_path: Path) -> Path:
         "image_resizing_method": "CENTER_CROP",
         "padding_strategy": "copy",
     }
-    (folder / "preprocessing_config.yaml").write_text(yaml.safe_dump(preprocessing))
+    (folder / "preprocessing_config.yaml").write_text(yaml.safe_dump(preprocessing), encoding="utf-8")
     return folder
 
 
@@ -175,7 +177,7 @@ def save_policy(folder: Path, config: dict[str, Any]) -> None:
 
 def _save_source(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config_model.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config_model.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     torch.save({"global_step": 7, "state_dict": state}, folder / "checkpoints" / "checkpoint_1.pt")
 
 

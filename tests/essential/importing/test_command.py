@@ -81,7 +81,10 @@ def test_the_average_the_step_and_names_of_wrappers_are_taken_over(
     older = tmp_path / "older"
     import_checkpoint(ImportParams(source=str(source), output=str(older), checkpoint=2))
     assert find_checkpoint(older).name == "step_00000007"
-    assert json.loads((older / "provenance.json").read_text())["imported"]["checkpoint"] == "checkpoint_2.pt"
+    assert (
+        json.loads((older / "provenance.json").read_text(encoding="utf-8"))["imported"]["checkpoint"]
+        == "checkpoint_2.pt"
+    )
 
 
 def add_weight(content: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def write_tokens(folder: Path) -> None:
     packer = RecordPacker(17, "uint16")
     packer.add(np.random.default_rng(0).integers(0, 257, 8 * 17), np.asarray([8 * 17]))
     entry = write_records(str(folder), "shard_000000", packer.take(8))
-    (folder / "manifest.jsonl").write_text(format_manifest([entry]))
+    (folder / "manifest.jsonl").write_text(format_manifest([entry]), encoding="utf-8")
 
 
 def test_training_starts_from_an_imported_run(parity: Path, tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_training_starts_from_an_imported_run(parity: Path, tmp_path: Path) -> N
 
 @torch.no_grad()
 def test_a_policy_on_an_image_encoder_alone(parity: Path, save_source: Callable[..., None], tmp_path: Path) -> None:
-    vit = yaml.safe_load((parity / "vlm_ps2" / "config_model.yaml").read_text())["vit"]
-    config = yaml.safe_load((parity / "vla_foundry_flow" / "config_model.yaml").read_text())
+    vit = yaml.safe_load((parity / "vlm_ps2" / "config_model.yaml").read_text(encoding="utf-8"))["vit"]
+    config = yaml.safe_load((parity / "vla_foundry_flow" / "config_model.yaml").read_text(encoding="utf-8"))
     config["vision_language_backbone"] = {**vit, "type": "vit_backbone"}
     stored = torch.load(parity / "vla_foundry_flow" / "checkpoints" / "checkpoint_1.pt", weights_only=True)
     front = "vision_language_backbone._model."

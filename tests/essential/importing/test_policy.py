@@ -55,12 +55,12 @@ def test_the_config_is_the_same_in_our_terms(run: tuple[Path, list[str]]) -> Non
         "remote_sync (s3://someone/models) is left out: the imported run is a copy.",
     ):
         assert line in lines
-    kept = yaml.safe_load((folder / "imported" / "config.yaml").read_text())
+    kept = yaml.safe_load((folder / "imported" / "config.yaml").read_text(encoding="utf-8"))
     assert kept["hparams"]["loss_function"] == "mse"
 
 
 def test_numbers_are_normalized_as_they_were(run: tuple[Path, list[str]], policy_source: Path) -> None:
-    statistics = json.loads((policy_source / "stats.json").read_text())[XYZ]
+    statistics = json.loads((policy_source / "stats.json").read_text(encoding="utf-8"))[XYZ]
     low, high = (np.array(statistics[f"percentile_{number}_per_timestep"]) for number in (1, 99))
     # the statistics have 2 steps before the anchor, the policy 1; the range goes to [-1, 1]
     values = np.random.default_rng(3).normal(size=(16, 3))
@@ -116,9 +116,9 @@ def test_a_policy_without_a_file_it_needs_leaves_nothing(
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     change(config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

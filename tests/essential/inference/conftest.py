@@ -120,7 +120,7 @@ class ArmConverter(BaseRoboticsConverter):
     """Makes recordings up: the source is the name of a file with their number."""
 
     def discover_episodes(self) -> list[EpisodeRef]:
-        count = int(Path(self.params.source_episodes[0]).read_text())
+        count = int(Path(self.params.source_episodes[0]).read_text(encoding="utf-8"))
         return [EpisodeRef(episode_id=f"episode_{n}", source=str(n), num_frames=NUM_FRAMES) for n in range(count)]
 
     def discover_cameras(self) -> list[str]:
@@ -161,13 +161,13 @@ def train_arm(
     folder: Path, *, action_fields: list[str], proprioception_fields: list[str], has_language: bool = True
 ) -> Arm:
     """Preprocess two recordings, turned and resized, and train a policy on them for three steps."""
-    (folder / "count").write_text("2")
+    (folder / "count").write_text("2", encoding="utf-8")
     options: dict[str, Any] = {"source_episodes": [str(folder / "count")], "output_dir": str(folder / "data")}
     options |= {"past_lowdim_steps": PAST, "future_lowdim_steps": FUTURE, "max_padding_left": PAST}
     options |= {"resize_images_size": [20, 16], "camera_rotations": {CAMERAS[1]: 1}, "num_workers": 0}
     preprocess_robotics(ArmParams(**options))
     config = CONFIG if has_language else CONFIG.replace(VLM_BACKBONE, VIT_BACKBONE)
-    (folder / "train.yaml").write_text(config)
+    (folder / "train.yaml").write_text(config, encoding="utf-8")
     manifest = str(folder / "data" / "manifest.jsonl")
     words = ["--config_path", str(folder / "train.yaml"), "--save_path", str(folder / "runs"), "--name", "arm"]
     words += ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]

@@ -76,11 +76,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _save_tokenizer(folder / "tokenizer")
     (folder / "text").mkdir()
     lines = (json.dumps({"text": caption_of(*key)}) + "\n" for key in list(PICTURES) * 16)
-    (folder / "text" / "docs.jsonl").write_text("".join(lines))
+    (folder / "text" / "docs.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "pairs").mkdir()
     for number, (key, picture) in enumerate(list(PICTURES.items()) * 4):
         (folder / "pairs" / f"{number:03d}.png").write_bytes(picture)
-        (folder / "pairs" / f"{number:03d}.txt").write_text(caption_of(*key))
+        (folder / "pairs" / f"{number:03d}.txt").write_text(caption_of(*key), encoding="utf-8")
     at = str(folder)
     source = f"--source {at}/text --output {at}/tokens --tokenizer {at}/tokenizer --seq_len 32 --num_workers 0"
     main(["preprocess", "text", *source.split()])
@@ -128,7 +128,10 @@ def test_the_language_run_gave_its_tokenizer_and_the_run_keeps_its_processor(fol
     assert isinstance(params.model, VLMParams)
     assert processor.image_token_id == params.model.image_token_id
     assert len(processor.tokenizer) == params.model.vocab_size
-    lines = [json.loads(line) for line in (folder / "runs" / "vlm" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "runs" / "vlm" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert max(line["padding_share"] for line in lines if line["kind"] == "train") < 0.05
 
 

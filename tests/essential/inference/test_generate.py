@@ -128,7 +128,7 @@ def write_run(run: Path, params: ModelParams, models_by_file: dict[str, Any]) ->
     """A run folder as training writes it."""
     step = run / "checkpoints" / "step_00000007"
     step.mkdir(parents=True)
-    (run / "config_model.yaml").write_text(dump_params(params))
+    (run / "config_model.yaml").write_text(dump_params(params), encoding="utf-8")
     create_tokenizer().save_pretrained(str(run / "tokenizer"))
     entries = {}
     for name, model in models_by_file.items():
@@ -136,7 +136,7 @@ def write_run(run: Path, params: ModelParams, models_by_file: dict[str, Any]) ->
         save_file({key: value for key, value in model.state_dict().items() if key not in tied}, step / name)
         content = (step / name).read_bytes()
         entries[name] = [len(content), hashlib.sha256(content).hexdigest()]
-    (step / COMPLETE_NAME).write_text(json.dumps(entries))
+    (step / COMPLETE_NAME).write_text(json.dumps(entries), encoding="utf-8")
     return run
 
 

@@ -251,10 +251,10 @@ def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
 def test_other_runs_are_no_policies(tmp_path: Path, arm: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"does not exist. Give a run folder"):
         Policy.from_run(str(tmp_path / "nothing"))
-    (tmp_path / "config_model.yaml").write_text("type: transformer\nhidden_dim: 8\n")
-    text = (arm.run / "config.yaml").read_text()
+    (tmp_path / "config_model.yaml").write_text("type: transformer\nhidden_dim: 8\n", encoding="utf-8")
+    text = (arm.run / "config.yaml").read_text(encoding="utf-8")
     start, end = text.index("\nmodel:"), text.index("\ndistributed:")
     model = "\nmodel: {type: transformer, hidden_dim: 8, n_layers: 1, n_heads: 1, vocab_size: 9, max_seq_len: 8}"
-    (tmp_path / "config.yaml").write_text(text[:start] + model + text[end:])
+    (tmp_path / "config.yaml").write_text(text[:start] + model + text[end:], encoding="utf-8")
     with pytest.raises(ValueError, match=r"of type 'transformer', which is no policy"):
         Policy.from_run(str(tmp_path))

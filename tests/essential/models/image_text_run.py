@@ -191,7 +191,7 @@ def main(folder: Path) -> None:
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
     losses = {name: train(name, folder, folder / f"sharded_{name}", world) for name in PER_IMAGE}
-    (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses))
+    (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     stop_process_group()
     leave_process(0)
 

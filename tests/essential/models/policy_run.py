@@ -214,7 +214,7 @@ def main(folder: Path) -> None:
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
     losses = {name: train(name, folder / f"sharded {name}", world) for name in SHARDED}
-    (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses))
+    (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     stop_process_group()
     leave_process(0)
 

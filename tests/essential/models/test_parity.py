@@ -27,7 +27,7 @@ class Published:
         self.folder = folder
         self.inputs = load_file(folder / "inputs.safetensors")
         self.outputs = load_file(folder / "outputs.safetensors")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
     def load(self, **changes: Any) -> Any:
         params = load_params_from_yaml(ModelParams, str(self.folder / "config_model.yaml"))

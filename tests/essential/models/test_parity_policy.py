@@ -28,10 +28,13 @@ class Published:
         source = folder / "vla_foundry_flow"
         self.inputs = load_file(source / "inputs.safetensors")
         self.outputs = load_file(source / "outputs.safetensors")
-        self.meta = json.loads((source / "meta.json").read_text())
-        configs = [yaml.safe_load((path / "config_model.yaml").read_text()) for path in (source, folder / "vlm_ps2")]
+        self.meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        configs = [
+            yaml.safe_load((path / "config_model.yaml").read_text(encoding="utf-8"))
+            for path in (source, folder / "vlm_ps2")
+        ]
         config = scratch / "config_model.yaml"
-        config.write_text(dump_value(translate_config(*configs)))
+        config.write_text(dump_value(translate_config(*configs)), encoding="utf-8")
         self.params: Any = load_params_from_yaml(ModelParams, str(config))
         self.model: Any = create_model(self.params, load_pretrained=False)
         load_model_checkpoint(self.model, source, translate=translate_weights)

@@ -24,7 +24,7 @@ class Published:
     def __init__(self, folder: Path) -> None:
         self.inputs = load_file(folder / "inputs.safetensors")
         self.outputs = load_file(folder / "outputs.safetensors")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.model: Any = create_model(load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")))
         load_model_checkpoint(self.model, folder)
         self.model.eval()

@@ -191,7 +191,7 @@ def test_a_policy_is_loaded_as_it_was_saved(head: str, create, policies, tmp_pat
     train_step(state, batches, handler=policy.handler, hparams=policy.params.hparams, world=World())
     folder = save_checkpoint(tmp_path, state, world=World(), facts={})
     config = tmp_path / "config_model.yaml"
-    config.write_text(dump_params(policy.params.model))
+    config.write_text(dump_params(policy.params.model), encoding="utf-8")
     params = load_params_from_yaml(ModelParams, str(config))
     assert params == policy.params.model
     loaded: Any = create_model(params, load_pretrained=False)
@@ -275,7 +275,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_pa
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
-        together = json.loads((tmp_path / f"losses.{rank}.json").read_text())
+        together = json.loads((tmp_path / f"losses.{rank}.json").read_text(encoding="utf-8"))
         for name, losses in alone.items():
             assert together[name] == pytest.approx(losses, rel=1e-5), name
     for losses in alone.values():

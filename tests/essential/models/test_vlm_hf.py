@@ -202,7 +202,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
-        together = json.loads((folder / f"losses.{rank}.json").read_text())
+        together = json.loads((folder / f"losses.{rank}.json").read_text(encoding="utf-8"))
         for name, losses in alone.items():
             assert together[name] == pytest.approx(losses, rel=1e-5)
     for losses in alone.values():

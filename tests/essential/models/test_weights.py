@@ -48,7 +48,7 @@ def write_step(run: Path, step: int, files: dict[str, dict[str, Tensor]], *, is_
         content = (folder / name).read_bytes()
         entries[name] = [len(content), hashlib.sha256(content).hexdigest()]
     if is_complete:
-        (folder / COMPLETE_NAME).write_text(json.dumps(entries))
+        (folder / COMPLETE_NAME).write_text(json.dumps(entries), encoding="utf-8")
     return folder
 
 

@@ -57,7 +57,7 @@ def create_documents(num_documents: int, *, seed: int = 0, longest: int = 200) -
 
 def _write_jsonl(path: Path, documents: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in documents))
+    path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in documents), encoding="utf-8")
     return path
 
 

@@ -25,7 +25,7 @@ def test_text_goes_from_words_to_shards(tokenizer: Path, source: Path, tmp_path:
     files = [str(path) for path in sorted(source.iterdir())]
     words = ["text", "--source", *files, "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
     main([*words, "--seq_len", "2_000", "--num_workers", "0"])
-    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["dataset"]["seq_len"] == 2000
     assert provenance["plan"]["source"]["num_files"] == 3
 

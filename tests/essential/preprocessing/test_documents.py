@@ -59,11 +59,11 @@ def test_gzipped_files_hold_the_same_documents(tmp_path: Path, kind: str):
     plain = tmp_path / "plain" / f"a.{kind}"
     plain.parent.mkdir()
     if kind == "jsonl":
-        plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     elif kind == "parquet":
         write_parquet(plain, TEXTS)
     else:
-        plain.write_text("\n".join(TEXTS))
+        plain.write_text("\n".join(TEXTS), encoding="utf-8")
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / f"a.{kind}.gz").write_bytes(gzip.compress(plain.read_bytes()))
     expected = ["\n".join(TEXTS)] if kind == "txt" else TEXTS
@@ -72,7 +72,7 @@ def test_gzipped_files_hold_the_same_documents(tmp_path: Path, kind: str):
 
 def test_long_text_file_is_one_document_in_pieces(tmp_path: Path):
     text = "".join(f"line {number} größer\n" for number in range(900_000))  # more than two blocks
-    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     rows = [row for row in read_all(tmp_path, max_bytes=100_000) if isinstance(row, Piece)]
     assert "".join(row.text for row in rows) == text
     assert [row.part for row in rows] == list(range(len(rows)))
@@ -141,15 +141,15 @@ def test_unreadable_files_are_named_and_weighed(tmp_path: Path):
 
 def test_other_files_are_counted(tmp_path: Path):
     for name in ("a.txt", "b.md", "c.md", "d", "e.csv.gz"):
-        (tmp_path / name).write_text("x")
+        (tmp_path / name).write_text("x", encoding="utf-8")
     sources = list_sources([str(tmp_path)])
     assert [file.name for file in sources.files] == ["0/a.txt"]
     assert sources.ignored == {".md": 2, "(none)": 1, ".csv.gz": 1}
 
 
 def test_places_without_text_are_errors(tmp_path: Path):
-    (tmp_path / "b.md").write_text("x")
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.md").write_text("x", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=r"--source \S+b\.md has no text"):
         list_sources([str(tmp_path / "b.md")])
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -159,8 +159,8 @@ def test_places_without_text_are_errors(tmp_path: Path):
 
 
 def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     unit = Unit(file=list_sources([str(tmp_path)]).files[0], part=0, num_parts=1)
-    (tmp_path / "a.txt").write_text("xy")
+    (tmp_path / "a.txt").write_text("xy", encoding="utf-8")
     with pytest.raises(ValueError, match="has changed since it was listed"):
         list(read_unit(unit, text_key="text", max_bytes=100))

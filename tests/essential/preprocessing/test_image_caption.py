@@ -38,14 +38,14 @@ def pairs(tmp_path: Path) -> Path:
         stem = folder / f"part{number % 2}" / f"{number:03d}"
         save_picture(stem.with_suffix((".png", ".jpg", ".webp")[number % 3]), number)
         if number % 5:
-            stem.with_suffix(".txt").write_text(f" number {number}\n")
+            stem.with_suffix(".txt").write_text(f" number {number}\n", encoding="utf-8")
         else:
-            stem.with_suffix(".json").write_text(json.dumps({"caption": f"number {number}"}))
+            stem.with_suffix(".json").write_text(json.dumps({"caption": f"number {number}"}), encoding="utf-8")
     for number in (1, 0):
         save_picture(folder / f"both.v2.image_{number}.png", 200 + number)
     turns = [{"from": "human", "value": "<image><image>Compare."}, {"from": "gpt", "value": "one is lighter"}]
-    (folder / "both.v2.json").write_text(json.dumps({"conversations": turns}))
-    (folder / "readme.md").write_text("not a picture")
+    (folder / "both.v2.json").write_text(json.dumps({"conversations": turns}), encoding="utf-8")
+    (folder / "readme.md").write_text("not a picture", encoding="utf-8")
     return folder
 
 
@@ -57,7 +57,7 @@ def preprocess(source: Path | list[Path], output: Path, **values: Any) -> None:
 
 def read_samples(folder: Path) -> list[dict[str, bytes]]:
     samples: dict[str, dict[str, bytes]] = {}
-    for line in (folder / "manifest.jsonl").read_text().splitlines():
+    for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
         with tarfile.open(folder / f"{json.loads(line)['shard']}.tar") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
@@ -72,7 +72,7 @@ def number_of(sample: dict[str, bytes], suffix: str) -> int:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def test_pairs_become_verified_shards_with_their_bytes_kept(pairs: Path, tmp_path: Path, ray_cluster: str) -> None:
@@ -131,7 +131,7 @@ def test_large_images_are_scaled_down_if_asked_for(tmp_path: Path) -> None:
     save_picture(tmp_path / "in" / "large.png", 100, (40, 80))
     save_picture(tmp_path / "in" / "small.png", 50, (10, 20))
     for name in ("large", "small"):
-        (tmp_path / "in" / f"{name}.txt").write_text(name)
+        (tmp_path / "in" / f"{name}.txt").write_text(name, encoding="utf-8")
     preprocess(tmp_path / "in", tmp_path / "out", max_side=20)
     sizes = {
         sample["txt"]: {name: Image.open(io.BytesIO(data)).size for name, data in sample.items() if name != "txt"}
@@ -143,9 +143,9 @@ def test_large_images_are_scaled_down_if_asked_for(tmp_path: Path) -> None:
 def test_failures_are_reported_by_reason_and_bounded(pairs: Path, tmp_path: Path) -> None:
     save_picture(pairs / "alone.png", 1)
     (pairs / "cut.png").write_bytes((pairs / "both.v2.image_0.png").read_bytes()[:-40])
-    (pairs / "cut.txt").write_text("a cut picture")
+    (pairs / "cut.txt").write_text("a cut picture", encoding="utf-8")
     save_picture(pairs / "list.png", 1)
-    (pairs / "list.json").write_text("[]")
+    (pairs / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"3 of 34 images failed \(1 .*--max_bad_fraction 0.01"):
         preprocess(pairs, tmp_path / "out")
     preprocess(pairs, tmp_path / "out", max_bad_fraction=0.2)
@@ -167,10 +167,12 @@ def test_lists_of_paths_of_any_kind_are_read(tmp_path: Path, ending: str) -> Non
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif ending == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         mark = "," if ending == "csv" else "\t"
-        path.write_text("\n".join([mark.join(rows[0]), *(mark.join(map(str, row.values())) for row in rows)]))
+        path.write_text(
+            "\n".join([mark.join(rows[0]), *(mark.join(map(str, row.values())) for row in rows)]), encoding="utf-8"
+        )
     argv = ["image_caption", "--source", str(path), "--output", str(tmp_path / "out"), "--caption_key", "text"]
     main([*argv, "--extra_keys", "who", "--num_workers", "0"])
     found = {(number_of(s, "png"), s["txt"].decode(), s["json"].decode()) for s in read_samples(tmp_path / "out")}
@@ -179,10 +181,31 @@ def test_lists_of_paths_of_any_kind_are_read(tmp_path: Path, ending: str) -> Non
         list(read_list(str(path), url_key="url", caption_key="alt", extra_keys=[]))
 
 
+def test_tab_separated_captions_have_no_quoting(tmp_path: Path) -> None:
+    captions = ['"red square', 'a 5" screen', '"' + "long " * 40_000, "two\u2028lines", ""]
+    path = tmp_path / "list.tsv"
+    lines = ["caption\turl", *(f"{caption}\t{number}.png" for number, caption in enumerate(captions)), ""]
+    path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    rows = list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+    assert [(row.url, row.caption) for row in rows] == [(f"{n}.png", text) for n, text in enumerate(captions)]
+    path.write_text("caption\turl\na\tcaption\t0.png\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"list\.tsv line 2 has 3 cells, more than its 2 columns"):
+        list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+
+
+def test_long_cells_of_csv_lists_are_read_and_endless_ones_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text('caption,url\n"' + "long " * 40_000 + '",0.png\n', encoding="utf-8")
+    assert len(next(iter(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))).caption) == 200_000
+    path.write_text('caption,url\n"' + "x" * 11_000_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"list\.csv is not CSV after line 1 \(field larger than"):
+        list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+
+
 def test_a_list_of_missing_files_names_them(tmp_path: Path) -> None:
     save_picture(tmp_path / "0.png", 0)
     rows = [{"url": "0.png", "caption": "a"}, {"url": "1.png", "caption": "b"}, {"caption": "c"}]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     preprocess(tmp_path / "list.jsonl", tmp_path / "out", max_bad_fraction=0.5)
     report = read_report(tmp_path / "out")
     assert report["failed"] == {"missing file": 1, "no URL": 1}
@@ -233,7 +256,7 @@ def test_urls_are_downloaded_by_img2dataset_and_failures_reported(pairs: Path, t
     rows = [{"url": f"{server}/{path}", "caption": path.name, "who": "Ann"} for path in images]
     rows += [{"url": f"{server}/{name}", "caption": "x", "who": "Ann"} for name in ("none.png", "readme.md")]
     rows.append({"url": str(pairs / "both.v2.image_0.png"), "caption": "local", "who": "Ann"})
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     preprocess(tmp_path / "list.jsonl", tmp_path / "out", extra_keys=["who"], download_retries=0)
     report = read_report(tmp_path / "out")
     assert report["samples"] == len(images) + 1
@@ -249,7 +272,7 @@ def test_urls_are_downloaded_by_img2dataset_and_failures_reported(pairs: Path, t
 
 def test_without_uvx_the_error_says_what_to_do(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
-    (tmp_path / "list.jsonl").write_text('{"url": "http://127.0.0.1:9/a.png", "caption": "a"}\n')
+    (tmp_path / "list.jsonl").write_text('{"url": "http://127.0.0.1:9/a.png", "caption": "a"}\n', encoding="utf-8")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"uvx is not installed. Install uv"):
         preprocess(tmp_path / "list.jsonl", tmp_path / "out")

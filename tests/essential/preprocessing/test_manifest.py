@@ -41,20 +41,20 @@ def dataset(tmp_path: Path) -> Path:
     folder = tmp_path / "ours"
     samples = [(f"key{number}", {"json": b"{}" * (number + 1), "txt": b"text"}) for number in range(6)]
     entries = [write_shard(str(folder), f"shard_{number}", samples) for number in range(2)]
-    (folder / "manifest.jsonl").write_text(format_manifest(entries))
+    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
     return folder
 
 
 def test_build_describes_foreign_shards(foreign: Path):
     entries, is_new = build_manifest(str(foreign))
     assert is_new
-    assert entries == parse_manifest((foreign / "manifest.jsonl").read_text(), "")
+    assert entries == parse_manifest((foreign / "manifest.jsonl").read_text(encoding="utf-8"), "")
     assert [(entry.shard, entry.num_sequences) for entry in entries] == [
         ("00001", 6),
         ("00002", 7),
         ("shards/00000", 5),
     ]
-    index = parse_index((foreign / "shards/00000.index.json").read_text(), "")
+    index = parse_index((foreign / "shards/00000.index.json").read_text(encoding="utf-8"), "")
     assert [key for key, _ in index.samples] == ["000", "001", "002", "003", "004"]
     assert set(index.samples[0][1]) == {"jpg", "txt", "json"}
     assert verify_dataset(str(foreign)) == []
@@ -64,7 +64,7 @@ def test_build_describes_foreign_shards(foreign: Path):
 def test_build_fills_in_what_a_manifest_leaves_open(foreign: Path):
     lines = [{"shard": "shards/00000", "num_sequences": 5}, {"shard": "00002", "num_sequences": 7}]
     lines.append({"shard": "00001", "num_sequences": 6})
-    (foreign / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (foreign / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     entries, is_new = build_manifest(str(foreign))
     assert is_new
     assert [entry.shard for entry in entries] == ["shards/00000", "00002", "00001"]  # the order is kept
@@ -81,10 +81,10 @@ def test_build_fills_in_what_a_manifest_leaves_open(foreign: Path):
 )
 def test_build_refuses_to_replace_a_differing_manifest(foreign: Path, lines: list, message: str):
     text = "".join(json.dumps({"shard": shard, "num_sequences": count}) + "\n" for shard, count in lines)
-    (foreign / "manifest.jsonl").write_text(text)
+    (foreign / "manifest.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message + r".*Replace it with --overwrite true\.$"):
         build_manifest(str(foreign))
-    assert (foreign / "manifest.jsonl").read_text() == text
+    assert (foreign / "manifest.jsonl").read_text(encoding="utf-8") == text
     assert build_manifest(str(foreign), overwrite=True)[1]
     assert verify_dataset(str(foreign)) == []
 
@@ -111,7 +111,7 @@ def test_build_and_verify_in_an_object_store(foreign: Path, s3_bucket: str):
 
 
 def test_folder_without_tars_is_an_error(tmp_path: Path):
-    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "x.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=r"has no \.tar files"):
         build_manifest(str(tmp_path))
     with pytest.raises(
@@ -140,16 +140,18 @@ def flip_a_bit(dataset: Path) -> None:
 
 def change_manifest(dataset: Path) -> None:
     path = dataset / "manifest.jsonl"
-    path.write_text(path.read_text().replace('"num_sequences": 6', '"num_sequences": 7', 1))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"num_sequences": 6', '"num_sequences": 7', 1), encoding="utf-8"
+    )
 
 
 def swap_index(dataset: Path) -> None:
     path = dataset / "shard_0.index.json"
-    path.write_text(path.read_text().replace("key2", "key9"))
+    path.write_text(path.read_text(encoding="utf-8").replace("key2", "key9"), encoding="utf-8")
 
 
 def break_index(dataset: Path) -> None:
-    (dataset / "shard_0.index.json").write_text("{")
+    (dataset / "shard_0.index.json").write_text("{", encoding="utf-8")
 
 
 def add_shard(dataset: Path) -> None:
@@ -189,7 +191,7 @@ def test_verify_compares_members_of_samples(foreign: Path):
 def test_verify_sees_a_tar_cut_between_members_without_checksums(foreign: Path):
     build_manifest(str(foreign))
     lines = [{"shard": "00001", "num_sequences": 5}]
-    (foreign / "manifest.jsonl").write_text(json.dumps(lines[0]))
+    (foreign / "manifest.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8")
     for name in ("shards/00000", "00002"):
         (foreign / f"{name}.tar").unlink()
     (foreign / "00001.index.json").unlink()
@@ -215,8 +217,8 @@ def test_verify_looks_into_token_records(tmp_path: Path, tokens: list, ends: lis
         document_offsets=np.array(offsets, np.uint64),
     )
     entry = write_records(str(tmp_path), "shard_0", records)
-    (tmp_path / "manifest.jsonl").write_text(format_manifest([entry]))
-    (tmp_path / "provenance.json").write_text('{"dataset": {"vocab_size": 10}}')
+    (tmp_path / "manifest.jsonl").write_text(format_manifest([entry]), encoding="utf-8")
+    (tmp_path / "provenance.json").write_text('{"dataset": {"vocab_size": 10}}', encoding="utf-8")
     found = verify_dataset(str(tmp_path))
     if fault is None:
         assert found == []

@@ -27,7 +27,7 @@ def test_entry_and_index_describe_the_tar(tmp_path: Path):
     entry = write_shard(str(tmp_path), "shard", SAMPLES)
     with open(tmp_path / "shard.tar", "rb") as file:
         index = index_shard(file)
-        assert parse_index((tmp_path / "shard.index.json").read_text(), "") == index
+        assert parse_index((tmp_path / "shard.index.json").read_text(encoding="utf-8"), "") == index
         file.seek(0)
         assert entry.sha256 == sha256_of(file)
         span = index.samples[2][1]["front.jpg"]

@@ -38,7 +38,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 def read_records(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every record of a dataset in order, with its document ends; shares no code with the package."""
-    for line in (folder / "manifest.jsonl").read_text().splitlines():
+    for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
         with tarfile.open(folder / (json.loads(line)["shard"] + ".tar")) as tar:
             members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}  # type: ignore
         info = json.loads(members["records.json"])
@@ -53,7 +53,7 @@ def read_records(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def read_documents(folder: Path) -> list[str]:
     """Decode every document of a dataset, from its records and boundaries."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    eos_token_id = json.loads((folder / "provenance.json").read_text())["dataset"]["eos_token_id"]
+    eos_token_id = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["dataset"]["eos_token_id"]
     documents, open_tokens = [], []
     for tokens, ends in read_records(folder):
         start = 0
@@ -108,9 +108,9 @@ def test_every_document_comes_out_whole(expected: Path, documents: list[str]):
 
 
 def test_counts_are_right(expected: Path, documents: list[str]):
-    facts = json.loads((expected / "provenance.json").read_text())["dataset"]
+    facts = json.loads((expected / "provenance.json").read_text(encoding="utf-8"))["dataset"]
     records = list(read_records(expected))
-    manifest = [json.loads(line) for line in (expected / "manifest.jsonl").read_text().splitlines()]
+    manifest = [json.loads(line) for line in (expected / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
     assert facts["num_documents"] == len(documents)
     assert facts["num_tokens"] == sum(int(ends[-1]) for _, ends in records)
     assert facts["num_tokens"] + facts["num_padding"] == 129 * len(records) == 129 * facts["num_sequences"]
@@ -126,7 +126,7 @@ def test_shards_are_neither_too_large_nor_crumbs(expected: Path, params: Preproc
     preprocess_text(replace(params, samples_per_shard=30))
     for folder, most in ((expected, 100), (Path(params.output), 30)):
         sizes: dict[str, list[int]] = {}
-        for line in (folder / "manifest.jsonl").read_text().splitlines():
+        for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             sizes.setdefault(entry["shard"][:12], []).append(entry["num_sequences"])
         assert max(max(of_task) for of_task in sizes.values()) <= most
@@ -201,7 +201,9 @@ def test_killed_run_goes_on_to_the_same_bytes(
         assert num_done <= len(list(output.glob("_progress/task_*"))) < num_tasks
         assert not (output / "manifest.jsonl").exists()
     shards = {path: path.stat().st_mtime_ns for path in output.glob("shard_*.tar")}
-    finished = {json.loads(path.read_text())["entries"][0]["shard"] for path in output.glob("_progress/task_*")}
+    finished = {
+        json.loads(path.read_text(encoding="utf-8"))["entries"][0]["shard"] for path in output.glob("_progress/task_*")
+    }
     assert start_command(params).wait() == 0
     assert read_folder(output) == read_folder(expected)
     for path, time_ns in shards.items():
@@ -254,7 +256,7 @@ def test_missing_shard_of_a_complete_dataset_is_seen(params: PreprocessTextParam
 def test_foreign_folder_is_never_touched(params: PreprocessTextParams):
     output = Path(params.output)
     output.mkdir()
-    (output / "thesis.tex").write_text("years of work")
+    (output / "thesis.tex").write_text("years of work", encoding="utf-8")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds other files"):
             preprocess_text(replace(params, overwrite=overwrite))
@@ -271,7 +273,7 @@ def test_all_kinds_of_files_go_in_together(params: PreprocessTextParams, write_j
     write_jsonl(folder / "a.jsonl", ["one <|endoftext|> is no end", "two"])
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "three"}).encode()))
     pq.write_table(pa.table({"text": ["four", "five"]}), folder / "c.parquet")
-    (folder / "d.txt").write_text("six\nlines\n" * 1000)  # longer than a record, and than a shard
+    (folder / "d.txt").write_text("six\nlines\n" * 1000, encoding="utf-8")  # longer than a record, and than a shard
     preprocess_text(
         replace(params, source=[str(folder / "*.jsonl*"), str(folder / "c.parquet"), str(folder / "d.txt")])
     )
@@ -311,7 +313,7 @@ def test_bad_rows_are_counted_and_bounded(
         preprocess_text(params)
     assert not (Path(params.output) / "manifest.jsonl").exists()
     preprocess_text(replace(params, max_bad_fraction=0.05))
-    counts = json.loads((Path(params.output) / "provenance.json").read_text())["counts"]
+    counts = json.loads((Path(params.output) / "provenance.json").read_text(encoding="utf-8"))["counts"]
     assert counts["documents"] == 97
     assert counts["skipped"] == {"bad_json": 1, "empty": 1, "null": 2}
     assert re.search(r"skipped 1 bad_json: 0/a\.jsonl byte \d+\n", capsys.readouterr().out)
@@ -331,7 +333,7 @@ def test_source_without_documents_is_an_error(params: PreprocessTextParams, writ
 
 
 def test_provenance_names_no_person_machine_or_folder(expected: Path, source: Path):
-    text = (expected / "provenance.json").read_text()
+    text = (expected / "provenance.json").read_text(encoding="utf-8")
     assert str(source.parent) not in text
     assert socket.gethostname() not in text
     assert getpass.getuser() not in text

@@ -63,10 +63,10 @@ def test_same_configuration_is_not_trained_again(params: TrainTokenizerParams):
 def test_foreign_folder_is_not_touched(params: TrainTokenizerParams):
     folder = Path(params.output)
     folder.mkdir()
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="holds other files"):
         train_tokenizer(params)
-    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert (folder / "tokenizer.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_unfinished_folder_is_finished(params: TrainTokenizerParams):

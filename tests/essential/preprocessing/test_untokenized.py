@@ -13,7 +13,7 @@ from vla_foundry.preprocessing.text.text_job import preprocess_text_untokenized
 
 def read_samples(folder: Path) -> dict[str, dict]:
     samples = {}
-    for line in (folder / "manifest.jsonl").read_text().splitlines():
+    for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         with tarfile.open(folder / f"{entry['shard']}.tar") as tar:
             members = tar.getmembers()
@@ -50,7 +50,7 @@ def test_parts_in_order_are_the_documents(source: Path, documents: list[str], tm
         found.append("".join(piece["text"] for piece in pieces))
     assert sorted(found) == sorted(documents)
     assert found != documents
-    facts = json.loads((tmp_path / "out" / "provenance.json").read_text())["dataset"]
+    facts = json.loads((tmp_path / "out" / "provenance.json").read_text(encoding="utf-8"))["dataset"]
     assert facts["kind"] == "text_untokenized"
     assert (facts["num_documents"], facts["num_sequences"]) == (len(documents), len(samples))
     assert not verify_dataset(str(tmp_path / "out"))

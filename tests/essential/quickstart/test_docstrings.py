@@ -12,7 +12,8 @@ def test_docstrings_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     long = "word " * MIN_CHARACTERS
     source = tmp_path / "module.py"
     source.write_text(
-        f'"""Module {long}"""\nclass A:\n    """Class {long}"""\n    def f(self):\n        """Short."""\n'
+        f'"""Module {long}"""\nclass A:\n    """Class {long}"""\n    def f(self):\n        """Short."""\n',
+        encoding="utf-8",
     )
     assert [text.split()[0] for text in read_docstrings(source)] == ["Module", "Class"]
 
@@ -27,7 +28,10 @@ def test_what_is_not_python_has_no_docstrings(tmp_path: Path, content: bytes) ->
 def test_harvest_holds_no_text_twice_and_splits_by_file(tmp_path: Path) -> None:
     counts = harvest_docstrings(tmp_path, packages=(), num_processes=2)
     splits = {
-        split: [json.loads(line)["text"] for line in (tmp_path / split / "docstrings.jsonl").read_text().splitlines()]
+        split: [
+            json.loads(line)["text"]
+            for line in (tmp_path / split / "docstrings.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for split in ("train", "validation")
     }
     assert {split: len(texts) for split, texts in splits.items()} == {

@@ -15,13 +15,13 @@ def save_evaluation(folder: Path, name: str, successes: int) -> None:
     counts = {"successes": successes, "trials": 20, "invalid": 0}
     (folder / name).mkdir(parents=True)
     values = {"name": name, "tasks": {"drawer-open-v3@half": counts, "window-close-v3@half": counts}}
-    (folder / name / "summary.json").write_text(json.dumps(values))
+    (folder / name / "summary.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_the_page_shows_policies_with_intervals(tmp_path: Path) -> None:
     for name, successes in (("vla", 18), ("null", 0), ("random", 1)):
         save_evaluation(tmp_path / "evaluation", name, successes)
-    (tmp_path / "error.txt").write_text("  errors\n")
+    (tmp_path / "error.txt").write_text("  errors\n", encoding="utf-8")
     summary, figure = tmp_path / "summary.txt", tmp_path / "figure.png"
     text = write_vla_report(
         tmp_path / "evaluation", ["vla", "null", "random"], tmp_path / "error.txt", summary=summary, figure=figure
@@ -31,7 +31,7 @@ def test_the_page_shows_policies_with_intervals(tmp_path: Path) -> None:
     assert lines[2].split() == ["policy", "18/20", "18/20", "36/40", "=", "90%", "[77%,", "96%]"]
     assert lines[3].split()[:4] == ["no", "motion", "0/20", "0/20"]
     assert "  errors" in lines
-    assert summary.read_text() == text + "\n"
+    assert summary.read_text(encoding="utf-8") == text + "\n"
     with Image.open(figure) as picture:
         assert picture.width == 840
 

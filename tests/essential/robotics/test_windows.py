@@ -121,7 +121,7 @@ Params = Callable[..., RoboticsDataParams]
 
 def read_windows(manifest: Path, params: RoboticsDataParams) -> list[RobotWindow]:
     """All windows of a dataset, in the order of its shards."""
-    entries = tuple(parse_manifest(manifest.read_text(), str(manifest)))
+    entries = tuple(parse_manifest(manifest.read_text(encoding="utf-8"), str(manifest)))
     dataset = Dataset(manifest=str(manifest), modality="robotics", entries=entries)
     reader = ShardReader([dataset], ShardCache(str(manifest.parent / "cache"), 10**9))
     spec = complete_params(params).create_window_spec(read_specs([str(manifest)])[0])

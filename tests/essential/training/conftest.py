@@ -61,7 +61,7 @@ def run_on_two_ranks(launch, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def run(scenarios: dict[str, Any]) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        (folder / "scenarios.json").write_text(json.dumps(scenarios))
+        (folder / "scenarios.json").write_text(json.dumps(scenarios), encoding="utf-8")
         done = launch(2, str(_SCRIPT), str(folder / "scenarios.json"), str(folder / "result"))
         assert done.returncode == 0, done.stdout + done.stderr
         return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(2)]
@@ -81,5 +81,5 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokens = (int(draw.integers(64)) + np.arange(int(draw.integers(5, 24)))) % 64
             packer.add(tokens.astype(np.uint16), np.asarray([len(tokens)]))
         entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(48)))
-    (folder / "manifest.jsonl").write_text(format_manifest(entries))
+    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
     return folder / "manifest.jsonl"

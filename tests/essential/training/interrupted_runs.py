@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # else every fork imports it with its first optimizer
+import torch._dynamo  # noqa: F401  else every fork imports it with its first optimizer
 
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
@@ -86,7 +86,7 @@ def start(params: TrainExperimentParams) -> int:
 
 def read_lines(params: TrainExperimentParams) -> list[dict[str, Any]]:
     path = Path(params.save_path) / str(params.name) / "metrics.jsonl"
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -103,7 +103,7 @@ def interrupt(params: TrainExperimentParams, number: signal.Signals, delay: floa
     while (count := count_steps(params)) == 0 or count == before:
         assert time.monotonic() < deadline, "the run does not start"
         if os.waitpid(process, os.WNOHANG)[0]:
-            raise AssertionError(Path(params.save_path, f"{params.name}.log").read_text())
+            raise AssertionError(Path(params.save_path, f"{params.name}.log").read_text(encoding="utf-8"))
         time.sleep(0.002)
     time.sleep(delay)
     os.kill(process, number)
@@ -121,7 +121,7 @@ def finish(params: TrainExperimentParams) -> float:
     """Start or resume a run, and let it come to its end; returns how long that took."""
     started = time.monotonic()
     status = os.waitpid(start(params), 0)[1]
-    assert status == 0, Path(params.save_path, f"{params.name}.log").read_text()
+    assert status == 0, Path(params.save_path, f"{params.name}.log").read_text(encoding="utf-8")
     return time.monotonic() - started
 
 

@@ -128,7 +128,7 @@ def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(togeth
 @pytest.mark.slow
 def test_an_error_of_one_rank_ends_all(launch, tiny, tmp_path: Path) -> None:
     scenario = {"save_path": str(tmp_path), "fail_at": 5 * 16 + 2, "distributed__fsdp": True}
-    (tmp_path / "scenarios.json").write_text(json.dumps({"failing": scenario}))
+    (tmp_path / "scenarios.json").write_text(json.dumps({"failing": scenario}), encoding="utf-8")
     done = launch(2, tiny.__file__, str(tmp_path / "scenarios.json"), str(tmp_path / "result"), timeout=60.0)
     assert done.returncode != 0
     assert "this rank fails" in done.stderr

@@ -52,7 +52,7 @@ def params(manifest: Path, tmp_path: Path) -> TrainExperimentParams:
 
 
 def read_lines(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -124,7 +124,7 @@ def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams) -> 
     folder = Path(params.save_path) / "run"
     assert load_experiment_params_from_yaml(str(folder / "config.yaml")) == params
     assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
-    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["starts"][0]["packages"]["torch"]
     assert str(Path.home()) not in json.dumps(provenance["starts"][0]["command"])
     assert [step.name for step in list_step_folders(folder)] == [f"step_{n:08d}" for n in (6, 4, 2)]
@@ -232,7 +232,7 @@ def test_the_run_is_copied_away_and_goes_on_from_the_copy(params: TrainExperimen
 def test_a_copy_that_fails_is_said_and_fails_the_run_at_its_end(
     params: TrainExperimentParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "remote").write_text("a file where a folder should be")
+    (tmp_path / "remote").write_text("a file where a folder should be", encoding="utf-8")
     copied = replace(params, remote_sync=str(tmp_path / "remote"))
     with pytest.raises(ValueError, match=r"The run is done, but .* lacks part of it"):
         train(copied, World())

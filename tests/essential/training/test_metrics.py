@@ -26,7 +26,7 @@ PARAMS = TrainExperimentParams(name="run", data=TextDataParams(), model=Transfor
 
 
 def read_lines(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_metrics_are_json_lines_without_nan(tmp_path: Path) -> None:
@@ -53,11 +53,11 @@ def test_credentials_are_a_key_or_an_entry_in_netrc(tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     environment = {"NETRC": str(netrc)}
     assert not has_wandb_credentials(environment)
-    netrc.write_text("machine other.example login user password x\n")
+    netrc.write_text("machine other.example login user password x\n", encoding="utf-8")
     assert not has_wandb_credentials(environment)
     assert has_wandb_credentials({**environment, "WANDB_API_KEY": "x"})
     assert has_wandb_credentials({**environment, "WANDB_BASE_URL": "https://other.example"})
-    netrc.write_text("machine api.wandb.ai login user password x\n")
+    netrc.write_text("machine api.wandb.ai login user password x\n", encoding="utf-8")
     assert has_wandb_credentials(environment)
 
 
@@ -99,7 +99,7 @@ def test_an_offline_wandb_run_goes_on_under_its_id(tmp_path: Path, monkeypatch: 
         assert wandb.run.summary["train/loss"] == 1.5
         ids.append(wandb.run.id)
         log.close()
-    assert ids[0] == ids[1] == (tmp_path / WANDB_ID_NAME).read_text()
+    assert ids[0] == ids[1] == (tmp_path / WANDB_ID_NAME).read_text(encoding="utf-8")
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 

@@ -253,7 +253,7 @@ def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    scenarios: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    scenarios: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     world = read_world(0)
     start_process_group(DistributedParams(timeout_s=60.0), world)
     results = {name: run_scenario(scenario, world) for name, scenario in scenarios.items()}

@@ -76,7 +76,7 @@ def write_data() -> Callable[..., RobotData]:
                         data.images[episode, camera, frame] = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))
                     writer.add(episode, files)
         assert writer.entry is not None
-        (folder / "manifest.jsonl").write_text(format_manifest([writer.entry]))
+        (folder / "manifest.jsonl").write_text(format_manifest([writer.entry]), encoding="utf-8")
         spec = DatasetSpec(
             layout="episodes",
             fps=10.0,
@@ -91,7 +91,7 @@ def write_data() -> Callable[..., RobotData]:
             },
             language_types=language_types,
         )
-        (folder / "robotics.json").write_text(format_spec(spec))
+        (folder / "robotics.json").write_text(format_spec(spec), encoding="utf-8")
         if statistics:
             compute_statistics(StatsParams(folder=str(folder), num_workers=0))
         return data

@@ -17,7 +17,7 @@ from vla_foundry.viz.sample_figure import draw_sample
 
 
 def read_sample(folder: Path, number: int) -> RobotSample:
-    spec: DatasetSpec = parse_spec((folder / "robotics.json").read_text(), "robotics.json")
+    spec: DatasetSpec = parse_spec((folder / "robotics.json").read_text(encoding="utf-8"), "robotics.json")
     return read_dataset_sample(str(folder / "manifest.jsonl"), spec, number)
 
 
@@ -35,7 +35,7 @@ def test_a_sample_is_what_the_episode_holds_around_its_anchor(robot_data):
     stored = robot_data.fields["episode_1"]["action.arm"]
     # frames 1 to 6: two steps before the anchor, three after
     np.testing.assert_allclose(action.raw, stored[1:7], atol=1e-6)
-    statistics = json.loads((robot_data.folder / "stats.json").read_text())["action.arm"]
+    statistics = json.loads((robot_data.folder / "stats.json").read_text(encoding="utf-8"))["action.arm"]
     expected = (stored[1:7] - np.array(statistics["mean"])) / np.array(statistics["std"])
     np.testing.assert_allclose(action.normalized, expected, atol=1e-5)
     (state,) = sample.proprioception
@@ -137,7 +137,7 @@ def test_images_with_captions_are_shown_as_stored(tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, BytesIO(content))
-    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1}\n')
+    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1}\n', encoding="utf-8")
     output = tmp_path / "s.png"
     lines = inspect_data(InspectParams(dataset=str(tmp_path), output=str(output)))
     assert "txt: a red field" in lines
@@ -177,7 +177,7 @@ def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(ro
     from vla_foundry.world import World
 
     config = tmp_path / "config.yaml"
-    config.write_text(TRAINING.replace("MANIFEST", str(robot_data.folder / "manifest.jsonl")))
+    config.write_text(TRAINING.replace("MANIFEST", str(robot_data.folder / "manifest.jsonl")), encoding="utf-8")
     sample = read_training_sample(str(tmp_path), 6)
     params = load_experiment_params_from_yaml(str(config))
     params = resolve(params, read_facts(params, 1))
@@ -197,11 +197,12 @@ def test_what_a_run_trains_on_is_drawn_with_its_fields_order_and_augmentation(ro
 
 def test_a_run_without_robot_data_is_refused(tmp_path):
     config = tmp_path / "config.yaml"
-    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 8}\n')
+    (tmp_path / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 8}\n', encoding="utf-8")
     config.write_text(
         "total_train_samples: 8\nmodel: {type: transformer, hidden_dim: 32, n_heads: 2, n_layers: 1, vocab_size: 64}\n"
         f"data: {{type: text, dataset_manifest: [{tmp_path}/manifest.jsonl], seq_len: 16}}\n"
-        "hparams: {global_batch_size: 4, per_gpu_batch_size: 4, warmup: 0.1}\n"
+        "hparams: {global_batch_size: 4, per_gpu_batch_size: 4, warmup: 0.1}\n",
+        encoding="utf-8",
     )
     with pytest.raises(ValueError, match=r"trains on data\.type text"):
         inspect_data(InspectParams(training=str(config), output=str(tmp_path / "s.png")))

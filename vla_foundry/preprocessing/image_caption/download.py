@@ -71,7 +71,7 @@ def download(params: PreprocessImageCaptionParams, folder: Path) -> None:
     log = folder / "img2dataset.log"
     with log.open("wb") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
     if code != 0 or not list_tars(folder):
         said = " / ".join(lines[-_NUM_LOG_LINES:])[-400:] or "it said nothing"
         raise ValueError(f"img2dataset failed (exit code {code}): {said}. All of it is in {log}.")
@@ -125,7 +125,7 @@ def read_failures(folder: Path) -> Failures:
     """
     failures = Failures()
     for path in sorted((folder / "tars").glob("*_stats.json")):
-        stats: Mapping[str, Any] = json.loads(path.read_text())
+        stats: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         reasons = {name: int(count) for name, count in stats.get("status_dict", {}).items()}
         failures.num_samples += reasons.pop(_SUCCESS, 0)
         if not reasons:

@@ -22,6 +22,8 @@ DOWNLOAD = "download: "
 _MAX_EXAMPLES = 10
 # before this many are judged, a run is not stopped for its share of failures
 _MIN_JUDGED = 1000
+# characters in a cell of a .csv list
+_LONGEST_CELL = 10_000_000
 LIST_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _TEXT_ENDINGS = ("txt", "json")
@@ -264,9 +266,15 @@ def _read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     ending = uri.lower().rpartition(".")[2]
     if ending == "parquet":
         yield from _read_parquet(uri, columns)
-    elif ending in ("csv", "tsv"):
-        text = io.StringIO(read_text(uri).removeprefix("\ufeff"), newline="")
-        yield from csv.DictReader(text, delimiter="\t" if ending == "tsv" else ",")
+    elif ending == "csv":
+        csv.field_size_limit(_LONGEST_CELL)
+        reader = csv.DictReader(io.StringIO(read_text(uri).removeprefix("\ufeff"), newline=""))
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise ValueError(f"{uri} is not CSV after line {reader.line_num} ({error}).") from None
+    elif ending == "tsv":
+        yield from _read_tsv(uri)
     else:
         with open_input(uri) as file:
             for number, line in enumerate(file):
@@ -277,6 +285,22 @@ def _read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 except ValueError as error:
                     raise ValueError(f"{uri} line {number + 1} is not JSON ({error}).") from None
                 yield values if isinstance(values, dict) else {}
+
+
+def _read_tsv(uri: str) -> Iterator[dict[str, Any]]:
+    """Read tab-separated values, which have no quoting: a quotation mark is a character like any other."""
+    names: list[str] = []
+    for number, line in enumerate(read_text(uri).removeprefix("\ufeff").split("\n"), start=1):
+        cells = line.removesuffix("\r").split("\t")
+        if not names:
+            names = cells
+        elif len(cells) > len(names):
+            raise ValueError(
+                f"{uri} line {number} has {len(cells)} cells, more than its {len(names)} columns. "
+                "A caption cannot hold a tab in a .tsv file: use .jsonl or .parquet."
+            )
+        elif cells != [""]:
+            yield dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
 
 
 def _read_parquet(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

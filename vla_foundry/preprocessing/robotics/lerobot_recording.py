@@ -255,7 +255,7 @@ def read_part(folder: Path) -> EpisodePart:
     Raises:
         FileNotFoundError: it was not recorded.
     """
-    facts = json.loads((folder / FACTS).read_text())
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return EpisodePart(folder=folder, num_bytes=(folder / FRAMES).stat().st_size, **facts)
 
 
@@ -337,7 +337,7 @@ class EpisodeRecorder:
             "picture_statistics": {name: one.finish() for name, one in self._statistics.items()},
             "facts": dict(facts or {}),
         }
-        (self._temporary / FACTS).write_text(json.dumps(known))
+        (self._temporary / FACTS).write_text(json.dumps(known), encoding="utf-8")
         try:
             os.rename(self._temporary, self._path)
         except OSError:

@@ -333,4 +333,4 @@ def _write_tasks(path: Path, tasks: list[str]) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=4, ensure_ascii=False, allow_nan=False) + "\n")
+    path.write_text(json.dumps(values, indent=4, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

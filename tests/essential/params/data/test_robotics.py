@@ -214,7 +214,8 @@ def test_a_published_config_loads(tmp_path: Path) -> None:
         "type: robotics\nimage_names: [a_t0]\ntactile_fields: []\nuse_point_cloud: false\n"
         "camera_names: [a]\nimage_indices: [0]\naction_fields: [x]\nlowdim_past_timesteps: 0\n"
         "pose_groups:\n- {name: p, position_key: x, rotation_key: y}\n"
-        "normalization:\n  method: percentile_1_99\n  field_configs:\n    x: {method: std, epsilon: 1e-1}\n"
+        "normalization:\n  method: percentile_1_99\n  field_configs:\n    x: {method: std, epsilon: 1e-1}\n",
+        encoding="utf-8",
     )
     params = load_params_from_yaml(RoboticsDataParams, str(tmp_path / "data.yaml"))
     assert params.image_names == ["a_t0"]

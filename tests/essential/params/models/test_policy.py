@@ -63,15 +63,15 @@ def run(tmp_path: Path) -> Path:
         vit=replace(VLM.vit, freeze=True),
         transformer=replace(VLM.transformer, resume_from_checkpoint="gone"),
     )
-    (tmp_path / "config_model.yaml").write_text(dump_params(started))
+    (tmp_path / "config_model.yaml").write_text(dump_params(started), encoding="utf-8")
     (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").touch()
     return tmp_path
 
 
 def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None:
     checkpoint = str(run / "checkpoints" / "step_00000001")
-    (run / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1000}\n')
-    (run / "robotics.json").write_text(format_spec(SPEC))
+    (run / "manifest.jsonl").write_text('{"shard": "shard_000000", "num_sequences": 1000}\n', encoding="utf-8")
+    (run / "robotics.json").write_text(format_spec(SPEC), encoding="utf-8")
     data_words = ["--data.dataset_manifest", str(run / "manifest.jsonl"), "--data.action_fields", "[a]"]
     data_words += ["--data.seq_len", "100", "--data.tokenizer", "words"]
     budget = ["--total_train_samples", "1000", "--hparams.global_batch_size", "10", "--hparams.warmup", "0.0"]
@@ -92,7 +92,7 @@ def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None
 
 
 def test_a_run_of_another_model_is_an_error(run: Path) -> None:
-    (run / "config_model.yaml").write_text(dump_params(VLM.transformer))
+    (run / "config_model.yaml").write_text(dump_params(VLM.transformer), encoding="utf-8")
     params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run))
     with pytest.raises(ValueError, match=r"resume_from_checkpoint \(.*\) is of type transformer, not vlm"):
         resolve_known(params, read_facts(params, 1))
@@ -207,7 +207,7 @@ def test_heads_of_older_configs_are_legacy_ones_by_what_they_use(
     values = {"type": "flow_transformer", "final_norm": "true", "time": "adaptive_norm", "encoding": "mlp"}
     values |= {"noise": OLD_FLOW, **changes}
     config = tmp_path / "head.yaml"
-    config.write_text(OLD_HEAD.format(**values))
+    config.write_text(OLD_HEAD.format(**values), encoding="utf-8")
     head: Any = load_params_from_yaml(ActionHeadParams, str(config))
     notes = capsys.readouterr().err
     if key is not None:
@@ -218,7 +218,7 @@ def test_heads_of_older_configs_are_legacy_ones_by_what_they_use(
     if new_type.startswith("legacy"):
         assert (head.time_encoding, head.final_norm) == (values["encoding"], values["final_norm"] == "true")
     # what is saved now needs no translation
-    config.write_text(dump_params(head))
+    config.write_text(dump_params(head), encoding="utf-8")
     assert load_params_from_yaml(ActionHeadParams, str(config)) == head
     assert not capsys.readouterr().err
 
@@ -229,15 +229,17 @@ def test_a_diffusion_policy_with_a_regression_head_is_a_regression_policy(
     config = tmp_path / "config_model.yaml"
     size = "{hidden_dim: 32, n_layers: 1, n_heads: 2, vocab_size: 0}"
     text = f"vision_language_backbone: {{type: vit_backbone}}\naction_head: {{HEADtransformer: {size}}}\n"
-    config.write_text("type: diffusion_policy\n" + text.replace("HEAD", "type: regression, final_norm: true, "))
+    config.write_text(
+        "type: diffusion_policy\n" + text.replace("HEAD", "type: regression, final_norm: true, "), encoding="utf-8"
+    )
     params: Any = load_params_from_yaml(ModelParams, str(config))
     assert "'diffusion_policy' with action_head.type is called 'regression_policy' now" in capsys.readouterr().err
     assert isinstance(params, RegressionPolicyParams)
     assert isinstance(params.action_head, RegressionParams)
     # its head needs no type
-    config.write_text("type: regression_policy\n" + text.replace("HEAD", ""))
+    config.write_text("type: regression_policy\n" + text.replace("HEAD", ""), encoding="utf-8")
     assert load_params_from_yaml(ModelParams, str(config)) == params
-    config.write_text("type: regression_policy\n" + text.replace("HEAD", "type: flow_transformer, "))
+    config.write_text("type: regression_policy\n" + text.replace("HEAD", "type: flow_transformer, "), encoding="utf-8")
     with pytest.raises(ValueError, match=r"action_head\.type is 'flow_transformer', not 'regression'"):
         load_params_from_yaml(ModelParams, str(config))
 

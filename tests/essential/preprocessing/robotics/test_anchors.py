@@ -78,7 +78,7 @@ def test_statistics_are_those_of_all_valid_steps_of_all_samples(
 ):
     episodes = write_episodes(tmp_path / "raw", [14, 9, 25])
     folder = preprocess(tmp_path / "raw", tmp_path / "out", padding_strategy=padding, layout="samples")
-    statistics = json.loads((Path(folder) / "stats.json").read_text())
+    statistics = json.loads((Path(folder) / "stats.json").read_text(encoding="utf-8"))
     for name in (rig.ACTION_XYZ, rig.GRIPPER):
         parts = []
         for arrays in episodes.values():

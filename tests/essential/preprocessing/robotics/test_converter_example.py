@@ -22,7 +22,7 @@ def example(tmp_path_factory):
     assert "--plugins npz_folder --type npz_folder" in command
     assert len([line for line in code.splitlines() if line.strip()]) <= 42
     folder = tmp_path_factory.mktemp("plugin")
-    (folder / "npz_folder.py").write_text(textwrap.dedent(code))
+    (folder / "npz_folder.py").write_text(textwrap.dedent(code), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         importlib.invalidate_caches()
@@ -35,11 +35,11 @@ def test_the_example_of_a_converter_runs(tmp_path, example, read_tars):
     front = generator.integers(0, 256, (20, 24, 32, 3), dtype=np.uint8)
     (tmp_path / "raw").mkdir()
     np.savez(tmp_path / "raw" / "a.npz", fps=10.0, task="pick it", front=front, state=state, action=action)
-    (tmp_path / "cameras.yaml").write_text("- front\n")
+    (tmp_path / "cameras.yaml").write_text("- front\n", encoding="utf-8")
     cameras = ["--camera_names", f"include {tmp_path / 'cameras.yaml'}"]
     words = [*WORDS, "--image_indices", "-1", "0", "--unit", "m", *cameras]
     main([*words, "--source_episodes", str(tmp_path / "raw"), "--output_dir", str(tmp_path / "out")])
-    config = yaml.safe_load((tmp_path / "out" / "preprocessing_config.yaml").read_text())
+    config = yaml.safe_load((tmp_path / "out" / "preprocessing_config.yaml").read_text(encoding="utf-8"))
     assert (config["image_indices"], config["camera_names"], config["unit"]) == ([-1, 0], ["front"], "m")
     members = read_tars(tmp_path / "out")["a"]
     np.testing.assert_array_equal(members["lowdim.npz"]["state"], state)

@@ -87,7 +87,7 @@ def test_a_failure_stops_the_job_and_names_the_episode(tmp_path, write_episodes,
     ):
         preprocess(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [episode["episode"] for episode in report["failed_episodes"]] == ["run_1"]
     assert report["failed_episodes"][0]["source"] == "raw/run_1.npz"
 
@@ -99,7 +99,7 @@ def test_failures_that_are_allowed_are_left_out_and_reported(layout, tmp_path, w
     assert {key.rpartition("_t")[0] or key for key in read_tars(folder)} == {"run_0", "run_2"}
     (tmp_path / "raw" / "run_1.npz").unlink()
     others = preprocess(tmp_path / "raw", tmp_path / "others", layout=layout)
-    found, expected = (json.loads((place / "stats.json").read_text()) for place in (folder, others))
+    found, expected = (json.loads((place / "stats.json").read_text(encoding="utf-8")) for place in (folder, others))
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name]["count"] == values["count"]
@@ -111,7 +111,7 @@ def test_values_that_are_not_finite_are_left_out_if_asked(tmp_path, write_episod
     break_episode(tmp_path / "raw", write_episodes(tmp_path / "raw", [12, 12]), "run_0")
     folder = preprocess(tmp_path / "raw", tmp_path / "out", fail_on_nan=False)
     assert read_tars(folder).keys() == {"run_1"}
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["left_out_episodes"] == [{"episode": "run_0", "source": "raw/run_0.npz", "reason": "not finite"}]
 
 

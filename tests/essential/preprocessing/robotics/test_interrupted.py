@@ -111,7 +111,7 @@ def test_five_kills_at_random_moments_change_no_byte(layout, tmp_path, rig, sour
 def test_a_kill_on_ray_changes_no_byte(tmp_path, rig, source):
     """The whole command, which starts Ray itself and finds its plug-in in the working directory."""
     rig.run_job(job_options(source, tmp_path / "expected" / "out"))
-    (tmp_path / "rig_converter.py").write_text(RIG.read_text())
+    (tmp_path / "rig_converter.py").write_text(RIG.read_text(encoding="utf-8"), encoding="utf-8")
     output = tmp_path / "killed" / "out"
     options = job_options(source, output, num_workers=2, seconds_per_frame=0.002)
     options["source_episodes"] = source

@@ -101,7 +101,7 @@ def test_rows_hold_what_was_recorded(pictures_set: Path, episodes: list[Frames])
 
 
 def test_info_describes_the_columns(pictures_set: Path) -> None:
-    info = json.loads((pictures_set / "meta/info.json").read_text())
+    info = json.loads((pictures_set / "meta/info.json").read_text(encoding="utf-8"))
     assert {key: info[key] for key in ("codebase_version", "robot_type", "fps", "splits", "video_path")} == {
         "codebase_version": "v3.0",
         "robot_type": "arm",
@@ -138,7 +138,7 @@ def test_the_table_of_episodes_points_to_rows_in_several_files(tmp_path: Path) -
 
 
 def check_table_of_episodes(folder: Path, lengths: list[int]) -> None:
-    info = json.loads((folder / "meta/info.json").read_text())
+    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
     table = read_rows(folder, "meta/episodes/*/*.parquet")
     assert [row["length"] for row in table] == lengths
     start = 0
@@ -187,7 +187,7 @@ def test_statistics_are_those_of_the_frames(pictures_set: Path, episodes: list[F
     for frames, row in zip(episodes, table, strict=True):
         for name, value in expected_statistics(frames, column).items():
             np.testing.assert_allclose(row[f"stats/{column}/{name}"], value, atol=1e-6, err_msg=name)
-    found = json.loads((pictures_set / "meta/stats.json").read_text())[column]
+    found = json.loads((pictures_set / "meta/stats.json").read_text(encoding="utf-8"))[column]
     whole = expected_statistics([frame for frames in episodes for frame in frames], column)
     for name in ("min", "max", "mean", "std", "count"):
         np.testing.assert_allclose(found[name], whole[name], atol=1e-6, err_msg=name)
@@ -201,7 +201,7 @@ def test_videos_hold_the_pictures_where_the_table_says(tmp_path: Path, episodes:
     features = features_of(video=True)
     parts = record(tmp_path, features, episodes)
     folder = write(tmp_path / "set", features, parts)
-    info = json.loads((folder / "meta/info.json").read_text())
+    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
     assert info["features"][CAMERA]["dtype"] == "video"
     assert info["features"][CAMERA]["info"]["video.codec"] == "h264"
     assert CAMERA not in parquet.read_schema(folder / "data/chunk-000/file-000.parquet").names
@@ -222,7 +222,7 @@ def test_videos_hold_the_pictures_where_the_table_says(tmp_path: Path, episodes:
             assert np.abs(found.astype(int) - images[CAMERA]).mean() < 3
     # as a set of pictures says
     whole = expected_statistics([frame for one in episodes for frame in one], CAMERA)
-    stats = json.loads((folder / "meta/stats.json").read_text())[CAMERA]
+    stats = json.loads((folder / "meta/stats.json").read_text(encoding="utf-8"))[CAMERA]
     np.testing.assert_allclose(stats["mean"], whole["mean"], atol=1e-6)
 
 

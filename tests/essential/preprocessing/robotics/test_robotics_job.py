@@ -146,28 +146,28 @@ def test_samples_are_shuffled_over_the_whole_dataset(datasets):
     keys = [
         sample[0]
         for path in sorted(datasets["samples"].glob("*.index.json"))
-        for sample in json.loads(path.read_text())["samples"]
+        for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]
     ]
     assert keys != sorted(keys)
-    first_shard = json.loads((datasets["samples"] / "shard_000000.index.json").read_text())["samples"]
+    first_shard = json.loads((datasets["samples"] / "shard_000000.index.json").read_text(encoding="utf-8"))["samples"]
     assert len({key.rpartition("_t")[0] for key, _ in first_shard}) > 1
 
 
 @pytest.mark.parametrize("layout", ["episodes", "samples"])
 def test_what_lies_beside_the_shards(layout, rig, datasets):
     folder = datasets[layout]
-    spec = parse_spec((folder / "robotics.json").read_text(), "robotics.json")
+    spec = parse_spec((folder / "robotics.json").read_text(encoding="utf-8"), "robotics.json")
     assert spec.layout == layout
     assert list(spec.cameras) == list(rig.CAMERAS)
     assert spec.cameras["depth"].is_depth
     assert spec.fields[rig.GRIPPER].gripper == rig.FIELDS[rig.GRIPPER].gripper
     assert spec.fields[f"{rig.ACTION_XYZ}_relative"].representation == "relative"
     assert spec.language_types == ("original",)
-    config = yaml.safe_load((folder / "preprocessing_config.yaml").read_text())
+    config = yaml.safe_load((folder / "preprocessing_config.yaml").read_text(encoding="utf-8"))
     assert config["camera_names"] == list(rig.CAMERAS)
     assert (config["past_lowdim_steps"], config["future_lowdim_steps"]) == (PAST, FUTURE)
     assert config["image_indices"] == [-2, 0, 3]
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["episodes"] == report["written"] == len(LENGTHS)
     num_samples = sum(len(expected_anchors(length)) for length in LENGTHS)
     assert report["samples"] == num_samples
@@ -187,7 +187,7 @@ def test_nothing_says_who_made_it_or_where(layout, datasets, source):
 
     for path in datasets[layout].iterdir():
         if path.suffix in (".json", ".yaml", ".jsonl"):
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             assert str(source.parent) not in text, path
             assert socket.gethostname() not in text, path
             assert f"/{getpass.getuser()}/" not in text, path
@@ -294,6 +294,6 @@ def test_images_of_different_sizes_are_refused(tmp_path, write_episodes, preproc
     with pytest.raises(ValueError, match=r"camera 'Front' has .* pixels in episode .*--resize_images_size"):
         preprocess(tmp_path / "raw", tmp_path / "out")
     folder = preprocess(tmp_path / "raw", tmp_path / "resized", resize_images_size=[16, 16])
-    spec = parse_spec((folder / "robotics.json").read_text(), "")
+    spec = parse_spec((folder / "robotics.json").read_text(encoding="utf-8"), "")
     assert spec.cameras["Front"].size == (16, 16)
     assert spec.cameras["Front"].original_size is None

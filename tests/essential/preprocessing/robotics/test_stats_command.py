@@ -39,7 +39,7 @@ def samples(folder: Path, recordings: dict[str, Any], preprocess: Callable[..., 
 
 
 def read(path: Path) -> dict[str, FieldStatistics]:
-    return parse_statistics(path.read_text(), str(path))
+    return parse_statistics(path.read_text(encoding="utf-8"), str(path))
 
 
 def recompute(dataset: Path, **options: Any) -> Path:
@@ -51,7 +51,7 @@ def recompute(dataset: Path, **options: Any) -> Path:
 
 
 def test_recomputed_statistics_are_those_of_preprocessing_to_the_byte(dataset, tmp_path):
-    assert len((dataset / "manifest.jsonl").read_text().splitlines()) > 8
+    assert len((dataset / "manifest.jsonl").read_text(encoding="utf-8").splitlines()) > 8
     output = recompute(dataset, output=tmp_path / "again.json")
     assert output.read_bytes() == (dataset / "stats.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.json"]
@@ -123,12 +123,12 @@ def test_shards_without_an_index_are_read(dataset, tmp_path):
 
 def test_old_statistics_stay_unless_they_are_to_be_replaced(dataset, tmp_path, capsys):
     copy = shutil.copytree(dataset, tmp_path / "copy")
-    (copy / "stats.json").write_text("old")
+    (copy / "stats.json").write_text("old", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         main(["stats", str(copy), "--num_workers", "0"])
     assert stopped.value.code == 2
     assert "stats.json is there already. Replace it with --overwrite true" in capsys.readouterr().err
-    assert (copy / "stats.json").read_text() == "old"
+    assert (copy / "stats.json").read_text(encoding="utf-8") == "old"
     main(["stats", str(copy), "--num_workers", "0", "--overwrite"])
     assert (copy / "stats.json").read_bytes() == (dataset / "stats.json").read_bytes()
 
@@ -166,8 +166,8 @@ def test_merged_statistics_are_those_of_all_episodes_together(folder, dataset, p
 
 def test_datasets_that_contradict_each_other_are_not_merged(dataset, tmp_path):
     other = shutil.copytree(dataset, tmp_path / "other")
-    spec = json.loads((other / "robotics.json").read_text())
-    (other / "robotics.json").write_text(json.dumps(spec | {"fps": 2 * spec["fps"]}))
+    spec = json.loads((other / "robotics.json").read_text(encoding="utf-8"))
+    (other / "robotics.json").write_text(json.dumps(spec | {"fps": 2 * spec["fps"]}), encoding="utf-8")
     params = {"folder": str(tmp_path / "both"), "merge": [str(dataset), str(other)]}
     with pytest.raises(ValueError, match=r"10 frames a second .* 20: .*--accept_contradictions true"):
         compute_statistics(StatsParams(**params))

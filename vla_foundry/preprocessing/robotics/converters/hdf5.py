@@ -73,7 +73,7 @@ def find_groups(file: "h5py.File", pattern: str) -> list[str]:
         for path in found:
             group: Any = file[path or "/"]
             names = [name for name in group if fnmatchcase(name, part)]
-            matching += [f"{path}/{name}" for name in names if hasattr(file.get(f"{path}/{name}"), "keys")]
+            matching += [f"{path}/{name}" for name in names if hasattr(_open(file, f"{path}/{name}"), "keys")]
         found = matching
     return sorted(found, key=_natural_order)
 
@@ -90,7 +90,7 @@ def read_attribute(file: "h5py.File", place: str) -> Any:
     """
     path, _, rest = place.partition("@")
     name, _, keys = rest.partition(":")
-    group: Any = file.get(path.strip("/") or "/")
+    group = _open(file, path.strip("/") or "/")
     if group is None or name not in group.attrs:
         raise ValueError(f"{file_name(file)} has no attribute '{name}' in '{path}' ({place} in the field map).")
     value: Any = group.attrs[name]
@@ -114,8 +114,31 @@ def file_name(file: "h5py.File") -> str:
 
 def find_array(file: "h5py.File", group: str, path: str) -> "h5py.Dataset | None":
     """The array at a path within a group; None if there is none."""
-    found = file.get(f"{group}/{path}")
-    return found if found is not None and hasattr(found, "shape") else None  # pyright: ignore[reportReturnType]
+    found = _open(file, f"{group}/{path}")
+    if not hasattr(found, "shape"):
+        return None
+    sources = [source.file_name for source in found.virtual_sources()] if found.is_virtual else []
+    outside = [name for name, *_ in found.external or ()] + [name for name in sources if name != "."]
+    if outside:
+        raise ValueError(_outside(file, f"{group}/{path}", outside[0]))
+    return found
+
+
+def _open(file: "h5py.File", path: str) -> Any:
+    """Return the group or array at a path, None if there is none.
+
+    Raises:
+        ValueError: it lies in another file, to which an external link leads.
+    """
+    found: Any = file.get(path)
+    if found is not None and found.file != file:
+        raise ValueError(_outside(file, path, found.file.filename))
+    return found
+
+
+def _outside(file: "h5py.File", path: str, other: str) -> str:
+    group, _, name = path.rpartition("/")
+    return f"{file_name(file)} {group}: {name} is stored in another file ({other}). Copy it into this one."
 
 
 def read_numbers(array: "h5py.Dataset", where: str) -> np.ndarray:

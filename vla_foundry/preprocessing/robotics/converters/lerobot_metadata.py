@@ -271,7 +271,7 @@ def _entries_of_v2(info: DatasetInfo) -> Iterator[EpisodeEntry]:
 
 def _json_lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = read_text(uri).splitlines()
+        lines = read_text(uri).split("\n")  # JSON strings may hold other line separators
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
     for number, line in enumerate(lines):

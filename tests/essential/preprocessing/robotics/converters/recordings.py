@@ -132,7 +132,7 @@ def _tasks_of(episode: dict[str, Any]) -> list[str]:
 
 def _write_json(path: Path, values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def write_v2(root: Path, episodes: list[dict[str, Any]], *, images: str = "video", version: str = "v2.1") -> Path:
@@ -149,7 +149,7 @@ def write_v2(root: Path, episodes: list[dict[str, Any]], *, images: str = "video
     }  # fmt: skip
     _write_json(root / "meta/info.json", info)
     tasks = [{"task_index": index, "task": text} for index, text in enumerate(TASKS)]
-    (root / "meta/tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (root / "meta/tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks), encoding="utf-8")
     first_row, lines = 0, []
     for number, episode in enumerate(episodes):
         chunk, length = f"chunk-{number // 2:03d}", len(episode["timestamp"])
@@ -161,7 +161,9 @@ def write_v2(root: Path, episodes: list[dict[str, Any]], *, images: str = "video
                 write_video(root / f"videos/{chunk}/{camera}/episode_{number:06d}.mp4", episode[camera])
         lines.append(json.dumps({"episode_index": number, "tasks": _tasks_of(episode), "length": length}))
         first_row += length
-    (root / "meta/episodes.jsonl").write_text("\n".join(reversed(lines)) + "\n")  # the order means nothing
+    (root / "meta/episodes.jsonl").write_text(
+        "\n".join(reversed(lines)) + "\n", encoding="utf-8"
+    )  # the order means nothing
     return root
 
 

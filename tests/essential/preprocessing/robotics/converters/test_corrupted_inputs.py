@@ -59,16 +59,16 @@ class Broken:
     def edit_json(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change meta/info.json."""
         path = self.root / "meta/info.json"
-        info = json.loads(path.read_text())
+        info = json.loads(path.read_text(encoding="utf-8"))
         change(info)
-        path.write_text(json.dumps(info))
+        path.write_text(json.dumps(info), encoding="utf-8")
 
     def edit_lines(self, name: str, change: Callable[[list[str]], None]) -> None:
         """Change the lines of a table in meta."""
         path = self.root / "meta" / name
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         change(lines)
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # each breaks a dataset (the prefix says which kind) and returns a pattern of what must be said
@@ -297,8 +297,8 @@ def v2_missing_meta_file(broken: Broken) -> str:
 def v2_bad_json(broken: Broken) -> str:
     name = broken.random.choice(["info.json", "episodes.jsonl", "tasks.jsonl"])
     path = broken.root / "meta" / name
-    data = path.read_text()
-    path.write_text(data[: broken.random.randrange(1, len(data) - 3)])
+    data = path.read_text(encoding="utf-8")
+    path.write_text(data[: broken.random.randrange(1, len(data) - 3)], encoding="utf-8")
     # what is left of a table may be whole lines, of which some are missing
     return rf"meta/({name}( line \d+)? is not JSON|episodes.* holds \d episodes, but|tasks)"
 
@@ -512,7 +512,7 @@ def test_the_job_leaves_a_broken_episode_out_whole_and_reports_it(
     assert not (output / "manifest.jsonl").exists()
     preprocess_with(LeRobotParams(**options, max_failed_fraction=0.3))
     assert sorted(read_tars(output)) == [f"set_episode_{number:06d}" for number in (0, 1, 3)]
-    report = (output / "report.json").read_text()
+    report = (output / "report.json").read_text(encoding="utf-8")
     assert re.search(pattern, report)
-    counts = json.loads((output / "stats.json").read_text())["action"]["count"]
+    counts = json.loads((output / "stats.json").read_text(encoding="utf-8"))["action"]["count"]
     assert max(counts) == LENGTHS[0] + LENGTHS[1] + LENGTHS[3]

@@ -121,7 +121,7 @@ def test_the_command_converts_robomimic(tmp_path: Path, recordings: ModuleType, 
     words = ["robotics", "--type", "hdf5", "--field_map", "field_maps/robomimic.yaml", "--num_workers", "0"]
     words += ["--source_episodes", str(path), "--output_dir", str(tmp_path / "out"), "--jpeg_quality", "100"]
     main([*words, "--camera_names", "[agentview]", "--future_lowdim_steps", "3"])
-    spec = parse_spec((tmp_path / "out/robotics.json").read_text(), "robotics.json")
+    spec = parse_spec((tmp_path / "out/robotics.json").read_text(encoding="utf-8"), "robotics.json")
     assert spec.fields["robot__action__poses__right::panda__xyz_delta"].representation == "delta"
     assert "robot__actual__poses__right::panda__quat_relative" in spec.fields
     members = read_tars(tmp_path / "out")
@@ -183,7 +183,8 @@ def test_depth_and_swapped_colours_are_told_by_the_map(tmp_path: Path, recording
     (tmp_path / "map.yaml").write_text(
         "episodes: data/demo_*\nfps: 20\nfields: {action: {source: actions}}\ncameras:\n"
         "  view: {source: obs/agentview_image, is_bgr: true}\n"
-        "  depth: {source: obs/agentview_depth, depth_scale: 1000}\n"
+        "  depth: {source: obs/agentview_depth, depth_scale: 1000}\n",
+        encoding="utf-8",
     )
     episode = read_all(params_of(path, "", field_map=str(tmp_path / "map.yaml")))["lift_ph_demo_2"]
     with h5py.File(path) as file:
@@ -221,7 +222,33 @@ BREAKS: dict[str, Any] = {
     "camera 'agentview' has 8 frames, the episode 9": lambda data: replace(
         data, "demo_2/obs/agentview_image", lambda values: values[:8]
     ),
+    "actions is stored in another file": lambda data: link_to_another_file(data, "demo_2/actions"),
+    "actions is stored in another file (raw.bin)": lambda data: store_outside(data, "demo_2/actions"),
+    "actions is stored in another file (other.hdf5)": lambda data: map_from_another_file(data, "demo_2/actions"),
 }
+
+
+def link_to_another_file(data: h5py.Group, path: str) -> None:
+    other = Path(data.file.filename).parent / "other.h5.secret"
+    with h5py.File(other, "w") as file:
+        file["values"] = data[path][()]
+    del data[path]
+    data[path] = h5py.ExternalLink(str(other), "values")
+
+
+def store_outside(data: h5py.Group, path: str) -> None:
+    values = data[path][()]
+    del data[path]
+    external = [("raw.bin", 0, h5py.h5f.UNLIMITED)]
+    data.create_dataset(path, shape=values.shape, dtype=values.dtype, external=external)
+
+
+def map_from_another_file(data: h5py.Group, path: str) -> None:
+    values = data[path][()]
+    del data[path]
+    layout = h5py.VirtualLayout(shape=values.shape, dtype=values.dtype)
+    layout[:] = h5py.VirtualSource("other.hdf5", "values", shape=values.shape)
+    data.create_virtual_dataset(path, layout)
 
 
 def replace(data: h5py.Group, path: str, change: Any) -> None:
@@ -262,7 +289,7 @@ def test_a_file_that_is_cut_off_or_says_no_rate_is_named(tmp_path: Path, recordi
     with pytest.raises(ValueError, match=r"ph\.hdf5 is no whole HDF5 file"):
         create_converter(params_of(path, "robomimic")).discover_episodes()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("none")
+    (tmp_path / "empty" / "notes.txt").write_text("none", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no HDF5 file"):
         create_converter(params_of(tmp_path / "empty", "robomimic")).discover_episodes()
 

@@ -123,7 +123,7 @@ def test_the_command_writes_what_an_independent_reader_finds(
                     assert data == recordings.encode_image(expected[camera][frame], "jpeg")
                 decoded = np.array(Image.open(io.BytesIO(data))).astype(int)
                 assert np.abs(decoded - images[frame]).mean() < 5, (camera, frame)
-    spec = parse_spec((output / "robotics.json").read_text(), "robotics.json")
+    spec = parse_spec((output / "robotics.json").read_text(encoding="utf-8"), "robotics.json")
     assert spec.fps == recordings.FPS
     assert spec.fields["action"].role == "action"
     assert spec.fields["observation.contact"].is_discrete
@@ -143,11 +143,11 @@ def test_a_field_map_splits_features_and_makes_poses_relative(
     write: Any, tmp_path: Path, episodes: list[Any], preprocess_with: Any, read_tars: Any
 ) -> None:
     path = tmp_path / "arm.yaml"
-    path.write_text(FIELD_MAP)
+    path.write_text(FIELD_MAP, encoding="utf-8")
     output = tmp_path / "out"
     options = {"field_map": str(path), "num_workers": 0, "future_lowdim_steps": 3, "layout": "samples"}
     preprocess_with(LeRobotParams(source_episodes=[str(write("v3-png"))], output_dir=str(output), **options))
-    spec = parse_spec((output / "robotics.json").read_text(), "robotics.json")
+    spec = parse_spec((output / "robotics.json").read_text(encoding="utf-8"), "robotics.json")
     gripper = spec.fields["robot__actual__grippers__right::arm"].gripper
     assert gripper is not None
     assert (gripper.open, gripper.closed) == (0.08, 0)
@@ -181,7 +181,7 @@ def test_a_field_map_that_does_not_fit_is_one_line(write: Any, tmp_path: Path, c
     before, after = change.split("|")
     assert before in FIELD_MAP
     path = tmp_path / "arm.yaml"
-    path.write_text(FIELD_MAP.replace(before, after))
+    path.write_text(FIELD_MAP.replace(before, after), encoding="utf-8")
     converter = create_converter(params_of(write("v3-png"), field_map=str(path)))
     with pytest.raises(ValueError, match=message) as error:
         converter.pose_groups()
@@ -200,9 +200,9 @@ def test_several_sources_keep_their_episodes_apart(write: Any, tmp_path: Path, r
         np.testing.assert_array_equal(one.fields["observation.state"], other.fields["observation.state"])
     with pytest.raises(ValueError, match="is given twice"):
         read_all(params_of(first, first))
-    info = json.loads((second / "meta/info.json").read_text())
+    info = json.loads((second / "meta/info.json").read_text(encoding="utf-8"))
     info["features"]["observation.temperature"]["dtype"] = "float64"
-    (second / "meta/info.json").write_text(json.dumps(info))
+    (second / "meta/info.json").write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(ValueError, match=r"field 'observation\.temperature' differs between"):
         read_all(params_of(first, second))
 
@@ -261,5 +261,5 @@ def test_only_the_row_groups_of_an_episode_are_read(
 
 def test_transforms_and_their_inverses_give_the_fields_back(write: Any, tmp_path: Path, check_inverse: Any) -> None:
     path = tmp_path / "map.yaml"
-    path.write_text(FIELD_MAP)
+    path.write_text(FIELD_MAP, encoding="utf-8")
     check_inverse(params_of(write("v3-png"), field_map=str(path)))

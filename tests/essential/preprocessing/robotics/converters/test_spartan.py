@@ -68,7 +68,9 @@ def write_episode(folder: Path, arrays: dict[str, dict[str, np.ndarray]], *, is_
     """Write `processed/` of an episode."""
     folder = folder / "processed"
     folder.mkdir(parents=True)
-    (folder / "metadata.yaml").write_text(yaml.safe_dump({"camera_id_to_semantic_name": CAMERAS, "other": [1]}))
+    (folder / "metadata.yaml").write_text(
+        yaml.safe_dump({"camera_id_to_semantic_name": CAMERAS, "other": [1]}), encoding="utf-8"
+    )
     for name, values in arrays.items():
         (np.savez_compressed if is_compressed else np.savez)(folder / f"{name}.npz", **values)
 
@@ -164,11 +166,11 @@ def test_recordings_of_one_second_have_ids_of_their_own(raw: Path, tmp_path: Pat
 def test_the_command_writes_relative_actions_and_instructions(
     raw: Path, tmp_path: Path, arrays: Any, read_tars: Any
 ) -> None:
-    (tmp_path / "language.yaml").write_text(yaml.safe_dump(LANGUAGE))
+    (tmp_path / "language.yaml").write_text(yaml.safe_dump(LANGUAGE), encoding="utf-8")
     words = ["robotics", "--type", "spartan", "--source_episodes", f"{raw}/tasks/{TASK}/", "--num_workers", "0"]
     words += ["--language_annotations_path", str(tmp_path / "language.yaml"), "--output_dir", str(tmp_path / "out")]
     main([*words, "--future_lowdim_steps", "3", "--layout", "samples", "--jpeg_quality", "100"])
-    spec = parse_spec((tmp_path / "out/robotics.json").read_text(), "robotics.json")
+    spec = parse_spec((tmp_path / "out/robotics.json").read_text(encoding="utf-8"), "robotics.json")
     assert spec.fields["robot__actual__joint_position__left::panda"].unit == "rad"
     assert spec.fields["robot__action__poses__left::panda__rot_6d"].rotation == "rot_6d_rows"
     assert spec.language_types == ("original", "randomized")
@@ -193,12 +195,12 @@ def test_episodes_that_validate_and_fields_that_are_discarded_are_left_out(
     raw: Path, tmp_path: Path, read_all: Any
 ) -> None:
     path = tmp_path / "validation.json"
-    path.write_text(json.dumps({TASK: [2], "OtherTask": [0]}))
+    path.write_text(json.dumps({TASK: [2], "OtherTask": [0]}), encoding="utf-8")
     discarded = "robot__desired__joint_position__left::panda"
     found = read_all(params_of(raw, validation_episodes_path=str(path), data_discard_keys=[discarded]))
     assert numbers_of(found) == [0, 11]
     assert all(discarded not in episode.fields for episode in found.values())
-    path.write_text(json.dumps({TASK: sorted(LENGTHS)}))
+    path.write_text(json.dumps({TASK: sorted(LENGTHS)}), encoding="utf-8")
     with pytest.raises(ValueError, match="but for the 3 that validate"):
         read_all(params_of(raw, validation_episodes_path=str(path)))
 
@@ -226,8 +228,10 @@ class Bomb:
 
 BREAKS = {
     "metadata.yaml is missing": lambda folder, _: (folder / "metadata.yaml").unlink(),
-    "metadata.yaml has no camera_id_to_semantic_name": lambda folder, _: (folder / "metadata.yaml").write_text("a: 1"),
-    "metadata.yaml is not YAML": lambda folder, _: (folder / "metadata.yaml").write_text("a: [1"),
+    "metadata.yaml has no camera_id_to_semantic_name": lambda folder, _: (
+        (folder / "metadata.yaml").write_text("a: 1", encoding="utf-8")
+    ),
+    "metadata.yaml is not YAML": lambda folder, _: (folder / "metadata.yaml").write_text("a: [1", encoding="utf-8"),
     "observations.npz is missing": lambda folder, _: (folder / "observations.npz").unlink(),
     "observations.npz is no whole .npz": lambda folder, _: cut(folder / "observations.npz"),
     "actions are float64 (12, 19), expected floats (12, 20)": lambda folder, values: np.savez(
