@@ -1,19 +1,19 @@
-"""Modality `image_caption`: images with a caption or a conversation, of which the answers are supervised.
+"""Modality `image_caption`: images with a caption or a conversation; only the answers are supervised.
 
-A sample's members, as img2dataset writes them and with what it lacks:
+A sample's members are those of img2dataset, plus several images and conversations:
 
 | member                      | meaning                                                                          |
 |-----------------------------|----------------------------------------------------------------------------------|
 | jpg, jpeg, png, webp        | the image                                                                        |
-| image_0.jpg, image_1.png ...| several images, in order of their numbers; 0.jpg, 1.jpg, ... too                 |
+| image_0.jpg, image_1.png ...| several images, in numeric order; also 0.jpg, 1.jpg, ...                         |
 | txt                         | the caption                                                                      |
-| json                        | `conversations` or `messages`: all turns; else the caption; its other strings    |
-|                             | are fields of prompt templates                                                   |
+| json                        | `conversations` or `messages`: all turns; else the caption. Other strings are    |
+|                             | fields of prompt templates                                                       |
 
-A sample becomes a document of its own. They are packed first-fit into rows of one length per microbatch, so that
-little is padding; for models that take one sample a row, each row is filled up to the longest. Rows depend on the
-samples of the microbatch alone. A sample that does not fit into a row is dropped (or the last answer cut, never images
-or prompts).
+Each sample becomes one document. Documents are packed first-fit into rows of one length per microbatch, which keeps
+padding low. For models that take one sample per row, each row is padded to the longest instead. Rows depend only on the
+samples of the microbatch. A sample that does not fit into a row is dropped, or its last answer is truncated; images and
+prompts are never cut.
 """
 
 import json
@@ -36,26 +36,26 @@ from vla_foundry.params.data.images import DataAugmentationParams, ImageProcesso
 from vla_foundry.text.chat_template import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
 from vla_foundry.text.tokenizers import pad_token_id_of
 
-# lengths of rows, less one, are multiples of it: few enough lengths for compiled models, and little padding
+# row length - 1 is a multiple of this: few enough lengths for compiled models, and little padding
 ROW_MULTIPLE = 16
 _IMAGE_SUFFIX = re.compile(r"(?:(?:image_)?(\d+)\.)?(?:jpe?g|png|webp)")
 _CONVERSATION_KEYS = ("conversations", "messages")
 _CAPTION_KEY = "caption"
-# of what `encode` returns, what is not simply joined along its first dimension
+# keys of `encode` that are not simply concatenated along their first dimension
 _OWN_KEYS = (*TOKEN_KEYS, "image_index", "pixel_maps")
 
 
 def find_images(members: Iterable[str]) -> list[str]:
-    """Return the suffixes of a sample's images, in order: the one without a number first."""
+    """Return the suffixes of a sample's images in order, the unnumbered one first."""
     found = [(match[1], name) for name in members if (match := _IMAGE_SUFFIX.fullmatch(name))]
     return [name for _, name in sorted((-1 if number is None else int(number), name) for number, name in found)]
 
 
 def read_facts_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a sample's JSON member; empty if it has none.
+    """Return the object in a sample's JSON member, or {} if it has no such member.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the member is not a JSON object.
     """
     if "json" not in sample:
         return {}
@@ -69,8 +69,8 @@ class CreateTurns:
     """A stage: text members -> `turns`, with `<image>` where the images go.
 
     Args:
-        prompts: templates of the user turn that a caption answers; one is drawn.
-        caption_key: the caption's key in the JSON; None: the text member, or else the key "caption".
+        prompts: templates of the user turn that the caption answers; one is drawn per sample.
+        caption_key: key of the caption in the JSON; None: the text member, or else the key "caption".
     """
 
     def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
@@ -81,8 +81,8 @@ class CreateTurns:
         """Create the turns.
 
         Raises:
-            Dropped: there is no image, or nothing to be said about it.
-            ValueError: what is said is not as it should be.
+            Dropped: the sample has no image or no text.
+            ValueError: the text or conversation is malformed.
         """
         num_images = len(find_images(sample))
         if not num_images:
@@ -115,7 +115,7 @@ class CreateTurns:
 
 
 def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:
-    """Put the markers of images into the first user turn, if no turn has any."""
+    """Put the image markers into the first user turn, if no turn has any."""
     if any(IMAGE_MARKER in turn.content for turn in turns):
         return turns
     first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
@@ -126,10 +126,10 @@ def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:
 
 
 class PrepareImages:
-    """A stage: image members -> `images`, a part of each if that is wanted, and `color_factors` while training.
+    """A stage: image members -> `images`, cropped if configured, and `color_factors` in training.
 
     Args:
-        params: what is done to images.
+        params: the image params.
     """
 
     def __init__(self, params: DataAugmentationParams) -> None:
@@ -139,7 +139,7 @@ class PrepareImages:
         """Decode and augment.
 
         Raises:
-            Dropped: an image can not be used.
+            Dropped: an image cannot be used.
         """
         is_training = sample["__is_training__"]
         draw = CENTRE
@@ -156,12 +156,12 @@ class PrepareImages:
 
 
 class Encode:
-    """A stage: `images` and `turns` -> `inputs`, as the processor encodes them.
+    """A stage: `images` and `turns` -> `inputs`, encoded by the processor.
 
     Args:
-        params: of the processor.
-        max_tokens: the longest sample.
-        truncate_answers: cut the last answer of a longer one.
+        params: the processor params.
+        max_tokens: most tokens in a sample.
+        truncate_answers: truncate the last answer of a longer sample instead of dropping the sample.
     """
 
     def __init__(self, params: ImageProcessorParams, *, max_tokens: int, truncate_answers: bool) -> None:
@@ -171,25 +171,25 @@ class Encode:
         self._processor: Processor | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Let each loader process load its own processor."""
+        """Pickle without the processor, so that each loader process loads its own."""
         return {**self.__dict__, "_processor": None}
 
     def load(self) -> Processor:
-        """Return the processor, loaded when it is first asked for.
+        """Return the processor, loading it on first use.
 
         Raises:
-            ValueError: it can not be loaded.
+            ValueError: the processor cannot be loaded.
         """
         if self._processor is None:
             self._processor = create_image_processor(self.params)
         return self._processor
 
     def __call__(self, sample: Sample) -> Sample:
-        """Encode.
+        """Encode the sample.
 
         Raises:
             Dropped: the sample is too long.
-            ValueError: it can not be encoded.
+            ValueError: the sample cannot be encoded.
         """
         processor = self.load()
         inputs = processor.encode(sample["images"], sample["turns"])
@@ -205,10 +205,10 @@ class Encode:
 
 
 def create_image_processor(params: ImageProcessorParams) -> Processor:
-    """Create the processor that params describe.
+    """Create the processor that the params describe.
 
     Raises:
-        ValueError: it can not be loaded, or the size of images is not known.
+        ValueError: the processor cannot be loaded, or the image size is unknown.
     """
     if params.processor is not None:
         return create_processor(
@@ -238,8 +238,8 @@ class ImageCaptionPipeline:
     """Makes rows of captioned images.
 
     Args:
-        params: the dataset's params.
-        stages: what turns members into `inputs`; the default ones if not given. Give `Encode` last.
+        params: the data params.
+        stages: stages that turn members into `inputs`, ending with `Encode`; None: the default ones.
     """
 
     rows_per_message = 1
@@ -252,7 +252,7 @@ class ImageCaptionPipeline:
         self.stages = default if stages is None else tuple(stages)
 
     def check(self, reader: ShardReader) -> None:
-        """See Pipeline: load the processor, so that what is wrong with it is said before any process is started."""
+        """See Pipeline. Load the processor, so that its errors appear before any process starts."""
         self.encode.load()
 
     def create_batch(self, rows: Rows) -> Batch:
@@ -260,7 +260,7 @@ class ImageCaptionPipeline:
         return self._join(rows.read_samples(self.stages))
 
     def create_empty_batch(self) -> Batch:
-        """See Pipeline. It has an image, so that all ranks run the same modules, but no target."""
+        """See Pipeline. The batch has an image, so that all ranks run the same modules, but no target."""
         black = torch.zeros((3, 8, 8), dtype=torch.uint8)
         inputs = self.encode.load().encode([black], [Turn("user", IMAGE_MARKER), Turn("assistant", "a")])
         batch = self._join([{"inputs": inputs}])
@@ -277,20 +277,20 @@ class ImageCaptionPipeline:
 
 
 def bucket(longest: int, seq_len: int) -> int:
-    """Return the length of rows of one sample each: a multiple of ROW_MULTIPLE and 1, or seq_len + 1."""
+    """Return the length of rows that hold one sample each: a multiple of ROW_MULTIPLE, plus 1, or seq_len + 1."""
     return min(-(-(longest - 1) // ROW_MULTIPLE) * ROW_MULTIPLE, max(seq_len, longest - 1)) + 1
 
 
 def join_samples(
     samples: Sequence[Sample], rows: Sequence[Sequence[int]], length: int, *, processor: Processor
 ) -> Batch:
-    """Lay encoded samples into rows, and their images in the same order.
+    """Pack encoded samples into rows, with their images in the same order.
 
     Args:
-        samples: each with `inputs` as `Processor.encode` returns them, and `color_factors` if all have them.
+        samples: each with `inputs` from `Processor.encode`, and `color_factors` if all samples have them.
         rows: for each row, the numbers of its samples in order.
         length: tokens in a row.
-        processor: what encoded them.
+        processor: the processor that encoded the samples.
 
     Raises:
         ValueError: the images differ in size.
@@ -314,7 +314,7 @@ def join_samples(
 
 
 def _lay_tokens(inputs: Sequence[Mapping[str, Any]], counts: Sequence[int], length: int, processor: Processor) -> Batch:
-    """Return what goes along the tokens; `counts` are the samples of each row."""
+    """Return the batch entries with one value per token; `counts` holds the number of samples in each row."""
     batch: Batch = {}
     for name in (name for name in TOKEN_KEYS if name in inputs[0]):
         filler = pad_token_id_of(processor.tokenizer) if name == "input_ids" else 0
@@ -361,6 +361,6 @@ def _join_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @register_pipeline("image_caption")
 def create_image_caption_pipeline(params: DataParams) -> ImageCaptionPipeline:
-    """Create the pipeline of captioned images."""
+    """Create the pipeline for captioned images."""
     assert isinstance(params, ImageCaptionDataParams), "modality image_caption needs data.type image_caption"
     return ImageCaptionPipeline(params)

@@ -1,8 +1,7 @@
-"""Modality `robotics`: windows of robot episodes, from single windows (published) or whole episodes alike.
+"""Modality `robotics`: windows of robot episodes, stored as single windows (the published layout) or whole episodes.
 
-A sample is read as far as the params ask for it: the arrays of the fields, their steps, and the images of the cameras
-and times. Then come the stages of robotics_stages.py. Every sample is a row of its own, padded to the longest of the
-microbatch.
+Only the parts of a sample that the params need are read: the fields, their steps, and the images of the cameras and
+times. Then the stages of robotics_stages.py run. Each sample is one row, padded to the longest in the microbatch.
 """
 
 from collections.abc import Sequence
@@ -40,8 +39,8 @@ class RoboticsPipeline:
     """Makes batches of robot samples.
 
     Args:
-        params: the data's params; what is not resolved is taken from the training datasets.
-        stages: what turns windows into `inputs` and `actions`; the default ones if not given. Give `EncodeRobot` last.
+        params: the data params; unresolved values are taken from the training datasets.
+        stages: stages that turn windows into `inputs` and `actions`, ending with `EncodeRobot`; None: the default ones.
     """
 
     rows_per_message = 1
@@ -60,14 +59,14 @@ class RoboticsPipeline:
         self.read = ReadWindow([])
 
     def check(self, reader: ShardReader) -> None:
-        """See Pipeline: load the processor, and compare what is asked for with what the datasets say of themselves."""
+        """See Pipeline. Load the processor, and check the params against the specs of the datasets."""
         self.encode.load()
         datasets = read_specs([dataset.manifest for dataset in reader.datasets])
         self.params.check_specs(datasets)
         self.read = ReadWindow([self.params.create_window_spec(dataset) for dataset in datasets])
 
     def save_files(self, folder: Path) -> None:
-        """Write the normalizer, its statistics and what the fields and cameras mean."""
+        """Write the normalizer, its statistics and the spec of fields and cameras."""
         save_robotics_files(self.params, folder)
 
     def create_batch(self, rows: Rows) -> Batch:
@@ -75,7 +74,7 @@ class RoboticsPipeline:
         return self._join(rows.read_samples(self.stages, read=self.read))
 
     def create_empty_batch(self) -> Batch:
-        """See Pipeline. One sample of black images, of which every step is padding."""
+        """See Pipeline. The batch has one sample with black images, whose steps are all padding."""
         window, num_images = self.params.window, len(self.params.image_names)
         black = [torch.zeros((3, 8, 8), dtype=torch.uint8)] * num_images
         processor = self.encode.load()
@@ -116,12 +115,12 @@ class RoboticsPipeline:
 
 
 def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, params: RoboticsDataParams) -> Batch:
-    """Put samples side by side, each a row.
+    """Join samples into a batch, one row each.
 
     Args:
-        samples: what the stages made.
-        processor: what encoded them; None without language.
-        params: of the data.
+        samples: output of the stages.
+        processor: the processor that encoded the samples; None without language.
+        params: the data params.
     """
     if processor is None:
         images = [image for sample in samples for image in sample["inputs"]["pixel_values"]]
@@ -148,7 +147,7 @@ def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, p
 
 
 def _stack_images(images: Sequence[UInt8[Tensor, "3 H W"]], params: RoboticsDataParams) -> UInt8[Tensor, "N 3 H W"]:
-    """Put images of one size side by side: one copy, channels last in memory as they are."""
+    """Stack images of one size in a single copy, keeping channels last in memory."""
     if not images:
         assert params.image_size is not None, "resolve derives data.image_size"
         return torch.zeros((0, 3, params.image_size, params.image_size), dtype=torch.uint8)
@@ -157,6 +156,6 @@ def _stack_images(images: Sequence[UInt8[Tensor, "3 H W"]], params: RoboticsData
 
 @register_pipeline("robotics")
 def create_robotics_pipeline(params: DataParams) -> RoboticsPipeline:
-    """Create the pipeline of robot data."""
+    """Create the pipeline for robot data."""
     assert isinstance(params, RoboticsDataParams), "modality robotics needs data.type robotics"
     return RoboticsPipeline(params)

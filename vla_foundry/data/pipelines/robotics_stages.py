@@ -1,7 +1,7 @@
-"""The stages of robot samples: from a window of an episode to images, tokens and normalized numbers.
+"""Stages that turn a window of a robot episode into images, tokens and normalized numbers.
 
-Training and inference use the same ones. Those of fields take a microbatch at once, the others one sample at a time.
-Images are files while training and uint8 tensors [3, H, W] at inference.
+Training and inference use the same stages. Field stages process a whole microbatch at once, the others one sample at a
+time. Images are files in training and uint8 tensors [3, H, W] at inference.
 """
 
 from abc import abstractmethod
@@ -29,20 +29,20 @@ from vla_foundry.text.chat_template import Turn, create_user_turn
 
 
 class ReadWindow:
-    """Reads what the stages begin with: `window`, a RobotWindow, and `window_spec`, what was asked of its dataset.
+    """Reads the input of the first stage: `window`, a RobotWindow, and `window_spec`, the WindowSpec of its dataset.
 
     Args:
-        specs: what is read of each dataset.
+        specs: what to read from each dataset.
     """
 
     def __init__(self, specs: Sequence[WindowSpec]) -> None:
         self.specs = tuple(specs)
 
     def __call__(self, dataset: int, shard: Shard, row: int) -> Sample:
-        """Read a row of a shard.
+        """Read one row of a shard.
 
         Raises:
-            ValueError: it lacks what is asked for, or is broken.
+            ValueError: the row lacks something the spec requires, or is malformed.
         """
         spec = self.specs[dataset]
         if isinstance(shard, EpisodeShard):
@@ -61,10 +61,10 @@ class ReadWindow:
 
 
 class _FieldStage(BatchStage):
-    """A stage on the fields of windows, for all samples of a dataset at once.
+    """A stage on the fields of windows that processes all samples of a dataset at once.
 
-    A window is so small that calling NumPy takes longer than computing: at once, it takes a fifth of the time. The bits
-    are the same.
+    A window is so small that NumPy's call overhead exceeds the computation: batching takes a fifth of the time. The
+    results are bit-identical.
     """
 
     def apply(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
@@ -77,7 +77,7 @@ class _FieldStage(BatchStage):
         return [results[number] for number in range(len(samples))]
 
     def _apply_to_some(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
-        """Apply the stage; of samples that it cannot take, find those at fault by halves."""
+        """Apply the stage; if it fails, find the faulty samples by bisection."""
         try:
             return self.apply_to_dataset(samples)
         except ValueError as error:
@@ -88,18 +88,18 @@ class _FieldStage(BatchStage):
 
     @abstractmethod
     def apply_to_dataset(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
-        """Return what becomes of each sample of one dataset.
+        """Return the result for each sample of one dataset.
 
         Raises:
-            ValueError: one of them cannot be used.
+            ValueError: one of the samples cannot be used.
         """
 
 
 class ComputeRelativePoses(_FieldStage):
-    """A stage: `window` -> the same, with the relative fields that are not stored."""
+    """A stage: adds the relative fields that are not stored to `window`."""
 
     def apply_to_dataset(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
-        """Compute them.
+        """Compute the relative fields.
 
         Raises:
             ValueError: a field does not hold a pose.
@@ -109,7 +109,7 @@ class ComputeRelativePoses(_FieldStage):
             return list(samples)
         windows: list[RobotWindow] = [sample["window"] for sample in samples]
         fields = _stack_fields(windows, spec.stored)
-        # of what a robot observes, the steps to be predicted have no fields
+        # at inference the fields end at the anchor: the steps to predict have no values
         num_steps = fields[spec.pose_groups[0].position_key].shape[-2]
         is_padding = np.stack([window.is_padding for window in windows])[:, :num_steps]
         relative = RelativePoses(spec.pose_groups, spec.window.anchor, spec.padding).apply(fields, is_padding)
@@ -125,21 +125,21 @@ class ComputeRelativePoses(_FieldStage):
 
 
 class NormalizeActions(_FieldStage):
-    """A stage: `window` -> `actions` of all steps and `action_dim_mask`.
+    """A stage: `window` -> `actions` for all steps, and `action_dim_mask`.
 
     Args:
-        params: which fields.
-        normalizer: of these fields.
+        params: the data params, which name the fields.
+        normalizer: normalizer of these fields.
     """
 
     def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
         self.transform = FieldTransform.create(params.action_fields, normalizer, anchor=params.window.anchor)
 
     def apply_to_dataset(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
-        """Normalize; samples with values that are not finite are dropped.
+        """Normalize; drop samples with values that are not finite.
 
         Raises:
-            ValueError: a field has another width, or the robot has none of the fields.
+            ValueError: a field has the wrong width, or the robot has none of the fields.
         """
         fields = _stack_fields([sample["window"] for sample in samples], self.transform.select.fields)
         actions, mask = self.transform.apply(fields)
@@ -150,26 +150,26 @@ class NormalizeActions(_FieldStage):
 
 
 class NormalizeProprioception(_FieldStage):
-    """A stage: `window` -> `proprioception` of the steps up to the anchor, if there are such fields.
+    """A stage: `window` -> `proprioception` for the steps up to the anchor, if the params name such fields.
 
     Args:
-        params: which fields.
-        normalizer: of these fields.
+        params: the data params, which name the fields.
+        normalizer: normalizer of these fields.
     """
 
     def __init__(self, params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> None:
         self.transform = FieldTransform.create(params.proprioception_fields, normalizer, anchor=params.window.anchor)
 
     def apply_to_dataset(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
-        """Normalize; samples with values that are not finite are dropped.
+        """Normalize; drop samples with values that are not finite.
 
         Raises:
-            ValueError: a field has another width, or the robot has none of the fields.
+            ValueError: a field has the wrong width, or the robot has none of the fields.
         """
         if not self.transform.select.fields:
             return list(samples)
         fields = _stack_fields([sample["window"] for sample in samples], self.transform.select.fields)
-        # the robot has not seen what comes after the anchor
+        # steps after the anchor have not been observed yet
         observed = {name: values[:, : self.transform.anchor + 1] for name, values in fields.items()}
         proprioception, _ = self.transform.apply(observed)
         made = [{**sample, "proprioception": row} for sample, row in zip(samples, proprioception, strict=True)]
@@ -177,7 +177,7 @@ class NormalizeProprioception(_FieldStage):
 
 
 def _stack_fields(windows: Sequence[RobotWindow], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Put the fields that these windows have side by side: (N, T, C)."""
+    """Stack each field over the windows: (N, T, C)."""
     there = [name for name in names if name in windows[0].fields]
     return {name: np.stack([window.fields[name] for window in windows]) for name in there}
 
@@ -185,7 +185,7 @@ def _stack_fields(windows: Sequence[RobotWindow], names: Iterable[str]) -> dict[
 def _drop_infinite(
     samples: Sequence[Sample], values: np.ndarray, transform: FieldTransform
 ) -> list[Sample | ValueError]:
-    """Return the samples, but drop those of which a value (N, T, C) is not finite."""
+    """Return the samples, dropping those with a value (N, T, C) that is not finite."""
     if np.isfinite(values).all():
         return list(samples)
     results: list[Sample | ValueError] = []
@@ -198,11 +198,11 @@ def _drop_infinite(
 
 
 class ChooseInstruction:
-    """A stage: `window` -> `instruction`, and `turns`, a prompt around it.
+    """A stage: `window` -> `instruction`, and `turns`, a prompt that contains it.
 
     Args:
-        params: kinds of instructions and prompts.
-        types: the kinds; those of params if not given.
+        params: the data params, which give the instruction types and prompts.
+        types: instruction types; None: those of the params.
     """
 
     def __init__(self, params: RoboticsDataParams, types: Sequence[str] | None = None) -> None:
@@ -210,10 +210,10 @@ class ChooseInstruction:
         self.prompts = tuple(params.prompts)
 
     def __call__(self, sample: Sample) -> Sample:
-        """Draw both by the sample's position, each instruction with the same probability.
+        """Draw both, keyed by the sample's position; every instruction is equally likely.
 
         Raises:
-            Dropped: the sample has no instruction of these kinds.
+            Dropped: the sample has no instruction of these types.
         """
         window: RobotWindow = sample["window"]
         seed, position = sample["__seed__"], sample["__position__"]
@@ -231,10 +231,10 @@ class ChooseInstruction:
 
 
 class PrepareCameraImages:
-    """A stage: `window` -> `images`, `image_mask`, `image_maps`, and `color_factors` while training.
+    """A stage: `window` -> `images`, `image_mask`, `image_maps`, and `color_factors` in training.
 
     Args:
-        params: what is done to images, and to missing ones.
+        params: the data params, which define image augmentation and the handling of missing images.
     """
 
     def __init__(self, params: RoboticsDataParams) -> None:
@@ -243,7 +243,7 @@ class PrepareCameraImages:
         self.pads, self.masks = params.pad_missing_images, params.mask_padded_images
 
     def __call__(self, sample: Sample) -> Sample:
-        """Decode and augment: one draw for all cameras and times.
+        """Decode and augment, with one draw for all cameras and times.
 
         Raises:
             Dropped: an image is missing or cannot be used.
@@ -273,11 +273,11 @@ class PrepareCameraImages:
 
 
 class EncodeRobot:
-    """A stage: `images` and `turns` -> `inputs`, and `intrinsics` of the images as the model gets them.
+    """A stage: `images` and `turns` -> `inputs`, and `intrinsics` for the pixels the model gets.
 
     Args:
-        params: of the processor.
-        processor: the processor; loaded as params say if it is not given.
+        params: the data params, which describe the processor.
+        processor: the processor; None: load the one that the params describe.
     """
 
     def __init__(self, params: RoboticsDataParams, processor: Processor | None = None) -> None:
@@ -287,25 +287,25 @@ class EncodeRobot:
         self._processor = processor
 
     def __getstate__(self) -> dict[str, object]:
-        """Let each loader process load its own processor."""
+        """Pickle without the processor, so that each loader process loads its own."""
         return {**self.__dict__, "_processor": None}
 
     def load(self) -> Processor | None:
-        """Return the processor, loaded when it is first asked for; None without language.
+        """Return the processor, loading it on first use; None without language.
 
         Raises:
-            ValueError: it cannot be loaded.
+            ValueError: the processor cannot be loaded.
         """
         if self._processor is None and self.params.use_language:
             self._processor = create_image_processor(self.params)
         return self._processor
 
     def __call__(self, sample: Sample) -> Sample:
-        """Encode.
+        """Encode the sample.
 
         Raises:
             Dropped: the row is too long.
-            ValueError: it cannot be encoded.
+            ValueError: the sample cannot be encoded.
         """
         processor = self.load()
         if processor is None:
@@ -326,20 +326,20 @@ class EncodeRobot:
         return sample
 
     def _place(self, name: str, values: np.ndarray, sample: Sample) -> np.ndarray:
-        """Return the intrinsics of a stored image after it was augmented and brought to the model's size."""
+        """Return a stored image's intrinsics after augmentation and resizing to the model's input size."""
         kind, _, camera = name.partition(".")
         if kind not in ("intrinsics", "rescaled_intrinsics") or camera not in self.camera_names:
             return values
         if "pixel_maps" not in sample["inputs"]:
             raise ValueError(f"data.intrinsics_fields: '{name}' cannot follow how data.processor cuts images")
-        # of the last time; all images of a camera were treated alike
+        # the camera's image at the last time; all its images share one pixel map
         number = len(sample["images"]) - len(self.camera_names) + self.camera_names.index(camera)
         augmented, encoded = sample["image_maps"][number], sample["inputs"]["pixel_maps"][number]
         return augmented.then(encoded).map_intrinsics(values)
 
 
 def resize_images(images: Sequence[Tensor], params: RoboticsDataParams) -> dict[str, list[Any]]:
-    """Return the inputs of a model without language: images of its size, uint8 [3, H, W], and their pixels' maps."""
+    """Return the inputs of a model without language: resized images, uint8 [3, H, W], and their pixel maps."""
     assert params.image_size is not None, "resolve derives data.image_size"
     size, method = (params.image_size, params.image_size), params.image_resizing_method
     resized = [resize_image(image, size, method=method, interpolation=params.image_interpolation) for image in images]
@@ -347,6 +347,6 @@ def resize_images(images: Sequence[Tensor], params: RoboticsDataParams) -> dict[
 
 
 def encode_prompt(images: Sequence[Tensor], turns: Sequence[Turn], processor: Processor) -> dict[str, Any]:
-    """Return the inputs of a model with language; nothing in a prompt is supervised."""
+    """Return the inputs of a model with language; no prompt token is supervised."""
     inputs = processor.encode(images, turns)
     return {name: value for name, value in inputs.items() if name != "target_mask"}

@@ -1,10 +1,10 @@
-"""What a pipeline is: an ordered list of small stages that make samples of a shard's content, and a batch of samples.
+"""Define pipelines: ordered stages that turn the content of shards into samples, and samples into a batch.
 
 A stage is a callable `sample -> sample | None`; a `BatchStage` takes many samples at once. A sample is a dictionary:
-`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and what stages add. Random
-draws are keyed by `__seed__` and `__position__`; where `__is_training__` is False nothing changes at random. Returning
-None drops a sample, and so does raising `Dropped`, which says why; any other error breaks it. Either way another sample
-of the same dataset, chosen by a hash of the position, takes its place, and it is counted by reason.
+`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and whatever stages add. Random
+draws are keyed by `__seed__` and `__position__`; if `__is_training__` is False, nothing is random. A stage drops a
+sample by returning None or by raising `Dropped` with a reason; any other error marks the sample as broken. Either way
+the sample is counted by reason, and another sample of the same dataset, chosen by a hash of the position, replaces it.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ from vla_foundry.registry import Registry
 
 Sample: TypeAlias = dict[str, Any]
 Stage: TypeAlias = Callable[[Sample], Sample | None]
-# (number of the dataset, open shard, row) -> what the stages of a sample begin with
+# (dataset number, open shard, row) -> input of the first stage
 ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
-# bad samples in a row in place of one sample, after which the dataset counts as unreadable
+# consecutive bad replacements for one sample after which the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
 
 
@@ -36,8 +36,8 @@ class Dropped(ValueError):
     """Raised by a stage that drops a sample.
 
     Args:
-        reason: a few words that samples are counted by.
-        detail: what is particular about this one.
+        reason: a few words; dropped samples are counted by reason.
+        detail: specifics of this sample.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -46,17 +46,17 @@ class Dropped(ValueError):
 
 
 class BatchStage(ABC):
-    """A stage that takes many samples at once, where that is faster than one after another."""
+    """A stage that takes many samples at once, for when that is faster than one by one."""
 
     @abstractmethod
     def apply(self, samples: Sequence[Sample]) -> "list[Sample | ValueError]":
-        """Return what becomes of each sample: the sample, or why it is dropped (`Dropped`) or broken."""
+        """Return one result per sample: the sample, or the error that drops it (`Dropped`) or marks it as broken."""
 
     def __call__(self, sample: Sample) -> Sample:
         """Apply the stage to one sample.
 
         Raises:
-            Dropped: it drops the sample.
+            Dropped: the stage drops the sample.
             ValueError: the sample is broken.
         """
         (result,) = self.apply([sample])
@@ -67,13 +67,13 @@ class BatchStage(ABC):
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of a sample that cannot be used."""
+    """Why a sample cannot be used."""
 
-    # a few words that samples are counted by
+    # a few words; samples are counted by reason
     reason: str
     # what happened, with the name of the stage
     description: str
-    # what was raised; None: the stage returned None
+    # the exception raised; None: the stage returned None
     error: Exception | None = None
 
 
@@ -85,12 +85,12 @@ def _describe_failure(error: Exception, step: str) -> Failure:
 
 
 def apply_stages(samples: "Sequence[Sample | Failure]", stages: Sequence[Stage]) -> list[Sample | Failure]:
-    """Put samples through the stages in order; those that failed before stay as they are."""
+    """Run samples through the stages in order; failures pass through unchanged."""
     results = list(samples)
     for is_batch, members in groupby(stages, key=lambda stage: isinstance(stage, BatchStage)):
         run = list(members)
         if not is_batch:
-            # one sample after another, so that the large arrays between two stages exist once
+            # one sample at a time, so that the large arrays between two stages exist only once
             results = [each if isinstance(each, Failure) else _apply_each(each, run) for each in results]
             continue
         for stage in run:
@@ -106,7 +106,7 @@ def _apply_each(sample: Sample, stages: Sequence[Stage]) -> Sample | Failure:
         step = name_of_stage(stage)
         try:
             result = stage(sample)
-        except Exception as error:  # a broken sample or a user's stage must not end the run: it is counted
+        except Exception as error:  # a broken sample or an error in a user's stage must not end the run: count it
             return _describe_failure(error, step)
         if result is None:
             return Failure(f"{step}: dropped", f"{step} dropped it")
@@ -125,30 +125,30 @@ def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure
 
 @dataclass
 class Drops:
-    """Bad samples that were replaced."""
+    """Counts of bad samples that were replaced."""
 
-    # how many, by reason
+    # {reason: count}
     counts: Counter[str] = field(default_factory=Counter)
     # the last one: shard, key and reason
     last: str = ""
 
     def add(self, reason: str, description: str) -> None:
-        """Count one."""
+        """Count one bad sample."""
         self.counts[reason] += 1
         self.last = description
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a microbatch is made of, before it is read."""
+    """The rows of a microbatch, before they are read."""
 
     # int64 [S]
     positions: np.ndarray
-    # where the samples at these positions lie
+    # where the samples at these positions are stored
     location: Location
     plan: SamplePlan
     reader: ShardReader
-    # False: for validation
+    # False for validation
     is_training: bool = True
     drops: Drops = field(default_factory=Drops)
 
@@ -163,19 +163,20 @@ class Rows:
     def read_samples(
         self, stages: Sequence[Stage], numbers: Iterable[int] | None = None, *, read: ReadContent | None = None
     ) -> list[Sample]:
-        """Read rows and put them through the stages; bad ones are replaced and counted.
+        """Read rows and run them through the stages; replace and count bad samples.
 
         Args:
-            stages: applied in order.
-            numbers: which rows; all if not given.
-            read: reads what the stages begin with; all members (`read_content`) if not given.
+            stages: stages in the order they are applied.
+            numbers: which rows; None: all.
+            read: reads the input of the first stage; None: `read_content`, which reads all members.
 
         Raises:
-            ValueError: too many samples in a row were bad, or a shard is not what its manifest says.
+            ValueError: too many consecutive samples were bad, or a shard contradicts its manifest.
         """
         order = list(range(len(self)) if numbers is None else numbers)
         found: dict[int, Sample] = {}
-        # rows that wait for a sample, and where the next ones lie: one a row of the microbatch, then one that waits
+        # rows still without a sample, and where their next candidates are stored: at first one candidate per row of the
+        # microbatch, later one per row in `waiting`
         waiting, location, places = order, self.location, order
         for attempt in range(MAX_REPLACEMENTS + 1):
             samples = [
@@ -200,7 +201,7 @@ class Rows:
         )
 
     def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
-        """Return what the stages begin with, and where it comes from."""
+        """Return the input of the first stage, and where it was read from."""
         dataset, shard, row = (int(array[place]) for array in location[:3])
         opened, key = self.reader.open(dataset, shard), f"record {row}"
         try:
@@ -212,7 +213,7 @@ class Rows:
             }
             sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
             return sample, f"{opened.uri} {key}"
-        except Exception as error:  # a broken sample must not end the run: it is counted
+        except Exception as error:  # a broken sample must not end the run: count it
             return _describe_failure(error, "read"), f"{opened.uri} {key}"
 
 
@@ -220,7 +221,7 @@ def read_content(dataset: int, shard: Shard, row: int) -> Sample:
     """Read all members of a sample by their suffixes, or a tokenized record.
 
     Raises:
-        ValueError: the shard holds whole episodes, or is cut off.
+        ValueError: the shard holds whole episodes, or is truncated.
     """
     if isinstance(shard, TokenShard):
         return read_record(shard, row)
@@ -239,14 +240,14 @@ def read_record(shard: TokenShard, row: int) -> Sample:
 
 
 def name_of_stage(stage: Stage) -> str:
-    """Return the name of a stage for messages and counts."""
+    """Return a stage's name for messages and counts."""
     return getattr(stage, "__name__", None) or type(stage).__name__
 
 
 class WebDatasetStage:
-    """Make a stage of a WebDataset one, which maps an iterable of samples to another: `WebDatasetStage(wds.decode())`.
+    """Wrap a WebDataset stage, which maps one iterable of samples to another: `WebDatasetStage(wds.decode())`.
 
-    The stage must make at most one sample of one sample.
+    The wrapped stage must yield at most one sample per input sample.
     """
 
     def __init__(self, stage: Callable[[Iterable[Sample]], Iterable[Sample]]) -> None:
@@ -259,41 +260,41 @@ class WebDatasetStage:
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """Turns rows into the batch of one modality. It is sent to loader processes, so it must be picklable.
+    """Turns rows into batches of one modality. It is sent to loader processes, so it must be picklable.
 
-    Arrays in a batch are NumPy's here; the loader makes tensors of them.
+    Batches hold NumPy arrays here; the loader turns them into tensors.
     """
 
-    # small microbatches travel together, up to so many rows, where a message costs more than making its rows; else 1
+    # small microbatches share a message of up to this many rows; 1 unless a message costs more than making its rows
     rows_per_message: int
 
     def check(self, reader: ShardReader) -> None:
-        """Look at the datasets before training.
+        """Check the datasets before training.
 
         Raises:
-            ValueError: they can not be read with these params.
+            ValueError: the datasets cannot be read with these params.
         """
         ...
 
     def create_batch(self, rows: Rows) -> Batch:
-        """Read a microbatch. It depends on nothing but the rows."""
+        """Read a microbatch. The result depends only on the rows."""
         ...
 
     def create_empty_batch(self) -> Batch:
-        """Return a microbatch of padding only, for a rank that has no samples left while others do."""
+        """Return a microbatch of padding, for a rank that has no samples left while other ranks do."""
         ...
 
 
 @runtime_checkable
 class SavesFiles(Protocol):
-    """A pipeline of which a run keeps files."""
+    """A pipeline that writes files to the run folder."""
 
     def save_files(self, folder: Path) -> None:
-        """Write what it takes to use the run's model on other data."""
+        """Write the files needed to use the run's model on other data."""
         ...
 
 
-# modality -> factory (params) -> Pipeline
+# modality -> factory: (params) -> Pipeline
 PIPELINES: Registry[Callable[[DataParams], Pipeline]] = Registry(
     "data.dataset_modality", package="vla_foundry.data.pipelines", decorator="register_pipeline"
 )

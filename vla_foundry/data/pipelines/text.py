@@ -1,4 +1,4 @@
-"""Modality `text`: tokenized records, and gzipped JSON lists of tokens, as rows of seq_len + 1 tokens."""
+"""Modality `text`: rows of seq_len + 1 tokens, from tokenized records or gzipped JSON lists of tokens."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def decode_json_tokens(sample: Sample) -> Sample:
     """Decode the gzipped JSON list of tokens, if the sample has one, to `input_ids`.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the member is not such a list.
     """
     if JSON_SUFFIX not in sample:
         return sample
@@ -35,7 +35,7 @@ def require_tokens(sample: Sample) -> Sample:
     """Check that the sample has tokens.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the sample has no tokens.
     """
     if "input_ids" not in sample:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
@@ -50,9 +50,9 @@ class TextPipeline:
     """Makes rows of seq_len + 1 tokens.
 
     Args:
-        params: the dataset's params.
-        stages: applied to each sample. With the default ones, records are copied without a pass through Python for
-            each stage; with others every record is a sample `{"input_ids", "document_ends"}` too.
+        params: the data params.
+        stages: stages applied to each sample. With the default ones, records are copied in bulk, without Python calls
+            per stage; with custom stages every record also becomes a sample `{"input_ids", "document_ends"}`.
     """
 
     rows_per_message = 64
@@ -80,7 +80,7 @@ class TextPipeline:
         try:
             return len(require_tokens(decode_json_tokens(dict(shard.read(0))))["input_ids"])
         except (ValueError, OSError, EOFError):
-            return None  # a broken sample is dealt with when it is read
+            return None  # a broken sample is handled when it is read
 
     def _check_length(self, length: int, where: str) -> None:
         if length != self.row_length:
@@ -123,7 +123,7 @@ class TextPipeline:
 
 @register_pipeline("text")
 def create_text_pipeline(params: DataParams) -> TextPipeline:
-    """Create the pipeline of tokenized text."""
+    """Create the pipeline for tokenized text."""
     assert isinstance(params, TextDataParams), "modality text needs data.type text"
     return TextPipeline(params)
 
@@ -131,16 +131,16 @@ def create_text_pipeline(params: DataParams) -> TextPipeline:
 def create_text_batch(
     input_ids: Int[np.ndarray, "B T"], ends: Sequence[np.ndarray | None], *, mask_documents: bool
 ) -> Batch:
-    """Derive a batch from rows of tokens and the documents in them.
+    """Create a batch from rows of tokens and the documents in them.
 
     Args:
         input_ids: the rows.
-        ends: for each row, where its documents end (exclusively), in order; what follows the last is padding. None:
-            not known, so the row is one document.
-        mask_documents: give `documents`, and supervise no document's first token.
+        ends: for each row, the exclusive ends of its documents, in order; tokens after the last are padding. None:
+            unknown, so the row is one document.
+        mask_documents: return `documents`, and do not supervise the first token of a document.
 
     Returns:
-        input_ids, target_mask, and documents if wanted and known for any row.
+        input_ids and target_mask; documents too, if `mask_documents` is set and they are known for any row.
     """
     num_rows, length = input_ids.shape
     target_mask = np.ones((num_rows, length), dtype=bool)
@@ -160,7 +160,7 @@ def create_text_batch(
         return batch
     is_padding = np.zeros(len(flat), dtype=bool)
     short = np.flatnonzero(num_valid < length)
-    if len(short):  # padding is a segment of its own
+    if len(short):  # padding forms its own segment
         flat = np.insert(flat, last[short] + 1, length)
         is_padding = np.insert(is_padding, last[short] + 1, True)
         counts[short] += 1
@@ -178,7 +178,7 @@ def create_text_batch(
 
 
 def create_padding_batch(length: int, *, mask_documents: bool) -> Batch:
-    """Return one row of padding: nothing in it is a target."""
+    """Return one row of padding, without any target."""
     batch: Batch = {
         "input_ids": np.zeros((1, length), dtype=np.int32),
         "target_mask": np.zeros((1, length), dtype=bool),

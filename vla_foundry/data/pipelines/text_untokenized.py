@@ -1,9 +1,9 @@
-"""Modality `text_untokenized`: raw text, tokenized while training and packed into rows within the microbatch.
+"""Modality `text_untokenized`: raw text, tokenized during training and packed into rows within the microbatch.
 
-A document is its text's tokens and one end-of-sequence token. One longer than seq_len + 1 tokens is divided into pieces
-that overlap by one token, so that each of its tokens is a target exactly once. Pieces are packed first-fit, longest
-first, into rows of one length T per microbatch: T - 1 is a multiple of 64 (or seq_len), chosen so that rows x T is
-smallest. Rows depend on the samples of the microbatch alone, and nothing is carried over to the next.
+A document is the tokens of its text followed by one end-of-sequence token. A document longer than seq_len + 1 tokens is
+split into pieces that overlap by one token, so that each token is a target exactly once. Pieces are packed first-fit,
+longest first, into rows of one length T per microbatch. T - 1 is a multiple of 64 (or seq_len), chosen to minimize
+rows x T. Rows depend only on the samples of the microbatch; nothing is carried over to the next one.
 """
 
 import json
@@ -22,21 +22,21 @@ from vla_foundry.params.data.text import TextDataParams
 
 TEXT_SUFFIXES = ("json", "txt")
 ROW_MULTIPLE = 64
-# a longer sample could fill the accelerator's memory by itself
+# a longer sample could fill the accelerator's memory on its own
 MAX_ROWS_PER_SAMPLE = 16
-# but so many tokens are always taken: `preprocess text_untokenized` makes samples of fewer bytes
+# but this many tokens are always allowed: `preprocess text_untokenized` writes samples of fewer bytes
 MIN_MAX_TOKENS = 1 << 15
 _MAX_CANDIDATES = 16
 _SPARE_CHOICES = 3
 
 
 def decode_text(sample: Sample) -> Sample:
-    """Decode the text of a sample: the "text" of a JSON object, or the member itself if it does not begin with "{".
+    """Decode a sample's text: "text" in a JSON object, or the whole member if it does not begin with "{".
 
-    An object with `"is_last": false` is a part of a document that goes on in another sample.
+    An object with `"is_last": false` is part of a document that continues in another sample.
 
     Raises:
-        ValueError: there is no such member, or it is not UTF-8, or not such an object.
+        ValueError: the member is missing, is not UTF-8, or is not such an object.
     """
     suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in sample), None)
     if suffix is None:
@@ -57,10 +57,10 @@ def drop_empty(sample: Sample) -> Sample | None:
 
 
 class Tokenize:
-    """A stage: `text` -> `input_ids`, int32, with an end-of-sequence token where the document ends.
+    """A stage: `text` -> `input_ids`, int32, with an end-of-sequence token at the end of the document.
 
     Args:
-        tokenizer: name or folder of the tokenizer, loaded when the first sample comes.
+        tokenizer: name or folder of the tokenizer, loaded at the first sample.
     """
 
     def __init__(self, tokenizer: str) -> None:
@@ -68,14 +68,14 @@ class Tokenize:
         self._tokenizer: Any = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Let each loader process load its own."""
+        """Pickle without the tokenizer, so that each loader process loads its own."""
         return {"name": self.name, "_tokenizer": None}
 
     def load(self) -> None:
         """Load the tokenizer now.
 
         Raises:
-            ValueError: it has no end-of-sequence token.
+            ValueError: the tokenizer has no end-of-sequence token.
         """
         from vla_foundry.text.tokenizers import load_tokenizer
 
@@ -84,7 +84,7 @@ class Tokenize:
             raise ValueError(f"data.tokenizer '{self.name}' has no end-of-sequence token. Choose one that has.")
 
     def __call__(self, sample: Sample) -> Sample:
-        """Tokenize."""
+        """Tokenize the sample's text."""
         tokens = self._tokenizer(sample["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
@@ -93,16 +93,16 @@ class Tokenize:
 
 
 class BoundLength:
-    """A stage that refuses a document of more than `max_tokens` tokens."""
+    """A stage that rejects documents of more than `max_tokens` tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
 
     def __call__(self, sample: Sample) -> Sample:
-        """Check.
+        """Check the number of tokens.
 
         Raises:
-            ValueError: the document is longer.
+            ValueError: the document is too long.
         """
         if len(sample["input_ids"]) > self.max_tokens:
             raise ValueError(
@@ -113,11 +113,11 @@ class BoundLength:
 
 
 class TextUntokenizedPipeline:
-    """Makes packed rows of text.
+    """Packs text into rows.
 
     Args:
-        params: the dataset's params.
-        stages: what turns a member into `input_ids`; the default ones if not given.
+        params: the data params.
+        stages: stages that turn a member into `input_ids`; None: the default ones.
     """
 
     rows_per_message = 1
@@ -133,7 +133,7 @@ class TextUntokenizedPipeline:
         self._is_loaded = False
 
     def __getstate__(self) -> dict[str, object]:
-        """Let each loader process load its own tokenizer."""
+        """Pickle without the tokenizer, so that each loader process loads its own."""
         return {**self.__dict__, "_is_loaded": False}
 
     def check(self, reader: ShardReader) -> None:
@@ -161,7 +161,7 @@ class TextUntokenizedPipeline:
                 row_ends.append(place)
             ends.append(np.asarray(row_ends, dtype=np.uint32))
         batch = create_text_batch(input_ids, ends, mask_documents=self.mask_documents)
-        for row, place in continued:  # this token was a target in the piece before
+        for row, place in continued:  # this token was a target in the previous piece
             batch["target_mask"][row, place] = False
         return batch
 
@@ -172,33 +172,33 @@ class TextUntokenizedPipeline:
 
 @register_pipeline("text_untokenized")
 def create_text_untokenized_pipeline(params: DataParams) -> TextUntokenizedPipeline:
-    """Create the pipeline of raw text."""
+    """Create the pipeline for raw text."""
     assert isinstance(params, TextDataParams), "modality text_untokenized needs data.type text_untokenized"
     return TextUntokenizedPipeline(params)
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stretch of a document that fits into a row."""
+    """A part of a document that fits into a row."""
 
     tokens: np.ndarray
-    # True if its first token is the last one of the piece before
+    # True if its first token repeats the last token of the previous piece
     is_continued: bool
 
 
 def split_document(tokens: np.ndarray, seq_len: int) -> list[Piece]:
-    """Divide a document into pieces of at most seq_len + 1 tokens that overlap by one."""
+    """Split a document into pieces of at most seq_len + 1 tokens that overlap by one."""
     starts = range(0, max(len(tokens) - 1, 1), seq_len)
     return [Piece(tokens[start : start + seq_len + 1], start > 0) for start in starts]
 
 
 def pack(lengths: Sequence[int], seq_len: int, *, multiple: int = ROW_MULTIPLE) -> tuple[int, list[list[int]]]:
-    """Choose the length of rows, and which pieces stand in each.
+    """Choose the row length and the pieces in each row.
 
     Args:
         lengths: tokens in each piece, at most seq_len + 1.
         seq_len: rows have at most seq_len + 1 tokens.
-        multiple: T - 1 is a multiple of it, or seq_len.
+        multiple: T - 1 is a multiple of this, or seq_len.
 
     Returns:
         T, and for each row the numbers of its pieces in order.
@@ -212,7 +212,7 @@ def pack(lengths: Sequence[int], seq_len: int, *, multiple: int = ROW_MULTIPLE) 
 
 
 def _promising(candidates: Sequence[int], total: int) -> list[int]:
-    """Choose the lengths at which a number of rows would just do, with little to spare; from the fewest rows on."""
+    """Choose the row lengths at which some number of rows just suffices, with little slack; fewest rows first."""
     chosen: list[int] = []
     num_rows = -(-total // (candidates[-1] + 1))
     while len(chosen) < _MAX_CANDIDATES:
