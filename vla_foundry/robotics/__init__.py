@@ -1,4 +1,4 @@
-"""Pure maths on robot data: field names, poses, windows, statistics and normalization; no file I/O."""
+"""Maths on robot data: field names, poses, windows, statistics and normalization."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["RoboticsNormalizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # lazily, so that params and the command line can import this package without numpy
+    # lazy, so that params and the command line can import this package without numpy
     if name == "RoboticsNormalizer":
         from vla_foundry.robotics.normalization import RoboticsNormalizer
 

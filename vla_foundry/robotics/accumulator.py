@@ -1,4 +1,4 @@
-"""Collects the statistics of fields from batches of windows, in bounded memory."""
+"""Collect field statistics from batches of windows, in bounded memory."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,13 +11,13 @@ from vla_foundry.robotics.tdigest import DEFAULT_COMPRESSION, DEFAULT_MAX_EXACT,
 
 
 class StatisticsAccumulator:
-    """Collects statistics of fields from batches of windows, in bounded memory.
+    """Collects field statistics from batches of windows, in bounded memory.
 
-    Up to `max_exact` windows of each field are kept as they are, and percentiles are exact; of more, a sketch is kept
-    beside the newest ones.
+    Up to `max_exact` windows of each field are kept unchanged, so percentiles are exact. Beyond that, older windows are
+    summarized in a sketch.
 
     Args:
-        anchor_index: step of the windows that is the anchor (0 for single frames).
+        anchor_index: index of the anchor step in the windows (0 for single frames).
         compression, max_exact: see tdigest.py.
     """
 
@@ -35,11 +35,11 @@ class StatisticsAccumulator:
         """Add N windows.
 
         Args:
-            fields: {field: (N, T, C) or (N, T)}, of any integer or floating type; for frames without windows T is 1.
+            fields: {field: (N, T, C) or (N, T)}, of any integer or floating type; T is 1 for single frames.
             valid: True where a step counts (past_mask | future_mask); None: everywhere.
 
         Raises:
-            ValueError: a valid value is NaN or infinite, or a field has changed its shape; the field is named.
+            ValueError: a valid value is NaN or infinite, or a field changed its shape; the message names the field.
         """
         for name, values in fields.items():
             values = values[..., None] if values.ndim == 2 else values
@@ -64,7 +64,7 @@ class StatisticsAccumulator:
         start = 0
         while start < len(values):
             if buffer.is_full:
-                # only now that more follows: exactly max_exact windows are still kept as they are
+                # only once more windows follow: exactly max_exact windows are still kept unchanged
                 self._parts[name].append(self._take(buffer, self._shape[1] // MERGE_WIDTH))
                 buffer.clear()
                 if len(self._parts[name]) >= MERGE_WIDTH:
@@ -72,7 +72,7 @@ class StatisticsAccumulator:
             start += buffer.append(values[start:], valid[start:])
 
     def _take(self, buffer: "_Buffer", keep: int) -> FieldStatistics:
-        """Summarize a buffer; cells of up to `keep` values are kept as they are."""
+        """Summarize a buffer; cells of up to `keep` values stay exact."""
         compression, max_exact = self._shape
         sketched = _summarize(
             *buffer.content(), anchor_index=self._anchor_index, compression=compression, max_exact=keep
@@ -80,7 +80,7 @@ class StatisticsAccumulator:
         return replace(sketched, max_exact=max_exact)
 
     def finish(self) -> dict[str, FieldStatistics]:
-        """Return the statistics of all that was added so far, fields in alphabetical order."""
+        """Return the statistics of all windows added so far, fields in alphabetical order."""
         result = {}
         for name in sorted(self._buffers):
             parts, max_exact = self._parts[name], self._shape[1]
@@ -90,7 +90,7 @@ class StatisticsAccumulator:
 
 
 class _Buffer:
-    """Up to `capacity` windows of one field, columns first, so that each cell's values lie side by side."""
+    """Up to `capacity` windows of one field, columns first, so that each cell's values are contiguous."""
 
     def __init__(self, num_steps: int, width: int, capacity: int) -> None:
         self.shape = (num_steps, width)
@@ -104,10 +104,10 @@ class _Buffer:
         return self._fill == self._capacity
 
     def append(self, values: np.ndarray, valid: np.ndarray) -> int:
-        """Take as many windows as there is room for; return how many."""
+        """Append as many windows as fit; return how many."""
         taken = min(len(values), self._capacity - self._fill)
         end = self._fill + taken
-        # float32 stays float32 (sorting it takes half the time), until a wider type comes
+        # float32 stays float32 (it sorts in half the time) until a wider type arrives
         dtype = np.result_type(values.dtype, np.float32)
         if self._fill:
             dtype = np.result_type(dtype, self._values.dtype)
@@ -154,18 +154,18 @@ def _summarize(
 ) -> FieldStatistics:
     num_steps, width, _ = values.shape
     count = valid.sum(axis=1).astype(np.float64)
-    # what does not count is sorted to the end
+    # values that do not count sort to the end
     ordered = np.sort(np.where(valid[:, None], values, np.inf) if not valid.all() else values, axis=-1)
     mean, m2 = np.zeros((num_steps, width)), np.zeros((num_steps, width))
     lowest, highest = np.full((num_steps, width), np.inf), np.full((num_steps, width), -np.inf)
     parts = []
     for n in np.unique(count).astype(int):
         steps = np.flatnonzero(count == n)
-        # float64 before any arithmetic: the moments of float32 data too are the same in any order
+        # float64 before any arithmetic, so that moments of float32 data do not depend on the order either
         part = ordered[steps, :, :n].astype(np.float64)
         if n:
             lowest[steps], highest[steps] = part[..., 0], part[..., -1]
-            # around the smallest value, so that a large offset costs no precision
+            # relative to the smallest value, so that a large offset costs no precision
             mean[steps] = part[..., 0] + (part - part[..., :1]).mean(axis=-1)
             deviation = part - mean[steps][..., None]
             m2[steps] = np.einsum("tcn,tcn->tc", deviation, deviation)

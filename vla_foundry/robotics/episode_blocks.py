@@ -1,6 +1,6 @@
-"""@: whole episodes in a shard (layout "episodes"), where windows are made when they are loaded.
+"""@: whole episodes in a shard (layout "episodes"), from which windows are cut at load time.
 
-The members of an episode, in this order; <key> is its id, unique in the dataset, of letters, digits, "_" and "-":
+An episode's members, in this order. <key> is the episode id: unique in the dataset; letters, digits, "_" and "-":
 
     <key>.episode.json                      EpisodeInfo: length, rate, anchors, cameras, instructions
     <key>.lowdim.npz                        not compressed: every field (L, C), absolute; `timestamp` (L,) float64
@@ -54,11 +54,11 @@ class EpisodeCamera:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionSpan:
-    """Instructions that hold from frame `start` up to, and without, frame `end`."""
+    """Instructions that apply from frame `start` up to but excluding frame `end`."""
 
     start: int
     end: int
-    # {kind ("original", "randomized", ...): texts that say the same}
+    # {type ("original", "randomized", ...): equivalent texts}
     texts: dict[str, list[str]]
 
 
@@ -68,21 +68,21 @@ class EpisodeInfo:
 
     # also the key of its members
     episode_id: str
-    # None: not known
+    # None: unknown
     task: str | None
     # frames (L)
     num_frames: int
-    # frames a second
+    # frames per second
     fps: float
     # frames that are samples, ascending
     anchors: tuple[int, ...]
     cameras: dict[str, EpisodeCamera]
     instructions: tuple[InstructionSpan, ...] = ()
-    # what else is known, as JSON values
+    # further information, as JSON values
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def instructions_at(self, frame: int) -> dict[str, list[str]]:
-        """Instructions that hold at a frame; {} if there are none."""
+        """Return the instructions that apply at a frame; {} if there are none."""
         texts: dict[str, list[str]] = {}
         for span in self.instructions:
             if span.start <= frame < span.end:
@@ -92,7 +92,7 @@ class EpisodeInfo:
 
 
 def is_episode_id(text: str) -> bool:
-    """True if a text can be the id of an episode: letters, digits, "_" and "-"."""
+    """True if a text is a valid episode id: letters, digits, "_" and "-"."""
     return _EPISODE_ID.fullmatch(text) is not None
 
 
@@ -108,7 +108,7 @@ def parse_episode(text: str | bytes, origin: str) -> EpisodeInfo:
         origin: where the text comes from, for messages.
 
     Raises:
-        ValueError: it is no such member, of another version, or contradicts itself.
+        ValueError: the text is not such a member, has another version, or contradicts itself.
     """
     header = parse_episode_header(text, origin)
     try:
@@ -135,9 +135,9 @@ def _parse_camera(value: Mapping[str, Any]) -> EpisodeCamera:
 
 
 def format_arrays(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = False) -> bytes:
-    """Format arrays as an .npz: the same bytes for the same arrays in the same order, whatever their names.
+    """Format arrays as an .npz: the same arrays in the same order give the same bytes. Any name is allowed.
 
-    (numpy.savez takes the arrays as keywords, among its own.)
+    (numpy.savez takes the arrays as keyword arguments, so some names clash with its own.)
     """
     from numpy.lib import format as npy
 
@@ -146,7 +146,7 @@ def format_arrays(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = Fals
         for name, array in arrays.items():
             content = io.BytesIO()
             npy.write_array(content, array, allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy")  # its time is that of every archive: 1980
+            entry = zipfile.ZipInfo(f"{name}.npy")  # the default timestamp, 1980, is the same in every archive
             entry.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
             archive.writestr(entry, content.getvalue())
     return buffer.getvalue()

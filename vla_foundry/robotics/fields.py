@@ -1,11 +1,11 @@
-"""Names of low-dimensional fields and images, groups of fields that make a pose, the window around an anchor.
+"""Name low-dimensional fields and images, group the fields of a pose, and define the window around an anchor.
 
-A field is a named signal with one row a frame. The published names follow
+A field is a named signal with one row per frame. The published names follow
 
     robot__{source}__{quantity}__{side}::{body}[__{component}][_relative]
 
 as in `robot__actual__poses__left::panda__xyz` or `robot__action__grippers__right::panda_hand`. Other names
-(`observation.state`) are fields too; they only have no parts.
+(`observation.state`) are valid fields too, but have no parts.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Literal
 from vla_foundry.registry import unknown_name_message
 
 RELATIVE_SUFFIX = "_relative"
-# what steps outside the episode hold: the nearest frame, zeros, or the frames mirrored at its end
+# values of steps outside the episode: the nearest frame, zeros, or frames mirrored at the episode's end
 PaddingStrategy = Literal["copy", "zero", "reflect"]
 
 _WORD = r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*?"
@@ -29,7 +29,7 @@ _IMAGE_PATTERN = re.compile(r"(?P<camera>.+)_t(?P<offset>-?\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class FieldName:
-    """The parts of a field's name; `str()` of it is the name."""
+    """The parts of a field's name; `str()` gives the name."""
 
     # actual: measured; desired: commanded by the controller; action: commanded by the policy or the operator
     source: Literal["actual", "desired", "action"]
@@ -39,9 +39,9 @@ class FieldName:
     side: str
     # panda, panda_hand
     body: str
-    # xyz, rot_6d; None where the quantity has one component only
+    # xyz, rot_6d; None if the quantity has only one component
     component: str | None = None
-    # expressed in the frame of the reference pose at the anchor
+    # True if expressed in the frame of the reference pose at the anchor
     is_relative: bool = False
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class FieldName:
 
 
 def parse_field_name(name: str) -> FieldName | None:
-    """Parse a field's name; None if it does not follow the grammar above."""
+    """Parse a field's name; return None if it does not follow the grammar above."""
     match = _FIELD_PATTERN.fullmatch(name)
     if match is None:
         return None
@@ -69,7 +69,7 @@ def relative_field(name: str) -> str:
     """Return the name of the relative form of an absolute pose field.
 
     Raises:
-        ValueError: the field is relative already.
+        ValueError: the field is already relative.
     """
     if is_relative_field(name):
         raise ValueError(f"field '{name}' is relative already: a relative of a relative pose has no meaning.")
@@ -77,7 +77,7 @@ def relative_field(name: str) -> str:
 
 
 def absolute_field(name: str) -> str:
-    """Return the name of the absolute pose field that a relative one was made from."""
+    """Return the name of the absolute pose field that a relative field was computed from."""
     return name.removesuffix(RELATIVE_SUFFIX)
 
 
@@ -85,7 +85,7 @@ def actual_field(name: str) -> str:
     """Return the measured field that belongs to a commanded one: `robot__action__X` -> `robot__actual__X`.
 
     Raises:
-        ValueError: the name has no second part that could be replaced.
+        ValueError: the name has no second part to replace.
     """
     parts = absolute_field(name).split("__")
     if len(parts) <= 2:
@@ -98,7 +98,7 @@ def actual_field(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PoseGroup:
-    """The fields that together make one pose, and the fields of the pose that relative actions refer to."""
+    """The fields that form one pose, and those of the reference pose that relative actions refer to."""
 
     # name of the group, for messages
     name: str
@@ -106,7 +106,7 @@ class PoseGroup:
     position_key: str
     # field of the rotation
     rotation_key: str
-    # how the rotation is written; see rotations.py (the published data: rot_6d_rows)
+    # rotation format; see rotations.py (published data use rot_6d_rows)
     rotation_format: str = "rot_6d_rows"
     # fields of the reference pose; None: the measured ("actual") pose of the same body
     reference_position_key: str | None = None
@@ -158,7 +158,7 @@ def parse_pose_groups(values: Sequence[Mapping[str, str]], origin: str = "pose_g
 
 @dataclass(frozen=True)
 class Window:
-    """The time steps around an anchor: `past` before it, the anchor itself, `future` after it."""
+    """The time steps around an anchor: `past` steps before it, the anchor itself, `future` steps after it."""
 
     # steps before the anchor
     past: int
@@ -171,7 +171,7 @@ class Window:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the window (T)."""
+        """Number of steps in the window (T)."""
         return self.past + 1 + self.future
 
     @property
@@ -181,14 +181,14 @@ class Window:
 
     @property
     def offsets(self) -> range:
-        """Offset of each step from the anchor."""
+        """Each step's offset from the anchor."""
         return range(-self.past, self.future + 1)
 
     def crop(self, inner: "Window") -> slice:
-        """Return where the steps of a smaller window around the same anchor lie in this one.
+        """Return the slice of this window that a smaller window around the same anchor covers.
 
         Raises:
-            ValueError: `inner` reaches beyond this window.
+            ValueError: `inner` extends beyond this window.
         """
         if inner.past > self.past or inner.future > self.future:
             raise ValueError(
@@ -199,12 +199,12 @@ class Window:
 
 
 def image_name(camera: str, offset: int) -> str:
-    """Name of a camera's image `offset` frames from the anchor, as the published members are named."""
+    """Return the name of a camera's image `offset` frames from the anchor, as in the published members."""
     return f"{camera}_t{offset}"
 
 
 def image_names(cameras: Sequence[str], offsets: Sequence[int]) -> list[str]:
-    """Names of a sample's images in the order of a batch: time-major, cameras within a time step."""
+    """Return the names of a sample's images in batch order: time-major, cameras within a time step."""
     return [image_name(camera, offset) for offset in offsets for camera in cameras]
 
 
@@ -212,7 +212,7 @@ def parse_image_name(name: str) -> tuple[str, int]:
     """Split an image's name into camera and offset.
 
     Raises:
-        ValueError: it is not `<camera>_t<offset>`.
+        ValueError: the name is not `<camera>_t<offset>`.
     """
     match = _IMAGE_PATTERN.fullmatch(name)
     if match is None:

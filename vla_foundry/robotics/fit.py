@@ -1,7 +1,7 @@
-"""Fit a config to robot datasets: what it takes of each sample (`WindowSpec`), and where it contradicts their specs.
+"""Match a config to robot datasets: what to read from each sample (`WindowSpec`), and where the specs contradict it.
 
 Everything is matched by name, and every contradiction is one line. A camera whose name has dots
-(`observation.images.top`) may be given by the last part, if no other camera ends in it.
+(`observation.images.top`) may be given by its last part, if no other camera ends in that part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,43 +14,43 @@ from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, absolute_field, is_relative_field
 from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, NamedSpec
 
-# columns of published poses: xyz and the 6D form
+# columns of published poses: xyz and the 6D rotation
 _POSITION_WIDTH, _ROTATION_WIDTH = 3, 6
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldSources:
-    """Where the fields that a config lists come from in a dataset."""
+    """Where a dataset's values for the fields of a config come from."""
 
-    # {array that is read: what its numbers mean}
+    # {array to read: what its numbers mean}
     stored: dict[str, FieldDescription]
-    # groups whose relative poses are computed from these arrays
+    # pose groups whose relative poses are computed from these arrays
     pose_groups: tuple[PoseGroup, ...]
-    # {field, in the order of the config: what its numbers mean}; a field that the dataset lacks is absent
+    # {field, in config order: what its numbers mean}; fields that the dataset lacks are absent
     fields: dict[str, FieldDescription]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowSpec:
-    """What a model takes of each sample of a dataset, or of a robot's episode."""
+    """What a model needs from each sample of a dataset, or from a robot's episode."""
 
     window: Window
-    # what steps outside the episode hold
+    # values of steps outside the episode
     padding: PaddingStrategy
     actions: FieldSources
     proprioception: FieldSources
-    # as the dataset names them, in the order of the config
+    # names in the dataset, in config order
     cameras: tuple[str, ...]
-    # frames from the anchor; images are time-major, cameras within a time
+    # frame offsets from the anchor; images are time-major, cameras within a time
     image_indices: tuple[int, ...]
-    # (height, width) of each image, for the black one that stands for a missing one
+    # (height, width) of each image: a missing image is replaced by a black one of this size
     image_sizes: tuple[tuple[int, int], ...]
-    # (name in the config, array) of camera calibration, of which the row at the anchor is read
+    # (name in the config, array) of each camera calibration; only the row at the anchor is read
     calibration: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def stored(self) -> dict[str, FieldDescription]:
-        """The arrays that are read over the window."""
+        """The arrays to read over the window."""
         return self.actions.stored | self.proprioception.stored
 
     @cached_property
@@ -60,27 +60,27 @@ class WindowSpec:
 
     @property
     def num_steps_back(self) -> int:
-        """How far back the window looks, images included."""
+        """How many steps the window reaches back, images included."""
         return max(self.window.past, -min(self.image_indices, default=0))
 
     @cached_property
     def observed(self) -> dict[str, FieldDescription]:
-        """What a robot has to sense: proprioception, and what relative actions refer to."""
+        """Fields that a robot must measure: proprioception and the reference poses of relative actions."""
         references = [name for group in self.actions.pose_groups for name in group.reference_keys]
         return self.proprioception.stored | {name: self.actions.stored[name] for name in references}
 
     @cached_property
     def commanded(self) -> dict[str, FieldDescription]:
-        """What a robot is told to do, poses absolute, in the order of the model."""
+        """Fields that the robot is commanded with, in the model's order; poses are absolute."""
         names = map(absolute_field, self.actions.fields)
         return {name: self.actions.stored.get(name) or self.actions.fields[name] for name in names}
 
 
 def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
-    """Return the camera that a config means by a name; None if the dataset has none.
+    """Return the dataset's camera for a name in a config, or None if the dataset does not have it.
 
     Raises:
-        ValueError: several cameras end in the name, or it holds depth.
+        ValueError: several cameras end in the name, or it is a depth camera.
     """
     if name in spec.cameras:
         found = [name]
@@ -99,7 +99,7 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_mis
     """Check that a dataset has the cameras.
 
     Raises:
-        ValueError: it has not, or two names mean the same camera.
+        ValueError: a camera is missing, or two names mean the same camera.
     """
     found: dict[str, str] = {}
     for name in camera_names:
@@ -116,10 +116,10 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_mis
 
 
 def check_window(window: Window, image_indices: Sequence[int], dataset: NamedSpec) -> None:
-    """Check that a dataset of single windows holds all steps and images; of whole episodes any can be made.
+    """Check that a dataset of single windows holds all steps and images; whole episodes can supply any window.
 
     Raises:
-        ValueError: it does not.
+        ValueError: steps or images are missing.
     """
     spec = dataset.spec
     if spec.layout == "episodes":
@@ -145,7 +145,7 @@ def check_instructions(types: Sequence[str], dataset: NamedSpec) -> None:
     """Check that a dataset has instructions of one of the types.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has none.
     """
     known = dataset.spec.language_types
     if types and not any(name in known for name in types):
@@ -164,16 +164,16 @@ def find_fields(
     path: str,
     may_be_missing: bool = False,
 ) -> FieldSources:
-    """Find out what is read, and what is computed from it, for the fields of a config.
+    """Find what to read, and what to compute from it, for the fields of a config.
 
     Args:
-        names: fields, in the order of their columns.
-        pose_groups: those of the config; None: the dataset's own.
+        names: fields, in column order.
+        pose_groups: the config's pose groups; None: the dataset's own.
         path: config path of the fields, for messages.
         may_be_missing: leave out a field that the dataset lacks.
 
     Raises:
-        ValueError: a field is unknown, given twice, relative to a relative one, or in no pose group.
+        ValueError: a field is unknown, given twice, relative to a relative field, or not in any pose group.
     """
     spec = dataset.spec
     groups = spec.pose_groups if pose_groups is None else tuple(pose_groups)
@@ -235,10 +235,10 @@ def find_contradictions(
     second: NamedSpec,
     fields: Mapping[str, tuple[FieldDescription, FieldDescription]],
 ) -> list[str]:
-    """Return what two datasets, or a dataset and the run that a model starts from, say differently; one line each.
+    """Return the contradictions between two datasets, or a dataset and the run a model starts from; one line each.
 
     Args:
-        fields: the fields that are used of both, with what each says.
+        fields: the fields used of both, with both descriptions.
     """
     found = []
     rates = first.spec.fps, second.spec.fps
@@ -259,7 +259,7 @@ def find_contradictions(
 
 
 def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[str]:
-    """Return, as one line, that the model knows the same cameras in another order; empty if that is not so."""
+    """Return one line if the run used the same cameras in another order; else an empty list."""
     known = list(run.spec.cameras)
     if sorted(known) == sorted(camera_names) and known != list(camera_names):
         return [
@@ -270,13 +270,13 @@ def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[st
 
 
 def width_of(name: str, sources: Sequence[FieldSources], path: str) -> int:
-    """Return the columns of a field.
+    """Return the number of columns of a field.
 
     Args:
-        sources: of each dataset.
+        sources: field sources of each dataset.
 
     Raises:
-        ValueError: no dataset has it, or they disagree.
+        ValueError: no dataset has the field, or they disagree.
     """
     widths = sorted({source.fields[name].width for source in sources if name in source.fields})
     if not widths:
@@ -297,14 +297,14 @@ def create_window_spec(
     image_indices: Sequence[int],
     calibration_fields: Sequence[str],
 ) -> WindowSpec:
-    """Work out what is read of each sample of a dataset that fits the config.
+    """Work out what to read from each sample of a dataset that fits the config.
 
     Raises:
-        ValueError: a camera's name has several meanings, or is that of a depth camera.
+        ValueError: a camera's name is ambiguous or means a depth camera.
     """
     spec = dataset.spec
     cameras = [find_camera(name, spec, dataset.name) for name in camera_names]
-    # a camera that the dataset lacks is as large as its first one
+    # a camera that the dataset lacks gets the size of the first camera
     sizes = {name: (camera.size[1], camera.size[0]) for name, camera in spec.cameras.items()}
     other = next(iter(sizes.values()), (224, 224))
     image_sizes = tuple(other if camera is None else sizes[camera] for camera in cameras)
@@ -323,13 +323,13 @@ def create_window_spec(
 
 def _calibration_array(name: str, dataset: NamedSpec) -> str:
     kind, _, camera = name.partition(".")
-    # the intrinsics of the stored image, which published presets call by a name that no shard has
+    # intrinsics of the stored image; published presets use a name that does not occur in shards
     prefix = RESCALED_INTRINSICS if kind == "intrinsics" else f"{kind}."
     return prefix + (find_camera(camera, dataset.spec, dataset.name) or camera)
 
 
 def create_statistics_window(spec: DatasetSpec, window: Window) -> WindowSpec:
-    """Work out what is read of each stored window for statistics: all fields, and no images."""
+    """Work out what to read from each stored window for statistics: all fields, no images."""
     nothing = FieldSources(stored={}, pose_groups=(), fields={})
     return WindowSpec(
         window=window,
@@ -343,7 +343,7 @@ def create_statistics_window(spec: DatasetSpec, window: Window) -> WindowSpec:
 
 
 def add_live_poses(spec: DatasetSpec, pose_groups: Sequence[PoseGroup]) -> DatasetSpec:
-    """Add the absolute poses that a robot gives to the spec of a run whose data hold only relative ones."""
+    """Add the absolute poses that a robot reports to the spec of a run whose data hold only relative poses."""
     fields = dict(spec.fields)
     for group in pose_groups:
         if any(name in fields for name in group.relative_keys):
@@ -356,10 +356,10 @@ def add_live_poses(spec: DatasetSpec, pose_groups: Sequence[PoseGroup]) -> Datas
 
 
 def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:
-    """Return the pose groups of all datasets, as a config holds them.
+    """Return the pose groups of all datasets in config form.
 
     Raises:
-        ValueError: two of a name differ.
+        ValueError: two groups with the same name differ.
     """
     groups: dict[str, PoseGroup] = {}
     for name, spec in datasets:
@@ -372,14 +372,14 @@ def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:
 
 
 def agree_on(path: str, values: Mapping[str, Sequence[object]]) -> list[object]:
-    """Return what all datasets say.
+    """Return the values that all datasets agree on.
 
     Args:
-        path: config path of what they say.
-        values: {dataset: what it says}.
+        path: config path of the values.
+        values: {dataset: its values}.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the datasets disagree.
     """
     (name, first), *others = values.items()
     for other, value in others:

@@ -1,4 +1,4 @@
-"""Normalization of fields by their statistics, and its exact inverse, on numpy arrays and torch tensors alike.
+"""Normalize fields by their statistics, and invert it exactly, for numpy arrays and torch tensors.
 
     x' = (x - center) / scale            x = x' * scale + center
 
@@ -9,9 +9,9 @@
 | percentile_5_95 | 5th perc.   | 95th - 5th percentile        the same for the middle 90%                 |
 | percentile_1_99 | 1st perc.   | 99th - 1st percentile        the same for the middle 98%                 |
 
-Centered (never for std): center += scale / 2, scale /= 2. A range (or std) below `range_floor` is widened to it about
-its middle; last, the scale is raised to `epsilon`. With scope per_timestep each step of the window has its own
-statistics, aligned by the anchor: a step k after the anchor is normalized by the statistics of the step k after it.
+Centered (never for std): center += scale / 2, scale /= 2. A range (or std) below `range_floor` is widened to it around
+its middle. Finally, the scale is raised to at least `epsilon`. With scope per_timestep each step of the window has its
+own statistics, aligned by the anchor: the step at offset k from the anchor uses the statistics at offset k.
 """
 
 import logging
@@ -33,9 +33,9 @@ NormalizationScope = Literal["global", "per_timestep"]
 Array = TypeVar("Array")
 
 STATE_VERSION = 1
-# a dimension counts as constant if it varies by no more than this (in its unit), ...
+# a dimension counts as constant if it varies by at most this (in its unit), ...
 _CONSTANT_SPREAD = 1e-8
-# ... or by no more than this share of the field's most varied dimension or of its own size
+# ... or by at most this share of the field's widest spread or of its own magnitude
 _CONSTANT_SHARE = 1e-5
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 class NormalizationRule:
     """How one field is normalized."""
 
-    # false: the field passes unchanged
+    # false: the field is left unchanged
     enabled: bool = True
     method: NormalizationMethod = "std"
     scope: NormalizationScope = "global"
@@ -53,9 +53,9 @@ class NormalizationRule:
     centered: bool = False
     # smallest scale, in the field's unit
     epsilon: float = 1e-8
-    # smallest range (or std), in the field's unit; None: none
+    # smallest range (or std), in the field's unit; None: no limit
     range_floor: float | None = None
-    # normalized values are limited to [-clip, clip]; None: not limited
+    # normalized values are clipped to [-clip, clip]; None: not clipped
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,14 +86,14 @@ class FieldScale:
 
     @property
     def width(self) -> int:
-        """Columns (C)."""
+        """Number of columns (C)."""
         return self.center.shape[1]
 
     def rows(self, name: str, anchor: int | None, num_steps: int | None) -> slice:
-        """Which rows serve for `num_steps` steps with the anchor at `anchor`; one row that serves for all.
+        """Return the rows for `num_steps` steps with the anchor at `anchor`; with global scope, the only row.
 
         Raises:
-            ValueError: there are no statistics for some of the steps, or it is not said where the anchor is.
+            ValueError: some steps have no statistics, or the anchor is not given.
         """
         if self.anchor_index is None:
             return slice(0, 1)
@@ -117,15 +117,15 @@ class FieldScale:
 
 @dataclass(frozen=True, eq=False)
 class RoboticsNormalizer:
-    """Normalizes fields, one at a time or side by side, and undoes it.
+    """Normalizes and denormalizes fields, one at a time or concatenated.
 
-    Made by `create` from statistics, or by `from_state` from what `state` gave (a JSON object to be kept beside a
-    checkpoint: it needs no statistics any more).
+    Built by `create` from statistics, or by `from_state` from the output of `state`, a JSON object saved beside a
+    checkpoint that makes the statistics unnecessary.
     """
 
     # {field: its centers and scales}
     scales: Mapping[str, FieldScale]
-    # dimensions that hardly vary, as they are named in the warning
+    # dimensions that hardly vary, as named in the warning
     near_constant: tuple[str, ...] = ()
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -140,11 +140,11 @@ class RoboticsNormalizer:
         """Work out centers and scales; a warning names the dimensions that hardly vary.
 
         Args:
-            rules: {field: rule} for every field that is to pass through the normalizer.
-            window: the steps that will be normalized; None: all that the statistics have.
+            rules: {field: rule} for every field that the normalizer handles.
+            window: the steps to normalize; None: all steps of the statistics.
 
         Raises:
-            ValueError: statistics lack a field, a time step or percentiles.
+            ValueError: the statistics lack a field, a time step or percentiles.
         """
         scales, near_constant, smallest = {}, [], np.inf
         for name, rule in rules.items():
@@ -167,26 +167,26 @@ class RoboticsNormalizer:
         return cls(scales, tuple(near_constant))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # without the cache: a worker has no use for tensors of this process's device
+        # without the cache: a worker cannot use tensors on this process's device
         return RoboticsNormalizer, (self.scales, self.near_constant)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Columns of each field."""
+        """Number of columns of each field."""
         return {name: scale.width for name, scale in self.scales.items()}
 
     def normalize(self, values: Array, fields: str | Sequence[str], *, anchor: int | None = None) -> Array:
-        """Normalize values of one field, or of several side by side.
+        """Normalize values of one field, or of several concatenated fields.
 
         Args:
-            values: (..., T, C) or, where no field is normalized per time step, (..., C); a numpy array or a torch
-                tensor. The columns are those of the fields, in their order.
+            values: (..., T, C) or, if no field is normalized per time step, (..., C); a numpy array or a torch
+                tensor. The columns are those of the fields, in order.
             fields: the field or fields.
-            anchor: which of the T steps is the anchor; None: the values have exactly the steps of the statistics.
+            anchor: index of the anchor among the T steps; None: the values have exactly the steps of the statistics.
 
         Returns:
-            The same kind of array, on the same device, of the same floating type (integers become float64 in numpy and
-            float32 in torch). On a device nothing waits for the host.
+            The same kind of array, on the same device, with the same floating type (integers become float64 in numpy
+            and float32 in torch). Causes no device synchronization.
 
         Raises:
             ValueError: unknown fields, a wrong number of columns, or steps without statistics.
@@ -196,12 +196,12 @@ class RoboticsNormalizer:
         return to_result(result if clip is None else result.clip(-clip, clip))
 
     def denormalize(self, values: Array, fields: str | Sequence[str], *, anchor: int | None = None) -> Array:
-        """Undo `normalize` exactly (but for values that were clipped). Takes and raises the same."""
+        """Invert `normalize` exactly, except for clipped values. Takes and raises the same."""
         (center, scale, _), values, to_result = self._prepare(values, fields, anchor)
         return to_result(values * scale + center)
 
     def state(self) -> dict[str, Any]:
-        """Return all that `from_state` needs, as a JSON object of finite numbers."""
+        """Return everything that `from_state` needs, as a JSON object of finite numbers."""
         return {
             "version": STATE_VERSION,
             "fields": {
@@ -217,10 +217,10 @@ class RoboticsNormalizer:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, origin: str = "normalizer") -> "RoboticsNormalizer":
-        """Read what `state` returned.
+        """Rebuild a normalizer from the output of `state`.
 
         Raises:
-            ValueError: it is of another version or broken.
+            ValueError: the state has another version or is malformed.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"{origin} is of version {state.get('version')!r}, this code reads {STATE_VERSION}.")
@@ -238,7 +238,7 @@ class RoboticsNormalizer:
         return cls(scales)
 
     def _prepare(self, values: Any, fields: str | Sequence[str], anchor: int | None) -> tuple[Any, Any, Any]:
-        """Return ((center, scale, clip), values in the type of the arithmetic, how to get back to theirs)."""
+        """Return ((center, scale, clip), values in the computation dtype, function that restores their dtype)."""
         names = (fields,) if isinstance(fields, str) else tuple(fields)
         num_steps = values.shape[-2] if values.ndim > 1 else None
         is_numpy = isinstance(values, np.ndarray | np.generic)
@@ -281,7 +281,7 @@ class RoboticsNormalizer:
 def _to_torch(numbers: tuple[Any, Any, Any], like: Any) -> tuple[Any, Any, Any]:
     import torch
 
-    # half precision has too few digits for a center far from zero
+    # half precision is too coarse for a center far from zero
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     center, scale, clip = (
         None if part is None else torch.as_tensor(part, dtype=dtype, device=like.device) for part in numbers
@@ -292,7 +292,7 @@ def _to_torch(numbers: tuple[Any, Any, Any], like: Any) -> tuple[Any, Any, Any]:
 def _create_scale(
     statistics: FieldStatistics, rule: NormalizationRule, window: Window | None
 ) -> tuple[FieldScale, np.ndarray]:
-    """Return the scale of a field, and which of its dimensions (S, C) hardly vary."""
+    """Return a field's scale, and which of its dimensions (S, C) hardly vary."""
     is_per_step = rule.scope == "per_timestep" and rule.enabled
     anchor_index = statistics.anchor_index if is_per_step else None
     if not rule.enabled:
@@ -313,7 +313,7 @@ def _create_scale(
         raise ValueError("its statistics hold no values.")
     scale = spread if rule.range_floor is None else np.maximum(spread, rule.range_floor)
     if rule.method != "std":
-        # widened about the middle
+        # widen around the middle
         center = center - (scale - spread) / 2
         if rule.centered:
             center, scale = center + scale / 2, scale / 2
@@ -327,7 +327,7 @@ def _create_scale(
 def _center_and_spread(
     statistics: FieldStatistics, rule: NormalizationRule
 ) -> tuple[Float64[np.ndarray, "S C"], Float64[np.ndarray, "S C"]]:
-    """Return where the range begins (std: the mean) and how far it reaches, per step or in one row."""
+    """Return the start of the range (std: the mean) and its width (std: the std), per step or in one row."""
     is_per_step = rule.scope == "per_timestep"
     if rule.method == "std":
         low = statistics.mean_per_timestep if is_per_step else statistics.mean[None]
@@ -346,7 +346,7 @@ def _center_and_spread(
 
 
 def _name_dimensions(name: str, is_constant: np.ndarray) -> list[str]:
-    """Name the columns that hardly vary, and the steps if it is not so at all of them."""
+    """Name the columns that hardly vary, with the steps if it is not all of them."""
     names = []
     for column in np.flatnonzero(is_constant.any(axis=0)):
         num_steps = int(is_constant[:, column].sum())
