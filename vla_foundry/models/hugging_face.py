@@ -78,7 +78,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return a transformers model's blocks in order, image encoder included; of nested blocks, the outer ones.
 
-    `_no_split_modules` does not serve here: image-text models list parts of blocks in it.
+    `_no_split_modules` alone is not enough: image-text models also list parts of blocks in it.
     """
     blocks: list[nn.Module] = []
     inner: set[nn.Module] = set()

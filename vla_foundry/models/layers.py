@@ -13,10 +13,10 @@ from vla_foundry.params.models.transformer import TransformerParams
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
-    """LayerNorm computed in autocast's dtype, where the plain one would be computed in fp32."""
+    """LayerNorm computed in autocast's dtype; the plain one would run in fp32."""
 
     def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """Normalise the last dimension."""
+        """Normalise over the last dimension."""
         device_type = input.device.type
         dtype = input.dtype
         if torch.is_autocast_enabled(device_type):
@@ -27,7 +27,7 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight; normalised in fp32 at least."""
+    """x / sqrt(mean(x^2) + eps) * weight; normalises in at least fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """Normalise the last dimension."""
+        """Normalise over the last dimension."""
         if input.dtype == self.weight.dtype:
             return F.rms_norm(input, self.weight.shape, self.weight, self.eps)
-        # autocast: the fused kernel takes one dtype only
+        # under autocast: the fused kernel takes a single dtype
         return F.rms_norm(input, self.weight.shape, None, self.eps) * self.weight
 
 
@@ -64,7 +64,7 @@ def create_norm(norm_type: str, dim: int, eps: float) -> nn.Module:
 
 
 def swiglu_hidden_dim(dim: int) -> int:
-    """The inner width of a gated feed-forward: 8/3 of the model's, rounded up to a multiple of 256."""
+    """Return the inner width of a gated feed-forward: 8/3 of the model width, rounded up to a multiple of 256."""
     return 256 * -(-(8 * dim // 3) // 256)
 
 
@@ -93,16 +93,16 @@ def create_feed_forward(ffn_type: str, dim: int) -> nn.Module:
 
 
 class Rotation(NamedTuple):
-    """The angles of a batch of tokens."""
+    """Cosines and sines of the rotary angles of a batch."""
 
-    # (T, 1, K/2), or (B, T, 1, K/2) where rows differ
+    # (T, 1, K/2), or (B, T, 1, K/2) if rows differ
     cos: Float[Tensor, "... 1 half"]
     sin: Float[Tensor, "... 1 half"]
-    # rotate in fp32 whatever the dtype of queries and keys
+    # rotate in fp32 regardless of the dtype of queries and keys
     in_float32: bool
 
     def at(self, positions: Int[Tensor, " B"]) -> "Rotation":
-        """The angles of one token of each row, (B, 1, 1, K/2)."""
+        """Return the angles of one token per row, (B, 1, 1, K/2)."""
         cos, sin = (
             table[positions, None] if table.ndim == 3 else table[torch.arange(len(positions)), positions, None]
             for table in (self.cos, self.sin)
@@ -110,7 +110,7 @@ class Rotation(NamedTuple):
         return Rotation(cos, sin, self.in_float32)
 
     def last(self, num_tokens: int) -> "Rotation":
-        """The angles of the last tokens of rows that may differ."""
+        """Return the angles of the last `num_tokens` tokens; rows may differ."""
         return self._replace(cos=self.cos[:, -num_tokens:], sin=self.sin[:, -num_tokens:])
 
 
@@ -119,7 +119,7 @@ class RotaryTables(nn.Module):
 
     Positions are 0 .. max_seq_len - 1, frequencies theta^(-2i/K). The tables stay fp32 in a model that is cast to
     another dtype (bf16 tables are off by up to 0.86 at position 2047). They are rebuilt whenever the module moves, so a
-    model created on the meta device gets them with its memory. A checkpoint does not hold them.
+    model created on the meta device gets them when it is materialised. Checkpoints do not store them.
     """
 
     cos: Tensor
@@ -132,8 +132,8 @@ class RotaryTables(nn.Module):
         self.head_dim = head_dim
         self.max_seq_len = max_seq_len
         self.theta = theta
-        # legacy checkpoints that were trained in bf16 rounded the frequencies to bf16: each is off by up to 0.4%, so
-        # far positions turn by visibly different angles
+        # legacy checkpoints trained in bf16 rounded the frequencies to bf16: each is off by up to 0.4%, so angles at
+        # far positions differ visibly
         self.bf16_frequencies = bf16_frequencies
         self.rotate_in_float32 = rotate_in_float32
         self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2, dtype=torch.float32), persistent=False)
@@ -141,7 +141,7 @@ class RotaryTables(nn.Module):
         self._fill(self.cos.device)
 
     def forward(self, positions: Int[Tensor, "B T"] | int) -> Rotation:
-        """The angles at `positions`, or at 0 .. positions - 1 where it is one number for all rows."""
+        """Return the angles at `positions`; an int means 0 .. positions - 1 in every row."""
         if isinstance(positions, int):
             cos, sin = self.cos[:positions], self.sin[:positions]
         else:
@@ -151,7 +151,7 @@ class RotaryTables(nn.Module):
     def _fill(self, device: torch.device) -> None:
         if device.type == "meta":
             return
-        # on the CPU and in fp64, so that every device has the same tables, correct to the last bit of fp32
+        # compute on the CPU in fp64: every device gets the same tables, correct to the last bit of fp32
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
         frequencies = self.theta**-exponents
         if self.bf16_frequencies:
@@ -168,7 +168,7 @@ class RotaryTables(nn.Module):
 
 
 def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B T H K"]:
-    """Turn each pair (x[i], x[i + K/2]) by its angle."""
+    """Rotate each pair (x[i], x[i + K/2]) by its angle."""
     dtype = torch.promote_types(x.dtype, torch.float32) if rotation.in_float32 else x.dtype
     cos, sin = rotation.cos.to(dtype), rotation.sin.to(dtype)
     first, second = x.to(dtype).chunk(2, dim=-1)
@@ -201,9 +201,9 @@ class Attention(nn.Module):
         cache_step: CacheStep | None,
         at: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Attend within segments, or to the cache where `cache_step` says so; `at`: see Block."""
+        """Attend within segments, or to the cache as `cache_step` describes; for `at` see Block."""
         if at is not None:
-            # one token of each row asks, and sees those up to it
+            # one query token per row, which sees the tokens up to itself
             at_rotation = None if rotation is None else rotation.at(at)
             queries, keys, values = self.project(x, rotation, take_token(x, at), at_rotation)
             is_seen = torch.arange(x.shape[1], device=x.device) <= at[:, None]
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         """Return queries, keys and values, normalised and rotated.
 
         Args:
-            asking: the tokens that queries are made of, rotated by `asking_rotation`; None: all of x.
+            asking: query tokens, rotated by `asking_rotation`; None: all of x.
         """
         if asking is None:
             asking_rotation = rotation
@@ -237,7 +237,7 @@ class Attention(nn.Module):
             queries = F.linear(asking, q_weight)
             keys, values = F.linear(x, kv_weight).chunk(2, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            # over all heads at once; an fp32 norm under autocast must not change the dtype of attention
+            # normalise over all heads at once; an fp32 norm under autocast must not change attention's dtype
             queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # (B, T, H, K)
         if rotation is not None and asking_rotation is not None:
@@ -246,7 +246,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to what came in."""
+    """A pre-norm residual block: attention, then feed-forward."""
 
     def __init__(self, params: TransformerParams) -> None:
         super().__init__()
@@ -265,10 +265,10 @@ class Block(nn.Module):
         cache_step: CacheStep | None = None,
         at: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Return x with what this block adds.
+        """Return x plus this block's residuals.
 
         Args:
-            at: compute only the token at this position of each row, which sees those up to it (S is 1, else T).
+            at: compute only the token at this position of each row; it sees the tokens up to itself (S is 1, else T).
         """
         added = self.attention(self.attention_norm(x), rotation, segments, is_causal, cache, cache_step, at)
         x = (x if at is None else take_token(x, at)) + added
@@ -276,15 +276,15 @@ class Block(nn.Module):
 
 
 def take_token(x: Float[Tensor, "B T D"], at: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
-    """The token at one position of each row."""
+    """Return the token at one position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), at].unsqueeze(1)
 
 
 @torch.no_grad()
 def init_block(block: Any, index: int, dim: int) -> None:
-    """Draw the matrices of a block's attention and feed-forward: sigma 1/sqrt(dim).
+    """Initialise the matrices of a block's attention and feed-forward with sigma 1/sqrt(dim).
 
-    Matrices that write to the residual stream have their sigma divided by sqrt(2 (index + 1)).
+    For matrices that write to the residual stream, divide sigma by sqrt(2 (index + 1)).
     """
     ffn = block.feed_forward
     inner, outer = (ffn.w12, ffn.w3) if isinstance(ffn, SwiGLU) else (ffn[0], ffn[2])
@@ -295,12 +295,12 @@ def init_block(block: Any, index: int, dim: int) -> None:
 
 
 def init_normal(weight: Tensor, std: float) -> None:
-    """Draw from a normal distribution that is cut off at 3 sigma."""
+    """Draw from a normal distribution truncated at 3 sigma."""
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 def create_rotary(params: TransformerParams) -> RotaryTables | None:
-    """The rotary tables that `params` describe; None: no positions."""
+    """Build the rotary tables that `params` describe; None without positional embedding."""
     if params.positional_embedding_type == "none":
         return None
     return RotaryTables(

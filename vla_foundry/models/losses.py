@@ -1,4 +1,4 @@
-"""Losses as sums over valid targets; a language model's never builds the logits of all its tokens at once."""
+"""Losses as sums over valid targets; the language-model loss never holds the logits of all tokens at once."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ from vla_foundry.batch import IGNORE_INDEX, LossOutput
 
 
 def count_valid_targets(targets: Int[Tensor, "*shape"]) -> Int[Tensor, ""]:
-    """The number of targets that are not IGNORE_INDEX, as a scalar on their device."""
+    """Count the targets that are not IGNORE_INDEX; returns a scalar on their device."""
     return (targets != IGNORE_INDEX).sum()
 
 
-# Logits held at a time. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
+# Logits per chunk. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
 _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
@@ -30,13 +30,13 @@ def language_model_loss(
 
     sum over valid targets of  logsumexp(logits) - logits[target] + z_loss_coefficient * logsumexp(logits)^2
 
-    The gradients are computed in the forward pass, chunk by chunk, so that logits are neither stored nor made twice;
-    memory beside inputs and gradients is one chunk of logits, whatever V. Under autocast the products are in its
-    dtype and everything else, the sum over chunks too, is in fp32.
+    The forward pass computes the gradients chunk by chunk, so logits are neither stored nor recomputed. Beyond inputs
+    and gradients, memory holds one chunk of logits, whatever V is. Under autocast, matrix products use its dtype;
+    everything else, including the sum over chunks, is fp32.
 
     Args:
-        targets: IGNORE_INDEX where there is none; such places add nothing, to the z-loss neither.
-        chunk_tokens: tokens per chunk; chosen by device and V if not given.
+        targets: IGNORE_INDEX marks positions without a target; they add nothing to either loss.
+        chunk_tokens: tokens per chunk; None: chosen from the device and V.
 
     Returns:
         LossOutput with logs `cross_entropy` and `z_loss` (weighted by its coefficient); they add up to `sum`.
@@ -44,7 +44,7 @@ def language_model_loss(
     flat_hidden = hidden.flatten(0, 1)
     flat_targets = targets.flatten()
     if hidden.device.type == "cpu":
-        # no host synchronisation to fear here, so places without a target cost nothing
+        # host synchronisation is free here, so drop positions without a target
         kept = (flat_targets != IGNORE_INDEX).nonzero().squeeze(1)
         if kept.numel() < flat_targets.numel():
             flat_hidden, flat_targets = flat_hidden.index_select(0, kept), flat_targets.index_select(0, kept)
@@ -63,7 +63,7 @@ def language_model_loss(
 def dense_language_model_loss(
     logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"], *, z_loss_coefficient: float = 0.0
 ) -> LossOutput:
-    """The same loss from logits that exist, for heads that are more than a matrix (scaled or capped logits)."""
+    """Compute the same loss from full logits, for heads that are more than a matrix (scaled or capped logits)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     flat_targets = targets.flatten().long()
     cross_entropy = F.cross_entropy(logits, flat_targets, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -75,7 +75,7 @@ def dense_language_model_loss(
 
 def _choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
     tokens = _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]) // max(1, vocab_size)
-    # whole tiles of the matrix multiplication
+    # round down to whole tiles of the matrix multiplication
     return max(1, tokens // 32 * 32 if tokens >= 32 else tokens)
 
 
@@ -123,7 +123,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, total_grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        # scaled in place, for the head's is as large as the head: a second backward is refused by autograd
+        # scale in place: the head's gradient is as large as the head. Autograd refuses a second backward
         hidden_grad, head_grad = ctx.saved_tensors  # type: ignore
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(total_grad.to(hidden_grad.dtype))
@@ -133,7 +133,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_gradient_(logits: Tensor, targets: Tensor, z_loss_coefficient: float) -> tuple[Tensor, Tensor]:
-    """Return each row's loss and its z-loss part, and turn `logits` in place into the gradient of the losses' sum."""
+    """Return each row's loss and its z-loss part; overwrite `logits` with the gradient of the summed loss."""
     is_valid = (targets != IGNORE_INDEX).unsqueeze(1)
     columns = targets.long().clamp(min=0).unsqueeze(1)
     weight = is_valid.to(logits.dtype)

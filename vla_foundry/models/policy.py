@@ -24,11 +24,11 @@ from vla_foundry.params.models.policy import RobotPolicyParams
 
 
 class RobotPolicy(nn.Module):
-    """Observations to a loss, or to actions."""
+    """Maps observations to a loss or to actions."""
 
     def __init__(self, vision_language_backbone: Any, action_head: Any) -> None:
         super().__init__()
-        # each is one of several classes
+        # each may be one of several classes
         self.vision_language_backbone: Any = vision_language_backbone
         self.action_head: Any = action_head
 
@@ -45,19 +45,19 @@ class RobotPolicy(nn.Module):
         action_dim_mask: Bool[Tensor, "B A"] | None = None,
         step_mask: Bool[Tensor, "B T"] | None = None,
     ) -> LossOutput:
-        """Return the loss; RoboticsBatchHandler makes the arguments from a batch.
+        """Return the loss; RoboticsBatchHandler prepares the arguments from a batch.
 
-        Noise and times are a function of (seed, sample), and of whether the model is in training: in validation a
-        sample always gets the same ones.
+        Noise and times depend only on (seed, sample) and on whether the model is training: in validation a sample
+        always gets the same ones.
 
         Args:
-            observation: what the backbone takes.
+            observation: the backbone's keyword arguments.
             samples: position of each sample in the plan.
-            seed: of the run.
-            step_mask: False at padding; None: there is none.
+            seed: the run's seed.
+            step_mask: False at padding; None: no padding.
 
         Returns:
-            LossOutput whose count is the number of valid numbers: steps to be predicted x dimensions that exist.
+            LossOutput whose count is the number of valid action values: predicted steps x existing dimensions.
         """
         window = ActionWindow(actions, past_mask, future_mask, action_dim_mask, proprioception, step_mask)
         conditioning = self.vision_language_backbone(**observation)
@@ -72,13 +72,13 @@ class RobotPolicy(nn.Module):
         seeds: Int[Tensor, " B"],
         num_steps: int | None = None,
     ) -> Float[Tensor, "B T A"]:
-        """Return normalised actions, fp32: observed steps unchanged, the others predicted.
+        """Return normalised fp32 actions: observed steps unchanged, the others predicted.
 
         Args:
-            inputs: what RoboticsBatchHandler.prepare makes of a batch. `actions` may be left out if no step is
-                observed (past_mask); only observed steps are read.
-            seeds: the noise of each sample depends on its seed alone, not on the batch.
-            num_steps: steps from noise to actions; None: as the params of the noise process say.
+            inputs: output of RoboticsBatchHandler.prepare. `actions` may be omitted if no step is observed
+                (past_mask); only observed steps are read.
+            seeds: one per sample; a sample's noise depends on its seed only, not on the batch.
+            num_steps: sampling steps; None: the noise process's default.
         """
         observation, window = inputs["observation"], self._window(inputs)
         conditioning = self.vision_language_backbone(**observation)
@@ -100,27 +100,27 @@ class RobotPolicy(nn.Module):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """Those of the backbone, and those of the head."""
+        """Return the blocks of the backbone and of the head."""
         return [*self.vision_language_backbone.blocks(), *self.action_head.blocks()]
 
     def init_weights(self) -> None:
-        """Draw the weights of both parts."""
+        """Initialise the weights of both parts."""
         self.vision_language_backbone.init_weights()
         self.action_head.init_weights()
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the backbone; the head is left out, as its tokens are not tokens of a row."""
+        """Return the backbone's FLOPs; the head is not counted because its tokens are not part of a row."""
         return self.vision_language_backbone.num_flops_per_token(seq_len)
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of Hugging Face parts (RobotPolicyParams.with_model_files reads it)."""
+        """Write the architecture of the Hugging Face parts; RobotPolicyParams.with_model_files reads it."""
         self.vision_language_backbone.save_files(folder)
 
 
 @register_model("diffusion_policy")
 @register_model("regression_policy")
 def create_policy(params: RobotPolicyParams, load_pretrained: bool = True) -> RobotPolicy:
-    """Build the policy; a backbone that names a checkpoint starts from its weights.
+    """Build the policy; if the backbone names a checkpoint, start from its weights.
 
     Raises:
         ValueError: a width is missing, or a checkpoint does not fit.
@@ -160,7 +160,7 @@ class RoboticsBatchHandler:
         }
 
     def prepare_sampling(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
-        """Return what RobotPolicy.sample takes; the batch needs neither positions nor actions of future steps.
+        """Return what RobotPolicy.sample takes; the batch needs neither plan positions nor future actions.
 
         Raises:
             ValueError: steps are observed, but there are no actions.
@@ -173,7 +173,7 @@ class RoboticsBatchHandler:
             "past_mask": to_device(past_mask, device),
             "future_mask": to_device(future_mask, device),
         }
-        # decided on the host: attention without a mask is faster
+        # decide on the host: attention without a mask is faster
         step_mask = past_mask | future_mask
         inputs["step_mask"] = None if step_mask.all() else to_device(step_mask, device)
         action_dim_mask: Tensor | None = batch.get("action_dim_mask")
@@ -185,7 +185,7 @@ class RoboticsBatchHandler:
         return inputs
 
     def count_targets(self, inputs: dict[str, Any]) -> Tensor:
-        """The number of valid numbers: steps to be predicted x dimensions that exist."""
+        """Return the number of valid action values: predicted steps x existing dimensions."""
         future_mask: Tensor = inputs["future_mask"]
         num_steps = future_mask.sum(1)
         action_dim_mask: Tensor | None = inputs.get("action_dim_mask")

@@ -1,4 +1,4 @@
-"""Models and batch handlers by the name in `model.type`; importing this file needs no torch."""
+"""The registry of models and batch handlers by `model.type`; importing this file does not import torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class BatchHandler(Protocol):
-    """Turns a batch (see batch.py) into what the model's forward takes."""
+    """Turns a batch (see batch.py) into the model's forward arguments."""
 
     def prepare(self, batch: "Batch", device: "torch.device | str") -> dict[str, Any]:
-        """Return forward's keyword arguments, on `device`; nothing waits for the device."""
+        """Return forward's keyword arguments on `device`, without synchronising."""
         ...
 
     def count_targets(self, inputs: dict[str, Any]) -> "Tensor":
-        """The number of valid targets among prepared inputs, a scalar on their device."""
+        """Count the valid targets of prepared inputs; returns a scalar on their device."""
         ...
 
 
 @runtime_checkable
 class SavesFiles(Protocol):
-    """A model that needs more than its params and weights to be loaded again."""
+    """A model that needs more than its params and weights to be reloaded."""
 
     def save_files(self, folder: Path) -> None:
-        """Write what it needs to `folder` (MODEL_FILES_FOLDER of a run)."""
+        """Write the extra files to `folder` (MODEL_FILES_FOLDER of a run)."""
         ...
 
 
@@ -50,14 +50,14 @@ BATCH_HANDLERS: "Registry[Callable[[TrainExperimentParams], BatchHandler]]" = Re
 def register_model(name: str) -> "Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]":
     """Register a factory `(params, load_pretrained=True) -> nn.Module` as the model called `name`.
 
-    The factory builds the module, with published weights where its params name some and `load_pretrained` is true.
-    `resume_from_checkpoint` and `freeze` are dealt with by `create_model`.
+    The factory builds the module and, if `load_pretrained`, loads any published weights that its params name.
+    `create_model` handles `resume_from_checkpoint` and `freeze`.
     """
     return MODELS.register(name)
 
 
 def register_batch_handler(name: str) -> "Callable[[H], H]":
-    """Register what turns batches into the inputs of the model called `name`: a factory that takes the root params."""
+    """Register the batch handler of the model called `name`: a factory that takes the root params."""
     return BATCH_HANDLERS.register(name)
 
 
@@ -65,9 +65,9 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
     """Build the model that `params` describe, on torch's default device.
 
     Args:
-        params: of any registered model.
-        load_pretrained: false: new weights, whatever checkpoints or published weights the params name. For a model
-            whose weights are loaded afterwards, or that is made on the meta device.
+        params: params of any registered model.
+        load_pretrained: false: initialise new weights and ignore checkpoints and published weights. Use it for a model
+            whose weights are loaded later, or that is built on the meta device.
 
     Raises:
         ValueError: the type is not registered, or a checkpoint does not fit.

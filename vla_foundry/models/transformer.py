@@ -4,11 +4,11 @@
     for each block:  x = x + out_proj(attention(attention_norm(x)));  x = x + feed_forward(ffn_norm(x))
     logits = output(norm(x))
 
-There are no biases. The names of modules and the order of rows in fused matrices are those of published checkpoints:
-in_proj is [q; k; v] with the heads in order, w12 is [gate; up].
+There are no biases. Module names and the row order of fused matrices match published checkpoints: in_proj is [q; k; v]
+with the heads in order, w12 is [gate; up].
 
-`forward` gives logits or a loss, `decode` continues rows with a KV cache, `encode` gives hidden states to a policy. The
-block is in layers.py; attention kernels and the cache are in attention.py.
+`forward` returns logits or a loss, `decode` continues rows with a KV cache, `encode` returns hidden states for a
+policy. The block is in layers.py; attention kernels and the cache are in attention.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,9 +37,9 @@ from vla_foundry.params.models.transformer import TransformerParams
 
 
 class _Rows(NamedTuple):
-    """Which tokens of a batch see each other, and their positions."""
+    """Visibility and positions of a batch's tokens."""
 
-    # int64 [B, T], puts the real tokens of each row in front; None: they are
+    # int64 [B, T], permutation that moves each row's real tokens to the front; None if they are already there
     order: Tensor | None
     segments: Segments | None
     cache_step: CacheStep | None
@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Tokens, or their embeddings, to hidden states, logits, or a loss. `create_model` gives it its weights."""
+    """Maps tokens or embeddings to hidden states, logits or a loss. `create_model` initialises its weights."""
 
     def __init__(self, params: TransformerParams) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class Transformer(nn.Module):
         """Return the loss if there are targets, else logits.
 
         Args:
-            attention_mask: (B, T), 1 for tokens, 0 for padding, anywhere in a row: padding is never attended to and
-                takes no position. Reading it waits for the device: training gives `documents` instead.
-            documents: how each row divides into documents that do not see each other, each from position 0.
-            targets: what to predict at each position, IGNORE_INDEX for nothing.
+            attention_mask: (B, T), 1 for tokens, 0 for padding anywhere in a row. Padding is never attended to and
+                takes no position. Reading the mask synchronises the device, so training passes `documents` instead.
+            documents: the documents of each row; they do not see each other, and each starts at position 0.
+            targets: token to predict at each position, or IGNORE_INDEX.
 
         Raises:
-            ValueError: arguments that exclude each other, or more tokens than model.max_seq_len.
+            ValueError: arguments exclude each other, or there are more tokens than model.max_seq_len.
         """
         embeds = self.embed_tokens(input_ids)
         rows: dict[str, Any] = {"attention_mask": attention_mask, "documents": documents}
@@ -126,10 +126,10 @@ class Transformer(nn.Module):
         Args:
             attention_mask: (B, past + T) with a cache.
             inputs_embeds: in place of input_ids.
-            sees_ahead: see `create_segments`; not for tokens that follow a cache.
-            past_key_values: what the last call returned: this call's tokens follow those. It is changed in place.
+            sees_ahead: see `create_segments`; not supported for tokens that follow a cache.
+            past_key_values: cache returned by the last call, which this call's tokens continue. Modified in place.
             use_cache: return a cache, whose keys and values have no gradient.
-            logits_to_keep: logits of the last so many positions only; 0: all.
+            logits_to_keep: return the logits of this many last positions; 0: all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -156,9 +156,9 @@ class Transformer(nn.Module):
         """Return the outputs of the last `num_states` blocks, without an output head; see `forward`.
 
         Args:
-            at: only those of the token at this position of each row (S is 1); nothing else is computed where it can be
-                left out. The token sees all before it in its row.
-            normalize: take the last one after the final norm.
+            at: return only the token at this position of each row (S is 1) and skip other computation where possible.
+                The token sees all tokens before it in its row.
+            normalize: apply the final norm to the last output.
 
         Raises:
             ValueError: the model has fewer blocks.
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
     def _hidden_states(
         self, inputs_embeds: Tensor, rows: _Rows, cache: KVCache | None = None, *, keeps_all: bool = False
     ) -> list[Tensor]:
-        """Return the normalised output of the last block; before it, if asked for, the embedding and all outputs."""
+        """Return the last block's normalised output; with `keeps_all`, first the embedding and all block outputs."""
         x = self._norm_embeds(inputs_embeds)
         if rows.order is not None:
             x = _reorder(x, rows.order)
@@ -207,7 +207,7 @@ class Transformer(nn.Module):
         sees_ahead: np.ndarray | None,
         cache: KVCache | None = None,
     ) -> _Rows:
-        """Work out, once for all blocks, which tokens see each other and what their positions are."""
+        """Compute visibility and positions once for all blocks."""
         B, T, _ = x.shape
         if documents is not None and (attention_mask is not None or cache is not None):
             raise ValueError("documents exclude attention_mask and a cache of keys and values.")
@@ -240,11 +240,11 @@ class Transformer(nn.Module):
 
     @property
     def hidden_dim(self) -> int:
-        """The width of hidden states."""
+        """Return the width of hidden states."""
         return self.params.hidden_dim
 
     def embed_tokens(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Look tokens up, to be given as inputs_embeds."""
+        """Look up token embeddings, to be passed as inputs_embeds."""
         if self.embeddings is None:
             raise ValueError("model.vocab_size is 0: a model without token embeddings takes inputs_embeds.")
         return self.embeddings(input_ids)
@@ -253,12 +253,12 @@ class Transformer(nn.Module):
         return inputs_embeds if self.post_embed_norm is None else self.post_embed_norm(inputs_embeds)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks, in order."""
+        """Return the blocks in order."""
         return list(self.layers)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights, see `init_block`: normal, cut off at 3 sigma, sigma 1/sqrt(D); norms are 1, biases 0."""
+        """Initialise all weights: normal, truncated at 3 sigma, sigma 1/sqrt(D); norms 1, biases 0. See `init_block`."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | RMSNorm):
                 module.reset_parameters()
@@ -270,10 +270,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def resize_token_embeddings(self, num_tokens: int, *, pad_to_multiple_of: int = 64) -> int:
-        """Make room for `num_tokens` tokens; rows that exist are kept, new ones are drawn as at the start.
+        """Grow the token tables to hold `num_tokens` tokens; keep existing rows, initialise new ones as at the start.
 
         Args:
-            pad_to_multiple_of: the number of rows is rounded up to a multiple of it, for fast matrix products.
+            pad_to_multiple_of: round the number of rows up to a multiple of this, for fast matrix products.
 
         Returns:
             The number of rows, never fewer than before.
@@ -298,7 +298,7 @@ class Transformer(nn.Module):
         return [f"{name}.weight" for name in ("embeddings", "output") if getattr(self, name) is not None]
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """6 per weight of a matrix product and 12 L H K seq_len for attention, causal or not (PaLM, appendix B)."""
+        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention, causal or not (PaLM, appendix B)."""
         weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
         weights += self.output.weight.numel() if self.output is not None else 0
         attention = self.params.n_heads * (self.params.head_dim or self.params.hidden_dim // self.params.n_heads)
@@ -309,22 +309,22 @@ class Transformer(nn.Module):
             self.output.weight = self.embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        # moving from the meta device creates new parameters, one for each of two tied names
+        # moving off the meta device creates a new parameter for each of two tied names
         super()._apply(fn, recurse)
         self._tie()
         return self
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Take the tokens of each row of (B, T, D) in `order` (B, T)."""
+    """Reorder the tokens of each row of (B, T, D) by `order` (B, T)."""
     return x.gather(1, order.unsqueeze(-1).expand_as(x))
 
 
 @register_model("transformer")
 def create_transformer(params: TransformerParams, load_pretrained: bool = True) -> Transformer:
-    """Build the native transformer; it has no published weights of its own, so `load_pretrained` changes nothing."""
+    """Build the native transformer; it has no published weights, so `load_pretrained` has no effect."""
     device = torch.get_default_device()
-    # on the meta device first: torch would draw weights of its own, only for ours to replace them
+    # build on the meta device first: torch would initialise weights that ours then replace
     with torch.device("meta"):
         model = Transformer(params)
     if device.type != "meta":

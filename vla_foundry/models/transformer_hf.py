@@ -1,7 +1,7 @@
-"""Any Hugging Face causal language model, with the forward of the native transformer.
+"""Any Hugging Face causal language model, with the native transformer's forward.
 
-Its attention is Hugging Face's SDPA, except where a batch has documents: then each document is attended on its own, by
-an attention function registered with transformers, so that no T x T mask is built.
+Attention is Hugging Face's SDPA. If a batch has documents, an attention function registered with transformers attends
+to each document separately, so that no T x T mask is built.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerHFParams
 
 ATTENTION_NAME = "vla_foundry"
-# layers whose tokens meet in attention only
+# layers whose tokens interact only through attention
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -46,7 +46,7 @@ def attend_documents(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "B T H K"], None]:
-    """Attention as transformers calls it; with `segments`, within each of them."""
+    """Attention function with transformers' signature; given `segments`, it attends within each of them."""
     if segments is None:
         options["sliding_window"] = sliding_window
         return sdpa_attention_forward(
@@ -70,7 +70,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 class TransformerHF(HuggingFaceModule):
-    """A causal language model of transformers; its parameters have their names there, behind `model.`"""
+    """Wraps a transformers causal language model; parameters keep their names, prefixed with `model.`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -101,7 +101,7 @@ class TransformerHF(HuggingFaceModule):
         """Return the loss if there are targets, else logits; see the native transformer.
 
         Raises:
-            ValueError: `documents` were given, and this architecture cannot keep them apart.
+            ValueError: `documents` are given, but this architecture cannot keep them apart.
         """
         rows = self._arrange(input_ids, attention_mask, documents, None)
         inputs = {"input_ids": input_ids.long(), "use_cache": False, **rows}
@@ -123,7 +123,7 @@ class TransformerHF(HuggingFaceModule):
         """Return the loss; see the native transformer.
 
         Raises:
-            ValueError: `sees_ahead` was given, and some layers of this architecture see only near tokens.
+            ValueError: `sees_ahead` is given, but some layers of this architecture see only nearby tokens.
         """
         rows = self._arrange(inputs_embeds, attention_mask, documents, sees_ahead)
         return self._loss({"inputs_embeds": inputs_embeds, "use_cache": False, **rows}, targets, z_loss_coefficient)
@@ -177,7 +177,7 @@ class TransformerHF(HuggingFaceModule):
         """Return the outputs of the last `num_states` blocks; see the native transformer.
 
         Raises:
-            ValueError: `normalize` is false: the last output is always the normalised one here.
+            ValueError: `normalize` is false; the last output is always normalised here.
         """
         if not normalize:
             raise ValueError("A Hugging Face model gives its last hidden state after the final norm only.")
@@ -189,11 +189,11 @@ class TransformerHF(HuggingFaceModule):
 
     @property
     def hidden_dim(self) -> int:
-        """The width of hidden states."""
+        """Return the width of hidden states."""
         return self.model.config.get_text_config().hidden_size
 
     def embed_tokens(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Look tokens up, to be given as inputs_embeds."""
+        """Look up token embeddings, to be passed as inputs_embeds."""
         return self.model.get_input_embeddings()(input_ids.long())
 
     def _check_sees_ahead(self, past_key_values: Any) -> None:
@@ -215,7 +215,7 @@ class TransformerHF(HuggingFaceModule):
         sees_ahead: np.ndarray | None,
         past_key_values: Any = None,
     ) -> dict[str, Any]:
-        """Which tokens see each other and what their positions are, as transformers takes it."""
+        """Return visibility and positions as keyword arguments for transformers."""
         sees_ahead = sees_ahead if sees_ahead is not None and sees_ahead.any() else None
         if sees_ahead is not None:
             self._check_sees_ahead(past_key_values)
@@ -232,7 +232,7 @@ class TransformerHF(HuggingFaceModule):
                     f"model.hf_pretrained: {type(self.model).__name__} cannot keep the documents of a row apart. "
                     f"Set --data.mask_documents false."
                 )
-            # a mask with four dimensions is passed on as it is; an empty one fails loudly should `segments` get lost
+            # transformers passes a 4-D mask on unchanged; an empty one fails loudly if `segments` gets lost
             mask = torch.empty(given.shape[0], 1, 1, 0, device=given.device)
             return {"segments": segments, "position_ids": segments.positions, "attention_mask": mask}
         if attention_mask is None:
@@ -241,11 +241,11 @@ class TransformerHF(HuggingFaceModule):
         return {"attention_mask": attention_mask, "position_ids": positions[:, -given.shape[1] :]}
 
     def blocks(self) -> list[nn.Module]:
-        """The decoder layers, in order."""
+        """Return the decoder layers in order."""
         return find_blocks(self.model)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """6 per weight of a matrix product and 12 L H K seq_len for attention; all experts of a mixture count."""
+        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention; counts all experts of a mixture."""
         head: Any = self.model.get_output_embeddings()
         embedding: Any = self.model.get_input_embeddings()
         ends = {id(head.weight), id(embedding.weight)}
@@ -256,7 +256,7 @@ class TransformerHF(HuggingFaceModule):
 
 
 def _padding_as_documents(attention_mask: Tensor) -> Documents:
-    """Describe a mask of padding by stretches of tokens and of padding. Waits for the device."""
+    """Convert a padding mask to stretches of tokens and of padding. Synchronises the device."""
     is_real = attention_mask.cpu().numpy().astype(bool)
     changes = np.ones_like(is_real)
     changes[:, 1:] = is_real[:, 1:] != is_real[:, :-1]

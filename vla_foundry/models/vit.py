@@ -4,8 +4,8 @@
     for each block:  x = x + out_proj(attention(ln1(x)));  x = x + fc2(gelu(fc1(ln2(x))))
     tokens = layer_norm(x)
 
-Every image token sees every other one. The names of modules are those of published checkpoints; qkv_proj is [q; k; v]
-with the heads in order.
+Every image token sees every other one. Module names match published checkpoints; qkv_proj is [q; k; v] with the heads
+in order.
 """
 
 import math
@@ -23,11 +23,11 @@ _INIT_STD = 0.02
 
 
 class ConvStem(nn.Sequential):
-    """Convolutions that halve the image, as often as the patch size is even, and look around at each scale.
+    """Convolutions that halve the image once per factor of 2 in the patch size and mix neighbours at each scale.
 
-    Each halving is a 4 x 4 convolution of stride 2 and a 3 x 3 one of stride 1, each with a norm and GELU (after Xiao
-    et al. 2021). Convolutions see edges across the borders of patches; small models learn faster from them than from
-    raw patches. With 4 x 4 a token's field of view is centred on its patch; 3 x 3 would move it by half a patch.
+    Each halving is a 4 x 4 convolution of stride 2 and a 3 x 3 convolution of stride 1, each with a norm and GELU
+    (after Xiao et al. 2021). Convolutions see edges across patch borders; small models learn faster from them than from
+    raw patches. A 4 x 4 kernel centres a token's field of view on its patch; 3 x 3 would shift it by half a patch.
     """
 
     def __init__(self, patch_size: int, hidden_dim: int) -> None:
@@ -41,7 +41,7 @@ class ConvStem(nn.Sequential):
             width = new_width
         super().__init__(*layers)
         self.out_channels = width
-        # what is left of a patch's side, pixels of the last feature map
+        # remaining side of a patch, pixels of the last feature map
         self.patch_size = patch_size >> halvings
 
 
@@ -51,7 +51,7 @@ def _convolve(convolution: nn.Conv2d) -> list[nn.Module]:
 
 
 class PatchEmbedding(nn.Module):
-    """Images -> tokens with positions; a class token in front if there is one."""
+    """Maps images to tokens with positions, after an optional class token."""
 
     def __init__(self, params: ViTParams) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class PatchEmbedding(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, self.grid_side**2 + num_prefix, params.hidden_dim))
 
     def forward(self, pixel_values: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N T D"]:
-        """Embed; what is left of the image beside whole patches is cut off."""
+        """Embed the image, cropped to whole patches."""
         height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
-        # cut first: the stem's convolutions would else see, and round, what is beside
+        # crop first: otherwise the stem's convolutions would see the remainder and round the size
         pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
         x = self.conv(pixels if self.stem is None else self.stem(pixels))
         x = x.flatten(2).transpose(1, 2)  # (N, T, D)
@@ -77,7 +77,7 @@ class PatchEmbedding(nn.Module):
         return x + self._positions(height, width)
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """The position embeddings of a grid of patches: as they are for the native size, else interpolated."""
+        """Return the position embeddings of a grid of patches, interpolated unless the size is native."""
         positions, side = self.position_embedding, self.grid_side
         if (height, width) == (side, side):
             return positions
@@ -91,7 +91,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Attention of all tokens of an image to each other."""
+    """Full self-attention over the tokens of an image."""
 
     def __init__(self, params: ViTParams) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class ImageAttention(nn.Module):
         self.out_proj = nn.Linear(params.hidden_dim, params.hidden_dim)
 
     def forward(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
-        """Attend."""
+        """Attend over all tokens of each image."""
         queries, keys, values = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, H, K)
         output = attend(queries, keys, values, segments=None, is_causal=False)
         return F.dropout(self.out_proj(output.flatten(2)), self.dropout, self.training)
@@ -122,7 +122,7 @@ class ImageFeedForward(nn.Module):
 
 
 class ImageBlock(nn.Module):
-    """Attention and feed-forward, each normalised before and added to what came in."""
+    """A pre-norm residual block: attention, then feed-forward."""
 
     def __init__(self, params: ViTParams) -> None:
         super().__init__()
@@ -132,23 +132,23 @@ class ImageBlock(nn.Module):
         self.mlp = ImageFeedForward(params)
 
     def forward(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
-        """Return x with what this block adds."""
+        """Return x plus this block's residuals."""
         x = x + self.attn(self.ln1(x))
         return x + self.mlp(self.ln2(x))
 
 
 class ViT(nn.Module):
-    """Images to tokens. `create_model` gives it its weights."""
+    """Maps images to tokens. `create_model` initialises its weights."""
 
     def __init__(self, params: ViTParams) -> None:
         super().__init__()
         self.params = params
         self.hidden_dim = params.hidden_dim
         self.image_size = params.img_size
-        # tokens in front of those of the patches
+        # number of tokens before the patch tokens
         self.num_prefix_tokens = int(params.cls_flag)
         self.patch_embedding = PatchEmbedding(params)
-        # a published name, so that the method is called list_blocks
+        # published checkpoints use this name, so the method is called list_blocks
         self.blocks = nn.ModuleList(ImageBlock(params) for _ in range(params.n_layers))
         self.layer_norm = nn.LayerNorm(params.hidden_dim, eps=params.ln_eps)
 
@@ -166,17 +166,17 @@ class ViT(nn.Module):
         return self.layer_norm(x).unflatten(0, shape)
 
     def list_blocks(self) -> list[nn.Module]:
-        """The blocks, in order."""
+        """Return the blocks in order."""
         return list(self.blocks)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices, convolutions and positions: normal, sigma 0.02; norms are 1, biases and the class token 0."""
+        """Initialise matrices, convolutions and positions (normal, sigma 0.02); norms 1, biases and class token 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 std = _INIT_STD
                 if isinstance(module, nn.Conv2d) and self.patch_embedding.stem is not None:
-                    # with 0.02 a stack of convolutions would all but silence the image
+                    # sigma 0.02 would shrink the image signal to almost nothing in a stack of convolutions
                     std = (module.weight[0].numel()) ** -0.5
                 nn.init.normal_(module.weight, std=std)
                 assert module.bias is not None
@@ -188,7 +188,7 @@ class ViT(nn.Module):
             nn.init.zeros_(self.patch_embedding.cls_token)
 
     def num_flops_per_image(self) -> float:
-        """Of forward and backward: 6 per weight of a matrix product and 12 L D T for attention, for each token."""
+        """Return the FLOPs of forward and backward: per token, 6 per matrix weight plus 12 L D T for attention."""
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
         weights += self.patch_embedding.conv.weight.numel()
         num_tokens = self.patch_embedding.position_embedding.shape[1]
@@ -197,9 +197,9 @@ class ViT(nn.Module):
 
 @register_model("vit")
 def create_vit(params: ViTParams, load_pretrained: bool = True) -> ViT:
-    """Build the native vision transformer; it has no published weights, so `load_pretrained` changes nothing."""
+    """Build the native vision transformer; it has no published weights, so `load_pretrained` has no effect."""
     device = torch.get_default_device()
-    # without memory at first: torch would draw weights of its own, only for ours to replace them
+    # build on the meta device first: torch would initialise weights that ours then replace
     with torch.device("meta"):
         model = ViT(params)
     if device.type != "meta":

@@ -1,4 +1,4 @@
-"""Any image encoder of Hugging Face or timm, with the forward of the native vision transformer."""
+"""Any Hugging Face or timm image encoder, with the native vision transformer's forward."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ TIMM_PREFIX = "timm:"
 
 
 class ViTHF(HuggingFaceModule):
-    """An image encoder; its parameters have their own names, behind `model.`
+    """Wraps an image encoder; parameters keep their names, prefixed with `model.`
 
-    Weights that its tokens do not depend on (pooling heads) are frozen, for they would get no gradient.
+    Weights that do not affect the tokens (pooling heads) are frozen because they would get no gradient.
     """
 
     def __init__(self, model: nn.Module, *, hidden_dim: int, image_size: int, num_prefix_tokens: int) -> None:
         super().__init__(model)
         self.hidden_dim = hidden_dim
         self.image_size = image_size
-        # tokens in front of those of the patches
+        # number of tokens before the patch tokens
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N T D"]:
@@ -34,12 +34,12 @@ class ViTHF(HuggingFaceModule):
         return _encode(self.model, pixel_values.flatten(0, -4)).unflatten(0, shape)
 
     def list_blocks(self) -> list[nn.Module]:
-        """The blocks, in order."""
+        """Return the blocks in order."""
         return _find_timm_blocks(self.model) if _is_timm(self.model) else find_blocks(self.model)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights as this encoder's own code does."""
+        """Initialise all weights as this encoder's own code does."""
         if _is_timm(self.model):
             for module in self.model.modules():
                 reset: Any = getattr(module, "reset_parameters", None)
@@ -52,18 +52,18 @@ class ViTHF(HuggingFaceModule):
             super().init_weights()
 
     def num_flops_per_image(self) -> float:
-        """6 per weight of a matrix product for each token; attention of the tokens to each other is left out."""
+        """Return 6 FLOPs per matrix weight and token; the attention scores are not counted."""
         num_tokens, _ = count_tokens(self.model, self.image_size)
         return 6.0 * num_tokens * sum(p.numel() for p in self.model.parameters() if p.ndim >= 2 and p.requires_grad)
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture; timm has those of its models in its code."""
+        """Write the architecture; timm models need no file because timm defines them in code."""
         if not _is_timm(self.model):
             super().save_files(folder)
 
 
 def _find_timm_blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model's outermost sequences, if they have parts of their own."""
+    """Return the members of a model's outermost sequences that have submodules."""
     blocks: list[nn.Module] = []
     inner: set[nn.Module] = set()
     for parent in model.modules():
@@ -82,7 +82,7 @@ def _encode(model: Any, pixel_values: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, T, D)."""
     if _is_timm(model):
         x = model.forward_features(pixel_values)
-        # convolutional networks put the features last only where they say so
+        # convolutional networks put features last only if they declare it
         if x.ndim == 4:
             x = x.flatten(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
         return x
@@ -98,13 +98,13 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def count_tokens(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """Return how many tokens a square image becomes, and how wide they are; nothing is computed."""
+    """Return the number and width of a square image's tokens, without computing anything."""
     x = _run_on_meta(model, image_size)[0]
     return x.shape[1], x.shape[2]
 
 
 def _run_on_meta(model: nn.Module, image_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the tokens of one image, and the weights they come from, without memory for either."""
+    """Return the tokens of one image and the weights they depend on, both on the meta device."""
     weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in model.named_parameters()}
     buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
     pixels = torch.empty(1, 3, image_size, image_size, device="meta")
@@ -133,10 +133,10 @@ def _wrap(model: nn.Module, image_size: int, num_patches: int) -> ViTHF:
 
 @register_model("vit_hf")
 def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
-    """Build the encoder that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+    """Build the encoder that `params.hf_pretrained` names, in fp32; code shipped with it is never run.
 
     Raises:
-        ValueError: there is no such model, or it is no image encoder.
+        ValueError: the model does not exist or is not an image encoder.
     """
     loads = load_pretrained and params.hf_load_weights
     if params.hf_pretrained.startswith(TIMM_PREFIX):
@@ -161,7 +161,7 @@ def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
 
 
 def _vision_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the image encoder in that of an image-text model, without what pools its tokens."""
+    """Return the image encoder's config from an image-text config, with token pooling switched off."""
     config = getattr(config, "vision_config", config)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False

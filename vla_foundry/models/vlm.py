@@ -4,7 +4,7 @@
     x = token embeddings of input_ids, those of the image token replaced by image tokens, in order
     transformer(inputs_embeds=x)
 
-Either part is ours or Hugging Face's.
+Each part is native or from Hugging Face.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from vla_foundry.params.models.vlm import ROWS_MULTIPLE, VLMParams
 def pixel_unshuffle(x: Float[Tensor, "N T D"], factor: int) -> Float[Tensor, "N S E"]:
     """Join each square of factor x factor neighbouring tokens into one, factor^2 times as wide.
 
-    Tokens are the cells of a square grid, row by row, before and after; the features of a new token are those of its
-    cells, row by row (the order of published checkpoints).
+    Tokens are the cells of a square grid, row by row, before and after. A new token's features are those of its cells,
+    row by row (the order in published checkpoints).
 
     Raises:
-        ValueError: the tokens are no square, or its side is no multiple of the factor.
+        ValueError: the tokens do not form a square, or its side is not a multiple of the factor.
     """
     if factor == 1:
         return x
@@ -46,7 +46,7 @@ def pixel_unshuffle(x: Float[Tensor, "N T D"], factor: int) -> Float[Tensor, "N 
 
 
 class ModalityProjector(nn.Module):
-    """Image tokens -> fewer tokens as wide as the language model's."""
+    """Maps image tokens to fewer tokens of the language model's width."""
 
     def __init__(self, *, image_dim: int, text_dim: int, factor: int) -> None:
         super().__init__()
@@ -54,20 +54,20 @@ class ModalityProjector(nn.Module):
         self.proj = nn.Linear(image_dim * factor**2, text_dim, bias=False)
 
     def forward(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N S E"]:
-        """Join neighbouring tokens and map them."""
+        """Join neighbouring tokens and project them."""
         return self.proj(pixel_unshuffle(x, self.factor))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights: normal, sigma 0.02."""
+        """Initialise the weights: normal, sigma 0.02."""
         nn.init.normal_(self.proj.weight, std=0.02)
 
 
 class VLM(nn.Module):
-    """Tokens and images to hidden states, logits, or a loss.
+    """Maps tokens and images to hidden states, logits or a loss.
 
     Args:
-        image_token_id: the token that an image's features replace, one token each.
+        image_token_id: the placeholder token; each one is replaced by one image feature.
         sees_ahead: neighbouring image tokens see each other, not only earlier ones.
     """
 
@@ -77,7 +77,7 @@ class VLM(nn.Module):
         super().__init__()
         self.image_token_id = image_token_id
         self.sees_ahead = sees_ahead
-        # either of two classes each
+        # each may be one of two classes
         self.vit: Any = vit
         self.transformer: Any = transformer
         self.projection = ModalityProjector(
@@ -86,7 +86,7 @@ class VLM(nn.Module):
 
     @property
     def max_seq_len(self) -> int | None:
-        """Longest sequence, tokens; None: not known."""
+        """Return the longest sequence in tokens; None if unknown."""
         return self.transformer.max_seq_len
 
     def forward(
@@ -106,12 +106,12 @@ class VLM(nn.Module):
 
         Args:
             pixel_values: normalised images, (N, 3, H, W) or (B, N, 3, H, W), in the order of their tokens.
-            image_positions: where the image tokens are in the flat batch, ascending. Training gives them; looking them
-                up waits for the device.
-            sees_ahead: bool (B, T) on the host, True at image tokens, if these see each other; likewise.
+            image_positions: indices of the image tokens in the flat batch, ascending. Training passes them because
+                looking them up synchronises the device.
+            sees_ahead: bool (B, T) on the host, True at image tokens if these see each other. Training passes it too.
 
         Raises:
-            ValueError: there are more or fewer image tokens than the images make.
+            ValueError: the number of image tokens does not match the images.
         """
         rows: dict[str, Any] = {"attention_mask": attention_mask, "documents": documents}
         if targets is None and pixel_values is None:
@@ -134,7 +134,7 @@ class VLM(nn.Module):
         """Return logits, and keys and values for the next call; see the native transformer.
 
         Args:
-            pixel_values: the images of these tokens: given with the prompt, not with the tokens that follow.
+            pixel_values: images of these tokens; pass them with the prompt, not with later tokens.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if pixel_values is not None:
@@ -154,7 +154,7 @@ class VLM(nn.Module):
         image_positions: Tensor | None,
         sees_ahead: np.ndarray | None,
     ) -> dict[str, Any]:
-        """Return what the language model takes instead of tokens."""
+        """Return the language model's inputs in place of tokens."""
         if image_positions is None:
             is_image = input_ids == self._image_token()
             image_positions = is_image.flatten().nonzero().squeeze(1)
@@ -166,7 +166,7 @@ class VLM(nn.Module):
         }
 
     def encode_images(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "N S D"]:
-        """Return what takes the place of each image's tokens."""
+        """Return the features that replace each image's tokens."""
         features = self.vit(pixel_values.flatten(0, -4))[:, self.vit.num_prefix_tokens :]
         return self.projection(features)
 
@@ -176,13 +176,13 @@ class VLM(nn.Module):
         pixel_values: Float[Tensor, "*N 3 H W"] | None,
         image_positions: Int[Tensor, " n"],
     ) -> Float[Tensor, "B T D"]:
-        """Return what the language model reads: the tokens' embeddings, and the images' in their places."""
-        # the image token need not have a row of its own
+        """Return the token embeddings, with image features at the image tokens."""
+        # the image token may have no row in the embedding table
         ids = input_ids.masked_fill(input_ids == self._image_token(), 0)
         embeds = self.transformer.embed_tokens(ids)  # (B, T, D)
         if pixel_values is None or pixel_values.numel() == 0:
             _check_counts(image_positions.numel(), 0, 0)
-            # a rank without images takes part in what the others gather and reduce for the encoder
+            # a rank without images must join the other ranks' collectives for the encoder
             empty = torch.zeros(1, 3, self.vit.image_size, self.vit.image_size, device=ids.device)
             return embeds + 0.0 * self.encode_images(empty).sum().to(embeds.dtype)
         features = self.encode_images(pixel_values)  # (N, S, D)
@@ -196,11 +196,11 @@ class VLM(nn.Module):
         return self.image_token_id
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the image encoder, and those of the language model."""
+        """Return the blocks of the image encoder and of the language model."""
         return [*self.vit.list_blocks(), *self.transformer.blocks()]
 
     def init_weights(self) -> None:
-        """Draw the weights of all parts."""
+        """Initialise the weights of all parts."""
         self.vit.init_weights()
         self.transformer.init_weights()
         self.projection.init_weights()
@@ -210,12 +210,12 @@ class VLM(nn.Module):
         return self.transformer.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Those of the language model, and the image encoder's for one image in a row."""
+        """Return the language model's FLOPs plus the image encoder's for one image per row."""
         images = self.vit.num_flops_per_image() + 6.0 * self.projection.proj.weight.numel()
         return self.transformer.num_flops_per_token(seq_len) + images / seq_len
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of Hugging Face parts (VLMParams.with_model_files reads it)."""
+        """Write the architecture of the Hugging Face parts; VLMParams.with_model_files reads it."""
         for name, part in (("vit", self.vit), ("transformer", self.transformer)):
             save = getattr(part, "save_files", None)
             if save is not None:
@@ -232,7 +232,7 @@ def _check_counts(num_tokens: int, num_images: int, tokens_per_image: int) -> No
 
 @register_model("vlm")
 def create_vlm(params: VLMParams, load_pretrained: bool = True) -> VLM:
-    """Build the model; each part that names a checkpoint starts from its weights, the others from their own.
+    """Build the model; parts that name a checkpoint start from its weights.
 
     Raises:
         ValueError: a checkpoint does not fit its part.
@@ -258,13 +258,13 @@ def create_vlm(params: VLMParams, load_pretrained: bool = True) -> VLM:
 
 
 def _create_part(params: ModelParams, load_pretrained: bool) -> nn.Module:
-    # without its checkpoint, which need not have the part's own names and number of tokens
+    # skip its checkpoint here: names and number of tokens may differ from the part's
     loads = load_pretrained and params.resume_from_checkpoint is None
     return create_model(dataclasses.replace(params, resume_from_checkpoint=None), load_pretrained=loads)
 
 
 def _load_language_model(transformer: Any, checkpoint: str) -> None:
-    """Load a checkpoint of more or fewer tokens; rows that it does not have stay as they are."""
+    """Load a checkpoint with more or fewer tokens; rows missing from it stay unchanged."""
     tables = transformer.token_tables()
     rows = count_stored_rows(checkpoint, tables, part="transformer")
     if rows is not None:

@@ -1,4 +1,4 @@
-"""Any Hugging Face image-text model (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...), with the forward of ours."""
+"""Any Hugging Face image-text model (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...), with the native forward."""
 
 from typing import Any
 
@@ -19,18 +19,18 @@ from vla_foundry.models.losses import dense_language_model_loss, language_model_
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vlm import VLMHFParams
 
-# families whose images come with a dimension for the samples they are of
+# families whose images have a leading sample dimension
 _GROUPED = {"idefics2", "idefics3", "smolvlm"}
 # position of the first token
 _FIRST_POSITION = {"paligemma": 1}
 
 
 class VLMCache:
-    """Keys and values of transformers, and how far each row's positions are from the number of its tokens."""
+    """A transformers KV cache, and each row's offset between positions and token count."""
 
     def __init__(self, cache: Any, offsets: Tensor | None) -> None:
         self.cache = cache
-        # int64 [B, 1]; an image takes fewer positions than tokens where positions have height and width
+        # int64 [B, 1]; with spatial positions (height and width), an image takes fewer positions than tokens
         self.offsets = offsets
 
     def batch_select_indices(self, rows: Tensor) -> None:
@@ -41,14 +41,14 @@ class VLMCache:
 
 
 class VLMHF(HuggingFaceModule):
-    """An image-text model of transformers; its parameters have their names there, behind `model.`"""
+    """Wraps a transformers image-text model; parameters keep their names, prefixed with `model.`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         config: Any = model.config
         self.is_grouped = config.model_type in _GROUPED
         self.first_position = _FIRST_POSITION.get(config.model_type, 0)
-        # where a prompt is attended in both directions, tokens are told apart by their types
+        # token types mark the prompt, which is attended to in both directions
         self.takes_prompt_types = config.model_type == "paligemma"
         # positions with height and width (multimodal rotary embedding)
         self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
@@ -71,7 +71,7 @@ class VLMHF(HuggingFaceModule):
 
         Args:
             pixel_values: normalised images or patches, in the order of their tokens.
-            extras: what this architecture takes besides, such as image_grid_thw.
+            extras: further inputs of this architecture, such as image_grid_thw.
         """
         inputs, _ = self._arrange(input_ids, attention_mask, pixel_values, None, extras)
         inputs["use_cache"] = False
@@ -124,7 +124,7 @@ class VLMHF(HuggingFaceModule):
 
     @property
     def hidden_dim(self) -> int:
-        """The width of hidden states."""
+        """Return the width of hidden states."""
         return self.model.config.get_text_config().hidden_size
 
     def _arrange(
@@ -135,7 +135,7 @@ class VLMHF(HuggingFaceModule):
         past_key_values: VLMCache | None,
         extras: dict[str, Tensor],
     ) -> tuple[dict[str, Any], Tensor | None]:
-        """Return what the model takes, and how far positions are from the number of tokens."""
+        """Return the model's inputs, and the offset between positions and token counts."""
         position_ids, offsets = self._positions(input_ids, attention_mask, past_key_values, extras)
         inputs: dict[str, Any] = {
             "input_ids": input_ids.long(),
@@ -151,7 +151,7 @@ class VLMHF(HuggingFaceModule):
     def _loss(
         self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float, *, has_images: bool
     ) -> LossOutput:
-        # a rank without images takes part in what the others gather for the image encoder, at the same point
+        # a rank without images must join the other ranks' image-encoder collectives at the same point
         unused = None if has_images else 0.0 * self._encode_empty_image()
         if self.has_plain_head:
             hidden = self.model.base_model(**inputs).last_hidden_state
@@ -163,7 +163,7 @@ class VLMHF(HuggingFaceModule):
         return loss if unused is None else loss._replace(sum=loss.sum + unused.to(loss.sum.dtype))
 
     def _encode_empty_image(self) -> Tensor:
-        """The sum of the features of a black image, as small as the architecture allows."""
+        """Return the summed features of a black image of the smallest size the architecture allows."""
         config = self.model.config.vision_config
         device = next(self.model.parameters()).device
         if self.has_spatial_positions:
@@ -180,7 +180,7 @@ class VLMHF(HuggingFaceModule):
     def _positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, past: VLMCache | None, extras: dict[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return position_ids, None for the usual ones, and how far they are from the number of tokens."""
+        """Return position_ids (None: the default) and their offset from the token counts."""
         num_tokens = input_ids.shape[1]
         if past is None and self.has_spatial_positions and extras.get("image_grid_thw") is not None:
             types = extras.pop("mm_token_type_ids", None)
@@ -207,11 +207,11 @@ class VLMHF(HuggingFaceModule):
         return positions, offsets
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the image encoder and of the language model."""
+        """Return the blocks of the image encoder and of the language model."""
         return find_blocks(self.model)
 
     def num_flops_per_token(self, seq_len: int) -> float:
-        """6 per weight of a matrix product and 12 L H K seq_len for attention, of the language model alone."""
+        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention, for the language model only."""
         head = self.model.get_output_embeddings().weight
         decoder = self.model.base_model.get_decoder()
         ends = {id(head), id(self.model.get_input_embeddings().weight)}

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into a model: our step folders, .safetensors, and .pt files of earlier code."""
+"""Load weights into a model from step folders, .safetensors files, and .pt files of earlier code."""
 
 import pickle
 import re
@@ -22,7 +22,7 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, name_of
 
-# tables that earlier code stored and that are computed here
+# tables that earlier code stored and this code computes
 _COMPUTED = re.compile(r"(^|\.)inv_freq$")
 _EARLIER_CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
 _STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
@@ -34,17 +34,17 @@ def load_model_checkpoint(
 ) -> None:
     """Load all weights of a checkpoint into `model`, in place; every name and shape must fit.
 
-    Values are converted to the dtypes of the model. Where two names are tied, either one in the file is enough.
+    Values are converted to the model's dtypes. For tied names, the file needs to hold only one of them.
 
     Args:
         path: a run folder (its newest complete checkpoint), a step folder, a .safetensors or a .pt file; local, s3://
             or hf://.
-        use_ema: the averaged weights, where `path` is a folder.
-        translate: gives what the file holds the model's own names; None: it has them.
+        use_ema: load the averaged weights, if `path` is a folder.
+        translate: maps the file's entries to the model's names; None: the names already match.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: it can not be read, or its names and shapes are not the model's.
+        ValueError: it cannot be read, or its names and shapes differ from the model's.
     """
     with open_checkpoint(path, use_ema=use_ema) as entries:
         _load(model, entries if translate is None else translate(entries), str(path))
@@ -53,16 +53,16 @@ def load_model_checkpoint(
 def load_part_checkpoint(
     model: nn.Module, checkpoint: str, *, part: str, path: str, may_grow: Collection[str] = ()
 ) -> None:
-    """Load a part of a model from a checkpoint of its own, or from one of a model that has it as that part.
+    """Load a part of a model from its own checkpoint, or from a checkpoint of a larger model that contains it.
 
     Args:
-        part: the name of the part in such a model.
+        part: name of the part in the larger model.
         path: config path of the part, for messages.
-        may_grow: names of tensors whose first rows are loaded where the model has more; its other rows stay.
+        may_grow: names of tensors that may have more rows than the checkpoint; the extra rows stay unchanged.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: it can not be read, or does not fit.
+        ValueError: it cannot be read or does not fit.
     """
     with open_checkpoint(checkpoint) as entries:
         entries = dict(_entries_of_part(entries, part))
@@ -74,10 +74,10 @@ def load_part_checkpoint(
 
 
 def count_stored_rows(checkpoint: str, names: Collection[str], *, part: str) -> int | None:
-    """The number of rows that a checkpoint has of the first of these tensors it holds; None: of none of them.
+    """Return the number of rows of the first of these tensors in a checkpoint; None if it has none of them.
 
     Args:
-        part: as `load_part_checkpoint`.
+        part: see `load_part_checkpoint`.
     """
     with open_checkpoint(checkpoint) as entries:
         found = _entries_of_part(entries, part)
@@ -95,7 +95,7 @@ def _grown(entry: "Entry", tensor: Tensor) -> "Entry":
 
 
 def find_tied_names(model: nn.Module) -> dict[str, str]:
-    """Map each further name of a parameter that has several to its first one."""
+    """Map every other name of a tied parameter to its first name."""
     firsts: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -106,17 +106,17 @@ def find_tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
-    """Return the weights file that a local run or step folder means; a run folder means its newest checkpoint.
+    """Return the weights file of a local step folder, or of a run folder's newest checkpoint.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: it has no complete checkpoint, or no averaged weights.
     """
     folder = Path(folder)
     name = EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME
     checkpoints = folder if folder.name == CHECKPOINTS_FOLDER else folder / CHECKPOINTS_FOLDER
     if not list_step_folders(folder) and checkpoints.is_dir():
-        # of an earlier run; by number, for checkpoint_10 comes after checkpoint_9
+        # checkpoints of an earlier run; compare by number, because checkpoint_10 comes after checkpoint_9
         earlier = [path for path in checkpoints.iterdir() if _EARLIER_CHECKPOINT.fullmatch(path.name)]
         if earlier:
             newest = max(earlier, key=_earlier_number)
@@ -129,7 +129,7 @@ def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
 
 
 def has_ema(path: str | Path) -> bool:
-    """True if a run or step folder has averaged weights beside its weights; a file stands for itself."""
+    """Return True if a run or step folder also holds averaged weights; a file stands for itself."""
     location = str(path)
     if _is_file_name(location):
         return False
@@ -141,10 +141,10 @@ def has_ema(path: str | Path) -> bool:
 
 @contextmanager
 def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapping[str, "Entry"]]:
-    """Open a checkpoint for reading tensor by tensor; see `load_model_checkpoint` for what `path` may be.
+    """Open a checkpoint to read it tensor by tensor; see `load_model_checkpoint` for `path`.
 
     Yields:
-        name -> entry, with names as the model without wrappers has them.
+        name -> entry; names are those of the unwrapped model.
     """
     with tempfile.TemporaryDirectory(prefix="vla_foundry_weights_") as folder:
         location = str(path)
@@ -212,10 +212,10 @@ def _find_remote_weights(folder: str, use_ema: bool) -> str:
 
 
 def read_pt(path: Path) -> Any:
-    """Read a file by torch.save without running anything it holds; tensors stay on the disk until they are used.
+    """Read a torch.save file without running code from it; tensors stay on disk until used.
 
     Raises:
-        ValueError: it holds more than tensors and plain values, or is broken.
+        ValueError: it holds anything but tensors and plain values, or is corrupt.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -237,13 +237,13 @@ def _read_pt_weights(path: Path) -> list[tuple[str, Tensor]]:
 
 
 def _clean_names(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Take out what torch.compile and DDP put into names, and tables that are computed."""
+    """Strip torch.compile's and DDP's additions from names, and drop computed tables."""
     names = strip_wrapper_names(entries)
     return {names[name]: entry for name, entry in entries.items() if not _COMPUTED.search(names[name])}
 
 
 def strip_wrapper_names(stored: Iterable[str]) -> dict[str, str]:
-    """Map names as a file has them to those without what torch.compile and DDP put into them."""
+    """Map stored names to names without torch.compile's and DDP's additions."""
     names = {name: name.replace("_orig_mod.", "") for name in stored}
     while names and all(name.startswith("module.") for name in names.values()):
         names = {old: new.removeprefix("module.") for old, new in names.items()}
