@@ -1,4 +1,4 @@
-"""Segmented attention and the KV cache; segments (documents, padding) of a row do not see each other.
+"""Attention kernels for rows split into segments (documents, padding) that do not see each other, and the KV cache.
 
 No dense T x T mask is ever built: the CPU attends segment by segment, a GPU uses variable-length attention.
 """

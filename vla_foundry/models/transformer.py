@@ -258,7 +258,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise all weights (see `init_block`): normal, truncated at 3 sigma, sigma 1/sqrt(D); norms 1, biases 0."""
+        """Initialise all weights: normal, truncated at 3 sigma, sigma 1/sqrt(D) (`init_block`); norms 1, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | RMSNorm):
                 module.reset_parameters()
