@@ -7,7 +7,6 @@ from pathlib import Path
 from vla_foundry.run_folder import COMPLETE_NAME, WRITING_PREFIX
 from vla_foundry.storage.uri import join_uri, upload
 
-# files of finished step folders never change, so they are copied once
 _STEP_PREFIX = "step_"
 
 
@@ -48,9 +47,12 @@ class RemoteSync:
             raise ValueError(f"The run is done, but {self._target} lacks part of it: {self._error}")
 
     def _work(self) -> None:
-        while not self._closing:
+        is_last = False
+        while not is_last:
             self._wanted.wait()
             self._wanted.clear()
+            # read before copying: what is requested during this round, close() included, gets a round of its own
+            is_last = self._closing
             self._copy_new()
 
     def _copy_new(self) -> None:
@@ -73,7 +75,12 @@ class RemoteSync:
                 return
 
     def _list_files(self) -> list[Path]:
-        """Every file, but what is being written; in a step folder COMPLETE comes last."""
+        """Every file except those being written; COMPLETE comes after every other file of its step folder."""
         paths = [path for path in self._run_folder.rglob("*") if path.is_file()]
         paths = [path for path in paths if not any(part.startswith(WRITING_PREFIX) for part in path.parts)]
-        return sorted(paths, key=lambda path: (path.parent, path.name == COMPLETE_NAME, path.name))
+        return sorted(paths, key=self._order)
+
+    def _order(self, path: Path) -> tuple[tuple[str, ...], bool, Path]:
+        folders = path.relative_to(self._run_folder).parts[:-1]
+        step = next((number for number, name in enumerate(folders) if name.startswith(_STEP_PREFIX)), len(folders))
+        return folders[: step + 1], path.name == COMPLETE_NAME, path

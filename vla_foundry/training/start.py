@@ -22,6 +22,7 @@ from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
     CONFIG_NAME,
+    METRICS_NAME,
     MODEL_CONFIG_NAME,
     PROCESSOR_FOLDER,
     PROVENANCE_NAME,
@@ -29,9 +30,9 @@ from vla_foundry.run_folder import (
     TOKENIZER_FOLDER,
     WRITING_PREFIX,
     find_checkpoint,
+    find_fault,
     list_step_folders,
     read_step,
-    verify,
 )
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.world import World
@@ -65,7 +66,8 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
         if list_step_folders(run_folder):
             return find_checkpoint(run_folder, notify=notify)
         if params.remote_sync is not None:
-            step_folder = fetch_checkpoint(join_uri(params.remote_sync, run_folder.name), run_folder)
+            remote = join_uri(params.remote_sync, run_folder.name)
+            step_folder = fetch_checkpoint(remote, run_folder, notify=notify, with_metrics=True)
             if step_folder is not None:
                 return step_folder
     source = params.model.resume_from_checkpoint
@@ -84,36 +86,59 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
                 "--model.resume_weights_only true."
             )
         return step_folder
-    step_folder = fetch_checkpoint(source, run_folder)
+    step_folder = fetch_checkpoint(source, run_folder, notify=notify)
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")
     return step_folder
 
 
-def fetch_checkpoint(source: str, run_folder: Path) -> Path | None:
-    """Download the newest complete checkpoint of a remote run or step folder into a run's folder, and verify it.
+def fetch_checkpoint(
+    source: str, run_folder: Path, *, notify: Callable[[str], None] | None = None, with_metrics: bool = False
+) -> Path | None:
+    """Download the newest checkpoint of a remote run or step folder that verifies into a run's folder.
+
+    Args:
+        source: the remote folder.
+        run_folder: where the step folder goes.
+        notify: called with one line for each damaged checkpoint that is skipped.
+        with_metrics: download metrics.jsonl too, so that the continued run appends to it.
 
     Returns:
         The step folder; None if `source` has no checkpoint.
+
+    Raises:
+        ValueError: every checkpoint is damaged; the message is about the newest one.
     """
     try:
         files = list_files(source)
     except FileNotFoundError:
         return None
     marks = [file.removesuffix(f"/{COMPLETE_NAME}") for file in files if file.endswith(f"/{COMPLETE_NAME}")]
-    if not marks:
-        return None
-    newest = max(marks, key=lambda mark: read_step(Path(mark.rpartition("/")[2])))
-    final = run_folder / CHECKPOINTS_FOLDER / newest.rpartition("/")[2]
-    aside = final.with_name(WRITING_PREFIX + final.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    for file in files:
-        if file.startswith(f"{newest}/"):
-            download(file, str(aside / file.removeprefix(f"{newest}/")))
-    verify(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    return final
+    marks.sort(key=lambda mark: read_step(Path(mark.rpartition("/")[2])), reverse=True)
+    faults = []
+    for mark in marks:
+        final = run_folder / CHECKPOINTS_FOLDER / mark.rpartition("/")[2]
+        aside = final.with_name(WRITING_PREFIX + final.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        for file in files:
+            if file.startswith(f"{mark}/"):
+                download(file, str(aside / file.removeprefix(f"{mark}/")))
+        fault = find_fault(aside)
+        if fault is not None:
+            shutil.rmtree(aside)
+            faults.append(f"Checkpoint {mark} is not usable: {fault}.")
+            if notify is not None:
+                notify(faults[-1])
+            continue
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        metrics = join_uri(source, METRICS_NAME)
+        if with_metrics and metrics in files:
+            download(metrics, str(run_folder / METRICS_NAME))
+        return final
+    if faults:
+        raise ValueError(f"{faults[0]} {source} has no other checkpoint that is.")
+    return None
 
 
 def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:

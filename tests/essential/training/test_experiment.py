@@ -23,6 +23,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.training.experiment import train
+from vla_foundry.training.start import fetch_checkpoint
 from vla_foundry.world import World
 
 _SCRIPT = Path(__file__).with_name("interrupted_runs.py")
@@ -226,7 +227,27 @@ def test_the_run_is_copied_away_and_goes_on_from_the_copy(params: TrainExperimen
     assert (remote / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
     shutil.rmtree(local)
     train(replace(copied, resume="auto"), World())
-    assert [step for step, _ in read_losses(local)] == [5, 6]
+    assert [step for step, _ in read_losses(local)] == [1, 2, 3, 4, 5, 6]
+    assert (remote / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_copy_is_skipped_for_an_older_one(
+    params: TrainExperimentParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = replace(params, remote_sync=str(tmp_path / "remote"), num_checkpoints=6)
+    train(copied, World())
+    newest, second = list_step_folders(tmp_path / "remote" / "run")[:2]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    fetched = tmp_path / "fetched"
+    notes: list[str] = []
+    found = fetch_checkpoint(str(tmp_path / "remote" / "run"), fetched, notify=notes.append)
+    assert found is not None
+    assert found.name == second.name
+    assert hash_tensors(found) == hash_tensors(second)
+    assert len(notes) == 1
+    assert f"{newest.name} is not usable" in notes[0]
+    assert not [path for path in fetched.rglob("*") if path.name.startswith(".writing")]
 
 
 def test_a_copy_that_fails_is_said_and_fails_the_run_at_its_end(

@@ -1,0 +1,53 @@
+"""`close` leaves a complete copy of the run folder, and COMPLETE is copied after the files it lists."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from vla_foundry.training import remote_sync
+from vla_foundry.training.remote_sync import RemoteSync
+
+
+def test_what_is_written_while_a_copy_runs_is_copied_before_close_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, remote = tmp_path / "run", tmp_path / "remote"
+    run.mkdir()
+    (run / "first").write_text("1", encoding="utf-8")
+    started, may_finish = threading.Event(), threading.Event()
+    upload = remote_sync.upload
+
+    def upload_slowly(path: str, target: str) -> None:
+        started.set()
+        assert may_finish.wait(30)
+        upload(path, target)
+
+    monkeypatch.setattr(remote_sync, "upload", upload_slowly)
+    sync = RemoteSync(run, str(remote), print)
+    sync.request()
+    assert started.wait(30)
+    # the copy that runs has listed the files already
+    (run / "last").write_text("2", encoding="utf-8")
+    sync.request()
+    closer = threading.Thread(target=sync.close)
+    closer.start()
+    may_finish.set()
+    closer.join(30)
+    assert (remote / "run" / "last").read_text(encoding="utf-8") == "2"
+
+
+def test_complete_is_copied_after_all_files_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    for step in ("step_00000001", "step_00000002"):
+        for name in ("COMPLETE", "model.safetensors", "training_state/a.safetensors"):
+            path = run / "checkpoints" / step / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name, encoding="utf-8")
+    copied: list[str] = []
+    monkeypatch.setattr(remote_sync, "upload", lambda path, target: copied.append(target.partition("checkpoints/")[2]))
+    sync = RemoteSync(run, str(tmp_path / "remote"), print)
+    sync.request()
+    sync.close()
+    names = ["model.safetensors", "training_state/a.safetensors", "COMPLETE"]
+    assert copied == [f"{step}/{name}" for step in ("step_00000001", "step_00000002") for name in names]
