@@ -74,10 +74,10 @@ class NormalizationRule:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldScale:
-    """The center and scale of one field: of S steps, or one row that serves for every step."""
+    """The center and scale of one field: S rows, one per step, or a single row for all steps."""
 
     rule: NormalizationRule
-    # step of the S that is the anchor; None where the scope is global
+    # row of the anchor; None if the scope is global
     anchor_index: int | None
     # (S, C) float64
     center: np.ndarray

@@ -1,7 +1,7 @@
-"""Rigid poses: position and rotation to and from SE(3), relative poses and back, deltas of joints and grippers.
+"""Convert rigid poses to and from SE(3) and relative form, and compute joint and gripper deltas.
 
-A transform T = [R t; 0 1] (4 x 4) maps points of the body's frame to the world's. A pose relative to a reference is
-inv(T_ref) T: the pose as seen from the reference. All is batched and computed in float64.
+A transform T = [R t; 0 1] (4 x 4) maps points from the body frame to the world frame. A pose relative to a reference is
+inv(T_ref) T: the pose as seen from the reference. All functions are batched and compute in float64.
 """
 
 import numpy as np
@@ -21,11 +21,11 @@ def pose_to_transform(
 
     Args:
         position: metres.
-        rotation_format: how `rotation` is written (rotations.py).
-        field: what the values are, for messages.
+        rotation_format: format of `rotation` (rotations.py).
+        field: name of the values, for messages.
 
     Raises:
-        ValueError: a value is not finite or not a rotation; the field and the index are named.
+        ValueError: a value is not finite or not a rotation; the message names the field and the index.
     """
     transform = np.zeros((*position.shape[:-1], 4, 4))
     transform[..., :3, :3] = rotation_to_matrix(rotation, rotation_format, field=field)
@@ -37,7 +37,7 @@ def pose_to_transform(
 def transform_to_pose(
     transform: Float[np.ndarray, "*B 4 4"], *, rotation_format: str, field: str = "pose"
 ) -> tuple[Float64[np.ndarray, "*B 3"], Float64[np.ndarray, "*B R"]]:
-    """Take transforms apart into (position, rotation). The inverse of `pose_to_transform`."""
+    """Split transforms into (position, rotation). The inverse of `pose_to_transform`."""
     rotation = matrix_to_rotation(transform[..., :3, :3], rotation_format, field=field)
     return transform[..., :3, 3].astype(np.float64), rotation
 
@@ -48,7 +48,7 @@ def invert_transform(
     """Invert rigid transforms: [R^T, -R^T t].
 
     Raises:
-        ValueError: one is not rigid (its bottom row is not 0 0 0 1, or its rotation is none).
+        ValueError: a transform is not rigid (bottom row other than 0 0 0 1, or not a rotation matrix).
     """
     transform = transform.astype(np.float64)
     if not np.array_equal(transform[..., 3, :], np.broadcast_to([0.0, 0.0, 0.0, 1.0], transform.shape[:-1])):
@@ -90,7 +90,7 @@ def relative_pose(
     Returns:
         (position, rotation) relative to the reference, in the same rotation format.
     """
-    # without 4 x 4 transforms: a fifth of the time, and this runs for every window of a dataset
+    # avoiding 4 x 4 transforms takes a fifth of the time, and this runs for every window of a dataset
     R, R_reference = _matrices_of(rotation, reference_rotation, rotation_format, field)
     R_inverse = np.swapaxes(R_reference, -1, -2)
     offset = _finite_position(position, field) - _finite_position(reference_position, f"reference of {field}")
@@ -100,15 +100,15 @@ def relative_pose(
 def _matrices_of(
     rotation: Float[np.ndarray, "*B R"], reference: Float[np.ndarray, "*C R"], rotation_format: str, field: str
 ) -> tuple[Float64[np.ndarray, "*B 3 3"], Float64[np.ndarray, "*C 3 3"]]:
-    """Return the matrices of rotations and of their references; in one call where the two can stand side by side."""
+    """Return the matrices of rotations and their references, in one call if the two can be stacked."""
     if rotation.ndim > 1 and rotation.shape[:-2] == reference.shape[:-2]:
-        # for the few steps of a window, calls cost more than numbers
+        # for the few steps of a window, call overhead exceeds the computation
         num_steps = rotation.shape[-2]
         try:
             both = rotation_to_matrix(np.concatenate([rotation, reference], axis=-2), rotation_format, field=field)
             return both[..., :num_steps, :, :], both[..., num_steps:, :, :]
         except ValueError:
-            pass  # said again below, with the right name
+            pass  # raised again below, with the right name
     R = rotation_to_matrix(rotation, rotation_format, field=field)
     return R, rotation_to_matrix(reference, rotation_format, field=f"reference of {field}")
 
@@ -122,7 +122,7 @@ def absolute_pose(
     rotation_format: str,
     field: str = "pose",
 ) -> tuple[Float64[np.ndarray, "*D 3"], Float64[np.ndarray, "*D R"]]:
-    """Bring relative poses back to the world: the inverse of `relative_pose`."""
+    """Convert relative poses back to the world frame: the inverse of `relative_pose`."""
     R = rotation_to_matrix(rotation, rotation_format, field=field)
     R_reference = rotation_to_matrix(reference_rotation, rotation_format, field=f"reference of {field}")
     turned = (R_reference @ _finite_position(position, field)[..., None])[..., 0]
@@ -133,7 +133,7 @@ def absolute_pose(
 def pose_steps(
     transforms: Float[np.ndarray, "*B T 4 4"], start: Float[np.ndarray, "*B 4 4"]
 ) -> Float64[np.ndarray, "*B T 4 4"]:
-    """Express each pose in the frame of the one before it; the first in the frame of `start`."""
+    """Express each pose in the frame of the previous one, and the first in the frame of `start`."""
     before = np.concatenate([start[..., None, :, :], transforms[..., :-1, :, :]], axis=-3)
     return relative_transform(transforms, before)
 
@@ -152,10 +152,10 @@ def integrate_pose_steps(
 def joint_delta(
     values: Float[np.ndarray, "*B"], reference: Float[np.ndarray, "*C"], *, wraps: bool = False
 ) -> Float64[np.ndarray, "*D"]:
-    """Return values - reference, for joints, grippers or any other plain signal; axes broadcast.
+    """Return values - reference, for joints, grippers or any other scalar signal; axes broadcast.
 
     Args:
-        wraps: the joint turns without end, so the difference is taken the short way round, in [-pi, pi) radians.
+        wraps: the joint rotates continuously, so the difference is wrapped to [-pi, pi) radians.
     """
     delta = values.astype(np.float64) - reference.astype(np.float64)
     return np.remainder(delta + np.pi, 2 * np.pi) - np.pi if wraps else delta
@@ -164,13 +164,13 @@ def joint_delta(
 def joint_from_delta(
     delta: Float[np.ndarray, "*B"], reference: Float[np.ndarray, "*C"], *, wraps: bool = False
 ) -> Float64[np.ndarray, "*D"]:
-    """Return reference + delta: the inverse of `joint_delta` (of a joint that wraps, in [-pi, pi) radians)."""
+    """Return reference + delta, the inverse of `joint_delta` (for a joint that wraps, in [-pi, pi) radians)."""
     values = reference.astype(np.float64) + delta.astype(np.float64)
     return np.remainder(values + np.pi, 2 * np.pi) - np.pi if wraps else values
 
 
 def gripper_delta(values: Float[np.ndarray, "*B"], reference: Float[np.ndarray, "*C"]) -> Float64[np.ndarray, "*D"]:
-    """Return how far a gripper opens (its own unit and sign) beyond the reference."""
+    """Return how far a gripper opens beyond the reference, in its own unit and sign."""
     return joint_delta(values, reference)
 
 

@@ -1,6 +1,6 @@
-"""Rotations in every form that robot data uses, to and from matrices: batched, float64, conventions explicit.
+"""Convert the rotation formats of robot data to and from matrices: batched, float64, with explicit conventions.
 
-A matrix R acts on column vectors: v_world = R v_body. Formats, as a config names them:
+A matrix R acts on column vectors: v_world = R v_body. The formats, as named in a config:
 
 | format            | width  | meaning                                                                            |
 |-------------------|--------|------------------------------------------------------------------------------------|
@@ -12,7 +12,7 @@ A matrix R acts on column vectors: v_world = R v_body. Formats, as a config name
 | euler_<order>     | 3      | radians; `xyz` about fixed axes (R = Rz Ry Rx), `XYZ` about moving ones (R = Rx Ry Rz) |
 | matrix            | 9      | R, row by row                                                                      |
 
-What is not a rotation (a zero quaternion, parallel 6D vectors, NaN) is a ValueError that names the field and the index.
+A value that is not a rotation (zero quaternion, parallel 6D vectors, NaN) raises a ValueError with the field and index.
 """
 
 import itertools
@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float, Float64
 
 from vla_foundry.registry import unknown_name_message
 
-# below this sine of the angle between the two vectors of a 6D rotation they count as parallel
+# the two vectors of a 6D rotation count as parallel if the sine of their angle is below this
 _PARALLEL_LIMIT = 1e-7
-# largest deviation of R R^T from the identity that is taken for rounding (float32 data)
+# largest deviation of R R^T from the identity that counts as rounding error (float32 data)
 _ORTHONORMAL_LIMIT = 1e-4
 
-# axes that follow each axis, in the order of a cross product
+# the next two axes after each axis, for the cross product
 _NEXT, _AFTER = [1, 2, 0], [2, 0, 1]
 
 _EULER_ORDERS = tuple(
@@ -62,10 +62,10 @@ def rotation_width(rotation_format: str) -> int:
 def rotation_to_matrix(
     values: Float[np.ndarray, "*B R"], rotation_format: str, *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3 3"]:
-    """Turn rotations of any format into matrices.
+    """Convert rotations of any format to matrices.
 
     Args:
-        field: what the values are, for messages.
+        field: name of the values, for messages.
 
     Raises:
         ValueError: unknown format, wrong width, or a value that is not a rotation.
@@ -90,7 +90,7 @@ def rotation_to_matrix(
 def matrix_to_rotation(
     matrix: Float[np.ndarray, "*B 3 3"], rotation_format: str, *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B R"]:
-    """Turn matrices into rotations of any format. The inverse of `rotation_to_matrix`.
+    """Convert matrices to rotations of any format. The inverse of `rotation_to_matrix`.
 
     Raises:
         ValueError: unknown format, or a matrix that is not a rotation.
@@ -111,17 +111,17 @@ def matrix_to_rotation(
 def matrix_from_rot_6d(
     values: Float[np.ndarray, "*B 6"], convention: Literal["rows", "columns"], *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3 3"]:
-    """Orthonormalize (Gram-Schmidt): the first keeps its direction, the second the plane, the third is their cross.
+    """Orthonormalize by Gram-Schmidt: keep the first vector's direction and the plane; the third is the cross product.
 
-    The vectors' lengths do not matter, so a network's output may be given.
+    The lengths of the vectors do not matter, so network outputs are accepted.
 
     Raises:
-        ValueError: a vector is zero or the two are parallel.
+        ValueError: a vector is zero, or the two are parallel.
     """
     pairs = _finite(values, field).reshape(*values.shape[:-1], 2, 3)
     length = np.sqrt(_dot(pairs, pairs))
     if not (length > 1e-100).all() or not (length < 1e100).all():
-        # divided by the largest entry first: the square of 1e-200 is zero
+        # divide by the largest entry first, because the square of 1e-200 underflows to zero
         largest = np.abs(pairs).max(axis=-1, keepdims=True)
         _fail_where(np.any(largest[..., 0] == 0, axis=-1), field, "a vector of the 6D rotation is zero")
         pairs = pairs / largest
@@ -132,12 +132,12 @@ def matrix_from_rot_6d(
     length = np.sqrt(_dot(second, second))
     _fail_where(length < _PARALLEL_LIMIT, field, "the two vectors of the 6D rotation are parallel")
     second = second / length[..., None]
-    # once more, because nearly parallel vectors leave a residue after one pass
+    # repeat, because nearly parallel vectors leave a residual after one pass
     second = second - _dot(first, second)[..., None] * first
     second = second / np.sqrt(_dot(second, second))[..., None]
     rows = np.empty((*values.shape[:-1], 3, 3))
     rows[..., 0, :], rows[..., 1, :] = first, second
-    # their cross product; numpy.cross takes five times as long for the few rows of a window
+    # the cross product; numpy.cross takes five times as long for the few rows of a window
     rows[..., 2, :] = first[..., _NEXT] * second[..., _AFTER] - first[..., _AFTER] * second[..., _NEXT]
     return rows if convention == "rows" else np.swapaxes(rows, -1, -2)
 
@@ -153,7 +153,7 @@ def rot_6d_from_matrix(
 def matrix_from_quaternion(
     values: Float[np.ndarray, "*B 4"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3 3"]:
-    """Turn quaternions of any length but zero into matrices.
+    """Convert quaternions of any nonzero norm to matrices.
 
     Raises:
         ValueError: a quaternion is zero.
@@ -175,14 +175,14 @@ def matrix_from_quaternion(
 def quaternion_from_matrix(
     matrix: Float[np.ndarray, "*B 3 3"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 4"]:
-    """Turn matrices into unit quaternions with w >= 0.
+    """Convert matrices to unit quaternions with w >= 0.
 
-    Of the four ways to divide (Shepperd 1978) each matrix takes the one with the largest divisor.
+    Of the four possible divisions (Shepperd 1978), each matrix uses the one with the largest divisor.
     """
     R = matrix.astype(np.float64)
     check_rotation_matrix(R, field=field)
     a, b, c = R[..., 0, 0], R[..., 1, 1], R[..., 2, 2]
-    # 4 q q^T, from which any row is q times 4 q_i
+    # 4 q q^T: row i is 4 q_i times q
     outer = np.stack(
         [
             np.stack(
@@ -214,7 +214,7 @@ def quaternion_from_matrix(
 def matrix_from_axis_angle(
     values: Float[np.ndarray, "*B 3"], *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3 3"]:
-    """Turn axis times angle (radians) into matrices; zero is the identity."""
+    """Convert axis times angle (radians) to matrices; zero gives the identity."""
     vector = _finite(values, field)
     half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
     # sin(half) / (2 half), smooth at zero
@@ -225,7 +225,7 @@ def matrix_from_axis_angle(
 def axis_angle_from_matrix(
     matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3"]:
-    """Turn matrices into axis times angle, the angle in [0, pi] radians."""
+    """Convert matrices to axis times angle, with the angle in [0, pi] radians."""
     quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
     sine = np.linalg.norm(quaternion[..., :3], axis=-1, keepdims=True)
     angle = 2 * np.arctan2(sine, quaternion[..., 3:])
@@ -236,10 +236,10 @@ def axis_angle_from_matrix(
 def matrix_from_euler(
     angles: Float[np.ndarray, "*B 3"], order: str, *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3 3"]:
-    """Turn Euler angles (radians) into matrices.
+    """Convert Euler angles (radians) to matrices.
 
     Args:
-        order: axes in the order in which they are turned about; lower case: fixed axes, upper case: moving axes.
+        order: axes in order of rotation; lower case: fixed (extrinsic) axes, upper case: moving (intrinsic) axes.
     """
     rotation_width(f"euler_{order}")
     values = _finite(angles, field)
@@ -253,9 +253,9 @@ def matrix_from_euler(
 def euler_from_matrix(
     matrix: Float[np.ndarray, "*B 3 3"], order: str, *, field: str = "rotation"
 ) -> Float64[np.ndarray, "*B 3"]:
-    """Turn matrices into Euler angles; where two axes fall together (gimbal lock) the third angle is zero.
+    """Convert matrices to Euler angles; in gimbal lock, where two axes coincide, the third angle is zero.
 
-    By way of quaternions (Bernardes and Viollet 2022, doi:10.1371/journal.pone.0276302).
+    Computed from quaternions (Bernardes and Viollet 2022, doi:10.1371/journal.pone.0276302).
     """
     rotation_width(f"euler_{order}")
     quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
@@ -270,7 +270,7 @@ def euler_from_matrix(
     middle = 2 * np.arctan2(np.hypot(c, d), np.hypot(a, b))
     half_sum, half_difference = np.arctan2(b, a), np.arctan2(d, c)
     first, last = half_sum - half_difference, half_sum + half_difference
-    # gimbal lock: only the sum or the difference is known; all of it goes to the angle that is turned first
+    # gimbal lock: only the sum or difference is determined; assign all of it to the first rotation
     near_zero, near_pi = middle < 1e-9, np.pi - middle < 1e-9
     first = np.where(near_zero, 2 * half_sum, np.where(near_pi, -2 * half_difference, first))
     last = np.where(near_zero | near_pi, 0.0, last)
@@ -282,7 +282,7 @@ def euler_from_matrix(
 
 
 def rotation_angle(matrix: Float[np.ndarray, "*B 3 3"]) -> Float64[np.ndarray, "*B"]:
-    """Return how far each rotation turns, in [0, pi] radians."""
+    """Return the angle of each rotation, in [0, pi] radians."""
     return np.asarray(np.linalg.norm(axis_angle_from_matrix(matrix), axis=-1))
 
 
@@ -290,11 +290,11 @@ def check_rotation_matrix(matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "
     """Check that each matrix is a rotation to the precision of float32.
 
     Raises:
-        ValueError: one is not orthonormal, mirrors, or holds NaN.
+        ValueError: a matrix is not orthonormal, is a reflection, or holds NaN.
     """
     deviation = np.abs(matrix @ np.swapaxes(matrix, -1, -2) - np.eye(3)).max(axis=(-1, -2))
     mirrors = np.sum(np.cross(matrix[..., 0, :], matrix[..., 1, :]) * matrix[..., 2, :], axis=-1) < 0
-    # written so that NaN fails too
+    # negated comparison, so that NaN fails too
     _fail_where(~(deviation < _ORTHONORMAL_LIMIT) | mirrors, field, "the matrix is not a rotation")
 
 
@@ -324,6 +324,6 @@ def _fail_where(bad: "Bool[np.ndarray, '*B'] | np.bool_", field: str, reason: st
 
 
 def first_index(bad: "Bool[np.ndarray, '*B'] | np.bool_") -> str:
-    """Say where the first True is, for a message: ' at index 3, 1', or nothing for a scalar."""
+    """Return the position of the first True, for a message: ' at index 3, 1', or '' for a scalar."""
     index = [str(i) for i in np.argwhere(bad)[0]]
     return f" at index {', '.join(index)}" if index else ""

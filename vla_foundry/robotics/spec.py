@@ -7,8 +7,8 @@
                        "rotation": null, "role": "action", "gripper": null, "is_discrete": false}},
      "pose_groups": [{"name", "position_key", "rotation_key", "rotation_format", ...}], "language_types": ["original"]}
 
-`fields` are those that windows hold: the stored ones, and the `_relative` ones that pose groups give. `original_size`
-is null where episodes differ. A training config, statistics and a checkpoint are checked against this.
+`fields` lists the fields of a window: the stored ones, and the `_relative` ones computed from pose groups.
+`original_size` is null if episodes differ. Training configs, statistics and checkpoints are checked against the spec.
 """
 
 import io
@@ -28,9 +28,9 @@ from vla_foundry.storage.uri import is_remote, join_uri, open_input, parent_uri,
 
 SPEC_NAME = "robotics.json"
 SPEC_VERSION = 1
-# kinds of instructions that published datasets may have
+# instruction types that published datasets may have
 PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
-# of a remote shard, read to find its first sample
+# bytes of a remote shard to read to find its first sample
 _FIRST_BYTES = 16 << 20
 _POSITION, _ROTATION = "__xyz", "__rot_6d"
 
@@ -41,7 +41,7 @@ Role = Literal["observation", "action"]
 
 @dataclass(frozen=True, kw_only=True)
 class GripperRange:
-    """The values of a gripper's two ends, in the field's unit; their order is its sign."""
+    """The values of a closed and an open gripper, in the field's unit; their order gives the sign."""
 
     open: float
     closed: float
@@ -55,23 +55,23 @@ class FieldDescription:
     shape: tuple[int]
     # float32 or float64
     dtype: str = "float32"
-    # of every column (m, rad, N, ...); None: mixed, or not known
+    # unit of every column (m, rad, N, ...); None: mixed or unknown
     unit: str | None = None
-    # frame that poses are given in (world, base, ...); None: not known, or no pose
+    # frame of poses (world, base, ...); None: unknown, or not a pose
     frame: str | None = None
-    # absolute; relative to the reference pose at the anchor; delta: change from the step before
+    # absolute; relative: to the reference pose at the anchor; delta: change from the previous step
     representation: Representation = "absolute"
-    # how rotations are written (robotics/rotations.py); None: the field is no rotation
+    # rotation format (robotics/rotations.py); None: the field is not a rotation
     rotation: str | None = None
     role: Role = "observation"
-    # of a gripper field; None: it is none, or its range is not known
+    # range of a gripper field; None: not a gripper, or unknown
     gripper: GripperRange | None = None
-    # True for switches, counters and ids: values between two of them mean nothing
+    # True for switches, counters and ids, which cannot be interpolated
     is_discrete: bool = False
 
     @property
     def width(self) -> int:
-        """Columns (C)."""
+        """Number of columns (C)."""
         return self.shape[0]
 
 
@@ -81,37 +81,37 @@ class CameraDescription:
 
     # (W, H) as stored
     size: tuple[int, int]
-    # (W, H) as recorded; None: it differs between episodes
+    # (W, H) as recorded; None: differs between episodes
     original_size: tuple[int, int] | None
-    # 16 bits of millimetres, PNG; else RGB, JPEG
+    # True: 16-bit PNG in millimetres; False: RGB JPEG
     is_depth: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """What a robotics dataset holds; see the module."""
+    """The spec of a robotics dataset; see the module docstring."""
 
     layout: Layout
-    # frames a second; None: not known (published datasets do not say)
+    # frames per second; None: unknown (published datasets do not state it)
     fps: float | None
-    # the window of preprocessing: what statistics are of, and all that the layout "samples" holds
+    # the preprocessing window: the statistics cover it, and the layout "samples" stores only it
     past_lowdim_steps: int
     future_lowdim_steps: int
-    # frames of the images from the anchor, in the layout "samples"; a suggestion in the layout "episodes"
+    # frame offsets of the images from the anchor: fixed in the layout "samples", a suggestion in "episodes"
     image_indices: tuple[int, ...]
     padding_strategy: str
-    # in the order of the dataset
+    # in dataset order
     cameras: dict[str, CameraDescription]
     fields: dict[str, FieldDescription]
     pose_groups: tuple[PoseGroup, ...] = ()
-    # kinds of instructions that some episode has
+    # instruction types that occur in at least one episode
     language_types: tuple[str, ...] = ()
 
 
 class NamedSpec(NamedTuple):
-    """A spec, and what the user knows its owner as."""
+    """A spec, and the name by which the user knows its owner."""
 
-    # a manifest, or the folder of a run
+    # a manifest or a run folder
     name: str
     spec: DatasetSpec
 
@@ -132,7 +132,7 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
         origin: where the text comes from, for messages.
 
     Raises:
-        ValueError: it is no such spec, or of another version; the key is named.
+        ValueError: the text is not a spec or has another version; the message names the key.
     """
     try:
         values = json.loads(text)
@@ -193,11 +193,11 @@ def _choice(value: Any, choices: Any, what: str) -> Any:
 
 
 def read_spec(manifest: str) -> DatasetSpec:
-    """Return the spec of a dataset, by its manifest.
+    """Return the spec of the dataset that a manifest belongs to.
 
     Raises:
-        FileNotFoundError: it has neither a spec nor a published preprocessing_config.yaml.
-        ValueError: one of them is not what it should be.
+        FileNotFoundError: the dataset has neither a spec nor a published preprocessing_config.yaml.
+        ValueError: one of these is malformed.
     """
     folder = parent_uri(manifest)
     location = join_uri(folder, SPEC_NAME)
@@ -208,9 +208,9 @@ def read_spec(manifest: str) -> DatasetSpec:
     return parse_spec(text, location)
 
 
-@lru_cache(maxsize=64)  # it is asked for when params are resolved, and again by each loader
+@lru_cache(maxsize=64)  # needed when params are resolved, and again by each loader
 def _describe_published(folder: str, manifest: str) -> DatasetSpec:
-    from vla_foundry.storage.npz import NpzFile  # lazily, so that params import this file without numpy
+    from vla_foundry.storage.npz import NpzFile  # lazy, so that params can import this file without numpy
 
     location = join_uri(folder, PREPROCESSING_CONFIG_NAME)
     try:
@@ -250,7 +250,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
 
 
 def describe_published_field(name: str, width: int) -> FieldDescription:
-    """What a field of published data means, by its name alone."""
+    """Describe a field of published data from its name alone."""
     return FieldDescription(
         shape=(width,),
         representation="relative" if is_relative_field(name) else "absolute",
@@ -270,7 +270,7 @@ def _describe_cameras(metadata: Mapping[str, Any], size: list[int] | None) -> di
 
 
 def find_published_pose_groups(fields: Mapping[str, FieldDescription]) -> tuple[PoseGroup, ...]:
-    """The poses that published fields make together, by their names."""
+    """Return the pose groups that published fields form, judging by their names."""
     stems = [name.removesuffix(_POSITION) for name in fields if name.endswith(_POSITION)]
     return tuple(
         PoseGroup(name=stem, position_key=stem + _POSITION, rotation_key=stem + _ROTATION)
@@ -280,7 +280,7 @@ def find_published_pose_groups(fields: Mapping[str, FieldDescription]) -> tuple[
 
 
 def _read_first_sample(shard: str) -> dict[str, bytes]:
-    """Return the members of a shard's first sample that are no images, by their suffixes."""
+    """Return {suffix: content} of the members of a shard's first sample that are not images."""
     wanted = ("metadata.json", "lowdim.npz")
     found: dict[str, bytes] = {}
     source = io.BytesIO(read_range(shard, 0, _FIRST_BYTES)) if is_remote(shard) else open_input(shard)

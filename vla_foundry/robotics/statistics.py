@@ -1,11 +1,11 @@
-"""Statistics of fields: count, mean, std, min, max and percentiles, per time step of a window and over all of it.
+"""Compute field statistics (count, mean, std, min, max, percentiles), per step and over the whole window.
 
-Workers accumulate what they see (accumulator.py); finished statistics merge in any order and grouping
-(`merge_statistics`). Moments are float64; percentiles come from a sketch (tdigest.py), exact while it is small. Padded
-steps do not count. Given the same parts in the same order the result is the same to the last bit.
+Workers accumulate statistics (accumulator.py), which can be merged in any order and grouping (`merge_statistics`).
+Moments are float64. Percentiles come from a sketch (tdigest.py) that is exact while small. Padded steps do not count.
+The same parts in the same order give a bit-identical result.
 
-Conventions, those of the published stats.json: std_per_timestep divides by n - 1 (0 where n <= 1); the global mean is
-the mean over all valid steps, the global std is sqrt(E_t[std_t^2] + Var_t[mean_t]) with the counts as weights.
+The conventions are those of the published stats.json: std_per_timestep divides by n - 1 (0 where n <= 1); the global
+mean is the mean over all valid steps; the global std is sqrt(E_t[std_t^2] + Var_t[mean_t]), weighted by the counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from vla_foundry.robotics.tdigest import (
 
 PERCENTILES = (1, 2, 5, 95, 98, 99)
 
-# parts that are merged at once: more cost memory, fewer cost time
+# parts to merge at once: more cost memory, fewer cost time
 MERGE_WIDTH = 8
 
 
@@ -34,9 +34,9 @@ MERGE_WIDTH = 8
 class FieldStatistics:
     """Statistics of one field of C columns over windows of T steps."""
 
-    # step of the window that is the anchor; None where a foreign file does not say
+    # index of the anchor step; None if a foreign file does not state it
     anchor_index: int | None
-    # (T,) values that counted at each step; not whole where datasets were weighted
+    # (T,) number of values at each step; fractional if datasets were weighted
     count: np.ndarray
     # (T, C); 0 where the count is 0
     mean_per_timestep: np.ndarray
@@ -45,9 +45,9 @@ class FieldStatistics:
     # (T, C) extremes; +inf and -inf where the count is 0
     lowest: np.ndarray
     highest: np.ndarray
-    # distributions, T * C cells, step by step; None where a foreign file holds none
+    # distributions of T * C cells, step by step; None if a foreign file holds none
     sketch: Sketch | None
-    # {percentile: (C,)} and {percentile: (T, C)} as read from a file; None: taken from the sketch
+    # {percentile: (C,)} and {percentile: (T, C)} read from a file; None: computed from the sketch
     known_percentiles: dict[int, np.ndarray] | None = None
     known_percentiles_per_timestep: dict[int, np.ndarray] | None = None
     # shape of the sketch
@@ -92,12 +92,12 @@ class FieldStatistics:
 
     @property
     def min(self) -> Float64[np.ndarray, " C"]:
-        """Smallest value over all valid steps; 0 if there are none."""
+        """Smallest value over all valid steps; 0 if no step is valid."""
         return self.lowest.min(axis=0) if self.count.any() else np.zeros(self.width)
 
     @property
     def max(self) -> Float64[np.ndarray, " C"]:
-        """Largest value over all valid steps; 0 if there are none."""
+        """Largest value over all valid steps; 0 if no step is valid."""
         return self.highest.max(axis=0) if self.count.any() else np.zeros(self.width)
 
     @cached_property
@@ -105,7 +105,7 @@ class FieldStatistics:
         """{percentile: (C,)} over all valid steps.
 
         Raises:
-            ValueError: neither percentiles nor a sketch are known.
+            ValueError: neither percentiles nor a sketch is available.
         """
         if self.known_percentiles is not None:
             return self.known_percentiles
@@ -117,7 +117,7 @@ class FieldStatistics:
         """{percentile: (T, C)}.
 
         Raises:
-            ValueError: neither percentiles nor a sketch are known.
+            ValueError: neither percentiles nor a sketch is available.
         """
         if self.known_percentiles_per_timestep is not None:
             return self.known_percentiles_per_timestep
@@ -154,16 +154,17 @@ _FRACTIONS = np.array(PERCENTILES) / 100
 def merge_statistics(
     datasets: Sequence[Mapping[str, FieldStatistics]], *, shares: Sequence[float] | None = None
 ) -> dict[str, FieldStatistics]:
-    """Merge the statistics of several datasets, field by field; a field need not be in all of them.
+    """Merge the statistics of several datasets, field by field; a field may be missing from some of them.
 
-    Steps are aligned by their anchors, so windows may differ; steps that only some have are kept.
+    Steps are aligned by their anchors, so windows may differ; steps that only some datasets have are kept.
 
     Args:
-        shares: None: every window counts the same. Else each dataset's windows count such that it has this share, as in
-            a training mixture; the counts of the result are then not whole.
+        shares: None: every window has the same weight. Otherwise each dataset's windows are weighted to give it this
+            share, as in a training mixture; the counts of the result are then fractional.
 
     Raises:
-        ValueError: a field's widths or anchors contradict each other, or shares are not positive; the field is named.
+        ValueError: a field's widths or anchors contradict each other (the message names the field), or a share is not
+            positive.
     """
     if shares is not None and (len(shares) != len(datasets) or not all(share > 0 for share in shares)):
         raise ValueError(f"shares {list(shares)} must be {len(datasets)} positive numbers, one per dataset.")
@@ -181,7 +182,7 @@ def merge_statistics(
 
 
 def _weight_parts(parts: Sequence[FieldStatistics], shares: Sequence[float]) -> list[FieldStatistics]:
-    # the step with most values: windows of the dataset that hold this field
+    # the largest count of any step: the number of the dataset's windows with this field
     windows = [float(part.count.max(initial=0)) for part in parts]
     total_share = sum(share for share, count in zip(shares, windows, strict=True) if count)
     weighted = []
@@ -199,13 +200,13 @@ def _weight_parts(parts: Sequence[FieldStatistics], shares: Sequence[float]) -> 
 
 
 def merge_field_statistics(parts: Sequence[FieldStatistics]) -> FieldStatistics:
-    """Merge statistics of one field, at least one part; moments exactly (Chan et al. 1983), percentiles by sketch.
+    """Merge one or more statistics of a field: moments exactly (Chan et al. 1983), percentiles by sketch.
 
     Raises:
-        ValueError: widths differ, or windows of different length whose anchors are not known.
+        ValueError: widths differ, or window lengths differ and an anchor is unknown.
     """
     merged = list(parts)
-    # in rounds of a few: a merge of all at once would hold all their sketches side by side
+    # merge a few at a time: merging all at once would hold all their sketches in memory
     while len(merged) > 1:
         merged = [_merge_few(merged[i : i + MERGE_WIDTH]) for i in range(0, len(merged), MERGE_WIDTH)]
     return merged[0]
@@ -220,7 +221,7 @@ def _merge_few(parts: Sequence[FieldStatistics]) -> FieldStatistics:
     means = np.stack([part.mean_per_timestep for part in aligned])  # (k, T, C)
     total = counts.sum(axis=0)
     safe = np.maximum(total, 1e-300)
-    # around one part's mean, so that a large offset costs no precision
+    # relative to one part's mean, so that a large offset costs no precision
     origin = np.take_along_axis(means, np.argmax(counts, axis=0)[None], axis=0)[0]
     mean = np.where(total > 0, origin + (counts * (means - origin)).sum(axis=0) / safe, 0.0)
     m2 = np.stack([part.m2_per_timestep for part in aligned]) + counts * np.square(means - mean)
@@ -233,7 +234,7 @@ def _merge_few(parts: Sequence[FieldStatistics]) -> FieldStatistics:
         m2_per_timestep=m2.sum(axis=0),
         lowest=np.minimum.reduce([part.lowest for part in aligned]),
         highest=np.maximum.reduce([part.highest for part in aligned]),
-        # percentiles of only some of the parts would be wrong without a sign of it
+        # percentiles of only some of the parts would be silently wrong
         sketch=merge_sketches(sketches, compression=compression, max_exact=max_exact)
         if len(sketches) == len(parts)
         else None,
@@ -243,7 +244,7 @@ def _merge_few(parts: Sequence[FieldStatistics]) -> FieldStatistics:
 
 
 def _align(parts: Sequence[FieldStatistics]) -> list[FieldStatistics]:
-    """Bring all parts to the window that holds all their steps, anchors upon each other."""
+    """Extend all parts to a common window that covers all their steps, with anchors aligned."""
     widths = sorted({part.width for part in parts})
     if len(widths) > 1:
         raise ValueError(f"it has {' and '.join(map(str, widths))} columns in different datasets.")

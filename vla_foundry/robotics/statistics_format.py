@@ -1,4 +1,4 @@
-"""The stats.json of a dataset: reads every published form, writes a superset of the newest one.
+"""Read every published form of stats.json, and write a superset of the newest one.
 
     {field: {"mean": [C], "std", "min", "max": [C], "percentile_1", ... "percentile_99": [C],
              "mean_per_timestep": [T][C], ..., "percentile_99_per_timestep": [T][C],
@@ -8,8 +8,8 @@
              "buffers": {"indices": [[t, c], ...], "data": [[values], ...]},
              "digests": {"indices": [[t, c], ...], "means": [[...], ...], "weights": [[...], ...]}}
 
-Every cell stands either in buffers (all its values) or in digests. Older states are keyed by the text of the index
-("(0, 1)") or hold one array `buffer`. Numbers are always finite: where a count is 0 the others are 0.
+Every cell is either in buffers (all its values) or in digests. Older states use the index as a string key ("(0, 1)") or
+hold one array `buffer`. Numbers are always finite: where a count is 0, all other values are 0.
 """
 
 import ast
@@ -24,7 +24,7 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.statistics import PERCENTILES, FieldStatistics
 from vla_foundry.robotics.tdigest import Sketch, compress_sketch
 
-# cells of no more values than this are written value by value
+# cells with at most this many values are written value by value
 _MAX_BUFFER = 1000
 
 
@@ -35,12 +35,12 @@ def parse_statistics(
 
     Args:
         origin: where the text comes from, for messages.
-        anchor_index: step of the windows that is the anchor, for files that do not say (published ones: the
+        anchor_index: index of the anchor step, for files that do not state it (for published files, the
             past_lowdim_steps of the preprocessing_config.yaml beside them).
-        fields: read only these (a large file then takes a fraction of the time); None: all.
+        fields: read only these fields, which is much faster for a large file; None: all.
 
     Raises:
-        ValueError: the text is no statistics, a field is missing, or its values contradict each other.
+        ValueError: the text is not a stats.json, a field is missing, or its values contradict each other.
     """
     try:
         values = json.loads(text)
@@ -80,7 +80,7 @@ def _parse_field(value: Mapping[str, Any], anchor_index: int | None) -> FieldSta
     is_empty = (count == 0)[:, None]
 
     def read(key: str, empty: float) -> Float64[np.ndarray, "T C"]:
-        # a std of windows with one value is written as one 0
+        # the std of windows with one value is written as a single 0
         array = np.broadcast_to(np.array(value[key + suffix], dtype=np.float64), mean.shape)
         array = np.where(is_empty, empty, array)
         if not np.isfinite(array[count > 0]).all():
@@ -130,7 +130,7 @@ def _parse_state(state: Mapping[str, Any], count: Float[np.ndarray, " T"], shape
     total = all_weights.sum(axis=1)
     if ((total == 0) & (expected > 0)).any():
         return None
-    # a digest that was fed with a part of the data stands for all of it
+    # a digest of part of the data represents all of it
     is_other = (total != expected) & (total > 0)
     all_weights[is_other] *= (expected[is_other] / total[is_other])[:, None]
     return Sketch(all_means, all_weights)
@@ -151,7 +151,7 @@ def _buffers(state: Mapping[str, Any], shape: tuple[int, int]) -> Iterable[tuple
     elif buffers:
         yield from ((ast.literal_eval(key), data) for key, data in buffers.items())
     elif state.get("buffer") is not None:
-        # one array for all cells, filled up to each cell's count; the values along its last or its first axis
+        # one array for all cells, filled up to each cell's count, with the values along the last or first axis
         buffer = np.array(state["buffer"], dtype=np.float64)
         own_shape = tuple(state.get("shape", shape))
         if buffer.shape[:-1] != own_shape:
@@ -172,9 +172,9 @@ def _digests(state: Mapping[str, Any]) -> Iterable[tuple[Any, Any, Any]]:
 
 
 def format_statistics(statistics: Mapping[str, FieldStatistics]) -> str:
-    """Write the text of a stats.json: one line a field, in alphabetical order, the same bytes for the same values.
+    """Write the text of a stats.json: one line per field, alphabetical, the same bytes for the same values.
 
-    Statistics that came without digests are written without (their percentiles too, if they had none).
+    Digests and percentiles are omitted for statistics that were read without them.
     """
     lines = (
         f"{json.dumps(name)}: {json.dumps(_field_values(statistics[name]), allow_nan=False)}"
@@ -224,7 +224,7 @@ def _format_state(sketch: Sketch, field: FieldStatistics, shape: tuple[int, ...]
             buffers["data"].append(means.tolist())
         else:
             digests["indices"].append(list(index))
-            # nine digits tell any two float32 apart
+            # nine digits distinguish any two float32 values
             digests["means"].append([float(f"{mean:.9g}") for mean in means])
             digests["weights"].append(_plain_numbers(weights))
     return {
@@ -238,7 +238,7 @@ def _format_state(sketch: Sketch, field: FieldStatistics, shape: tuple[int, ...]
 
 
 def _plain_numbers(values: Float[np.ndarray, " N"]) -> list[int | float]:
-    # whole numbers without a point, as the published readers expect them
+    # integers without a decimal point, as published readers expect
     return [int(value) if value == int(value) else float(f"{value:.9g}") for value in values.tolist()]
 
 
@@ -246,7 +246,7 @@ _ARRAYS = ("count", "mean_per_timestep", "m2_per_timestep", "lowest", "highest")
 
 
 def pack_statistics(statistics: Mapping[str, FieldStatistics]) -> dict[str, np.ndarray]:
-    """Turn statistics into plain arrays (for an .npz): quick and exact, to be merged later. See `unpack_statistics`."""
+    """Pack statistics into plain arrays for an .npz, fast and exactly, to be merged later. See `unpack_statistics`."""
     arrays = {}
     for name, field in statistics.items():
         anchor_index = -1 if field.anchor_index is None else field.anchor_index
@@ -258,7 +258,7 @@ def pack_statistics(statistics: Mapping[str, FieldStatistics]) -> dict[str, np.n
 
 
 def unpack_statistics(arrays: Mapping[str, np.ndarray]) -> dict[str, FieldStatistics]:
-    """Read what `pack_statistics` made."""
+    """Read the output of `pack_statistics`."""
     result = {}
     for name in sorted(key.removesuffix("|shape") for key in arrays if key.endswith("|shape")):
         anchor_index, compression, max_exact = (int(value) for value in arrays[f"{name}|shape"])

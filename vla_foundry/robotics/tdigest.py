@@ -94,7 +94,7 @@ def sketch_sorted(
     num_cells, count = values.shape
     if count <= max_exact:
         return Sketch(values.astype(np.float64), np.ones((num_cells, count)))
-    # all cells have the same ranks, so they share one division into groups
+    # all cells have the same ranks, so they share one grouping
     groups = _group_numbers(np.arange(1.0, count + 1)[None], np.array([float(count)]), compression)[0]
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     sizes = np.diff(starts, append=count).astype(np.float64)
@@ -105,7 +105,7 @@ def sketch_sorted(
 def merge_sketches(
     sketches: Sequence[Sketch], *, compression: int = DEFAULT_COMPRESSION, max_exact: int = DEFAULT_MAX_EXACT
 ) -> Sketch:
-    """Merge sketches of the same cells; a cell that stays within `max_exact` values stays exact."""
+    """Merge sketches of the same cells; cells with at most `max_exact` values stay exact."""
     means = np.concatenate([sketch.means for sketch in sketches], axis=1)
     weights = np.concatenate([sketch.weights for sketch in sketches], axis=1)
     return compress_sketch(Sketch(means, weights), compression=compression, max_exact=max_exact)
@@ -127,20 +127,20 @@ def compress_sketch(
 ) -> Sketch:
     """Sort the centroids of each cell and combine them, in cells of more than `max_exact` values.
 
-    A cell's values are combined only with neighbours that lie within the same unit of k; a centroid that reaches over
-    the border of two units stays alone. So none grows beyond one unit, and there are at most two per unit.
+    Values are combined only with neighbours within the same unit of k; a centroid that crosses the border between two
+    units stays separate. So no centroid grows beyond one unit, and there are at most two per unit.
     """
     if sketch.means.shape[1] == 0:
         return sketch
     if (sketch.weights <= 1).all() and (sketch.weights == np.isfinite(sketch.means)).all():
         return _sketch_values(sketch, compression, max_exact)
-    # stable: the parts are sorted runs, which this sort merges in one pass
+    # the parts are sorted runs, which a stable sort merges in one pass
     order = np.argsort(sketch.means, axis=1, kind="stable")
     means = np.take_along_axis(sketch.means, order, axis=1)
     weights = np.take_along_axis(sketch.weights, order, axis=1)
     used = weights > 0
     width = int(used.sum(axis=1).max(initial=0))
-    # unused places have mean inf, so they come last
+    # unused slots have mean inf, so they sort last
     means, weights, used = means[:, :width], weights[:, :width], used[:, :width]
     counts = weights.sum(axis=1)
     is_exact = (counts <= max_exact) & (weights <= 1).all(axis=1)
@@ -149,13 +149,13 @@ def compress_sketch(
     groups = _group_numbers(np.cumsum(weights, axis=1), counts, compression)
     groups[is_exact] = np.arange(width)
     is_first = np.diff(groups, axis=1, prepend=-1) > 0
-    # an unused place joins the group before it, with weight 0
+    # an unused slot joins the group before it, with weight 0
     ranks = np.maximum(np.cumsum(is_first & used, axis=1) - 1, 0)
     return _combine(means, weights, ranks)
 
 
 def _sketch_values(sketch: Sketch, compression: int, max_exact: int) -> Sketch:
-    """Compress cells whose weights are all 1, which takes a third of the time."""
+    """Compress cells whose weights are all 1, in a third of the time of `compress_sketch`."""
     values, counts = np.sort(sketch.means, axis=1), sketch.counts.astype(np.int64)
     parts = []
     # few: the columns of a time step have the same count
@@ -166,7 +166,7 @@ def _sketch_values(sketch: Sketch, compression: int, max_exact: int) -> Sketch:
 
 
 def place_cells(parts: Sequence[tuple[Int[np.ndarray, " _"], Sketch]], num_cells: int) -> Sketch:
-    """Put sketches of some cells each, [(cells, sketch)], into one of `num_cells`; other cells stay empty."""
+    """Combine sketches of some cells each, [(cells, sketch)], into one with `num_cells`; other cells stay empty."""
     size = max((sketch.means.shape[1] for _, sketch in parts), default=0)
     means, weights = np.full((num_cells, size), np.inf), np.zeros((num_cells, size))
     for cells, sketch in parts:
@@ -192,10 +192,10 @@ def _combine(
 def _group_numbers(
     ends: Float[np.ndarray, "K M"], counts: Float[np.ndarray, " K"], compression: int
 ) -> Int[np.ndarray, "K M"]:
-    """Number each centroid by the unit of k that holds it (even) or by the border that it reaches over (odd).
+    """Number each centroid by the unit of k that contains it (even) or the border that it crosses (odd).
 
     Args:
-        ends: values up to the end of each centroid; it starts where the one before ends.
+        ends: cumulative number of values at the end of each centroid; each starts where the previous one ends.
     """
     bins = compression // 2
     q = np.minimum(ends / np.maximum(counts, 1e-300)[:, None], 1.0)

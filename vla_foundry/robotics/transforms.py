@@ -1,14 +1,14 @@
-"""Transforms between the fields of a window and a model's numbers; each stands beside its inverse.
+"""Transform the fields of a window to a model's numbers and back; each transform is next to its inverse.
 
 | transform       | apply                                              | invert                                      |
 |-----------------|----------------------------------------------------|---------------------------------------------|
-| RelativePoses   | poses -> as seen from the reference at the anchor  | back to the world                           |
+| RelativePoses   | poses -> relative to the reference at the anchor   | back to the world frame                     |
 | SelectFields    | fields -> one array; 0 in columns that are missing | array -> fields                             |
-| FieldTransform  | select, then normalize                             | denormalize, then take the fields apart     |
-| ActionTransform | relative poses, select, normalize                  | commands of the steps from the anchor on    |
+| FieldTransform  | select, then normalize                             | denormalize, then split into fields         |
+| ActionTransform | relative poses, select, normalize                  | commands from the anchor step on            |
 
-Padding of time steps and its inverse are `windows.Windows`. Arrays of one window (T, C) and of many (N, T, C) are both
-fine; `FieldTransform.invert` takes torch tensors too.
+`windows.Windows` pads time steps and inverts the padding. Arrays may hold one window (T, C) or many (N, T, C).
+`FieldTransform.invert` accepts torch tensors too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matri
 
 @dataclass(frozen=True)
 class RelativePoses:
-    """Poses as seen from a reference pose at the anchor: inv(T_ref) T_t."""
+    """Poses relative to a reference pose at the anchor: inv(T_ref) T_t."""
 
     groups: tuple[PoseGroup, ...]
-    # step of the window that the reference pose is taken from
+    # index of the step that gives the reference pose
     anchor: int
-    # what padded steps hold: zeros are not a pose, and stay zeros
+    # values of padded steps; zeros are not a pose and stay zeros
     padding: PaddingStrategy = "copy"
 
     def apply(
@@ -42,7 +42,7 @@ class RelativePoses:
 
         Args:
             fields: windows (*N, T, C) of the groups' fields and of their reference fields.
-            is_padding: needed only where padded steps hold zeros.
+            is_padding: required only if padded steps hold zeros.
 
         Raises:
             ValueError: a field is missing or does not hold a pose.
@@ -51,7 +51,7 @@ class RelativePoses:
         result = {}
         formats = dict.fromkeys(group.rotation_format for group in self.groups)
         for members in ([group for group in self.groups if group.rotation_format == name] for name in formats):
-            # all poses of one format at once: a window holds few, and a call costs the same for more of them
+            # all poses of one format at once: a window holds few, so call overhead dominates
             if len(members) > 1 and _have_one_shape(fields, members):
                 try:
                     result |= _relative_poses(fields, members, self.anchor, hole)
@@ -96,7 +96,7 @@ def _have_one_shape(fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup
 def _relative_poses(
     fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup], anchor: int, hole: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Return the relative fields of groups of one rotation format; `hole` marks steps of zeros."""
+    """Return the relative fields of groups with one rotation format; `hole` marks steps of zeros."""
     poses = [_group_fields(fields, group, (group.position_key, group.rotation_key)) for group in groups]
     references = [_group_fields(fields, group, group.reference_keys) for group in groups]
     # (groups, *N, T, C)
@@ -105,7 +105,7 @@ def _relative_poses(
         np.stack([part[..., anchor : anchor + 1, :] for part in parts]) for parts in zip(*references, strict=True)
     )
     if hole is not None:
-        # any pose will do where zeros are put back below
+        # any valid pose will do here: zeros are restored below
         position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
         rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
     relative = relative_pose(
@@ -132,16 +132,16 @@ def _group_fields(fields: Mapping[str, Any], group: PoseGroup, keys: tuple[str, 
 
 @dataclass(frozen=True)
 class SelectFields:
-    """Fields side by side in one array (..., width), in a stated order."""
+    """Fields concatenated into one array (..., width), in a fixed order."""
 
-    # fields in the order of their columns
+    # fields in column order
     fields: tuple[str, ...]
-    # columns of each field
+    # number of columns of each field
     widths: tuple[int, ...]
 
     @classmethod
     def create(cls, fields: Sequence[str], widths: Mapping[str, int], *, what: str = "field") -> "SelectFields":
-        """Lay out `fields` with their known widths.
+        """Create the layout of `fields` from their widths.
 
         Args:
             what: config path of the list, for messages (`data.action_fields`).
@@ -158,7 +158,7 @@ class SelectFields:
 
     @property
     def width(self) -> int:
-        """Columns of the whole array."""
+        """Number of columns of the whole array."""
         return sum(self.widths)
 
     @property
@@ -173,13 +173,13 @@ class SelectFields:
     def apply(
         self, fields: Mapping[str, Float[np.ndarray, "*N _"]]
     ) -> tuple[Float[np.ndarray, "*N C"], Bool[np.ndarray, " C"]]:
-        """Put the fields side by side, in float64.
+        """Concatenate the fields, in float64.
 
         Returns:
-            The array, 0 in columns of fields that are missing, and which columns are there.
+            The array, with 0 in columns of missing fields, and a mask of the columns that are present.
 
         Raises:
-            ValueError: a field has another width, or all fields are missing.
+            ValueError: a field has the wrong width, or all fields are missing.
         """
         if not any(name in fields for name in self.fields):
             raise ValueError(f"it has none of the fields {', '.join(self.fields)}")
@@ -195,10 +195,10 @@ class SelectFields:
         return values, is_there
 
     def invert(self, values: Any) -> dict[str, Any]:
-        """Take the fields apart again: views of a numpy array or torch tensor (..., C).
+        """Split a numpy array or torch tensor (..., C) into views, one per field.
 
         Raises:
-            ValueError: the array has another width.
+            ValueError: the array has the wrong width.
         """
         if values.shape[-1] != self.width:
             raise ValueError(f"fields {', '.join(self.fields)} need {self.width} columns, got {values.shape[-1]}.")
@@ -207,16 +207,16 @@ class SelectFields:
 
 @dataclass(frozen=True, eq=False)
 class FieldTransform:
-    """Fields of a window <-> an array of a model's numbers: side by side, then normalized."""
+    """Fields of a window <-> an array of a model's numbers: concatenated, then normalized."""
 
     select: SelectFields
     normalizer: RoboticsNormalizer
-    # step of the window that is the anchor
+    # index of the anchor step in the window
     anchor: int
 
     @classmethod
     def create(cls, fields: Sequence[str], normalizer: RoboticsNormalizer, *, anchor: int) -> "FieldTransform":
-        """Create the transform of some of a normalizer's fields.
+        """Create the transform for some of a normalizer's fields.
 
         Raises:
             ValueError: a field is unknown or given twice.
@@ -232,10 +232,10 @@ class FieldTransform:
             fields: {field: (*N, T, its columns)}; fields that this robot lacks are absent.
 
         Returns:
-            The numbers, 0 in columns that are missing, and which columns are there.
+            The numbers, with 0 in missing columns, and a mask of the columns that are present.
 
         Raises:
-            ValueError: a field has another width, or all fields are missing.
+            ValueError: a field has the wrong width, or all fields are missing.
         """
         values, is_there = self.select.apply(fields)
         normalized = self.normalizer.normalize(values, self.select.fields, anchor=self.anchor)
@@ -244,10 +244,10 @@ class FieldTransform:
         return normalized.astype(np.float32), is_there
 
     def invert(self, values: Any) -> dict[str, Any]:
-        """Denormalize and take the fields apart.
+        """Denormalize and split into fields.
 
         Args:
-            values: (*N, T, C), a numpy array, which is computed in float64, or a torch tensor.
+            values: (*N, T, C), a torch tensor or a numpy array; numpy computes in float64.
 
         Returns:
             {field: (*N, T, its columns)} in the units of the data.
@@ -258,33 +258,33 @@ class FieldTransform:
 
 @dataclass(frozen=True, eq=False)
 class ActionTransform:
-    """Commands of a robot <-> actions of a model: relative poses, side by side, normalized."""
+    """Commands of a robot <-> actions of a model: relative poses, concatenated and normalized."""
 
     poses: RelativePoses
     fields: FieldTransform
-    # {command: how its rotations are written (rotations.py)}; the other commands are not rotations
+    # {command: its rotation format (rotations.py)}; other commands are not rotations
     rotations: Mapping[str, str]
 
     def apply(
         self, fields: Mapping[str, Float[np.ndarray, "*N T _"]], is_padding: Bool[np.ndarray, "*N T"] | None = None
     ) -> tuple[Float32[np.ndarray, "*N T C"], Bool[np.ndarray, " C"]]:
-        """Return normalized actions of all steps, and which columns are there.
+        """Return normalized actions for all steps, and a mask of the columns that are present.
 
         Args:
             fields: commands and the references of relative poses, over the window.
-            is_padding: needed only where padded steps hold zeros.
+            is_padding: required only if padded steps hold zeros.
 
         Raises:
-            ValueError: a field is missing, has another width or does not hold a pose.
+            ValueError: a field is missing, has the wrong width or does not hold a pose.
         """
         return self.fields.apply({**fields, **self.poses.apply(fields, is_padding)})
 
     def invert(
         self, actions: Float[np.ndarray, "*N T C"], references: Mapping[str, Float[np.ndarray, "*N _"]]
     ) -> dict[str, np.ndarray]:
-        """Return the commands of the steps from the anchor on: {field: (*N, future + 1, its columns)}, poses absolute.
+        """Return the commands from the anchor step on: {field: (*N, future + 1, its columns)}, poses absolute.
 
-        A predicted rotation matrix is only approximately orthogonal; it is projected back.
+        Predicted rotation matrices are only approximately orthogonal, so they are projected back.
 
         Args:
             references: the reference fields of relative poses at the anchor.

@@ -1,6 +1,6 @@
-"""Windows of time steps around anchors: which frames, which steps are padding; and the one reader of both layouts.
+"""Cut windows of time steps around anchors, with their padding masks, and read windows from either layout.
 
-For a window of P past and F future steps the anchor is step P, and exactly one of the three masks is True at each step:
+In a window of P past and F future steps the anchor is step P. Exactly one of the three masks is True at each step:
 
 | mask        | True where                                                              |
 |-------------|-------------------------------------------------------------------------|
@@ -8,10 +8,10 @@ For a window of P past and F future steps the anchor is step P, and exactly one 
 | future_mask | the step is the anchor or later and within the episode: to be predicted |
 | is_padding  | the step lies outside the episode: neither observed nor to be predicted |
 
-The published layout ("samples") stores each window by itself, images and all. The default one ("episodes") stores each
-frame once, and windows are made when they are read, by the functions that preprocessing uses, so both layouts of a
-recording give the same bits. (With the padding `reflect`, only for the whole stored window: what is mirrored is the
-window's own part of the episode. Padded steps are masked, whatever they hold.) Only what is asked for is read.
+The published layout ("samples") stores each window separately, with its images. The default layout ("episodes") stores
+each frame once and cuts windows when they are read, with the same functions as preprocessing, so both layouts of a
+recording give bit-identical windows. (With the padding `reflect`, this holds only for the whole stored window, because
+the window's own part of the episode is mirrored. Padded steps are masked anyway.) Only the requested data is read.
 """
 
 import json
@@ -30,12 +30,12 @@ from vla_foundry.robotics.fit import WindowSpec
 from vla_foundry.robotics.transforms import RelativePoses
 from vla_foundry.storage.npz import NpzFile
 
-# of images, in the order in which they are looked for
+# image extensions, in search order
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
-# windows that are made at a time: bounds the memory that a long episode takes
+# windows to create at a time; bounds the memory of a long episode
 _CHUNK = 256
 
-# how a shard names a member
+# a shard's handle of a member
 Member = TypeVar("Member")
 
 
@@ -43,15 +43,15 @@ Member = TypeVar("Member")
 class Windows:
     """N windows of T steps over one episode."""
 
-    # the window that each has around its anchor
+    # the window around each anchor
     window: Window
     # (N,) int64, the frame at each anchor
     anchors: np.ndarray
-    # (N, T) int64, the frame that each step takes its values from, within the episode
+    # (N, T) int64, the frame within the episode that each step takes its values from
     frames: np.ndarray
     # (N, T) bool, True where the step lies outside the episode
     is_padding: np.ndarray
-    # what stands in those steps
+    # values of those steps
     padding: PaddingStrategy
 
     @property
@@ -61,18 +61,18 @@ class Windows:
 
     @property
     def future_mask(self) -> np.ndarray:
-        """(N, T) bool, True where a step is to be predicted: the anchor or later, within the episode."""
+        """(N, T) bool, True where a step must be predicted: the anchor or later, within the episode."""
         return ~self.is_padding & (np.arange(self.window.num_steps) >= self.window.anchor)
 
     def apply(self, values: Num[np.ndarray, "L *C"]) -> Num[np.ndarray, "N T *C"]:
-        """Take an episode's values (one row a frame) into the windows; zeros in padding if the strategy is zero."""
+        """Gather an episode's values (one row per frame) into the windows; padding is zero if the strategy is zero."""
         taken = values[self.frames]
         if self.padding == "zero":
             taken[self.is_padding] = 0
         return taken
 
     def invert(self, values: Num[np.ndarray, "N T *C"]) -> Num[np.ndarray, "L *C"]:
-        """Return the rows of an episode from the first to the last frame in the windows; frames in none are zero."""
+        """Return an episode's rows from the first to the last frame in the windows; zero for frames in no window."""
         is_inside = ~self.is_padding
         frames = self.frames[is_inside] - self.frames.min()
         rows = np.zeros((frames.max() + 1, *values.shape[2:]), dtype=values.dtype)
@@ -85,8 +85,8 @@ def create_windows(
 ) -> Windows:
     """Work out the frames and masks of the windows around `anchors`.
 
-    `reflect` mirrors at the first and last frame of the window's valid part without repeating it, back and forth where
-    the part is shorter than the padding (numpy.pad's reflect).
+    `reflect` mirrors at the first and last valid frame of the window without repeating it, and back and forth if the
+    valid part is shorter than the padding (numpy.pad's reflect).
 
     Args:
         num_frames: frames of the episode (L).
@@ -113,7 +113,7 @@ def create_windows(
 def image_frames(
     anchors: Int64[np.ndarray, " N"], image_indices: Sequence[int], num_frames: int
 ) -> Int64[np.ndarray, "N I"]:
-    """Frames of the images `image_indices` frames from each anchor, clipped to the episode."""
+    """Return the frames that lie `image_indices` frames from each anchor, clipped to the episode."""
     offsets = np.array(image_indices, dtype=np.int64)
     return np.clip(anchors[:, None] + offsets, 0, num_frames - 1)
 
@@ -127,11 +127,11 @@ def iterate_windows(
     padding: PaddingStrategy,
     pose_groups: Sequence[PoseGroup] = (),
 ) -> Iterator[tuple[Windows, dict[str, np.ndarray]]]:
-    """Yield the windows around the anchors of an episode, some at a time, with the values of every field (n, T, C).
+    """Yield the windows around an episode's anchors in chunks, with the values of every field (n, T, C).
 
     Args:
-        fields: of the whole episode, (L, C).
-        pose_groups: their `_relative` fields are added, in the type of the poses.
+        fields: fields of the whole episode, (L, C).
+        pose_groups: groups whose `_relative` fields are added, in the dtype of the poses.
 
     Raises:
         ValueError: an anchor lies outside the episode, or a field does not hold a pose.
@@ -151,18 +151,18 @@ def iterate_windows(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RobotWindow:
-    """What was read of a sample; T steps."""
+    """The data read from one sample; T steps."""
 
     episode_id: str
     # frame of the episode
     anchor: int
-    # {field: (T, C)}, in the units of the data; what is stored: relative poses are computed later
+    # {field: (T, C)}, in the units of the data, as stored: relative poses are computed later
     fields: dict[str, np.ndarray]
-    # bool (T,); exactly one is True at each step, see above
+    # bool (T,); exactly one mask is True at each step, see above
     past_mask: np.ndarray
     future_mask: np.ndarray
     is_padding: np.ndarray
-    # image files (at inference: uint8 [3, H, W]), in the order of the spec; None: there is no such image
+    # image files (at inference: uint8 [3, H, W]), in the order of the spec; None: the image is missing
     images: Sequence[Any]
     # {type: instructions}
     instructions: dict[str, list[str]]
@@ -171,14 +171,14 @@ class RobotWindow:
 
 
 def read_sample_window(members: Mapping[str, Member], read: Callable[[Member], bytes], spec: WindowSpec) -> RobotWindow:
-    """Read a window that is stored by itself.
+    """Read a separately stored window.
 
     Args:
-        members: of the sample, by suffix in lower case.
+        members: members of the sample, by lower-case suffix.
         read: returns the content of a member.
 
     Raises:
-        ValueError: the sample lacks what is asked for, or what it holds is broken.
+        ValueError: the sample lacks something the spec requires, or is malformed.
     """
 
     def find(suffix: str) -> bytes:
@@ -189,7 +189,7 @@ def read_sample_window(members: Mapping[str, Member], read: Callable[[Member], b
     metadata = _parse_object(find("metadata.json"), "metadata.json")
     arrays = NpzFile.from_bytes(find("lowdim.npz"))
     past_mask, future_mask = _read_array(arrays, "past_mask"), _read_array(arrays, "future_mask")
-    # steps before the anchor: LeRobot's published metadata hold numbers as text
+    # steps before the anchor; LeRobot's published metadata store numbers as text
     past = int(metadata.get("anchor_relative_idx", np.argmax(future_mask)))
     steps = Window(past, len(future_mask) - 1 - past).crop(spec.window)
     fields = {name: _check_steps(name, _read_array(arrays, name), len(future_mask))[steps] for name in spec.stored}
@@ -221,14 +221,14 @@ def read_sample_window(members: Mapping[str, Member], read: Callable[[Member], b
 def read_episode_window(
     info: EpisodeInfo, arrays: NpzFile, anchor: int, read_frame: Callable[[str, int], bytes | None], spec: WindowSpec
 ) -> RobotWindow:
-    """Make a window of an episode.
+    """Cut a window from an episode.
 
     Args:
-        arrays: the episode's fields (L, C), of which only the rows of the window are read.
-        read_frame: returns the image of a camera at a frame; None: the episode has no such camera.
+        arrays: the episode's fields (L, C); only the rows of the window are read.
+        read_frame: returns the image of a camera at a frame, or None if the episode lacks the camera.
 
     Raises:
-        ValueError: the episode lacks what is asked for, or what it holds is broken.
+        ValueError: the episode lacks something the spec requires, or is malformed.
     """
     first, end = max(0, anchor - spec.window.past), min(info.num_frames, anchor + spec.window.future + 1)
     num_left, num_right = first - (anchor - spec.window.past), anchor + spec.window.future + 1 - end
@@ -256,19 +256,19 @@ def read_episode_window(
 
 
 def read_episode_fields(arrays: NpzFile, names: Sequence[str], num_frames: int) -> dict[str, np.ndarray]:
-    """Read fields of a whole episode, (L, C), their checksums compared.
+    """Read fields of a whole episode, (L, C), and verify their checksums.
 
     Raises:
-        ValueError: the episode lacks a field, or it is damaged.
+        ValueError: the episode lacks a field, or a field is damaged.
     """
     return {name: _check_steps(name, _read_array(arrays, name), num_frames) for name in names}
 
 
-@lru_cache(maxsize=4096)  # made for each sample, it would take half as long as reading its fields
+@lru_cache(maxsize=4096)  # cached: computing this for each sample would take half as long as reading its fields
 def _place_window(
     num_left: int, num_right: int, window: Window, padding: PaddingStrategy
 ) -> tuple[Windows, dict[str, np.ndarray]]:
-    """Return a window of which `num_left` steps lie before its frames and `num_right` after them, and its masks."""
+    """Return a window, with `num_left` padded steps before its frames and `num_right` after them, and its masks."""
     num_frames = window.num_steps - num_left - num_right
     windows = create_windows(np.asarray([window.past - num_left]), num_frames, window, padding=padding)
     masks = {name: getattr(windows, name)[0] for name in ("past_mask", "future_mask", "is_padding")}
@@ -311,7 +311,7 @@ def _episode_of(metadata: Mapping[str, Any]) -> str:
 
 
 def _parse_instructions(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Bring instructions to lists: LeRobot's published ones are one text each."""
+    """Convert instructions to lists; LeRobot's published instructions are single texts."""
     lists: dict[str, Sequence[Any]] = {
         kind: [texts] if isinstance(texts, str) else texts for kind, texts in values.items()
     }
