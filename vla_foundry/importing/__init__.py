@@ -1,1 +1,1 @@
-"""Runs of the earlier implementation turned into runs of ours."""
+"""Import runs of the earlier implementation."""

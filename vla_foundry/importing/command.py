@@ -1,4 +1,4 @@
-"""`vla-foundry import-checkpoint`: turn a run of the earlier implementation into a run of ours, whole or not at all."""
+"""`vla-foundry import-checkpoint`: convert a run of the earlier implementation, completely or not at all."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from vla_foundry.storage.uri import download, is_remote, join_uri, name_of, read
 if TYPE_CHECKING:
     from vla_foundry.importing.source import Source
 
-# what an earlier run says about itself, kept as it was
+# files that describe the earlier run, copied unchanged
 _KEPT_NAMES = (
     CONFIG_NAME,
     MODEL_CONFIG_NAME,
@@ -30,14 +30,14 @@ _KEPT_FOLDER = "imported"
 
 
 def import_checkpoint(params: ImportParams) -> list[str]:
-    """Make the run folder `params.output`.
+    """Create the run folder `params.output`.
 
     Returns:
-        A line on everything that is not as it was.
+        One line for each thing that changed.
 
     Raises:
-        FileNotFoundError: something of the source is missing.
-        ValueError: there is an output, or something of the source is not understood.
+        FileNotFoundError: part of the source is missing.
+        ValueError: the output exists, or part of the source is not understood.
     """
     from vla_foundry.importing.source import read_source
 
@@ -60,7 +60,7 @@ def import_checkpoint(params: ImportParams) -> list[str]:
 
 
 def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Path) -> list[str]:
-    # torch comes last: what is wrong with the source so far is said within a second
+    # import torch last: errors in the source up to here are reported within a second
     from vla_foundry.config.loading import dump_params
     from vla_foundry.importing.configs import translate
     from vla_foundry.importing.data_files import write_data_files
@@ -112,7 +112,7 @@ def _keep(location: str, target: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run `vla-foundry import-checkpoint`: print a line on everything that is not as it was."""
+    """Run `vla-foundry import-checkpoint` and print one line for each thing that changed."""
     params = parse_command(ImportParams, argv, prog="vla-foundry import-checkpoint")
     for line in import_checkpoint(params):
         sys.stdout.write(f"{line}\n")

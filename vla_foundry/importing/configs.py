@@ -1,4 +1,4 @@
-"""The config of an earlier run in our terms, and one line on everything that is not as it was."""
+"""Translate the config of an earlier run, with one line for each thing that changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from vla_foundry.params.models.roles import ModelParams
 
 _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")
-# keys of every model section that say nothing about what it computes
+# keys of every model section that do not affect what it computes
 _COMMON = {"type", "freeze", *_STARTS}
 _POLICY_KEYS = _COMMON | {
     *("vision_language_backbone", "transformer", "noise_scheduler", "action_dim", "proprioception_dim"),
@@ -29,26 +29,26 @@ _BACKBONE_KEYS = {
     "clip_backbone": _COMMON | {"hf_pretrained", "disable_text", "freeze_text_encoder", "freeze_image_encoder"},
 }
 _NOISE_KEYS = _COMMON | {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
-# of the policy's noise process, which is flow matching
+# unused keys of the policy's noise process, which is flow matching
 _UNUSED_NOISE_KEYS = {"beta_start": "flow matching has no betas", "beta_end": "flow matching has no betas"}
-# precisions in which keys, and with them the frequencies that turned them, were rounded to bf16
+# precisions that rounded attention keys, and with them the rotary frequencies, to bf16
 _BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
-# the tokenizer of the processor of that name
+# the processor `simple_vlm` and the tokenizer it used
 _SIMPLE_VLM, _SIMPLE_VLM_TOKENIZER = "simple_vlm", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
-# processors that exist nowhere else
+# processors without a counterpart here
 _OTHER_PROCESSORS = ("stable_diffusion", "debug", "none")
-# by type of data, how its text was written: one turn, images in front
+# prompt by data type: one turn, images first
 _PROMPTS = {"robotics": "<image>{instruction}", "image_caption": "<image>"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedConfig:
-    """What a run's config says in our terms."""
+    """The translated config of a run."""
 
     model: ModelParams
-    # None: the source has no config.yaml, and nothing tells what data it was trained on
+    # None: the source has no config.yaml, so its training data is unknown
     experiment: TrainExperimentParams | None
-    # one on each key that is renamed, left out or set
+    # one line for each key that is renamed, left out or set
     lines: tuple[str, ...]
 
 
@@ -56,10 +56,10 @@ def translate(source: Source, params: ImportParams, *, has_bf16_tables: bool) ->
     """Translate the config.
 
     Args:
-        has_bf16_tables: the checkpoint holds rotary frequencies in bf16.
+        has_bf16_tables: True if the checkpoint stores rotary frequencies in bf16.
 
     Raises:
-        ValueError: a key or a value that is not understood; one line with its config path.
+        ValueError: a key or value is not understood; one line with its config path.
         FileNotFoundError: the config of the model that a policy started from is missing.
     """
     try:
@@ -99,15 +99,15 @@ def _translate_model(source: Source, params: ImportParams, has_bf16_tables: bool
 
 
 def _check_policy(old: Mapping[str, Any]) -> list[str]:
-    """Check that every key of a policy's config is known, for the translation takes only those.
+    """Check that every key of a policy's config is known, because the translation reads only known keys.
 
     Returns:
-        A line on each that has no counterpart.
+        One line for each key that has no counterpart.
     """
     backbone = old.get("vision_language_backbone") or {}
     sections = [("model", old, _POLICY_KEYS), ("model.noise_scheduler", old.get("noise_scheduler") or {}, _NOISE_KEYS)]
     if backbone.get("type") in _BACKBONE_KEYS:
-        # the keys of others are those of an image encoder, which are checked as such
+        # other backbones have the keys of an image encoder, which are checked there
         sections.append(("model.vision_language_backbone", backbone, _BACKBONE_KEYS[backbone["type"]]))
     for path, values, known in sections:
         for key in values:
@@ -121,7 +121,7 @@ def _check_policy(old: Mapping[str, Any]) -> list[str]:
 
 
 def _parity_lines(model: Mapping[str, Any]) -> list[str]:
-    """A line on each field that is set so that the model computes what it computed."""
+    """Return one line for each field that is set to reproduce the original numerics."""
     backbone, head = model["vision_language_backbone"], model["action_head"]
     noise = head["noise"]
     switches = {
@@ -137,7 +137,7 @@ def _parity_lines(model: Mapping[str, Any]) -> list[str]:
 
 
 def _without_starts(section: Any, path: str, lines: list[str]) -> Any:
-    """Return a model section in which nothing says where weights came from: they are in the checkpoint."""
+    """Return a model section without the keys that name initial weights: the checkpoint holds the weights."""
     if not isinstance(section, dict):
         return section
     start = section.get(_STARTS[0])
@@ -147,12 +147,12 @@ def _without_starts(section: Any, path: str, lines: list[str]) -> Any:
 
 
 def _round_frequencies(section: Any, path: str, lines: list[str], precision: str | None) -> Any:
-    """Return a model section whose native transformers round their rotary frequencies, where training did."""
+    """Return a model section whose native transformers round their rotary frequencies if training did."""
     if not isinstance(section, dict):
         return section
     found = {key: _round_frequencies(value, f"{path}.{key}", lines, precision) for key, value in section.items()}
     is_native = section.get("type") == "transformer"
-    # norms of queries and keys ran in fp32 under autocast, and kept their tables in fp32
+    # under autocast, query and key norms ran in fp32, and so the rotary tables stayed fp32
     has_fp32_keys = section.get("qk_norm") and "lp_layer_norm" not in section.get("norm_type", "")
     in_fp32 = has_fp32_keys and precision != "pure_bf16"
     if is_native and section.get("positional_embedding_type", "rotary") == "rotary" and not in_fp32:
@@ -180,7 +180,7 @@ def _translate_data(source: Source, old: dict[str, Any], params: ImportParams) -
         data |= {"processor": params.processor, "tokenizer": None}
     elif processor == _SIMPLE_VLM or (params.tokenizer is not None):
         data |= {"processor": None, "tokenizer": params.tokenizer or _SIMPLE_VLM_TOKENIZER}
-        # a caption was written into the user's turn, and nothing answered it
+        # captions were written into the user's turn, without an answer
         layout = "chat_template" if old.get("type") == "robotics" else "caption"
         data |= {"image_resizing_method": "resize_no_crop", "prompt_layout": layout}
     elif processor in _OTHER_PROCESSORS:
@@ -194,7 +194,7 @@ def _translate_data(source: Source, old: dict[str, Any], params: ImportParams) -
 
 
 def _compare_files(source: Source, data: dict[str, Any]) -> list[str]:
-    """Take the normalization that the policy was saved with; say where its files and its config differ."""
+    """Use the normalization saved with the policy; report where its files and its config differ."""
     lines = []
     normalization = read_yaml(source, "config_normalizer.yaml")
     if normalization is not None and normalization != data.get("normalization"):
@@ -209,7 +209,7 @@ def _compare_files(source: Source, data: dict[str, Any]) -> list[str]:
 
 
 def _match_field_configs(data: dict[str, Any]) -> list[str]:
-    """Give each field its own entry of normalization.field_configs, which may have been found by a part of its name."""
+    """Give each field its own entry in normalization.field_configs; entries used to match part of a field's name."""
     normalization = data.get("normalization") or {}
     configs = normalization.get("field_configs") or {}
     names = [*(data.get("proprioception_fields") or []), *(data.get("action_fields") or [])]
@@ -223,9 +223,9 @@ def _match_field_configs(data: dict[str, Any]) -> list[str]:
 
 
 def match_field_config(name: str, configs: Mapping[str, Any]) -> Any:
-    """Return the entry for a field as the earlier implementation found it: its own, or the first that is a part of it.
+    """Return a field's entry as the earlier implementation found it: an exact match, or the first substring match.
 
-    Fields whose names hold certain words were not normalized at all.
+    Fields whose names contain certain words were not normalized at all.
     """
     if any(word in name for word in ("text", "language", "instruction", "mask", "valid")):
         return {"enabled": False}

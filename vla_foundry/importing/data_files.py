@@ -1,4 +1,4 @@
-"""The data section of an imported run, and what the run keeps of its data: tokenizer or processor, robot files."""
+"""Write the data section of an imported run, its tokenizer or processor, and its robot files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +26,14 @@ Data = TypeVar("Data", bound=ImageProcessorParams)
 def write_data_files(
     source: Source, config: ImportedConfig, params: ImportParams, folder: Path
 ) -> tuple[TrainExperimentParams | None, list[str]]:
-    """Write what inference needs of the data.
+    """Write the data files that inference needs.
 
     Returns:
-        The whole config, its data completed as `resolve` would; None: nothing tells what the data was. And lines.
+        The whole config, with its data completed as `resolve` would (None if the data is unknown), and lines to report.
 
     Raises:
-        FileNotFoundError: a file of robot data is missing.
-        ValueError: a file is not what it should be, or a tokenizer or processor can not be loaded.
+        FileNotFoundError: a robot data file is missing.
+        ValueError: a file is invalid, or a tokenizer or processor cannot be loaded.
     """
     if config.experiment is None:
         return _start_config(config, params, folder)
@@ -57,7 +57,7 @@ def write_data_files(
 def _start_config(
     config: ImportedConfig, params: ImportParams, folder: Path
 ) -> tuple[TrainExperimentParams | None, list[str]]:
-    """Without a config.yaml: what can be said of the data of a language or vision-language model."""
+    """Build what is known about a language or vision-language model's data without a config.yaml."""
     name = params.tokenizer or params.processor
     data: DataParams | None = None
     if isinstance(config.model, LanguageModelParams) and name is not None:
@@ -73,12 +73,12 @@ def _start_config(
 
 
 def _fit_processor(data: Data, config: ImportedConfig) -> Data:
-    """Give our own processor the images of the model, and the layout of its tokenizer."""
+    """Fit our own processor to the model's images and the tokenizer's prompt layout."""
     inputs = config.model.image_inputs()
     if data.processor is not None:
         return data
     if data.prompt_layout == CHAT_TEMPLATE and data.tokenizer is not None:
-        # without a template, images and text stood next to each other
+        # without a chat template, images and text were simply concatenated
         has_template = load_tokenizer(data.tokenizer).chat_template is not None
         data = replace(data, prompt_layout=CHAT_TEMPLATE if has_template else "caption")
     return replace(data, image_size=inputs.image_size, img_num_tokens=inputs.img_num_tokens)

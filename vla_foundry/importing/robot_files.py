@@ -1,4 +1,4 @@
-"""What a run keeps of its robot data, from the files that an earlier policy keeps: normalizer, statistics, spec."""
+"""Convert an earlier policy's robot data files to the normalizer, statistics and dataset spec of a run."""
 
 import json
 import tempfile
@@ -27,21 +27,21 @@ from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.storage.uri import join_uri, read_text
 
-# the second name is that of older runs
+# older runs use the second name
 _PREPROCESSING_NAMES = (PREPROCESSING_CONFIG_NAME, "preprocessing_configs.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobotData:
-    """What the files of an earlier policy tell of its data."""
+    """The data description in an earlier policy's files."""
 
     # text of stats.json
     statistics: str
-    # where that is, for messages
+    # its location, for messages
     location: str
-    # preprocessing_config.yaml of each dataset, in order
+    # contents of each dataset's preprocessing_config.yaml, in order
     preprocessing: tuple[dict[str, Any], ...]
-    # all fields that there are statistics of
+    # all fields that have statistics
     spec: DatasetSpec
 
 
@@ -49,11 +49,11 @@ def read_robot_data(source: Source, *, fps: float | None) -> RobotData:
     """Read statistics and preprocessing.
 
     Args:
-        fps: frames a second that the policy acts at; None: not known.
+        fps: control rate of the policy, frames per second; None: unknown.
 
     Raises:
-        FileNotFoundError: one of them is missing.
-        ValueError: one of them is not what it should be.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is invalid.
     """
     location = join_uri(source.folder, STATISTICS_NAME)
     try:
@@ -68,12 +68,12 @@ def read_robot_data(source: Source, *, fps: float | None) -> RobotData:
 
 
 def complete_params(params: RoboticsDataParams, data: RobotData, folder: str) -> RoboticsDataParams:
-    """Fill what a policy's config leaves to its data: cameras, images, steps, pose groups and widths.
+    """Fill in what a policy's config takes from its data: cameras, images, steps, pose groups and widths.
 
     Raises:
         ValueError: a field has no statistics.
     """
-    # an empty list meant "those of the data"
+    # an empty list meant "take it from the data"
     lists = {name: getattr(params, name) or None for name in ("camera_names", "image_indices", "pose_groups")}
     params = replace(params, **lists, dataset_statistics=[])
     facts = DatasetFacts(manifest=folder, num_samples=0, provenance={}, robotics=data.spec)
@@ -84,10 +84,10 @@ def write_robot_files(data: RobotData, params: RoboticsDataParams, folder: Path)
     """Write normalizer.json, stats.json, robotics.json and preprocessing_config.yaml to a run folder.
 
     Args:
-        params: of the data, completed.
+        params: completed params of the data.
 
     Raises:
-        ValueError: statistics lack what the normalization needs.
+        ValueError: the statistics lack values that the normalization needs.
     """
     dataset = NamedSpec(data.location, data.spec)
     with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
@@ -123,7 +123,7 @@ def _check_preprocessing(values: dict[str, Any], folder: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{folder}: {PREPROCESSING_CONFIG_NAME} lacks the key '{min(missing)}'.")
     method = values.get("image_resizing_method")
-    # it was written as the name of a constant
+    # it was stored as the name of a constant
     return values if method is None else {**values, "image_resizing_method": str(method).lower()}
 
 
@@ -140,7 +140,7 @@ def _describe_data(
 ) -> DatasetSpec:
     first = preprocessing[0]
     size = first.get("resize_images_size")
-    # (0, 0) where images were kept at the sizes they had
+    # (0, 0) if images kept their sizes
     stored = (int(size[0]), int(size[1])) if size else (0, 0)
     fields = {name: describe_published_field(name, width) for name, width in widths.items()}
     return DatasetSpec(

@@ -1,9 +1,9 @@
-"""What a run folder of the earlier implementation holds, read and not yet understood.
+"""Read a run folder of the earlier implementation, without interpreting it.
 
 config.yaml                 the whole config; config_model.yaml is its model section
-vlm_config_model.yaml       published policies: the model config of the vision-language model they started from
+vlm_config_model.yaml       published policies: model config of the vision-language model they started from
 checkpoints/checkpoint_N.pt {state_dict, global_step, ...}; ema_N.pt {ema_state_dict, ...} beside it
-stats.json, config_normalizer.yaml, config_processor.yaml, preprocessing_config.yaml   of robot data
+stats.json, config_normalizer.yaml, config_processor.yaml, preprocessing_config.yaml   robot data
 """
 
 import os
@@ -26,19 +26,19 @@ class Source:
     """An earlier run."""
 
     folder: str
-    # which file the configs are from, for messages
+    # file that the configs come from, for messages
     config_location: str
-    # the whole config; None: there is only that of the model
+    # the whole config; None if only the model config exists
     config: dict[str, Any] | None
     model_config: dict[str, Any]
     # checkpoint_N.pt
     weights: str
-    # ema_N.pt; None: there is none
+    # ema_N.pt; None if absent
     ema: str | None
 
     @property
     def precision(self) -> str | None:
-        """The precision it was trained in, if that is known."""
+        """Return the training precision, if known."""
         hparams = (self.config or {}).get("hparams") or {}
         return hparams.get("precision")
 
@@ -50,8 +50,8 @@ def read_source(folder: str, checkpoint: int | None) -> Source:
         checkpoint: the N of checkpoint_N.pt; None: the highest.
 
     Raises:
-        FileNotFoundError: there is no such folder, config or checkpoint.
-        ValueError: a config is no mapping.
+        FileNotFoundError: the folder, a config or the checkpoint does not exist.
+        ValueError: a config is not a mapping.
     """
     config = _read_mapping(join_uri(folder, CONFIG_NAME))
     model_config = _read_mapping(join_uri(folder, MODEL_CONFIG_NAME))
@@ -74,24 +74,24 @@ def read_source(folder: str, checkpoint: int | None) -> Source:
 
 
 def read_yaml(source: Source, *names: str) -> dict[Any, Any] | None:
-    """Read the first of these files that the run has; None: it has none.
+    """Read the first of these files that the run has; None if it has none.
 
     Raises:
-        ValueError: it is no mapping.
+        ValueError: the file is not a mapping.
     """
     found = (_read_mapping(join_uri(source.folder, name)) for name in names)
     return next((values for values in found if values is not None), None)
 
 
 def read_vlm_config(source: Source, given: str | None) -> dict[str, Any] | None:
-    """Read the model config of the vision-language model that a policy started from; None: it has none.
+    """Read the model config of the vision-language model that a policy started from; None if it has none.
 
     Args:
-        given: where it is, as the user says; None: as the policy's config does.
+        given: location given by the user; None: take it from the policy's config.
 
     Raises:
-        FileNotFoundError: it is in none of the places where it can be.
-        ValueError: it is no mapping.
+        FileNotFoundError: it is in none of the possible places.
+        ValueError: it is not a mapping.
     """
     backbone = source.model_config.get("vision_language_backbone")
     if not isinstance(backbone, dict) or backbone.get("type") != "vlm_foundry_backbone":
@@ -116,7 +116,7 @@ def _vlm_places(source: Source, backbone: dict[str, Any], given: str | None) -> 
     for folder in (backbone.get("vlm_experiment_dir"), None if start is None else parent_uri(parent_uri(start))):
         if not folder:
             continue
-        # names in a config are relative to the run's folder, or to the working directory of its time
+        # names in a config are relative to the run's folder or to the original working directory
         if not is_remote(folder) and not is_remote(source.folder):
             yield os.path.normpath(os.path.join(source.folder, folder, MODEL_CONFIG_NAME))
         yield join_uri(folder, MODEL_CONFIG_NAME)

@@ -1,4 +1,4 @@
-"""Weights of an earlier run: into the model that the config describes, and from there into a step folder of ours."""
+"""Load an earlier run's weights into the model that its config describes, and save them as a step folder."""
 
 import json
 import os
@@ -31,23 +31,23 @@ _ROTARY_TABLE = ".inv_freq"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeights:
-    """A checkpoint_N.pt, and the ema_N.pt beside it."""
+    """A checkpoint_N.pt and the ema_N.pt beside it."""
 
     path: Path
     ema_path: Path | None
-    # optimizer steps it was saved after
+    # optimizer steps completed when it was saved
     step: int
-    # names of its tensors, without those of wrappers
+    # names of its tensors, without wrapper prefixes
     names: tuple[str, ...]
-    # it holds rotary frequencies in bf16: training rounded them
+    # True if it stores rotary frequencies in bf16: training rounded them
     has_bf16_tables: bool
 
 
 def read_weights_facts(path: Path, ema_path: Path | None) -> StoredWeights:
-    """Read what a checkpoint says about itself; no tensor is read.
+    """Read a checkpoint's metadata without reading any tensor.
 
     Raises:
-        ValueError: it can not be read safely, or is not of the earlier implementation.
+        ValueError: it cannot be read safely, or the earlier implementation did not write it.
     """
     content = read_pt(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -69,7 +69,7 @@ def read_weights_facts(path: Path, ema_path: Path | None) -> StoredWeights:
 
 
 def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
-    """A line on the tensors that the model has no place for, by what they are."""
+    """Return one line for each kind of tensor that the model has no place for."""
     reasons = LEFT_OUT if isinstance(params, RobotPolicyParams) else {}
     groups = {reason: [name for name in stored.names if name.startswith(mark)] for mark, reason in reasons.items()}
     groups["rotary tables are computed"] = [name for name in stored.names if name.endswith(_ROTARY_TABLE)]
@@ -81,15 +81,15 @@ def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
 
 
 def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeights) -> int:
-    """Write the weights, and the average where there is one, as a complete checkpoint, and the model's files.
+    """Write the weights, any averaged weights and the model's files as a complete checkpoint.
 
-    Every tensor of the file goes into the model, or is one that `describe_left_out` tells.
+    Every tensor in the file either goes into the model or is reported by `describe_left_out`.
 
     Returns:
-        Numbers in the weights.
+        The number of parameters.
 
     Raises:
-        ValueError: names or shapes are not those of the model.
+        ValueError: names or shapes differ from the model's.
     """
     translate = translate_weights if isinstance(params, RobotPolicyParams) else None
     model: Any = create_model(params, load_pretrained=False)

@@ -1,1 +1,1 @@
-"""Action heads: what predicts actions from the backbone's conditioning."""
+"""Action heads predict actions from the backbone's conditioning."""

@@ -1,4 +1,4 @@
-"""What a policy expects of an action head, the registry of heads, and the reduction of every head's loss."""
+"""The action head base class, the registry of heads, and the loss reduction they share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from vla_foundry.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class HeadWidths:
-    """The widths of what surrounds a head."""
+    """Input and output widths of an action head."""
 
-    # numbers in an action
+    # width of an action
     action_dim: int
-    # numbers in a step of proprioception; 0: there is none
+    # width of a step of proprioception; 0: no proprioception
     proprioception_dim: int
     # width of the backbone's tokens
     conditioning_dim: int
 
 
 class ActionWindow(NamedTuple):
-    """The steps of B samples; see batch.py. At most one of the two masks is True at a step; padding has neither."""
+    """The action window of B samples; see batch.py. At most one of the two masks is True at a step; none at padding."""
 
-    # (B, T, A); sampling reads only what is observed
+    # (B, T, A); sampling reads only observed steps
     actions: Tensor
     # (B, T)
     past_mask: Tensor
@@ -37,49 +37,49 @@ class ActionWindow(NamedTuple):
     future_mask: Tensor
     # (B, A); None: every sample has every dimension
     action_dim_mask: Tensor | None
-    # (B, P, D); None: there is none
+    # (B, P, D); None if absent
     proprioception: Tensor | None
-    # (B, T), False at padding; None: there is none
+    # (B, T), False at padding; None: no padding
     step_mask: Tensor | None
 
     def free_mask(self) -> Bool[Tensor, "B T A"]:
-        """True at the numbers to be predicted."""
+        """Return a mask that is True at action values to predict."""
         free = self.future_mask[..., None]
         if self.action_dim_mask is None:
             return free.expand_as(self.actions)
         return free & self.action_dim_mask[:, None]
 
     def held_actions(self) -> Float[Tensor, "B T A"]:
-        """The observed actions, and 0 elsewhere."""
+        """Return the observed actions, 0 elsewhere."""
         return torch.where(self.past_mask[..., None], self.actions, 0.0)
 
 
 class DrawKey(NamedTuple):
-    """What the draws of a batch are a function of."""
+    """The key that determines a batch's random draws."""
 
-    # int64 (B,), position in the plan, or seed, of each sample
+    # int64 (B,), each sample's position in the plan, or its seed
     samples: Tensor
-    # of the run
+    # the run's seed
     seed: int
-    # draws of different stages are independent
+    # different stages draw independently
     stage: str
 
 
 class ActionHead(nn.Module):
-    """Predicts a chunk of actions: `forward(conditioning, window, key)` returns a LossOutput, `sample` actions."""
+    """Predicts a chunk of actions: `forward` returns a LossOutput, `sample` returns actions."""
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
-        """Return the loss, summed over the numbers to be predicted, and their number."""
+        """Return the loss summed over the action values to predict, and their count."""
         raise NotImplementedError
 
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
-        """Return actions: observed ones unchanged, predicted ones, 0 in padding and in dimensions a robot lacks."""
+        """Return actions: observed steps unchanged, the others predicted; 0 in padding and in missing dimensions."""
         raise NotImplementedError
 
     def compile_sampling(self, **options: Any) -> None:
-        """Compile what `sample` repeats, with options of torch.compile."""
+        """Compile the repeated part of `sample`; `options` go to torch.compile."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
@@ -109,13 +109,13 @@ def create_action_head(params: ActionHeadParams, widths: HeadWidths) -> ActionHe
 
 
 def reduce_loss(errors: Float[Tensor, "N T A"], window: ActionWindow, num_draws: int = 1) -> LossOutput:
-    """Sum the errors of the numbers to be predicted; take the mean over several draws of a sample.
+    """Sum the errors over the action values to predict, averaged over a sample's draws.
 
     Returns:
-        LossOutput whose count is the number of valid numbers (steps to be predicted x dimensions that exist).
+        LossOutput whose count is the number of valid action values (predicted steps x existing dimensions).
     """
     free = window.free_mask()
     errors = errors.unflatten(0, (-1, num_draws))
-    # where, not a product: invalid numbers may be anything
+    # use where instead of a product: invalid entries may hold anything, even NaN
     total = torch.where(free[:, None], errors, 0.0).sum() / num_draws
     return LossOutput(sum=total, count=free.sum(), logs={})

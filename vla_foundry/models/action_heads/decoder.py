@@ -1,13 +1,14 @@
-"""The transformer inside action heads: tokens of actions that read conditioning.
+"""The transformer inside action heads: action tokens attend to the conditioning.
 
-Conditioning comes in one of three ways:
+The blocks read conditioning in one of three ways:
 
-  joint   it stands among the tokens, in front of the actions; there is no separate context
-  prefix  context tokens in front, which see each other but not the actions: their keys and values can be kept
-  cross   context tokens that each block reads by cross-attention after its own attention: likewise
+  joint   conditioning tokens come before the action tokens in one sequence; there is no separate context
+  prefix  context tokens come first and see each other but not the actions, so their keys and values can be cached
+  cross   each block reads context tokens by cross-attention after its self-attention; they can be cached too
 
-A block is that of the native transformer, with its names. With adaLN-Zero (Peebles and Xie 2023) each of its branches y
-becomes gate * y(norm(x) * (1 + scale) + shift), all three zero at first; the context gets no time.
+Blocks and their names are those of the native transformer. With adaLN-Zero (Peebles and Xie 2023) each branch y becomes
+gate * y(norm(x) * (1 + scale) + shift), where gate, scale and shift start at zero; the context is not conditioned on
+time.
 """
 
 import math
@@ -32,11 +33,11 @@ from vla_foundry.models.layers import (
 )
 from vla_foundry.params.models.transformer import TransformerParams
 
-# of sines, up to 2 pi
+# longest period of the sines, divided by 2 pi
 _LONGEST_PERIOD = 1e4
 
 Reading = Literal["joint", "prefix", "cross"]
-# tokens (B, S, D) and bool (B, S), True where they may be seen; None: everywhere
+# tokens (B, S, D) and bool (B, S), True where visible; None: all visible
 Part = tuple[Tensor, Tensor | None]
 
 
@@ -45,7 +46,7 @@ class Tokens(NamedTuple):
 
     # (B, S, D)
     values: Tensor
-    # bool (B, S), True where a token may be seen; None: everywhere
+    # bool (B, S), True where a token is visible; None: all visible
     mask: Tensor | None
     # int64 (B or 1, S)
     positions: Tensor
@@ -59,22 +60,22 @@ class KeyValues(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Positions and masks, the same in all blocks; a mask is True where a token may look, None: anywhere."""
+    """Positions and masks, shared by all blocks; a mask is True where a token may look, None: everywhere."""
 
     rotation: Rotation | None
     context_rotation: Rotation | None
-    # of the tokens, to a prefix and themselves
+    # from the tokens to a prefix and themselves
     mask: Tensor | None
-    # of the tokens, to the context by cross-attention
+    # from the tokens to the context, by cross-attention
     cross_mask: Tensor | None
-    # of the context, to itself
+    # from the context to itself
     context_mask: Tensor | None
-    # rows of tokens for each row of context
+    # rows of tokens per row of context
     num_draws: int
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens to context; no positions."""
+    """Cross-attention from tokens to context, without positions."""
 
     def __init__(self, params: TransformerParams) -> None:
         super().__init__()
@@ -85,21 +86,21 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(params.n_heads * self.head_dim, params.hidden_dim, bias=False)
 
     def project_context(self, context: Float[Tensor, "B C D"]) -> KeyValues:
-        """The keys and values of the context."""
+        """Return the keys and values of the context."""
         keys, values = self.kv_proj(context).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
         return KeyValues(keys, values)
 
     def forward(self, x: Float[Tensor, "N S D"], cache: KeyValues, visibility: Visibility) -> Float[Tensor, "N S D"]:
-        """Attend; the draws of a sample share its context."""
+        """Attend to the context; all draws of a sample share it."""
         queries = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        # (B R, S, ...) as (B, R S, ...): nothing of the context is copied
+        # view (B R, S, ...) as (B, R S, ...), so that the context is not copied
         queries = queries.unflatten(0, (-1, visibility.num_draws)).flatten(1, 2)
         output = attend_cached(queries, cache.keys, cache.values, visibility.cross_mask).flatten(2)
         return self.out_proj(output.unflatten(1, (visibility.num_draws, -1)).flatten(0, 1))
 
 
 class DecoderBlock(nn.Module):
-    """Attention, cross-attention if the context is read so, and feed-forward."""
+    """Self-attention, optional cross-attention, and feed-forward."""
 
     def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class DecoderBlock(nn.Module):
         num_outputs: int | None = None,
         is_last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, KeyValues | None]:
-        """Return the tokens, the context and its keys and values after this block; `cache` replaces the context."""
+        """Return the tokens, the context, and the context's keys and values; `cache` replaces the context."""
         if cache is None and context is not None:
             cache, context = self._read_context(context, visibility, is_last)
         if x is None:
@@ -174,7 +175,7 @@ class DecoderBlock(nn.Module):
 
 
 class ActionDecoder(nn.Module):
-    """The blocks of a head. Parameters have the names of published heads, where these have them."""
+    """The blocks of a head. Parameter names match published heads where these have the parameter."""
 
     def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool, final_norm: bool) -> None:
         super().__init__()
@@ -198,11 +199,11 @@ class ActionDecoder(nn.Module):
         """Return the tokens after the last block.
 
         Args:
-            tokens: N = B x R rows, the R draws of a sample next to each other.
+            tokens: N = B x R rows; the R draws of a sample are adjacent.
             context: B rows; None: joint.
-            time: encoded, for adaLN-Zero.
-            cache: `cache_context` of the context, whose values are not read then.
-            num_outputs: return the last so many tokens only.
+            time: encoded time, for adaLN-Zero.
+            cache: result of `cache_context`; the values of `context` are then not read.
+            num_outputs: return only this many last tokens.
         """
         visibility = self._find_visibility(tokens, context)
         x: Tensor | None = tokens.values
@@ -216,7 +217,7 @@ class ActionDecoder(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def cache_context(self, context: Tokens) -> list[KeyValues]:
-        """Return the keys and values of the context in each block, for several calls with the same one."""
+        """Return the context's keys and values in each block, for reuse across calls."""
         visibility = self._find_visibility(None, context)
         values: Tensor = context.values
         cache = []
@@ -227,7 +228,7 @@ class ActionDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights as the native transformer does; those of adaLN-Zero start at zero."""
+        """Initialise the weights as the native transformer does; adaLN-Zero weights start at zero."""
         dim = self.params.hidden_dim
         layers: Any = self.layers
         for i, block in enumerate(layers):
@@ -276,9 +277,9 @@ class ActionDecoder(nn.Module):
 
 
 def join_parts(parts: Sequence[Part]) -> Tokens:
-    """Put parts behind each other.
+    """Concatenate parts.
 
-    Positions count the tokens that may be seen, so they do not depend on how far a batch is padded.
+    Positions count visible tokens, so they do not depend on how much a batch is padded.
     """
     values = torch.cat([part for part, _ in parts], dim=1)
     positions = torch.arange(values.shape[1], device=values.device)[None]
@@ -289,7 +290,7 @@ def join_parts(parts: Sequence[Part]) -> Tokens:
 
 
 def place_steps(values: Float[Tensor, "N T D"], mask: Bool[Tensor, "N T"] | None, front: Tokens | None) -> Tokens:
-    """The tokens of a window's steps behind `front`; the position of a step does not depend on padding among them."""
+    """Build the tokens of a window's steps, positioned after `front`; positions do not depend on padding."""
     start: Any = 0
     if front is not None and front.mask is None:
         start = front.values.shape[1]
@@ -300,7 +301,7 @@ def place_steps(values: Float[Tensor, "N T D"], mask: Bool[Tensor, "N T"] | None
 
 
 def append_steps(front: Tokens, steps: Tokens) -> Tokens:
-    """Put a window's steps behind the tokens in front of them."""
+    """Append a window's steps to the tokens before them."""
     values = torch.cat((front.values, steps.values), dim=1)
     rows = (values.shape[0], -1)
     mask = None
@@ -310,7 +311,7 @@ def append_steps(front: Tokens, steps: Tokens) -> Tokens:
 
 
 def encode_sines(places: Tensor, width: int) -> Float[Tensor, "N {width}"]:
-    """Sines and then cosines of places, at frequencies from 1 down to 1/10000 (Vaswani et al. 2017), fp32."""
+    """Encode places as fp32 sines, then cosines, at frequencies from 1 down to 1/10000 (Vaswani et al. 2017)."""
     half = width // 2
     steps = torch.arange(half, device=places.device, dtype=torch.float32)
     angles = places.float()[:, None] * torch.exp(-math.log(_LONGEST_PERIOD) / max(1, half - 1) * steps)
@@ -318,7 +319,7 @@ def encode_sines(places: Tensor, width: int) -> Float[Tensor, "N {width}"]:
 
 
 def init_maps(*maps: nn.Linear | None) -> None:
-    """Draw Xavier's uniform weights; biases are 0."""
+    """Initialise linear maps: Xavier-uniform weights, zero biases."""
     for module in maps:
         if module is not None:
             nn.init.xavier_uniform_(module.weight)
@@ -326,7 +327,7 @@ def init_maps(*maps: nn.Linear | None) -> None:
 
 
 def repeat(x: Tensor, num_draws: int) -> Tensor:
-    """Each row once for each of its draws."""
+    """Repeat each row once per draw."""
     return x if num_draws == 1 else x.repeat_interleave(num_draws, dim=0)
 
 
@@ -341,7 +342,7 @@ def _mask_of(tokens: Tokens) -> Tensor:
 
 
 def _make_causal(seen: Tensor | None, tokens: Tokens, num_context: int, is_causal: bool) -> Tensor | None:
-    """(N or 1, 1, S or 1, context + S): what may be seen, and under a causal mask by which token."""
+    """Return a mask (N or 1, 1, S or 1, context + S), True where visible; a causal mask depends on the token."""
     mask = None if seen is None else seen[:, None, None]
     if not is_causal:
         return mask

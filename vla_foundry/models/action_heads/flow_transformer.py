@@ -8,16 +8,16 @@ The paper's layout is one sequence, `conditioning: tokens` with `time_conditioni
 
     [conditioning + time | proprioception | noised actions]
 
-Conditioning is what the backbone gives: the states of its last layers at the observation token, side by side. The other
-ways to tell the time are a token in front of all (concat), and adaLN-Zero, which scales, shifts and gates each block of
+Conditioning is the backbone's output: the hidden states of its last layers at the observation token, side by side. Time
+can also enter as a token before all others (concat) or through adaLN-Zero, which scales, shifts and gates each block of
 the action tokens (adaln_zero). With `conditioning: cross_attention` the blocks read conditioning and proprioception by
 cross-attention, and `add` adds the time to the actions.
 
-With adaLN-Zero and with cross-attention, conditioning and proprioception do not depend on the time. They form a context
-that does not see the actions, so its keys and values are computed once: for all draws of a sample in training, and for
-all steps of sampling.
+With adaLN-Zero or cross-attention, conditioning and proprioception do not depend on time. They form a context that does
+not see the actions, so its keys and values are computed only once: for all draws of a sample in training, and for all
+sampling steps.
 
-`ddpm_transformer` is the same head with denoising diffusion for its noise process (noise.py).
+`ddpm_transformer` is the same head with denoising diffusion as its noise process (noise.py).
 """
 
 from typing import Any, NamedTuple
@@ -52,12 +52,12 @@ from vla_foundry.models.action_heads.noise import create_noise, draw_normals, dr
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import DenoisingHeadParams, TransformerHeadParams
 
-# the time is encoded in units of 1/1000
+# encode time in units of 1/1000
 _TIME_UNITS = 1000.0
 
 
 class TransformerHead(ActionHead):
-    """The maps into and out of a head's transformer. Modules have the names of published heads."""
+    """The input and output maps of a head's transformer. Module names match published heads."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class TransformerHead(ActionHead):
         if widths.proprioception_dim:
             self.proprioception_encode = nn.Linear(widths.proprioception_dim, dim)
         self.action_encode = nn.Linear(widths.action_dim, dim)
-        # in one sequence, rotary positions tell the steps apart, as in published heads; that is too little where
-        # attention has no positions (cross) or all steps begin alike (regression)
+        # In one sequence, rotary positions distinguish the steps, as in published heads. They are not enough where
+        # attention has no positions (cross) or all steps start from the same token (regression).
         self.step_encode = None if reading == "joint" else nn.Linear(dim, dim)
         self.transformer = ActionDecoder(
             params.transformer, reading=reading, is_modulated=is_modulated, final_norm=final_norm
@@ -85,14 +85,14 @@ class TransformerHead(ActionHead):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights."""
+        """Return the dtype of the weights."""
         return self.action_encode.weight.dtype
 
     def embed_proprioception(self, proprioception: Float[Tensor, "B P D"] | None) -> Float[Tensor, "B P D2"] | None:
-        """Return a token per step; None: the head reads none.
+        """Return one token per step; None if the head reads no proprioception.
 
         Raises:
-            ValueError: the head reads proprioception and there is none.
+            ValueError: the head reads proprioception, but it is missing.
         """
         if self.proprioception_encode is None:
             return None
@@ -104,38 +104,38 @@ class TransformerHead(ActionHead):
         return self.proprioception_encode(proprioception.to(self.dtype))
 
     def add_steps(self, tokens: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
-        """Tell the token of each action which step it is."""
+        """Add a step encoding to each action token."""
         if self.step_encode is None:
             return tokens
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         return tokens + self.step_encode(encode_sines(steps, tokens.shape[2]).to(self.dtype))
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the transformer."""
+        """Return the transformer's blocks."""
         return list(self.transformer.layers)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights: those of the transformer, and Xavier's uniform for the maps into and out of it."""
+        """Initialise the transformer's weights; use Xavier-uniform for its input and output maps."""
         self.transformer.init_weights()
         maps = [self.condition_encode, self.proprioception_encode, self.action_encode]
         init_maps(*maps, self.step_encode, self.output_layer)
 
 
 class Context(NamedTuple):
-    """What a batch says at every time: conditioning and proprioception, embedded."""
+    """Embedded conditioning and proprioception, which are the same at all times."""
 
-    # the parts of one sequence, to which the time is still to be added, (N, K, D) and (N, P, D)
+    # parts of the joint sequence before time is added, (N, K, D) and (N, P, D)
     parts: list[Part]
-    # else: the same as tokens of their own, (B, K + P, D), and their keys and values where these are kept
+    # otherwise: the same as separate tokens, (B, K + P, D), and their cached keys and values, if any
     tokens: Tokens | None
     cache: list[KeyValues] | None
-    # (N, T), False at padding; None: there is none
+    # (N, T), False at padding; None: no padding
     step_mask: Tensor | None
 
 
 class FlowTransformer(TransformerHead):
-    """A transformer that predicts, from noised actions and their time, the way back to actions."""
+    """A transformer that predicts the denoising target from noised actions and their time."""
 
     def __init__(self, params: DenoisingHeadParams, widths: HeadWidths, *, final_norm: bool = True) -> None:
         is_modulated = params.time_conditioning == "adaln_zero"
@@ -147,11 +147,11 @@ class FlowTransformer(TransformerHead):
         self.is_modulated = is_modulated
         self.process = create_noise(self.params.noise)
         self.time_encoding: Any = self.create_time_encoding(widths)
-        # what sampling repeats; compile_sampling replaces it
+        # repeated at each sampling step; compile_sampling replaces it
         self._repeated: Any = self.predict
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
-        """The network behind the sines of the time."""
+        """Create the network that maps the sines of the time."""
         dim = self.params.transformer.hidden_dim
         return nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -161,8 +161,8 @@ class FlowTransformer(TransformerHead):
         """Embed conditioning and proprioception.
 
         Args:
-            num_draws: how many times and noises each sample will be asked for.
-            key: of the noise that training adds to proprioception.
+            num_draws: number of (time, noise) draws per sample.
+            key: key of the noise that training adds to proprioception.
         """
         parts: list[Part] = [(self.embed_conditioning(conditioning.tokens.to(self.dtype)), conditioning.mask)]
         proprioception = self.embed_proprioception(window.proprioception)
@@ -178,23 +178,23 @@ class FlowTransformer(TransformerHead):
         return Context([], join_parts(parts), None, step_mask)
 
     def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K D"]:
-        """Map conditioning to the width of the head."""
+        """Map conditioning to the head's width."""
         return self.condition_encode(tokens)
 
     def embed_time(self, times: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Encode times by sines and a small network."""
+        """Encode times with sines and a small network."""
         sines = encode_sines(times * _TIME_UNITS, self.params.transformer.hidden_dim)
         return self.time_encoding(sines.to(self.dtype))
 
     def add_time(self, parts: list[Part], time: Float[Tensor, "N D"]) -> list[Part]:
-        """Tell the parts of one sequence the time: in front of them, or added to conditioning."""
+        """Insert time into the joint sequence: as a first token, or added to the conditioning."""
         if self.params.time_conditioning == "concat":
             return [(time.unsqueeze(1), None), *parts]
         (tokens, mask), *others = parts
         return [(tokens + time.unsqueeze(1), mask), *others]
 
     def embed_actions(self, noised: Float[Tensor, "N T A"], time: Float[Tensor, "N E"]) -> Float[Tensor, "N T D"]:
-        """Embed noised actions; with cross-attention the time may be added to them."""
+        """Embed noised actions; with cross-attention and `add`, add the time."""
         actions = self.add_steps(self.action_encode(noised.to(self.dtype)))
         if self.transformer.reading == "cross" and self.params.time_conditioning == "add":
             actions = actions + time.unsqueeze(1)
@@ -203,10 +203,10 @@ class FlowTransformer(TransformerHead):
     def predict(
         self, noised: Float[Tensor, "N T A"], times: Float[Tensor, " N"], context: Context
     ) -> Float[Tensor, "N T A"]:
-        """Return what the noise process calls the target: velocity, or noise.
+        """Return the prediction of the noise process's target: velocity or noise.
 
         Args:
-            noised: noised actions, with known numbers in their place.
+            noised: noised actions, with known values inserted.
             times: 0 is data, 1 is noise.
         """
         time = self.embed_time(times)
@@ -228,9 +228,9 @@ class FlowTransformer(TransformerHead):
         return self.output_layer(hidden)
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
-        """Return the squared error of the prediction at drawn times and noise, summed; the mean over draws."""
+        """Return the summed squared error at drawn times and noise, averaged over draws."""
         R, shape = self.params.num_action_head_repeats, window.actions.shape[1:]
-        # whatever the weights' precision
+        # at least fp32, regardless of the weights' precision
         dtype = torch.promote_types(self.dtype, torch.float32)
         actions = window.actions.to(dtype).repeat_interleave(R, dim=0)
         noise = self._draw(key, "noise", (R, *shape)).flatten(0, 1).to(dtype)
@@ -250,7 +250,7 @@ class FlowTransformer(TransformerHead):
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
-        """Go from noise, a function of each sample's seed, to actions; conditioning is read once."""
+        """Sample actions from noise that depends only on each sample's seed; embed the conditioning once."""
         noise = self._draw(key, "noise", window.actions.shape[1:])
         return self.sample_from(noise, conditioning, window, num_steps)
 
@@ -258,7 +258,7 @@ class FlowTransformer(TransformerHead):
     def sample_from(
         self, noise: Float[Tensor, "B T A"], conditioning: Conditioning, window: ActionWindow, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
-        """Go from this noise to actions."""
+        """Sample actions from the given noise."""
         context = self.embed_context(conditioning, window)
         if context.tokens is not None:
             context = context._replace(cache=self.transformer.cache_context(context.tokens))
@@ -271,28 +271,28 @@ class FlowTransformer(TransformerHead):
         )
 
     def compile_sampling(self, **options: Any) -> None:
-        """Compile the prediction that each step of sampling makes."""
+        """Compile the prediction made at each sampling step."""
         self._repeated = torch.compile(self.predict, **options)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights."""
+        """Initialise the weights."""
         super().init_weights()
         self.init_time_encoding()
 
     def init_time_encoding(self) -> None:
-        """Draw the weights of the network behind the sines of the time."""
+        """Initialise the network that maps the sines of the time."""
         init_maps(self.time_encoding[0], self.time_encoding[2])
 
     def _draw(self, key: DrawKey, purpose: str, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
-        """Normal numbers for each sample, fp32."""
+        """Draw fp32 standard normal numbers for each sample."""
         return draw_normals(key.samples, shape, seed=key.seed, purpose=f"{key.stage} {purpose}")
 
 
 @register_action_head("flow_transformer")
 @register_action_head("ddpm_transformer")
 def create_flow_transformer(params: DenoisingHeadParams, widths: HeadWidths) -> FlowTransformer:
-    """Build the head; its noise process makes the difference."""
+    """Build the head; flow and DDPM heads differ only in the noise process."""
     head = FlowTransformer(params, widths)
     head.init_weights()
     return head

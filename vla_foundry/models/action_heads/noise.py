@@ -1,4 +1,4 @@
-"""Noise processes of denoising heads, flow matching and denoising diffusion, and the draws that they need.
+"""Noise processes of denoising heads (flow matching and denoising diffusion) and their random draws.
 
 Time 0 is actions, time 1 is standard normal noise.
 """
@@ -20,20 +20,20 @@ from vla_foundry.registry import Registry
 # (noised actions (B, T, A), time (B,)) -> what the head predicts, (B, T, A)
 Predict = Callable[[Tensor, Tensor], Tensor]
 
-# of Beta's inverse distribution function
+# resolution of Beta's inverse distribution function
 _NUM_QUANTILES = 2048
-# of the cosine schedule (Nichol and Dhariwal 2021)
+# offset of the cosine schedule (Nichol and Dhariwal 2021)
 _COSINE_OFFSET = 0.008
 _LARGEST_BETA = 0.999
 
 
 class NoiseProcess:
-    """How actions become noise, what a head learns to predict, and how its predictions lead back to actions."""
+    """Defines how actions become noise, what a head learns to predict, and how its predictions give actions."""
 
     params: Any
 
     def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Turn uniform draws into the times of training."""
+        """Map uniform draws to training times."""
         raise NotImplementedError
 
     def add_noise(
@@ -43,19 +43,19 @@ class NoiseProcess:
         raise NotImplementedError
 
     def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
-        """Return what the head learns to predict."""
+        """Return the head's training target."""
         raise NotImplementedError
 
     def sample(
         self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B T A"]:
-        """Go from noise to actions.
+        """Sample actions from noise.
 
         Args:
             predict: the head.
-            noise: where to start, at time 1.
-            hold: puts known numbers into noised actions: observed steps, and 0 in dimensions that a robot lacks. It is
-                applied to every input of `predict`, and to the result.
+            noise: the starting point, at time 1.
+            hold: inserts known values into noised actions: observed steps, and 0 in dimensions that a robot lacks.
+                Applied to every input of `predict` and to the result.
         """
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class FlowMatching(NoiseProcess):
             self._quantiles = torch.from_numpy(beta_quantiles(params.beta_a, params.beta_b))
 
     def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Turn uniform draws into the times of training, by the inverse of their distribution function."""
+        """Map uniform draws to training times with the inverse distribution function."""
         params, times = self.params, uniforms
         if params.time_distribution == "logit_normal":
             normals = math.sqrt(2) * torch.erfinv(2 * times.clamp(2**-24, 1 - 2**-24) - 1)
@@ -117,7 +117,7 @@ class FlowMatching(NoiseProcess):
         self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B T A"]:
         """Integrate the velocity from noise to actions; any number of steps covers [0, 1] exactly."""
-        # on the host: nothing is read back, and each step has its own constants
+        # compute times on the host: nothing is read back, and each step has constants of its own
         times = [1 - step / num_steps for step in range(num_steps + 1)]
         x = hold(noise)
         for time, next_time in pairwise(times):
@@ -130,7 +130,7 @@ class FlowMatching(NoiseProcess):
         return x
 
     def _tell(self, time: float, x: Tensor) -> Tensor:
-        """The time of every row, as the head is told it."""
+        """Return the time passed to the head, one per row."""
         return torch.full((x.shape[0],), time, device=x.device)
 
     def _step(self, x: Tensor, width: float, velocity: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class FlowMatching(NoiseProcess):
 
 
 def beta_quantiles(a: float, b: float) -> np.ndarray:
-    """The inverse distribution function of Beta(a, b) at evenly spaced probabilities from 0 to 1, float32."""
-    # t = sin^2(angle) takes the poles out of the density for a, b >= 1/2
+    """Return Beta(a, b)'s inverse distribution function at evenly spaced probabilities from 0 to 1, float32."""
+    # substituting t = sin^2(angle) removes the poles of the density for a, b >= 1/2
     num_cells = 1 << 16
     angles = (np.arange(num_cells) + 0.5) * (np.pi / 2 / num_cells)
     mass = np.sin(angles) ** (2 * a - 1) * np.cos(angles) ** (2 * b - 1)
@@ -151,23 +151,23 @@ def beta_quantiles(a: float, b: float) -> np.ndarray:
 
 @register_noise("ddpm")
 class DenoisingDiffusion(NoiseProcess):
-    """Denoising diffusion, trained as DDPM (Ho et al. 2020), sampled by DDIM (Song et al. 2021) without new noise.
+    """Denoising diffusion, trained as DDPM (Ho et al. 2020) and sampled with deterministic DDIM (Song et al. 2021).
 
     x_k = sqrt(alpha_k) actions + sqrt(1 - alpha_k) noise for k = 0 .. K - 1, alpha the cumulative product of 1 - beta;
-    the head predicts the noise. It is told k as the time (k + 1) / K; time 0 is data.
+    the head predicts the noise. It receives k as the time (k + 1) / K; time 0 is data.
     """
 
     def __init__(self, params: DDPMParams) -> None:
         self.params: DDPMParams = params
-        # [K + 1], alpha at times 0, 1/K, ..., 1: before the first step there is no noise
+        # [K + 1], alpha at times 0, 1/K, ..., 1; no noise at time 0
         self.alphas = [1.0]
         for beta in _betas(params):
             self.alphas.append(self.alphas[-1] * (1 - beta))
-        # kept on the device that was used last
+        # stays on the device used last
         self._table = torch.tensor(self.alphas, dtype=torch.float64)
 
     def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Turn uniform draws into times, all K of them equally likely."""
+        """Map uniform draws to the K times, all equally likely."""
         num = self.params.num_timesteps
         return ((uniforms * num).floor() + 1) / num
 
@@ -186,7 +186,7 @@ class DenoisingDiffusion(NoiseProcess):
     def sample(
         self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B T A"]:
-        """Go from noise to actions by DDIM, over times spread evenly from 1 to 0."""
+        """Sample actions with DDIM at times spaced evenly from 1 to 0."""
         num, limits = self.params.num_timesteps, self.params.clamp_range
         if num_steps > num:
             raise ValueError(
@@ -201,7 +201,7 @@ class DenoisingDiffusion(NoiseProcess):
             actions = (x - math.sqrt(1 - alpha) * found) / math.sqrt(alpha)
             if limits is not None:
                 actions = actions.clamp(*limits)
-                # the noise that goes with the clamped actions
+                # the noise that corresponds to the clamped actions
                 found = (x - math.sqrt(alpha) * actions) / math.sqrt(1 - alpha)
             x = hold(math.sqrt(next_alpha) * actions + math.sqrt(1 - next_alpha) * found)
         return x
@@ -219,8 +219,8 @@ def _betas(params: DDPMParams) -> list[float]:
     return [min(1 - level((k + 1) / num) / level(k / num), _LARGEST_BETA) for k in range(num)]
 
 
-# Draws on a device that are a function of (seed, sample, purpose): never of the batch, the rank or earlier draws. The
-# words are those of randomness.py, vectorised: sample s draws word n = 1, 2, ... as mix(start_s + n * golden), with
+# On-device draws depend only on (seed, sample, purpose), never on the batch, the rank or earlier draws. The words are
+# those of randomness.py, vectorised: sample s draws word n = 1, 2, ... as mix(start_s + n * golden), with
 # start_s = mix(key(seed, purpose) + golden * (s + 1)) and SplitMix64's finalizer as mix, all modulo 2^64.
 
 
@@ -235,7 +235,7 @@ def draw_normals(
     """Return standard normal numbers of `shape` for each sample, fp32 (Box and Muller 1958); |x| < 5.9."""
     count = math.prod(shape)
     words = _draw_words(samples, -(-count // 2), seed=seed, purpose=purpose)
-    # 24 bits each, from the two halves of a word; the first never 0
+    # two 24-bit numbers from the two halves of a word; the first is never 0
     first = (_shift(words, 40).float() + 0.5) * 2.0**-24
     second = ((words >> 8) & 0xFFFFFF).float() * (2.0**-24 * 2 * math.pi)
     radius = (-2 * first.log()).sqrt()
@@ -251,7 +251,7 @@ def _draw_words(samples: Tensor, count: int, *, seed: int, purpose: str) -> Int[
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same bits."""
+    """Return the int64 with the same bits."""
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -260,7 +260,7 @@ _FACTORS = tuple(map(_signed, FACTORS))
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros."""
+    """Logical right shift."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,7 +1,7 @@
-"""A head that predicts all steps at once, without noise, by their absolute error (after OpenVLA-OFT, Kim et al. 2025).
+"""The regression head: predicts all steps at once with an L1 loss (after OpenVLA-OFT, Kim et al. 2025).
 
-Its context is conditioning and proprioception. The token of a step says which step it is; that of an observed step also
-holds its action.
+It is the head of `regression_policy`. Conditioning and proprioception form its context. Each step's token encodes the
+step index, and for observed steps also the action.
 """
 
 from typing import Any
@@ -25,14 +25,14 @@ from vla_foundry.params.models.action_heads import RegressionParams
 
 
 class RegressionHead(TransformerHead):
-    """A transformer that predicts actions."""
+    """A transformer that predicts actions directly, without noise."""
 
     def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
         reading = "cross" if params.conditioning == "cross_attention" else "prefix"
         super().__init__(params, widths, reading=reading, final_norm=params.final_norm)
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
-        """Return the absolute error, summed."""
+        """Return the summed absolute error."""
         predicted = self.predict(conditioning, window)
         errors = (predicted - window.actions.to(predicted.dtype)).abs()
         return reduce_loss(errors.to(torch.promote_types(errors.dtype, torch.float32)), window)
@@ -41,12 +41,12 @@ class RegressionHead(TransformerHead):
     def sample(
         self, conditioning: Conditioning, window: ActionWindow, key: DrawKey, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
-        """Predict once; there is nothing to draw, and there are no steps."""
+        """Predict in one pass; `key` and `num_steps` are not used."""
         predicted = self.predict(conditioning, window).float()
         return torch.where(window.free_mask(), predicted, window.held_actions())
 
     def predict(self, conditioning: Conditioning, window: ActionWindow) -> Float[Tensor, "B T A"]:
-        """Return the actions of every step."""
+        """Return the predicted actions of all steps."""
         parts: list[Part] = [(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
         proprioception = self.embed_proprioception(window.proprioception)
         if proprioception is not None:

@@ -1,1 +1,1 @@
-"""What only checkpoints of the earlier implementation need."""
+"""Code that only legacy checkpoints need."""

@@ -1,8 +1,8 @@
-"""The flow transformer as legacy checkpoints had it; the paper's published policies are of this kind.
+"""The flow and DDPM heads of legacy checkpoints; the paper's published policies use the flow head.
 
-Its params say how it differs from action_heads/flow_transformer.py. The time may be a row of a trained table, as wide
-as the conditioning, to which it is added before both are mapped to the head's width. The last norm may be left out.
-Flow matching may use few times, clamp noised actions, and tell the head a time one step less in sampling.
+The params control how it differs from action_heads/flow_transformer.py. Time may be a row of a trained table as wide as
+the conditioning, added to it before both are mapped to the head's width. The final norm may be left out. Flow matching
+may use a limited number of times, clamp noised actions, and pass the head a smaller time during sampling.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyHeadParams
 
 @register_noise("legacy_flow")
 class LegacyFlowMatching(FlowMatching):
-    """Flow matching with a limited number of times, clamped actions and a shift of the time in sampling."""
+    """Flow matching with a limited number of times, clamped actions and shifted sampling times."""
 
     def __init__(self, params: LegacyFlowParams) -> None:
         super().__init__(params)
@@ -28,7 +28,7 @@ class LegacyFlowMatching(FlowMatching):
         self.time_shift = params.sampling_time_shift
 
     def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Turn uniform draws into the times of training."""
+        """Map uniform draws to training times."""
         times = super().spread_times(uniforms)
         if self.num_timesteps is not None:
             times = (times * self.num_timesteps).floor() / self.num_timesteps
@@ -51,35 +51,35 @@ class LegacyFlowMatching(FlowMatching):
 
 
 class LegacyFlowTransformer(FlowTransformer):
-    """A flow transformer whose time may come from a table, and whose last norm may be missing."""
+    """A flow transformer with an optional time table and an optional final norm."""
 
     def __init__(self, params: LegacyHeadParams, widths: HeadWidths) -> None:
         super().__init__(params, widths, final_norm=params.final_norm)
 
     @property
     def has_table(self) -> bool:
-        """The time comes from a table."""
+        """Return True if time is encoded by a trained table."""
         return self.params.time_encoding == "table"
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
-        """The table, or the network behind the sines of the time."""
+        """Create the table, or the network that maps the sines of the time."""
         if not self.has_table:
             return super().create_time_encoding(widths)
         return nn.Embedding(self.process.params.num_timesteps, widths.conditioning_dim)
 
     def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K E"]:
-        """With a table, conditioning is mapped once the time is added."""
+        """Map conditioning to the head's width; with a table, `add_time` does this after adding the time."""
         return tokens if self.has_table else super().embed_conditioning(tokens)
 
     def embed_time(self, times: Float[Tensor, " N"]) -> Float[Tensor, "N E"]:
-        """Encode times, by the nearest row of the table if there is one."""
+        """Encode times; with a table, take the nearest row."""
         if not self.has_table:
             return super().embed_time(times)
         num = self.time_encoding.num_embeddings
         return self.time_encoding((times * num).round().long().clamp(0, num - 1))
 
     def add_time(self, parts: list[Part], time: Float[Tensor, "N E"]) -> list[Part]:
-        """Tell the parts of one sequence the time, and map conditioning to the head's width."""
+        """Insert time into the joint sequence and map conditioning to the head's width."""
         if not self.has_table:
             return super().add_time(parts, time)
         (tokens, mask), *others = parts
@@ -89,7 +89,7 @@ class LegacyFlowTransformer(FlowTransformer):
         return [(self.condition_encode(tokens + time.unsqueeze(1)), mask), *others]
 
     def init_time_encoding(self) -> None:
-        """Draw the network's weights; a table starts as sines."""
+        """Initialise the network's weights; a table starts as sines."""
         if not self.has_table:
             super().init_time_encoding()
             return
@@ -100,7 +100,7 @@ class LegacyFlowTransformer(FlowTransformer):
 @register_action_head("legacy_flow_transformer")
 @register_action_head("legacy_ddpm_transformer")
 def create_legacy_head(params: LegacyHeadParams, widths: HeadWidths) -> LegacyFlowTransformer:
-    """Build the head; its noise process makes the difference."""
+    """Build the head; flow and DDPM heads differ only in the noise process."""
     head = LegacyFlowTransformer(params, widths)
     head.init_weights()
     return head

@@ -1,20 +1,20 @@
-"""Policies of the earlier implementation: their config and weights in our terms.
+"""Translate the config and weights of policies from the earlier implementation.
 
-What is set so that imported policies compute what they computed, where the original numerics differ from ours:
+Where the original numerics differ from ours, the translation sets these params to reproduce them:
 
 | param                                | imported | why                                                           |
 |--------------------------------------|----------|---------------------------------------------------------------|
 | backbone final_norm (native)         | false    | hidden states are read before the final norm                  |
 | backbone text_norm_before_projection | true     | CLIP: the instruction is normalised before its projection     |
 | action_head final_norm               | false    | the head's last hidden state is read before the final norm    |
-| action_head time_encoding            | table    | a trained row per time                                        |
+| action_head time_encoding            | table    | each time had a trained row                                   |
 | noise num_timesteps                  | theirs   | trained at times 0, 1/n, ..., (n-1)/n                         |
 | noise clamp_range                    | theirs   | noised actions are clamped                                    |
-| noise sampling_time_shift            | 1/n      | while sampling, the head was told a time one step less        |
+| noise sampling_time_shift            | 1/n      | during sampling, the head received a time one step too small  |
 
-Steps of sampling that do not divide their number of times went past 0 there; here they end at 0. Padded steps of
-actions were shown to the head there, and are hidden here. The observation token came after a row's padding there, which
-it saw; here it comes right after the text, so that rows without padding alone give the same numbers.
+Three differences remain. If the sampling steps did not divide the number of times, sampling went past 0; here it ends
+at 0. The head saw padded action steps; here they are hidden. The observation token came after a row's padding and saw
+it; here it comes right after the text, so only rows without padding give the same numbers.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ import torch
 from vla_foundry.models.weights import Entry
 
 _BACKBONE = "vision_language_backbone._model."
-# of the head, by the first part of their names
+# modules of the head, by the first part of their names
 _HEAD = {
     *("time_encoding", "output_layer", "action_encode", "condition_encode", "proprioception_encode", "transformer"),
 }
-# what such a checkpoint holds and ours does not, by the beginning of its names -> why
+# tensors that we leave out: name prefix -> reason
 LEFT_OUT = {
     "transformer.embeddings.": "the action head reads no tokens",
     "transformer.output.": "the action head writes no tokens",
@@ -53,10 +53,10 @@ def translate_config(config: dict[str, Any], vlm_config: dict[str, Any] | None =
 
     Args:
         config: a config_model.yaml of type diffusion_policy.
-        vlm_config: that of the vision-language model it was started from, for a vlm_foundry_backbone.
+        vlm_config: model config of the vision-language model it started from, for a vlm_foundry_backbone.
 
     Raises:
-        ValueError: its noise process never worked there.
+        ValueError: its noise process never worked in the earlier implementation.
     """
     if not config.get("use_flow_matching_scheduler") or config.get("use_diffusers_scheduler"):
         raise ValueError("Only policies trained with use_flow_matching_scheduler can be imported; no others worked.")
@@ -106,9 +106,9 @@ def _translate_backbone(old: dict[str, Any], vlm_config: dict[str, Any] | None) 
 
 
 def translate_weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return what a checkpoint of the earlier implementation holds by our names.
+    """Return the entries of an earlier implementation's checkpoint under our names.
 
-    The observation token was the last row of the token tables there, and is a parameter of its own here.
+    The observation token was the last row of the token tables; here it is a separate parameter.
     """
     has_token = not any("text_projection" in name for name in entries)
     found: dict[str, Entry] = {}
