@@ -6,7 +6,7 @@ B batch rows, T tokens, S samples.
 |-------------|--------------|--------------------------------------------------------------------------------------|
 | modality    | str          | "text", ...: one modality a microbatch                                                |
 | positions   | int64 [S]    | positions of this microbatch's samples in the plan                                    |
-| input_ids   | int32 [B, T] | tokens; what padding holds is unspecified                                             |
+| input_ids   | int32 [B, T] | tokens; values in padding are unspecified                                             |
 | target_mask | bool [B, T]  | True where the token at this place is supervised as a target; place 0 never is        |
 | documents   | Documents    | how each row divides into documents that must not see each other; absent: one per row |
 | dropped     | dict         | samples that were replaced while this microbatch was made: {reason: count}            |
@@ -92,7 +92,7 @@ class Documents:
 
 
 class LossOutput(NamedTuple):
-    """What a model's forward returns when it is given targets. All are tensors on the model's device.
+    """A model's output when given targets. All are tensors on the model's device.
 
     `sum` is the loss summed over valid targets (scalar, with a gradient even if there are none); `count` their
     number (scalar); `logs` are further sums by name, divided by the count before they are logged.
@@ -105,7 +105,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(eq=False)
 class LanguageModelOutput:
-    """What a language model returns when it is given no targets.
+    """A language model's output without targets.
 
     `hidden_states` has one entry more than the model has blocks: entry 0 is the embedding, entry i the output of
     block i, and the last one is taken after the final norm.

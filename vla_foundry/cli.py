@@ -42,7 +42,7 @@ distributed and ema (vla-foundry train --help hparams; vla-foundry train --help 
 
 
 def usage() -> str:
-    """The text of `vla-foundry --help`."""
+    """Return the text of `vla-foundry --help`."""
     return _USAGE.format(commands="\n".join(f"  {name:<18} {what}" for name, (_, what) in _COMMANDS.items()))
 
 
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run `vla-foundry`.
 
     Args:
-        argv: the words after `vla-foundry`; those of this process if not given.
+        argv: the arguments after `vla-foundry`; None: those of this process.
 
     Raises:
         SystemExit: 2 after an error that the user can fix, printed as one line `error: ...`.
     """
-    # waiting threads must not spin: beside another busy process that costs a factor of ten or more
+    # waiting threads must not spin: next to another busy process that slows us down tenfold or more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--help", "-h", "help"):

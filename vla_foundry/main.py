@@ -17,11 +17,11 @@ def main(argv: list[str]) -> None:
     """Parse, resolve, train.
 
     Args:
-        argv: the words after the command.
+        argv: the arguments after the command.
 
     Raises:
-        ValueError: what the user can fix, in one line.
-        FileNotFoundError: a file that the config names is not there.
+        ValueError: an error that the user can fix; one line.
+        FileNotFoundError: a file named in the config does not exist.
     """
     with errors_once():
         parsed = parse(TrainExperimentParams, argv, prog=PROG)
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         resolved = resolve_known(parsed.params, facts)
     print_notices(parsed.notices + resolved.notices)
     if parsed.params.resolve_configs:
-        # the flags that asked for this print are no part of the run
+        # the flags that requested this output are not part of the run
         flags: dict[str, Any] = {"resolve_configs": False, "resolve_configs_path": None}
         shown = replace(resolved, params=replace(resolved.params, **flags))
         origins = {path: origin for path, origin in parsed.origins.items() if path not in flags}

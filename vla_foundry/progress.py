@@ -1,4 +1,4 @@
-"""What a command prints while it works: lines, and a progress bar or its plain form."""
+"""Print a command's output for the user: lines, and a progress bar or plain progress lines."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that adds work done to a progress bar on a terminal, or else to a line now and then."""
+    """Yield a function that reports completed work: a progress bar on a terminal, else an occasional line."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,7 +33,7 @@ def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int],
 
 
 class _ProgressLines:
-    """Progress for where there is no terminal: a plain line every few seconds."""
+    """Progress without a terminal: a plain line every few seconds."""
 
     def __init__(self, title: str, total: int, done: int) -> None:
         self._title, self._total, self._done = title, total, done

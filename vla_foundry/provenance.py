@@ -1,4 +1,4 @@
-"""What made a dataset or a run: versions of packages, and the commit of the source tree this package runs from."""
+"""Record what made a dataset or a run: package versions, and the commit of the source tree in use."""
 
 import subprocess
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ _GIT_SECONDS = 20
 
 
 def read_package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
+    """Return the versions of those packages that are installed."""
     versions = {}
     for name in names:
         try:
@@ -22,12 +22,12 @@ def read_package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_git_commit() -> str | None:
-    """The commit of the source tree; None if the package is installed elsewhere, or there is no git."""
+    """Return the commit of the source tree; None if the package is not run from one, or git is missing."""
     return _run_git("rev-parse", "HEAD") or None
 
 
 def has_uncommitted_changes(path: str = ".") -> bool | None:
-    """True if files below `path` of the source tree differ from its commit; None if there is no git."""
+    """Return True if files below `path` in the source tree differ from its commit; None without git."""
     status = _run_git("status", "--porcelain", "--", path)
     return None if status is None else bool(status)
 

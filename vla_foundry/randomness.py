@@ -1,8 +1,8 @@
-"""Counter-based randomness: every draw is a function of its key, never of earlier draws or of the process that draws.
+"""Draw counter-based random numbers: each depends only on its key, never on earlier draws or on the process.
 
-All of it is SplitMix64, integer arithmetic modulo 2**64, so every machine gets the same numbers. The order of the data
-comes from `hash_int` and `hash_ints`, the draws of a sample from `draw_uniforms` and `draw_index`;
-models/action_heads/noise.py draws the same words on the device.
+All draws use SplitMix64, integer arithmetic modulo 2**64, so every machine gets the same numbers. `hash_int` and
+`hash_ints` give the data order; `draw_uniforms` and `draw_index` give a sample's draws. models/action_heads/noise.py
+draws the same words on the device.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def draw_below(hashes: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def create_key(seed: int, purpose: str) -> int:
-    """Return the 64-bit key of all draws of a seed for a purpose."""
+    """Return the 64-bit key for all draws with this seed and purpose."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "little")
 
 
@@ -71,9 +71,9 @@ def draw_uniforms(count: int, *, seed: int, position: int, purpose: str) -> np.n
     """Return `count` numbers in [0, 1), float64 [count]; a larger `count` only appends to a smaller one.
 
     Args:
-        seed: of the run.
-        position: of the sample in the plan, or the number of the step.
-        purpose: what the draw is for; draws for different purposes are independent.
+        seed: seed of the run.
+        position: position of the sample in the plan, or the step number.
+        purpose: purpose of the draw; draws for different purposes are independent.
     """
     words = _draw_words(count, seed=seed, position=position, purpose=purpose)
     return np.array([(word >> 11) * 2.0**-53 for word in words])

@@ -1,4 +1,4 @@
-"""The one registry class: a name typed in a config or on the command line -> the object that serves it."""
+"""Look up objects by the name typed in a config or on the command line."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ E = TypeVar("E")
 
 
 def unknown_name_message(what: str, name: object, known: list[str]) -> str:
-    """One line that says `name` is unknown, the nearest known name, and all known names."""
+    """Return one line saying that `name` is unknown, with the nearest known name and all known names."""
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return f"{what} '{name}' is unknown.{hint} Registered: {', '.join(known) or 'none'}."
@@ -37,14 +37,14 @@ class Registry(Generic[T]):
         self._package = package
         self._line = re.compile(rf"^@{decorator}\(\s*[\"']([^\"']+)[\"']", re.MULTILINE)
         self._entries: dict[str, Any] = {}
-        # name -> module, of the source files; None: not searched yet
+        # {name: module} found in the source files; None: not searched yet
         self._modules: dict[str, str] | None = None
 
     def register(self, name: str) -> Callable[[E], E]:
         """Return a decorator that registers its argument as `name`.
 
         Raises:
-            ValueError: another object is registered as `name` already.
+            ValueError: another object is already registered as `name`.
         """
 
         def decorate(entry: E) -> E:
@@ -56,10 +56,10 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> T:
-        """Return the object registered as `name`, importing its module if need be.
+        """Return the object registered as `name`, importing its module if necessary.
 
         Raises:
-            ValueError: no such name; the message holds the nearest one and all names.
+            ValueError: the name is unknown; the message gives the nearest name and all names.
         """
         if name not in self._entries and name in self._find_modules():
             importlib.import_module(self._find_modules()[name])
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All names, sorted; nothing is imported."""
+        """Return all names, sorted, without importing anything."""
         return sorted(self._entries.keys() | self._find_modules().keys())
 
     def _find_modules(self) -> dict[str, str]:

@@ -16,7 +16,7 @@
         state.json                     step, counters, parameter groups, the plan of the data
         COMPLETE                       {file: [bytes, SHA-256]}; a step folder without it is not a checkpoint
 
-A step folder is written aside, as `.writing_step_...`, and renamed when all of it is on the disk.
+A step folder is written as `.writing_step_...` and renamed once all of it is on disk.
 """
 
 import json
@@ -51,7 +51,7 @@ _STEP_PATTERN = re.compile(r"step_(\d+)")
 
 
 def run_folder_candidates(checkpoint: str) -> list[str]:
-    """Return where the run folder of a checkpoint can be, nearest first: the checkpoint itself or a folder above it.
+    """Return where a checkpoint's run folder can be, nearest first: the checkpoint itself or a folder above it.
 
     Args:
         checkpoint: path or URI of a run folder, a step folder, or a file of weights.
@@ -59,7 +59,7 @@ def run_folder_candidates(checkpoint: str) -> list[str]:
     scheme, mark, path = checkpoint.rpartition("://")
     place = path.rstrip("/") if mark else os.path.abspath(os.path.expanduser(checkpoint))
     found = [place]
-    # the deepest is run/checkpoints/step_N/model.safetensors
+    # the deepest case is run/checkpoints/step_N/model.safetensors
     for _ in range(3):
         place = posixpath.dirname(place) or place
         found.append(place)
@@ -67,12 +67,12 @@ def run_folder_candidates(checkpoint: str) -> list[str]:
 
 
 def step_folder_name(step: int) -> str:
-    """The name of the folder of the checkpoint made after `step` optimizer steps."""
+    """Return the folder name of the checkpoint written after `step` optimizer steps."""
     return f"step_{step:08d}"
 
 
 def read_step(step_folder: Path) -> int:
-    """The number of optimizer steps in a step folder's name."""
+    """Return the number of optimizer steps from a step folder's name."""
     match = _STEP_PATTERN.fullmatch(step_folder.name)
     if match is None:
         raise ValueError(f"'{step_folder}' is not a checkpoint: its name must be step_<number>.")
@@ -80,7 +80,7 @@ def read_step(step_folder: Path) -> int:
 
 
 def list_step_folders(run_folder: Path) -> list[Path]:
-    """The step folders of a run, newest first, complete or not."""
+    """Return a run's step folders, newest first, complete or not."""
     checkpoints = run_folder / CHECKPOINTS_FOLDER
     if not checkpoints.is_dir():
         return []
@@ -89,7 +89,7 @@ def list_step_folders(run_folder: Path) -> list[Path]:
 
 
 def is_complete(step_folder: Path) -> bool:
-    """True if every file that COMPLETE lists is there with its size. Contents are not read; see `find_fault`."""
+    """True if every file listed in COMPLETE exists with its size. Contents are not read; see `find_fault`."""
     return _find_size_fault(step_folder, None) is None
 
 
@@ -97,10 +97,10 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     """Compare a step folder with its COMPLETE file, sizes and SHA-256.
 
     Args:
-        only: names of the files to compare; all if not given.
+        only: names of the files to compare; None: all.
 
     Returns:
-        None, or what is wrong with the first wrong file, beginning with its path.
+        None, or the fault of the first bad file, beginning with its path.
     """
     fault = _find_size_fault(step_folder, only)
     if fault is not None:
@@ -117,7 +117,7 @@ def verify(step_folder: Path) -> None:
     """Check every file of a step folder.
 
     Raises:
-        ValueError: a file is missing, cut off or changed; the message names it.
+        ValueError: a file is missing, truncated or changed; the message names it.
     """
     fault = find_fault(step_folder)
     if fault is not None:
@@ -127,16 +127,16 @@ def verify(step_folder: Path) -> None:
 def find_checkpoint(
     path: str | Path, *, only: Collection[str] | None = None, notify: Callable[[str], None] | None = None
 ) -> Path:
-    """Return the step folder that `path` means: itself, or the newest complete one of a run folder.
+    """Return the step folder for `path`: the path itself, or the newest complete one of a run folder.
 
     Args:
         path: a run folder or a step folder.
-        only: names of the files that must be right, all if not given. Reading weights alone need not read the rest.
-        notify: called with one line for each newer checkpoint that is passed over because it is damaged.
+        only: names of the files that must be intact; None: all. Reading only weights does not need the rest.
+        notify: called with one line for each newer checkpoint that is skipped because it is damaged.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no usable checkpoint; the message says what is wrong with the newest.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the run has no usable checkpoint; the message says what is wrong with the newest.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,6 +1,6 @@
 """@: a dataset is a folder of tar shards with a manifest and, beside each shard, an index.
 
-    manifest.jsonl            one line a shard: {"shard": "shard_000000", "num_sequences": 512, "num_bytes": ..., ...}
+    manifest.jsonl            one line per shard: {"shard": "shard_000000", "num_sequences": 512, "num_bytes": ..., ...}
     shard_000000.tar          an uncompressed WebDataset tar
     shard_000000.index.json   where each sample's bytes lie in the tar (see ShardIndex)
     provenance.json           what made the dataset
@@ -58,9 +58,9 @@ class MemberSpan:
 class TokenRecords:
     """A shard of tokenized records: N records of `record_length` little-endian tokens, and their document boundaries.
 
-    With o = document_offsets, record n holds the documents that end (exclusively) at its tokens
-    document_ends[o[n]:o[n + 1]]; the last of them is the number of valid tokens, what follows it in the record is
-    padding. A document may go on in the next record; a boundary lies after each end-of-sequence token.
+    With o = document_offsets, the documents of record n end (exclusively) at its tokens document_ends[o[n]:o[n + 1]].
+    The last of these is the number of valid tokens; the rest of the record is padding. A document may continue in the
+    next record. There is a boundary after each end-of-sequence token.
     """
 
     # "uint16" or "uint32", little-endian
@@ -77,7 +77,7 @@ class TokenRecords:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeHeader:
-    """What the JSON member of an episode says about its other members."""
+    """The part of an episode's JSON member that describes its other members."""
 
     # frames (L)
     num_frames: int
@@ -91,13 +91,13 @@ class EpisodeHeader:
 class EpisodeSpans:
     """Where an episode lies in a shard of whole episodes (episode_blocks.py); each of its anchors is a sample."""
 
-    # episode id: what the names of its members begin with
+    # episode id: the common prefix of its member names
     key: str
     # frames that are samples, ascending
     anchors: tuple[int, ...]
-    # {suffix in lower case: span} of the members that are no frames: episode.json, lowdim.npz
+    # {lower-case suffix: span} of the members that are not frames: episode.json, lowdim.npz
     members: dict[str, MemberSpan]
-    # {camera, as episode.json writes it: span of each frame}
+    # {camera, as spelled in episode.json: span of each frame}
     frames: dict[str, tuple[MemberSpan, ...]]
 
 
@@ -123,11 +123,11 @@ def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
     """Parse the text of a manifest.
 
     Args:
-        text: JSON lines; empty lines are skipped; keys that are not ours are ignored.
+        text: JSON lines; empty lines are skipped, unknown keys ignored.
         origin: where the text comes from, for messages.
 
     Raises:
-        ValueError: a line is not what it should be (named by number), or there is none.
+        ValueError: a line is malformed (the message gives its number), or the manifest is empty.
     """
     entries = [
         _parse_manifest_line(line, f"{origin} line {number}")
@@ -165,7 +165,7 @@ def _parse_manifest_line(line: str, where: str) -> ManifestEntry:
 
 
 def format_manifest(entries: Iterable[ManifestEntry]) -> str:
-    """Format a manifest, one JSON object a line, unknown values left out."""
+    """Format a manifest, one JSON object per line, omitting unknown values."""
     rows = ({key: value for key, value in asdict(entry).items() if value is not None} for entry in entries)
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -184,7 +184,7 @@ def index_shard(file: BinaryIO) -> ShardIndex:
         file: the tar, seekable, at its beginning.
 
     Raises:
-        ValueError: the file is not a readable tar, or holds two members of one name in one sample.
+        ValueError: the file is not a readable tar, or a sample has two members with the same name.
     """
     samples: list[tuple[str, dict[str, MemberSpan]]] = []
     try:
@@ -258,12 +258,12 @@ def _index_episode(file: BinaryIO, key: str, members: dict[str, MemberSpan]) -> 
 
 
 def frame_suffix(camera: str, frame: int, extension: str) -> str:
-    """Suffix of the member that holds a frame of a camera."""
+    """Return the suffix of the member that holds a camera's frame."""
     return f"{camera.lower()}.{frame:06d}.{extension}"
 
 
 def parse_episode_header(text: str | bytes, origin: str) -> EpisodeHeader:
-    """Parse what an index needs of the JSON member of an episode.
+    """Parse the part of an episode's JSON member that an index needs.
 
     Args:
         origin: where the text comes from, for messages.
@@ -322,7 +322,7 @@ def parse_index(text: str, origin: str) -> ShardIndex:
     """Parse the JSON of `<shard>.index.json`.
 
     Raises:
-        ValueError: it is not such an index, or of another version.
+        ValueError: the text is not such an index, or has another version.
     """
     try:
         values = json.loads(text)
@@ -360,7 +360,7 @@ _RECORD_SPANS = ("tokens", "document_ends", "document_offsets")
 
 
 def sha256_of(file: BinaryIO, chunk_size: int = 1 << 22) -> str:
-    """Return the SHA-256 of what is left to read in `file`, hexadecimal."""
+    """Return the hexadecimal SHA-256 of the rest of `file`."""
     digest = hashlib.sha256()
     while chunk := file.read(chunk_size):
         digest.update(chunk)

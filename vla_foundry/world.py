@@ -1,4 +1,4 @@
-"""Which process this is among how many: read from the launcher's environment, never stored in the config."""
+"""Read this process's rank and the number of processes from the launcher's environment, never from the config."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class _Launcher(NamedTuple):
-    """The variables in which a launcher tells a process its place."""
+    """The environment variables in which a launcher passes a process its rank."""
 
     rank: str
     local_rank: str
@@ -18,7 +18,7 @@ class _Launcher(NamedTuple):
 _TORCHRUN = _Launcher("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _OPEN_MPI = _Launcher(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
 _SLURM = _Launcher("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
-# the first one that is there counts: torchrun is itself started by Slurm or MPI
+# the first launcher found wins: torchrun may itself be started by Slurm or MPI
 _LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _SLURM)
 
 
@@ -46,10 +46,10 @@ def read_world(num_cuda_devices: int, environment: Mapping[str, str] | None = No
 
     Args:
         num_cuda_devices: CUDA devices this process sees (`torch.cuda.device_count()`); 0 means the CPU.
-        environment: the variables; those of this process if not given.
+        environment: the variables; None: those of this process.
 
     Raises:
-        ValueError: a variable is missing, or not a number, or names a device that is not there.
+        ValueError: a variable is missing, is not a number, or names a device that does not exist.
     """
     environment = os.environ if environment is None else environment
     launcher = next((launcher for launcher in _LAUNCHERS if launcher.world_size in environment), None)
@@ -76,7 +76,7 @@ def read_world_size(environment: Mapping[str, str] | None = None) -> int:
 
 
 def read_ranks_per_node(world_size: int, environment: Mapping[str, str] | None = None) -> int:
-    """Read the number of processes on this machine; all of `world_size` where the launcher does not tell."""
+    """Read the number of processes on this machine; `world_size` if the launcher does not provide it."""
     given = _find(environment, [launcher.ranks_per_node for launcher in _LAUNCHERS])
     return int(given) if given.isdigit() and int(given) > 0 else world_size
 
@@ -98,7 +98,7 @@ def _find(environment: Mapping[str, str] | None, names: list[str]) -> str:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

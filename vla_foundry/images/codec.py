@@ -77,7 +77,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, 
     """Decode a JPEG, PNG or WebP file to RGB.
 
     Raises:
-        ValueError: the bytes are none of these, broken, truncated, or hold more than `max_pixels`; one line.
+        ValueError: another format, a malformed or truncated file, or more than `max_pixels` pixels; one line.
     """
     decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
     if decode_jpeg is None:
@@ -103,7 +103,7 @@ def decode_depth(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt16[Tensor,
     """Decode a 16-bit grey PNG, unchanged.
 
     Raises:
-        ValueError: the bytes are no such file, broken, or hold more than `max_pixels`; one line.
+        ValueError: not such a file, a malformed file, or more than `max_pixels` pixels; one line.
     """
     if not data.startswith(_PNG):
         raise ValueError(f"depth must be a 16-bit grey PNG, got {len(data)} bytes that begin with {data[:4]!r}.")

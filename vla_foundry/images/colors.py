@@ -1,7 +1,7 @@
-"""uint8 pixels -> normalised floats on the device, with each sample's change of colours on the way.
+"""Normalise uint8 pixels to floats on the device, applying each sample's colour jitter on the way.
 
-Pixels travel as uint8, a quarter of the bytes, and become floats where the model is. A row is an image, or a patch of
-one (Qwen); its colour channels come first: [3, ...] or flattened [3 * n].
+Pixels are transferred as uint8, a quarter of the bytes, and converted to float on the model's device. A row is an image
+or an image patch (Qwen), with colour channels first: [3, ...] or flattened [3 * n].
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ def normalize_images(
     """Return (pixels / 255 - mean) / std as float32, in the shape of the pixels.
 
     Args:
-        pixel_values: uint8 [M, 3, H, W] images, or [M, 3 * n] patches (floats in 0 .. 255 do too).
+        pixel_values: uint8 [M, 3, H, W] images, or [M, 3 * n] patches; floats in 0 .. 255 also work.
         mean: of each colour, for pixels in 0 .. 1.
         std: of each colour.
-        color_factors: change of colours of each row, see `jitter_colors`; None: none.
-        image_index: the image that each row is of; None: each row is an image.
+        color_factors: colour jitter of each row, see `jitter_colors`; None: no jitter.
+        image_index: the image that each row belongs to; None: each row is an image.
     """
     shape = pixel_values.shape
     # contiguous first: channels-last rows would be scaled three numbers at a time
@@ -43,7 +43,7 @@ def normalize_images(
 
 @lru_cache(maxsize=32)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what turns 0 .. 255 into normalised values, kept on the device so that a step copies nothing to it."""
+    """Return the factors that normalise 0 .. 255, cached on the device so that a step copies nothing to it."""
     means, stds = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return (1 / (255 * stds)).float().view(3, 1).to(device), (-means / stds).float().view(3, 1).to(device)
 
@@ -55,8 +55,8 @@ def jitter_colors(
 
     Args:
         pixels: colours in 0 .. 1.
-        factors: of brightness, contrast and saturation (1: as it is), and the shift of hue in turns (0: as it is).
-        image_index: the image that each row is of, which contrast needs; None: each row is an image.
+        factors: brightness, contrast and saturation factors (1: unchanged), and hue shift in turns (0: unchanged).
+        image_index: the image that each row belongs to, needed for contrast; None: each row is an image.
     """
     brightness, contrast, saturation, hue = factors[:, :, None, None].unbind(1)
     pixels = (pixels * brightness).clamp_(0, 1)
@@ -76,7 +76,7 @@ def _grey(pixels: Tensor) -> Tensor:
 def _mean_of_images(means: Tensor, image_index: Tensor) -> Tensor:
     """Return, for each row, the mean over all rows (of equal size) of its image."""
     index = image_index.long()
-    # sums of whole numbers, because those of floats depend on the order, which is not fixed on a GPU
+    # integer sums, because float sums depend on the order, which is not fixed on a GPU
     whole = (means.view(-1).double() * 2**32).long()
     sums = torch.zeros_like(whole).index_add_(0, index, whole)  # there are at most as many images as rows
     counts = torch.zeros_like(whole).index_add_(0, index, torch.ones_like(whole))
@@ -84,7 +84,7 @@ def _mean_of_images(means: Tensor, image_index: Tensor) -> Tensor:
 
 
 def _shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV and leave saturation and value, without going there and back by way of all six sectors."""
+    """Rotate the HSV hue and keep saturation and value, without the six-sector conversion to HSV and back."""
     red, green, blue = pixels.unbind(1)
     value, lowest = pixels.amax(1), pixels.amin(1)
     chroma = value - lowest

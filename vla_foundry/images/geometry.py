@@ -1,4 +1,4 @@
-"""Where pixels go: exact maps from source to target pixels that intrinsics, points and boxes can follow.
+"""Map source pixels to target pixels exactly, so that intrinsics, points and boxes can follow an image operation.
 
 Convention: a pixel's integer coordinates (x, y) are its **centre** (as in OpenCV), x to the right and y down. The
 centre of the top-left pixel is (0, 0), the outer corner of the image is (-0.5, -0.5). So a resize by s sends x to
@@ -19,7 +19,7 @@ Size = tuple[int, int]
 class PixelMap:
     """An affine map of pixel coordinates from a source image to a target image."""
 
-    # float64 [3, 3] on homogeneous (x, y, 1), last row (0, 0, 1); not to be written to
+    # float64 [3, 3] on homogeneous (x, y, 1), last row (0, 0, 1); read-only
     matrix: np.ndarray
     source_size: Size
     target_size: Size
@@ -45,21 +45,21 @@ class PixelMap:
     def map_intrinsics(self, intrinsics: Float[np.ndarray, "*batch 3 3"]) -> Float[np.ndarray, "*batch 3 3"]:
         """Return the matrix that projects the same points of the same camera frame into the target.
 
-        Exact for every operation. After a quarter turn it is not upper triangular and after a flip its focal length in
-        x is negative, because the camera frame has not moved; see `turn_camera`.
+        Exact for every operation. After a quarter turn the matrix is not upper triangular, and after a flip its focal
+        length in x is negative, because the camera frame does not move; see `turn_camera`.
         """
         return self.matrix @ intrinsics
 
     def turn_camera(
         self, intrinsics: Float[np.ndarray, "*batch 3 3"]
     ) -> tuple[Float[np.ndarray, "*batch 3 3"], Float[np.ndarray, "3 3"]]:
-        """Return intrinsics in the usual form (upper triangular) and the rotation R that the camera frame makes.
+        """Return upper triangular intrinsics, and the rotation R of the camera frame that they require.
 
-        A point p of the old camera frame is R p in the new one, so that poses of the camera in the world become
-        `world_from_camera @ R.T`. R turns about the optical axis, by quarter turns; `intrinsics` have no skew.
+        A point p in the old camera frame is R p in the new one, so camera poses in the world become
+        `world_from_camera @ R.T`. R rotates about the optical axis by quarter turns; `intrinsics` must have no skew.
 
         Raises:
-            ValueError: the map mirrors the image, which no camera does.
+            ValueError: the map mirrors the image, which no camera rotation can do.
         """
         linear = self.matrix[:2, :2]
         if np.linalg.det(linear) < 0:
@@ -76,7 +76,7 @@ def _from_axes(scale: tuple[float, float], shift: tuple[float, float], source: S
     return PixelMap(matrix, source, target)
 
 
-# the maps of a run are few, and making one takes longer than cutting an image
+# a run uses few maps, and creating one takes longer than cropping an image
 @lru_cache(maxsize=1024)
 def identity_map(size: Size) -> PixelMap:
     """Map an image onto itself."""

@@ -1,4 +1,4 @@
-"""Images and turns -> model inputs, by our own light processor; the very same code in training and in inference.
+"""Turn images and turns into model inputs with our own lightweight processor, in training and inference alike.
 
 A processor is saved as a folder: `config_processor.json` beside the files of its tokenizer (`load_processor` reads it).
 What `encode` returns for a sample:
@@ -6,13 +6,13 @@ What `encode` returns for a sample:
 | key                | type                  | meaning                                                                 |
 |--------------------|-----------------------|-------------------------------------------------------------------------|
 | input_ids          | int32 [T]             | tokens, each image as the tokens that its features replace              |
-| target_mask        | bool [T]              | True where the token is supervised: answers and what ends them          |
+| target_mask        | bool [T]              | True where the token is supervised: answers and their end tokens        |
 | pixel_values       | uint8 [M, ...]        | images [N, 3, H, W], or patches (Qwen); see `colors.normalize_images`   |
-| image_index        | int32 [M]             | the sample's image that each row of pixel_values is of                  |
-| pixel_maps         | list of PixelMap      | from each image to its model input; absent where there is no one such   |
-| (extras)           | Tensor                | what a Hugging Face model wants besides, e.g. image_grid_thw            |
+| image_index        | int32 [M]             | number of the image, within the sample, of each row of pixel_values     |
+| pixel_maps         | list of PixelMap      | from each image to its model input; absent if there is no single map    |
+| (extras)           | Tensor                | further inputs of a Hugging Face model, e.g. image_grid_thw             |
 
-TOKEN_KEYS go along the tokens and are padded as these are; every other tensor is joined along its first dimension.
+TOKEN_KEYS have one value per token and are padded like the tokens; other tensors are concatenated along dimension 0.
 """
 
 import json
@@ -38,23 +38,23 @@ NATIVE, HUGGING_FACE = "native", "hugging_face"
 
 @runtime_checkable
 class Processor(Protocol):
-    """What training and inference use of a processor."""
+    """The processor interface that training and inference use."""
 
     # Hugging Face tokenizer; its length is the number of tokens a model must know
     tokenizer: Any
-    # the token that an image's features replace; None: images are no tokens
+    # the token that image features replace; None: images do not use tokens
     image_token_id: int | None
-    # of each colour, for pixels in 0 .. 1
+    # mean of each colour, for pixels in 0 .. 1
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
 
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 H W"]], turns: Sequence[Turn], *, max_tokens: int | None = None
     ) -> dict[str, Any]:
-        """Return the model inputs of a sample, see the table above; the last user turn without an answer announces it.
+        """Return a sample's model inputs, see the table above; a final user turn is followed by the answer prompt.
 
         Raises:
-            ValueError: the sample can not be encoded (`ChatTokenizer.encode`); one line.
+            ValueError: the sample cannot be encoded (see `ChatTokenizer.encode`); one line.
         """
         ...
 
@@ -67,25 +67,25 @@ class Processor(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the processor to a folder, which is made if need be."""
+        """Write the processor to a folder, creating it if necessary."""
         ...
 
 
 class ImageTextProcessor:
-    """Our own processor: images of one size, each a fixed number of `<image>` tokens.
+    """Our own processor: images of one size, each represented by a fixed number of `<image>` tokens.
 
     Args:
-        tokenizer: a Hugging Face fast tokenizer; `<image>` is added to it if it is not there.
+        tokenizer: a Hugging Face fast tokenizer; `<image>` is added if missing.
         image_size: (height, width) of the model's images.
-        img_num_tokens: tokens of an image.
-        resize_method: how images get that size, see `resize`.
-        interpolation: how pixels are scaled.
+        img_num_tokens: tokens per image.
+        resize_method: how images are brought to that size, see `resize`.
+        interpolation: interpolation of scaled pixels.
         image_mean: subtracted from pixels in 0 .. 1, on the device.
-        image_std: what they are divided by then.
-        prompt_layout: how turns are written, see `ChatTokenizer`.
+        image_std: divisor applied after subtracting the mean.
+        prompt_layout: how turns are formatted, see `ChatTokenizer`.
 
     Raises:
-        ValueError: as `ChatTokenizer`.
+        ValueError: see `ChatTokenizer`.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class ImageTextProcessor:
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
     ) -> dict[str, Any]:
-        """Return the model inputs of a sample, as `Processor.encode`."""
+        """Return a sample's model inputs, see `Processor.encode`."""
         ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
         pixel_values, pixel_maps = self.resize(images)
         return {
-            # by way of numpy: torch.tensor takes three times as long for a list
+            # via numpy: torch.tensor takes three times as long for a list
             "input_ids": torch.from_numpy(np.array(ids, dtype=np.int32)),
             "target_mask": torch.from_numpy(np.array(mask, dtype=np.bool_)),
             "pixel_values": pixel_values,
@@ -167,7 +167,7 @@ class ImageTextProcessor:
 
 
 def add_image_token(tokenizer: Any) -> int:
-    """Return the id of `<image>`, which is added to the tokenizer as a special token if it is not there."""
+    """Return the id of `<image>`, adding it to the tokenizer as a special token if missing."""
     if IMAGE_MARKER not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
@@ -193,13 +193,13 @@ def create_processor(
     Args:
         processor: folder of a saved processor, or folder or name of a Hugging Face one; None: our own.
         processor_kwargs: options of the Hugging Face image processor.
-        split_images: as `HuggingFaceProcessor`.
+        split_images: see `HuggingFaceProcessor`.
         tokenizer: folder or name of our own processor's tokenizer.
-        prompt_layout: how turns are written; None: as the processor does.
-        native_options: image_size, img_num_tokens, ... as `ImageTextProcessor`; not for Hugging Face processors.
+        prompt_layout: how turns are formatted; None: the processor's default.
+        native_options: image_size, img_num_tokens, ... of `ImageTextProcessor`; not for Hugging Face processors.
 
     Raises:
-        ValueError: neither processor nor tokenizer is given, or one can not be loaded.
+        ValueError: neither processor nor tokenizer is given, or one cannot be loaded.
     """
     if processor is not None and (Path(processor) / CONFIG_FILE).is_file():
         return load_processor(processor)
@@ -215,11 +215,11 @@ def create_processor(
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read a processor that `save` wrote.
+    """Load a processor written by `save`.
 
     Raises:
         FileNotFoundError: the folder has no `config_processor.json`.
-        ValueError: it holds something else.
+        ValueError: the file is malformed.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():

@@ -1,14 +1,14 @@
-"""The processors of Hugging Face models (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...) behind our interface.
+"""Wrap the processors of Hugging Face models (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...) in our interface.
 
-The model's own image processor resizes and cuts, but neither rescales nor normalises: pixels stay uint8 and are
-normalised on the device. Its own rule says which tokens stand for an image; turns are tokenized by our code, so that
-what is supervised is known exactly.
+The model's own image processor resizes and tiles, but does not rescale or normalise: pixels stay uint8 and are
+normalised on the device. The model's own rule determines the tokens of an image. Our code tokenizes the turns, so that
+the supervised tokens are known exactly.
 
-What SmolVLM and Idefics3 do to an image, with `split_images`: the longer side is scaled to `size.longest_edge` (2048
-for SmolVLM2-256M, **up** if the image is smaller), the result is cut into tiles of `max_image_size` (512), and the
-whole image, scaled to one tile, follows: 17 tiles and 17 x 64 tokens for a square image. A camera frame of 256 pixels
-holds nothing that would fill them. Without it (our default) an image is scaled once, to one tile; the original, asked
-for a single tile, scales it up to 2048 first and then down.
+With `split_images`, SmolVLM and Idefics3 scale an image's longer side to `size.longest_edge` (2048 for SmolVLM2-256M,
+**up** if the image is smaller), cut the result into tiles of `max_image_size` (512), and append the whole image scaled
+to one tile: 17 tiles and 17 x 64 tokens for a square image. A camera frame of 256 pixels has too little detail to
+benefit. Without `split_images` (our default) an image is scaled once, to one tile; the original processor, asked for a
+single tile, first scales up to 2048 and then down.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,12 @@ from vla_foundry.images.processor import HUGGING_FACE, write_config
 from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
 from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE, ChatTokenizer
 
-# rows of the image processor's output that say how an image was cut, and are no inputs of the model
+# outputs of the image processor that describe the tiling and are not model inputs
 _NOT_INPUTS = ("rows", "cols", "pixel_attention_mask")
 
 
 def _tile_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
-    """Options of SmolVLM and Idefics3. All tiles have one size, so that there is nothing to pad or to mask."""
+    """Return options for SmolVLM and Idefics3. All tiles have one size, so nothing needs padding or masking."""
     options: dict[str, Any] = {"return_row_col_info": True, "do_pad": False, "do_image_splitting": split_images}
     if not split_images:
         side = image_processor.max_image_size["longest_edge"]
@@ -44,15 +44,15 @@ def _no_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is special about a family of models; all else is asked of its processor."""
+    """What is special about a model family; its processor provides the rest."""
 
-    # how turns are written if the processor has no chat template
+    # prompt layout if the processor has no chat template
     prompt_layout: str = "chat"
-    # the beginning of sequence comes after the images
+    # True if the beginning-of-sequence token comes after the images
     has_bos_after_images: bool = False
     # mm_token_type_ids: 1 at image tokens; token_type_ids: 1 from the first answer on (attention is causal only there)
     token_types: Literal["mm_token_type_ids", "token_type_ids"] | None = None
-    # images are scaled as a whole, by height and width alone (if they are not split)
+    # True if images that are not split are scaled as a whole, height and width independently
     is_plain_resize: bool = False
     # further options of the image processor: (image processor, split_images) -> options
     options: Callable[[Any, bool], dict[str, Any]] = field(default=_no_options)
@@ -76,13 +76,13 @@ class HuggingFaceProcessor:
     """A Hugging Face processor behind the interface of `processor.Processor`.
 
     Args:
-        processor: as AutoProcessor gives it.
-        prompt_layout: how turns are written, see `ChatTokenizer`; None: the chat template, else as the family does.
-        processor_kwargs: options of its image processor, as that takes them, e.g. {"size": {...}}.
-        split_images: cut images into tiles where the family does that (see the module).
+        processor: a processor from AutoProcessor.
+        prompt_layout: how turns are formatted, see `ChatTokenizer`; None: the chat template, else the family's layout.
+        processor_kwargs: options of its image processor, e.g. {"size": {...}}.
+        split_images: cut images into tiles if the family does so (see the module docstring).
 
     Raises:
-        ValueError: it has no tokenizer or no image processor, or as `ChatTokenizer`.
+        ValueError: the processor has no tokenizer or no image processor; also see `ChatTokenizer`.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class HuggingFaceProcessor:
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
     ) -> dict[str, Any]:
-        """Return the model inputs of a sample, as `Processor.encode`."""
+        """Return a sample's model inputs, see `Processor.encode`."""
         inputs, image_tokens = self._process_images(images)
         ids, mask = self._turns.encode(turns, image_tokens, max_tokens=max_tokens)
         sample = {
@@ -156,7 +156,7 @@ class HuggingFaceProcessor:
         )
 
     def _process_images(self, images: Sequence[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the inputs that come from the images, and the tokens that stand for each."""
+        """Return the model inputs from images, and the tokens that represent each image."""
         if not images:
             return {}, []
         image_processor = self.processor.image_processor
@@ -213,7 +213,7 @@ class HuggingFaceProcessor:
 
 
 def _content_parts(content: str) -> list[dict[str, str]]:
-    """Divide a turn into the parts, text and images, that the chat templates of image-text models take."""
+    """Split a turn into the text and image parts that chat templates of image-text models take."""
     parts: list[dict[str, str]] = []
     for number, text in enumerate(content.split(IMAGE_MARKER)):
         if number:
@@ -228,10 +228,10 @@ def load_hugging_face_processor(name: str, **options: Any) -> HuggingFaceProcess
 
     Args:
         name: folder, or name on the hub.
-        options: as `HuggingFaceProcessor` takes them.
+        options: options of `HuggingFaceProcessor`.
 
     Raises:
-        ValueError: there is no such processor, or one of its packages is missing; one line.
+        ValueError: the processor does not exist, or one of its packages is missing; one line.
     """
     from transformers import AutoProcessor
 

@@ -23,7 +23,7 @@ _END = struct.Struct("<4s4H2IH")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _STORED, _DEFLATED = 0, 8
-# read at once: the directory of some 80 arrays; what lies before an array's values
+# bytes to read at once: the directory of about 80 arrays; the header before an array's values
 _TAIL_SIZE, _HEAD_SIZE = 8192, 320
 _MAGIC = b"\x93NUMPY"
 
@@ -36,7 +36,7 @@ class _Entry:
     crc: int
     # bytes in the file
     size: int
-    # of its local header
+    # offset of its local header
     offset: int
 
 
@@ -53,11 +53,11 @@ class NpzFile:
     """An .npz, read array by array.
 
     Args:
-        read: reads a range of it.
-        size: bytes of it.
+        read: reads a byte range of the file.
+        size: size of the file in bytes.
 
     Raises:
-        ValueError: it is not a complete .npz.
+        ValueError: the file is not a complete .npz.
     """
 
     def __init__(self, read: ReadRange, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Objects in S3 and stores that speak its protocol, by boto3.
+"""Read and write objects in S3 and compatible stores with boto3.
 
 Credentials, region and endpoint (AWS_ENDPOINT_URL) come from boto3's usual places. VLA_FOUNDRY_S3_ANONYMOUS=1 sends
 unsigned requests, for public buckets.

@@ -1,8 +1,8 @@
-"""Prompts as data: turns of a conversation, the templates they are filled from, and the layouts they are written in.
+"""Build prompts: the turns of a conversation, the templates that fill them, and the layouts that format them.
 
-A turn's text marks the place of each image by `<image>`. A layout turns turns into segments of text; what is supervised
-is a segment of its own, so that its tokens are known exactly and the prompt at inference is, token for token, the
-beginning of what was trained on.
+A turn's text marks the position of each image with `<image>`. A layout formats turns as segments of text. Supervised
+text gets its own segments, so that its tokens are known exactly, and the prompt at inference matches the beginning of
+the training sequence token for token.
 """
 
 import string
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-# stands for an image in every text a user writes, whatever the token of the model
+# marks an image in all user text, whatever the model's own token is
 IMAGE_MARKER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
 
-# user turns that a caption answers; one is drawn per sample
+# user turns for captions; one is drawn per sample
 CAPTION_PROMPTS: tuple[str, ...] = (
     "<image>Describe the image.",
     "<image>What does this image show?",
@@ -25,7 +25,7 @@ CAPTION_PROMPTS: tuple[str, ...] = (
 # user turns of a robot policy
 INSTRUCTION_PROMPTS: tuple[str, ...] = ("<image>{instruction}",)
 
-# who speaks, in the conversation files that others write
+# speaker names in third-party conversation files
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -37,35 +37,35 @@ _ROLES: dict[str, Role] = {
 
 
 class Turn(NamedTuple):
-    """What one side says; `<image>` in the content stands for an image."""
+    """One speaker's turn; `<image>` in the content stands for an image."""
 
     role: Role
     content: str
 
 
 class Segment(NamedTuple):
-    """A stretch of text that is tokenized by itself."""
+    """A piece of text that is tokenized separately."""
 
     text: str
-    # its tokens are targets
+    # True if its tokens are targets
     is_target: bool
-    # an end-of-sequence token follows, a target as well
+    # True if an end-of-sequence token follows, which is also a target
     ends_turn: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLayout:
-    """How turns are written where the tokenizer brings no chat template."""
+    """How to format turns without the tokenizer's chat template."""
 
-    # before and after a system turn
+    # text before and after a system turn
     system: tuple[str, str]
-    # before and after a user turn
+    # text before and after a user turn
     user: tuple[str, str]
-    # what announces an answer: the end of the prompt at inference
+    # text that introduces an answer: the end of the prompt at inference
     assistant: str
-    # begins every answer and is a target; a space, so that its first word is tokenized as within a sentence
+    # start of every answer, also a target; a space, so that the first word is tokenized as in mid-sentence
     answer: str
-    # follows the end-of-sequence token where another turn comes
+    # text after the end-of-sequence token if another turn follows
     between: str
 
 
@@ -82,10 +82,10 @@ PROMPT_LAYOUTS: dict[str, PromptLayout] = {
 
 
 def template_fields(template: str) -> list[str]:
-    """Return the names of the fields, `{name}`, of a prompt template.
+    """Return the names of the `{name}` fields in a prompt template.
 
     Raises:
-        ValueError: a brace is not closed, or a field is more than a name.
+        ValueError: a brace is not closed, or a field is not a plain name.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -99,10 +99,10 @@ def template_fields(template: str) -> list[str]:
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """Fill a prompt template; braces within the values stay as they are.
+    """Fill a prompt template; braces within the values are kept.
 
     Raises:
-        ValueError: the template is broken, or has a field that is not among `fields`.
+        ValueError: the template is malformed, or has a field that is not in `fields`.
     """
     for name in template_fields(template):
         if name not in fields:
@@ -112,10 +112,12 @@ def fill_template(template: str, fields: Mapping[str, str]) -> str:
 
 
 def place_images(content: str, num_images: int) -> str:
-    """Return a user turn with one marker per image: before the text if it has none, and one for all if it has one.
+    """Return a user turn with one marker per image.
+
+    Without a marker, all markers go before the text; a single marker is repeated for all images.
 
     Raises:
-        ValueError: it has several, but not one per image.
+        ValueError: the turn has several markers, but not one per image.
     """
     num_markers = content.count(IMAGE_MARKER)
     if num_markers == num_images:
@@ -130,15 +132,15 @@ def place_images(content: str, num_images: int) -> str:
 def create_user_turn(
     prompts: Sequence[str], fields: Mapping[str, str], *, num_images: int, seed: int, position: int
 ) -> Turn:
-    """Draw one of the templates for the sample at a position of the plan, and fill it.
+    """Draw a template for the sample at a position of the plan, and fill it.
 
     Raises:
-        ValueError: a field is unknown, or `<image>` is there more than once, but not once per image.
+        ValueError: a field is unknown, or `<image>` occurs more than once, but not once per image.
     """
-    from vla_foundry.randomness import draw_index  # params read this file, and are parsed without numpy
+    from vla_foundry.randomness import draw_index  # lazy: params import this file and must not need numpy
 
     prompt = prompts[draw_index(len(prompts), seed=seed, position=position, purpose="text.prompt")]
-    # the images' places come from the template alone, so that a value cannot bring markers in unseen
+    # image positions come from the template alone, so that a field value cannot smuggle in markers
     return Turn("user", fill_template(place_images(prompt, num_images), fields))
 
 
@@ -154,7 +156,7 @@ def create_caption_turns(
     """Return the two turns of a captioned image: a drawn prompt, and the caption as its answer.
 
     Raises:
-        ValueError: the caption is empty, or as `create_user_turn`.
+        ValueError: the caption is empty, or see `create_user_turn`.
     """
     caption = caption.strip()
     if not caption:
@@ -164,13 +166,13 @@ def create_caption_turns(
 
 
 def parse_conversations(value: Any) -> list[Turn]:
-    """Read the turns of a `conversations` (or `messages`) list, in any of the forms that are about.
+    """Parse a `conversations` (or `messages`) list into turns, in any of the common forms.
 
     Each turn is `{"from": "human" | "gpt" | "system", "value": text}` or `{"role": ..., "content": text or parts}`,
     with parts `{"type": "text", "text": ...}` and `{"type": "image"}`.
 
     Raises:
-        ValueError: it is not such a list; the message names the turn.
+        ValueError: the value is not such a list; the message names the turn.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"its conversations must be a list of turns, got {type(value).__name__}")
@@ -202,7 +204,7 @@ def _parse_part(part: Any, number: int) -> str:
 
 
 def layout_segments(turns: Sequence[Turn], layout: PromptLayout) -> list[Segment]:
-    """Write turns in a layout; after a user turn at the end, the next answer is announced."""
+    """Format turns in a layout; if the last turn is the user's, add the text that introduces an answer."""
     segments: list[Segment] = []
     for number, turn in enumerate(turns):
         if turn.role == "assistant":
@@ -220,18 +222,18 @@ def layout_segments(turns: Sequence[Turn], layout: PromptLayout) -> list[Segment
 def chat_template_segments(
     turns: Sequence[Turn], render: Callable[[Sequence[Turn], bool], str], end_of: Callable[[str, int], int | None]
 ) -> list[Segment]:
-    """Write turns by a tokenizer's chat template.
+    """Format turns with a tokenizer's chat template.
 
-    An answer is all that the template writes after the prompt for it, up to and with the token that ends the turn: just
-    what a model has to generate.
+    An answer is everything that the template writes after its prompt, up to and including the token that ends the turn:
+    exactly what a model must generate.
 
     Args:
-        turns: alternating as the template wants them.
-        render: writes the first turns, and announces the next answer if the second argument says so.
-        end_of: the end of the first control token in a text at or after a place, or None.
+        turns: turns that alternate as the template requires.
+        render: formats the first turns; the second argument says whether to add the prompt for the next answer.
+        end_of: returns the end of the first control token in a text at or after a position, or None.
 
     Raises:
-        ValueError: the template rewrites earlier turns or drops answers, so that no answer has a place of its own.
+        ValueError: the template rewrites earlier turns or drops answers, so that answers cannot be located.
     """
     segments: list[Segment] = []
     done = ""
@@ -258,5 +260,5 @@ def chat_template_segments(
             raise ValueError("the tokenizer's chat template rewrites earlier turns. Use a prompt_layout such as chat.")
         segments.append(Segment(prompt[len(done) :], is_target=False))
     elif segments:
-        segments.pop()  # nothing needs what follows the last answer
+        segments.pop()  # text after the last answer is not needed
     return segments

@@ -1,7 +1,7 @@
-"""Turns -> token ids and the mask of what is supervised: one code for training and inference.
+"""Tokenize turns into ids and a target mask, with the same code in training and inference.
 
-Every segment is tokenized by itself and the ids are joined, so that a target's tokens are known exactly, and so that
-the prompt of an answer has the same ids whether the answer is there (training) or not (inference).
+Each segment is tokenized separately and the ids are concatenated. So the tokens of a target are known exactly, and the
+prompt of an answer has the same ids whether the answer follows (training) or not (inference).
 """
 
 import re
@@ -28,12 +28,12 @@ class ChatTokenizer:
 
     Args:
         tokenizer: a Hugging Face fast tokenizer.
-        prompt_layout: a name of PROMPT_LAYOUTS, or "chat_template" for the tokenizer's own.
-        render: writes turns by the chat template; None: the tokenizer's, with `<image>` kept within the text.
-        image_marker: what marks an image in the text that `render` writes.
+        prompt_layout: a name in PROMPT_LAYOUTS, or "chat_template" for the tokenizer's own chat template.
+        render: formats turns with a chat template; None: the tokenizer's, with `<image>` kept in the text.
+        image_marker: marks an image in the output of `render`.
 
     Raises:
-        ValueError: there is no such layout, no chat template, or no end-of-sequence token.
+        ValueError: the layout is unknown, or the tokenizer lacks a chat template or end-of-sequence token.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class ChatTokenizer:
         self._image_marker = image_marker if self._layout is None else IMAGE_MARKER
         self._cache: dict[tuple[str, bool], list[int]] = {}
         self._control = _control_pattern(tokenizer)
-        # called directly, because the wrapper around it takes three times as long; it resets these with every call
+        # called directly, because its wrapper takes three times as long; the wrapper resets these at every call
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
-        # a chat template writes the beginning of sequence itself
+        # a chat template writes the beginning-of-sequence token itself
         empty = tokenizer.encode("", add_special_tokens=True) if self._layout is not None else []
         self._begin = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
-        # SentencePiece tokenizers put a space before a text, which a segment within a sequence must not get
+        # SentencePiece tokenizers prepend a space to a text, which a segment within a sequence must not get
         anchored = tokenizer.encode(tokenizer.eos_token + "a", add_special_tokens=False)
         self._puts_space_first = tokenizer.encode("a", add_special_tokens=False) != anchored[1:]
         if self._layout is None and (
@@ -65,7 +65,7 @@ class ChatTokenizer:
             raise ValueError(f"data.prompt_layout '{prompt_layout}' is not there for this tokenizer. Use {choices}.")
 
     def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer, the last of a supervised one first."""
+        """Return the tokens that end an answer, beginning with the one that ends supervised answers."""
         ids, mask = self.encode([Turn("user", "a"), Turn("assistant", "a")], [])
         last = [token for token, is_target in zip(ids, mask, strict=True) if is_target][-1]
         return list(dict.fromkeys([last, self.tokenizer.eos_token_id]))
@@ -73,19 +73,19 @@ class ChatTokenizer:
     def encode(
         self, turns: Sequence[Turn], image_tokens: Sequence[Sequence[int]], *, max_tokens: int | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize turns; after a user turn at the end, the next answer is announced.
+        """Tokenize turns; if the last turn is the user's, add the text that introduces an answer.
 
         Args:
             turns: the conversation; `<image>` in user turns marks the images, in order.
-            image_tokens: the tokens that stand for each image.
-            max_tokens: the sequence is cut off at this length, within the last answer.
+            image_tokens: the tokens that represent each image.
+            max_tokens: truncate the sequence to this length, within the last answer.
 
         Returns:
-            The ids, and whether each is a target: the tokens of the answers and what ends them.
+            The ids, and whether each is a target: the answers and the tokens that end them.
 
         Raises:
-            ValueError: markers and images differ in number, an answer is empty or has images, a text has a control
-                token of the tokenizer, or the images and prompts leave no room for an answer within `max_tokens`.
+            ValueError: markers and images differ in number, an answer is empty or has images, a text contains a control
+                token of the tokenizer, or images and prompts leave no room for an answer within `max_tokens`.
         """
         self._check_turns(turns, len(image_tokens))
         if self._layout is not None:
@@ -135,7 +135,7 @@ class ChatTokenizer:
     def _tokenize(self, text: str, is_target: bool, is_first: bool) -> list[int]:
         if not text:
             return []
-        # prompts come again and again, answers do not
+        # prompts recur, answers do not
         ids = None if is_target else self._cache.get((text, is_first))
         if ids is None:
             is_anchored = self._puts_space_first and not is_first
@@ -147,14 +147,14 @@ class ChatTokenizer:
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Match the tokens that steer the model; in a user's text they would be taken for it."""
+    """Match control tokens, which in user text would steer the model."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in control))
 
 
 def _join_prompts(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours that are not supervised, so that they are tokenized as one text."""
+    """Join adjacent segments that are not supervised, so that they are tokenized as one text."""
     joined: list[Segment] = []
     for segment in segments:
         if joined and not segment.is_target and not joined[-1].is_target:

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-# what image-text tokenizers call the token that an image's features replace, where their config does not say
+# names of the token that image features replace, for image-text tokenizers whose config does not state it
 _IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>")
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer that has a fast form; nothing that comes with it is run as code.
+    """Load a fast tokenizer, without running any code that comes with it.
 
     Args:
         name: a folder (local, s3://, or hf:// with a path in it), a name on the Hugging Face hub, or hf://owner/name.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no such tokenizer, or it has no fast form.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the tokenizer does not exist or has no fast version.
     """
     if _is_hub_name(name):
         return _load(name.removeprefix("hf://"), name)
@@ -41,32 +41,32 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> None:
-    """Write a tokenizer as a folder that `load_tokenizer` and transformers load."""
+    """Write a tokenizer to a folder that `load_tokenizer` and transformers can load."""
     tokenizer.save_pretrained(str(folder))
 
 
 def vocab_size_of(folder: str | Path) -> int:
-    """The rows an embedding needs for a tokenizer: its highest token id plus one; needs neither transformers nor torch.
+    """Return the embedding rows a tokenizer needs, its highest token id plus one, without transformers or torch.
 
     Args:
         folder: the tokenizer's folder, local, s3:// or hf://.
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
-        ValueError: it holds no tokens.
+        ValueError: the file holds no tokens.
     """
     return 1 + max(_read_token_ids(folder).values())
 
 
 def image_token_id_of(folder: str | Path) -> int | None:
-    """The token that an image's features replace, or None if the tokenizer has none; reads files only.
+    """Return the id of the token that image features replace, or None if there is no such token; only reads files.
 
     Args:
         folder: the tokenizer's or processor's folder, local, s3:// or hf://.
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
-        ValueError: it holds no tokens.
+        ValueError: the file holds no tokens.
     """
     ids = _read_token_ids(folder)
     try:
@@ -81,7 +81,7 @@ def _read_token_ids(folder: str | Path) -> dict[str, int]:
     path = join_uri(str(folder), TOKENIZER_NAME)
     content = json.loads(read_text(path))
     vocab = content.get("model", {}).get("vocab", {})
-    # Unigram lists its tokens in the order of their ids, the others map them to ids
+    # Unigram lists tokens in id order; other models map tokens to ids
     ids = dict(vocab) if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
     ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     if not ids:
@@ -90,7 +90,7 @@ def _read_token_ids(folder: str | Path) -> dict[str, int]:
 
 
 def pad_token_id_of(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The token that fills rows: the padding token, else the end-of-sequence token, else 0. Padding is masked."""
+    """Return the id that fills rows: the padding token, else the end-of-sequence token, else 0. Padding is masked."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token_id, int):
             return token_id
