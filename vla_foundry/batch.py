@@ -1,15 +1,15 @@
-"""@: every key of a batch, with shape, dtype and meaning. What data makes and models take.
+"""@: every key of a batch, with shape, dtype and meaning; data pipelines produce batches, models consume them.
 
 B batch rows, T tokens, S samples.
 
 | key         | type         | meaning                                                                              |
 |-------------|--------------|--------------------------------------------------------------------------------------|
-| modality    | str          | "text", ...: one modality a microbatch                                                |
+| modality    | str          | "text", ...: one modality per microbatch                                              |
 | positions   | int64 [S]    | positions of this microbatch's samples in the plan                                    |
 | input_ids   | int32 [B, T] | tokens; values in padding are unspecified                                             |
-| target_mask | bool [B, T]  | True where the token at this place is supervised as a target; place 0 never is        |
-| documents   | Documents    | how each row divides into documents that must not see each other; absent: one per row |
-| dropped     | dict         | samples that were replaced while this microbatch was made: {reason: count}            |
+| target_mask | bool [B, T]  | True where the token at this position is a supervised target; never at position 0     |
+| documents   | Documents    | documents in each row, which must not attend to each other; absent: one per row       |
+| dropped     | dict         | samples replaced while this microbatch was made: {reason: count}                      |
 
 With images (modality "image_caption"):
 
@@ -19,32 +19,32 @@ With images (modality "image_caption"):
 |                |                | tokens in input_ids, row by row; scaled and normalised on the device            |
 | image_mean     | 3 floats       | of red, green and blue in 0 .. 1, subtracted on the device                      |
 | image_std      | 3 floats       | what they are divided by then                                                   |
-| color_factors  | float32 [M, 4] | change of colours, see images/colors.py; absent: none                             |
+| color_factors  | float32 [M, 4] | colour jitter, see images/colors.py; absent: none                                 |
 | image_index    | int32 [M]      | the batch's image that each row of pixel_values is of; absent: each row is one    |
 | (token types)  | int32 [B, T]   | mm_token_type_ids or token_type_ids, where a Hugging Face model takes them; 0 in  |
 |                |                | padding                                                                         |
 | (extras)       | Tensor         | what a Hugging Face model takes besides, by its own name, e.g. image_grid_thw   |
 
-With robot data (modality "robotics"): what images have, in rows of one sample each (padding on the right), and what
-follows. A window has T steps: `past` before the anchor, the anchor, `future` after it. A sample has N images,
-time-major, within a time in the order of data.camera_names. Without language there are no input_ids and documents.
+With robot data (modality "robotics"): the image keys, in rows of one sample each (padding on the right), and the keys
+below. A window has T steps: `past` before the anchor, the anchor, `future` after it. A sample has N images,
+time-major, within a time in the order of data.camera_names. Without language, input_ids and documents are absent.
 
 | key             | type               | meaning                                                                      |
 |-----------------|--------------------|------------------------------------------------------------------------------|
-| image_mask      | bool [B, N]        | True where the image is to be seen; a missing one is black                   |
-| actions         | float32 [B, T, A]  | data.action_fields side by side, normalised, past steps too                  |
-| proprioception  | float32 [B, P, D]  | data.proprioception_fields side by side, normalised; P = past + 1 steps, the |
-|                 |                    | last one is the anchor; absent: there are no such fields                     |
+| image_mask      | bool [B, N]        | True where the image is visible; missing images are black                    |
+| actions         | float32 [B, T, A]  | data.action_fields, concatenated and normalised, past steps included         |
+| proprioception  | float32 [B, P, D]  | data.proprioception_fields, concatenated and normalised; P = past + 1 steps, |
+|                 |                    | the last is the anchor; absent: no such fields                               |
 | past_mask       | bool [B, T]        | True where the step is observed: before the anchor, within the episode       |
-| future_mask     | bool [B, T]        | True where the step is to be predicted: the anchor or later, within it       |
-| is_padding      | bool [B, T]        | True where the step lies outside the episode; of the three one is True       |
+| future_mask     | bool [B, T]        | True where the step must be predicted: the anchor or later, within it        |
+| is_padding      | bool [B, T]        | True where the step lies outside the episode; exactly one mask is True       |
 | action_dim_mask | bool [B, A]        | True where the sample's robot has this dimension of the actions; others are 0 |
 | intrinsics      | float32 [B,K,3,3]  | of data.intrinsics_fields at the anchor, for the pixels that the model gets   |
 | extrinsics      | float32 [B,K,4,4]  | of data.extrinsics_fields at the anchor                                      |
-| episode_ids     | list of B str      | the recording that each sample is of                                         |
-| anchors         | int64 [B]          | its frame there                                                              |
-| shards          | list of B str      | the tar that it was read from                                                |
-| instructions    | list of B str      | the instruction that was drawn; "" if there is none                          |
+| episode_ids     | list of B str      | the recording each sample comes from                                         |
+| anchors         | int64 [B]          | the sample's frame in the recording                                          |
+| shards          | list of B str      | the tar the sample was read from                                             |
+| instructions    | list of B str      | the drawn instruction; "" without one                                        |
 
 All tensors of a batch are on the CPU; the training loop moves them. S may differ from B: samples are packed into rows.
 """

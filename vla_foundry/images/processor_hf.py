@@ -52,7 +52,7 @@ class Family:
     has_bos_after_images: bool = False
     # mm_token_type_ids: 1 at image tokens; token_type_ids: 1 from the first answer on (attention is causal only there)
     token_types: Literal["mm_token_type_ids", "token_type_ids"] | None = None
-    # True if images that are not split are scaled as a whole, height and width independently
+    # True if an unsplit image is only scaled, so that its pixel map follows from the two sizes
     is_plain_resize: bool = False
     # further options of the image processor: (image processor, split_images) -> options
     options: Callable[[Any, bool], dict[str, Any]] = field(default=_no_options)

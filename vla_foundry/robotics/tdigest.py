@@ -1,11 +1,11 @@
-"""A mergeable quantile sketch for many signals at once: a t-digest per cell, all cells in one pair of arrays.
+"""Sketch quantiles of many signals at once, mergeably: a t-digest per cell, all cells in one pair of arrays.
 
 A t-digest (Dunning and Ertl 2019, arXiv:1902.04023) keeps a sorted list of centroids (mean, weight), small near the
-ends of the distribution and larger in its middle. Here a cell with no more than `max_exact` values keeps them all, as
-centroids of weight 1, and its quantiles are exact (numpy.percentile's). Above that, values share a centroid only if
-they all lie within one unit of k(q) = B (asin(2q - 1) / pi + 1/2), B = compression / 2. So a centroid never covers more
-of the distribution than `rank_error`, however often sketches are merged, and a cell never has more than `compression`
-of them. No loop runs over values or centroids.
+ends of the distribution and larger in the middle. Here a cell with at most `max_exact` values keeps them all as
+centroids of weight 1, so its quantiles are exact (equal to numpy.percentile). Above that, values share a centroid only
+if they all lie within one unit of k(q) = B (asin(2q - 1) / pi + 1/2), B = compression / 2. So however often sketches
+are merged, a centroid never covers more of the distribution than `rank_error`, and a cell never has more than
+`compression` centroids. No loop runs over values or centroids.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 
 # centroids of a cell: 0.16% of the distribution in each at the 1st and 99th percentile, 0.8% at the median
 DEFAULT_COMPRESSION = 400
-# values of a cell that are all kept
+# a cell keeps up to this many values exactly
 DEFAULT_MAX_EXACT = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """Centroids of K cells, sorted by mean within a cell; unused places have mean inf and weight 0."""
+    """Centroids of K cells, sorted by mean within a cell; unused slots have mean inf and weight 0."""
 
     # (K, M) float64
     means: np.ndarray
-    # (K, M) float64; whole numbers unless datasets were weighted
+    # (K, M) float64; integers unless datasets were weighted
     weights: np.ndarray
 
     @property
@@ -74,7 +74,7 @@ class Sketch:
         return result
 
     def scaled(self, factor: float) -> "Sketch":
-        """The same distributions, counted `factor` times."""
+        """Return the same distributions with weights multiplied by `factor`."""
         return Sketch(self.means, self.weights * factor)
 
 
