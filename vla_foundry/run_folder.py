@@ -3,11 +3,11 @@
     <save_path>/<name>/
       config.yaml, config_model.yaml   the resolved config, whole and its model section
       provenance.json                  versions, commit and command that made the run
-      metrics.jsonl                    one JSON object a line
+      metrics.jsonl                    one JSON object per line
       tokenizer/                       a Hugging Face tokenizer folder, where data is text
-      processor/                       what turns images and text into tokens and pixels, its tokenizer too
+      processor/                       the processor of images and text, with its tokenizer
       normalizer.json, stats.json      how the numbers of robot data were normalised, and by what statistics
-      robotics.json                    cameras and fields of robot data as the model takes them, and what they mean
+      robotics.json                    the model's spec: its cameras and fields, and what they mean
       preprocessing_config.yaml        how the robot data was preprocessed
       model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/

@@ -1,1 +1,1 @@
-"""Bytes by name: local paths, s3:// and hf:// behind one set of functions."""
+"""Read and write files by name: local paths, s3:// and hf:// through one set of functions."""

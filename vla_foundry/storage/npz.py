@@ -84,8 +84,8 @@ class NpzFile:
         """Return an array and check its checksum.
 
         Raises:
-            KeyError: there is no such array.
-            ValueError: it is damaged, or holds Python objects.
+            KeyError: the array does not exist.
+            ValueError: the array is damaged, or holds Python objects.
         """
         entry = self._entries[name]
         start = self._find_content(name, entry)
@@ -103,8 +103,8 @@ class NpzFile:
         """Return rows first .. end - 1 of an array; an uncompressed array is read no further.
 
         Raises:
-            KeyError: there is no such array.
-            ValueError: it has fewer rows, is damaged, or holds Python objects.
+            KeyError: the array does not exist.
+            ValueError: the array has fewer rows, is damaged, or holds Python objects.
         """
         entry = self._entries[name]
         if entry.method != _STORED:
@@ -122,8 +122,8 @@ class NpzFile:
         """Return an array's shape; an uncompressed array is read no further than its header.
 
         Raises:
-            KeyError: there is no such array.
-            ValueError: it is damaged.
+            KeyError: the array does not exist.
+            ValueError: the array is damaged.
         """
         entry = self._entries[name]
         return self._read_header(name, entry)[0].shape if entry.method == _STORED else self.read(name).shape

@@ -21,7 +21,7 @@ _LOCAL = LocalStorage()
 
 @runtime_checkable
 class Storage(Protocol):
-    """What a kind of storage must do; `uri` is always the full name, scheme included."""
+    """Interface of a storage backend; `uri` is always the full name, scheme included."""
 
     def open_input(self, uri: str) -> BinaryIO: ...
     def read_range(self, uri: str, offset: int, size: int) -> bytes: ...
@@ -83,7 +83,7 @@ def join_uri(base: str, *parts: str) -> str:
 
 
 def parent_uri(uri: str) -> str:
-    """The folder that holds `uri`; "." for a bare file name, and `uri` itself for the root of a store."""
+    """Return the folder that holds `uri`; "." for a bare file name, and `uri` itself for the root of a store."""
     match = _SCHEME.match(uri)
     if match is None:
         return os.path.dirname(uri.rstrip("/") or "/") or "."
@@ -93,7 +93,7 @@ def parent_uri(uri: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """The last part of `uri`."""
+    """Return the last part of `uri`."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
@@ -101,7 +101,7 @@ def open_input(uri: str) -> BinaryIO:
     """Open a file for reading; seekable. Remote files are read a few MiB at a time.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     return _storage_of(uri).open_input(uri)
 
@@ -110,7 +110,7 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`; fewer only at the end of the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     assert offset >= 0, "offset must not be negative"
     assert size >= 0, "size must not be negative"
@@ -139,7 +139,7 @@ def read_json(uri: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is not JSON; one line.
     """
     try:
@@ -149,10 +149,10 @@ def read_json(uri: str) -> Any:
 
 
 def size_of(uri: str) -> int:
-    """Size of a file, bytes.
+    """Return the size of a file in bytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     return _storage_of(uri).size_of(uri)
 
@@ -178,7 +178,7 @@ def list_sizes(folder_or_glob: str) -> dict[str, int]:
             `[...]`), or one file.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, or nothing matches the pattern.
+        FileNotFoundError: the folder or file does not exist, or nothing matches the pattern.
     """
     return dict(sorted(_storage_of(folder_or_glob).list_sizes(folder_or_glob).items()))
 
@@ -192,7 +192,7 @@ def list_relative(folder: str) -> dict[str, int]:
     """List the files below a folder: {path within the folder: bytes}, sorted.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     folder = (folder if is_remote(folder) else os.path.expanduser(folder)).rstrip("/") or "/"
     base = folder if folder.endswith("/") else folder + "/"
@@ -227,7 +227,7 @@ def download(uri: str, path: str) -> None:
     """Copy `uri` to a local path, atomically; create folders.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     _storage_of(uri).download(uri, path)
 
@@ -236,7 +236,7 @@ def upload(path: str, uri: str) -> None:
     """Copy a local file to `uri`, atomically; create folders.
 
     Raises:
-        FileNotFoundError: there is no such local file.
+        FileNotFoundError: the local file does not exist.
     """
     _storage_of(uri).upload(path, uri)
 

@@ -52,7 +52,7 @@ def vocab_size_of(folder: str | Path) -> int:
         folder: the tokenizer's folder, local, s3:// or hf://.
 
     Raises:
-        FileNotFoundError: there is no tokenizer.json.
+        FileNotFoundError: tokenizer.json does not exist.
         ValueError: the file holds no tokens.
     """
     return 1 + max(_read_token_ids(folder).values())
@@ -65,7 +65,7 @@ def image_token_id_of(folder: str | Path) -> int | None:
         folder: the tokenizer's or processor's folder, local, s3:// or hf://.
 
     Raises:
-        FileNotFoundError: there is no tokenizer.json.
+        FileNotFoundError: tokenizer.json does not exist.
         ValueError: the file holds no tokens.
     """
     ids = _read_token_ids(folder)
