@@ -87,13 +87,13 @@ def write_counting_dataset(folder: Path, num_samples: int) -> str:
     return str(manifest)
 
 
-def run_python(*words: str, cwd: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run_python(*words: str, cwd: Path, returncode: int = 0, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == returncode, done.stderr
+    return done.stdout if returncode == 0 else done.stderr
 
 
 def test_a_model_from_outside_the_package_trains_and_its_run_loads_again(tmp_path: Path) -> None:
@@ -134,6 +134,15 @@ def test_a_model_from_outside_the_package_trains_and_its_run_loads_again(tmp_pat
     code = "from vla_foundry.params import ModelParams, load_params_from_yaml as load\n"
     code += "whole, alone = [load(ModelParams, f'runs/bigram/{name}.yaml') for name in ('config', 'config_model')]\n"
     code += "print(whole == alone, whole)"
-    printed = run_python("-c", code, cwd=tmp_path).strip()
-    assert printed.startswith("True BigramParams(")
-    assert printed.endswith("num_tokens=4)")
+    for agreed in ({"VLA_FOUNDRY_PLUGINS": "my_bigram"}, {}):
+        printed = run_python("-c", code if agreed else f"import my_bigram\n{code}", cwd=tmp_path, **agreed).strip()
+        assert printed.startswith("True BigramParams(")
+        assert printed.endswith("num_tokens=4)")
+    # a run that someone else made names a module; in the folder where a user reads the run, it is not imported
+    (tmp_path / "my_bigram.py").write_text("open('executed', 'w')", encoding="utf-8")
+    generate = ("-m", "vla_foundry.cli", "generate", "--checkpoint", "runs/bigram", "--prompt", "a")
+    error = run_python(*generate, cwd=tmp_path, returncode=2)
+    assert error.startswith("error: ")
+    assert "the plug-in my_bigram is code" in error
+    assert "Add --plugins my_bigram" in error
+    assert not (tmp_path / "executed").exists()

@@ -23,6 +23,7 @@ P = TypeVar("P")
 
 CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
+PLUGINS_VARIABLE = "VLA_FOUNDRY_PLUGINS"
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
 # those that users named so far; spawned processes have to import them again
 _named: list[str] = []
@@ -143,6 +144,29 @@ def import_file_plugins(tree: Branch) -> list[str]:
     names = _plugin_names(node) if isinstance(node, Leaf) else []
     import_plugins(names, "" if node is None else str(node.origin))
     return names
+
+
+def check_file_plugins(tree: Branch) -> None:
+    """Check that the user agreed to the plug-ins that a saved config names, for a plug-in is code.
+
+    The user agrees by naming them with --plugins, by importing them, or in the variable VLA_FOUNDRY_PLUGINS (names with
+    commas between them), whose modules are imported here.
+
+    Raises:
+        ValueError: a plug-in is not imported yet, and the variable does not name it.
+    """
+    node = tree.children.get(PLUGINS_FLAG)
+    names = _plugin_names(node) if isinstance(node, Leaf) else []
+    agreed = [name.strip() for name in os.environ.get(PLUGINS_VARIABLE, "").split(",") if name.strip()]
+    for name in names:
+        if name in sys.modules:
+            continue
+        if name not in agreed:
+            raise ValueError(
+                f"{node.origin if node else ''}: the plug-in {name} is code, and is imported only if you name it too. "
+                f"Add --{PLUGINS_FLAG} {name}, import it first, or set {PLUGINS_VARIABLE}={name}."
+            )
+        import_plugins([name], PLUGINS_VARIABLE)
 
 
 def _plugin_names(node: Leaf) -> list[str]:

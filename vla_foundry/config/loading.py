@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import yaml
 
 from vla_foundry.config import schema
-from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, decode_tree, import_file_plugins, print_notices
+from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, check_file_plugins, decode_tree, print_notices
 from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY, Branch
 from vla_foundry.config.values import is_ambiguous
@@ -37,7 +37,7 @@ def read_params(cls: Any, path: str, root: Any = None) -> Parsed:
     tree = load_config(str(path))
     if not isinstance(tree, Branch):
         raise ValueError(f"{path} holds no mapping of keys. Is it a config file?")
-    import_file_plugins(tree)
+    check_file_plugins(tree)
     section = None if root is None or issubclass(cls, root) else _section_name(cls, tree, root)
     if section is None:
         return decode_tree(cls, tree)
