@@ -1,4 +1,4 @@
-"""Every config dataclass, torch-free."""
+"""All config dataclasses; importing them does not import torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

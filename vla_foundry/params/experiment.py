@@ -1,4 +1,4 @@
-"""The root of the config tree: one training run, its budget in steps, and what has to fit between its sections."""
+"""The root of the config tree: one training run, its budget in steps, and checks across sections."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -21,48 +21,48 @@ P = TypeVar("P")
 class TrainExperimentParams(BaseParams):
     """One training run."""
 
-    # data follows the model it is for, and the model then takes the widths of the data
+    # the data derives from the model first, then the model takes its widths from the data
     derivation_order = ("hparams", "distributed", "ema", "model", "data", "model")
 
-    # modules to import first: they register your own models, data types and so on
+    # modules to import first; they register your own models, data types and so on
     plugins: list[str] = field(default_factory=list)
-    # name of the run and of its folder; null: made from date, model, learning rate and batch size
+    # name of the run and its folder; null: built from date, model, learning rate and batch size
     name: str | None = None
     # folder that holds run folders
     save_path: str = "experiments"
-    # continue: auto = the newest checkpoint of the run with this name, if there is one
+    # checkpoint to resume from; auto: the newest one of the run with this name, if any
     resume: str | None = None
-    # s3:// folder that the run folder is copied to after each checkpoint
+    # s3:// folder to copy the run folder to after each checkpoint
     remote_sync: str | None = None
     # print the resolved config with the origin of each value, and stop
     resolve_configs: bool = False
-    # folder that resolve_configs writes resolved_config.yaml to
+    # folder where resolve_configs writes resolved_config.yaml
     resolve_configs_path: str | None = None
-    # log to Weights & Biases; null: if its credentials are there
+    # log to Weights & Biases; null: only if credentials are found
     wandb: bool | None = None
-    # its entity; null: its own default
+    # W&B entity; null: the W&B default
     wandb_entity: str | None = None
-    # its project
+    # W&B project
     wandb_project_name: str = "vla_foundry"
-    # its tags
+    # W&B tags
     wandb_tags: list[str] = field(default_factory=list)
     # write TensorBoard files to the run folder
     tensorboard: bool = False
-    # steps between two log lines
+    # steps between log lines
     log_every_n_steps: int = 20
     # least severe level that is logged
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # samples to train on
     total_train_samples: int | None = None
-    # the same, in passes over the data
+    # training budget in passes over the data
     num_epochs: int | None = None
-    # checkpoints to save, evenly over the run
+    # number of checkpoints to save, spaced evenly over the run
     num_checkpoints: int = 5
-    # checkpoints to keep; null: all
+    # number of newest checkpoints to keep; null: all
     max_checkpoint_limit: int | None = None
     # samples to validate on; null: no validation
     total_val_samples: int | None = None
-    # checkpoints between two validations
+    # checkpoints between validations
     val_every_n_checkpoints: int = 1
     data: DataParams
     model: ModelParams
@@ -87,7 +87,7 @@ class TrainExperimentParams(BaseParams):
             raise ValueError(f"name '{self.name}' cannot be the name of a folder. Leave out slashes.")
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The budget in samples that `num_epochs` means."""
+        """Derive the budget in samples from `num_epochs`."""
         return _derive_budget(self, facts)
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
@@ -104,24 +104,24 @@ def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:
 
 
 def load_params_from_yaml(cls: type[P], path: str) -> P:
-    """Load params from a YAML file; it may include others, and may be what an earlier version wrote.
+    """Load params from a YAML file, which may include others and may come from an earlier version.
 
     Args:
-        cls: a config dataclass, or a role such as ModelParams. Of a whole run's config.yaml, its section is loaded.
+        cls: a config dataclass, or a role such as ModelParams. From a whole run's config.yaml, load its section.
         path: the file: a path, s3:// or hf://.
 
     Raises:
-        ValueError: an unknown key, a wrong value or a missing one.
-        FileNotFoundError: it is not there.
+        ValueError: a key is unknown, or a value is wrong or missing.
+        FileNotFoundError: the file does not exist.
     """
     return load_params(cls, path, TrainExperimentParams)
 
 
 def total_steps(params: TrainExperimentParams) -> int:
-    """Optimizer steps of a run; samples that do not fill a global batch are left over.
+    """Return the optimizer steps of a run; samples that do not fill a global batch are not used.
 
     Raises:
-        ValueError: there is no budget in samples yet.
+        ValueError: the budget in samples is not set yet.
     """
     if params.total_train_samples is None:
         raise ValueError("total_train_samples is not known. Give --total_train_samples or --num_epochs.")
@@ -129,10 +129,10 @@ def total_steps(params: TrainExperimentParams) -> int:
 
 
 def accumulation_steps(params: TrainExperimentParams, world_size: int) -> int:
-    """Forward passes per optimizer step on each rank.
+    """Return the forward passes per optimizer step on each rank.
 
     Raises:
-        ValueError: the global batch cannot be divided so; the message holds the nearest sizes that can.
+        ValueError: the global batch does not divide evenly; the message names the nearest sizes that do.
     """
     hparams = params.hparams
     unit = world_size * hparams.per_gpu_batch_size
@@ -147,17 +147,17 @@ def accumulation_steps(params: TrainExperimentParams, world_size: int) -> int:
 
 
 def checkpoint_steps(params: TrainExperimentParams) -> tuple[int, ...]:
-    """The steps after which a checkpoint is saved: evenly over the run, the last one at its end."""
+    """Return the steps after which to save a checkpoint: spaced evenly, the last one at the end of the run."""
     steps = total_steps(params)
     count = min(params.num_checkpoints, steps)
     return tuple(steps * (index + 1) // count for index in range(count))
 
 
 def _derive_budget(params: TrainExperimentParams, facts: Facts) -> dict[str, Derived]:
-    """Return the budget in samples that `num_epochs` means.
+    """Derive the budget in samples from `num_epochs`.
 
     Raises:
-        ValueError: there is no budget, or there are two that disagree.
+        ValueError: no budget is given, or two budgets disagree.
     """
     if params.num_epochs is None:
         if params.total_train_samples is None:
@@ -166,7 +166,7 @@ def _derive_budget(params: TrainExperimentParams, facts: Facts) -> dict[str, Der
     counts = [dataset.num_samples for dataset in facts.datasets]
     missing = [count for count in counts if isinstance(count, Unavailable)]
     if missing:
-        # an explicit budget needs no manifest; whether both agree is seen when training starts
+        # an explicit budget needs no manifest; training checks at its start that both agree
         known = params.total_train_samples is not None
         return {} if known else {"total_train_samples": Derived(missing[0], "num_epochs")}
     epoch = sum(count for count in counts if isinstance(count, int))
@@ -182,7 +182,7 @@ def _derive_budget(params: TrainExperimentParams, facts: Facts) -> dict[str, Der
 
 
 def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
-    """Check that the budget makes steps, and how it divides.
+    """Check that the budget gives at least one step and divides evenly.
 
     Raises:
         ValueError: it is less than one step, the batch does not divide, or the schedule does not fit.
@@ -211,7 +211,7 @@ def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
 
 
 def _check_data(params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that there is enough data, and that its sequences and the model's fit.
+    """Check that there is enough data and that its sequence length fits the model.
 
     Raises:
         ValueError: they do not fit.
@@ -231,7 +231,7 @@ def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
     total_weight = sum(data.dataset_weighting)
     for dataset, weight in zip(facts.datasets, data.dataset_weighting, strict=True):
         share = used * weight / total_weight
-        # a share is kept to within one sample
+        # shares are exact to within one sample
         if isinstance(dataset.num_samples, int) and share > dataset.num_samples + 1:
             part = "" if len(facts.datasets) == 1 else f"its share {round(share)} of "
             raise ValueError(
@@ -257,10 +257,10 @@ def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts
 
 
 def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that the model has a row for every token of its data.
+    """Check that the model's token table covers every token of its data.
 
     Raises:
-        ValueError: it does not, or datasets were made with tokenizers of different sizes.
+        ValueError: it does not, or datasets used tokenizers of different sizes.
     """
     sizes: dict[str, int] = {}
     if facts.tokenizer is not None:

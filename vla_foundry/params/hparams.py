@@ -15,23 +15,23 @@ class HyperParams(BaseParams):
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
     # samples per optimizer step over all ranks
     global_batch_size: int = 512
-    # samples per forward pass on one rank; accumulation fills up to the global batch
+    # samples per forward pass on one rank; gradient accumulation fills the global batch
     per_gpu_batch_size: int = 8
     # seed of weights, data order and noise
     seed: int = 42
     # peak learning rate
     lr: float = 1e-4
-    # factors on the learning rate of parts of the model, by prefix of their weights' names: {vit: 0.1}
+    # learning-rate factors by prefix of weight names: {vit: 0.1}
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
-    # warm-up: steps, or below 1 a fraction of all steps
+    # warm-up: steps, or a fraction of all steps if below 1
     warmup: float = 1000.0
-    # decay of warmup_constant_decay at the end: steps, or below 1 a fraction of all steps
+    # final decay of warmup_constant_decay: steps, or a fraction of all steps if below 1
     decay: float = 0.3
     # learning rate at the end of the schedule
     lr_cooldown_end: float = 0.0
-    # cosine never falls below this
+    # lower bound of the cosine schedule
     force_min_lr: float = 0.0
     # optimizer
     optimizer: Literal["adamw"] = "adamw"
@@ -51,7 +51,7 @@ class HyperParams(BaseParams):
     grad_checkpointing: bool = False
     # torch.compile each block
     torchcompile: bool = False
-    # the run stops after this many steps in a row with a non-finite loss or gradient
+    # stop the run after this many consecutive steps with a non-finite loss or gradient
     max_skipped_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -89,12 +89,12 @@ class HyperParams(BaseParams):
 
 
 def count_steps(value: float, total_steps: int) -> int:
-    """Return the number of steps that `hparams.warmup` or `hparams.decay` means: below 1 it is a fraction."""
+    """Convert `hparams.warmup` or `hparams.decay` to steps; a value below 1 is a fraction of all steps."""
     return int(value * total_steps) if value < 1 else int(value)
 
 
 def count_decay_steps(params: HyperParams, total_steps: int) -> int:
-    """Return over how many steps at the end of the run the learning rate falls.
+    """Return the number of steps at the end of the run over which the learning rate decays.
 
     Raises:
         ValueError: warm-up and decay do not fit into the run.

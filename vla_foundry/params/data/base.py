@@ -1,4 +1,4 @@
-"""What every dataset's params share."""
+"""The base class of all data params."""
 
 import math
 from collections.abc import Callable
@@ -31,40 +31,40 @@ class DatasetCacheParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class DataParams(ChoiceParams):
-    """`--data.` What is trained on, and how it is read; `type` chooses the kind of data."""
+    """`--data.` The training data and how to read it; `type` selects the kind of data."""
 
     _choice_registry = {}
     choice_path = "data.type"
-    # modalities that a dataset of this type can have; the first one is the default
+    # modalities that datasets of this type may have; the first is the default
     modalities: ClassVar[tuple[str, ...]] = ()
 
     # manifests (local, s3:// or hf://), one per dataset
     dataset_manifest: list[str] = field(default_factory=list)
     # modality of each dataset
     dataset_modality: list[str] = field(default_factory=list)
-    # share of each dataset in every batch; any positive numbers
+    # relative weight of each dataset in every batch; any positive numbers
     dataset_weighting: list[float] = field(default_factory=list)
     # manifests of the validation data
     val_dataset_manifest: list[str] = field(default_factory=list)
     # modality of each validation dataset
     val_dataset_modality: list[str] = field(default_factory=list)
-    # share of each validation dataset
+    # relative weight of each validation dataset
     val_dataset_weighting: list[float] = field(default_factory=list)
-    # repeat a dataset when the budget is larger than it
+    # repeat a dataset if the budget exceeds its size
     allow_multiple_epochs: bool = False
-    # loader processes per rank; null: the node's cores divided by its ranks, at most 8; 0: none, load in the trainer
+    # loader processes per rank; null: cores per rank on this node, at most 8; 0: load in the training process
     num_workers: int | None = None
     # microbatches each loader process prepares ahead
     prefetch_factor: int = 4
-    # longest sequence the model is trained on, tokens
+    # longest training sequence, tokens
     seq_len: int = 2048
-    # shuffle shards and samples; false: in order of the manifest
+    # shuffle shards and samples; false: keep the manifest's order
     shuffle: bool = True
-    # samples are shuffled within blocks of shards that hold about this many samples
+    # shuffle samples within blocks of shards that hold about this many samples
     shuffle_buffer_size: int = 200_000
-    # seed of the order; null: hparams.seed
+    # seed of the sample order; null: hparams.seed
     seed: int | None = None
-    # the run stops when more than this share of samples is broken or dropped
+    # stop the run if more than this fraction of samples is broken or dropped
     max_bad_fraction: float = 0.01
     # continue even if the order of the data has changed since the checkpoint
     accept_changed_data: bool = False
@@ -106,15 +106,15 @@ class DataParams(ChoiceParams):
                 raise ValueError(message.replace("Registered:", "Choose from:"))
 
     def tokenizer_name(self) -> str | None:
-        """The tokenizer that is named here (a name or a folder), for types that have one."""
+        """Return the tokenizer named here (name or folder), for types that have one."""
         return None
 
     def robot_widths(self) -> dict[str, int | None]:
-        """`action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
+        """Return `action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
         return {}
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The seed, the workers, and a modality and a weight for each dataset."""
+        """Derive the seed, the workers, and each dataset's modality and weight."""
         derived: dict[str, Derived] = {}
         if self.seed is None:
             derived["seed"] = Derived(root.hparams.seed, "hparams.seed")
@@ -131,7 +131,7 @@ class DataParams(ChoiceParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that there are datasets to train on, and to validate on if validation is on."""
+        """Check that there are training datasets, and validation datasets if validation is on."""
         if not self.dataset_manifest:
             raise ValueError(f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl.")
         if root.total_val_samples is not None and not self.val_dataset_manifest:

@@ -1,4 +1,4 @@
-"""Params of every model; importing this package imports every file of it, which registers them."""
+"""Params of all models; importing this package registers them by importing each of its files."""
 
 import importlib
 import pkgutil

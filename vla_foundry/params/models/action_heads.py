@@ -16,7 +16,7 @@ class NoiseParams(ChoiceParams):
     _choice_registry = {}
     choice_path = "model.action_head.noise.type"
 
-    # steps of sampling, unless the caller gives a number
+    # default number of sampling steps
     num_inference_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -29,17 +29,17 @@ class NoiseParams(ChoiceParams):
 class FlowParams(NoiseParams):
     """Flow matching: straight lines from actions to noise."""
 
-    # distribution of the times in training; beta and logit_normal have fields of their own
+    # distribution of training times; beta and logit_normal have their own fields below
     time_distribution: Literal["uniform", "beta", "logit_normal"] = "uniform"
     # beta: density ~ t^(a-1) (1-t)^(b-1); a above b prefers noise
     beta_a: float = 1.5
-    # beta: its other exponent
+    # beta: exponent b
     beta_b: float = 1.0
     # logit_normal: mean of log(t / (1-t)); above 0 prefers noise
     logit_mean: float = 0.0
     # logit_normal: its standard deviation
     logit_std: float = 1.0
-    # how to integrate the velocity from noise to actions; heun runs the head twice a step
+    # integrator of the velocity from noise to actions; heun runs the head twice per step
     solver: Literal["euler", "heun"] = "euler"
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class FlowParams(NoiseParams):
 class DDPMParams(NoiseParams):
     """Denoising diffusion: trained to predict the noise (Ho et al. 2020), sampled by DDIM (Song et al. 2021)."""
 
-    # clamp the actions that each step of sampling predicts: those of the first steps are far off; null: do not
+    # clamp the actions predicted at each sampling step, because early predictions are far off; null: no clamping
     clamp_range: tuple[float, float] | None = (-5.0, 5.0)
-    # steps of the process in training
+    # number of diffusion steps in training
     num_timesteps: int = 100
-    # how variance grows: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end
+    # variance schedule: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end
     beta_schedule: Literal["cosine", "linear"] = "cosine"
     # linear: variance of the first step
     beta_start: float = 1e-4
@@ -79,7 +79,7 @@ class DDPMParams(NoiseParams):
 
 
 def check_range(name: str, limits: tuple[float, float] | None) -> None:
-    """Check that a range is in order.
+    """Check that a range is ascending.
 
     Raises:
         ValueError: it is not.
@@ -99,15 +99,15 @@ class ActionHeadParams(ChoiceParams):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerHeadParams(ActionHeadParams):
-    """What heads that are transformers share: one token per action step, predicted in parallel."""
+    """Shared by transformer heads: one token per action step, predicted in parallel."""
 
-    # the head's blocks; is_causal: an action's token sees only those before it
+    # the head's blocks; with is_causal, an action token sees only earlier action tokens
     transformer: TransformerParams
-    # conditioning comes as tokens in front of the actions, or by cross-attention in each block
+    # conditioning enters as tokens before the actions, or by cross-attention in each block
     conditioning: Literal["tokens", "cross_attention"] = "tokens"
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """A head has no vocabulary, even if its size is taken from a language model's."""
+        """Set the vocabulary size to 0, even if the transformer copies a language model's config."""
         if self.transformer.vocab_size == 0:
             return {}
         return {"transformer": Derived(replace(self.transformer, vocab_size=0), "an action head has no vocabulary")}
@@ -115,14 +115,14 @@ class TransformerHeadParams(ActionHeadParams):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingHeadParams(TransformerHeadParams):
-    """What heads that turn noise into actions share."""
+    """Shared by heads that turn noise into actions."""
 
-    # how the head is told the time: by a token in front, added to the conditioning, or by adaLN-Zero (scale, shift and
-    # gate in each block). With adaLN-Zero or cross-attention, conditioning is encoded once for all steps of sampling
+    # how time enters the head: as a first token, added to the conditioning, or by adaLN-Zero (scale, shift and gate in
+    # each block); with adaLN-Zero or cross-attention, conditioning is encoded once for all sampling steps
     time_conditioning: Literal["concat", "add", "adaln_zero"] = "adaln_zero"
-    # draws of noise and time for each sample and pass of the backbone
+    # draws of noise and time per sample in each backbone pass
     num_action_head_repeats: int = 1
-    # standard deviation of noise added to the head's noised actions and encoded proprioception in training
+    # training only: standard deviation of noise added to noised actions and encoded proprioception
     input_noise_std: float = 0.0
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class DDPMTransformerParams(DenoisingHeadParams):
 class RegressionParams(TransformerHeadParams):
     """A transformer that predicts all actions at once, trained on their absolute error (after OpenVLA-OFT, 2025)."""
 
-    # the head of model.type regression_policy, not offered to others
+    # only for model.type regression_policy
     is_offered = False
 
     # legacy checkpoints: false leaves out the norm after the last block

@@ -1,4 +1,4 @@
-"""Params of backbones: what encodes a robot's observation (images, instruction) for an action head."""
+"""Params of backbones, which encode a robot's observation (images, instruction) for an action head."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,31 +19,31 @@ class BackboneParams(ChoiceParams):
     native_type = "vlm_foundry_backbone"
     checkpoint_key = "resume_from_checkpoint"
 
-    # where to take its weights from: a run of the model that it is, or one of its checkpoints; null: its own
+    # run or checkpoint of the wrapped model to load weights from; null: its own initial weights
     resume_from_checkpoint: str | None = None
-    # keep all of its weights as they are
+    # freeze all of its weights
     freeze: bool = False
 
     def token_limits(self) -> TokenLimits:
-        """Which tokens it can take."""
+        """Return which tokens it can take."""
         return TokenLimits()
 
     def image_inputs(self) -> ImageInputs:
-        """Which images it takes, and whether it takes text."""
+        """Return which images it takes and whether it takes text."""
         return ImageInputs(takes_packed_rows=False)
 
     def with_model_files(self, folder: str) -> "BackboneParams":
-        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        """Return these params, with Hugging Face parts read from the files saved with a run."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageBackboneParams(BackboneParams):
-    """What backbones that are vision-language models share."""
+    """Shared by vision-language backbones."""
 
-    # an observation token after the text sums all up, or the head sees every token (prefix)
+    # what the head sees: an observation token after the text, or every token (prefix)
     conditioning: Literal["observation_token", "prefix"] = "observation_token"
-    # hidden states of the last so many layers, side by side
+    # number of last layers whose hidden states are concatenated
     num_vlm_layers_to_use: int = 4
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class LanguageBackboneParams(BackboneParams):
 class VLMFoundryBackboneParams(LanguageBackboneParams):
     """Our vision-language model."""
 
-    # its architecture; null: that of resume_from_checkpoint
+    # its architecture; null: the one of resume_from_checkpoint
     vlm: VLMParams | None = None
-    # take the last layer's hidden state after the model's final norm; false: legacy checkpoints
+    # apply the model's final norm to the last hidden state; false: legacy checkpoints
     final_norm: bool = field(default=True, metadata=LEGACY)
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The architecture, from the run that the weights come from."""
+        """Derive the architecture from the run that provides the weights."""
         if self.vlm is not None:
             return {}
         if self.resume_from_checkpoint is None:
@@ -76,14 +76,14 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
                 f"model.vision_language_backbone.resume_from_checkpoint ({self.resume_from_checkpoint}) is of type "
                 f"{found.type}, not vlm. Give a run of type vlm."
             )
-        # weights come from this run, whatever it started from itself; and what it kept frozen learns again
+        # take weights from this run, not from what it started from, and unfreeze what it froze
         fresh: dict[str, Any] = {"resume_from_checkpoint": None, "resume_weights_only": False, "freeze": False}
         parts = {name: replace(getattr(found, name), **fresh) for name in ("vit", "transformer")}
         whole = replace(found, **fresh, **parts)
         return {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
 
     def token_limits(self) -> TokenLimits:
-        """Those of its language model, less the observation token."""
+        """Return the limits of its language model, minus the observation token."""
         if self.vlm is None:
             return TokenLimits()
         limits = self.vlm.token_limits()
@@ -92,12 +92,12 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
         return replace(limits, max_seq_len=limits.max_seq_len - 1)
 
     def image_inputs(self) -> ImageInputs:
-        """Those of its image encoder."""
+        """Return the inputs of its image encoder."""
         inputs = ImageInputs() if self.vlm is None else self.vlm.image_inputs()
         return replace(inputs, takes_packed_rows=False)
 
     def with_model_files(self, folder: str) -> "VLMFoundryBackboneParams":
-        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        """Return these params, with Hugging Face parts read from the files saved with a run."""
         return self if self.vlm is None else replace(self, vlm=self.vlm.with_model_files(folder))
 
 
@@ -112,15 +112,15 @@ class VLMBackboneParams(LanguageBackboneParams):
     hf_load_weights: bool = True
 
     def model_params(self) -> VLMHFParams:
-        """Params of the model that it is."""
+        """Return the params of the wrapped model."""
         return VLMHFParams(hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights)
 
     def image_inputs(self) -> ImageInputs:
-        """What its own processor makes of images."""
+        """Return the image inputs of the model's own processor."""
         return self.model_params().image_inputs()
 
     def with_model_files(self, folder: str) -> "VLMBackboneParams":
-        """The same, read from the files that a run keeps of the published model."""
+        """Return these params, with the published model read from the files saved with a run."""
         return replace(self, hf_pretrained=folder)
 
 
@@ -135,20 +135,20 @@ class CLIPBackboneParams(BackboneParams):
     hf_load_weights: bool = True
     # leave the instruction out
     disable_text: bool = False
-    # keep the text encoder as it is
+    # freeze the text encoder
     freeze_text_encoder: bool = False
-    # keep the image encoder as it is
+    # freeze the image encoder
     freeze_image_encoder: bool = False
     # legacy checkpoints: normalise the instruction before its projection, not after
     text_norm_before_projection: bool = field(default=False, metadata=LEGACY)
 
     def image_inputs(self) -> ImageInputs:
-        """What its own processor makes of images."""
+        """Return the image inputs of the model's own processor."""
         processor = self.hf_pretrained.removeprefix("hf://")
         return ImageInputs(processor=processor, takes_packed_rows=False, takes_text=not self.disable_text)
 
     def with_model_files(self, folder: str) -> "CLIPBackboneParams":
-        """The same, read from the files that a run keeps of the published model."""
+        """Return these params, with the published model read from the files saved with a run."""
         return replace(self, hf_pretrained=folder)
 
 
@@ -161,11 +161,11 @@ class ViTBackboneParams(BackboneParams):
     vit: ImageEncoderParams
 
     def image_inputs(self) -> ImageInputs:
-        """Its own images."""
+        """Return the encoder's image inputs."""
         return replace(self.vit.image_inputs(), takes_packed_rows=False, takes_text=False)
 
     def with_model_files(self, folder: str) -> "ViTBackboneParams":
-        """The same, with a Hugging Face encoder read from the files that a run keeps of it."""
+        """Return these params, with a Hugging Face encoder read from the files saved with a run."""
         if isinstance(self.vit, ViTHFParams) and not self.vit.hf_pretrained.startswith("timm:"):
             return replace(self, vit=replace(self.vit, hf_pretrained=folder))
         return self

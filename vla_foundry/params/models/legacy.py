@@ -1,4 +1,4 @@
-"""Params of heads that only legacy checkpoints need; the importer, or what an older config says, chooses them."""
+"""Params of heads that only legacy checkpoints need; the importer and older configs select them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,11 +14,11 @@ class LegacyFlowParams(FlowParams):
 
     is_offered = False
 
-    # keep noised actions within this range, in training and after each step of sampling; null: do not
+    # clamp noised actions to this range, in training and after each sampling step; null: no clamping
     clamp_range: tuple[float, float] | None = None
-    # train only at this many times, t = 0, 1/n, ..., (n-1)/n; null: at all between 0 and 1
+    # train only at this many times, t = 0, 1/n, ..., (n-1)/n; null: all times between 0 and 1
     num_timesteps: int | None = None
-    # while sampling, tell the head a time that is less by this
+    # subtract this from the time that the head receives during sampling
     sampling_time_shift: float = 0.0
 
     def __post_init__(self) -> None:
@@ -30,11 +30,11 @@ class LegacyFlowParams(FlowParams):
 
 @dataclass(frozen=True, kw_only=True)
 class LegacyHeadParams(DenoisingHeadParams):
-    """What a denoising head needs to compute what legacy checkpoints computed."""
+    """Options that reproduce the denoising heads of legacy checkpoints."""
 
     is_offered = False
 
-    # encoding of the time: sines and a small network, or a trained table with a row per time (noise.num_timesteps)
+    # time encoding: sines and a small network, or a trained table with one row per time (noise.num_timesteps)
     time_encoding: Literal["mlp", "table"] = "mlp"
     # normalise the output of the last block
     final_norm: bool = True
@@ -53,7 +53,7 @@ class LegacyHeadParams(DenoisingHeadParams):
 @register_model_params("legacy_flow_transformer")
 @dataclass(frozen=True, kw_only=True)
 class LegacyFlowTransformerParams(LegacyHeadParams):
-    """The flow transformer of legacy checkpoints, those of the paper among them."""
+    """The flow transformer of legacy checkpoints, including the paper's."""
 
     noise: LegacyFlowParams = field(default_factory=LegacyFlowParams)
 

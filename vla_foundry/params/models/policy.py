@@ -12,19 +12,19 @@ from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimit
 
 @dataclass(frozen=True, kw_only=True)
 class RobotPolicyParams(ModelParams):
-    """What policies share: images, an instruction and proprioception to a chunk of actions."""
+    """Shared by policies: map images, an instruction and proprioception to a chunk of actions."""
 
     # encodes images and instruction
     vision_language_backbone: BackboneParams
-    # predicts actions from that
+    # predicts actions from the backbone's output
     action_head: ActionHeadParams
-    # numbers in an action; null: that of the data
+    # width of an action; null: as in the data
     action_dim: int | None = None
-    # numbers in a step of proprioception, 0: none; null: that of the data
+    # width of a step of proprioception; 0: none; null: as in the data
     proprioception_dim: int | None = None
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The widths of actions and proprioception, from the data."""
+        """Derive the widths of actions and proprioception from the data."""
         derived: dict[str, Derived] = {}
         for name in ("action_dim", "proprioception_dim"):
             if getattr(self, name) is None:
@@ -34,7 +34,7 @@ class RobotPolicyParams(ModelParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that the data's actions and proprioception are as wide as the model's."""
+        """Check that action and proprioception widths agree between data and model."""
         for name, found in root.data.robot_widths().items():
             own = getattr(self, name)
             if None not in (own, found) and own != found:
@@ -45,15 +45,15 @@ class RobotPolicyParams(ModelParams):
         return []
 
     def token_limits(self) -> TokenLimits:
-        """Those of its backbone."""
+        """Return the backbone's token limits."""
         return self.vision_language_backbone.token_limits()
 
     def image_inputs(self) -> ImageInputs:
-        """Those of its backbone."""
+        """Return the backbone's image inputs."""
         return self.vision_language_backbone.image_inputs()
 
     def with_model_files(self, folder: str) -> "RobotPolicyParams":
-        """The same, with Hugging Face parts read from the files that a run keeps of them."""
+        """Return these params, with Hugging Face parts read from the files saved with a run."""
         return replace(self, vision_language_backbone=self.vision_language_backbone.with_model_files(folder))
 
 
@@ -68,5 +68,5 @@ class DiffusionPolicyParams(RobotPolicyParams):
 class RegressionPolicyParams(RobotPolicyParams):
     """A vision-language-action model (VLA) whose head predicts a chunk of actions in one pass, without noise."""
 
-    # predicts actions from that
+    # predicts actions from the backbone's output
     action_head: RegressionParams

@@ -1,4 +1,4 @@
-"""What every model's params share, and the roles that slots for models are typed by."""
+"""The base class of all model params, and the roles that model slots are typed by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,49 +18,49 @@ def register_model_params(name: str) -> Callable[[T], T]:
 class TokenLimits:
     """Which tokens a model can take."""
 
-    # token ids are below this; None: not known from the params
+    # upper bound of token ids (exclusive); None: unknown from the params
     vocab_size: int | None = None
-    # longest sequence, tokens; None: not known from the params
+    # longest sequence, tokens; None: unknown from the params
     max_seq_len: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """Which images and rows a model takes; what data with images derives its own params from."""
+    """Which images and rows a model takes; data with images derives its own params from this."""
 
-    # side of its images, pixels; None: not known, or any
+    # side of its images, pixels; None: unknown or any
     image_size: int | None = None
-    # tokens that an image becomes; None: not known, or not fixed
+    # tokens per image; None: unknown or not fixed
     img_num_tokens: int | None = None
-    # the published model that its processor comes from, by folder or name; None: any processor will do
+    # published model that provides its processor, by folder or name; None: any processor works
     processor: str | None = None
-    # several samples may share a row; False: one sample a row, as its positions depend on what the row holds
+    # several samples may share a row; False: one sample per row, because positions depend on the row's content
     takes_packed_rows: bool = True
-    # it takes tokens beside images; False: images and numbers alone
+    # it takes tokens besides images; False: only images and numbers
     takes_text: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParams(ChoiceParams):
-    """`--model.` The model; `type` chooses its kind."""
+    """`--model.` The model; `type` selects its kind."""
 
     _choice_registry = {}
     choice_path = "model.type"
     checkpoint_key = "resume_from_checkpoint"
 
-    # where to take the weights from: a run or step folder, .safetensors, .pt, s3:// or hf://
+    # checkpoint to start from: a run or step folder, .safetensors or .pt; local, s3:// or hf://
     resume_from_checkpoint: str | None = None
-    # take only the weights; false: go on with that run's optimizer, data order and step count
+    # load only the weights; false: resume that run's optimizer, data order and step count too
     resume_weights_only: bool = False
-    # keep these weights as they are
+    # freeze the weights
     freeze: bool = False
 
     def token_limits(self) -> TokenLimits:
-        """Which tokens this model can take; a model that holds a language model passes that one's on."""
+        """Return which tokens this model can take; a model that wraps a language model forwards its limits."""
         return TokenLimits()
 
     def image_inputs(self) -> ImageInputs:
-        """Which images this model takes."""
+        """Return which images this model takes."""
         return ImageInputs()
 
 

@@ -47,7 +47,7 @@ class TransformerParams(LanguageModelParams):
     post_embed_norm: bool = False
     # epsilon of every norm
     norm_eps: float = 1e-5
-    # one matrix for the token embedding and the output head
+    # share one matrix between the token embedding and the output head
     weight_tying: bool = False
     # return logits in fp32
     cast_output_to_float32: bool = False
@@ -77,7 +77,7 @@ class TransformerParams(LanguageModelParams):
             )
 
     def token_limits(self) -> TokenLimits:
-        """Its own vocabulary and longest sequence."""
+        """Return its vocabulary size and longest sequence."""
         return TokenLimits(vocab_size=self.vocab_size or None, max_seq_len=self.max_seq_len)
 
 

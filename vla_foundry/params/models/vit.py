@@ -1,4 +1,4 @@
-"""Params of image encoders: the native vision transformer, and those of Hugging Face and timm."""
+"""Params of image encoders: the native vision transformer, and encoders from Hugging Face and timm."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +8,12 @@ from vla_foundry.params.models.roles import ImageInputs, ModelParams, register_m
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderParams(ModelParams):
-    """Role: anything that maps images to a square of feature vectors."""
+    """Role: anything that maps images to a square grid of feature vectors."""
 
     _choice_registry = {}
     native_type = "vit"
 
-    # side of the squares of image tokens that become one token of a language model (pixel unshuffle)
+    # side of the square of image tokens merged into one language-model token (pixel unshuffle)
     projector_pixel_shuffle_factor: int = 1
 
     def __post_init__(self) -> None:
@@ -23,10 +23,10 @@ class ImageEncoderParams(ModelParams):
             )
 
     def tokens_after_projector(self, image_size: int | None, patch_size: int | None) -> ImageInputs:
-        """Which images it takes, and how many tokens of a language model one becomes, as far as that is known.
+        """Return the images it takes and the number of language-model tokens per image, if known.
 
         Raises:
-            ValueError: the patches of an image do not divide into squares of that many.
+            ValueError: the patches of an image do not divide into such squares.
         """
         if image_size is None or patch_size is None:
             return ImageInputs(image_size=image_size)
@@ -56,15 +56,15 @@ class ViTParams(ImageEncoderParams):
     n_heads: int = 12
     # number of blocks
     n_layers: int = 12
-    # share of the numbers set to 0 after the embedding and in each branch of a block, in training
+    # dropout probability after the embedding and in each branch of a block, in training
     dropout: float = 0.0
     # epsilon of every norm
     ln_eps: float = 1e-6
     # put a class token in front of the patches; a language model does not see it
     cls_flag: bool = False
-    # how a patch becomes a token: one linear map, or a few strided convolutions, which learn faster in small models
+    # patch embedding: one linear map, or a few strided convolutions, which learn faster in small models
     stem: Literal["patch", "conv"] = "patch"
-    # how position embeddings are brought to another image size
+    # interpolation of position embeddings to other image sizes
     interpolation_mode: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class ViTParams(ImageEncoderParams):
         self.image_inputs()
 
     def image_inputs(self) -> ImageInputs:
-        """Its own images."""
+        """Return the encoder's image inputs."""
         return self.tokens_after_projector(self.img_size, self.patch_size)
 
 
@@ -96,9 +96,9 @@ class ViTHFParams(ImageEncoderParams):
     hf_pretrained: str
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
-    # side of its images, pixels; null: as the published model says, and data.image_size must be given
+    # side of its images, pixels; null: as published, and data.image_size must be given
     img_size: int | None = None
-    # side of its patches, pixels; null: as the published model says, and data.img_num_tokens must be given
+    # side of its patches, pixels; null: as published, and data.img_num_tokens must be given
     patch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -106,5 +106,5 @@ class ViTHFParams(ImageEncoderParams):
         self.image_inputs()
 
     def image_inputs(self) -> ImageInputs:
-        """Its own images, where the params say what they are."""
+        """Return the encoder's image inputs, as far as the params define them."""
         return self.tokens_after_projector(self.img_size, self.patch_size)

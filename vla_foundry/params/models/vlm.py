@@ -1,4 +1,4 @@
-"""Params of vision-language models: made of an image encoder and a language model, or from Hugging Face as a whole."""
+"""Params of vision-language models: built from an image encoder and a language model, or taken from Hugging Face."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,28 +15,28 @@ from vla_foundry.params.models.roles import (
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 
-# rows of a token table that grew are a multiple of this, for fast matrix products
+# grown token tables have a multiple of this many rows, for fast matrix products
 ROWS_MULTIPLE = 64
 
 
 @register_model_params("vlm")
 @dataclass(frozen=True, kw_only=True)
 class VLMParams(ModelParams):
-    """Image encoder, projector and language model; each of the two parts can start from a checkpoint, or be frozen."""
+    """Image encoder, projector and language model; both models can start from checkpoints or be frozen."""
 
     # image encoder
     vit: ImageEncoderParams
     # language model
     transformer: LanguageModelParams
-    # token that the features of an image replace; null: that of the data's processor
+    # token replaced by image features; null: the image token of the data's processor
     image_token_id: int | None = None
-    # tokens the model must know; its tables grow to them; null: those of the data's tokenizer
+    # number of tokens; the token tables grow to it; null: that of the data's tokenizer
     vocab_size: int | None = None
-    # neighbouring image tokens see only earlier ones, or each other as well
+    # whether neighbouring image tokens see only earlier ones (causal) or each other (bidirectional)
     image_attention: Literal["causal", "bidirectional"] = "causal"
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The image token and the number of tokens, from the data's tokenizer."""
+        """Derive the image token and the number of tokens from the data's tokenizer."""
         derived: dict[str, Derived] = {}
         tokenizer = facts.tokenizer
         source = "the data's tokenizer" if tokenizer is None else f"tokenizer {tokenizer.name}"
@@ -49,7 +49,7 @@ class VLMParams(ModelParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that the image token is the data's."""
+        """Check that the image token matches the data's."""
         given = facts.tokenizer.image_token_id if facts.tokenizer is not None else None
         if None not in (given, self.image_token_id) and given != self.image_token_id:
             raise ValueError(
@@ -59,18 +59,18 @@ class VLMParams(ModelParams):
         return []
 
     def token_limits(self) -> TokenLimits:
-        """Those of its language model, whose table grows to `vocab_size`."""
+        """Return the limits of its language model, whose table grows to `vocab_size`."""
         limits = self.transformer.token_limits()
         if self.vocab_size is None or limits.vocab_size is None or self.vocab_size <= limits.vocab_size:
             return limits
         return replace(limits, vocab_size=-(-self.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
     def image_inputs(self) -> ImageInputs:
-        """Those of its image encoder."""
+        """Return the inputs of its image encoder."""
         return self.vit.image_inputs()
 
     def with_model_files(self, folder: str) -> "VLMParams":
-        """The same, with Hugging Face parts read from the files that a run keeps of them (VLM.save_files)."""
+        """Return these params, with Hugging Face parts read from the files saved with a run (VLM.save_files)."""
         vit, transformer = self.vit, self.transformer
         if isinstance(vit, ViTHFParams) and not vit.hf_pretrained.startswith("timm:"):
             vit = replace(vit, hf_pretrained=f"{folder}/vit")
@@ -88,19 +88,19 @@ class VLMHFParams(ModelParams):
     hf_pretrained: str
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
-    # tokens the model must know; its tables grow to them; null: as published
+    # number of tokens; the token tables grow to it; null: as published
     vocab_size: int | None = None
 
     def image_inputs(self) -> ImageInputs:
-        """What its own processor makes of images."""
+        """Return the image inputs of the model's own processor."""
         return ImageInputs(processor=self.hf_pretrained.removeprefix("hf://"), takes_packed_rows=False)
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The number of tokens, from the data's tokenizer."""
+        """Derive the number of tokens from the data's tokenizer."""
         if self.vocab_size is not None or facts.tokenizer is None:
             return {}
         return {"vocab_size": Derived(facts.tokenizer.vocab_size, f"tokenizer {facts.tokenizer.name}")}
 
     def with_model_files(self, folder: str) -> "VLMHFParams":
-        """The same, read from the files that a run keeps of the published model."""
+        """Return these params, with the published model read from the files saved with a run."""
         return replace(self, hf_pretrained=folder)
