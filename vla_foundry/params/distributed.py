@@ -20,5 +20,5 @@ class DistributedParams(BaseParams):
     dist_backend: Literal["auto", "gloo", "nccl"] = "auto"
     # rendezvous of torch.distributed
     dist_url: str = "env://"
-    # seconds before a collective that does not return ends the run
+    # seconds after which a collective that does not return ends the run
     timeout_s: float = 1800.0

@@ -8,9 +8,9 @@ from vla_foundry.config.schema import BaseParams
 
 @dataclass(frozen=True, kw_only=True)
 class EMAParams(BaseParams):
-    """`--ema.` An average of the weights over steps."""
+    """`--ema.` Exponential moving average of the weights over steps."""
 
-    # keep an average of the weights; it is validated and saved beside them
+    # keep an average of the weights, validate it, and save it beside them
     enabled: bool = False
     # vanilla: decay alpha; ema: the decay grows as 1 - (1 + step / inv_gamma)^-power
     type: Literal["vanilla", "ema"] = "ema"

@@ -1,4 +1,4 @@
-"""What values are derived from besides the params: facts about the machine and the data."""
+"""Facts about the machine and the data that values are derived from, besides the params."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,9 @@ class TokenizerFacts:
 
     # its folder or name
     name: str
-    # 1 + its largest token id, the image token's among them where data has images
+    # 1 + its largest token id, including the image token if the data has images
     vocab_size: int
-    # the token that an image's features replace; None: it has none
+    # token replaced by image features; None if it has none
     image_token_id: int | None = None
 
 
@@ -27,17 +27,17 @@ class DatasetFacts:
     manifest: str
     # samples in one pass over it
     num_samples: int | Unavailable
-    # what the part `dataset` of its provenance.json says (vocab_size, seq_len, ...); empty if there is none
+    # the `dataset` section of its provenance.json (vocab_size, seq_len, ...); empty if absent
     provenance: dict[str, Any]
     # its own tokenizer folder, if it has one
     tokenizer: TokenizerFacts | None = None
-    # what it holds and what its numbers mean, if it is robot data
+    # dataset spec, for robot data
     robotics: DatasetSpec | Unavailable | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What `resolve` has to know besides the params."""
+    """What `resolve` needs besides the params."""
 
     # number of processes
     world_size: int = 1
@@ -49,11 +49,11 @@ class Facts:
     datasets: tuple[DatasetFacts, ...] = ()
     # one per data.val_dataset_manifest
     val_datasets: tuple[DatasetFacts, ...] = ()
-    # the tokenizer that the data uses: the one it names, or else the one of the run that the model starts from
+    # the data's tokenizer: the one it names, else that of the run that the model starts from
     tokenizer: TokenizerFacts | None = None
-    # processor/ or tokenizer/ of that run, where data with images names neither
+    # processor/ or tokenizer/ of that run, if data with images names neither
     started_from: TokenizerFacts | None = None
-    # what the robot data of that run was, and the run's folder
+    # dataset spec of that run's robot data, and the run's folder
     started_from_robotics: NamedSpec | None = None
-    # checkpoint that a part of the model starts from -> params of the model that its run trained
+    # checkpoint of a model part -> params of the model trained in its run
     checkpoint_models: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The one table of names and values that earlier versions wrote: what they are called now, or why they are ignored."""
+"""The migrations table: new names of old keys and values, or why they are ignored."""
 
 from vla_foundry.config.schema import Migration, Retyped, register_migrations
 
@@ -14,7 +14,7 @@ _FLOW_DEFAULTS = {
 }
 
 
-# by name of the dataclass; a subclass has its bases' migrations too
+# by dataclass name; subclasses inherit their bases' migrations
 MIGRATIONS: dict[str, Migration] = {
     "TrainExperimentParams": Migration(
         ignored={

@@ -6,13 +6,13 @@ from typing import Literal
 
 from vla_foundry.config.schema import BaseParams
 
-# demonstrations begin here, so that no policy is evaluated on a start that it was shown
+# demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
 FIRST_DEMO_SEED = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams(BaseParams):
-    """Let a policy act in a simulator and count its successes. A killed run continues when it is started again."""
+    """Run a policy in a simulator and count its successes. A killed run resumes when started again."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
     tasks: list[str]
@@ -20,42 +20,42 @@ class EvaluateParams(BaseParams):
     output: str
     # run folder (its newest checkpoint) or step folder; not with another policy
     checkpoint: str | None = None
-    # the checkpoint's; null: actions of zeros; random: uniform actions; expert: the simulator's own
+    # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
-    # what the policy is called in the results; null: the run's name, or what `policy` says
+    # name of the policy in the results; null: the run's name, or the value of `policy`
     name: str | None = None
     # simulator
     simulator: str = "metaworld"
-    # seeds of the starts, first:end; demonstrations have seeds from 1,000,000 on
+    # seeds of the starts, first:end; demonstrations use seeds from 1,000,000 on
     episodes: str = "0:50"
-    # rollouts of a task that are planned, written to the results before the first; null: those of `episodes`
+    # planned rollouts per task, written to the results before the first; null: as in `episodes`
     max_sample_size: int | None = None
-    # control steps after which an episode has failed; null: as the simulator says
+    # control steps after which an episode fails; null: the simulator's limit
     max_steps: int | None = None
-    # actions of each predicted chunk that are executed; null: half of them
+    # executed actions per predicted chunk; null: half of them
     open_loop_steps: int | None = None
-    # steps from noise to actions; null: as the model's params say
+    # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: int | None = None
-    # the averaged weights; null: if the checkpoint has them
+    # use the averaged weights; null: if the checkpoint has them
     use_ema: bool | None = None
     # seed of the policy's noise, beside the seed of the episode
     seed: int = 0
-    # what to tell the robot instead of the task's own instruction, by task: {drawer-open-v3: close the drawer}
+    # instructions that replace a task's own, by task: {drawer-open-v3: close the drawer}
     instructions: dict[str, str] = field(default_factory=dict)
-    # what the policy sees: its own episode, or, to tell whether it looks at all, that of another in its batch
+    # images the policy sees: its own episode's or, to test whether it uses them, another episode's in its batch
     images: Literal["own", "other_episode"] = "own"
-    # episodes of a task that run side by side, and for which actions are predicted together; it decides which episodes
-    # share a batch, and so the last bits of their numbers
+    # episodes of a task that run in parallel and share a prediction batch; the grouping affects the last bits of
+    # their numbers
     batch_size: int = 16
-    # processes with simulators; outcomes do not depend on it; null: one per core
+    # simulator processes; they do not affect outcomes; null: one per core
     num_workers: int | None = None
-    # episodes of each task, the first ones, of which pictures are kept for the contact sheet
+    # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: int = 2
-    # camera of these pictures, for policies that see nothing
+    # camera of these pictures, for policies without images
     camera: str = "workspace"
-    # width and height of these pictures in pixels, for policies that see nothing
+    # width and height of these pictures in pixels, for policies without images
     image_size: int = 64
-    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    # cpu, cuda or cuda:N; auto: a GPU if available
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class EvaluateParams(BaseParams):
 
     @property
     def seeds(self) -> range:
-        """Seeds of the starts."""
+        """Return the seeds of the starts."""
         match = re.fullmatch(r"(\d+):(\d+)", self.episodes)
         if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(f"episodes must be first:end, such as 0:50, got '{self.episodes}'.")
@@ -111,7 +111,7 @@ class EvaluateParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class ActionErrorParams(BaseParams):
-    """Predict the actions of a run's held-out samples, and compare."""
+    """Predict the actions of a run's held-out samples and measure the error."""
 
     # run folder (its newest checkpoint) or step folder of a policy
     checkpoint: str
@@ -119,15 +119,15 @@ class ActionErrorParams(BaseParams):
     output: str | None = None
     # held-out samples; null: all
     num_samples: int | None = None
-    # samples at a time
+    # batch size
     batch_size: int = 64
-    # steps from noise to actions; null: as the model's params say
+    # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: int | None = None
-    # the averaged weights; null: if the checkpoint has them
+    # use the averaged weights; null: if the checkpoint has them
     use_ema: bool | None = None
     # seed of the order of samples
     seed: int = 0
-    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    # cpu, cuda or cuda:N; auto: a GPU if available
     device: str = "auto"
 
     def __post_init__(self) -> None:

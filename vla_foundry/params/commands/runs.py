@@ -24,9 +24,9 @@ class GenerateParams(BaseParams):
     top_p: float = 0.95
     # seed of the draws; a prompt's draws do not depend on the other prompts
     seed: int = 0
-    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    # cpu, cuda or cuda:N; auto: a GPU if available
     device: str = "auto"
-    # the averaged weights; null: if the checkpoint has them
+    # use the averaged weights; null: if the checkpoint has them
     use_ema: bool | None = None
     # tokenizer (name or folder); null: the one in the run folder
     tokenizer: str | None = None
@@ -62,9 +62,9 @@ class CaptionParams(BaseParams):
     seed: int = 0
     # images at a time
     batch_size: int = 16
-    # cpu, cuda or cuda:N; auto: a GPU if there is one
+    # cpu, cuda or cuda:N; auto: a GPU if available
     device: str = "auto"
-    # the averaged weights; null: if the checkpoint has them
+    # use the averaged weights; null: if the checkpoint has them
     use_ema: bool | None = None
 
     def __post_init__(self) -> None:

@@ -17,15 +17,15 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
 
     modalities = ("image_caption",)
 
-    # user turns that a caption answers, one drawn per sample; <image> says where images go, {name} is a JSON string
+    # user turns before the caption, one drawn per sample; <image> marks where images go, {name} is a JSON string
     prompts: list[str] = field(default_factory=lambda: list(CAPTION_PROMPTS))
-    # the caption's key in the JSON member; null: the text member, or else the key "caption"
+    # key of the caption in the JSON member; null: use the text member, else the key "caption"
     caption_key: str | None = None
-    # several samples to a row, each seeing only itself; null: if the model can
+    # pack several samples into a row, each seeing only itself; null: if the model supports it
     pack: bool | None = None
-    # cut the last answer of a sample that is longer than seq_len; false: such a sample is dropped
+    # truncate the last answer of samples longer than seq_len; false: drop such samples
     truncate_answers: bool = False
-    # random changes while training; validation takes the middle of each image
+    # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
             template_fields(prompt)  # a broken template is an error before anything is read
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The processor or tokenizer too, the size of images and their tokens, and whether rows are packed."""
+        """Also derive the processor or tokenizer, image size, tokens per image, and whether rows are packed."""
         model = root.model.image_inputs()
         derived = super().derive(root, facts) | self.derive_processor(model, facts)
         if self.pack is None:
@@ -45,7 +45,7 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that there is a processor, and that it, the model and the length of rows fit."""
+        """Check that a processor is given and that it fits the model and the row length."""
         notices = super().check(root, facts, path)
         model = root.model.image_inputs()
         self.check_processor(model, path, seq_len=self.seq_len)

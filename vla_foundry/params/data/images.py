@@ -11,7 +11,7 @@ from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitterParams(BaseParams):
-    """Colour changes, the same for all images of a sample, in this order. In training only."""
+    """Colour changes in this order, identical for all images of a sample. Training only."""
 
     # on or off
     enabled: bool = False
@@ -34,11 +34,11 @@ class ColorJitterParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class CropParams(BaseParams):
-    """Crop each image, at the same place in all images of a sample. Outside training: the middle."""
+    """Crop each image, at the same place in all images of a sample. Outside training: a centre crop."""
 
     # on or off
     enabled: bool = False
-    # height and width: pixels, or shares of the image if both are 1 or less
+    # height and width: pixels, or fractions of the image if both are 1 or less
     shape: tuple[int, int] | tuple[float, float] = (224, 224)
     # random: anywhere; center: in the middle
     mode: Literal["random", "center"] = "random"
@@ -54,15 +54,15 @@ class CropParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCropParams(BaseParams):
-    """Crop at a random place and size, and resize. Outside training: a crop of the mean size in the middle."""
+    """Crop at a random place and size, and resize. Outside training: a centre crop of the mean size."""
 
     # on or off
     enabled: bool = False
-    # area of the crop, as a share of the image
+    # area of the crop, as a fraction of the image
     scale: tuple[float, float] = (0.8, 1.0)
     # aspect ratio of the crop, width / height, relative to the image's own
     ratio: tuple[float, float] = (0.9, 1.1)
-    # height and width of the result, pixels; null: those of the image
+    # height and width of the result, pixels; null: as in the image
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -76,11 +76,11 @@ class RandomResizedCropParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class HorizontalFlipParams(BaseParams):
-    """Mirror left and right, all images of a sample or none. Words ("left") and robot actions stay as they are."""
+    """Mirror all images of a sample left to right, or none. Words ("left") and robot actions do not change."""
 
     # on or off
     enabled: bool = False
-    # share of the samples that are mirrored
+    # fraction of samples to mirror
     probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class ImageAugmentationParams(BaseParams):
 class DataAugmentationParams(BaseParams):
     """`--data.augmentation.` Random changes to samples."""
 
-    # false: none at all, in training too
+    # false: no augmentation, not even in training
     enabled: bool = True
     # changes to images
     image: ImageAugmentationParams = field(default_factory=ImageAugmentationParams)
@@ -122,27 +122,27 @@ class DataAugmentationParams(BaseParams):
 class ImageProcessorParams(BaseParams):
     """`--data.` How images and text become model inputs; data types with images inherit these fields."""
 
-    # saved processor, or Hugging Face processor, by folder or name; null: our own, with the tokenizer below
+    # saved or Hugging Face processor, by folder or name; null: our own, with the tokenizer below
     processor: str | None = None
     # options of a Hugging Face image processor, e.g. {size: {height: 224, width: 224}}
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
-    # SmolVLM, Idefics3: cut images into tiles, up to 17 times as many image tokens
+    # SmolVLM, Idefics3: split images into tiles, which gives up to 17 times as many image tokens
     split_images: bool = False
     # tokenizer of our own processor, by folder or name
     tokenizer: str | None = None
-    # side of our own processor's images, pixels; null: that of the model
+    # side of our own processor's images, pixels; null: as in the model
     image_size: int | None = None
-    # tokens of one image of our own processor; null: as the model makes of it
+    # tokens per image of our own processor; null: as in the model
     img_num_tokens: int | None = None
-    # how our own processor resizes images: crop the middle, distort, or pad with black
+    # how our own processor resizes images: centre crop, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
-    # how pixels are scaled
+    # interpolation of resized pixels
     image_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # of our own processor: subtracted from red, green and blue in 0 .. 1, on the device
+    # our own processor: mean subtracted from red, green and blue in 0 .. 1, on the device
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # what they are divided by then
+    # our own processor: standard deviation that they are then divided by
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # how turns are written: chat, plain, caption, or chat_template (the tokenizer's); null: as the processor does
+    # prompt layout: chat, plain, caption, or chat_template (the tokenizer's); null: the processor's own
     prompt_layout: str | None = None
 
     def __post_init__(self) -> None:
@@ -150,15 +150,15 @@ class ImageProcessorParams(BaseParams):
             raise ValueError(f"data.image_std must be above 0, got {list(self.image_std)}.")
 
     def tokenizer_name(self) -> str | None:
-        """The processor or tokenizer that is named here."""
+        """Return the processor or tokenizer named here."""
         return self.processor or self.tokenizer
 
     def derive_processor(self, model: ImageInputs, facts: Facts) -> dict[str, Derived]:
-        """The processor or tokenizer, the size of images and their tokens, as they follow from the model.
+        """Derive the processor or tokenizer, image size and tokens per image from the model.
 
         Args:
-            model: which images it takes.
-            facts: what is known about the run that it starts from.
+            model: the images it takes.
+            facts: facts about the run that it starts from.
         """
         derived: dict[str, Derived] = {}
         processor = self.processor
@@ -180,7 +180,7 @@ class ImageProcessorParams(BaseParams):
         return derived
 
     def check_processor(self, model: ImageInputs, path: str, *, seq_len: int) -> None:
-        """Check that there is a processor, and that our own one fits the model and the length of rows.
+        """Check that a processor is given and that our own one fits the model and the row length.
 
         Raises:
             ValueError: they do not fit.

@@ -29,21 +29,21 @@ def _check_limits(epsilon: float | None, range_floor: float | None, clip: float 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldNormalizationParams(BaseParams):
-    """How the fields of one name or pattern are normalized; null: as all others."""
+    """Normalization of the fields that match a name or pattern; null: the general setting."""
 
     # false: these fields pass unchanged
     enabled: bool = True
-    # mean and std; the range of all values; of the middle 98% or 90% of them
+    # std: mean and standard deviation; min_max: full range; percentile_*: range of the middle 98% or 90% of values
     method: Literal["std", "min_max", "percentile_1_99", "percentile_5_95"] | None = None
-    # one set of statistics for all time steps, or one for each
+    # one set of statistics for all time steps, or one per step
     scope: Literal["global", "per_timestep"] | None = None
     # smallest scale, in the field's unit
     epsilon: float | None = None
-    # ranges to [-1, 1] rather than [0, 1]
+    # map ranges to [-1, 1] instead of [0, 1]
     centered_norm: bool | None = None
-    # smaller ranges (or stds) are widened to this, in the field's unit
+    # widen smaller ranges (or stds) to this, in the field's unit
     range_floor: float | None = None
-    # normalized values are limited to [-clip, clip]
+    # clip normalized values to [-clip, clip]
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -56,25 +56,25 @@ class NormalizationParams(BaseParams):
 
     # false: every field passes unchanged
     enabled: bool = True
-    # mean and std; the range of all values; of the middle 98% or 90% of them
+    # std: mean and standard deviation; min_max: full range; percentile_*: range of the middle 98% or 90% of values
     method: Literal["std", "min_max", "percentile_1_99", "percentile_5_95"] = "std"
-    # one set of statistics for all time steps of a window, or one for each
+    # one set of statistics for all time steps of a window, or one per step
     scope: Literal["global", "per_timestep"] = "global"
     # smallest scale, in the field's unit
     epsilon: float = 1e-8
-    # only these fields are normalized; empty: all that are used
+    # normalize only these fields; empty: all used fields
     include_fields: list[str] = field(default_factory=list)
-    # ranges to [-1, 1] rather than [0, 1]; std is always centered
+    # map ranges to [-1, 1] instead of [0, 1]; std is always centered
     centered_norm: bool = False
-    # smaller ranges (or stds) are widened to this, in the field's unit; null: not
+    # widen smaller ranges (or stds) to this, in the field's unit; null: never
     range_floor: float | None = None
-    # normalized values are limited to [-clip, clip]; null: not
+    # clip normalized values to [-clip, clip]; null: no clipping
     clip: float | None = None
-    # what differs for some fields, by exact name or glob pattern ("*__rot_6d")
+    # overrides by exact field name or glob pattern ("*__rot_6d")
     field_configs: dict[str, FieldNormalizationParams] = field(default_factory=dict)
-    # steps before the anchor that statistics are taken of; null: those of the data
+    # steps before the anchor included in the statistics; null: as in the data
     lowdim_past_timesteps: int | None = None
-    # steps after the anchor that statistics are taken of; null: those of the data
+    # steps after the anchor included in the statistics; null: as in the data
     lowdim_future_timesteps: int | None = None
 
     def __post_init__(self) -> None:
@@ -88,11 +88,11 @@ class NormalizationParams(BaseParams):
         """Return the rule of each field.
 
         Args:
-            fields: the fields that are used.
-            known_fields: all fields that the data has, to tell a misspelt pattern from one that is not needed here.
+            fields: the fields in use.
+            known_fields: all fields in the data, to distinguish misspelt patterns from unused ones.
 
         Raises:
-            ValueError: a pattern names no field, or two patterns disagree about one.
+            ValueError: a pattern matches no field, or two patterns disagree about a field.
         """
         used, known = list(fields), list(known_fields)
         for pattern in self.field_configs:
@@ -139,53 +139,53 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
     modalities = ("robotics",)
 
-    # cameras in the order that the model gets them; null: all of the data but depth, which must agree
+    # cameras in the model's order; null: all colour cameras, on which the datasets must agree
     camera_names: list[str] | None = None
-    # frames of a sample's images from the anchor, ascending; null: those of the data
+    # image frames relative to the anchor, ascending; null: as in the data
     image_indices: list[int] | None = None
-    # a missing image is black; false: it is an error
+    # replace missing images with black ones; false: a missing image is an error
     pad_missing_images: bool = False
-    # the model does not see such images
+    # hide these black images from the model
     mask_padded_images: bool = False
-    # fields that are predicted, side by side in this order
+    # predicted fields, concatenated in this order
     action_fields: list[str] = field(default_factory=list)
-    # fields that are observed, side by side in this order
+    # observed fields, concatenated in this order
     proprioception_fields: list[str] = field(default_factory=list)
-    # fields that some of the datasets lack are 0 there, and masked among actions; false: they are an error
+    # fill fields that a dataset lacks with 0, and mask them in actions; false: a missing field is an error
     pad_missing_fields: bool = False
-    # fields that together make poses: {name, position_key, rotation_key, ...}; null: those of the data
+    # fields that form poses: {name, position_key, rotation_key, ...}; null: as in the data
     pose_groups: list[dict[str, str]] | None = None
-    # steps before the anchor; null: those of the data
+    # steps before the anchor; null: as in the data
     lowdim_past_timesteps: int | None = None
-    # steps after the anchor; null: those of the data
+    # steps after the anchor; null: as in the data
     lowdim_future_timesteps: int | None = None
-    # false: no instructions, and no text processor; null: if the model takes text
+    # use instructions and a text processor; null: if the model takes text
     use_language: bool | None = None
-    # kinds of instructions, of which one instruction is drawn for each sample; empty: none, the prompt has no words
+    # kinds of instructions to draw from, one per sample; empty: none, the prompt has no words
     language_instruction_types: list[str] = field(default_factory=lambda: ["original"])
-    # user turns, one drawn per sample; <image> says where images go, {instruction} is the instruction
+    # user turns, one drawn per sample; <image> marks where images go, {instruction} is the instruction
     prompts: list[str] = field(default_factory=lambda: list(INSTRUCTION_PROMPTS))
     # longest row of images and text, tokens; null: seq_len
     max_text_seq_len: int | None = None
-    # of cameras, as arrays of the data name them; "intrinsics.CAMERA" follows crops and resizing
+    # camera intrinsics, by array name in the data; "intrinsics.CAMERA" follows crops and resizing
     intrinsics_fields: list[str] = field(default_factory=list)
-    # of cameras, as arrays of the data name them
+    # camera extrinsics, by array name in the data
     extrinsics_fields: list[str] = field(default_factory=list)
     # how actions and proprioception are normalized
     normalization: NormalizationParams = field(default_factory=NormalizationParams)
     # statistics of each dataset; empty: stats.json beside each manifest
     dataset_statistics: list[str] = field(default_factory=list)
-    # every window counts the same (count), or each dataset by its dataset_weighting (mixture)
+    # weight every window equally (count), or each dataset by its dataset_weighting (mixture)
     statistics_weighting: Literal["count", "mixture"] = "count"
-    # not used: validation is normalized as training is, because the model knows no other numbers
+    # not used: validation uses the training normalization, because the model was trained on it
     val_dataset_statistics: list[str] = field(default_factory=list)
-    # random changes while training; validation takes the middle of each image
+    # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
-    # go on although datasets, or the run that the model starts from, say different things about what is used
+    # continue even if datasets, or the run that the model starts from, contradict each other about used fields
     accept_contradictions: bool = False
-    # columns of all action_fields; null: as the data says
+    # total width of action_fields; null: as in the data
     action_dim: int | None = None
-    # columns of all proprioception_fields; null: as the data says
+    # total width of proprioception_fields; null: as in the data
     proprioception_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -220,35 +220,35 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         self.parse_groups()
 
     def parse_groups(self) -> tuple[PoseGroup, ...] | None:
-        """The pose groups that are given here; None: those of the data."""
+        """Return the pose groups given here; None: take them from the data."""
         return None if self.pose_groups is None else parse_pose_groups(self.pose_groups)
 
     @property
     def window(self) -> Window:
-        """The steps of a sample, once they are known."""
+        """Return the steps of a sample, once known."""
         assert self.lowdim_past_timesteps is not None, "resolve derives data.lowdim_past_timesteps"
         assert self.lowdim_future_timesteps is not None, "resolve derives data.lowdim_future_timesteps"
         return Window(self.lowdim_past_timesteps, self.lowdim_future_timesteps)
 
     @property
     def normalization_window(self) -> Window:
-        """The steps that statistics are taken of: those of a sample, where normalization does not say."""
+        """Return the steps included in the statistics: those of a sample unless normalization sets them."""
         past, future = self.normalization.lowdim_past_timesteps, self.normalization.lowdim_future_timesteps
         window = self.window
-        # 0 is a number of steps, not "not given"
+        # 0 is a valid number of steps, so test for None
         return Window(window.past if past is None else past, window.future if future is None else future)
 
     @property
     def image_names(self) -> list[str]:
-        """A sample's images in order: time-major, cameras within a time."""
+        """Return a sample's image names in time-major order."""
         return image_names(self.camera_names or [], self.image_indices or [])
 
     def robot_widths(self) -> dict[str, int | None]:
-        """`action_dim` and `proprioception_dim`; None: not known yet."""
+        """Return `action_dim` and `proprioception_dim`; None: not known yet."""
         return {"action_dim": self.action_dim, "proprioception_dim": self.proprioception_dim}
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """Cameras, images, steps, pose groups and widths too, as the datasets say, and the processor of the model."""
+        """Also derive cameras, images, steps, pose groups and widths from the datasets, and the model's processor."""
         derived = super().derive(root, facts)
         model = root.model.image_inputs()
         if self.use_language is None:
@@ -264,10 +264,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         return derived | self.derive_from_data(facts.datasets)
 
     def derive_from_data(self, datasets: Sequence[DatasetFacts]) -> dict[str, Derived]:
-        """What the specs of the datasets tell.
+        """Derive values from the dataset specs.
 
         Raises:
-            ValueError: they disagree on what is not given here, or lack a field.
+            ValueError: the specs disagree about a value that is not given here, or lack a field.
         """
         wanted = ("camera_names", "image_indices", "lowdim_past_timesteps", "lowdim_future_timesteps")
         wanted = [name for name in (*wanted, "pose_groups", "action_dim", "proprioception_dim") if _is_open(self, name)]
@@ -284,7 +284,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             "image_indices": lambda: fit.agree_on(
                 "data.image_indices", {name: spec.image_indices for name, spec in known}
             ),
-            # the largest window that all of them hold
+            # the largest window that fits all datasets
             "lowdim_past_timesteps": lambda: min(spec.past_lowdim_steps for _, spec in known),
             "lowdim_future_timesteps": lambda: min(spec.future_lowdim_steps for _, spec in known),
             "pose_groups": lambda: fit.format_pose_groups(known),
@@ -299,7 +299,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         return sum(fit.width_of(field, sources, f"data.{name}") for field in fields)
 
     def create_window_spec(self, dataset: NamedSpec) -> fit.WindowSpec:
-        """Work out what is read of each sample of a dataset, once these params are resolved.
+        """Create the spec of what to read from each sample of a dataset; needs resolved params.
 
         Raises:
             ValueError: the dataset does not fit.
@@ -315,10 +315,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         )
 
     def find_fields(self, name: str, dataset: NamedSpec) -> fit.FieldSources:
-        """Find out where the fields of `action_fields` or `proprioception_fields` come from in a dataset.
+        """Find the sources of `action_fields` or `proprioception_fields` in a dataset.
 
         Raises:
-            ValueError: the dataset does not have them.
+            ValueError: the dataset lacks them.
         """
         return fit.find_fields(
             getattr(self, name),
@@ -329,7 +329,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         )
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that the datasets, the run that the model starts from and these params do not contradict each other."""
+        """Check that the datasets, the run that the model starts from and these params agree."""
         notices = super().check(root, facts, path)
         if not self.action_fields:
             raise ValueError(f"{path}.action_fields is empty. Name the fields that the model is to predict.")
@@ -349,10 +349,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         """Check every dataset against these params, against the others, and against the run a model starts from.
 
         Returns:
-            Contradictions that are accepted.
+            Accepted contradictions.
 
         Raises:
-            ValueError: one line.
+            ValueError: a contradiction is not accepted; one line.
         """
         camera_names, image_indices = self.camera_names or [], self.image_indices or []
         described: list[dict[str, Any]] = []

@@ -15,17 +15,17 @@ class TextDataParams(DataParams):
 
     modalities = ("text", "text_untokenized")
 
-    # attention stays within documents, and a document's first token is not predicted from the one before
+    # keep attention within documents, and do not predict a document's first token from the previous document
     mask_documents: bool = True
-    # tokenizer the text was tokenized with (name or folder): saved with the run, and checked against the model
+    # tokenizer of the text (name or folder); saved with the run and checked against the model
     tokenizer: str | None = None
 
     def tokenizer_name(self) -> str | None:
-        """The tokenizer that is named here."""
+        """Return the tokenizer named here."""
         return self.tokenizer
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """The tokenizer too: the one that lies in a dataset's folder."""
+        """Also derive the tokenizer from a dataset's folder."""
         derived = super().derive(root, facts)
         found = next((dataset.tokenizer for dataset in facts.datasets if dataset.tokenizer is not None), None)
         if self.tokenizer is None and found is not None:
