@@ -259,7 +259,7 @@ def find_contradictions(
 
 
 def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[str]:
-    """Return one line if the run used the same cameras in another order; else an empty list."""
+    """Return a list with one line if the run used the same cameras in another order; else an empty list."""
     known = list(run.spec.cameras)
     if sorted(known) == sorted(camera_names) and known != list(camera_names):
         return [

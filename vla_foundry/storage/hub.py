@@ -1,4 +1,4 @@
-"""Read and write files of Hugging Face repositories with huggingface_hub: `hf://[datasets/|spaces/]owner/repo[@revision]/path`."""
+"""Read and write Hugging Face repositories by huggingface_hub: `hf://[datasets/|spaces/]owner/repo[@revision]/path`."""
 
 import os
 import shutil

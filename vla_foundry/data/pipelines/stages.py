@@ -28,7 +28,7 @@ Stage: TypeAlias = Callable[[Sample], Sample | None]
 # (dataset number, open shard, row) -> input of the first stage
 ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
-# consecutive bad replacements for one sample after which the dataset counts as unreadable
+# replacements to try for one bad sample before the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
 
 
