@@ -1,4 +1,4 @@
-"""Params of the commands that make data in a simulator: `demos` and `scenes`."""
+"""Params of the commands that generate data in a simulator: `demos` and `scenes`."""
 
 from dataclasses import dataclass, field
 
@@ -76,11 +76,11 @@ class ScenesParams(BaseParams):
     seed: int = 0
     # processes that draw; null: one per core
     num_processes: int | None = None
-    # simulator that draws
+    # simulator that renders the scenes
     simulator: str = "metaworld"
     # tasks whose things are shown, in turn
     tasks: list[str] = field(default_factory=lambda: list(_TASKS))
-    # camera that looks
+    # camera to render
     camera: str = "workspace"
 
     def __post_init__(self) -> None:

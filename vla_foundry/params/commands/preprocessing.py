@@ -16,13 +16,13 @@ class JobParams(BaseParams):
 
     # folder to write to, local or s3://
     output: str
-    # tasks at a time; null: one per core; 0: no Ray, one task after another in this process
+    # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: int | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
-    # replace what the output folder holds if it was made, or begun, with another configuration
+    # replace an output folder that was written or started with another configuration
     overwrite: bool = False
-    # the run stops when more than this share of the rows, or of the bytes, is bad
+    # stop the run if more than this fraction of the rows, or of the bytes, is bad
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
@@ -93,11 +93,11 @@ class TrainTokenizerParams(BaseParams):
     output: str
     # key (.jsonl) or column (.parquet) that holds the text
     text_key: str = "text"
-    # tokens in all, special tokens and the 256 bytes among them
+    # vocabulary size, including special tokens and the 256 bytes
     vocab_size: int = 4096
     # token that ends a document
     eos_token: str = "<|endoftext|>"
-    # token that fills up a batch
+    # padding token
     pad_token: str = "<|pad|>"
     # further special tokens
     special_tokens: list[str] = field(default_factory=list)
@@ -107,7 +107,7 @@ class TrainTokenizerParams(BaseParams):
     seed: int = 0
     # replace a tokenizer that was trained with another configuration
     overwrite: bool = False
-    # the run stops when more than this share of the rows, or of the bytes, is bad
+    # stop the run if more than this fraction of the rows, or of the bytes, is bad
     max_bad_fraction: float = 0.01
 
     @property
@@ -140,7 +140,7 @@ class ManifestBuildParams(BaseParams):
     folder: str
     # replace a manifest that says something else
     overwrite: bool = False
-    # tars at a time
+    # tars processed in parallel
     num_threads: int = 8
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class ManifestVerifyParams(BaseParams):
 
     # folder with a manifest, local or s3://
     folder: str
-    # tars at a time
+    # tars processed in parallel
     num_threads: int = 8
 
     def __post_init__(self) -> None:
@@ -180,11 +180,11 @@ class PreprocessImageCaptionParams(JobParams):
     jpeg_quality: int = 95
     # seed of the order of samples
     seed: int = 0
-    # the run stops when more than this share of the URLs cannot be downloaded
+    # stop the run if more than this fraction of the URLs cannot be downloaded
     max_failed_downloads: float = 0.9
     # seconds to wait for one download
     download_timeout: int = 10
-    # how often a download is tried again
+    # retries per download
     download_retries: int = 2
     # downloads at a time, in each of num_workers processes
     download_threads: int = 32

@@ -22,31 +22,31 @@ class RoboticsPreprocessParams(ChoiceParams):
     _choice_registry: ClassVar[dict[str, Any]] = {}
     choice_path: ClassVar[str] = "type"
 
-    # recordings: folders or files, local or s3://; what exactly, the converter says
+    # recordings: folders or files, local or s3://, as the converter expects
     source_episodes: list[str]
     # folder to write to, local or s3://
     output_dir: str
-    # episodes: each frame is stored once, windows are made when loading; samples: each sample is stored whole
+    # episodes: store each frame once and build windows when loading; samples: store each sample whole
     layout: Literal["episodes", "samples"] = "episodes"
-    # steps before the anchor in the windows that statistics are of, and that layout samples stores
+    # steps before the anchor, for statistics and for the windows that layout samples stores
     past_lowdim_steps: int = 1
     # steps after the anchor
     future_lowdim_steps: int = 14
     # cameras to take, in this order; null: all
     camera_names: list[str] | None = None
-    # leave out episodes that lack a camera; false: they fail
+    # skip episodes that lack a camera; false: they fail
     skip_episodes_missing_cameras: bool = False
-    # frames of a sample's images, counted from the anchor
+    # image frames relative to the anchor
     image_indices: list[int] = field(default_factory=lambda: [-1, 0])
     # every stride-th frame is an anchor
     stride: int = 1
-    # anchors whose window reaches further beyond the episode's first frame are no samples, steps
+    # skip anchors whose window starts more than this many steps before the episode's first frame
     max_padding_left: int = 1
-    # anchors whose window reaches further beyond the last frame are no samples, steps
+    # skip anchors whose window ends more than this many steps after the last frame
     max_padding_right: int = 7
-    # what stands in steps outside the episode: the nearest frame, zeros, or the frames mirrored
+    # fill steps outside the episode with the nearest frame, zeros, or mirrored frames
     padding_strategy: Literal["copy", "zero", "reflect"] = "copy"
-    # windows in which nothing moves are no samples
+    # skip windows in which nothing moves
     filter_still_samples: bool = False
     # a field moves if its standard deviation over the window is above this, in the field's own unit; holds for the
     # fields named *action*, *joint*, *poses*, *xyz* or *actual*
@@ -54,19 +54,19 @@ class RoboticsPreprocessParams(ChoiceParams):
     # thresholds by field or pattern, as numbers or with a unit: {"*__xyz": "5 mm", "*__rot_6d": "1 deg"}; given, they
     # stand for still_threshold
     still_thresholds: dict[str, str] = field(default_factory=dict)
-    # bring every episode to this rate, frames a second; null: as recorded
+    # resample every episode to this rate, frames per second; null: as recorded
     target_fps: float | None = None
     # how far a frame may be from its time without target_fps, in frames
     timestamp_tolerance: float = 0.5
     # most samples in a shard of layout samples
     samples_per_shard: int = 128
-    # about how many frames a shard of episodes holds; few frames make smaller shards, so that all workers have some
+    # target number of frames per shard of episodes; small datasets get smaller shards, so that all workers have some
     frames_per_shard: int = 2048
-    # only the first so many episodes; -1: all
+    # process only this many first episodes; -1: all
     max_episodes_to_process: int = -1
-    # NaN and infinite values: true: the episode fails; false: it is left out and reported
+    # on NaN or infinite values: true: the episode fails; false: skip and report it
     fail_on_nan: bool = True
-    # share of the episodes that may fail; more stop the job, and nothing is published
+    # fraction of episodes that may fail; above it the job stops and publishes nothing
     max_failed_fraction: float = 0.0
     # write stats.json
     compute_statistics: bool = True
@@ -78,7 +78,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     validation_episodes: list[str] = field(default_factory=list)
     # [width, height] of stored images; null: as recorded
     resize_images_size: list[int] | None = None
-    # cut the centre out, distort, or scale into black borders
+    # centre crop, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # quarter turns clockwise by camera, made before resizing: {wrist: 1}; null: none
     camera_rotations: dict[str, int] | None = None
@@ -86,11 +86,11 @@ class RoboticsPreprocessParams(ChoiceParams):
     jpeg_quality: int = 95
     # seed of the order of episodes and samples, and of the validation split
     seed: int = 0
-    # tasks at a time; null: one per core; 0: no Ray, one task after another in this process
+    # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: int | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
-    # replace what the output folder holds if it was made, or begun, with another configuration
+    # replace an output folder that was written or started with another configuration
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class FieldParams(BaseParams):
     source: str | None = None
     # [first, end) of the source's columns; null: all
     columns: tuple[int, int] | None = None
-    # null: action where the name is `action...` or `robot__action__...`, else observation
+    # null: action if the name is `action...` or `robot__action__...`, else observation
     role: Role | None = None
     # of every column: m, rad, N, ...
     unit: str | None = None
@@ -151,11 +151,11 @@ class FieldParams(BaseParams):
     frame: str | None = None
     # absolute, or delta: the change from the step before
     representation: Representation = "absolute"
-    # how a rotation is written: rot_6d_rows, quaternion_xyzw, axis_angle, euler_xyz, ...
+    # rotation format: rot_6d_rows, quaternion_xyzw, axis_angle, euler_xyz, ...
     rotation: str | None = None
     # the ends of a gripper
     gripper: GripperParams | None = None
-    # switches, counters and ids: values between two of them mean nothing
+    # switches, counters and ids: values must not be interpolated
     is_discrete: bool = False
 
     def __post_init__(self) -> None:
@@ -171,11 +171,11 @@ class CameraParams(BaseParams):
 
     # path within an episode; null: the camera's own name
     source: str | None = None
-    # red and blue are swapped in what the file holds
+    # the file stores BGR: red and blue are swapped
     is_bgr: bool = False
-    # the first row of the array is the lowest of the image, as OpenGL has it
+    # the first row of the array is the bottom of the image, as in OpenGL
     is_bottom_up: bool = False
-    # millimetres of one unit, of depth; null: it is a colour camera
+    # depth cameras: millimetres per unit; null: a colour camera
     depth_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class CameraParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldMapParams(BaseParams):
-    """A field map (`--field_map FILE`): the fields that a recording's columns are to become."""
+    """A field map (`--field_map FILE`): maps a recording's columns to fields."""
 
     # field -> which columns it is and what they mean
     fields: dict[str, FieldParams]
@@ -196,9 +196,9 @@ class FieldMapParams(BaseParams):
     cameras: dict[str, CameraParams] = field(default_factory=dict)
     # HDF5: pattern of the groups that are an episode each; "/": the file is one
     episodes: str = "/"
-    # HDF5: frames a second, or where it stands: group@attribute, or group@attribute:key.of.its.JSON
+    # HDF5: frames per second, or where to find it: group@attribute, or group@attribute:key.of.its.JSON
     fps: float | str | None = None
-    # HDF5: where the instruction stands, in the same way; null: nowhere
+    # HDF5: where to find the instruction, in the same notation; null: absent
     instruction: str | None = None
 
     def __post_init__(self) -> None:
@@ -251,7 +251,7 @@ class LeRobotParams(RoboticsPreprocessParams):
 class SpartanParams(RoboticsPreprocessParams):
     """Raw recordings of LBM: folders with `episode_<n>/processed/` at any depth."""
 
-    # frames a second of the recordings, which do not say it themselves
+    # frames per second; the recordings do not store it
     fps: float = 10.0
     # YAML file that cuts actions.npz into fields, and groups fields to poses
     action_fields_config_path: str = "config_presets/action_fields/lbm.yaml"
@@ -276,9 +276,9 @@ class HDF5Params(RoboticsPreprocessParams):
     # YAML file that says where episodes, fields and cameras are: a path, or field_maps/robomimic.yaml, libero.yaml,
     # aloha.yaml
     field_map: str
-    # frames a second; null: as the field map says
+    # frames per second; null: as in the field map
     fps: float | None = None
-    # instruction of every episode; null: as the field map says
+    # instruction of every episode; null: as in the field map
     instruction: str | None = None
 
     def __post_init__(self) -> None:
@@ -301,11 +301,11 @@ class StatsParams(BaseParams):
     future_lowdim_steps: int | None = None
     # file to write instead, for --data.dataset_statistics
     output: str | None = None
-    # merge although datasets say different things about a field, or have different rates
+    # merge even if datasets contradict each other about a field or have different rates
     accept_contradictions: bool = False
-    # replace statistics that are there
+    # replace existing statistics
     overwrite: bool = False
-    # tasks at a time; null: one per core; 0: no Ray, one task after another in this process
+    # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: int | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None

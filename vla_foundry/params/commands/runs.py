@@ -16,7 +16,7 @@ class GenerateParams(BaseParams):
     prompt: list[str] = field(default_factory=list)
     # longest continuation, tokens
     max_new_tokens: int = 64
-    # 0: always the likeliest token; 1: as the model says; higher: more varied
+    # sampling temperature; 0: always the likeliest token; 1: the model's distribution; higher: more varied
     temperature: float = 0.8
     # draw among the k likeliest tokens; 0: among all
     top_k: int = 0
@@ -46,13 +46,13 @@ class CaptionParams(BaseParams):
     checkpoint: str
     # image files (JPEG, PNG, WebP), local, s3:// or hf://; each is captioned by itself
     image: list[str] = field(default_factory=list)
-    # all images are shown together, and answered once
+    # show all images together and answer once
     together: bool = False
-    # the question; <image> marks where images go, else they come first; null: the run's first prompt
+    # question; <image> marks where images go, otherwise they come first; null: the run's first prompt
     prompt: str | None = None
     # longest answer, tokens
     max_new_tokens: int = 128
-    # 0: always the likeliest token; 1: as the model says; higher: more varied
+    # sampling temperature; 0: always the likeliest token; 1: the model's distribution; higher: more varied
     temperature: float = 0.0
     # draw among the k likeliest tokens; 0: among all
     top_k: int = 0
@@ -94,11 +94,11 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportParams(BaseParams):
-    """Turn a run of the earlier implementation into a run of ours."""
+    """Convert a run of the earlier implementation to a run folder."""
 
     # its folder: config.yaml or config_model.yaml, and checkpoints/checkpoint_N.pt; local, s3:// or hf://
     source: str
-    # run folder to make; it must not exist
+    # run folder to create; it must not exist
     output: str
     # which checkpoint_N.pt; null: the one with the highest N
     checkpoint: int | None = None
@@ -108,7 +108,7 @@ class ImportParams(BaseParams):
     tokenizer: str | None = None
     # processor (name or folder) to keep with the run; null: the one its config names
     processor: str | None = None
-    # frames a second that the policy acts at, for a policy; null: not known (the earlier files do not say)
+    # control rate of a policy, frames per second; null: unknown (the earlier files do not store it)
     fps: float | None = None
 
     def __post_init__(self) -> None:
@@ -154,11 +154,11 @@ class QuickstartParams(BaseParams):
 
     # stages to run, in order
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    # folder that everything is written to; a second run goes on from what is there
+    # output folder; a second run resumes from its contents
     output_dir: str = "quickstart_output"
     # also evaluate the policy with pictures of other episodes, with the wrong instruction, and trained from scratch
     ablations: bool = False
-    # install the library that draws the simulator (libosmesa6, by apt-get) if there is none
+    # install the simulator's rendering library (libosmesa6, with apt-get) if missing
     install_system_packages: bool = False
     # run every stage again
     overwrite: bool = False
