@@ -30,7 +30,7 @@ class TrainExperimentParams(BaseParams):
     name: str | None = None
     # folder that holds run folders
     save_path: str = "experiments"
-    # checkpoint to resume from; auto: the newest one of the run with this name, if any
+    # auto: resume from the newest checkpoint of the run with this name, if any; null: start a new run
     resume: str | None = None
     # s3:// folder to copy the run folder to after each checkpoint
     remote_sync: str | None = None
