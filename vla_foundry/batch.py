@@ -1,4 +1,4 @@
-"""@: every key of a batch, with shape, dtype and meaning; data pipelines produce batches, models consume them.
+"""The batch: every key, with shape, dtype and meaning; data pipelines produce batches, models consume them.
 
 B batch rows, T tokens, S samples.
 

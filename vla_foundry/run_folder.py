@@ -1,4 +1,4 @@
-"""@: what a run folder holds, and which of its checkpoints is complete.
+"""The run folder: what it holds, which of its checkpoints is complete, and which process holds it.
 
     <save_path>/<name>/
       config.yaml, config_model.yaml   the resolved config, whole and its model section
@@ -19,11 +19,14 @@
 A step folder is written as `.writing_step_...` and renamed once all of it is on disk.
 """
 
+import fcntl
 import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Collection
+import socket
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vla_foundry.shards import sha256_of
@@ -48,6 +51,32 @@ COMPLETE_NAME = "COMPLETE"
 WRITING_PREFIX = ".writing_"
 
 _STEP_PATTERN = re.compile(r"step_(\d+)")
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process: a second run of the same name would overwrite weights and metrics.
+
+    The lock is on the file `.<name>.lock` beside the folder, and ends with the process that holds it, however it ends.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"The run folder {folder} is in use by {file.read().strip() or 'another process'}. "
+                "Wait until that run ends, or choose another --name."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def run_folder_candidates(checkpoint: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""@: a dataset is a folder of tar shards with a manifest and, beside each shard, an index.
+"""The dataset folder: tar shards with a manifest and, beside each shard, an index.
 
     manifest.jsonl            one line per shard: {"shard": "shard_000000", "num_sequences": 512, "num_bytes": ..., ...}
     shard_000000.tar          an uncompressed WebDataset tar

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from vla_foundry.run_folder import (
     find_checkpoint,
     is_complete,
     list_step_folders,
+    lock_run,
     read_step,
     run_folder_candidates,
     step_folder_name,
@@ -95,3 +100,24 @@ def test_a_run_is_looked_for_at_a_checkpoint_and_above_it(root: str) -> None:
         assert root in run_folder_candidates(root + place)
     assert run_folder_candidates(f"{root}/checkpoints/step_1")[0] == f"{root}/checkpoints/step_1"
     assert run_folder_candidates("s3://bucket") == ["s3://bucket"]
+
+
+def test_a_run_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from vla_foundry.run_folder import lock_run\n"
+        "with lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    run = tmp_path / "runs" / "same"
+    owner = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "held\n"
+    message = rf"run folder .*same is in use by process {owner.pid} on {re.escape(socket.gethostname())}"
+    with pytest.raises(ValueError, match=message), lock_run(run):
+        pass
+    with lock_run(run.with_name("other")):
+        pass
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    with lock_run(run):
+        assert not run.exists()

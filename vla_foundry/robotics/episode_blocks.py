@@ -1,4 +1,4 @@
-"""@: whole episodes in a shard (layout "episodes"), from which windows are cut at load time.
+"""Store whole episodes in a shard (layout "episodes"), from which windows are cut at load time.
 
 An episode's members, in this order. <key> is the episode id: unique in the dataset; letters, digits, "_" and "-":
 

@@ -1,4 +1,4 @@
-"""@: what a robotics dataset holds and what its numbers mean (`robotics.json`).
+"""The dataset spec: what a robotics dataset holds and what its numbers mean (`robotics.json`).
 
     {"version": 1, "layout": "episodes" | "samples", "fps": 20.0, "past_lowdim_steps": 1, "future_lowdim_steps": 14,
      "image_indices": [-1, 0], "padding_strategy": "copy",
