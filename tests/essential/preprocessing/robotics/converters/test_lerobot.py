@@ -129,6 +129,28 @@ def test_the_command_writes_what_an_independent_reader_finds(
     assert spec.fields["observation.contact"].is_discrete
 
 
+def test_a_task_may_hold_any_separator_of_lines_but_the_newline(
+    write: Any, recordings: ModuleType, tmp_path: Path, read_all: Any
+) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v2-png"), root)
+    texts = [f"{text}\u2028now\u0085or\x1cnever" for text in recordings.TASKS]
+    lines = [json.dumps({"task_index": n, "task": text}, ensure_ascii=False) for n, text in enumerate(texts)]
+    (root / "meta/tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    episodes = [
+        json.loads(line) for line in (root / "meta/episodes.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    ]
+    for episode in episodes:
+        episode["tasks"] = [texts[recordings.TASKS.index(text)] for text in episode["tasks"]]
+    (root / "meta/episodes.jsonl").write_text(
+        "".join(json.dumps(episode, ensure_ascii=False) + "\n" for episode in episodes), encoding="utf-8"
+    )
+    found = read_all(params_of(root))
+    spoken = {text for episode in found.values() for span in episode.instructions for text in span.texts["original"]}
+    assert spoken <= set(texts)
+    assert spoken
+
+
 def test_bookkeeping_is_no_field_unless_it_is_asked_for(write: Any, read_all: Any) -> None:
     params = params_of(write("v2-png"), observation_keys=["observation.state", "next.reward"], action_keys=[])
     assert list(create_converter(params).describe_fields()) == ["observation.state", "next.reward"]
