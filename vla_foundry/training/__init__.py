@@ -1,1 +1,1 @@
-"""The model-agnostic training loop and what it stands on."""
+"""The model-agnostic training loop and its supporting modules."""

@@ -1,8 +1,8 @@
 """Save and restore a TrainState as a step folder (see run_folder.py): written aside, flushed, hashed, then renamed.
 
 Weights and average are whole files; the optimizer's moments are sharded, each rank writing its own, in the
-safetensors storage of torch.distributed.checkpoint, which reads them back under any number of ranks. Nothing is
-pickled to the disk.
+safetensors storage of torch.distributed.checkpoint, which can read them back on any number of ranks. Nothing is
+pickled.
 """
 
 import hashlib
@@ -63,10 +63,10 @@ _DTYPE_NAMES = {
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], *, is_main: bool) -> tuple[int, str]:
-    """Collective: call on every rank. Write tensors, sharded or not, as one file, and flush it to the disk.
+    """Collective: call on every rank. Write tensors, sharded or not, as one file, and flush it to disk.
 
     Args:
-        is_main: this rank writes; the others only send it their shards.
+        is_main: True on the rank that writes; the others only send their shards.
 
     Returns:
         Size in bytes and SHA-256 of the file, on the writing rank (0 and "" elsewhere).
@@ -111,10 +111,10 @@ def _format_header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read a file into tensors, sharded or not, in place; each rank keeps its part.
+    """Read a file into tensors in place, sharded or not; each rank keeps its shard.
 
     Raises:
-        ValueError: the file's names or shapes are not those of the tensors.
+        ValueError: the file's names or shapes do not match the tensors.
     """
     with safe_open(path, framework="pt") as file:
         missing, unknown = sorted(tensors.keys() - set(file.keys())), sorted(set(file.keys()) - tensors.keys())
@@ -141,7 +141,7 @@ def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 STATE_VERSION = 1
-# bytes of moments in one file, about; what a rank holds twice while it writes
+# approximate bytes of moments per file; a rank holds this much twice while it writes
 _FILE_SIZE = 1 << 30
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -149,11 +149,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def save_checkpoint(
     run_folder: Path, state: TrainState, *, world: World, facts: Mapping[str, Any], max_checkpoints: int | None = None
 ) -> Path:
-    """Collective: call on every rank. Write the checkpoint of `state.step`; when it returns it is on the disk.
+    """Collective: call on every rank. Write the checkpoint of `state.step`; it is on disk on return.
 
     Args:
-        facts: what else is kept in state.json under its own keys, JSON-able (the plan of the data, ids of loggers).
-        max_checkpoints: older ones are deleted beyond this number; None: all are kept.
+        facts: extra JSON-serializable entries of state.json (the data plan, logger ids).
+        max_checkpoints: number of newest checkpoints to keep; None keeps all.
 
     Returns:
         The step folder.
@@ -176,10 +176,10 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
     """Collective: call on every rank. Restore `state` in place from a verified step folder.
 
     Returns:
-        The contents of state.json; under "notices", lines that the user should see.
+        The contents of state.json, plus lines to show the user under "notices".
 
     Raises:
-        ValueError: the checkpoint is of another model, or of another version.
+        ValueError: the checkpoint belongs to another model or has another version.
     """
     saved = json.loads((step_folder / STATE_NAME).read_text(encoding="utf-8"))
     if saved["version"] != STATE_VERSION:
@@ -204,12 +204,12 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
 
 
 def model_tensors(state: TrainState) -> dict[str, Tensor]:
-    """All weights and persistent buffers, sharded as they are, by name; a tied weight once."""
+    """Return all weights and persistent buffers by name, as they are sharded; a tied weight appears once."""
     return {**state.parameters, **named_persistent_buffers(state.model)}
 
 
 def ema_tensors(state: TrainState) -> dict[str, Tensor]:
-    """The same with averages in the place of trainable weights."""
+    """Return `model_tensors` with trainable weights replaced by their averages."""
     assert state.ema is not None
     averages = {name: shard_like(value, state.parameters[name]) for name, value in state.ema.averages.items()}
     return {**model_tensors(state), **averages}
@@ -250,7 +250,7 @@ def _moment_tensors(state: TrainState) -> dict[str, Tensor]:
         for parameter, values in _optimizer_states(state).items()
         for moment in _MOMENTS
     }
-    # the storage can not slice scalars
+    # the storage cannot slice scalars
     return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
 
 
@@ -289,7 +289,7 @@ def _load_moments(folder: Path, state: TrainState, steps: Mapping[str, int]) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says of a single process, and of its own deprecated parts."""
+    """Silence torch's warnings about single-process use and about its own deprecated parts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -297,7 +297,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hash_moments(folder: Path, world: World) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file of moments; each rank reads its share of them."""
+    """Return the size and SHA-256 of every file of moments; each rank reads its share."""
     paths = sorted((folder / TRAINING_STATE_FOLDER).iterdir())
     mine: dict[str, tuple[int, str]] = {}
     for path in paths[world.rank :: world.world_size]:
@@ -321,7 +321,7 @@ def _finish(
     files[STATE_NAME] = (len(content), hashlib.sha256(content).hexdigest())
     sync_folder(str(folder / TRAINING_STATE_FOLDER))
     write_bytes(str(folder / COMPLETE_NAME), json.dumps(files, indent=1).encode())
-    # only a damaged checkpoint can be in the way: a run continues from its newest sound one
+    # a folder already here is a damaged checkpoint: a run continues from its newest valid one
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     sync_folder(str(final.parent))

@@ -1,7 +1,7 @@
-"""Spread a single-device model over processes: the only file that knows wrappers, meshes and process groups.
+"""Distribute a single-device model over processes; no other file handles wrappers, meshes or process groups.
 
 The order is activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters keep their precision (fp32
-masters); autocast lowers the precision of the computation, so that numbers do not depend on the wrapper.
+masters). Autocast lowers the precision of the computation, so results do not depend on the wrapper.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.world import World
 
-# what wrappers add to parameter names
+# prefixes that wrappers add to parameter names
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
 # DDP need not broadcast buffers in every forward; newer versions of torch renamed the option
 _WITHOUT_BUFFER_SYNC: dict[str, Any] = {
@@ -37,7 +37,7 @@ _WITHOUT_BUFFER_SYNC: dict[str, Any] = {
 
 
 def start_process_group(params: DistributedParams, world: World) -> None:
-    """Collective: call on every rank. Join the process group, if the run needs one.
+    """Collective: call on every rank. Join the process group if the run needs one.
 
     CPU tensors always use gloo, so that hosts can agree without touching the accelerator.
 
@@ -94,7 +94,7 @@ def parallelize(
     grad_checkpointing: bool = False,
     compile_blocks: bool = False,
 ) -> nn.Module:
-    """Collective: call on every rank. Spread `model` over the processes, in place, and move it to its device.
+    """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
 
     Args:
         model: on the CPU, the same on every rank; `blocks()` names the units to wrap.
@@ -164,7 +164,7 @@ def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def reduce_unsharded_gradients(module: nn.Module) -> None:
-    """Collective: call on every rank. Average the gradients that FSDP does not reduce (those of scalars)."""
+    """Collective: call on every rank. Average the gradients of scalars, which FSDP does not reduce."""
     if isinstance(module, FSDPModule):
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
@@ -173,19 +173,19 @@ def reduce_unsharded_gradients(module: nn.Module) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free gathered parameters, so that the next forward sees what has been written into the shards."""
+    """Free gathered parameters, so that the next forward pass sees values written to the shards."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by their names without wrappers; a tied one once."""
+    """Return the parameters by name without wrapper prefixes; a tied one appears once."""
     return {strip_wrapper_names(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that belong in a checkpoint, by their names without wrappers."""
+    """Return the buffers that belong in a checkpoint, by name without wrapper prefixes."""
     buffers = {}
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):
@@ -195,7 +195,7 @@ def named_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def strip_wrapper_names(name: str) -> str:
-    """Return the parameter's name without wrappers."""
+    """Return the parameter's name without wrapper prefixes."""
     for part in _WRAPPER_NAMES:
         name = name.replace(part, "")
     return name

@@ -13,24 +13,24 @@ from vla_foundry.training.distributed import local_shard
 class EMA:
     """The average of every trainable parameter; a tied one is averaged once.
 
-    Kept in fp32, or in the parameters' own precision if that is higher.
+    Averages are in fp32, or in the parameters' own precision if that is higher.
     """
 
     def __init__(self, params: EMAParams, parameters: dict[str, nn.Parameter]) -> None:
         self._params = params
         self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        # by name, this rank's part
+        # this rank's shard, by parameter name
         self.averages: dict[str, Tensor] = {
             name: local_shard(parameter).to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for name, parameter in self._parameters.items()
         }
 
     def update(self, num_updates: Tensor, skip: Tensor) -> None:
-        """Move the averages towards the weights, or nowhere where `skip` is 1; without a host sync.
+        """Move the averages towards the weights unless `skip` is 1, without a host sync.
 
         Args:
-            num_updates: updates of the weights before the present one, one integer on the weights' device.
-            skip: 1.0 if the present update was skipped, else 0.0; scalar.
+            num_updates: number of weight updates before this one; one integer on the weights' device.
+            skip: 1.0 if this update was skipped, else 0.0; scalar.
         """
         weight = (1.0 - ema_decay(self._params, num_updates)) * (1.0 - skip)
         weights = {dtype: weight.reshape(()).to(dtype) for dtype in {value.dtype for value in self.averages.values()}}
@@ -41,7 +41,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the averages in the place of the weights, and the weights back afterwards, bit by bit."""
+        """Replace the weights by the averages, and restore the weights bit for bit afterwards."""
         weights = [local_shard(parameter) for parameter in self._parameters.values()]
         kept = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, list(self.averages.values()))  # pyright: ignore[reportPrivateImportUsage]
@@ -54,8 +54,8 @@ class EMA:
 def ema_decay(params: EMAParams, num_updates: Tensor) -> Tensor:
     """Return the decay of the update that follows `num_updates` others.
 
-    Vanilla: `alpha`, and a copy (0) in the first update and until `update_after_step`. Else, with
-    s = num_updates - update_after_step - 1: a copy while s <= 0, then 1 - (1 + s / inv_gamma)^-power, clamped.
+    Vanilla: `alpha`, but 0 (copy) in the first update and until `update_after_step`. Otherwise, with
+    s = num_updates - update_after_step - 1: 0 (copy) while s <= 0, then 1 - (1 + s / inv_gamma)^-power, clamped.
     """
     if params.type == "vanilla":
         alpha = torch.full_like(num_updates, params.alpha, dtype=torch.float64)

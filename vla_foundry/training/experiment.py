@@ -35,16 +35,16 @@ from vla_foundry.world import World
 
 
 def train(params: TrainExperimentParams, world: World) -> None:
-    """Collective: call on every rank. Train as resolved params say, into the folder <save_path>/<name>.
+    """Collective: call on every rank. Train with resolved params into <save_path>/<name>.
 
-    One of several ranks does not return: its process ends with the run.
+    With several ranks this does not return: each process exits at the end of the run.
 
     Raises:
-        ValueError: something that the user can fix, in one line.
+        ValueError: the user can fix the problem; the message is one line.
         SystemExit: code EXIT_STOPPED after SIGTERM; a checkpoint was saved.
     """
     logging.getLogger("vla_foundry").setLevel(params.log_level.upper() if world.is_main else logging.ERROR)
-    # a schedule that does not fit into the run is said before anything is made
+    # fail early if the schedule does not fit into the run
     learning_rates(params.hparams, total_steps(params))
     start_process_group(params.distributed, world)
     folder = find_run_folder(params)
@@ -61,10 +61,10 @@ def train(params: TrainExperimentParams, world: World) -> None:
 
 
 def find_run_folder(params: TrainExperimentParams) -> Path:
-    """Collective: call on every rank. Return the run's folder; without a name it is made from the time and the params.
+    """Collective: call on every rank. Return the run's folder; an unset name is built from time and params.
 
     Raises:
-        ValueError: the name is not that of a folder.
+        ValueError: the name is not a valid folder name.
     """
     name = params.name or broadcast_object(
         f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-model_{params.model.type}-lr_{params.hparams.lr:g}"
@@ -76,10 +76,10 @@ def find_run_folder(params: TrainExperimentParams) -> Path:
 
 
 def create_run(params: TrainExperimentParams, world: World, folder: Path, stack: ExitStack) -> loop.Run:
-    """Collective: call on every rank. Make everything that the loop needs, restored if the run goes on.
+    """Collective: call on every rank. Create everything the loop needs, restored if the run continues.
 
     Args:
-        stack: gets what must be closed, whatever happens.
+        stack: receives everything that must be closed, also after an error.
     """
     started = time.perf_counter()
     notices: list[str] = []
@@ -121,7 +121,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
 def create_loaders(
     params: TrainExperimentParams, world: World, stack: ExitStack
 ) -> tuple[DataLoader, DataLoader | None]:
-    """Create the loaders of training and, if the params ask for it, of validation."""
+    """Create the training loader and, if the params ask for it, the validation loader."""
     hparams = params.hparams
     create = partial(
         create_dataloader,
@@ -141,14 +141,14 @@ def create_loaders(
 
 
 def create_state(params: TrainExperimentParams, world: World, *, is_restored: bool) -> TrainState:
-    """Collective: call on every rank. Create model, wrappers and optimizer at step 0; the same weights on every rank.
+    """Collective: call on every rank. Create model, wrappers and optimizer at step 0; weights are equal on all ranks.
 
     Args:
-        is_restored: all weights come from a checkpoint later.
+        is_restored: a checkpoint will overwrite all weights, so do not load pretrained ones.
     """
     hparams = params.hparams
     torch.manual_seed(hparams.seed)
-    # sharded models could be made on the meta device here, and get their memory after they were sharded
+    # sharded models could be created on the meta device here and allocated after sharding
     model = create_model(params.model, load_pretrained=not is_restored)
     cast_parameters(model, hparams.precision)
     model.train()
@@ -163,9 +163,9 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:
-    """Give parameters the precision they are kept in, in place: fp32, but for pure_bf16 and fp64.
+    """Cast parameters to their storage precision in place: fp32, except for pure_bf16 and fp64.
 
-    Buffers keep theirs (tables of rotary frequencies need fp32), but for fp64, where all of them follow.
+    Buffers keep theirs (rotary frequency tables need fp32), except for fp64, which casts them too.
     """
     if precision == "fp64":
         model.double()
@@ -180,13 +180,13 @@ def cast_parameters(model: nn.Module, precision: str) -> None:
 
 
 def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[str, Any]) -> list[str]:
-    """Check that the data still comes in the order that the checkpoint knows.
+    """Check that the data still comes in the order recorded in the checkpoint.
 
     Returns:
         Lines for the user.
 
     Raises:
-        ValueError: it does not, and data.accept_changed_data is false.
+        ValueError: the order changed and data.accept_changed_data is false.
     """
     try:
         loader.check_plan(saved)
@@ -200,10 +200,10 @@ def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[st
 def prepare_folder(
     params: TrainExperimentParams, world: World, folder: Path, state: TrainState, loader: DataLoader
 ) -> list[str]:
-    """Write what a run folder holds besides metrics and checkpoints.
+    """Write everything a run folder holds besides metrics and checkpoints.
 
     Returns:
-        Lines for the user: what differs from the config that was there.
+        Lines for the user: differences from the config already in the folder.
     """
     changes = write_configs(params, folder)
     record_start(folder, world, state.step)
@@ -216,7 +216,7 @@ def prepare_folder(
 
 
 def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:
-    """One line on what is about to be trained."""
+    """Describe in one line what is about to be trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in state.parameters.values()]
     hparams = params.hparams
     spread = "FSDP2" if params.distributed.fsdp else "DDP" if world.world_size > 1 else "one process"

@@ -1,8 +1,8 @@
-"""The training loop: take data, step, log, validate, save. It knows no modality and no wrapper.
+"""The training loop: take data, step, log, validate, save. It depends on no modality or wrapper.
 
 A step's loss is the mean over the valid targets of the whole global batch, over all ranks and microbatches (for
-several modalities, the mean of theirs by their share of samples), so that gradients depend neither on accumulation
-nor on the number of ranks nor on padding.
+several modalities, their means weighted by share of samples). Gradients therefore do not depend on accumulation,
+the number of ranks or padding.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from vla_foundry.world import World
 
 @runtime_checkable
 class Loader(Protocol):
-    """What the loop needs of a data loader; all its state is the number of the next global batch."""
+    """What the loop needs from a data loader; its only state is the index of the next global batch."""
 
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]: ...
     def describe(self) -> dict[str, Any]: ...
@@ -39,7 +39,7 @@ class Loader(Protocol):
 
 @dataclass(kw_only=True)
 class Run:
-    """What a run is made of; see experiment.py for how it is made."""
+    """The parts of a run; experiment.py creates them."""
 
     params: TrainExperimentParams
     world: World
@@ -48,12 +48,12 @@ class Run:
     state: TrainState
     handler: BatchHandler
     loader: Loader
-    # makes an iterator over the validation samples, from the first; None: no validation
+    # iterates over the validation samples from the first; None: no validation
     validation_loader: Loader | None
     log: MetricLog
-    # the checkpoint that the run goes on from was saved in a hurry, before its validation
+    # the run continues from a checkpoint that was saved on a stop signal, before its validation
     is_validation_owed: bool = False
-    # copies the run folder elsewhere after each checkpoint; on rank 0, if it is wanted
+    # copies the run folder elsewhere after each checkpoint; rank 0 only; None: no copy
     sync: RemoteSync | None = None
 
 
@@ -61,7 +61,7 @@ def train(run: Run) -> bool:
     """Collective: call on every rank. Train from `run.state.step` to the end of the budget.
 
     Returns:
-        True at the end of the budget, False if a signal stopped the run before; a checkpoint is saved either way.
+        True at the end of the budget, False if a signal stopped the run earlier; a checkpoint is saved either way.
 
     Raises:
         ValueError: the data ends early or is broken, or too many updates in a row were skipped.
@@ -97,7 +97,7 @@ def train(run: Run) -> bool:
 
 
 def take_microbatches(source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
-    """Take one step's microbatches, and say how many seconds they were waited for."""
+    """Return one step's microbatches and the seconds spent waiting for them."""
     started = time.perf_counter()
     return [next(source) for _ in range(count)], time.perf_counter() - started
 
@@ -105,7 +105,7 @@ def take_microbatches(source: Iterator[Batch], count: int) -> tuple[list[Batch],
 def train_step(
     state: TrainState, microbatches: Sequence[Batch], *, handler: BatchHandler, hparams: HyperParams, world: World
 ) -> StepResult:
-    """Collective: call on every rank. One optimizer step on one global batch; nothing waits for the device."""
+    """Collective: call on every rank. Run one optimizer step on one global batch, without a host sync."""
     inputs = [handler.prepare(batch, world.device) for batch in microbatches]
     modalities = [str(batch["modality"]) for batch in microbatches]
 
@@ -144,7 +144,7 @@ def train_step(
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[object]:
-    """Compute in bf16 inside this context, if the precision asks for it."""
+    """Return a context that computes in bf16 if the precision asks for it."""
     if precision in ("amp_bfloat16", "pure_bf16"):
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
     return nullcontext()
@@ -153,9 +153,9 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
 def count_targets(
     handler: BatchHandler, modalities: Sequence[str], inputs: Sequence[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Collective: call on every rank. Count the valid targets of each modality over all ranks, float64 scalars.
+    """Collective: call on every rank. Count the valid targets of each modality over all ranks, as float64 scalars.
 
-    All ranks have the same modality in the same place.
+    All ranks have the same modality at the same index.
     """
     counts: dict[str, Tensor] = {}
     for modality, kwargs in zip(modalities, inputs, strict=True):
@@ -164,13 +164,13 @@ def count_targets(
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators from (seed, step, rank), so that a resumed run draws what an unbroken one does."""
+    """Seed torch's generators from (seed, step, rank), so that a resumed run draws the same numbers."""
     digest = hashlib.blake2b(f"dropout {seed} {step} {rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def create_meter(run: Run) -> Meter:
-    """Create the meter of a run; operations are counted if the model can say how many it needs."""
+    """Create the meter of a run; it counts FLOPs if the model provides `num_flops_per_token`."""
     return Meter(
         world=run.world,
         flops_per_token=run.state.model.num_flops_per_token,  # pyright: ignore[reportArgumentType]
@@ -195,7 +195,7 @@ def log_metrics(run: Run, meter: Meter) -> None:
 
 
 def is_validation_due(run: Run, saves: Sequence[int]) -> bool:
-    """True at every val_every_n_checkpoints-th checkpoint, and at the last."""
+    """Return True at every val_every_n_checkpoints-th checkpoint and at the last one."""
     if run.validation_loader is None or run.state.step not in saves:
         return False
     number = saves.index(run.state.step) + 1
@@ -204,9 +204,9 @@ def is_validation_due(run: Run, saves: Sequence[int]) -> bool:
 
 @torch.no_grad()
 def validate(run: Run) -> None:
-    """Collective: call on every rank. Log the loss over the validation samples; of the average where one is kept.
+    """Collective: call on every rank. Log the validation loss, using the averaged weights if there are any.
 
-    The loader gives all ranks equally many microbatches of the same modalities, so that all make the same passes.
+    The loader gives all ranks the same number of microbatches of the same modalities, so all run the same passes.
     """
     assert run.validation_loader is not None
     state, world = run.state, run.world
@@ -238,7 +238,7 @@ def validate(run: Run) -> None:
 
 
 def save(run: Run, *, is_validation_owed: bool) -> None:
-    """Collective: call on every rank. Save a checkpoint and tell whoever wants to know."""
+    """Collective: call on every rank. Save a checkpoint, log it and request a remote copy."""
     facts = {
         "data": run.loader.describe(),
         "samples": run.state.step * run.params.hparams.global_batch_size,

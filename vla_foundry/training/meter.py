@@ -1,4 +1,4 @@
-"""Measure a run between two log lines: sums stay on the device, and are read in one go."""
+"""Measure a run between two log lines; sums stay on the device and are read in a single transfer."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ from vla_foundry.training.distributed import all_reduce, gather_objects
 from vla_foundry.training.state import TrainState
 from vla_foundry.world import World
 
-# dense bf16 floating-point operations per second, by a part of the GPU's name; the first that fits counts
+# dense bf16 floating-point operations per second, by a substring of the GPU's name; the first match wins
 _PEAK_FLOPS = (
     ("GB200", 2.5e15),
     ("B200", 2.25e15),
@@ -41,7 +41,7 @@ _PEAK_FLOPS = (
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bf16 operations per second that a device can do at most; None where that is not known."""
+    """Return a device's peak dense bf16 FLOP/s; None if unknown."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -49,7 +49,7 @@ def peak_flops(device: str) -> float | None:
 
 
 def count_tokens(batch: Batch) -> tuple[int, int]:
-    """Tokens that a microbatch puts into the model, padding included, and the length of its rows."""
+    """Return how many tokens a microbatch feeds the model, padding included, and the length of its rows."""
     input_ids = batch.get("input_ids")
     if input_ids is None or input_ids.shape[0] == 0:
         return 0, 0
@@ -66,7 +66,7 @@ class StepResult:
     grad_norm: Tensor
     # 1.0 if the weights were updated, else 0.0
     updated: Tensor
-    # the model's own sums on this rank, and under "count" what they are divided by
+    # the model's own sums on this rank, and their divisor under "count"
     log_sums: dict[str, Tensor]
 
 
@@ -84,7 +84,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured; the clock starts now."""
+        """Reset all measurements and restart the clock."""
         self._device_sums: dict[str, Tensor] = {}
         self._log_sums: dict[str, Tensor] = {}
         self._samples = self._tokens = self._padding = self._steps = 0
@@ -92,12 +92,14 @@ class Meter:
         self._started = time.perf_counter()
 
     def add_data(self, microbatches: Sequence[Batch], waited: float) -> None:
-        """Count one step's data, which took `waited` seconds to come."""
+        """Count one step's data, which took `waited` seconds to arrive."""
         for batch in microbatches:
             tokens, length = count_tokens(batch)
             self._tokens += tokens
             if (documents := batch.get("documents")) is not None:
-                self._padding += int((documents.lengths[documents.is_padding] - 1).sum())  # the last place is no input
+                self._padding += int(
+                    (documents.lengths[documents.is_padding] - 1).sum()
+                )  # the last token is not an input
             if self._flops_per_token is not None and tokens:
                 self._flops += tokens * self._flops_per_token(length)
             self._samples += len(batch["positions"])
@@ -113,9 +115,9 @@ class Meter:
                 total[name] = total[name] + value if name in total else value
 
     def read(self, state: TrainState) -> dict[str, Any]:
-        """Collective: call on every rank. Return the metrics since the last reading, and start anew.
+        """Collective: call on every rank. Return the metrics since the last reading, and restart.
 
-        The one place where the host waits for the device.
+        This is the only place where the host waits for the device.
         """
         names = sorted(self._log_sums)
         host = [self._samples, self._tokens, self._flops, self._waited, self._dropped.total(), self._padding]
@@ -159,7 +161,7 @@ class Meter:
 
 
 def _read_memory(device: str) -> float:
-    """The most memory used so far, GiB: of the GPU, or of this process."""
+    """Return the peak memory used so far, in GiB, of the GPU or of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, the terminal, and TensorBoard and Weights & Biases if they are wanted.
+"""Write metrics to metrics.jsonl and the terminal, and optionally to TensorBoard and Weights & Biases.
 
 A line of metrics.jsonl is {"kind": "train" | "validation", "step": ..., name: value, ...}. Only rank 0 writes.
 """
@@ -38,7 +38,7 @@ _SHOWN = (
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gb", "memory", "{:.2f} GiB"),
 )
-# of them, beside the progress bar
+# the subset shown beside the progress bar
 _SHOWN_IN_BAR = ("loss", "tokens_per_second")
 # shown if they are not 0
 _SHOWN_IF_ANY = (("skipped_steps", "skipped"), ("dropped_samples", "dropped"))
@@ -46,14 +46,14 @@ _SHOWN_IF_ANY = (("skipped_steps", "skipped"), ("dropped_samples", "dropped"))
 
 @runtime_checkable
 class Sink(Protocol):
-    """Something that takes metrics."""
+    """A destination for metrics."""
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class MetricLog:
-    """All sinks of a run, and its lines on the terminal. Without sinks (rank > 0) it does nothing."""
+    """All sinks of a run and its terminal output. Without sinks (rank > 0) it does nothing."""
 
     def __init__(self, sinks: list[Sink], terminal: "Terminal | None") -> None:
         self._sinks = sinks
@@ -70,7 +70,7 @@ class MetricLog:
             self._terminal.advance(step)
 
     def say(self, line: str) -> None:
-        """Tell the user something, in one line."""
+        """Print one line for the user."""
         if self._terminal is not None:
             self._terminal.say(line)
 
@@ -81,7 +81,7 @@ class MetricLog:
 
 
 class MetricsFile:
-    """metrics.jsonl."""
+    """Write metrics to metrics.jsonl."""
 
     def __init__(self, run_folder: Path) -> None:
         self._file = (run_folder / METRICS_NAME).open("a", encoding="utf-8")
@@ -102,7 +102,7 @@ def _is_non_finite(value: Any) -> bool:
 
 
 def truncate_metrics(run_folder: Path, step: int) -> None:
-    """Drop what metrics.jsonl says of steps after `step`, and a line cut off by a kill; atomically."""
+    """Atomically drop lines of metrics.jsonl after `step`, and a last line cut off by a kill."""
     path = run_folder / METRICS_NAME
     if not path.is_file():
         return
@@ -114,7 +114,7 @@ def truncate_metrics(run_folder: Path, step: int) -> None:
 
 
 class Terminal:
-    """Lines on standard output; on a terminal also a progress bar below them."""
+    """Print lines to standard output, with a progress bar below them on a terminal."""
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
@@ -156,7 +156,7 @@ class Terminal:
 
 
 def format_metrics(metrics: Mapping[str, Any], names: Collection[str] | None = None) -> str:
-    """Format what a person wants to see at a glance; only `names`, if given."""
+    """Format the main metrics as one line; only `names`, if given."""
     parts = []
     for name, label, form in _SHOWN:
         if names is not None and name not in names:
@@ -192,7 +192,7 @@ class TensorBoardFile:
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under its saved id."""
+    """Weights & Biases; a resumed run continues under its saved id."""
 
     def __init__(self, params: TrainExperimentParams, run_folder: Path) -> None:
         import wandb
@@ -223,7 +223,7 @@ class Wandb:
 
 
 def has_wandb_credentials(environment: Mapping[str, str] | None = None) -> bool:
-    """True if there is an API key: in WANDB_API_KEY, or in ~/.netrc for the server."""
+    """Return True if there is an API key in WANDB_API_KEY, or for the server in ~/.netrc."""
     environment = os.environ if environment is None else environment
     if environment.get("WANDB_API_KEY"):
         return True
@@ -236,10 +236,10 @@ def has_wandb_credentials(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] | None = None) -> bool:
-    """Decide whether to log to Weights & Biases: as told, else if its package and credentials are there.
+    """Decide whether to log to Weights & Biases: as params.wandb says, else if package and credentials exist.
 
     Raises:
-        ValueError: it is asked for, and can not work.
+        ValueError: it is requested but cannot work.
     """
     environment = os.environ if environment is None else environment
     mode = environment.get("WANDB_MODE", "online")
@@ -261,7 +261,7 @@ def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] | 
 def create_metric_log(
     params: TrainExperimentParams, run_folder: Path, *, is_main: bool, total_steps: int, first_step: int
 ) -> MetricLog:
-    """Open all sinks of a run on rank 0; elsewhere a log that does nothing."""
+    """Open all sinks of a run on rank 0; return a log that does nothing on other ranks."""
     if not is_main:
         return MetricLog([], None)
     with_wandb = wants_wandb(params)

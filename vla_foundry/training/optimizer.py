@@ -1,4 +1,4 @@
-"""AdamW: which weights decay, the norm of the gradient, and an update that can be skipped on the device."""
+"""AdamW with selective weight decay, gradient norm and clipping, and an update that can be skipped on the device."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.registry import unknown_name_message
 
-# modules whose `weight` is a matrix that maps features to features, and so decays
+# modules whose `weight` maps features to features and therefore decays
 _MATRIX_MODULES = (
     nn.Linear,
     nn.Bilinear,
@@ -32,17 +32,17 @@ def create_optimizer(
     Args:
         model: after it was sharded.
         lr: scalar on the parameters' device; `set_learning_rate` writes the learning rate into it.
-        parameters: the model's, by the names that `hparams.lr_multipliers` go by.
+        parameters: the model's, by the names that `hparams.lr_multipliers` uses.
 
     Raises:
-        ValueError: nothing is trainable, or a multiplier is of no part of the model.
+        ValueError: nothing is trainable, or a multiplier names no part of the model.
     """
     decayed = decayed_parameters(model)
     multipliers = _find_multipliers(params.lr_multipliers, parameters)
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            # one kernel can not take sharded and whole tensors together
+            # one kernel cannot take sharded and whole tensors together
             key = (parameter in decayed, isinstance(parameter, DTensor), multipliers[name])
             groups.setdefault(key, []).append(parameter)
     if not groups:
@@ -66,7 +66,7 @@ def create_optimizer(
 
 
 def _find_multipliers(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The multiplier of each parameter: that of the longest part of its name that one is given for, else 1."""
+    """Return each parameter's multiplier: the one given for the longest prefix of its name, else 1."""
     multipliers = dict.fromkeys(names, 1.0)
     for part in sorted(given, key=len):
         members = [name for name in multipliers if name == part or name.startswith(f"{part}.")]
@@ -78,16 +78,16 @@ def _find_multipliers(given: Mapping[str, float], names: Iterable[str]) -> dict[
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor) -> None:
-    """Bring the rates of parts with a multiplier to the present one; without a host sync."""
+    """Set the rates of groups with a multiplier to `lr` times it, without a host sync."""
     for group in optimizer.param_groups:
         if group["lr_multiplier"] != 1.0:
             torch.mul(lr, group["lr_multiplier"], out=group["lr"])
 
 
 def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that weight decay applies to: weights of linear maps and convolutions.
+    """Return the parameters that weight decay applies to: weights of linear maps and convolutions.
 
-    Not embeddings (nor an output head tied to one), norms, biases and whatever else is no matrix between features.
+    Embeddings, an output head tied to one, norms, biases and all other parameters are excluded.
     """
     matrices: set[nn.Parameter] = set()
     embeddings: set[nn.Parameter] = set()
@@ -103,7 +103,7 @@ def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _hugging_face_matrix_modules() -> tuple[type[nn.Module], ...]:
-    # GPT-2's own linear layer; a model that has it has imported its module
+    # GPT-2's own linear layer; any model that uses it has imported this module
     module = sys.modules.get("transformers.pytorch_utils")
     return (module.Conv1D,) if module is not None else ()
 
@@ -121,7 +121,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`; without a host sync."""
+    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`, without a host sync."""
     for sharded in (False, True):
         group = [parameter for parameter in parameters if isinstance(parameter, DTensor) is sharded]
         if group:
@@ -129,9 +129,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
 
 
 def step_optimizer(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
-    """Update the weights, or, where the scalar `skip` is 1, leave weights, moments and step counts as they are.
+    """Update the weights; if the scalar `skip` is 1, leave weights, moments and step counts unchanged.
 
-    The decision stays on the device: fused AdamW takes it as it takes a gradient scaler's.
+    The decision stays on the device: fused AdamW reads it like a gradient scaler's `found_inf`.
     """
     optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

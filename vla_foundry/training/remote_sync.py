@@ -1,4 +1,4 @@
-"""Copy the run folder to remote storage after each checkpoint, in the background, newest state last to be lost."""
+"""Copy the run folder to remote storage after each checkpoint, in a background thread."""
 
 import threading
 from collections.abc import Callable
@@ -11,12 +11,12 @@ _STEP_PREFIX = "step_"
 
 
 class RemoteSync:
-    """One background thread that copies what is new; a failure is one line, and is tried again next time.
+    """A background thread that copies new files; a failure prints one line and is retried at the next request.
 
     Args:
-        run_folder: what is copied.
-        remote: the folder it is copied into, under the run's name.
-        say: takes a line for the user.
+        run_folder: the folder to copy.
+        remote: the folder to copy it into, under the run's name.
+        say: prints a line for the user.
     """
 
     def __init__(self, run_folder: Path, remote: str, say: Callable[[str], None]) -> None:
@@ -31,14 +31,14 @@ class RemoteSync:
         self._thread.start()
 
     def request(self) -> None:
-        """Copy what is new, soon."""
+        """Ask the thread to copy new files; do not wait."""
         self._wanted.set()
 
     def close(self) -> None:
-        """Copy what is left and wait for it.
+        """Copy the remaining files and wait until they are copied.
 
         Raises:
-            ValueError: it could not be copied.
+            ValueError: a file could not be copied.
         """
         self._closing = True
         self._wanted.set()
@@ -51,7 +51,7 @@ class RemoteSync:
         while not is_last:
             self._wanted.wait()
             self._wanted.clear()
-            # read before copying: what is requested during this round, close() included, gets a round of its own
+            # read before copying: a request during this round, close() included, gets its own round
             is_last = self._closing
             self._copy_new()
 
@@ -69,13 +69,13 @@ class RemoteSync:
             except FileNotFoundError:
                 # an old checkpoint that was deleted meanwhile
                 continue
-            except Exception as error:  # a process border: storage clients raise what they like
+            except Exception as error:  # storage clients may raise anything
                 self._error = f"{name} could not be copied ({' '.join(str(error).split())})"
                 self._say(f"warning: {self._target}: {self._error}; it will be tried again.")
                 return
 
     def _list_files(self) -> list[Path]:
-        """Every file except those being written; COMPLETE comes after every other file of its step folder."""
+        """List every file except those being written; COMPLETE comes after every other file of its step folder."""
         paths = [path for path in self._run_folder.rglob("*") if path.is_file()]
         paths = [path for path in paths if not any(part.startswith(WRITING_PREFIX) for part in path.parts)]
         return sorted(paths, key=self._order)

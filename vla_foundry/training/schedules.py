@@ -9,7 +9,7 @@ def learning_rates(params: HyperParams, total_steps: int) -> np.ndarray:
     """Return the learning rate of every step of a run, float64 (total_steps,).
 
     The rate rises linearly and reaches the peak with the last warm-up step; decaying shapes reach their end value
-    with the last step of the run (a run, or what is left of it, of one step is at the end value).
+    with the last step of the run (a run or decay of a single step is at the end value).
 
     Raises:
         ValueError: warm-up and decay do not fit into the run.

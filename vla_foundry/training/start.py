@@ -37,14 +37,14 @@ from vla_foundry.run_folder import (
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.world import World
 
-# leaves that say how to start a run, not what it trains
+# params that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
 
 
 def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> Path | None:
     """Return the verified step folder that a run continues from; None starts a new run.
 
-    resume "auto" takes the newest sound checkpoint of the run's folder, else of its remote copy. Without one, or
+    resume "auto" takes the newest valid checkpoint of the run's folder, else of its remote copy. Without one, or
     without resume, model.resume_from_checkpoint decides, unless it only provides weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""The one object that a training step changes and a checkpoint holds."""
+"""The training state: the object that a step updates and a checkpoint stores."""
 
 from dataclasses import dataclass
 
@@ -21,15 +21,15 @@ from vla_foundry.training.schedules import learning_rates
 
 @dataclass(kw_only=True)
 class Counters:
-    """Counts that live on the device, int64 (1,), so that a skipped update needs no host."""
+    """Counts on the device, int64 (1,), so that a skipped update needs no host sync."""
 
-    # updates of the weights; the learning rate follows this, not the step
+    # weight updates; the learning rate follows this, not the step
     updates: Tensor
     # steps whose update was skipped
     skipped: Tensor
-    # of them, those since the last update
+    # steps skipped since the last update
     skipped_in_row: Tensor
-    # the most of them in a row since the host last looked
+    # the longest run of skipped steps since the host last read it
     longest_row: Tensor
     # valid targets trained on, over all ranks
     targets: Tensor
@@ -37,17 +37,17 @@ class Counters:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Weights, optimizer, average and counters of a run. Created after the model was parallelized."""
+    """Weights, optimizer, average and counters of a run. Create it after parallelizing the model."""
 
-    # the model itself, whose names are the checkpoint's
+    # the unwrapped model; checkpoints use its names
     model: nn.Module
     # what a step calls: the model, or its DDP wrapper
     forward: nn.Module
-    # by name without wrappers; a tied one once
+    # by name without wrapper prefixes; a tied one appears once
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     ema: EMA | None
-    # of each update, (total_steps,), and of the present one, ()
+    # learning rate of each update, (total_steps,), and of the current one, ()
     schedule: Tensor
     lr: Tensor
     counters: Counters
@@ -64,7 +64,7 @@ def create_train_state(
         ValueError: nothing is trainable, or the schedule does not fit into `total_steps`.
     """
     parameters = named_parameters(model)
-    # the device that the optimizer works on; the CPU where FSDP keeps the shards there
+    # the optimizer's device; the CPU if FSDP keeps the shards there
     device = next(iter(parameters.values())).device
     # fused AdamW takes a learning rate on a GPU in single precision only
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -86,14 +86,14 @@ def _zero(device: torch.device) -> Tensor:
 
 
 def update_weights(state: TrainState, loss: Tensor, *, max_norm: float | None) -> tuple[Tensor, Tensor]:
-    """Collective: call on every rank. Clip the gradients and update weights and average; all on the device.
+    """Collective: call on every rank. Clip the gradients and update weights and average, all on the device.
 
     A loss or gradient that is not finite skips the update: weights, moments, their step counts, learning rate and
-    average stay as they are, and the skip is counted.
+    average stay unchanged, and the skip is counted.
 
     Args:
-        loss: of the step, the same on every rank; scalar.
-        max_norm: bound of the gradient norm; None: not clipped.
+        loss: the step's loss, equal on every rank; scalar.
+        max_norm: upper bound of the gradient norm; None: no clipping.
 
     Returns:
         The gradient norm before clipping, and 1.0 if the update was skipped, else 0.0; scalars.
