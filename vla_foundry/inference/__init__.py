@@ -1,4 +1,4 @@
-"""Use trained models: text, captions, and policies in closed loop."""
+"""Run trained models: generate text and captions, and run policies in closed loop."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Continue rows of tokens with a language model, each row as if it were alone."""
+"""Generate tokens for a batch of prompts, each as if it were alone in the batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ _Stop: TypeAlias = Literal["end", "max_new_tokens", "max_seq_len"]
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows one prompt."""
+    """The tokens generated for one prompt."""
 
-    # the new tokens, without the one that ends a text
+    # the new tokens, without the end token
     tokens: list[int]
-    # an end token came; max_new_tokens were made; or the model's max_seq_len is reached
+    # an end token was drawn, max_new_tokens were generated, or the model's max_seq_len was reached
     stopped_by: _Stop
 
 
@@ -40,13 +40,13 @@ def generate(
 ) -> list[Continuation]:
     """Continue each row, exactly as if it were alone in the batch.
 
-    A row that has ended leaves the batch, so it neither waits for the others nor costs anything.
+    A finished row leaves the batch, so it costs no further computation.
 
     Args:
-        model: a language model with `decode`; it is run in evaluation mode and left in the mode it was in.
-        attention_mask: 1 for the tokens of a prompt, 0 for padding, wherever it is.
-        seeds: one per row, for temperature > 0; 0, 1, ... if not given.
-        use_cache: false: run whole rows again for each token, instead of keeping keys and values.
+        model: a language model with `decode`; runs in evaluation mode; its previous mode is restored.
+        attention_mask: 1 for the tokens of a prompt, 0 for padding, at any position.
+        seeds: one per row, for temperature > 0; default 0, 1, ...
+        use_cache: use a KV cache; False recomputes whole rows for each token.
         prompt_inputs: further arguments of the model's first call, such as images.
 
     Raises:
@@ -87,7 +87,7 @@ def generate(
 
 
 def _pad_left(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Move padding to the front of each row, so that every row ends with its prompt, and drop what no row needs."""
+    """Move padding to the front, so that every row ends with its prompt; drop columns that are all padding."""
     mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
     order = mask.argsort(dim=1, stable=True)
     longest = max(1, int(mask.sum(1).max()))
@@ -106,7 +106,7 @@ def _token_limits(lengths: list[int], max_seq_len: int | None, max_new_tokens: i
 
 
 def _next_inputs(inputs: dict[str, Any], new: Tensor, cache: Any, kept: list[int]) -> dict[str, Any]:
-    """The next call's arguments, for the rows that go on."""
+    """Return the next call's arguments for the rows that continue."""
     mask, input_ids = inputs["attention_mask"], inputs["input_ids"]
     if len(kept) < len(new):
         rows = torch.tensor(kept, device=new.device)
@@ -132,10 +132,10 @@ def choose_tokens(
     """Choose one token per row.
 
     Args:
-        temperature: 0: the likeliest token.
-        top_k: draw among the k likeliest; 0: among all.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; 0 draws among all.
         top_p: draw among the likeliest tokens that together have this probability (nucleus sampling).
-        seeds: one per row; with `step` it determines the draw, whatever the other rows are.
+        seeds: one per row; with `step` it determines the draw, independently of the other rows.
         step: number of tokens drawn before.
     """
     if temperature == 0:
@@ -145,7 +145,7 @@ def choose_tokens(
     dropped = before >= top_p
     if top_k:
         dropped[:, top_k:] = True
-    # the likeliest token always stays
+    # always keep the likeliest token
     dropped[:, 0] = False
     cumulative = probabilities.masked_fill(dropped, 0).cumsum(dim=-1)
     uniforms = [draw_uniforms(1, seed=seed, position=step, purpose="next token")[0] for seed in seeds]

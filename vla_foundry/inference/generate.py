@@ -1,4 +1,4 @@
-"""`vla-foundry generate`: continue prompts with the language model of a run."""
+"""`vla-foundry generate`: continue prompts with a run's language model."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
-    """Load the model and the tokenizer of a run, on the device asked for.
+    """Load a run's model and tokenizer on the requested device.
 
     Raises:
-        FileNotFoundError: there is no such run, or it has no tokenizer.
-        ValueError: it is no language model, or it does not fit its checkpoint.
+        FileNotFoundError: the run does not exist or has no tokenizer.
+        ValueError: it is not a language model, or does not match its checkpoint.
     """
     run_folder = find_run_folder(params.checkpoint)
     model_params = load_params_from_yaml(ModelParams, join_uri(run_folder, MODEL_CONFIG_NAME))
@@ -34,7 +34,7 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
     if params.tokenizer is None and not exists(tokenizer_name):
         raise FileNotFoundError(f"{run_folder} holds no tokenizer. Name one with --tokenizer.")
 
-    # torch comes last: what is wrong so far is said within a second
+    # import torch last, so that the errors above appear within a second
     from vla_foundry.text.tokenizers import load_tokenizer
 
     device = choose_device(params.device)
@@ -43,7 +43,7 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
 
 
 def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) -> list[str]:
-    """Continue the prompts; returns what follows each. A notice goes to standard error where a model's room ends."""
+    """Return the continuation of each prompt; note on standard error which ones reached the model's max_seq_len."""
     import torch
 
     from vla_foundry.inference.decoding import generate
@@ -76,14 +76,14 @@ def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) ->
 
 
 def _row_seed(params: GenerateParams, row: int) -> int:
-    """The same for a prompt whatever the others are; another one where the same prompt comes again."""
+    """Return a seed that depends only on the prompt and on how often it occurred before."""
     prompt = params.prompt[row]
     text = f"{params.seed}\0{params.prompt[:row].count(prompt)}\0{prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _gather_prompts(argv: list[str]) -> list[str]:
-    """Make one list of all --prompt flags; a prompt is taken as it is, whatever a config value would mean by it."""
+    """Merge all --prompt flags into one list; prompts are taken literally, not parsed as config values."""
     words: list[str] = []
     prompts: list[str] = []
     index = 0

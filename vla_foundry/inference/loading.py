@@ -1,4 +1,4 @@
-"""Find a run, and load its model on the device asked for."""
+"""Find a run and load its model on the requested device."""
 
 import dataclasses
 import tempfile
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def find_run_folder(checkpoint: str) -> str:
-    """Return the run folder that a checkpoint lies in.
+    """Return the run folder that contains a checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or it lies in no run folder.
+        FileNotFoundError: the checkpoint does not exist, or is not inside a run folder.
     """
     if not is_remote(checkpoint) and not exists(checkpoint):
         raise FileNotFoundError(
@@ -35,10 +35,10 @@ def find_run_folder(checkpoint: str) -> str:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Return the device called `name`; "auto": a GPU if there is one.
+    """Return the device called `name`; "auto" selects a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device does not exist.
     """
     import torch
 
@@ -55,17 +55,17 @@ def choose_device(name: str) -> "torch.device":
 def load_run_model(
     params: ModelParams, run_folder: str, checkpoint: str, use_ema: bool | None, device: "torch.device"
 ) -> "nn.Module":
-    """Load the model of a run, for inference.
+    """Load a run's model for inference.
 
     Args:
-        params: of the run's model.
-        run_folder: of the run; the architectures that it keeps need not be published any more.
+        params: the params of the run's model.
+        run_folder: the run's folder; architectures saved in it need not be published any more.
         checkpoint: run folder, or step folder within it.
-        use_ema: take the averaged weights; None: if there are any.
-        device: where to put it.
+        use_ema: use the averaged weights; None uses them if there are any.
+        device: device to put the model on.
 
     Raises:
-        ValueError: the weights do not fit.
+        ValueError: the weights do not match the model.
     """
     from vla_foundry.models import create_model
     from vla_foundry.models.weights import has_ema, load_model_checkpoint
@@ -76,7 +76,7 @@ def load_run_model(
 
 
 def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
-    """The same params, with Hugging Face parts read from the files that the run keeps of them."""
+    """Return the params with Hugging Face parts read from the run's own copies of their files."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
     if not is_remote(files) and exists(files):
         if isinstance(params, TransformerHFParams):
@@ -87,11 +87,11 @@ def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
 
 
 def load_run_processor(run_folder: str) -> "Processor":
-    """Load the processor of a run.
+    """Load a run's processor.
 
     Raises:
-        FileNotFoundError: the run has none.
-        ValueError: it can not be loaded.
+        FileNotFoundError: the run has no processor.
+        ValueError: the processor cannot be loaded.
     """
     from vla_foundry.images.processor import load_processor
 

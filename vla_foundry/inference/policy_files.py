@@ -1,4 +1,4 @@
-"""What the folder of a policy's run says: its params, how fields are normalized, what cameras and fields mean."""
+"""Read a policy's run folder: params, normalization, cameras and fields."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from vla_foundry.images.processor import Processor
 
-# what preprocessing did to images, with what it does unless told
+# preprocessing's image options and their defaults
 _IMAGE_OPTIONS: dict[str, Any] = {
     "camera_rotations": {},
     "resize_images_size": None,
@@ -46,17 +46,17 @@ class PolicyFiles:
     """A policy's run, without its weights."""
 
     run_folder: str
-    # with one prompt, see load_policy_files
+    # with one prompt; see load_policy_files
     params: TrainExperimentParams
     data: RoboticsDataParams
     normalizer: RoboticsNormalizer
     spec: DatasetSpec
-    # what of an episode the model gets, and what it commands
+    # the parts of an episode that the model observes and commands
     window_spec: WindowSpec
-    # in the order of the model
+    # in the model's order
     cameras: tuple[Camera, ...]
     actions: ActionTransform
-    # None: the model takes no text
+    # None if the model takes no text
     processor: "Processor | None"
 
     def load_model(self, checkpoint: str, *, device: str, use_ema: bool | None) -> "nn.Module":
@@ -90,14 +90,14 @@ class PolicyFiles:
 
 
 def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyFiles:
-    """Read what the run of a checkpoint says.
+    """Read the files of a checkpoint's run.
 
     Args:
         dataset: see Policy.from_run.
 
     Raises:
-        FileNotFoundError: there is no such run, or it lacks a file.
-        ValueError: it is no run of a policy, or a file is broken.
+        FileNotFoundError: the run does not exist or lacks a file.
+        ValueError: it is not a policy's run, or a file is broken.
     """
     run_folder = find_run_folder(checkpoint)
     params = load_experiment_params_from_yaml(join_uri(run_folder, CONFIG_NAME))
@@ -106,7 +106,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
         raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is no policy.")
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")
-    # a robot is to do the same when it is told the same
+    # use one prompt, so that the same instruction gives the same behavior
     data = dataclasses.replace(data, prompts=data.prompts[:1])
     processor = load_run_processor(run_folder) if data.use_language else None
     spec, normalizer = load_spec(run_folder), load_normalizer(run_folder)
@@ -128,7 +128,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
 def create_action_transform(
     data: RoboticsDataParams, spec: WindowSpec, normalizer: RoboticsNormalizer
 ) -> ActionTransform:
-    """Create the transform between what a robot is told to do and the actions of the model.
+    """Create the transform between robot commands and model actions.
 
     Raises:
         ValueError: a relative pose cannot be turned into a command.
