@@ -1,1 +1,1 @@
-"""The config engine: words and YAML files in, frozen dataclasses out. It knows no section by name."""
+"""The config engine: words and YAML files in, frozen dataclasses out. It refers to no section by name."""

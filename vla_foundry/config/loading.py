@@ -1,4 +1,4 @@
-"""Load params from a saved config, and write them as one."""
+"""Load params from a config file, and write params as YAML."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -16,16 +16,16 @@ P = TypeVar("P")
 
 
 def load_params(cls: type[P], path: str, root: Any = None) -> P:
-    """Load params from a YAML file; it may include others, and may be what an earlier version wrote.
+    """Load params from a YAML file, which may include others and may come from an earlier version.
 
     Args:
         cls: a config dataclass or a role.
         path: the file: a path, s3:// or hf://.
-        root: class of whole configs; if the file is such a config, the section that holds `cls` is loaded.
+        root: class of whole configs; if the file is a whole config, load the section that holds `cls`.
 
     Raises:
         ValueError: an unknown key, a wrong value or a missing one.
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
     """
     parsed = read_params(cls, path, root)
     print_notices([f"{path}: {notice}" for notice in parsed.notices])
@@ -47,7 +47,7 @@ def read_params(cls: Any, path: str, root: Any = None) -> Parsed:
 
 
 def _section_name(cls: Any, tree: Branch, root: Any) -> str | None:
-    """The key of a whole config that holds params of this class; None if the tree is not a whole config."""
+    """Return the key of a whole config that holds params of this class; None if the tree is not a whole config."""
     own = {key for member in schema.concrete_classes(cls) for key in schema.accepted_keys(member)} | {TYPE_KEY}
     for name, hint in schema.field_types(root).items():
         section = schema.section_class(hint)
@@ -58,17 +58,17 @@ def _section_name(cls: Any, tree: Branch, root: Any) -> str | None:
 
 
 def dump_params(params: Any, plugins: list[str] | None = None) -> str:
-    """Write params as YAML that loads to equal params; every leaf is there, and every type.
+    """Write params as YAML that loads to equal params, including every leaf and every type.
 
     Args:
         params: a whole config, or one section.
-        plugins: for a section, the modules that have to be imported before it is loaded; a whole config has them.
+        plugins: for a section, the modules to import before loading it; a whole config lists its own.
     """
     return dump_value(({PLUGINS_FLAG: plugins} if plugins else {}) | to_plain(params))
 
 
 def to_plain(value: Any) -> Any:
-    """Turn params into dicts, lists and scalars; a choice has its `type` first."""
+    """Turn params into dicts, lists and scalars; a choice starts with its `type`."""
     if is_dataclass(value) and not isinstance(value, type):
         kind = {TYPE_KEY: value.registered_name()} if isinstance(value, ChoiceParams) else {}
         return kind | {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
@@ -80,7 +80,7 @@ def to_plain(value: Any) -> Any:
 
 
 def dump_value(value: Any) -> str:
-    """Write dicts, lists and scalars as YAML that our own reader reads back to the same."""
+    """Write dicts, lists and scalars as YAML that our reader reads back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
@@ -90,12 +90,12 @@ def dump_inline(value: Any) -> str:
     text = yaml.dump(
         plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000, default_flow_style=True
     )
-    # a scalar alone is followed by the marker of the end of a document
+    # YAML appends an end-of-document marker to a lone scalar
     return text.removesuffix("...\n").strip()
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that our reader would take for a number or for null."""
+    """Quotes text that our reader would parse as a number or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

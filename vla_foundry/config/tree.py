@@ -1,4 +1,4 @@
-"""Config values before they have types: a tree in which each leaf knows where it was written."""
+"""Hold untyped config values in a tree whose nodes record where they were written."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -10,9 +10,9 @@ TYPE_KEY = "type"
 class Origin:
     """Where a value was written: a line of a file, or the command line."""
 
-    # path of the file, or what else to say ("command line", "default", "resolved from hparams.seed")
+    # path of the file, or another label ("command line", "default", "resolved from hparams.seed")
     source: str
-    # line in the file, from 1; None where there are no lines
+    # line in the file, from 1; None if the source has no lines
     line: int | None = None
 
     def __str__(self) -> str:
@@ -20,7 +20,7 @@ class Origin:
 
     @property
     def prefix(self) -> str:
-        """What an error message begins with: the file and the line, or nothing."""
+        """The start of an error message: file and line, or an empty string."""
         return "" if self.line is None else f"{self}: "
 
 
@@ -30,10 +30,10 @@ DEFAULT = Origin("default")
 
 @dataclass(frozen=True)
 class Scalar:
-    """One word or number as it was written; the type of its field decides what it means."""
+    """One word or number as written; its field's type determines how it is parsed."""
 
     text: str
-    # written in quotes: never null, and text where the field may be text or a number
+    # written in quotes: never null, and parsed as text if the field accepts text or a number
     quoted: bool = False
 
 
@@ -63,10 +63,10 @@ Node: TypeAlias = Leaf | Branch
 
 
 def merge(base: Node, over: Node, path: str = "") -> Node:
-    """Lay `over` on `base`: mappings merge key by key at every depth, anything else of `over` replaces.
+    """Merge `over` into `base`: mappings merge key by key at every depth; any other value in `over` replaces.
 
     Raises:
-        ValueError: `over` gives keys below what is a single value in `base`.
+        ValueError: `over` has keys below a single value of `base`.
     """
     if isinstance(over, Leaf):
         return over
@@ -89,7 +89,7 @@ def merge(base: Node, over: Node, path: str = "") -> Node:
 
 
 def as_one_layer(node: Node) -> Node:
-    """Return a tree that was merged from parts of equal rank: none of them was given for another type."""
+    """Return the merged tree as one layer: forget which keys were given for another type."""
     if isinstance(node, Leaf):
         return node
     return Branch({key: as_one_layer(child) for key, child in node.children.items()}, node.origin)
@@ -115,7 +115,7 @@ def to_value(node: Node) -> Value:
 
 
 def to_node(value: Value, origin: Origin) -> Node:
-    """Return a value as a tree, all of one origin."""
+    """Return a value as a tree in which every node has the same origin."""
     if isinstance(value, dict):
         return Branch({key: to_node(item, origin) for key, item in value.items()}, origin)
     return Leaf(value, origin)
