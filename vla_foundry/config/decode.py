@@ -124,7 +124,7 @@ def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
         path: config path of the slot, for messages.
 
     Raises:
-        ValueError: the type is unknown, or cannot be told.
+        ValueError: the type is unknown or cannot be determined.
     """
     types = schema.members(role)
     type_path = f"{path}.{TYPE_KEY}" if path else TYPE_KEY

@@ -1,4 +1,4 @@
-"""Fill every derived value in one pure pass, check that the sections fit together, print where each value is from."""
+"""Fill in derived values in one pure pass, check that sections fit together, and print each value's origin."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from vla_foundry.world import is_first_process
 P = TypeVar("P", bound=BaseParams)
 
 RESOLVED_NAME = "resolved_config.yaml"
-# where the comments of a printed config begin
+# column of the comments in a printed config
 _COLUMN = 56
 
 
@@ -23,11 +23,11 @@ class Resolved(Generic[P]):
     """Params with every derived value that is known."""
 
     params: P
-    # config path of each derived value -> what it follows from
+    # config path of each derived value -> what it is derived from
     sources: dict[str, str]
     # config path of each value that could not be derived -> what it needs
     unresolved: dict[str, str]
-    # lines that are no errors, but worth printing
+    # lines to print that are not errors
     notices: list[str]
 
 
@@ -41,7 +41,7 @@ def resolve(params: P, facts: Any) -> P:
 
 
 def require_resolved(resolved: Resolved[P]) -> P:
-    """Return the params of a derivation that left nothing open.
+    """Return the params, after checking that every value was derived.
 
     Raises:
         ValueError: a value could not be derived; the message says what it needs.
@@ -52,11 +52,11 @@ def require_resolved(resolved: Resolved[P]) -> P:
 
 
 def resolve_known(params: P, facts: Any) -> Resolved[P]:
-    """Resolve like `resolve`, but leave what is not known as it is.
+    """Resolve like `resolve`, but leave unknown values as they are.
 
     Args:
         params: a whole config; its class says in `derivation_order` which section follows which.
-        facts: what its sections' `derive` and `check` take.
+        facts: passed to its sections' `derive` and `check`.
 
     Raises:
         ValueError: sections do not fit together, as far as that is known.
@@ -64,7 +64,7 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
     derivation = _Derivation(sources={}, unresolved={}, facts=facts)
     order = params.derivation_order
     for name in order:
-        # a section's second turn may fill what its first one left open
+        # a section's second turn may fill values that its first left open
         derivation.forget_open_values(name)
         params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
     params = derivation.fill(params, params.derive(params, facts), "")
@@ -75,7 +75,7 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Derivation:
-    """One pass, and what it found out."""
+    """The results of one derivation pass."""
 
     sources: dict[str, str]
     unresolved: dict[str, str]

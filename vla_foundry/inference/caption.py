@@ -1,6 +1,6 @@
-"""`vla-foundry caption`: say what images show, with the vision-language model of a run.
+"""`vla-foundry caption`: caption images with a run's vision-language model.
 
-Images and prompts go through the run's own processor, by the code that training reads its data with.
+Images and prompts go through the run's own processor, with the same code as in training.
 """
 
 import hashlib
@@ -32,23 +32,23 @@ _IMAGE_FLAG = "--image"
 
 @dataclass(frozen=True)
 class Question:
-    """Images and what is asked about them."""
+    """Images and a question about them."""
 
     # encoded images: JPEG, PNG, WebP
     images: tuple[bytes, ...]
-    # <image> says where images go, else they come first
+    # <image> marks where images go; without it they come first
     prompt: str
 
 
 @dataclass(frozen=True, eq=False)
 class Captioner:
-    """A model that answers questions about images, and what its data goes through."""
+    """A model that answers questions about images, with its processor and data params."""
 
     model: "nn.Module"
     processor: "Processor"
-    # the run's data: prompts, and which part of each image is seen
+    # the run's data params: prompts and image crops
     data: ImageCaptionDataParams
-    # the model takes what its processor makes besides tokens and pixels
+    # the model takes its processor's outputs besides tokens and pixels
     takes_extras: bool
 
     @property
@@ -63,10 +63,10 @@ class Captioner:
 
 
 def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | None = None) -> Captioner:
-    """Load the model and the processor of a run.
+    """Load a run's model and processor.
 
     Raises:
-        FileNotFoundError: there is no such run, or it has no processor.
+        FileNotFoundError: the run does not exist or has no processor.
         ValueError: it was not trained on images and text, or does not fit its checkpoint.
     """
     run_folder = find_run_folder(checkpoint)
@@ -86,7 +86,7 @@ def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
     """Encode images and a prompt as validation does, up to where the answer begins.
 
     Raises:
-        ValueError: an image can not be decoded, or the prompt does not go with the images.
+        ValueError: an image cannot be decoded, or the prompt does not match the images.
     """
     from vla_foundry.images.augment import CENTRE, prepare_images
 
@@ -99,7 +99,7 @@ def create_prompt_batch(captioner: Captioner, questions: Sequence[Question]) -> 
     """Return the questions as rows that end with their prompts, and the images in the order of their tokens.
 
     Returns:
-        input_ids and attention_mask [B, T], pixel_values and what else the model takes, on the model's device.
+        input_ids and attention_mask [B, T], pixel_values and the model's other inputs, on the model's device.
     """
     import numpy as np
     import torch
@@ -137,7 +137,7 @@ def answer(
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[str]:
-    """Answer questions, each as if it were alone.
+    """Answer each question as if it were alone in the batch.
 
     Raises:
         ValueError: as `encode_question`, or a prompt leaves no room for an answer.
@@ -165,7 +165,7 @@ def answer(
 
 
 def _seed_of(question: Question, seed: int) -> int:
-    """The same for a question whatever the others are."""
+    """Return a seed that does not depend on the other questions."""
     digest = hashlib.sha256(f"{seed}\0{question.prompt}\0".encode())
     for image in question.images:
         digest.update(hashlib.sha256(image).digest())
@@ -173,7 +173,7 @@ def _seed_of(question: Question, seed: int) -> int:
 
 
 def gather_images(argv: Sequence[str]) -> list[str]:
-    """Make one list of all that follows --image: `--image a.png b.png`, or the flag several times."""
+    """Merge all --image values into one list: `--image a.png b.png`, or a repeated flag."""
     words: list[str] = []
     images: list[str] = []
     is_image = False

@@ -157,7 +157,7 @@ class EpisodeHistory:
                     for frame in frames
                 ]
         fields = {name: np.stack([self._frames[frame].fields[name] for frame in frames]) for name in self.spec.observed}
-        # how many steps there are is told by fields, of which a policy may need none
+        # fields give the number of steps, but a policy may need no fields
         fields = fields or {"frame": np.asarray(frames, np.float32)[:, None]}
         return ObservedSteps(images=images, fields=fields, instruction=instruction)
 
