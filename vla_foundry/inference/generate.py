@@ -76,7 +76,7 @@ def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) ->
 
 
 def _row_seed(params: GenerateParams, row: int) -> int:
-    """Return a seed that depends only on the prompt and on how often it occurred before."""
+    """Return a seed that depends only on params.seed, the prompt and how often it occurred before."""
     prompt = params.prompt[row]
     text = f"{params.seed}\0{params.prompt[:row].count(prompt)}\0{prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
