@@ -45,6 +45,7 @@ from vla_foundry.training.distributed import (
     named_persistent_buffers,
     shard_like,
 )
+from vla_foundry.training.ema import EMA
 from vla_foundry.training.state import TrainState
 from vla_foundry.world import World
 
@@ -117,27 +118,32 @@ def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ValueError: the file's names or shapes do not match the tensors.
     """
     with safe_open(path, framework="pt") as file:
-        missing, unknown = sorted(tensors.keys() - set(file.keys())), sorted(set(file.keys()) - tensors.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"{path} is of another model: {len(missing)} weights are missing (such as {missing[:1]}), "
-                f"{len(unknown)} are unknown (such as {unknown[:1]}). Use the config that it was saved with."
-            )
+        _check_names(path, set(file.keys()), tensors)
         for name, tensor in tensors.items():
-            whole = file.get_tensor(name)
-            if whole.shape != tensor.shape:
-                raise ValueError(
-                    f"{path}: '{name}' has shape {tuple(whole.shape)}, the model's is {tuple(tensor.shape)}. "
-                    "Use the config that it was saved with."
-                )
-            if isinstance(tensor, DTensor):
-                whole = distribute_tensor(
-                    whole.to(tensor.device_mesh.device_type),
-                    tensor.device_mesh,
-                    tensor.placements,
-                    src_data_rank=None,
-                )
-            local_shard(tensor).copy_(local_shard(whole))
+            local_shard(tensor).copy_(_read_shard(path, file, name, tensor))
+
+
+def _check_names(path: Path, found: set[str], tensors: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(tensors.keys() - found), sorted(found - tensors.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another model: {len(missing)} weights are missing (such as {missing[:1]}), "
+            f"{len(unknown)} are unknown (such as {unknown[:1]}). Use the config that it was saved with."
+        )
+
+
+def _read_shard(path: Path, file: Any, name: str, like: Tensor) -> Tensor:
+    """Read this rank's part of a tensor that is sharded like `like`."""
+    whole = file.get_tensor(name)
+    if whole.shape != like.shape:
+        raise ValueError(
+            f"{path}: '{name}' has shape {tuple(whole.shape)}, the model's is {tuple(like.shape)}. "
+            "Use the config that it was saved with."
+        )
+    if isinstance(like, DTensor):
+        whole = whole.to(like.device_mesh.device_type)
+        whole = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return local_shard(whole)
 
 
 STATE_VERSION = 1
@@ -195,12 +201,24 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
     saved["notices"] = []
     if state.ema is not None:
         if (step_folder / EMA_WEIGHTS_NAME).is_file():
-            read_weights(step_folder / EMA_WEIGHTS_NAME, ema_tensors(state))
+            _read_averages(step_folder / EMA_WEIGHTS_NAME, state, state.ema)
         else:
             for name, average in state.ema.averages.items():
                 average.copy_(local_shard(state.parameters[name]))
             saved["notices"].append(f"{step_folder} has no average of the weights; it starts from the weights.")
     return saved
+
+
+def _read_averages(path: Path, state: TrainState, ema: EMA) -> None:
+    """Read averages only: a weight that is frozen now keeps its value, and its average beside it."""
+    with safe_open(path, framework="pt") as file:
+        _check_names(path, set(file.keys()), model_tensors(state))
+        for name, parameter in state.parameters.items():
+            average = _read_shard(path, file, name, parameter)
+            if name in ema.averages:
+                ema.averages[name].copy_(average)
+            else:
+                ema.hold(name, average.to(parameter.device))
 
 
 def model_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -209,7 +227,7 @@ def model_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def ema_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return `model_tensors` with trainable weights replaced by their averages."""
+    """Return `model_tensors` with weights replaced by their averages."""
     assert state.ema is not None
     averages = {name: shard_like(value, state.parameters[name]) for name, value in state.ema.averages.items()}
     return {**model_tensors(state), **averages}

@@ -181,6 +181,32 @@ def test_frozen_weights_stay_and_take_no_memory(tiny, tmp_path: Path) -> None:
         tiny.create_run(params, World(), model=model)
 
 
+def test_a_part_frozen_on_resume_keeps_its_weights_and_its_average(tiny, tmp_path: Path) -> None:
+    first = tiny.create_run(tiny.create_params(tmp_path / "first", num_checkpoints=1), World())
+    train(first)
+    name = "layers.0.linear.weight"
+    weight, average = first.state.parameters[name].detach(), first.state.ema.averages[name]
+    assert not torch.equal(weight, average)
+
+    frozen = tiny.TinyModel()
+    frozen.layers[0].requires_grad_(False)
+    params = tiny.create_params(
+        tmp_path / "second", num_checkpoints=1, total_train_samples=2 * first.params.total_train_samples
+    )
+    second = tiny.create_run(params, World(), model=frozen)
+    load_checkpoint(find_checkpoint(first.folder), second.state)
+    train(second)
+
+    third = tiny.create_run(tiny.create_params(tmp_path / "third"), World())  # trainable again
+    load_checkpoint(find_checkpoint(second.folder), third.state)
+    for run in (second, third):
+        assert torch.equal(run.state.parameters[name], weight)
+        assert torch.equal(run.state.ema.averages[name], average)
+        assert not torch.equal(
+            run.state.parameters["layers.1.linear.weight"], first.state.parameters["layers.1.linear.weight"]
+        )
+
+
 @pytest.mark.parametrize(("precision", "stored"), [("amp_bfloat16", torch.float32), ("pure_bf16", torch.bfloat16)])
 def test_lower_precision_trains_with_the_parameters_it_says(tiny, tmp_path: Path, precision: str, stored) -> None:
     result = train_tiny(tiny, tmp_path, hparams__precision=precision)
