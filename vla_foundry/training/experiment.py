@@ -27,6 +27,7 @@ from vla_foundry.training.distributed import (
     stop_process_group,
 )
 from vla_foundry.training.metrics import create_metric_log, truncate_metrics
+from vla_foundry.training.optimizer import describe_groups
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import copy_tokenizer, find_start, record_start, write_configs
@@ -102,6 +103,8 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     for notice in notices:
         log.say(f"note: {notice}")
     log.say(describe_run(params, world, state))
+    for line in describe_groups(state.optimizer, state.parameters, params.hparams.lr):
+        log.say(line)
     log.say(f"Run folder {folder}; ready after {time.perf_counter() - started:.1f} s")
     return loop.Run(
         params=params,

@@ -1,6 +1,6 @@
 """AdamW with selective weight decay, gradient norm and clipping, and an update that can be skipped on the device."""
 
-import sys
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -21,6 +21,11 @@ _MATRIX_MODULES = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+)
+# parameters of other modules (the experts and router of a mixture) decay if they are matrices or stacks of matrices,
+# unless the name of the parameter or its module says that it is something else
+_NOT_MATRICES = re.compile(
+    r"bias|norm|embed|position|token|latent|quer(y|ies)\b|probe|scale|_table|_log", re.IGNORECASE
 )
 
 
@@ -85,7 +90,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: Tensor) -> None:
 
 
 def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that weight decay applies to: weights of linear maps and convolutions.
+    """Return the parameters that weight decay applies to: maps between features, a mixture's experts among them.
 
     Embeddings, an output head tied to one, norms, biases and all other parameters are excluded.
     """
@@ -94,18 +99,43 @@ def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             embeddings.add(module.weight)  # pyright: ignore[reportArgumentType]
-        elif isinstance(module, _MATRIX_MODULES + _hugging_face_matrix_modules()):
+        elif isinstance(module, _MATRIX_MODULES):
             matrices.add(module.weight)  # pyright: ignore[reportArgumentType]
-        elif isinstance(module, nn.MultiheadAttention):
-            projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-            matrices.update(weight for weight in projections if isinstance(weight, nn.Parameter))
+        else:
+            own = module.named_parameters(recurse=False)
+            kind = type(module).__name__
+            matrices.update(parameter for name, parameter in own if _is_matrix(parameter, f"{kind} {name}"))
     return matrices - embeddings
 
 
-def _hugging_face_matrix_modules() -> tuple[type[nn.Module], ...]:
-    # GPT-2's own linear layer; any model that uses it has imported this module
-    module = sys.modules.get("transformers.pytorch_utils")
-    return (module.Conv1D,) if module is not None else ()
+def _is_matrix(parameter: nn.Parameter, name: str) -> bool:
+    """Whether a parameter of a module of unknown kind is a matrix between features, or a stack of such matrices."""
+    return parameter.ndim >= 2 and min(parameter.shape) > 1 and _NOT_MATRICES.search(name) is None
+
+
+def describe_groups(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], lr: float) -> list[str]:
+    """Return a table of what is trained how: one line for each weight decay and peak learning rate, one for the frozen.
+
+    Args:
+        lr: the peak learning rate of groups without a multiplier.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    rows: dict[str, list[str]] = {}
+    for group in optimizer.param_groups:
+        key = f"weight decay {group['weight_decay']:g}, lr {lr * group['lr_multiplier']:g}"
+        rows.setdefault(key, []).extend(names[parameter] for parameter in group["params"])
+    if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
+        rows["frozen"] = frozen
+    return [
+        f"{key}: {len(row)} tensors, {sum(parameters[name].numel() for name in row):,} weights ({summarize_names(row)})"
+        for key, row in rows.items()
+    ]
+
+
+def summarize_names(names: Iterable[str], limit: int = 5) -> str:
+    """Join names, with layer numbers as `*` and at most `limit` different ones."""
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    return ", ".join(patterns[:limit]) + (f" and {len(patterns) - limit} more" if len(patterns) > limit else "")
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -6,7 +6,13 @@ from torch import nn
 
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.training.optimizer import clip_gradients, decayed_parameters, gradient_norm
+from vla_foundry.training.optimizer import (
+    clip_gradients,
+    decayed_parameters,
+    describe_groups,
+    gradient_norm,
+    summarize_names,
+)
 from vla_foundry.training.state import create_train_state, update_weights
 
 
@@ -26,19 +32,76 @@ class Everything(nn.Module):
         self.h = nn.MultiheadAttention(4, 2)
         self.i = nn.RMSNorm(4)
         self.j = nn.GroupNorm(2, 4)
+        self.k = Experts()
+
+
+class Experts(nn.Module):
+    """A mixture's experts and router as plain parameters, as Hugging Face stores them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(3, 4, 8))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 8))
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+        self.latents = nn.Parameter(torch.zeros(6, 4))
+        self.A_log = nn.Parameter(torch.zeros(4, 16))
+        self.time_mix_key = nn.Parameter(torch.zeros(1, 1, 4))
 
 
 def test_only_matrices_between_features_decay() -> None:
     model = Everything()
     decayed = decayed_parameters(model)
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in decayed}
-    assert names == {"b.weight", "d.weight", "e.weight", "h.in_proj_weight", "h.out_proj.weight"}
+    features = {"b.weight", "d.weight", "e.weight", "h.in_proj_weight", "h.out_proj.weight"}
+    assert names == features | {"k.gate_up_proj", "k.weight"}
 
 
-def test_hugging_face_linear_layers_decay() -> None:
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    layer = conv1d(3, 4)
-    assert decayed_parameters(layer) == {layer.weight}
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24}),
+        ("gpt_oss", {"num_local_experts": 4}),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 0,
+             "moe_intermediate_size": 24, "q_lora_rank": 8, "kv_lora_rank": 8},
+        ),
+        ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+    ],
+)  # fmt: skip
+def test_all_matrices_of_published_models_decay_and_nothing_else(kind: str, sizes: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    decayed = decayed_parameters(model)
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not any(word in name for word in ("embed", "wte", "wpe", "bias"))
+        assert (parameter in decayed) is is_matrix, name
+
+
+def test_the_table_says_what_decays_and_what_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    model[0].requires_grad_(False)
+    state = create_train_state(
+        model,
+        model,
+        hparams=HyperParams(wd=0.1, lr=0.01, warmup=1.0, lr_multipliers={"1": 0.5}),
+        ema=EMAParams(),
+        total_steps=1,
+    )
+    assert describe_groups(state.optimizer, state.parameters, 0.01) == [
+        "weight decay 0.1, lr 0.005: 1 tensors, 16 weights (1.weight)",
+        "weight decay 0, lr 0.005: 1 tensors, 4 weights (1.bias)",
+        "weight decay 0, lr 0.01: 2 tensors, 8 weights (2.weight, 2.bias)",
+        "frozen: 2 tensors, 20 weights (0.weight, 0.bias)",
+    ]
+    assert summarize_names([f"layers.{i}.{part}" for i in range(3) for part in "abcdef"], 4) == (
+        "layers.*.a, layers.*.b, layers.*.c, layers.*.d and 2 more"
+    )
 
 
 def test_norm_and_clipping_are_over_all_gradients() -> None:
