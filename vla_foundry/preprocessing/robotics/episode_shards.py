@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from vla_foundry.images.codec import decode_image, encode_jpeg
 from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
@@ -289,8 +288,8 @@ def encode_frames(
         ValueError: a frame cannot be decoded, has another size, or frames are missing.
     """
     width, height = frames.size
-    files = frames.encoded() if operations.keeps((height, width)) and not frames.is_depth else None
-    recorded = enumerate(iter(frames) if files is None else files)
+    is_kept = operations.keeps((height, width))
+    recorded = enumerate(frames.read())
     number, data = -1, b""
     for source in sources.tolist():
         while number < source:
@@ -299,27 +298,12 @@ def encode_frames(
                 raise ValueError(f"camera '{name}' ends after {number + 1} of {frames.num_frames} frames.")
             number, frame = found
             if number == source:
-                data = _encode(name, number, frame, frames, operations)
+                image = frames.decode(number, frame)  # what is kept too: training must be able to decode it
+                if is_kept and isinstance(frame, bytes) and frame.startswith(_JPEG):
+                    data = frame
+                else:
+                    data = operations.encode(image)
         yield data
     num_found = number + 1 + sum(1 for _ in recorded)
     if num_found != frames.num_frames:
         raise ValueError(f"camera '{name}' has {num_found} frames, not {frames.num_frames} as it says.")
-
-
-def _encode(
-    name: str, number: int, frame: np.ndarray | bytes, frames: CameraFrames, operations: ImageOperations
-) -> bytes:
-    width, height = frames.size
-    if isinstance(frame, bytes):
-        try:
-            image = decode_image(frame)  # so that what training cannot decode is found here
-        except ValueError as error:
-            raise ValueError(f"camera '{name}', frame {number}: {error}") from None
-        if tuple(image.shape[1:]) != (height, width):
-            size = f"{image.shape[2]} x {image.shape[1]} pixels, not {width} x {height}"
-            raise ValueError(f"camera '{name}', frame {number} has {size}.")
-        return frame if frame.startswith(_JPEG) else encode_jpeg(image, quality=operations.jpeg_quality)
-    shape, dtype = ((height, width), "uint16") if frames.is_depth else ((height, width, 3), "uint8")
-    if frame.shape != shape or str(frame.dtype) != dtype:
-        raise ValueError(f"camera '{name}', frame {number} is {frame.dtype} {frame.shape}, expected {dtype} {shape}.")
-    return operations.encode(frame)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.images.resize import ImageOperations
-from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames
+from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, CameraFrames
 from vla_foundry.preprocessing.robotics.episode_shards import encode_frames, rescale_intrinsics
 
 INTRINSICS = np.array([[90.0, 0.0, 61.0], [0.0, 95.0, 47.0], [0.0, 0.0, 1.0]])
@@ -64,21 +64,9 @@ def test_depth_as_recorded_is_stored_without_loss():
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), expected)
 
 
-class CountedFrames(ArrayFrames):
-    """Images that count how often they are read, and may hold their files."""
-
-    def __init__(self, images: np.ndarray, files: list[bytes] | None = None) -> None:
-        super().__init__(images)
-        self.num_read = 0
-        self.files = files
-
-    def __iter__(self):
-        for image in super().__iter__():
-            self.num_read += 1
-            yield image
-
-    def encoded(self):
-        return None if self.files is None else iter(self.files)
+def frames_of(images: np.ndarray | list[bytes], num_frames: int | None = None) -> CameraFrames:
+    """Images, or their files, of 20 x 16 pixels."""
+    return CameraFrames(read=lambda: iter(images), size=(20, 16), num_frames=num_frames or len(images), origin="run 3")
 
 
 def to_file(image: np.ndarray, kind: str) -> bytes:
@@ -90,30 +78,28 @@ def to_file(image: np.ndarray, kind: str) -> bytes:
 def test_files_that_need_no_change_are_kept():
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
     files = [to_file(image, "JPEG") for image in images]
-    frames = CountedFrames(images, files)
+    frames = frames_of(files)
     assert list(encode_frames("a", frames, operations(0, (16, 20)), np.arange(3))) == files
-    assert frames.num_read == 0
     small = list(encode_frames("a", frames, operations(0, (8, 10)), np.arange(3)))
-    assert Image.open(io.BytesIO(small[0])).size == (10, 8)
-    assert frames.num_read == 3
+    assert [Image.open(io.BytesIO(data)).size for data in small] == [(10, 8)] * 3
 
 
 def test_a_kept_file_that_can_not_be_decoded_is_found():
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
     files = [to_file(image, "JPEG") for image in images]
     files[1] = files[1][: len(files[1]) // 2]
-    with pytest.raises(ValueError, match=r"camera 'a', frame 1: JPEG .* is broken"):
-        list(encode_frames("a", CountedFrames(images, files), operations(), np.arange(3)))
+    with pytest.raises(ValueError, match=r"run 3: image 1: JPEG .* is broken"):
+        list(encode_frames("a", frames_of(files), operations(), np.arange(3)))
 
 
 def test_kept_files_that_are_no_jpeg_become_some():
     images = np.random.default_rng(0).integers(0, 256, (1, 16, 20, 3), dtype=np.uint8)
-    (data,) = encode_frames("a", CountedFrames(images, [to_file(images[0], "PNG")]), operations(), np.arange(1))
+    (data,) = encode_frames("a", frames_of([to_file(images[0], "PNG")]), operations(), np.arange(1))
     assert data.startswith(b"\xff\xd8")
 
 
 def test_a_frame_that_is_shown_twice_is_encoded_once(monkeypatch):
-    frames = CountedFrames(np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
+    frames = frames_of(np.random.default_rng(0).integers(0, 256, (4, 16, 20, 3), dtype=np.uint8))
     calls = itertools.count()
     encode = ImageOperations.encode
     monkeypatch.setattr(ImageOperations, "encode", lambda self, frame: (next(calls), encode(self, frame))[1])
@@ -122,24 +108,22 @@ def test_a_frame_that_is_shown_twice_is_encoded_once(monkeypatch):
     assert files[0] == files[1] != files[2] == files[3] == files[4]
 
 
-class ShortFrames(CountedFrames):
-    """Images that end before, or after, what they say."""
-
-    def __init__(self, num_said: int, num_there: int) -> None:
-        super().__init__(np.zeros((num_there, 8, 8, 3), np.uint8))
-        self.num_frames = num_said
-
-
 @pytest.mark.parametrize(("said", "there", "message"), [(5, 3, "ends after 3 of 5"), (3, 5, "has 5 frames, not 3")])
 def test_missing_and_surplus_frames_are_found(said, there, message):
     with pytest.raises(ValueError, match=f"camera 'a' {message}"):
-        list(encode_frames("a", ShortFrames(said, there), operations(), np.arange(said)))
+        list(encode_frames("a", frames_of(np.zeros((there, 16, 20, 3), np.uint8), said), operations(), np.arange(said)))
 
 
 def test_a_frame_of_another_size_is_found():
     frames = ArrayFrames(np.zeros((2, 8, 8, 3), np.uint8))
     frames.size = (9, 8)
-    with pytest.raises(ValueError, match=r"camera 'a', frame 0 is uint8 \(8, 8, 3\), expected uint8 \(8, 9, 3\)"):
+    with pytest.raises(ValueError, match=r"the recording: image 0 is 8 x 8 pixels, expected 9 x 8"):
+        list(encode_frames("a", frames, operations(), np.arange(2)))
+
+
+def test_a_frame_of_another_type_is_found():
+    frames = ArrayFrames(np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match=r"image 0 is float32 \(8, 8, 3\), expected uint8 \(8, 8, 3\)"):
         list(encode_frames("a", frames, operations(), np.arange(2)))
 
 

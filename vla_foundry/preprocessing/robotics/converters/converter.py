@@ -65,12 +65,13 @@ import abc
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 
+from vla_foundry.images.codec import decode_depth, decode_image
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.registry import Registry
 from vla_foundry.robotics.episode_blocks import InstructionSpan
@@ -100,50 +101,56 @@ class EpisodeRef:
     payload: Any = None
 
 
-@runtime_checkable
-class CameraFrames(Protocol):
+@dataclass(kw_only=True)
+class CameraFrames:
     """The images of one camera, read one at a time so that a long episode needs no more memory than a short one."""
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(W, H) as recorded."""
-        ...
-
-    @property
-    def is_depth(self) -> bool: ...
-
-    @property
-    def num_frames(self) -> int: ...
+    # starts a pass over all images, in order: uint8 (H, W, 3) RGB, uint16 (H, W) millimetres for depth, or the bytes of
+    # image files; a JPEG that needs no change is stored as it is
+    read: Callable[[], Iterator[np.ndarray | bytes]]
+    # (W, H) as recorded
+    size: tuple[int, int]
+    num_frames: int
+    is_depth: bool = False
+    # what the images come from, for messages
+    origin: str = "the recording"
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield every frame in order: uint8 (H, W, 3) RGB, or uint16 (H, W) millimetres for depth."""
-        ...
+        """Yield every image decoded; see `decode` for errors."""
+        return (self.decode(number, image) for number, image in enumerate(self.read()))
 
-    def encoded(self) -> Iterator[bytes] | None:
-        """Yield every frame as the JPEG that the recording holds; None if it holds none.
+    def decode(self, number: int, image: np.ndarray | bytes) -> np.ndarray:
+        """Decode an image that is a file's bytes, and check it: uint8 (H, W, 3), or uint16 (H, W) for depth.
 
-        They are stored as they are where no image operation is asked for.
+        Raises:
+            ValueError: the image is broken, or has another size or type; one line that names `origin` and `number`.
         """
-        ...
+        where = f"{self.origin}: image {number}"
+        if isinstance(image, bytes):
+            try:
+                decoded = decode_depth(image) if self.is_depth else decode_image(image).permute(1, 2, 0)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            image = decoded.numpy()
+        width, height = self.size
+        if image.shape[:2] != (height, width) and image.ndim >= 2:
+            raise ValueError(f"{where} is {image.shape[1]} x {image.shape[0]} pixels, expected {width} x {height}.")
+        shape, dtype = ((height, width), "uint16") if self.is_depth else ((height, width, 3), "uint8")
+        if image.shape != shape or image.dtype != dtype:
+            raise ValueError(f"{where} is {image.dtype} {image.shape}, expected {dtype} {shape}.")
+        return image
 
 
-class ArrayFrames:
-    """Images that are in memory, or mapped into it: (L, H, W, 3) uint8, or (L, H, W) uint16 for depth."""
+class ArrayFrames(CameraFrames):
+    """Images in memory or memory-mapped: (L, H, W, 3) uint8, or (L, H, W) uint16 for depth."""
 
     def __init__(self, images: np.ndarray) -> None:
         if images.ndim not in (3, 4):
             raise ValueError(f"images must be (L, H, W, 3) or (L, H, W), got {images.shape}.")
-        self._images = images
-        self.num_frames, height, width = images.shape[:3]
-        self.size = (width, height)
-        self.is_depth = images.ndim == 3
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self._images)
-
-    def encoded(self) -> Iterator[bytes] | None:
-        """None: they are not encoded."""
-        return None
+        num_frames, height, width = images.shape[:3]
+        super().__init__(
+            read=lambda: iter(images), size=(width, height), num_frames=num_frames, is_depth=images.ndim == 3
+        )
 
 
 @dataclass(kw_only=True)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # bytes of images that are read at once
 _BLOCK_BYTES = 64 << 20
-_JPEG = b"\xff\xd8\xff"
 _LARGEST_DEPTH = 65535
 _ENDINGS = (".hdf5", ".h5")
 
@@ -153,112 +152,69 @@ def read_numbers(array: "h5py.Dataset", where: str) -> np.ndarray:
     return values.reshape(len(values), -1)
 
 
-@dataclass(frozen=True)
-class HDF5Frames:
-    """The images of a camera in an HDF5 file; see `CameraFrames`."""
-
-    uri: str
-    # path in the file
-    path: str
-    # how they are stored
-    camera: CameraParams
-    # (W, H)
-    size: tuple[int, int]
-    num_frames: int
-    # bytes of image files rather than pixels
-    is_encoded: bool = False
-    # of the first image, and so of all
-    is_jpeg: bool = False
-
-    @property
-    def is_depth(self) -> bool:
-        """True for depth."""
-        return self.camera.depth_scale is not None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the images: uint8 (H, W, 3), or uint16 (H, W) millimetres of depth.
-
-        Raises:
-            ValueError: the file is broken, or an image cannot be decoded or has another size.
-        """
-        for number, stored in enumerate(self._read()):
-            yield self._image_of(number, stored)
-
-    def encoded(self) -> Iterator[bytes] | None:
-        """Yield the JPEGs, each of which is tried to decode; None where pixels are stored, or have to be changed."""
-        is_kept = self.is_jpeg and not self.camera.is_bgr and not self.camera.is_bottom_up
-        return self._checked_jpegs() if is_kept else None
-
-    def _checked_jpegs(self) -> Iterator[bytes]:
-        for number, stored in enumerate(self._read()):
-            data = file_bytes(stored)
-            if not data.startswith(_JPEG):
-                raise ValueError(f"{self._where(number)} is no JPEG, though the first image is one.")
-            self._image_of(number, stored)
-            yield data
-
-    def _read(self) -> Iterator[Any]:
-        with open_hdf5(self.uri) as file:
-            array: Any = file[self.path]
-            rows = array.chunks[0] if array.chunks else 16
-            row_bytes = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
-            rows = max(1, min(rows, _BLOCK_BYTES // row_bytes))
-            for start in range(0, self.num_frames, rows):
-                yield from array[start : start + rows]
-
-    def _image_of(self, number: int, stored: Any) -> np.ndarray:
-        if self.is_encoded:
-            try:
-                image = decode_image(file_bytes(stored)).permute(1, 2, 0).numpy()
-            except ValueError as error:
-                raise ValueError(f"{self._where(number)}: {error}") from None
-        elif self.camera.depth_scale is not None:
-            depth = stored.reshape(stored.shape[:2]).astype(np.float64) * self.camera.depth_scale
-            image = np.nan_to_num(depth, posinf=0, neginf=0).round().clip(0, _LARGEST_DEPTH).astype(np.uint16)
-        else:
-            image = stored if stored.shape[-1] == 3 else stored.transpose(1, 2, 0)
-        height, width = image.shape[:2]
-        if (width, height) != self.size:
-            raise ValueError(
-                f"{self._where(number)} is {width} x {height} pixels, the first one {self.size[0]} x {self.size[1]}."
-            )
-        image = image[::-1] if self.camera.is_bottom_up else image
-        return np.ascontiguousarray(image[..., ::-1] if self.camera.is_bgr and not self.is_depth else image)
-
-    def _where(self, number: int) -> str:
-        return f"{self.uri}: image {number} of {self.path}"
-
-
 def file_bytes(stored: Any) -> bytes:
-    """The bytes of an image file, without the zeros that it is padded with."""
+    """Return the bytes of an image file, without the zeros that pad it."""
     data = stored if isinstance(stored, bytes) else np.asarray(stored, dtype=np.uint8).tobytes()
     return data.rstrip(b"\0")
 
 
-def find_frames(uri: str, array: "h5py.Dataset", camera: CameraParams) -> HDF5Frames:
-    """Find out what the images of an array are.
+def find_frames(uri: str, array: "h5py.Dataset", camera: CameraParams) -> CameraFrames:
+    """Describe the images of an array: pixels, depth, or the bytes of image files.
 
     Raises:
-        ValueError: they are no images.
+        ValueError: the array holds something else.
     """
     path, shape, kind = str(array.name), array.shape, array.dtype
     where = f"{uri}: {path}"
-    if camera.depth_scale is not None:
+    is_depth, is_encoded = camera.depth_scale is not None, False
+    if is_depth:
         if kind.kind not in "fu" or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 1):
             raise ValueError(f"{where} holds {kind} of shape {shape}, not depth (L, H, W).")
-        return HDF5Frames(uri, path, camera, (shape[2], shape[1]), shape[0])
-    if kind == np.uint8 and len(shape) == 4 and 3 in (shape[1], shape[3]):
+        height, width = shape[1:3]
+    elif kind == np.uint8 and len(shape) == 4 and 3 in (shape[1], shape[3]):
         height, width = shape[1:3] if shape[3] == 3 else shape[2:4]
-        return HDF5Frames(uri, path, camera, (width, height), shape[0])
-    if len(shape) not in (1, 2) or not (kind == np.uint8 or kind.hasobject) or not shape[0]:
+    elif len(shape) in (1, 2) and (kind == np.uint8 or kind.hasobject) and shape[0]:
+        is_encoded = True
+        try:
+            height, width = decode_image(file_bytes(array[0])).shape[1:]
+        except ValueError as error:
+            raise ValueError(f"{where}: image 0: {error}") from None
+    else:
         raise ValueError(f"{where} holds {kind} of shape {shape}, not images (L, H, W, 3) of uint8, nor JPEG bytes.")
-    data = file_bytes(array[0])
-    try:
-        image = decode_image(data)
-    except ValueError as error:
-        raise ValueError(f"{where}: image 0: {error}") from None
-    size = (image.shape[2], image.shape[1])
-    return HDF5Frames(uri, path, camera, size, shape[0], is_encoded=True, is_jpeg=data.startswith(_JPEG))
+
+    def read() -> Iterator[np.ndarray | bytes]:
+        for number, stored in enumerate(_read_rows(uri, path)):
+            try:
+                yield _image_of(file_bytes(stored) if is_encoded else stored, camera)
+            except ValueError as error:
+                raise ValueError(f"{where}: image {number}: {error}") from None
+
+    return CameraFrames(read=read, size=(width, height), num_frames=shape[0], is_depth=is_depth, origin=where)
+
+
+def _read_rows(uri: str, path: str) -> Iterator[Any]:
+    with open_hdf5(uri) as file:
+        array: Any = file[path]
+        rows = array.chunks[0] if array.chunks else 16
+        row_bytes = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
+        rows = max(1, min(rows, _BLOCK_BYTES // row_bytes))
+        for start in range(0, array.shape[0], rows):
+            yield from array[start : start + rows]
+
+
+def _image_of(stored: np.ndarray | bytes, camera: CameraParams) -> np.ndarray | bytes:
+    """Return an image upright and in RGB; a file's bytes stay as they are where nothing has to change."""
+    if isinstance(stored, bytes):
+        if not camera.is_bgr and not camera.is_bottom_up:
+            return stored
+        image = decode_image(stored).permute(1, 2, 0).numpy()
+    elif camera.depth_scale is not None:
+        depth = stored.reshape(stored.shape[:2]).astype(np.float64) * camera.depth_scale
+        image = np.nan_to_num(depth, posinf=0, neginf=0).round().clip(0, _LARGEST_DEPTH).astype(np.uint16)
+    else:
+        image = stored if stored.shape[-1] == 3 else stored.transpose(1, 2, 0)
+    image = image[::-1] if camera.is_bottom_up else image
+    return np.ascontiguousarray(image[..., ::-1] if camera.is_bgr and camera.depth_scale is None else image)
 
 
 @dataclass(frozen=True)

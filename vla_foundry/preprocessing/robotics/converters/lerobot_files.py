@@ -155,41 +155,24 @@ def _require_equal_lengths(lists: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
-    """The frames of an episode in a video file, one for each of its times; see `CameraFrames`."""
+    """Read the frames of an episode from a video file, one for each of its times."""
 
     # the file
     uri: str
-    # (W, H)
-    size: tuple[int, int]
     # float64 (L,) ascending: when each frame is shown, seconds from the beginning of the file
     times: np.ndarray
-    # rate of the episode, frames a second: the unit of `tolerance`
+    # rate of the episode, frames per second: the unit of `tolerance`
     fps: float
     # how far a frame may be from its time, in frames
     tolerance: float
-    is_depth: bool = False
 
-    @property
-    def num_frames(self) -> int:
-        """Frames of the episode (L)."""
-        return len(self.times)
-
-    def encoded(self) -> Iterator[bytes] | None:
-        """None: a video holds no JPEG."""
-        return None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def read(self) -> Iterator[np.ndarray]:
         """Yield the frames, uint8 (H, W, 3) RGB.
 
         Raises:
-            ValueError: the file is broken, ends early, has no frame at a time, or frames of another size.
+            ValueError: the file is broken, ends early, or has no frame at a time.
         """
-        for number, frame in enumerate(self._matched()):
-            if (frame.width, frame.height) != self.size:
-                raise ValueError(
-                    f"{self.uri}: frame {number} is {frame.width} x {frame.height} pixels, "
-                    f"expected {self.size[0]} x {self.size[1]}."
-                )
+        for frame in self._matched():
             yield frame.to_ndarray(format="rgb24")
 
     def _matched(self) -> "Iterator[av.VideoFrame]":

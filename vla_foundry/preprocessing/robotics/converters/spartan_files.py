@@ -9,11 +9,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import yaml
 
+from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames
 from vla_foundry.storage.uri import open_input, read_text
 
 # in C where there is one: 20 times as fast
@@ -104,46 +106,37 @@ def open_npz(uri: str) -> Iterator[Npz]:
         raise ValueError(f"{uri} is no whole .npz ({' '.join(str(error).split())[:200]}).") from None
 
 
-@dataclass(frozen=True)
-class NpzFrames:
-    """The images of a camera in an .npz; see `CameraFrames`."""
-
-    uri: str
-    # the array: (L, H, W, 3) uint8, or (L, H, W) uint16 of depth
-    name: str
-    size: tuple[int, int]
-    num_frames: int
-    is_depth: bool
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the images.
-
-        Raises:
-            ValueError: the file is broken.
-        """
-        with open_npz(self.uri) as npz:
-            yield from npz.iterate(self.name)
-
-    def encoded(self) -> Iterator[bytes] | None:
-        """None: pixels are stored."""
-        return None
-
-
-def find_frames(npz: Npz, name: str) -> NpzFrames:
-    """Find out what the images of an array are.
+def read_images(uri: str, name: str) -> Iterator[np.ndarray]:
+    """Yield the images of an array: uint8 (H, W, 3), or uint16 (H, W) for depth.
 
     Raises:
-        ValueError: they are no images.
+        ValueError: the file is broken.
+    """
+    with open_npz(uri) as npz:
+        yield from npz.iterate(name)
+
+
+def find_frames(npz: Npz, name: str) -> CameraFrames:
+    """Describe the images of an array (L, H, W, 3) uint8, or (L, H, W) uint16 for depth.
+
+    Raises:
+        ValueError: the array holds something else.
     """
     header = npz.header(name)
     is_depth = header.dtype == np.uint16 and len(header.shape) == 3
     if not is_depth and not (header.dtype == np.uint8 and len(header.shape) == 4 and header.shape[3] == 3):
         raise ValueError(
             f"{npz.uri}: camera '{name}' holds {header.dtype} {header.shape}, expected uint8 (L, H, W, 3), or "
-            "uint16 (L, H, W) of depth."
+            "uint16 (L, H, W) for depth."
         )
     num_frames, height, width = header.shape[:3]
-    return NpzFrames(npz.uri, name, (width, height), num_frames, is_depth)
+    return CameraFrames(
+        read=partial(read_images, npz.uri, name),
+        size=(width, height),
+        num_frames=num_frames,
+        is_depth=is_depth,
+        origin=f"{npz.uri}: camera '{name}'",
+    )
 
 
 def read_yaml(uri: str) -> dict[str, Any]:

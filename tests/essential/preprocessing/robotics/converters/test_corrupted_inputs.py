@@ -410,7 +410,7 @@ def png_undecodable_image(broken: Broken) -> str:
         columns[camera][frame]["bytes"] = [data[: len(data) // 2], b"", broken.random.randbytes(500)][how]
 
     broken.edit_rows(spoil)
-    return rf"{broken.rows}: image {frame} of '{camera}' in episode {broken.episode}: "
+    return rf"{broken.rows}: '{camera}' in episode {broken.episode}: image {frame}: "
 
 
 @breaks
@@ -418,7 +418,7 @@ def png_image_of_another_size(broken: Broken) -> str:
     frame, camera = broken.frame, broken.camera
     data = broken.recordings.encode_image(broken.recordings.create_images(3, 1, (18, 16))[0], "png")
     broken.edit_rows(lambda columns: columns[camera][frame].update(bytes=data))
-    return rf"image {frame} of '{camera}' in episode {broken.episode} is 16 x 18 pixels, but meta/info\.json says"
+    return rf"'{camera}' in episode {broken.episode}: image {frame} is 16 x 18 pixels, expected"
 
 
 @breaks
@@ -426,7 +426,7 @@ def png_missing_image(broken: Broken) -> str:
     frame, camera = broken.frame, broken.camera
     change = broken.random.choice([{"bytes": None, "path": None}, {"bytes": None}])
     broken.edit_rows(lambda columns: columns[camera][frame].update(change))
-    return rf"image {frame} of '{camera}' in episode {broken.episode} is (null|the file .* which is missing)"
+    return rf"'{camera}' in episode {broken.episode}: image {frame} is (null|the file .* which is missing)"
 
 
 def set_lengths(lines: list[str], lengths: dict[int, int]) -> None:

@@ -18,7 +18,7 @@ SIZE = (48, 64)
 
 def frames_at(path: Path, times: np.ndarray, *, fps: float = FPS, tolerance: float = 0.1) -> np.ndarray:
     """Decode the frames at these times."""
-    return np.stack(list(VideoFrames(str(path), (SIZE[1], SIZE[0]), times=times, fps=fps, tolerance=tolerance)))
+    return np.stack(list(VideoFrames(str(path), times=times, fps=fps, tolerance=tolerance).read()))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_memory_holds_a_few_frames_of_a_long_video(tmp_path: Path, recordings: M
     path = tmp_path / "video.mp4"
     recordings.write_video(path, np.tile(recordings.create_images(1, 10, (240, 320)), (12, 1, 1, 1)))
     assert read_video_size(str(path)) == (320, 240)
-    frames = VideoFrames(str(path), (320, 240), times=np.arange(120) / FPS, fps=FPS, tolerance=0.1)
+    frames = VideoFrames(str(path), times=np.arange(120) / FPS, fps=FPS, tolerance=0.1).read()
     tracemalloc.start()
     assert sum(image.shape == (240, 320, 3) for image in frames) == 120
     peak = tracemalloc.get_traced_memory()[1]
