@@ -1,4 +1,4 @@
-"""Write a shard of whole episodes: read, check, resample, choose anchors, encode each frame once, add up statistics.
+"""Write a shard of whole episodes: read, check, resample, choose anchors, encode each frame once, collect statistics.
 
 Each task writes one shard. A failed episode is reported by name and leaves no trace: the shard is cut back to where the
 episode began, and statistics cover only what was written.
@@ -17,12 +17,13 @@ from jaxtyping import Float, Int64
 from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
-from vla_foundry.preprocessing.robotics.anchors import Anchors, choose_anchors, create_window
+from vla_foundry.preprocessing.robotics.anchors import Anchors, choose_anchors
 from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
     CameraFrames,
     Episode,
     EpisodeRef,
+    decode_frame,
 )
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
 from vla_foundry.preprocessing.robotics.recipe import Recipe
@@ -44,7 +45,6 @@ from vla_foundry.robotics.episode_blocks import (
     frame_suffix,
 )
 from vla_foundry.robotics.statistics_format import pack_statistics
-from vla_foundry.robotics.windows import iterate_windows
 from vla_foundry.storage.uri import delete, join_uri, write_bytes
 
 _logger = logging.getLogger(__name__)
@@ -52,29 +52,28 @@ _JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockJob:
+class ShardJob:
     """What the tasks of a job share."""
 
     recipe: Recipe
     # output folder
     folder: str
-    # name of the shard of a task, within the folder: {number} is replaced
-    shard_pattern: str
 
-    def shard(self, number: int) -> str:
-        """Name of the shard of a task, within the folder."""
-        return self.shard_pattern.format(number=number)
+    def episode_shard(self, number: int) -> str:
+        """Return the name of a task's shard of episodes, within the folder: a file of the dataset, or of _progress."""
+        is_final = self.recipe.params.layout == "episodes"
+        return f"shard_{number:06d}" if is_final else f"{PROGRESS_FOLDER}/episodes_{number:06d}"
 
 
 @dataclass(eq=False)
 class Clock:
-    """Adds up the seconds that stages take."""
+    """Adds up the seconds of each stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Count the time of the block to a stage."""
+        """Add the time of the block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -83,27 +82,27 @@ class Clock:
 
 
 class _Empty(Exception):
-    """No episode of a shard was written, so that there is no shard."""
+    """No episode of a shard was written, so there is no shard."""
 
 
 def statistics_name(number: int) -> str:
-    """Path, within the output folder, of what a task counted."""
+    """Return the path of a task's statistics within the output folder."""
     return f"{PROGRESS_FOLDER}/statistics_{number:06d}.npz"
 
 
-def write_block(job: BlockJob, task: Task) -> dict[str, Any]:
-    """Write the shard of a task and what it counted; see _try_episode for what is said of each episode.
+def write_episode_shard(job: ShardJob, task: Task) -> dict[str, Any]:
+    """Write one shard of episodes and its statistics; see _try_episode for what is reported of each episode.
 
     Returns:
         {"entry": line of the manifest or None, "episodes": [...], "seconds": {stage: seconds}}, recorded as done.
     """
-    recipe, clock = job.recipe, Clock()
+    recipe, clock, shard = job.recipe, Clock(), job.episode_shard(task.number)
     converter = recipe.converter_class(recipe.params)
-    accumulator = StatisticsAccumulator(create_window(recipe).anchor)
+    accumulator = StatisticsAccumulator(recipe.window.anchor)
     episodes: list[dict[str, Any]] = []
     entry = None
     try:
-        with open_shard(job.folder, job.shard(task.number)) as writer:
+        with open_shard(job.folder, shard) as writer:
             for ref in task.payload:
                 episodes.append(_try_episode(writer, converter, ref, recipe, accumulator, clock))
             if not any(episode["outcome"] == "written" for episode in episodes):
@@ -111,7 +110,7 @@ def write_block(job: BlockJob, task: Task) -> dict[str, Any]:
         entry = writer.entry
     except _Empty:
         for ending in (".tar", ".index.json"):  # an earlier run may have written some of it
-            delete(join_uri(job.folder, job.shard(task.number) + ending))
+            delete(join_uri(job.folder, shard + ending))
     if recipe.params.compute_statistics:
         with clock.measure("statistics"):
             counted = format_arrays(pack_statistics(accumulator.finish()))
@@ -129,10 +128,10 @@ def _try_episode(
     accumulator: StatisticsAccumulator,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Write an episode if it can be written, and say what became of it.
+    """Write an episode if possible, and return what became of it.
 
     Returns:
-        {"episode", "source", "outcome": "written" | "left out" | "failed", "reason"} and, where written, what was.
+        {"episode", "source", "outcome": "written" | "left out" | "failed", "reason"}, and the facts of a written one.
     """
     said = {"episode": ref.episode_id, "source": ref.source}
     try:
@@ -149,20 +148,13 @@ def _try_episode(
         return {**said, "outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     if recipe.params.compute_statistics:
         with clock.measure("statistics"):
-            for windows, values in iterate_windows(
-                {name: fields[name] for name in recipe.fields},
-                anchors.frames,
-                facts["frames"],
-                create_window(recipe),
-                padding=recipe.params.padding_strategy,
-                pose_groups=recipe.pose_groups,
-            ):
+            for windows, values in recipe.iterate_windows(fields, anchors.frames, facts["frames"]):
                 accumulator.update(values, ~windows.is_padding)
     return {**said, "outcome": "written", **facts}
 
 
 def _may_pass(error: Exception) -> bool:
-    """True for trouble of the machine or the network, for which the whole task is run again."""
+    """True for trouble of the machine or the network, after which the whole task is run again."""
     # libraries raise OSError without a number for files that are broken
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
@@ -200,7 +192,7 @@ def _write_episode(
         with clock.measure("write"):
             writer.add(ref.episode_id, files)
     with clock.measure("images"):
-        for stream in streams.values():  # to its end, where it finds out if there are too many
+        for stream in streams.values():  # run to the end, which finds surplus frames
             next(stream, None)
     return episode.fields, anchors, _facts(info, anchors, params.layout)
 
@@ -235,7 +227,7 @@ def _facts(info: EpisodeInfo, anchors: Anchors, layout: str) -> dict[str, Any]:
         "frames": info.num_frames,
         "fps": info.fps,
         "samples": len(info.anchors),
-        # what the second half of the job is planned by
+        # for the plan of the shards of samples
         "anchors": list(info.anchors) if layout == "samples" else [],
         "dropped": anchors.dropped,
         "cameras": {name: asdict(camera) for name, camera in info.cameras.items()},
@@ -244,7 +236,7 @@ def _facts(info: EpisodeInfo, anchors: Anchors, layout: str) -> dict[str, Any]:
 
 
 def choose_operations(params: RoboticsPreprocessParams, camera: str) -> ImageOperations:
-    """Return the operations that the params ask for on the images of a camera."""
+    """Return the operations on the images of a camera."""
     size = params.resize_images_size
     return ImageOperations(
         turns=(params.camera_rotations or {}).get(camera, 0) % 4,
@@ -255,7 +247,7 @@ def choose_operations(params: RoboticsPreprocessParams, camera: str) -> ImageOpe
 
 
 def describe_camera(frames: CameraFrames, operations: ImageOperations) -> EpisodeCamera:
-    """What is stored of a camera."""
+    """Describe the stored images of a camera."""
     width, height = frames.size
     stored = operations.pixel_map((height, width)).target_size
     return EpisodeCamera(
@@ -268,8 +260,8 @@ def rescale_intrinsics(
 ) -> Float[np.ndarray, "*L 3 3"]:
     """Return the matrices that project points of the same camera frame into the stored image.
 
-    After a quarter turn they are not upper triangular, because the camera frame stays where it is: so extrinsics hold
-    for the recorded and for the stored image alike.
+    After a quarter turn they are not upper triangular, because the camera frame stays where it is: extrinsics apply to
+    the recorded and to the stored image alike.
     """
     width, height = frames.size
     return operations.pixel_map((height, width)).map_intrinsics(intrinsics.astype(np.float64))
@@ -278,18 +270,18 @@ def rescale_intrinsics(
 def encode_frames(
     name: str, frames: CameraFrames, operations: ImageOperations, sources: Int64[np.ndarray, " N"]
 ) -> Iterator[bytes]:
-    """Yield N encoded images; each recorded frame is encoded once at most, and none is kept.
+    """Yield N encoded images; each recorded frame is encoded at most once, and none is kept in memory.
 
     Args:
-        name: of the camera, for messages.
-        sources: the recorded frame that each image is of, ascending; one may stand more than once, or not at all.
+        name: the camera, for messages.
+        sources: the recorded frame of each image, ascending; frames may repeat or be left out.
 
     Raises:
         ValueError: a frame cannot be decoded, has another size, or frames are missing.
     """
     width, height = frames.size
     is_kept = operations.keeps((height, width))
-    recorded = enumerate(frames.read())
+    recorded = enumerate(frames)
     number, data = -1, b""
     for source in sources.tolist():
         while number < source:
@@ -298,7 +290,7 @@ def encode_frames(
                 raise ValueError(f"camera '{name}' ends after {number + 1} of {frames.num_frames} frames.")
             number, frame = found
             if number == source:
-                image = frames.decode(number, frame)  # what is kept too: training must be able to decode it
+                image = decode_frame(frames, number, frame)  # also to check files that are kept as they are
                 if is_kept and isinstance(frame, bytes) and frame.startswith(_JPEG):
                     data = frame
                 else:

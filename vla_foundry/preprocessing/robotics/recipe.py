@@ -1,28 +1,31 @@
-"""What to make of recordings: cameras and fields, which episodes, held out or not, their order and shards; all pure."""
+"""Decide what to make of recordings: cameras, fields, validation split, order of episodes and shards; all pure."""
 
 import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+from jaxtyping import Int64
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.robotics.converters.converter import BaseRoboticsConverter, EpisodeRef
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import is_episode_id
-from vla_foundry.robotics.fields import PoseGroup, is_relative_field
+from vla_foundry.robotics.fields import PoseGroup, Window, is_relative_field
 from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.robotics.windows import Windows, iterate_windows
 
-# taken for the length of an episode where none is known before it is read
+# assumed length of an episode whose length is unknown before it is read
 _USUAL_FRAMES = 256
-# few frames are divided into this many shards, so that the workers have something to do each
+# a small dataset is divided into this many shards, so that every worker has something to do
 _LEAST_SHARDS = 16
-
-# units of thresholds, in the unit that fields are stored in (metres, radians, seconds, newtons, newton-metres)
+# names of the fields that still_threshold applies to, in lower case
+_MOVING = ("*action*", "*joint*", "*poses*", "*xyz*", "*actual*")
+# units of thresholds, in the units that fields are stored in (metres, radians, seconds, newtons, newton-metres)
 _UNITS = {
     "m": 1.0, "cm": 1e-2, "mm": 1e-3, "m/s": 1.0, "rad": 1.0, "deg": np.pi / 180, "rad/s": 1.0, "deg/s": np.pi / 180,
     "N": 1.0, "Nm": 1.0,
@@ -31,33 +34,66 @@ _UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is made of every episode; sent to the workers."""
+    """What to make of every episode; sent to the workers."""
 
     params: RoboticsPreprocessParams
     converter_class: type[BaseRoboticsConverter]
     # in the order of the dataset
     cameras: tuple[str, ...]
-    # what every episode has
+    # fields of every episode
     fields: dict[str, FieldDescription]
     pose_groups: tuple[PoseGroup, ...]
+    # {field: threshold in its unit} of the still filter; empty: keep still windows
+    still_thresholds: dict[str, float]
+
+    @property
+    def window(self) -> Window:
+        """The window that statistics describe and that layout samples stores."""
+        return Window(self.params.past_lowdim_steps, self.params.future_lowdim_steps)
+
+    def iterate_windows(
+        self,
+        fields: Mapping[str, np.ndarray],
+        anchors: Int64[np.ndarray, " N"],
+        num_frames: int,
+        pose_groups: Sequence[PoseGroup] | None = None,
+    ) -> Iterator[tuple[Windows, dict[str, np.ndarray]]]:
+        """Yield the windows around anchors, and the (n, T, C) values of the recipe's fields in them.
+
+        Args:
+            pose_groups: those whose relative fields are wanted; None: all.
+        """
+        return iterate_windows(
+            {name: fields[name] for name in self.fields},
+            anchors,
+            num_frames,
+            self.window,
+            padding=self.params.padding_strategy,
+            pose_groups=self.pose_groups if pose_groups is None else pose_groups,
+        )
 
 
 def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConverter) -> Recipe:
     """Ask a converter for its cameras and fields.
 
     Raises:
-        ValueError: a camera is unknown, or fields or pose groups contradict themselves.
+        ValueError: a camera is unknown, or fields or pose groups contradict each other.
     """
     fields = converter.describe_fields()
-    relative = [name for name in fields if is_relative_field(name)]
-    if relative:
-        raise ValueError(f"field '{relative[0]}' is named as a relative one, which are made here. Rename it.")
+    relative = next((name for name in fields if is_relative_field(name)), None)
+    if relative is not None:
+        raise ValueError(f"field '{relative}' has a name kept for the relative fields that are made here. Rename it.")
     groups = tuple(converter.pose_groups())
     for group in groups:
         for key in (group.position_key, group.rotation_key, *group.reference_keys):
             if key not in fields:
                 raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
-    _check_against_fields(params, fields)
+    change = next((name for name, field in fields.items() if field.representation != "absolute"), None)
+    if params.target_fps is not None and change is not None:
+        raise ValueError(
+            f"target_fps ({params.target_fps:g}): field '{change}' holds {fields[change].representation} values, which "
+            "another rate would make wrong. Convert without target_fps, or leave the field out."
+        )
     known = converter.discover_cameras()
     for name in params.camera_rotations or ():
         if name not in known:
@@ -68,37 +104,37 @@ def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConve
         cameras=_choose_cameras(params.camera_names, known),
         fields=fields,
         pose_groups=groups,
+        still_thresholds=_still_thresholds(params, fields),
     )
 
 
-def parse_threshold(value: float | str, *, where: str = "still_threshold") -> float:
+def _still_thresholds(params: RoboticsPreprocessParams, fields: Mapping[str, FieldDescription]) -> dict[str, float]:
+    """Return the still filter's threshold of each field: the smallest that matches its name."""
+    thresholds: dict[str, float] = {}
+    for pattern, text in params.still_thresholds.items():
+        matching = [name for name in fields if name == pattern or fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(unknown_name_message("still_thresholds: field", pattern, sorted(fields)))
+        threshold = parse_threshold(text, where=f"still_thresholds: '{pattern}'")
+        thresholds |= {name: min(threshold, thresholds.get(name, threshold)) for name in matching}
+    if not params.filter_still_samples:
+        return {}
+    if params.still_thresholds:
+        return thresholds
+    moving = [name for name in fields if any(fnmatchcase(name.lower(), pattern) for pattern in _MOVING)]
+    return dict.fromkeys(moving, params.still_threshold)
+
+
+def parse_threshold(text: str, *, where: str) -> float:
     """Read a threshold: a number in the field's own unit, or a number and a unit ("5 mm", "1 deg").
 
     Raises:
-        ValueError: it is neither, or negative.
+        ValueError: it is neither.
     """
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", value)
-        if match is None or (match[2] and match[2] not in _UNITS):
-            raise ValueError(f"{where} '{value}' is not a number with a unit. Units: {', '.join(_UNITS)}.")
-        return float(match[1]) * _UNITS.get(match[2], 1.0)
-    if not value >= 0:
-        raise ValueError(f"{where} ({value}) must be at least 0.")
-    return float(value)
-
-
-def _check_against_fields(params: RoboticsPreprocessParams, fields: Mapping[str, FieldDescription]) -> None:
-    for pattern, threshold in params.still_thresholds.items():
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in fields):
-            raise ValueError(unknown_name_message("still_thresholds: field", pattern, sorted(fields)))
-        parse_threshold(threshold, where=f"still_thresholds: '{pattern}'")
-    changes = [name for name, field in fields.items() if field.representation != "absolute"]
-    if params.target_fps is not None and changes:
-        kind = fields[changes[0]].representation
-        raise ValueError(
-            f"target_fps ({params.target_fps:g}): field '{changes[0]}' holds {kind} values, which another rate would "
-            "make wrong. Convert without target_fps, or leave the field out."
-        )
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", text)
+    if match is None or (match[2] and match[2] not in _UNITS):
+        raise ValueError(f"{where} '{text}' is not a number with a unit. Units: {', '.join(_UNITS)}.")
+    return float(match[1]) * _UNITS.get(match[2], 1.0)
 
 
 def _choose_cameras(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
@@ -109,17 +145,17 @@ def _choose_cameras(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple
     for name, count in Counter(name.lower() for name in names).items():
         if count > 1:
             raise ValueError(
-                f"two cameras are named '{name}' but for upper and lower case, which shards do not tell apart. "
-                "Choose one by --camera_names."
+                f"two cameras are named '{name}' but for upper and lower case, which shards do not distinguish. "
+                "Choose one with --camera_names."
             )
     return tuple(names)
 
 
 def check_refs(refs: Iterable[EpisodeRef], max_episodes: int) -> list[EpisodeRef]:
-    """Sort episodes by id and cut them to as many as are wanted; -1: all.
+    """Sort episodes by id and keep the first `max_episodes`; -1: all.
 
     Raises:
-        ValueError: there is none, or an id is not unique or not made of letters, digits, "_" and "-".
+        ValueError: there are none, or an id is not unique or not made of letters, digits, "_" and "-".
     """
     ordered = sorted(refs, key=lambda ref: ref.episode_id)
     if not ordered:
@@ -136,20 +172,17 @@ def check_refs(refs: Iterable[EpisodeRef], max_episodes: int) -> list[EpisodeRef
 def split_refs(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams) -> dict[str, list[EpisodeRef]]:
     """Divide episodes into {"train": ..., "validation": ...}, or {"": all} if none are held out.
 
-    Which are held out depends on their ids (or tasks) and the seed alone, so that a set that grows moves few.
+    The choice depends on ids (or tasks) and the seed alone, so adding episodes moves few others.
 
     Raises:
-        ValueError: a pattern of validation_episodes names none, or nothing is left to train on or to validate with.
+        ValueError: a pattern of validation_episodes matches nothing, or one part is empty.
     """
+    held_out = _draw_episodes(refs, params)
     for pattern in params.validation_episodes:
-        if not any(fnmatchcase(ref.episode_id, pattern) for ref in refs):
+        named = {ref.episode_id for ref in refs if fnmatchcase(ref.episode_id, pattern)}
+        if not named:
             raise ValueError(f"validation_episodes: '{pattern}' names none of the {len(refs)} episodes.")
-    held_out = {
-        ref.episode_id
-        for ref in refs
-        if any(fnmatchcase(ref.episode_id, pattern) for pattern in params.validation_episodes)
-    }
-    held_out |= _draw_episodes(refs, params)
+        held_out |= named
     if params.validation_fraction == 0 and not params.validation_episodes:
         return {"": list(refs)}
     split = {
@@ -173,9 +206,10 @@ def _draw_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams)
     for ref in refs:
         by_task.setdefault(ref.task or "", []).append(ref.episode_id)
     if params.validation_by == "task":
-        return {episode for task in _draw(list(by_task), fraction, seed) for episode in by_task[task]}
-    # a task's episodes are spread over 0 .. 1: what lies lowest over all is within one of its share of every task, and
-    # of all in the right number, however few episodes a task has
+        tasks = _shuffle(list(by_task), seed)[: round(fraction * len(by_task))]
+        return {episode for task in tasks for episode in by_task[task]}
+    # spread each task's episodes evenly over 0 .. 1: the lowest of all then hold every task's share to within one
+    # episode, and the right number in total, however few episodes a task has
     places = {
         episode: (rank + 0.5) / len(episodes)
         for episodes in by_task.values()
@@ -185,12 +219,8 @@ def _draw_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams)
     return set(ordered[: max(1, round(fraction * len(refs)))])
 
 
-def _draw(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    return _shuffle(names, seed)[: round(fraction * len(names))]
-
-
 def _shuffle(names: Sequence[str], seed: int) -> list[str]:
-    """Order names by their hashes, so that one that is added moves no other past another."""
+    """Order names by their hashes, so that an added name does not reorder the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
@@ -212,5 +242,5 @@ def group_episodes(refs: Sequence[EpisodeRef], params: RoboticsPreprocessParams)
 
 
 def count_frames(refs: Iterable[EpisodeRef]) -> int:
-    """How much work episodes are, for the progress line."""
+    """Return the frames of episodes, known or assumed: their weight on the progress line."""
     return sum(ref.num_frames or _USUAL_FRAMES for ref in refs)

@@ -7,14 +7,15 @@ layout "samples" a second round of tasks copies every sample out of them, in shu
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.output import PROGRESS_FOLDER, REPORT_NAME, OutputFolder, digest_of, format_provenance
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, digest_of, format_provenance
 from vla_foundry.preprocessing.robotics.converters.converter import EpisodeRef, create_converter
-from vla_foundry.preprocessing.robotics.episode_shards import BlockJob, statistics_name, write_block
+from vla_foundry.preprocessing.robotics.episode_shards import ShardJob, statistics_name, write_episode_shard
 from vla_foundry.preprocessing.robotics.recipe import (
     Recipe,
     check_refs,
@@ -32,7 +33,7 @@ from vla_foundry.preprocessing.robotics.report import (
     describe_processing,
     format_config,
 )
-from vla_foundry.preprocessing.robotics.sample_shards import Sample, SampleJob, group_samples, write_samples
+from vla_foundry.preprocessing.robotics.sample_shards import Sample, group_samples, write_sample_shard
 from vla_foundry.preprocessing.robotics.statistics import merge_parts
 from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_unfinished
 from vla_foundry.progress import say
@@ -42,7 +43,7 @@ from vla_foundry.shards import MANIFEST_NAME, ManifestEntry
 from vla_foundry.storage.uri import absolute_uri, exists, join_uri, write_text
 
 COMMAND = "preprocess robotics"
-# raised when the same plan would give other bytes than it gave before
+# raise it when the same plan gives other bytes than before
 PLAN_VERSION = 1
 # params that do not shape the output
 _PLAIN_FIELDS = (
@@ -59,26 +60,31 @@ _OUTPUT_FLAG = "--output_dir"
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Episodes that become one dataset: all, or those to train on, or those to validate with."""
+    """Episodes that become one dataset: all of them, or the training or the validation split."""
 
     # "", "train" or "validation"
     name: str
     refs: list[EpisodeRef]
     recipe: Recipe
-    # what tells that the source has changed
+    # fingerprint of the source files
     source: dict[str, Any]
 
     @property
     def folder(self) -> str:
-        """Where it is written."""
+        """The output folder."""
         return join_uri(absolute_uri(self.recipe.params.output_dir), self.name)
+
+    @property
+    def job(self) -> ShardJob:
+        """What the tasks share."""
+        return ShardJob(recipe=self.recipe, folder=self.folder)
 
 
 def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
-    """Write recordings as one dataset, or as two with validation, or go on where a killed run left off.
+    """Write recordings as one dataset, or as two with validation; resume where a killed run stopped.
 
     Raises:
-        ValueError: what the user can fix; more episodes failed than may.
+        ValueError: anything the user can fix; too many episodes failed.
         FileNotFoundError: a source does not exist.
     """
     _check_apart(params)
@@ -105,18 +111,18 @@ def _write_part(part: Part) -> None:
         return
     done = output.finished() if state == "begun" else {}
     with ray_cluster(params.num_workers, params.ray_address):
-        blocks = _write_blocks(part, done)
-        seconds = _add_seconds(blocks)
-        report = Report([episode for block in blocks for episode in block["episodes"]], params.source_episodes)
+        written = _write_episodes(part, done)
+        seconds = _add_seconds(written)
+        report = Report([episode for shard in written for episode in shard["episodes"]], params.source_episodes)
         for line in report.describe():
             say(line)
         report_uri = join_uri(part.folder, REPORT_NAME)
         write_text(report_uri, _to_json(report.to_json(seconds)))
         report.check(params.max_failed_fraction, report_uri)
         spec = create_spec(part.recipe, report)
-        shards = blocks
+        shards = written
         if params.layout == "samples":
-            shards = _write_samples(part, blocks, done)
+            shards = _write_samples(part, written, done)
             seconds |= _add_seconds(shards)
         files = {
             SPEC_NAME: format_spec(spec),
@@ -125,7 +131,7 @@ def _write_part(part: Part) -> None:
         }
         if params.compute_statistics:
             merging = time.monotonic()
-            files[STATISTICS_NAME] = _merge_statistics(part, blocks)
+            files[STATISTICS_NAME] = _merge_statistics(part, written)
             seconds["merge"] = time.monotonic() - merging
     seconds["all (wall clock)"] = time.monotonic() - started
     files[REPORT_NAME] = _to_json(report.to_json(seconds))
@@ -147,7 +153,7 @@ def _write_part(part: Part) -> None:
 
 
 def _create_plan(part: Part) -> dict[str, Any]:
-    """All that determines the bytes of the dataset, without paths of this machine."""
+    """Return everything that determines the bytes of the dataset, without paths of this machine."""
     params, recipe = part.recipe.params, part.recipe
     values = {
         name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
@@ -169,87 +175,83 @@ def _create_plan(part: Part) -> dict[str, Any]:
     }
 
 
-def _write_blocks(part: Part, done: Mapping[int, Any]) -> list[dict[str, Any]]:
-    """Write the shards of episodes that are not written, and return what is said of all, in order."""
-    params = part.recipe.params
+def _write_episodes(part: Part, done: Mapping[int, Any]) -> list[dict[str, Any]]:
+    """Write the missing shards of episodes, and return the results of all, in order."""
     tasks = [
         Task(number=number, name=f"shard {number} ({refs[0].episode_id}, ...)", weight=count_frames(refs), payload=refs)
-        for number, refs in enumerate(group_episodes(part.refs, params))
+        for number, refs in enumerate(group_episodes(part.refs, part.recipe.params))
     ]
-    # what failed is tried again: it may have been mended
+    # retry failures: their source may have been repaired
     done = {
         task.number: done[task.number]
         for task in tasks
         if task.number in done and not any(episode["outcome"] == "failed" for episode in done[task.number]["episodes"])
     }
-    job = BlockJob(recipe=part.recipe, folder=part.folder, shard_pattern=_shard_pattern(params))
-    return _run(job, write_block, tasks, done, params, title=" ".join(filter(None, (COMMAND, part.name))))
+    return _run(part, write_episode_shard, tasks, done, title=" ".join(filter(None, (COMMAND, part.name))))
 
 
-def _shard_pattern(params: RoboticsPreprocessParams) -> str:
-    return "shard_{number:06d}" if params.layout == "episodes" else f"{PROGRESS_FOLDER}/episodes_{{number:06d}}"
-
-
-def _write_samples(part: Part, blocks: Sequence[Mapping[str, Any]], done: Mapping[int, Any]) -> list[dict[str, Any]]:
-    """Write the shards of samples that are not written, and return what is said of all, in order."""
-    params, pattern = part.recipe.params, _shard_pattern(part.recipe.params)
+def _write_samples(part: Part, written: Sequence[Mapping[str, Any]], done: Mapping[int, Any]) -> list[dict[str, Any]]:
+    """Write the missing shards of samples, and return the results of all, in order."""
+    params = part.recipe.params
     samples: list[Sample] = [
-        (pattern.format(number=number), episode["episode"], anchor)
-        for number, block in enumerate(blocks)
-        for episode in block["episodes"]
+        (part.job.episode_shard(number), episode["episode"], anchor)
+        for number, shard in enumerate(written)
+        for episode in shard["episodes"]
         if episode["outcome"] == "written"
         for anchor in episode["anchors"]
     ]
+    groups = group_samples(samples, params.samples_per_shard, params.seed)
     tasks = [
-        Task(number=len(blocks) + number, name=f"shard {number}", weight=len(payload), payload=payload)
-        for number, payload in enumerate(group_samples(samples, params.samples_per_shard, params.seed))
+        Task(
+            number=len(written) + number,
+            name=f"shard {number}",
+            weight=len(group),
+            payload=(f"shard_{number:06d}", group),
+        )
+        for number, group in enumerate(groups)
     ]
     done = {
         task.number: done[task.number]
-        for task in tasks
-        if task.number in done and done[task.number]["plan"] == digest_of(task.payload)
+        for task, group in zip(tasks, groups, strict=True)
+        if task.number in done and done[task.number]["plan"] == digest_of(group)
     }
-    job = SampleJob(recipe=part.recipe, folder=part.folder, num_blocks=len(blocks))
-    return _run(job, write_samples, tasks, done, params, title="samples")
+    return _run(part, write_sample_shard, tasks, done, title="samples")
 
 
-def _run(
-    job: Any, function: Any, tasks: list[Task], done: Mapping[int, Any], params: RoboticsPreprocessParams, *, title: str
-) -> list[dict[str, Any]]:
+def _run(part: Part, function: Any, tasks: list[Task], done: Mapping[int, Any], *, title: str) -> list[dict[str, Any]]:
     return run_unfinished(
         function,
         tasks,
         done,
-        shared=job,
+        shared=part.job,
         title=title,
         noun="shards",
-        num_workers=params.num_workers,
-        ray_address=params.ray_address,
+        num_workers=part.recipe.params.num_workers,
+        ray_address=part.recipe.params.ray_address,
     )
 
 
-def _merge_statistics(part: Part, blocks: Sequence[Mapping[str, Any]]) -> str:
+def _merge_statistics(part: Part, written: Sequence[Mapping[str, Any]]) -> str:
     params = part.recipe.params
-    names = [statistics_name(number) for number, block in enumerate(blocks) if block["entry"] is not None]
+    names = [statistics_name(number) for number, shard in enumerate(written) if shard["entry"] is not None]
     merged = merge_parts(part.folder, names, num_workers=params.num_workers, ray_address=params.ray_address)
     return format_statistics(merged)
 
 
 def _add_seconds(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    total: dict[str, float] = {}
+    total = Counter[str]()
     for result in results:
-        for stage, seconds in result["seconds"].items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return total
+        total.update(result["seconds"])
+    return dict(total)
 
 
 def _check_apart(params: RoboticsPreprocessParams) -> None:
-    """Refuse an output folder within a source or around it: a second run would read what the first one wrote."""
+    """Refuse an output folder within a source or around it: a second run would read the output of the first."""
     output = absolute_uri(params.output_dir)
     for source in map(absolute_uri, params.source_episodes):
         if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
             raise ValueError(
-                f"{_OUTPUT_FLAG} {output} and --source_episodes {source} lie in each other. Keep them apart."
+                f"{_OUTPUT_FLAG} {output} and --source_episodes {source}: one contains the other. Keep them apart."
             )
 
 

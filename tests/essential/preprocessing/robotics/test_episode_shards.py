@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.preprocessing.robotics.converters.converter import create_converter
-from vla_foundry.preprocessing.robotics.episode_shards import BlockJob, write_block
+from vla_foundry.preprocessing.robotics.episode_shards import ShardJob, write_episode_shard
 from vla_foundry.preprocessing.robotics.recipe import create_recipe
 from vla_foundry.preprocessing.tasks import Task
 
@@ -20,11 +20,9 @@ def write_shard(rig, tmp_path):
     def write(source: Path, name: str, **options: Any) -> tuple[Path, dict[str, Any]]:
         params = rig.RigParams(source_episodes=[str(source)], output_dir=str(tmp_path / name), **options)
         converter = create_converter(params)
-        job = BlockJob(
-            recipe=create_recipe(params, converter), folder=str(tmp_path / name), shard_pattern="shard_{number:06d}"
-        )
+        job = ShardJob(recipe=create_recipe(params, converter), folder=str(tmp_path / name))
         refs = converter.discover_episodes()
-        return tmp_path / name, write_block(job, Task(number=0, name="shard 0", weight=1, payload=refs))
+        return tmp_path / name, write_episode_shard(job, Task(number=0, name="shard 0", weight=1, payload=refs))
 
     return write
 

@@ -116,8 +116,18 @@ def test_fields_and_pose_groups_are_checked(rig, params, monkeypatch):
     with pytest.raises(ValueError, match="pose group 'arm': field 'robot__action__xyz' is unknown"):
         create_recipe(params(), create_converter(params()))
     monkeypatch.setattr(rig.RigConverter, "describe_fields", lambda self: {"a_relative": FieldDescription(shape=(1,))})
-    with pytest.raises(ValueError, match="field 'a_relative' is named as a relative one"):
+    with pytest.raises(ValueError, match="field 'a_relative' has a name kept for the relative fields"):
         create_recipe(params(), create_converter(params()))
+
+
+def test_strides_and_limits_have_a_least_value(params):
+    for options, message in (
+        ({"stride": 0}, r"stride \(0\) must be at least 1"),
+        ({"max_padding_right": -1}, r"max_padding_right \(-1\) must be at least 0"),
+        ({"still_threshold": -1.0}, r"still_threshold \(-1.0\) must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            params(**options)
 
 
 def test_params_that_no_episode_could_follow_are_refused_at_once(rig, params, monkeypatch):
@@ -135,10 +145,17 @@ def test_params_that_no_episode_could_follow_are_refused_at_once(rig, params, mo
 
 
 def test_thresholds_have_units() -> None:
-    assert parse_threshold("5 mm") == pytest.approx(0.005)
-    assert parse_threshold("2deg") == pytest.approx(np.deg2rad(2))
-    assert parse_threshold("1e-3") == parse_threshold(1e-3) == 1e-3
-    with pytest.raises(ValueError, match="'5 furlongs' is not a number with a unit"):
-        parse_threshold("5 furlongs")
-    with pytest.raises(ValueError, match=r"\(-1.0\) must be at least 0"):
-        parse_threshold(-1.0)
+    assert parse_threshold("5 mm", where="x") == pytest.approx(0.005)
+    assert parse_threshold("2deg", where="x") == pytest.approx(np.deg2rad(2))
+    assert parse_threshold("1e-3", where="x") == 1e-3
+    for text in ("5 furlongs", "-1.0"):
+        with pytest.raises(ValueError, match=f"x '{text}' is not a number with a unit"):
+            parse_threshold(text, where="x")
+
+
+def test_a_field_that_several_patterns_match_has_the_smallest_threshold(rig, params):
+    wanted = params(filter_still_samples=True, still_thresholds={"*__xyz": "5 mm", rig.ACTION_XYZ: "1 mm", "*": "1 cm"})
+    thresholds = create_recipe(wanted, create_converter(wanted)).still_thresholds
+    assert thresholds.keys() == rig.FIELDS.keys()
+    assert thresholds[rig.ACTION_XYZ] == pytest.approx(0.001)
+    assert thresholds[rig.GRIPPER] == pytest.approx(0.01)

@@ -273,7 +273,7 @@ def test_only_the_first_episodes_are_read(tmp_path, source, episodes, preprocess
 
 
 def test_output_and_source_must_be_apart(source, episodes, preprocess):
-    with pytest.raises(ValueError, match="lie in each other"):
+    with pytest.raises(ValueError, match="one contains the other"):
         preprocess(source, source / "out")
 
 

@@ -115,30 +115,33 @@ class CameraFrames:
     # what the images come from, for messages
     origin: str = "the recording"
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield every image decoded; see `decode` for errors."""
-        return (self.decode(number, image) for number, image in enumerate(self.read()))
+    def __iter__(self) -> Iterator[np.ndarray | bytes]:
+        return self.read()
 
-    def decode(self, number: int, image: np.ndarray | bytes) -> np.ndarray:
-        """Decode an image that is a file's bytes, and check it: uint8 (H, W, 3), or uint16 (H, W) for depth.
+    def __str__(self) -> str:
+        return self.origin
 
-        Raises:
-            ValueError: the image is broken, or has another size or type; one line that names `origin` and `number`.
-        """
-        where = f"{self.origin}: image {number}"
-        if isinstance(image, bytes):
-            try:
-                decoded = decode_depth(image) if self.is_depth else decode_image(image).permute(1, 2, 0)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            image = decoded.numpy()
-        width, height = self.size
-        if image.shape[:2] != (height, width) and image.ndim >= 2:
-            raise ValueError(f"{where} is {image.shape[1]} x {image.shape[0]} pixels, expected {width} x {height}.")
-        shape, dtype = ((height, width), "uint16") if self.is_depth else ((height, width, 3), "uint8")
-        if image.shape != shape or image.dtype != dtype:
-            raise ValueError(f"{where} is {image.dtype} {image.shape}, expected {dtype} {shape}.")
-        return image
+
+def decode_frame(frames: CameraFrames, number: int, image: np.ndarray | bytes) -> np.ndarray:
+    """Decode an image that is a file's bytes, and check it: uint8 (H, W, 3), or uint16 (H, W) for depth.
+
+    Raises:
+        ValueError: the image is broken, or has another size or type; one line that names its origin and `number`.
+    """
+    where = f"{frames}: image {number}"
+    if isinstance(image, bytes):
+        try:
+            decoded = decode_depth(image) if frames.is_depth else decode_image(image).permute(1, 2, 0)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        image = decoded.numpy()
+    width, height = frames.size
+    if image.ndim >= 2 and image.shape[:2] != (height, width):
+        raise ValueError(f"{where} is {image.shape[1]} x {image.shape[0]} pixels, expected {width} x {height}.")
+    shape, dtype = ((height, width), "uint16") if frames.is_depth else ((height, width, 3), "uint8")
+    if image.shape != shape or image.dtype != dtype:
+        raise ValueError(f"{where} is {image.dtype} {image.shape}, expected {dtype} {shape}.")
+    return image
 
 
 class ArrayFrames(CameraFrames):

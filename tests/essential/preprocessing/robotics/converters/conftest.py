@@ -30,7 +30,7 @@ def read_all() -> Callable[[Any], dict[str, Any]]:
     """A function that reads all episodes, with all their images, as the job does: {episode id: Episode or error}."""
 
     def read(params: Any) -> dict[str, Any]:
-        from vla_foundry.preprocessing.robotics.converters.converter import create_converter
+        from vla_foundry.preprocessing.robotics.converters.converter import create_converter, decode_frame
         from vla_foundry.preprocessing.robotics.episode_checks import check_episode
         from vla_foundry.preprocessing.robotics.recipe import check_refs, create_recipe
 
@@ -42,7 +42,10 @@ def read_all() -> Callable[[Any], dict[str, Any]]:
             try:
                 episode = recipe.converter_class(params).read_episode(ref)
                 check_episode(episode, recipe)
-                episode.metadata["images"] = {name: np.stack(list(frames)) for name, frames in episode.cameras.items()}
+                episode.metadata["images"] = {
+                    name: np.stack([decode_frame(frames, number, image) for number, image in enumerate(frames)])
+                    for name, frames in episode.cameras.items()
+                }
                 found[ref.episode_id] = episode
             except ValueError as error:
                 found[ref.episode_id] = ValueError(f"{ref.source}: {error}")
