@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,26 +37,21 @@ class RigParams(RoboticsPreprocessParams):
 
     # seconds that reading a frame takes at least: time to kill a job in
     seconds_per_frame: float = 0.0
-    # cameras of which the recording holds JPEG files
-    jpeg_cameras: list[str] = field(default_factory=list)
 
 
 class RigFrames(ArrayFrames):
-    """Images in memory, of which the JPEG files may be there too, and which may end early or break off."""
+    """Images in memory, which may break off."""
 
-    def __init__(self, images: np.ndarray, params: RigParams, files: list[bytes] | None, breaks_at: int) -> None:
+    def __init__(self, images: np.ndarray, params: RigParams, breaks_at: int) -> None:
         super().__init__(images)
-        self._seconds, self._files, self._breaks_at = params.seconds_per_frame, files, breaks_at
+        self._seconds, self._breaks_at = params.seconds_per_frame, breaks_at
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray | bytes]:
         for number, image in enumerate(super().__iter__()):
             time.sleep(self._seconds)
             if number == self._breaks_at:
                 raise ValueError(f"video.mp4: frame {number} can not be decoded.")
             yield image
-
-    def encoded(self) -> Iterator[bytes] | None:
-        return None if self._files is None else iter(self._files)
 
 
 @register_converter("rig")
@@ -88,11 +83,8 @@ class RigConverter(BaseRoboticsConverter):
         cameras = {}
         for name in CAMERAS:
             if f"images|{name}" in arrays:
-                files = None
-                if name in self.params.jpeg_cameras:
-                    files = [bytes(data) for data in np.split(arrays["jpeg"], np.cumsum(arrays["jpeg_sizes"])[:-1])]
                 breaks_at = int(arrays["breaks_at"]) if name == CAMERAS[1] else -1
-                cameras[name] = RigFrames(arrays[f"images|{name}"], self.params, files, breaks_at)
+                cameras[name] = RigFrames(arrays[f"images|{name}"], self.params, breaks_at)
         return Episode(
             ref=ref,
             fps=float(arrays["fps"]),
