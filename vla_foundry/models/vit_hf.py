@@ -21,10 +21,14 @@ class ViTHF(HuggingFaceModule):
     Weights that do not affect the tokens (pooling heads) are frozen because they would get no gradient.
     """
 
-    def __init__(self, model: nn.Module, *, hidden_dim: int, image_size: int, num_prefix_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, hidden_dim: int, image_size: int, num_tokens: int, num_prefix_tokens: int
+    ) -> None:
         super().__init__(model)
         self.hidden_dim = hidden_dim
         self.image_size = image_size
+        # number of tokens of an image, prefix tokens among them
+        self.num_tokens = num_tokens
         # number of tokens before the patch tokens
         self.num_prefix_tokens = num_prefix_tokens
 
@@ -53,8 +57,9 @@ class ViTHF(HuggingFaceModule):
 
     def num_flops_per_image(self) -> float:
         """Return 6 FLOPs per matrix weight and token; the attention scores are not counted."""
-        num_tokens, _ = count_tokens(self.model, self.image_size)
-        return 6.0 * num_tokens * sum(p.numel() for p in self.model.parameters() if p.ndim >= 2 and p.requires_grad)
+        return (
+            6.0 * self.num_tokens * sum(p.numel() for p in self.model.parameters() if p.ndim >= 2 and p.requires_grad)
+        )
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture; timm models need no file because timm defines them in code."""
@@ -127,7 +132,11 @@ def _wrap(model: nn.Module, image_size: int, num_patches: int) -> ViTHF:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     return ViTHF(
-        model, hidden_dim=x.shape[2], image_size=image_size, num_prefix_tokens=max(0, x.shape[1] - num_patches)
+        model,
+        hidden_dim=x.shape[2],
+        image_size=image_size,
+        num_tokens=x.shape[1],
+        num_prefix_tokens=max(0, x.shape[1] - num_patches),
     )
 
 

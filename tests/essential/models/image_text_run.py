@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -31,7 +33,7 @@ from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
-from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
 from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
@@ -41,7 +43,7 @@ from vla_foundry.world import World, read_world
 
 IMAGE = 90
 # tokens that an image becomes
-PER_IMAGE = {"qwen3_vl": 4, "paligemma": 16, "smolvlm2": 4, "native": 4}
+PER_IMAGE = {"qwen3_vl": 4, "paligemma": 16, "smolvlm2": 4, "native": 4, "native_siglip": 4}
 _TEXT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -87,6 +89,8 @@ def create_original(name: str) -> PreTrainedModel:
         text = {**_TEXT, "model_type": "gemma"}
         sizes = {"image_token_id": IMAGE, "projection_dim": 32, "hidden_size": 32}
         return PaliGemmaForConditionalGeneration(PaliGemmaConfig(text_config=text, vision_config=vision, **sizes))
+    if name == "native_siglip":  # the image encoder of a model of our own
+        return SiglipVisionModel(SiglipVisionConfig(**_VISION))
     text = {**_TEXT, "model_type": "llama"}
     sizes = {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0}
     return SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=_VISION, **sizes))
@@ -141,11 +145,14 @@ def global_batch(name: str, step: int) -> list[dict[str, Any]]:
 
 
 def create_model_params(name: str, folder: Path) -> ModelParams:
-    if name != "native":
+    if not name.startswith("native"):
         return VLMHFParams(hf_pretrained=str(folder / name))
     sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4}
+    vit = ViTParams(**sizes, inter_dim=48, patch_size=7, img_size=28, projector_pixel_shuffle_factor=2)
+    if name == "native_siglip":
+        vit = ViTHFParams(hf_pretrained=str(folder / name), projector_pixel_shuffle_factor=2)
     return VLMParams(
-        vit=ViTParams(**sizes, inter_dim=48, patch_size=7, img_size=28, projector_pixel_shuffle_factor=2),
+        vit=vit,
         transformer=TransformerParams(**sizes, vocab_size=96, max_seq_len=64),
         image_token_id=IMAGE,
         image_attention="bidirectional",
@@ -169,7 +176,7 @@ def create_state(params: TrainExperimentParams, world: World, *, load_pretrained
 
 
 def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float]:
-    """Train two steps, save, and go on in a new model; returns the loss of each step."""
+    """Train two steps, save, and resume in a new model; returns the loss of each step, then the FLOPs of a token."""
     params = create_params(name, folder)
     handler = create_batch_handler(params)
 
@@ -183,7 +190,8 @@ def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float
     losses.append(step(state))
     resumed = create_state(params, world, load_pretrained=False)
     load_checkpoint(checkpoint, resumed)
-    return [*losses, step(resumed)]
+    flops: Any = state.model.num_flops_per_token  # also of a sharded model
+    return [*losses, step(resumed), flops(20)]
 
 
 def main(folder: Path) -> None:

@@ -72,7 +72,8 @@ HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
     "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
 }
 # those trained on several ranks: every way that a head reads conditioning and is told the time
-SHARDED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression"]
+# heads, and backbones under one of them, that are trained on two ranks
+SHARDED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression", "vit", "clip"]
 
 
 def create_head_params(name: str, *, num_draws: int = 2, is_causal: bool = False) -> ActionHeadParams:
@@ -190,10 +191,17 @@ def create_state(params: TrainExperimentParams, world: World) -> TrainState:
     return create_train_state(model, forward, hparams=params.hparams, ema=EMAParams(), total_steps=4)
 
 
-def train(name: str, run_folder: Path, world: World) -> list[float]:
-    """Train a head two steps on two microbatches, save, and go on in a new model; returns the loss of each step."""
-    backbone = create_backbone_params("vlm" if "cross" not in name else "vlm prefix")
-    params = create_params(backbone, create_head_params(name), grad_clip_norm=1.0)
+def train(name: str, folder: Path, world: World) -> list[float]:
+    """Train two steps on two microbatches, save, and resume in a new model.
+
+    Returns:
+        The loss of each step, then the FLOPs of a token.
+    """
+    if name in HEADS:
+        backbone = create_backbone_params("vlm" if "cross" not in name else "vlm prefix")
+        params = create_params(backbone, create_head_params(name), grad_clip_norm=1.0)
+    else:
+        params = create_params(create_backbone_params(name, folder), create_head_params("flow adaptive"))
     handler = create_batch_handler(params)
 
     def step(state: TrainState) -> float:
@@ -202,18 +210,19 @@ def train(name: str, run_folder: Path, world: World) -> list[float]:
 
     state = create_state(params, world)
     losses = [step(state), step(state)]
-    checkpoint = save_checkpoint(run_folder, state, world=world, facts={})
+    checkpoint = save_checkpoint(folder / f"{world.world_size} x {name}", state, world=world, facts={})
     losses.append(step(state))
     resumed = create_state(params, world)
     load_checkpoint(checkpoint, resumed)
-    return [*losses, step(resumed)]
+    flops: Any = state.model.num_flops_per_token  # also of a sharded model
+    return [*losses, step(resumed), flops(20)]
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
-    losses = {name: train(name, folder / f"sharded {name}", world) for name in SHARDED}
+    losses = {name: train(name, folder, world) for name in SHARDED}
     (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     stop_process_group()
     leave_process(0)

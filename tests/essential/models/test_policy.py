@@ -262,7 +262,8 @@ def test_a_policy_made_on_the_meta_device_is_whole_once_it_has_memory(backbone: 
 
 @pytest.mark.slow
 def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_path: Path) -> None:
-    alone = {name: policies.train(name, tmp_path / name, World()) for name in policies.SHARDED}
+    policies.create_clip().save_pretrained(tmp_path / "clip")
+    alone = {name: policies.train(name, tmp_path, World()) for name in policies.SHARDED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -44,7 +44,7 @@ def image_text() -> ModuleType:
 def folder(image_text: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with each of the models as published."""
     folder = tmp_path_factory.mktemp("published")
-    for name in NAMES:
+    for name in [*NAMES, "native_siglip"]:
         image_text.create_original(name).save_pretrained(folder / name)
     return folder
 
