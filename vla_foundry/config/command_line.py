@@ -1,11 +1,11 @@
-"""The front of every command: words and config files in, one frozen dataclass out, or one line that says why not."""
+"""Parse the command line and config files of every command into a frozen dataclass, or report a one-line error."""
 
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from vla_foundry.config.help import format_help
 from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, without
 from vla_foundry.config.values import decode_value
 from vla_foundry.config.words import Words, flags_to_tree, split_words
-from vla_foundry.config.yaml_source import load_config
+from vla_foundry.config.yaml_source import load_mapping
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.world import is_first_process, read_rank
 
@@ -25,38 +25,38 @@ CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
 PLUGINS_VARIABLE = "VLA_FOUNDRY_PLUGINS"
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
-# those that users named so far; spawned processes have to import them again
+# plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """The params that a command line gives, and where each of their values comes from."""
+    """The params of a command line, and the origin of each value."""
 
     # the decoded dataclass
     params: Any
-    # config path of each leaf that is not at its default -> where it was written
+    # config path of each given leaf -> where it was written
     origins: dict[str, Origin]
     # lines that the user should see
     notices: list[str]
 
 
 def parse_command(cls: type[P], argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> P:
-    """Parse the words of a command into its params; notices go to standard error.
+    """Parse the words of a command into its params; print notices to standard error.
 
-    `--a.b VALUE`, `--a.b=VALUE`, `--a.b` (true), `--config_path FILE`, `--section "include FILE"`, `--plugins MODULE`
-    and `--help [TOPIC]`, which prints and leaves by SystemExit(0). Command line over file over its includes over
-    defaults, leaf by leaf, whatever the order of the words.
+    Accepts `--a.b VALUE`, `--a.b=VALUE`, `--a.b` (true), `--config_path FILE`, `--section "include FILE"`,
+    `--plugins MODULE`, and `--help [TOPIC]`, which prints and raises SystemExit(0). For each leaf the command line
+    overrides the file, the file its includes, and those the defaults, in any order of the words.
 
     Args:
         cls: the dataclass of the command.
         argv: the words after the command.
         prog: the command as the user types it, for the help.
-        positional: fields that words without a flag fill, in order; a last field that is a list takes all the rest.
+        positional: fields filled in order by words without a flag; if the last one is a list, it takes all the rest.
 
     Raises:
-        ValueError: what the user can fix, in one line.
-        FileNotFoundError: a config file is not there.
+        ValueError: an error that the user can fix; one line.
+        FileNotFoundError: a config file does not exist.
     """
     parsed = parse(cls, argv, prog=prog, positional=positional)
     print_notices(parsed.notices)
@@ -72,10 +72,10 @@ def print_notices(notices: list[str]) -> None:
 
 @contextmanager
 def errors_once(*, on_each_node: bool = False) -> Iterator[None]:
-    """Let one process print an error that all processes have; the others leave with exit code 2, in silence.
+    """Report an error that all processes have on the first one only; the others exit silently with code 2.
 
     Args:
-        on_each_node: one process on each machine prints it, because machines may differ.
+        on_each_node: report it on the first process of each machine, because machines may differ.
     """
     try:
         yield
@@ -88,44 +88,42 @@ def errors_once(*, on_each_node: bool = False) -> Iterator[None]:
 def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> Parsed:
     """Parse like `parse_command`, and return origins and notices too."""
     import_installed_plugins()
-    # plug-ins may add types, and types say which flags are switches: import them first
+    # import plug-ins first: they may add types, and types say which flags are switches
     early = split_words(argv, lambda name: False)
-    for text in early.values_of(PLUGINS_FLAG):
-        import_plugins(_plugin_names(Leaf(Scalar(text), COMMAND_LINE)), f"--{PLUGINS_FLAG}")
-    # without positional words, the word behind a flag is its value, be it right or wrong
-    words = split_words(argv, lambda name: bool(positional) and bool in _leaf_options(cls, name))
+    plugins = [
+        name for text in early.values_of(PLUGINS_FLAG) for name in _plugin_names(Leaf(Scalar(text), COMMAND_LINE))
+    ]
+    import_plugins(plugins, f"--{PLUGINS_FLAG}")
+    # without positional words, the word after a flag is its value, right or wrong
+    words = split_words(argv, lambda name: bool(positional) and _is_switch(cls, name))
     files = words.values_of(CONFIG_FLAG)
     if len(files) > 1:
         raise ValueError(f"--{CONFIG_FLAG} is given twice: {' and '.join(files)}. Include one from the other.")
-    tree: Node = load_config(files[0]) if files else Branch({}, COMMAND_LINE)
-    if not isinstance(tree, Branch):
-        raise ValueError(f"{files[0]} holds no mapping of keys. Is it a config file?")
-    file_plugins = import_file_plugins(tree)
+    tree = load_mapping(files[0]) if files else Branch({}, COMMAND_LINE)
+    node = tree.children.get(PLUGINS_FLAG)
+    file_plugins = _plugin_names(node)
+    import_plugins(file_plugins, "" if node is None else str(node.origin))
     if words.help_topic is not None:
         sys.stdout.write(format_help(cls, prog, words.help_topic, positional))
         raise SystemExit(0)
-    tree = merge(tree, _command_line_tree(cls, words, positional, file_plugins))
-    return decode_tree(cls, tree)
+    given = _command_line_tree(cls, words, positional)
+    if plugins:
+        # the run saves every plug-in that was imported
+        names = [Scalar(name) for name in dict.fromkeys((*file_plugins, *plugins))]
+        given = merge(given, Branch({PLUGINS_FLAG: Leaf(names, COMMAND_LINE)}, COMMAND_LINE))
+    return decode_tree(cls, merge(tree, given))
 
 
-def _leaf_options(cls: Any, name: str) -> list[Any]:
-    hints = schema.lookup(cls, tuple(name.split(".")))
-    return [option for hint in hints for option in schema.options(hint)]
+def _is_switch(cls: Any, name: str) -> bool:
+    return any(bool in schema.options(hint) for hint in schema.lookup(cls, name))
 
 
-def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...], file_plugins: list[str]) -> Branch:
-    modules = [
-        name for text in words.values_of(PLUGINS_FLAG) for name in _plugin_names(Leaf(Scalar(text), COMMAND_LINE))
-    ]
+def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...]) -> Branch:
     for flag, text in words.flags:
         if flag in (CONFIG_FLAG, PLUGINS_FLAG) and not text:
             raise ValueError(f"--{flag} needs a value.")
     tree = flags_to_tree(cls, words.without(CONFIG_FLAG, PLUGINS_FLAG))
     added = dict(tree.children)
-    if modules:
-        # all that were imported are saved with the run
-        names = dict.fromkeys((*file_plugins, *modules))
-        added[PLUGINS_FLAG] = Leaf([Scalar(name) for name in names], COMMAND_LINE)
     rest = list(words.positional)
     for name in positional:
         if rest and name not in added:
@@ -135,30 +133,21 @@ def _command_line_tree(cls: Any, words: Words, positional: tuple[str, ...], file
     if rest:
         wanted = f" after {', '.join(positional)}" if positional else ""
         raise ValueError(f"'{rest[0]}' belongs to no flag{wanted}. Write --flag VALUE.")
-    return Branch(added, COMMAND_LINE, tree.superseded)
-
-
-def import_file_plugins(tree: Branch) -> list[str]:
-    """Import the plug-ins that a config file names under its key `plugins`, and return their names."""
-    node = tree.children.get(PLUGINS_FLAG)
-    names = _plugin_names(node) if isinstance(node, Leaf) else []
-    import_plugins(names, "" if node is None else str(node.origin))
-    return names
+    return replace(tree, children=added)
 
 
 def check_file_plugins(tree: Branch) -> None:
-    """Check that the user agreed to the plug-ins that a saved config names, for a plug-in is code.
+    """Check that the user has agreed to the plug-ins named by a saved config, because a plug-in is code.
 
-    The user agrees by naming them with --plugins, by importing them, or in the variable VLA_FOUNDRY_PLUGINS (names with
-    commas between them), whose modules are imported here.
+    The user agrees by naming them with --plugins, by importing them, or by listing them, separated by commas, in the
+    variable VLA_FOUNDRY_PLUGINS, whose modules are imported here.
 
     Raises:
         ValueError: a plug-in is not imported yet, and the variable does not name it.
     """
     node = tree.children.get(PLUGINS_FLAG)
-    names = _plugin_names(node) if isinstance(node, Leaf) else []
-    agreed = [name.strip() for name in os.environ.get(PLUGINS_VARIABLE, "").split(",") if name.strip()]
-    for name in names:
+    agreed = [name.strip() for name in os.environ.get(PLUGINS_VARIABLE, "").split(",")]
+    for name in _plugin_names(node):
         if name in sys.modules:
             continue
         if name not in agreed:
@@ -169,20 +158,20 @@ def check_file_plugins(tree: Branch) -> None:
         import_plugins([name], PLUGINS_VARIABLE)
 
 
-def _plugin_names(node: Leaf) -> list[str]:
-    return decode_value(list[str], node.value, PLUGINS_FLAG, node.origin)
+def _plugin_names(node: Node | None) -> list[str]:
+    return decode_value(list[str], node.value, PLUGINS_FLAG, node.origin) if isinstance(node, Leaf) else []
 
 
 def named_plugins() -> tuple[str, ...]:
-    """The plug-ins that users named so far in this process."""
+    """Return the plug-ins that the user has named so far in this process."""
     return tuple(dict.fromkeys(_named))
 
 
 def import_installed_plugins() -> None:
-    """Import the plug-ins that installed packages announce as entry points.
+    """Import the plug-ins that installed packages declare as entry points.
 
     Raises:
-        ValueError: one cannot be imported; the message names the package.
+        ValueError: a plug-in cannot be imported; the message names its package.
     """
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         owner = f" of the package {entry.dist.name}" if entry.dist is not None else ""
@@ -190,14 +179,14 @@ def import_installed_plugins() -> None:
 
 
 def import_plugins(modules: Iterable[str], origin: str) -> None:
-    """Import the plug-ins that a user names, from the working directory too.
+    """Import the plug-ins that the user named; the working directory is searched too.
 
     Args:
         modules: dotted names.
         origin: where they are named, for messages.
 
     Raises:
-        ValueError: one does not exist or cannot be imported.
+        ValueError: a plug-in does not exist or cannot be imported.
     """
     for module in modules:
         if os.getcwd() not in sys.path and "" not in sys.path:
@@ -220,19 +209,13 @@ def _import(module: str, what: str) -> None:
 
 
 def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
-    """Decode a tree into a dataclass or a role's concrete class.
-
-    Args:
-        cls: the class.
-        tree: the values.
-        path: config path of the tree, for messages.
+    """Decode a tree into a dataclass or a role's concrete class; `path` is its config path.
 
     Raises:
-        ValueError: an unknown key, a wrong value or a missing one.
+        ValueError: a key is unknown, or a value is wrong or missing.
     """
-    if isinstance(tree, Branch) and not any(
-        PLUGINS_FLAG in schema.accepted_keys(member) for member in schema.concrete_classes(cls)
-    ):
+    takes_plugins = any(PLUGINS_FLAG in schema.accepted_keys(member) for member in schema.concrete_classes(cls))
+    if isinstance(tree, Branch) and not takes_plugins:
         tree = without(tree, PLUGINS_FLAG)
     decoding = Decoding(root=cls)
     params = decode(cls, tree, decoding, path)
@@ -271,5 +254,5 @@ def _message(error: ValueError | OSError) -> str:
 
 
 def unknown_command_message(name: str, known: list[str]) -> str:
-    """The error message for an unknown command."""
+    """Return the error message for an unknown command."""
     return unknown_name_message("The command", name, known).replace("Registered:", "There are:")

@@ -1,4 +1,4 @@
-"""Decode a tree of values into frozen dataclasses: strict keys, types chosen by role, errors of one line."""
+"""Decode a tree of values into frozen dataclasses, with strict keys and one-line errors."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
-from vla_foundry.config.schema import ChoiceParams, find_retyped, migrations_of
+from vla_foundry.config.schema import ChoiceParams, Retyped, migrations_of
 from vla_foundry.config.tree import (
     DEFAULT,
     TYPE_KEY,
@@ -29,29 +29,23 @@ from vla_foundry.storage.uri import is_remote
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """What one decoding finds out on the way."""
+    """The results of decoding, besides the dataclass."""
 
     # class of the whole config, for suggestions
     root: Any
-    # config path of each leaf that is not at its default -> where it comes from
+    # config path of each given leaf -> where it was written
     origins: dict[str, Origin] = field(default_factory=dict)
-    # lines that are no errors, but worth printing
+    # lines worth printing that are not errors
     notices: list[str] = field(default_factory=list)
     # config path of each key that no longer has an effect -> why
     ignored: dict[str, str] = field(default_factory=dict)
 
 
 def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
-    """Decode a mapping into a dataclass; a role's concrete class is chosen first.
-
-    Args:
-        cls: a config dataclass or a role.
-        tree: the mapping.
-        decoding: where to look and what to fill in.
-        path: the config path of `tree`.
+    """Decode a mapping into a dataclass, or into a role's concrete class; `path` is its config path.
 
     Raises:
-        ValueError: an unknown key, a wrong value or a missing one; one line with the config path and its origin.
+        ValueError: a key is unknown, or a value is wrong or missing; one line with the config path and its origin.
     """
     if isinstance(tree, Leaf):
         shown = "null" if is_null(tree.value) else "no keys" if tree.value is True else f"'{_show(tree)}'"
@@ -63,7 +57,13 @@ def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
     for key, node in tree.children.items():
         if key not in hints:
             raise _unknown_key(cls, key, node, decoding, path)
-    values = {key: _decode_field(hints[key], node, decoding, _join(path, key)) for key, node in tree.children.items()}
+    annotated = schema.annotated_types(cls)
+    values = {}
+    for key, node in tree.children.items():
+        value = _decode_field(hints[key], node, decoding, _join(path, key))
+        values[key] = schema.map_annotated(
+            annotated.get(key), value, _expand_home, f"{node.origin.prefix}{_join(path, key)}"
+        )
     for name, item in schema.fields_by_name(cls).items():
         if name not in values and schema.is_required(item):
             values[name] = _missing(cls, name, tree.origin, decoding, path)
@@ -82,52 +82,46 @@ def _join(path: str, key: str) -> str:
 
 
 def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any, Branch]:
-    """Return the concrete class of a choice, and the tree without `type` and without what another type left."""
+    """Return the concrete class of a choice, and the tree without `type` and without keys left from another type."""
     role = schema.role_of(cls)
     if not schema.is_role(cls) and TYPE_KEY not in tree.children:
         return cls, tree
+    type_path = _join(path, TYPE_KEY)
     name, origin = _choose_type(role, tree, path)
-    retyped = find_retyped(role, name, lambda key: _find_text(tree, key))
+    retyped = _find_retyped(role, name, tree)
     if retyped is not None:
-        decoding.notices.append(
-            f"{_join(path, TYPE_KEY)} '{name}' with {_join(path, retyped[1])} is called '{retyped[0]}' now."
-        )
+        decoding.notices.append(f"{type_path} '{name}' with {_join(path, retyped[1])} is called '{retyped[0]}' now.")
         name = retyped[0]
     chosen = schema.members(role)[name]
-    # a slot may hold one type only, which was made of the one that is given
+    # a slot may accept only a subclass of the given type
     chosen = cls if issubclass(cls, chosen) else chosen
     if not issubclass(chosen, cls):
-        raise ValueError(f"{origin.prefix}{_join(path, TYPE_KEY)} is '{name}', not '{cls.registered_name()}'.")
-    decoding.origins[_join(path, TYPE_KEY)] = origin
+        raise ValueError(f"{origin.prefix}{type_path} is '{name}', not '{cls.registered_name()}'.")
+    decoding.origins[type_path] = origin
     checkpoint = _checkpoint_of(role, tree)
     if TYPE_KEY not in tree.children and checkpoint is not None and is_remote(checkpoint):
         decoding.notices.append(
-            f"{_join(path, TYPE_KEY)} is taken to be '{name}': the config of {checkpoint} is not read for it. "
-            f"Give --{_join(path, TYPE_KEY)} if it is another."
+            f"{type_path} is assumed to be '{name}': the remote config of {checkpoint} is not read for it. "
+            f"If it is another type, give --{type_path}."
         )
     kept, dropped = _drop_superseded(role, name, without(tree, TYPE_KEY), path)
     if dropped:
-        changed = f"{_join(path, TYPE_KEY)} is now '{name}' ({origin})"
+        changed = f"{type_path} is now '{name}' ({origin})"
         decoding.notices.append(f"{changed}: dropped {', '.join(dropped)}, which belong to another type.")
     return chosen, kept
 
 
 def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
-    """Return the name of the type that a branch is, and where that comes from.
+    """Return the type of a branch, and where it comes from.
 
-    In this order: the type that is given; that of the checkpoint it starts from; the only type that has all given
-    keys; the role's native type.
-
-    Args:
-        role: the class of the slot.
-        branch: what is given for the slot.
-        path: config path of the slot, for messages.
+    In this order: the given type; the type of the checkpoint it starts from; the only type that has all given keys;
+    the role's native type.
 
     Raises:
         ValueError: the type is unknown or cannot be determined.
     """
     types = schema.members(role)
-    type_path = f"{path}.{TYPE_KEY}" if path else TYPE_KEY
+    type_path = _join(path, TYPE_KEY)
     given = branch.children.get(TYPE_KEY)
     if given is not None and not is_null(getattr(given, "value", given)):
         return _given_type(given, types, type_path), given.origin
@@ -136,7 +130,7 @@ def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
         found = _read_checkpoint_type(checkpoint)
         if found in types:
             return str(found), Origin(f"type of {path}.{role.checkpoint_key}")
-    native = role.default_choice_name() if role.default_choice_name() in types else None
+    native = role.native_type if role.native_type in types else None
     keys = branch.children.keys() - branch.superseded.keys() - {TYPE_KEY}
     able = [name for name, cls in types.items() if keys <= schema.accepted_keys(cls)]
     if native is not None and (native in able or not able):
@@ -147,14 +141,26 @@ def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
     raise ValueError(f"{branch.origin.prefix}{type_path} is missing. Choose one of: {names} (--{type_path} NAME).")
 
 
+def _find_retyped(role: type, name: str, tree: Branch) -> tuple[str, str] | None:
+    """Return the new type of a section and the key that selects it; None if the type is unchanged."""
+    for migration in migrations_of(role):
+        retyped = migration.retyped.get(name, Retyped(to=name))
+        for keys, is_new in ((retyped.when, True), (retyped.unless, False)):
+            for key, values in keys.items():
+                value = _find_text(tree, key)
+                if value is not None and (value.lower() in values) == is_new:
+                    return retyped.to, key
+    return None
+
+
 def _checkpoint_of(role: Any, branch: Branch) -> str | None:
-    """The checkpoint that a branch starts from, if it names one."""
+    """Return the checkpoint that a branch starts from; None if it names none."""
     node = branch.children.get(role.checkpoint_key)
     return text_of(node) if isinstance(node, Leaf) and not is_null(node.value) else None
 
 
 def _read_checkpoint_type(location: str) -> str | None:
-    """The type in the saved config of a local checkpoint's run; None if there is none."""
+    """Return the type in the saved config of a local checkpoint's run; None if there is no config."""
     if is_remote(location):
         return None
     for folder in run_folder_candidates(location):
@@ -174,16 +180,16 @@ def _given_type(given: Any, types: dict[str, type], type_path: str) -> str:
 
 
 def _drop_superseded(role: Any, name: str, branch: Branch, path: str) -> tuple[Branch, list[str]]:
-    """Drop what was given for another type before the type was changed, where the new type has no such key.
+    """Drop the keys that were given for another type before `type` changed and that the new type lacks.
 
     Returns:
-        the branch, and the config paths that were dropped.
+        The branch, and the config paths of the dropped keys.
     """
     types = schema.members(role)
     known = schema.accepted_keys(types[name])
     dropped = []
     for key, old in branch.superseded.items():
-        owners = [types[old]] if old in types else list(types.values())
+        owners = [types[old]] if old in types else types.values()
         if key not in known and any(key in schema.accepted_keys(owner) for owner in owners):
             dropped.append(key)
     children = {key: node for key, node in branch.children.items() if key not in dropped}
@@ -208,20 +214,17 @@ def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
             children[new] = children.pop(old)
             decoding.notices.append(f"{_join(path, old)} is called {_join(path, new)} now.")
         for key in children.keys() & migration.values.keys():
-            node = children[key]
-            old_value = "null" if isinstance(node, Leaf) and is_null(node.value) else text_of(node)
-            if old_value not in migration.values[key]:
-                continue
-            new_value = migration.values[key][old_value]
-            if new_value is None:
+            origin, text = children[key].origin, _find_text(Branch(children, tree.origin), key)
+            if text in migration.values[key]:
                 del children[key]
-            else:
-                children[key] = Leaf(Scalar(new_value), node.origin)
+                new_value = migration.values[key][text]
+                if new_value is not None:
+                    children[key] = Leaf(Scalar(new_value), origin)
     return Branch(children, tree.origin)
 
 
 def _find_text(tree: Node, key: str) -> str | None:
-    """What a branch gives for a dotted key, as text; None: nothing."""
+    """Return the text that a branch holds at a dotted key; None if it holds nothing there."""
     for name in key.split("."):
         if not isinstance(tree, Branch) or name not in tree.children:
             return None
@@ -252,6 +255,18 @@ def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:
     return decode_value(hint, to_value(node), path, node.origin)
 
 
+def _expand_home(value: Any, annotation: Any, name: str) -> Any:
+    """Expand a leading `~` or `~user` of a location: the one place where this is done for what users give."""
+    if annotation is not schema.EXPANDED or not isinstance(value, str) or not value.startswith("~"):
+        return value
+    expanded = os.path.expanduser(value)
+    if expanded == value:
+        raise ValueError(
+            f"{name}: '{value}' begins with a user without a home folder. Write ./{value} if it is a file."
+        )
+    return expanded
+
+
 def _missing(cls: type, name: str, origin: Origin, decoding: Decoding, path: str) -> Any:
     full = _join(path, name)
     hint = schema.field_types(cls)[name]
@@ -279,10 +294,9 @@ def _unknown_key(cls: Any, key: Any, node: Node, decoding: Decoding, path: str) 
 
 
 def _with_path(message: str, cls: type, decoding: Decoding, path: str) -> str:
-    """Name the section in a message of a dataclass's own checks, which names only its own fields."""
+    """Prepend the config path to the message of a dataclass's own checks, which name only their fields."""
     first = re.match(r"\w+", message)
     if first and first.group() in schema.field_types(cls):
-        full = _join(path, first.group())
-        origin = decoding.origins.get(full)
-        return (origin.prefix if origin else "") + _join(path, message)
+        origin = decoding.origins.get(_join(path, first.group()), DEFAULT)
+        return f"{origin.prefix}{_join(path, message)}"
     return f"{path}: {message}" if path else message

@@ -1,6 +1,6 @@
-"""The text of `--help`: commands and sections in short, the leaves of a section or of a type on demand."""
+"""Format `--help`: an overview of a command, and the flags of a section or of a type on demand."""
 
-from dataclasses import MISSING
+from dataclasses import MISSING, Field
 from typing import Any
 
 from vla_foundry.config import schema
@@ -18,46 +18,47 @@ def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = (
         cls: the dataclass of the command.
         prog: the command as the user types it.
         topic: "" for the overview, or a section (`hparams`), a field (`hparams.lr`) or a type (`model.type=vlm`).
-        positional: fields that stand without a flag.
+        positional: fields that are given without a flag.
 
     Raises:
-        ValueError: there is no such topic.
+        ValueError: the topic does not exist.
     """
     if topic:
         return _format_topic(cls, topic)
     words = "".join(f" {name.upper()}" for name in positional)
     lines = [f"usage: {prog}{words} [--config_path FILE] [--FLAG VALUE ...]", "", _summary(cls), ""]
-    sections = []
     if schema.is_role(cls):
-        lines.append(f"  {'--type ' + ' | '.join(sorted(schema.offered_members(cls))):<{_WIDTH}} what it is (required)")
-    for name, hint in schema.offered_types(cls).items():
-        section = schema.section_class(hint)
-        if section is None:
-            lines.append(_leaf_line(cls, name, f"--{name}"))
-        else:
-            sections.append((name, section))
+        lines.append(_columns(f"--{TYPE_KEY} {' | '.join(schema.offered_members(cls))}", "what it is (required)"))
+    sections = {name: schema.section_class(hint) for name, hint in schema.offered_types(cls).items()}
+    lines += [_leaf_line(cls, name, f"--{name}") for name, section in sections.items() if section is None]
     if schema.is_role(cls):
         lines += _type_lines(cls)
-    if sections:
+    if any(sections.values()):
         lines += ["", "sections (--help SECTION lists its flags):"]
-        for name, section in sections:
-            lines.append(f"  --{name + '.*':<{_WIDTH - 2}} {_summary(section)}")
+    for name, section in sections.items():
+        if section is not None:
+            lines.append(_columns(f"--{name}.*", _summary(section)))
             if schema.is_role(section):
-                types = ", ".join(sorted(schema.offered_members(section)))
-                lines.append(f"  {'':<{_WIDTH}} --{name}.type: {types} (--help {name}.type=NAME)")
+                types = ", ".join(schema.offered_members(section))
+                lines.append(_columns("", f"--{name}.type: {types} (--help {name}.type=NAME)"))
     lines += [
         "",
-        f"  {'--config_path FILE':<{_WIDTH}} a YAML file; flags win over it, whatever their order",
-        f"  {'--SECTION include FILE':<{_WIDTH}} lay a YAML file over one section (in quotes)",
-        f"  {'--debug':<{_WIDTH}} show the traceback of an error",
+        _columns("--config_path FILE", "a YAML file; flags override it, in any order"),
+        _columns("--SECTION include FILE", "merge a YAML file into one section (in quotes)"),
+        _columns("--debug", "show the traceback of an error"),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _columns(head: str, tail: str) -> str:
+    """Return a line of two columns, or two lines if the first column is too narrow."""
+    return f"  {head:<{_WIDTH}} {tail}" if len(head) <= _WIDTH else f"  {head}\n  {'':<{_WIDTH}} {tail}"
+
+
 def _type_lines(role: Any) -> list[str]:
-    """What each type of a role adds to the fields that all have."""
+    """Return the lines of each type's own fields, besides those of the role."""
     lines = []
-    for type_name, member in sorted(schema.offered_members(role).items()):
+    for type_name, member in schema.offered_members(role).items():
         lines += ["", f"--{TYPE_KEY} {type_name}: {_summary(member)}"]
         own = [name for name in schema.offered_types(member) if name not in schema.field_types(role)]
         lines += [_leaf_line(member, name, f"--{name}") for name in own]
@@ -66,59 +67,49 @@ def _type_lines(role: Any) -> list[str]:
 
 def _summary(cls: Any) -> str:
     first = (cls.__doc__ or "").strip().split("\n")[0]
-    # a section's docstring begins with its flag, which the list shows already
+    # a section's docstring begins with its flag, which the list already shows
     return first.partition("` ")[2] if first.startswith("`--") else first
 
 
 def _leaf_line(cls: Any, name: str, flag: str) -> str:
-    kind = schema.describe_type(schema.field_types(cls)[name])
     comment = schema.field_comments(cls).get(name, "")
-    default = _default(cls, name)
-    head, tail = f"{flag} {kind}", f"{comment}{' ' if comment else ''}({default})"
-    # what is too long for its column has a line of its own
-    return f"  {head:<{_WIDTH}} {tail}" if len(head) <= _WIDTH else f"  {head}\n  {'':<{_WIDTH}} {tail}"
+    tail = f"{comment}{' ' if comment else ''}({_default(schema.fields_by_name(cls)[name])})"
+    return _columns(f"{flag} {schema.describe_type(schema.field_types(cls)[name])}", tail)
 
 
-def _default(cls: Any, name: str) -> str:
-    item = schema.fields_by_name(cls)[name]
+def _default(item: Field) -> str:
     if schema.is_required(item):
         return "required"
-    value = item.default if item.default is not MISSING else schema.default_of(item)
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    value = item.default if item.default_factory is MISSING else item.default_factory()
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _format_topic(cls: Any, topic: str) -> str:
-    path, equals, name = topic.lstrip("-").partition("=")
-    if equals:
-        section_path = path.removesuffix(".type")
-        roles = [hint for hint in _sections(cls, section_path) if schema.is_role(hint)]
-        known = {type_name: member for role in roles for type_name, member in schema.members(role).items()}
-        if name not in known:
-            raise ValueError(unknown_name_message(path, name, sorted(known)))
-        return "\n".join(_section_lines(known[name], section_path)) + "\n"
-    sections = _sections(cls, path)
-    if sections:
-        lines: list[str] = []
-        for section in sections:
-            offered = schema.offered_members(section).values() if schema.is_role(section) else [section]
-            for member in offered:
-                lines += [*_section_lines(member, path), ""]
-        return "\n".join(lines)
+    path, equals, type_name = topic.lstrip("-").partition("=")
     parent, _, leaf = path.rpartition(".")
-    roles = [hint for hint in _sections(cls, parent) if schema.is_role(hint)] if leaf == TYPE_KEY else []
-    lines = [
-        f"  {f'{path}={name}':<{_WIDTH}} {_summary(member)}"
-        for role in roles
-        for name, member in sorted(schema.offered_members(role).items())
-    ]
+    slot = parent if leaf == TYPE_KEY else path
+    roles = [section for section in _sections(cls, slot) if schema.is_role(section)]
+    if equals:
+        known = {name: member for role in roles for name, member in schema.members(role).items()}
+        if type_name not in known:
+            raise ValueError(unknown_name_message(path, type_name, sorted(known)))
+        return "\n".join(_section_lines(known[type_name], slot)) + "\n"
+    lines: list[str] = []
+    for section in _sections(cls, path):
+        offered = schema.offered_members(section).values() if schema.is_role(section) else [section]
+        for member in offered:
+            lines += [*_section_lines(member, path), ""]
+    if lines:
+        return "\n".join(lines)
+    for role in roles:
+        lines += [_columns(f"{path}={name}", _summary(member)) for name, member in schema.offered_members(role).items()]
     for owner in _sections(cls, parent) if parent else [cls]:
         for member in schema.concrete_classes(owner):
             if leaf in schema.field_types(member):
                 lines.append(_leaf_line(member, leaf, f"--{path}"))
     if not lines:
-        names = [f"{name}" for name in schema.field_types(cls)]
+        names = list(schema.field_types(cls))
         nearest = schema.nearest_path(cls, path, names)
         hint = f" Did you mean --help {nearest}?" if nearest else ""
         raise ValueError(f"There is no help on '{topic}'.{hint} Topics: {', '.join(names)}, SECTION.type=NAME.")
@@ -126,7 +117,7 @@ def _format_topic(cls: Any, topic: str) -> str:
 
 
 def _sections(cls: Any, path: str) -> list[Any]:
-    found = [schema.section_class(hint) for hint in schema.lookup(cls, tuple(path.split(".")))]
+    found = [schema.section_class(hint) for hint in schema.lookup(cls, path)]
     return list(dict.fromkeys(section for section in found if section is not None))
 
 
@@ -138,8 +129,8 @@ def _section_lines(cls: Any, path: str) -> list[str]:
         if section is None:
             lines.append(_leaf_line(cls, name, f"--{path}.{name}"))
         elif schema.is_role(section):
-            types = ", ".join(sorted(schema.offered_members(section)))
-            lines.append(f"  {f'--{path}.{name}.*':<{_WIDTH}} one of: {types} (--help {path}.{name}.type=NAME)")
+            types = ", ".join(schema.offered_members(section))
+            lines.append(_columns(f"--{path}.{name}.*", f"one of: {types} (--help {path}.{name}.type=NAME)"))
         else:
             lines += [f"  {line}" for line in _section_lines(section, f"{path}.{name}")]
     return lines

@@ -10,7 +10,7 @@ from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, check_file_plu
 from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY, Branch
 from vla_foundry.config.values import is_ambiguous
-from vla_foundry.config.yaml_source import load_config
+from vla_foundry.config.yaml_source import load_mapping
 
 P = TypeVar("P")
 
@@ -34,9 +34,7 @@ def load_params(cls: type[P], path: str, root: Any = None) -> P:
 
 def read_params(cls: Any, path: str, root: Any = None) -> Parsed:
     """Load like `load_params`, and return origins and notices too."""
-    tree = load_config(str(path))
-    if not isinstance(tree, Branch):
-        raise ValueError(f"{path} holds no mapping of keys. Is it a config file?")
+    tree = load_mapping(str(path))
     check_file_plugins(tree)
     section = None if root is None or issubclass(cls, root) else _section_name(cls, tree, root)
     if section is None:
@@ -79,19 +77,16 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def dump_value(value: Any) -> str:
+def dump_value(value: Any, *, is_inline: bool = False) -> str:
     """Write dicts, lists and scalars as YAML that our reader reads back unchanged."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+    options = {"allow_unicode": True, "sort_keys": False, "width": 1_000_000, "default_flow_style": is_inline}
+    return yaml.dump(value, Dumper=_Dumper, **options)
 
 
 def dump_inline(value: Any) -> str:
     """Write a value as YAML on one line."""
-    plain = to_plain(value)
-    text = yaml.dump(
-        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000, default_flow_style=True
-    )
     # YAML appends an end-of-document marker to a lone scalar
-    return text.removesuffix("...\n").strip()
+    return dump_value(to_plain(value), is_inline=True).removesuffix("...\n").strip()
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,30 +1,69 @@
-"""What a config dataclass is: frozen fields with comments, roles whose type is chosen by name, old names of keys."""
+"""Describe config dataclasses: their fields and comments, number ranges, roles with types, and migrations."""
 
 import ast
 import difflib
 import functools
 import inspect
+import itertools
+import operator
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import draccus
 
 P = TypeVar("P", bound=type)
-Path: TypeAlias = tuple[str, ...]
 
 # metadata of a field that only legacy checkpoints need: --help leaves it out
 LEGACY = {"is_legacy": True}
 
-# a slot may hold the type it stands in; nobody types a path deeper than this
+# a slot may hold its own type; nobody types a deeper path than this
 _MAX_DEPTH = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The range of a number, as an annotation of its type: `Annotated[int, Bounds(least=1)]`. NaN is never in it."""
+
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
+    # sentence that ends the message
+    fix: str = ""
+
+    def check(self, value: int | float, name: str) -> None:
+        """Check that `value` lies in the range.
+
+        Raises:
+            ValueError: it does not; the message begins with `name`.
+        """
+        limits = (
+            ("at least", self.least, operator.ge),
+            ("above", self.above, operator.gt),
+            ("at most", self.most, operator.le),
+            ("below", self.below, operator.lt),
+        )
+        if not all(is_met(value, limit) for _, limit, is_met in limits if limit is not None):
+            wanted = " and ".join(f"{words} {limit}" for words, limit, _ in limits if limit is not None)
+            raise ValueError(f"{name} ({str(value).removesuffix('.0')}) must be {wanted}. {self.fix}".strip())
+
+
+Count = Annotated[int, Bounds(least=1)]
+NonNegativeInt = Annotated[int, Bounds(least=0)]
+NonNegative = Annotated[float, Bounds(least=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+# annotation of a path or URI that the user gives: parsing expands a leading ~
+EXPANDED = "~ is expanded"
+Location = Annotated[str, EXPANDED]
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A fact that is not known here and now."""
+    """A fact that is not known yet."""
 
     # what is needed to know it, for "unresolved (needs ...)"
     needs: str
@@ -44,24 +83,28 @@ class Derived:
 class BaseParams:
     """Base of every config dataclass.
 
-    `__post_init__` checks a class's own fields; its messages begin with the name of a field, and the engine puts the
-    config path in front.
+    `__post_init__` checks the class's own fields: here their `Bounds`, in subclasses what else holds. A message begins
+    with the name of a field, and the engine prepends the config path.
     """
 
-    # of the root of a config: its sections in the order in which they are derived; one may come twice
+    # root of a config only: its sections in the order in which they are derived; a section may appear twice
     derivation_order: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        for name, hint in annotated_types(type(self)).items():
+            map_annotated(hint, getattr(self, name), _check_bounds, name)
+
     def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
-        """Return the fields of this section that follow from others: {field: value and where it comes from}.
+        """Return this section's derived fields, each with its value and source.
 
         Args:
-            root: the whole config; sections before this one are derived already, and the root comes last.
+            root: the whole config; the sections before this one are already derived. The root itself comes last.
             facts: what is known about the machine and the data.
         """
         return {}
 
     def check(self, root: Any, facts: Any, path: str) -> list[str]:
-        """Check this section against the others, once everything is derived; the root comes last.
+        """Check this section against the others after everything is derived; the root comes last.
 
         Args:
             root: the whole config.
@@ -69,12 +112,18 @@ class BaseParams:
             path: config path of this section, for messages; "" for the root.
 
         Returns:
-            notices: lines that are no errors, but worth printing.
+            Notices: lines worth printing that are not errors.
 
         Raises:
             ValueError: sections do not fit together; one line with config paths and a fix.
         """
         return []
+
+
+def _check_bounds(value: Any, bounds: Any, name: str) -> Any:
+    if isinstance(bounds, Bounds) and value is not None:
+        bounds.check(value, name)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +132,16 @@ class ChoiceParams(BaseParams, draccus.ChoiceRegistry):
 
     # the config path of the choice, as the user types it
     choice_path: ClassVar[str] = "type"
-    # the type of a slot of this role when nothing else decides; None: the user must name one
+    # type of this role's slots if nothing else decides; None: the user must choose
     native_type: ClassVar[str | None] = None
     # --help lists this class among the types of its roles
     is_offered: ClassVar[bool] = True
-    # field that names a checkpoint; where `type` is not given, it is the one in the config of that checkpoint's run
+    # field that names a checkpoint, whose saved config gives the `type` if the user does not
     checkpoint_key: ClassVar[str | None] = None
 
     @classmethod
-    def default_choice_name(cls) -> str | None:
-        """The native type of this role."""
-        return cls.native_type
-
-    @classmethod
     def registered_name(cls) -> str:
-        """The name this class is registered as."""
+        """Return the name this class is registered as."""
         return cls.get_choice_name(cls)
 
     @property
@@ -110,7 +154,7 @@ def register_choice(name: str) -> Callable[[P], P]:
     """Register a dataclass as the type `name` of every role it inherits from.
 
     Raises:
-        ValueError: one of these roles has another type of this name.
+        ValueError: a role already has another type of this name.
     """
 
     def register(cls: P) -> P:
@@ -128,12 +172,12 @@ def register_choice(name: str) -> Callable[[P], P]:
 
 @dataclass(frozen=True, kw_only=True)
 class Retyped:
-    """When a type of a role is another type now, by what else is given."""
+    """A type that became another type for some values of other keys."""
 
     to: str
-    # dotted key -> values, as text, that make it the new type
+    # dotted key -> values, as text, that select the new type
     when: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    # dotted key -> values, as text, that leave it as it is; any other makes it the new type
+    # dotted key -> values, as text, that keep the old type; any other value selects the new one
     unless: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -147,7 +191,7 @@ class Migration:
     ignored: dict[str, str] = field(default_factory=dict)
     # key -> {old value as text: new value as text; None: the default}
     values: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    # of a role: type -> what it is now
+    # roles only: old type -> new type
     retyped: dict[str, Retyped] = field(default_factory=dict)
 
 
@@ -155,42 +199,50 @@ _migrations: dict[str, Migration] = {}
 
 
 def register_migrations(table: dict[str, Migration]) -> None:
-    """Add a table of migrations, by name of the dataclass; a subclass has its bases' migrations too."""
+    """Add migrations by dataclass name; subclasses inherit their bases' migrations."""
     _migrations.update(table)
 
 
 def migrations_of(cls: type) -> list[Migration]:
-    """The migrations of a dataclass and of its bases."""
+    """Return the migrations of a dataclass and of its bases."""
     return [_migrations[base.__name__] for base in cls.__mro__ if base.__name__ in _migrations]
-
-
-def find_retyped(role: type, name: str, value_of: Callable[[str], str | None]) -> tuple[str, str] | None:
-    """Return the new type of a section and the key that makes it so; None: its type is as it was.
-
-    Args:
-        name: the type that is given or taken.
-        value_of: returns what is given for a dotted key, as text; None: nothing.
-    """
-    for migration in migrations_of(role):
-        retyped = migration.retyped.get(name, Retyped(to=name))
-        for keys, is_new in ((retyped.when, True), (retyped.unless, False)):
-            for key, values in keys.items():
-                value = value_of(key)
-                if value is not None and (value.lower() in values) == is_new:
-                    return retyped.to, key
-    return None
 
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The type of each field of a dataclass, in order."""
+    """Return the type of each field of a dataclass, in order and without annotations."""
     hints = get_type_hints(cls)
     return {item.name: hints[item.name] for item in fields(cls)}
 
 
 @functools.cache
+def annotated_types(cls: type) -> dict[str, Any]:
+    """Return the types of the fields that are annotated, or hold something annotated."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: hints[name] for name, plain in field_types(cls).items() if hints[name] != plain}
+
+
+def map_annotated(hint: Any, value: Any, change: Callable[[Any, Any, str], Any], name: str) -> Any:
+    """Return `value` after `change(part, annotation, name)` of each part whose type is annotated."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        for annotation in arguments[1:]:
+            value = change(value, annotation, name)
+    elif origin in (Union, types.UnionType):
+        for option in arguments:
+            value = map_annotated(option, value, change, name)
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        hints = itertools.repeat(arguments[0]) if origin is list or Ellipsis in arguments else arguments
+        parts = zip(hints, value, strict=False)
+        return type(value)(map_annotated(*part, change, f"{name}[{index}]") for index, part in enumerate(parts))
+    elif origin is dict and isinstance(value, dict):
+        return {key: map_annotated(arguments[1], item, change, f"{name}.{key}") for key, item in value.items()}
+    return value
+
+
+@functools.cache
 def field_comments(cls: type) -> dict[str, str]:
-    """The comment above each field of a dataclass; empty where the source is not at hand."""
+    """Return the comment above each field of a dataclass; empty if the source is not available."""
     comments: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if is_dataclass(owner):
@@ -203,81 +255,71 @@ def _own_comments(cls: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):
         return {}
-    lines = source.split("\n")
+    lines = [line.strip() for line in source.split("\n")]
     comments = {}
     for node in ast.parse(source).body[0].body:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above = []
-            row = node.lineno - 2
-            while row >= 0 and lines[row].strip().startswith("#"):
-                above.insert(0, lines[row].strip().lstrip("# "))
-                row -= 1
-            comments[node.target.id] = " ".join(above)
-    return comments
+            above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[: node.lineno - 1]))
+            comments[node.target.id] = " ".join(line.lstrip("# ") for line in reversed([*above]))
+    # a subclass that changes a default inherits the comment
+    return {name: comment for name, comment in comments.items() if comment}
 
 
 @functools.cache
 def accepted_keys(cls: type) -> frozenset[str]:
-    """The keys that a dataclass takes: its fields, and the old names of fields."""
-    migrations = migrations_of(cls)
-    old = [key for migration in migrations for key in (*migration.renamed, *migration.ignored)]
+    """Return the keys that a dataclass accepts: its fields, and old names of fields."""
+    old = [key for migration in migrations_of(cls) for key in (*migration.renamed, *migration.ignored)]
     return frozenset((*field_types(cls), *old))
 
 
 def fields_by_name(cls: type) -> dict[str, Field]:
-    """The fields of a dataclass by name."""
+    """Return the fields of a dataclass by name."""
     return {item.name: item for item in fields(cls)}
 
 
 def is_required(item: Field) -> bool:
-    """True for a field without a default."""
+    """Return whether a field has no default."""
     return item.default is MISSING and item.default_factory is MISSING
 
 
-def default_of(item: Field) -> Any:
-    """The default of a field that has one."""
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
 def is_role(hint: Any) -> bool:
-    """True for a class whose concrete class is chosen by `type`: it has a registry of its own."""
+    """Return whether `type` chooses the concrete class of this class: it has a registry of its own."""
     return isinstance(hint, type) and issubclass(hint, ChoiceParams) and "_choice_registry" in hint.__dict__
 
 
 def role_of(hint: Any) -> Any:
-    """The nearest role of a class of choices."""
+    """Return the nearest role of a class of choices."""
     return next(base for base in hint.__mro__ if is_role(base))
 
 
 def members(role: Any) -> dict[str, type]:
-    """The types that a role can be, by name."""
+    """Return the types of a role by name."""
     return dict(role.get_known_choices())
 
 
 def offered_members(role: Any) -> dict[str, Any]:
-    """The types that `--help` lists for a role, by name."""
-    return {name: member for name, member in members(role).items() if member.is_offered}
+    """Return the types that `--help` lists for a role, sorted by name."""
+    return {name: member for name, member in sorted(members(role).items()) if member.is_offered}
 
 
 def offered_types(cls: type) -> dict[str, Any]:
-    """The type of each field that `--help` lists, in order."""
+    """Return the type of each field that `--help` lists, in order."""
     items = fields_by_name(cls)
     return {name: hint for name, hint in field_types(cls).items() if not items[name].metadata.get("is_legacy")}
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
+    """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def section_class(hint: Any) -> Any | None:
-    """The dataclass that a field holds (perhaps optionally), or None for any other field."""
-    found = [option for option in options(hint) if isinstance(option, type) and is_dataclass(option)]
-    return found[0] if found else None
+    """Return the dataclass that a field holds (perhaps optionally); None for any other field."""
+    return next((option for option in options(hint) if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def dict_value_type(hint: Any) -> Any | None:
-    """The type of a dict field's values, or None for any other field."""
+    """Return the type of a dict field's values; None for any other field."""
     for option in options(hint):
         if option is dict or get_origin(option) is dict:
             return (get_args(option) or (str, Any))[1]
@@ -285,87 +327,71 @@ def dict_value_type(hint: Any) -> Any | None:
 
 
 def concrete_classes(cls: Any) -> list[type]:
-    """The classes that a section of this type can turn out to be."""
+    """Return the classes that a section of this type can be."""
     return list(members(cls).values()) if is_role(cls) else [cls]
 
 
-def lookup(cls: Any, path: Path) -> list[Any]:
-    """All types that the value at `path` can have; empty if there is no such path. `type` of a choice is str."""
+def lookup(cls: Any, path: str) -> list[Any]:
+    """Return all types that the value at a dotted path can have; empty if there is no such path."""
     hints: list[Any] = [cls]
-    for key in path:
-        found: list[Any] = []
-        for hint in hints:
-            section, value_type = section_class(hint), dict_value_type(hint)
-            if section is not None:
-                found += _step(section, key)
-            elif value_type is not None:
-                found.append(value_type)
-            elif hint is Any:
-                found.append(Any)
-        hints = found
+    for key in path.split("."):
+        hints = [found for hint in hints for found in _step(hint, key)]
     return hints
 
 
-def _step(section: Any, key: str) -> list[Any]:
-    found = [field_types(member)[key] for member in concrete_classes(section) if key in field_types(member)]
-    return [str, *found] if key == "type" and is_role(section) else found
+def _step(hint: Any, key: str) -> list[Any]:
+    section, value_type = section_class(hint), dict_value_type(hint)
+    if section is not None:
+        types = [field_types(member) for member in concrete_classes(section)]
+        return [str] * (key == "type" and is_role(section)) + [known[key] for known in types if key in known]
+    return [value_type or Any] if value_type is not None or hint is Any else []
 
 
-def leaf_paths(cls: Any, depth: int = 0) -> Iterator[str]:
-    """Every dotted path that can be set below a class, over all types of its choices."""
-    seen: set[str] = set()
+def _leaf_owners(cls: Any, depth: int = 0) -> dict[str, type]:
+    """Return every dotted path that can be set below a class, over all types of its roles, with its dataclass."""
+    owners: dict[str, type] = {}
     for member in concrete_classes(cls):
         for name, hint in field_types(member).items():
             section = section_class(hint)
-            below = [name]
-            if section is not None and depth < _MAX_DEPTH:
-                below = [f"{name}.{rest}" for rest in leaf_paths(section, depth + 1)]
-            yield from (path for path in below if path not in seen)
-            seen.update(below)
-    if is_role(cls):
-        yield "type"
+            if section is None or depth == _MAX_DEPTH:
+                owners.setdefault(name, member)
+            else:
+                below = _leaf_owners(section, depth + 1)
+                owners |= {f"{name}.{path}": owner for path, owner in below.items() if f"{name}.{path}" not in owners}
+    return owners | ({"type": cls} if is_role(cls) else {})
 
 
 def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
-    """The path, or "one or another", that a user who typed the unknown `wanted` may have meant.
+    """Return the path, or "one or another", that a user who typed the unknown `wanted` may have meant.
 
     Args:
         root: the class of the whole config.
         wanted: the dotted path as typed.
-        siblings: dotted paths of the fields that stand where the unknown one was typed: they are tried first.
+        siblings: dotted paths of the fields beside the unknown one; they are tried first.
     """
     near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.75)
     if near:
         return near[0]
-    paths = list(dict.fromkeys(leaf_paths(root)))
+    owners = _leaf_owners(root)
     name = wanted.rpartition(".")[2]
-    same_name = [path for path in paths if path.rpartition(".")[2] == name]
+    same_name = [path for path in owners if path.rpartition(".")[2] == name]
     if same_name:
         depth = min(path.count(".") for path in same_name)
         return " or ".join([path for path in same_name if path.count(".") == depth][:3])
-    near = difflib.get_close_matches(wanted, [*siblings, *paths], n=1, cutoff=0.7)
+    near = difflib.get_close_matches(wanted, [*siblings, *owners], n=1, cutoff=0.7)
     if near:
         return near[0]
-    last_names = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    last_names = {path.rpartition(".")[2]: path for path in reversed(owners)}
     near = difflib.get_close_matches(name, list(last_names), n=1, cutoff=0.7)
     if near:
         return last_names[near[0]]
-    phrase = name.replace("_", " ")
-    described = [(len(comment), path) for path, comment in _commented_paths(root) if phrase in comment]
-    return min(described)[1] if "_" in name and described else None
-
-
-def _commented_paths(cls: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    for member in concrete_classes(cls):
-        for name, hint in field_types(member).items():
-            section = section_class(hint)
-            yield prefix + name, field_comments(member).get(name, "")
-            if section is not None and depth < _MAX_DEPTH:
-                yield from _commented_paths(section, f"{prefix}{name}.", depth + 1)
+    comments = {path: field_comments(owner).get(path.rpartition(".")[2], "") for path, owner in owners.items()}
+    described = [path for path, comment in comments.items() if name.replace("_", " ") in comment]
+    return min(described, key=lambda path: len(comments[path]), default=None) if "_" in name else None
 
 
 def describe_type(hint: Any) -> str:
-    """Say a type in a user's words."""
+    """Describe a type in a user's words."""
     if get_origin(hint) is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))
     if len(options(hint)) > 1:
@@ -383,5 +409,5 @@ def describe_type(hint: Any) -> str:
 
 
 def is_list(hint: Any) -> bool:
-    """True for a list field."""
+    """Return whether a field holds a list."""
     return hint is list or get_origin(hint) is list

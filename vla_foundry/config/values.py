@@ -1,4 +1,4 @@
-"""Decode single values: the words that users write -> int, float, bool, text, lists, by the type of the field."""
+"""Decode what users write into int, float, bool, text, lists and dicts, by the type of the field."""
 
 import math
 import re
@@ -16,9 +16,9 @@ _INT = re.compile(r"[+-]?\d[\d_]*")
 _FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d+)?")
 _SPECIAL_FLOATS = {"inf": math.inf, "+inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-# a whole number written with an exponent; larger ones are typing errors
+# whole numbers with an exponent must be smaller; larger ones are typing errors
 _LARGEST_INT = 1e18
-# null where null can be, else text
+# null if the field can be null, else text
 _NONE_WORDS = ("none", "None")
 _MUST_BE = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -32,7 +32,7 @@ def decode_value(hint: Any, value: Value, path: str, origin: Origin) -> Any:
         origin: where the value was written, for messages.
 
     Raises:
-        ValueError: one line with origin, path, what it must be, and what it is.
+        ValueError: one line with origin, path, the expected type, and the value.
     """
     choices = options(hint)
     if len(choices) > 1:
@@ -88,12 +88,12 @@ def _decode_union(choices: tuple[Any, ...], value: Value, path: str, origin: Ori
         try:
             return decode_value(rest[0], value, path, origin)
         except ValueError as error:
-            # only a plain scalar could have been null, and only then is it worth saying
+            # mention null only for a plain scalar, the only value that could have been null
             message = str(error)
             at = message.find(", got ")
             hint_null = type(None) in choices and " must be " in message and isinstance(value, Scalar) and at > 0
             raise ValueError(f"{message[:at]} or null{message[at:]}" if hint_null else message) from None
-    # text takes anything, so that it comes last; for a quoted word it comes first
+    # text accepts anything, so try it last; for a quoted word, try it first
     is_quoted = isinstance(value, Scalar) and value.quoted
     rest.sort(key=lambda choice: (choice is str) != is_quoted)
     for choice in rest:
@@ -120,7 +120,7 @@ def _decode_literal(hint: Any, value: Value, path: str, origin: Origin) -> Any:
 
 
 def _decode_scalar(hint: type, value: Value) -> int | float | bool | str | None:
-    """Return the value as `hint`, or None if it is not one."""
+    """Return the value as `hint`, or None if it is of another type."""
     if isinstance(value, Scalar):
         if hint is str:
             return None if is_null(value) and value.text not in _NONE_WORDS else value.text
@@ -155,12 +155,10 @@ def _decode_sequence(hint: Any, value: Value, path: str, origin: Origin) -> Any:
         raise _wrong_type(hint, value, path, origin)
     arguments = get_args(hint) or (Any,)
     is_tuple = hint is tuple or get_origin(hint) is tuple
-    if is_tuple and Ellipsis not in arguments:
-        if len(items) != len(arguments):
-            raise ValueError(f"{origin.prefix}{path} must have {len(arguments)} entries, got {len(items)}.")
-        item_types = arguments
-    else:
-        item_types = (arguments[0],) * len(items)
+    is_fixed = is_tuple and Ellipsis not in arguments
+    if is_fixed and len(items) != len(arguments):
+        raise ValueError(f"{origin.prefix}{path} must have {len(arguments)} entries, got {len(items)}.")
+    item_types = arguments if is_fixed else (arguments[0],) * len(items)
     decoded = [
         decode_value(item_type, item, f"{path}[{index}]", origin)
         for index, (item_type, item) in enumerate(zip(item_types, items, strict=True))
@@ -169,7 +167,7 @@ def _decode_sequence(hint: Any, value: Value, path: str, origin: Origin) -> Any:
 
 
 def as_list(value: Value, path: str, origin: Origin) -> list[Value] | None:
-    """A list as written; one word stands for a list of one, and on the command line `a,b` for a list of two."""
+    """Return a value as a list, or None; one word is a list of one, and on the command line `a,b` is a list of two."""
     if isinstance(value, list):
         return value
     if not isinstance(value, Scalar) or is_null(value):
@@ -192,16 +190,13 @@ def _decode_dict(hint: Any, value: Value, path: str, origin: Origin) -> dict[Any
     if not isinstance(value, dict):
         raise _wrong_type(hint, value, path, origin)
     key_type, item_type = next(get_args(option) or (str, Any) for option in options(hint) if option is not type(None))
-    return {
-        decode_value(key_type, Scalar(key) if isinstance(key, str) else key, f"{path}.{key}", origin): decode_value(
-            item_type, item, f"{path}.{key}", origin
-        )
-        for key, item in value.items()
-    }
+    keys = [decode_value(key_type, Scalar(key) if isinstance(key, str) else key, path, origin) for key in value]
+    items = [decode_value(item_type, item, f"{path}.{key}", origin) for key, item in value.items()]
+    return dict(zip(keys, items, strict=True))
 
 
 def _plain(value: Value) -> Any:
-    """A value without a type of its own, as YAML reads it (and 1e6 as a number)."""
+    """Return a value as YAML reads it, but 1e6 as a number."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -212,12 +207,10 @@ def _plain(value: Value) -> Any:
         return value.text
     if is_null(value) and value.text not in _NONE_WORDS:
         return None
-    for known in (_decode_int(value.text) if _INT.fullmatch(value.text) else None, _decode_float(value.text)):
-        if known is not None:
-            return known
-    return BOOL_WORDS.get(value.text.lower(), value.text)
+    number = int(value.text.replace("_", "")) if _INT.fullmatch(value.text) else _decode_float(value.text)
+    return BOOL_WORDS.get(value.text.lower(), value.text) if number is None else number
 
 
 def is_ambiguous(text: str) -> bool:
-    """True for text that has to be quoted in a file, or it would be read as a number or as null."""
+    """Return whether text needs quotes in a file, because it would otherwise be read as a number or null."""
     return text in _NONE_WORDS or bool(_FLOAT.fullmatch(text)) or text.lower().replace(".", "", 1) in _SPECIAL_FLOATS

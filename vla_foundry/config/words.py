@@ -1,7 +1,7 @@
 """Split a command line into flags and positional words, and merge the flags in order of precedence."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vla_foundry.config import schema
@@ -17,21 +17,20 @@ _INCLUDE = "include "
 class Words:
     """A command line, split."""
 
-    # (dotted path, what stands behind it; None: nothing), in order
+    # (dotted path, value or None), in order
     flags: tuple[tuple[str, str | None], ...] = ()
     # words that belong to no flag
     positional: tuple[str, ...] = ()
-    # what follows --help ("" if nothing does); None: no help is asked for
+    # the word after --help ("" if there is none); None: no --help
     help_topic: str | None = None
 
     def values_of(self, name: str) -> list[str]:
-        """Everything given for one flag."""
+        """Return every value given for one flag."""
         return [text for flag, text in self.flags if flag == name and text is not None]
 
     def without(self, *names: str) -> "Words":
-        """The same words without some flags."""
-        flags = tuple(flag for flag in self.flags if flag[0] not in names)
-        return Words(flags=flags, positional=self.positional, help_topic=self.help_topic)
+        """Return the same words without some flags."""
+        return replace(self, flags=tuple(flag for flag in self.flags if flag[0] not in names))
 
 
 def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
@@ -39,7 +38,7 @@ def split_words(argv: list[str], is_switch: Callable[[str], bool]) -> Words:
 
     Args:
         argv: the words after the command.
-        is_switch: says of a dotted path whether it is true or false, so that it may stand without a value.
+        is_switch: whether the flag with this dotted path is boolean, so that it may stand without a value.
 
     Raises:
         ValueError: a word starts with one dash and is not a number.
@@ -79,13 +78,13 @@ def _is_switch_value(word: str) -> bool:
 
 
 def flags_to_tree(cls: Any, words: Words) -> Branch:
-    """Merge the flags of a command line: includes first, then mappings, then leaves, whatever their order.
+    """Merge the flags of a command line: includes first, then mappings, then leaves, in any order of the words.
 
-    A deeper path wins over a shallower one; of two equal flags the later one wins.
+    A deeper path overrides a shallower one. A repeated flag overrides the earlier one.
 
     Raises:
         ValueError: a flag has no name, or its mapping is not YAML.
-        FileNotFoundError: an included file is not there.
+        FileNotFoundError: an included file does not exist.
     """
     includes: list[tuple[tuple[str, ...], Node]] = []
     values: list[tuple[tuple[str, ...], Node]] = []
@@ -93,7 +92,7 @@ def flags_to_tree(cls: Any, words: Words) -> Branch:
         path = tuple(name.split("."))
         if not all(path):
             raise ValueError(f"'--{name}' is not a flag: write --section.field.")
-        is_include, node = _flag_node(cls, path, text)
+        is_include, node = _flag_node(cls, name, text)
         (includes if is_include else values).append((path, node))
     tree = merge(_merge_shallow_first(includes), as_one_layer(_merge_shallow_first(values)))
     assert isinstance(tree, Branch)
@@ -107,11 +106,11 @@ def _merge_shallow_first(flags: list[tuple[tuple[str, ...], Node]]) -> Node:
     return tree
 
 
-def _flag_node(cls: Any, path: tuple[str, ...], text: str | None) -> tuple[bool, Node]:
+def _flag_node(cls: Any, name: str, text: str | None) -> tuple[bool, Node]:
     """Return whether the flag is an include, and its value."""
     if text is None:
         return False, Leaf(True, COMMAND_LINE)
-    hints = schema.lookup(cls, path)
+    hints = schema.lookup(cls, name)
     holds_keys = any(schema.section_class(hint) or schema.dict_value_type(hint) is not None for hint in hints)
     stripped = text.strip()
     holds_list = any(schema.is_list(option) for hint in hints for option in schema.options(hint))
@@ -121,6 +120,6 @@ def _flag_node(cls: Any, path: tuple[str, ...], text: str | None) -> tuple[bool,
         try:
             return False, parse_inline(stripped)
         except ValueError as error:
-            raise ValueError(f"--{'.'.join(path)} '{text}': {error}") from None
-    # a null is no value here, so that keys may follow it
+            raise ValueError(f"--{name} '{text}': {error}") from None
+    # null is not a value here, so that keys may follow
     return False, Leaf(None if holds_keys and is_null(Scalar(text)) else Scalar(text), COMMAND_LINE)

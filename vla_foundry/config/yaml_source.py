@@ -1,12 +1,12 @@
-"""Read YAML into a tree that knows each value's line, with includes that merge at every depth.
+"""Read YAML into a tree that records each value's line, with includes that merge at every depth.
 
-Three ways to include, all relative to the including file:
+There are three ways to include a file, all relative to the including file:
 
     key: !include other.yaml        the value of one key
-    <<: !include other.yaml         merged into this mapping; may stand several times, later ones win
+    <<: !include other.yaml         merge into this mapping; may appear several times, later ones override
     include: other.yaml             the same, with one path or a list of paths
 
-What the mapping itself says wins over what it includes, one leaf at a time.
+The mapping's own values override included ones, leaf by leaf.
 """
 
 import os
@@ -30,14 +30,14 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def preset_root() -> Path:
-    """The folder of presets: within an installed package, or beside the package in a source tree."""
+    """Return the folder of presets: in an installed package, or beside the package in a source tree."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "config_presets"
     return installed if installed.is_dir() else package.parent / "config_presets"
 
 
 def _display_name(location: str) -> str:
-    """A config file as a user would name it: presets begin with `config_presets/`, others are left as they are."""
+    """Return a config file as a user would name it: presets begin with `config_presets/`."""
     root = f"{preset_root()}{os.sep}"
     return f"config_presets/{location.removeprefix(root)}" if location.startswith(root) else location
 
@@ -47,8 +47,8 @@ def find_config(name: str, folder: str | None = None) -> str:
 
     Args:
         name: a path or URI. A leading `config_presets/` or `vla_foundry/config_presets/` names the preset folder.
-        folder: the folder of the file that includes it; None: it stands on the command line, so that the working
-            directory is searched and then the preset folder.
+        folder: folder of the including file; None: the name was given on the command line, so search the working
+            directory and then the preset folder.
 
     Raises:
         FileNotFoundError: it is in none of these places.
@@ -73,26 +73,30 @@ def find_config(name: str, folder: str | None = None) -> str:
 
 
 def load_config(name: str) -> Node:
-    """Read the config file that the command line names, with all it includes.
+    """Read the config file named on the command line, with its includes.
 
     Raises:
-        FileNotFoundError: it, or what it includes, is not there.
+        FileNotFoundError: it or an included file does not exist.
         ValueError: it is not YAML, or includes itself; the message begins with file and line.
     """
     return _load(find_config(name), ())
 
 
-def parse_inline(text: str) -> Node:
-    """Parse YAML that stands on the command line; includes are found as on the command line.
+def load_mapping(name: str) -> Branch:
+    """Read a config file like `load_config`; one that is not a mapping of keys is a ValueError."""
+    tree = load_config(name)
+    if not isinstance(tree, Branch):
+        raise ValueError(f"{name} holds no mapping of keys. Is it a config file?")
+    return tree
 
-    Raises:
-        ValueError: it is not YAML.
-    """
+
+def parse_inline(text: str) -> Node:
+    """Parse YAML given on the command line; its includes are found as there. Other text is a ValueError."""
     return _parse(text, COMMAND_LINE.source, None, ())
 
 
 def is_null(value: Any) -> bool:
-    """True for what YAML reads as null, and for none and None, which users write."""
+    """Return whether YAML reads this as null, or it is `none` or `None`, as users also write."""
     if isinstance(value, Scalar):
         return not value.quoted and (value.text in _NULL_WORDS or value.text in ("none", "None"))
     return value is None
@@ -129,7 +133,7 @@ def _parse(text: str, source: str, folder: str | None, chain: tuple[str, ...]) -
 
 
 class _Reader:
-    """Turns the YAML nodes of one file into our nodes."""
+    """Convert the YAML nodes of one file to ours."""
 
     def __init__(self, source: str, folder: str | None, chain: tuple[str, ...]) -> None:
         self.source = source
@@ -174,13 +178,13 @@ class _Reader:
         return merge(included, Branch(own, self.origin(node)))
 
     def merged_parts(self, key_node: yaml.Node, value_node: yaml.Node) -> list[Node]:
-        """What `<<:` or `include:` brings in, the weakest first."""
+        """Return what `<<:` or `include:` merges in; later ones override."""
         is_sequence = isinstance(value_node, yaml.SequenceNode)
         items = value_node.value if is_sequence else [value_node]
         if key_node.tag != _MERGE_TAG:
             parts = [self.include(item) for item in items]
         else:
-            # YAML's own rule for a list: the first one wins
+            # YAML's own rule for a list: the first one overrides
             parts = [self.convert(item) for item in reversed(items)]
         for part, item in zip(parts, items, strict=True):
             if isinstance(part, Leaf):
@@ -197,7 +201,7 @@ class _Reader:
 
 
 def _scalar(node: Any) -> Scalar | None:
-    # a plain scalar has no style; `!!str null` is text although it stands without quotes
+    # a plain scalar has no style; `!!str null` is text although it has no quotes
     is_text = node.tag == f"{_STANDARD_TAG}str" and node.value in _NULL_WORDS
     quoted = bool(node.style) or is_text
     return None if not quoted and node.value in _NULL_WORDS else Scalar(node.value, quoted=quoted)

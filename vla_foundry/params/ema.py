@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import BaseParams, Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class EMAParams(BaseParams):
     # vanilla: decay alpha; ema: the decay grows as 1 - (1 + step / inv_gamma)^-power
     type: Literal["vanilla", "ema"] = "ema"
     # decay of vanilla
-    alpha: float = 0.999
+    alpha: Fraction = 0.999
     # steps during which the average copies the weights
     update_after_step: int = 0
     # time scale of the growth of ema's decay, steps
@@ -23,14 +23,12 @@ class EMAParams(BaseParams):
     # exponent of the growth of ema's decay
     power: float = 0.75
     # smallest decay of ema
-    min_value: float = 0.0
+    min_value: Fraction = 0.0
     # largest decay of ema
-    max_value: float = 0.9999
+    max_value: Fraction = 0.9999
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("min_value", self.min_value), ("max_value", self.max_value)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} ({value}) must be between 0 and 1.")
+        super().__post_init__()
         if self.min_value > self.max_value:
             raise ValueError(f"min_value ({self.min_value}) must not be above max_value ({self.max_value}).")
         if self.inv_gamma <= 0 or self.update_after_step < 0:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import vla_foundry.params.data  # noqa: F401
-import vla_foundry.params.models  # noqa: F401  (both register the types there are)
+import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
-from vla_foundry.config.schema import BaseParams, Derived, Unavailable
+from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Unavailable
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
@@ -29,15 +29,15 @@ class TrainExperimentParams(BaseParams):
     # name of the run and its folder; null: built from date, model, learning rate and batch size
     name: str | None = None
     # folder that holds run folders
-    save_path: str = "experiments"
+    save_path: Location = "experiments"
     # auto: resume from the newest checkpoint of the run with this name, if any; null: start a new run
     resume: str | None = None
     # s3:// folder to copy the run folder to after each checkpoint
-    remote_sync: str | None = None
+    remote_sync: Location | None = None
     # print the resolved config with the origin of each value, and stop
     resolve_configs: bool = False
     # folder where resolve_configs writes resolved_config.yaml
-    resolve_configs_path: str | None = None
+    resolve_configs_path: Location | None = None
     # log to Weights & Biases; null: only if credentials are found
     wandb: bool | None = None
     # W&B entity; null: the W&B default
@@ -49,21 +49,21 @@ class TrainExperimentParams(BaseParams):
     # write TensorBoard files to the run folder
     tensorboard: bool = False
     # steps between log lines
-    log_every_n_steps: int = 20
+    log_every_n_steps: Count = 20
     # least severe level that is logged
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # samples to train on
-    total_train_samples: int | None = None
+    total_train_samples: Count | None = None
     # training budget in passes over the data
-    num_epochs: int | None = None
+    num_epochs: Count | None = None
     # number of checkpoints to save, spaced evenly over the run
-    num_checkpoints: int = 5
+    num_checkpoints: Count = 5
     # number of newest checkpoints to keep; null: all
-    max_checkpoint_limit: int | None = None
+    max_checkpoint_limit: Count | None = None
     # samples to validate on; null: no validation
-    total_val_samples: int | None = None
+    total_val_samples: Count | None = None
     # checkpoints between validations
-    val_every_n_checkpoints: int = 1
+    val_every_n_checkpoints: Count = 1
     data: DataParams
     model: ModelParams
     hparams: HyperParams = field(default_factory=HyperParams)
@@ -71,18 +71,7 @@ class TrainExperimentParams(BaseParams):
     ema: EMAParams = field(default_factory=EMAParams)
 
     def __post_init__(self) -> None:
-        for name in (
-            "log_every_n_steps",
-            "total_train_samples",
-            "num_epochs",
-            "num_checkpoints",
-            "max_checkpoint_limit",
-            "total_val_samples",
-            "val_every_n_checkpoints",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1.")
+        super().__post_init__()
         if self.name is not None and (not self.name.strip("./ ") or "/" in self.name):
             raise ValueError(f"name '{self.name}' cannot be the name of a folder. Leave out slashes.")
 

@@ -2,9 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import BaseParams, Bounds, Count
+
+_FiniteNonNegative = Annotated[float, Bounds(least=0, below=math.inf)]
+_FinitePositive = Annotated[float, Bounds(above=0, below=math.inf)]
+_Multiplier = Annotated[float, Bounds(above=0, below=math.inf, fix="To keep a part unchanged, freeze it.")]
+_Beta = Annotated[float, Bounds(least=0, below=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,78 +19,50 @@ class HyperParams(BaseParams):
     # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
     # samples per optimizer step over all ranks
-    global_batch_size: int = 512
+    global_batch_size: Count = 512
     # samples per forward pass on one rank; gradient accumulation fills the global batch
-    per_gpu_batch_size: int = 8
+    per_gpu_batch_size: Count = 8
     # seed of weights, data order and noise
     seed: int = 42
     # peak learning rate
-    lr: float = 1e-4
+    lr: _FinitePositive = 1e-4
     # learning-rate factors by prefix of weight names: {vit: 0.1}
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, _Multiplier] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
     # warm-up: steps, or a fraction of all steps if below 1
-    warmup: float = 1000.0
+    warmup: _FiniteNonNegative = 1000.0
     # final decay of warmup_constant_decay: steps, or a fraction of all steps if below 1
-    decay: float = 0.3
+    decay: _FiniteNonNegative = 0.3
     # learning rate at the end of the schedule
-    lr_cooldown_end: float = 0.0
+    lr_cooldown_end: _FiniteNonNegative = 0.0
     # lower bound of the cosine schedule
-    force_min_lr: float = 0.0
+    force_min_lr: _FiniteNonNegative = 0.0
     # optimizer
     optimizer: Literal["adamw"] = "adamw"
     # decoupled weight decay, on matrices only
-    wd: float = 0.01
+    wd: _FiniteNonNegative = 0.01
     # AdamW beta 1
-    beta1: float = 0.9
+    beta1: _Beta = 0.9
     # AdamW beta 2
-    beta2: float = 0.95
+    beta2: _Beta = 0.95
     # AdamW epsilon
     eps: float = 1e-8
     # weight of mean(logsumexp(logits)^2) in a language model's loss
-    z_loss_coefficient: float = 0.0
+    z_loss_coefficient: _FiniteNonNegative = 0.0
     # largest global gradient norm; null: not clipped
-    grad_clip_norm: float | None = None
+    grad_clip_norm: Annotated[float, Bounds(above=0, fix="null does not clip.")] | None = None
     # recompute each block's activations in the backward pass
     grad_checkpointing: bool = False
     # torch.compile each block
     torchcompile: bool = False
     # stop the run after this many consecutive steps with a non-finite loss or gradient
-    max_skipped_steps: int = 20
+    max_skipped_steps: Count = 20
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("global_batch_size", self.global_batch_size),
-            ("per_gpu_batch_size", self.per_gpu_batch_size),
-            ("max_skipped_steps", self.max_skipped_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1.")
-        for name, value in (
-            ("warmup", self.warmup),
-            ("decay", self.decay),
-            ("wd", self.wd),
-            ("lr_cooldown_end", self.lr_cooldown_end),
-            ("force_min_lr", self.force_min_lr),
-            ("z_loss_coefficient", self.z_loss_coefficient),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} ({value}) must be a number >= 0.")
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 0 and below 1.")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr ({self.lr}) must be above 0.")
+        super().__post_init__()
         if self.lr_cooldown_end > self.lr:
             raise ValueError(f"lr_cooldown_end ({self.lr_cooldown_end}) must not be above lr ({self.lr}).")
-        for part, multiplier in self.lr_multipliers.items():
-            if not 0 < multiplier < math.inf:
-                raise ValueError(
-                    f"lr_multipliers.{part} ({multiplier}) must be above 0. To keep a part unchanged, freeze it."
-                )
-        if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
-            raise ValueError(f"grad_clip_norm ({self.grad_clip_norm}) must be above 0, or null for no clipping.")
 
 
 def count_steps(value: float, total_steps: int) -> int:

@@ -160,7 +160,9 @@ def test_a_remote_checkpoint_is_not_read_for_a_type_and_that_is_said() -> None:
     parsed = read("--model.type", "test_robot", "--model.eye.resume_from_checkpoint", "s3://bucket/run")
     assert parsed.params.model.eye.type == "test_eye"
     (notice,) = parsed.notices
-    assert notice.startswith("model.eye.type is taken to be 'test_eye': the config of s3://bucket/run is not read")
+    assert notice.startswith(
+        "model.eye.type is assumed to be 'test_eye': the remote config of s3://bucket/run is not read"
+    )
 
 
 def test_without_a_checkpoint_it_is_the_only_type_with_all_given_keys() -> None:

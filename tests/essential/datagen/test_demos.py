@@ -399,13 +399,13 @@ def test_an_expert_that_never_succeeds_is_named_and_the_rest_is_kept(tmp_path: P
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"episodes": 0}, "episodes must be at least 1"),
+        ({"episodes": 0}, r"episodes \(0\) must be at least 1"),
         ({"tasks": []}, "tasks must hold at least one name"),
         ({"cameras": ["front", "front"]}, "each once, got"),
-        ({"action_noise": 1.5}, r"action_noise must lie in 0 \.\. 1"),
+        ({"action_noise": 1.5}, r"action_noise \(1.5\) must be at least 0 and at most 1"),
         ({"output_dir": "s3://bucket/demos"}, "output_dir must be a local folder"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"image_size": 8}, "image_size must be at least 16"),
+        ({"num_workers": -1}, r"num_workers \(-1\) must be at least 0"),
+        ({"image_size": 8}, r"image_size \(8\) must be at least 16"),
     ],
 )
 def test_params_that_cannot_be_are_one_line(tmp_path: Path, values: dict[str, Any], message: str) -> None:

@@ -1,45 +1,42 @@
 """Params of the commands that generate data in a simulator: `demos` and `scenes`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt
+
+ImageSize = Annotated[int, Bounds(least=16)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemosParams(BaseParams):
-    """Record demonstrations as a LeRobot set (v3.0). Processes do not change the output, and a killed run continues."""
+    """Record demonstrations as a LeRobot dataset (v3.0). Output does not depend on processes; killed runs resume."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
     tasks: list[str]
     # local folder to write to
-    output_dir: str
+    output_dir: Location
     # successful demonstrations of each task
-    episodes: int = 50
+    episodes: Count = 50
     # simulator with scripted experts
     simulator: str = "metaworld"
     # cameras to record
     cameras: list[str] = field(default_factory=lambda: ["workspace"])
-    # width and height of a picture in pixels
-    image_size: int = 64
-    # store pictures as mp4 (small, a little changed) instead of as PNG
+    # width and height of an image, pixels
+    image_size: ImageSize = 64
+    # store images as mp4 (small, lossy) instead of PNG
     video: bool = False
-    # standard deviation of the noise on executed actions, of which 1 is the largest; recorded ones are the expert's
-    action_noise: float = 0.2
-    # attempts at an episode, each from another start, until its expert succeeds
-    max_attempts: int = 10
+    # standard deviation of the noise added to executed actions (largest action: 1); the expert's actions are recorded
+    action_noise: Fraction = 0.2
+    # attempts at an episode, each from a different start, until its expert succeeds
+    max_attempts: Count = 10
     # seed of starts, noise and the choice of instructions; episode i of a task depends on this, the task and i alone
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # processes that record; 0: this one; null: one per core
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("episodes", 1), ("image_size", 16), ("max_attempts", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, or null for one per core, got {self.num_workers}.")
-        if not 0 <= self.action_noise <= 1:
-            raise ValueError(f"action_noise must lie in 0 .. 1, got {self.action_noise:g}.")
+        super().__post_init__()
         if not self.output_dir or "://" in self.output_dir:
             raise ValueError(f"output_dir must be a local folder, got '{self.output_dir}'.")
         for name in ("tasks", "cameras"):
@@ -48,7 +45,7 @@ class DemosParams(BaseParams):
                 raise ValueError(f"{name} must hold at least one name, each once, got {values}.")
 
 
-# seven things that differ in shape and colour; drawers and windows are what the quickstart's robot learns to move
+# seven objects that differ in shape and colour; the quickstart's robot learns to move drawers and windows
 _TASKS = (
     "drawer-open-v3",
     "window-open-v3",
@@ -62,20 +59,20 @@ _TASKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesParams(BaseParams):
-    """Draw scenes and describe them. The output does not depend on processes, and a killed run continues."""
+    """Draw scenes and describe them. The output does not depend on processes; a killed run resumes."""
 
     # local folder to write to: train/ and validation/ with 00000000.png, .txt (caption), .json (attributes) ...
-    output: str
+    output: Location
     # scenes to learn from
-    num_scenes: int = 6000
+    num_scenes: NonNegativeInt = 6000
     # held-out scenes
-    num_validation_scenes: int = 500
-    # width and height of a picture in pixels
-    image_size: int = 64
+    num_validation_scenes: NonNegativeInt = 500
+    # width and height of an image, pixels
+    image_size: ImageSize = 64
     # seed of layouts; scene i depends on this and i alone
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # processes that draw; null: one per core
-    num_processes: int | None = None
+    num_processes: Count | None = None
     # simulator that renders the scenes
     simulator: str = "metaworld"
     # tasks whose things are shown, in turn
@@ -84,11 +81,7 @@ class ScenesParams(BaseParams):
     camera: str = "workspace"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_scenes", 0), ("num_validation_scenes", 0), ("image_size", 16), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f"num_processes must be at least 1, or null for one per core, got {self.num_processes}.")
+        super().__post_init__()
         if not self.output:
             raise ValueError("output is empty. Name a folder to write to.")
         if not self.tasks:

@@ -2,24 +2,25 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import Bounds, Count, Location, NonNegativeInt
+from vla_foundry.params.commands.runs import InferenceParams
 
 # demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
 FIRST_DEMO_SEED = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateParams(BaseParams):
+class EvaluateParams(InferenceParams):
     """Run a policy in a simulator and count its successes. A killed run resumes when started again."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
     tasks: list[str]
     # local folder; results go to <output>/<name>/<task>/rollouts/<time>/results.json
-    output: str
+    output: Location
     # run folder (its newest checkpoint) or step folder; not with another policy
-    checkpoint: str | None = None
+    checkpoint: Location | None = None
     # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
     # name of the policy in the results; null: the run's name, or the value of `policy`
@@ -31,43 +32,38 @@ class EvaluateParams(BaseParams):
     # planned rollouts per task, written to the results before the first; null: as in `episodes`
     max_sample_size: int | None = None
     # control steps after which an episode fails; null: the simulator's limit
-    max_steps: int | None = None
+    max_steps: Count | None = None
     # executed actions per predicted chunk; null: half of them
-    open_loop_steps: int | None = None
+    open_loop_steps: Count | None = None
     # sampling steps from noise to actions; null: as in the model's params
-    num_inference_steps: int | None = None
-    # use the averaged weights; null: if the checkpoint has them
-    use_ema: bool | None = None
-    # seed of the policy's noise, beside the seed of the episode
-    seed: int = 0
+    num_inference_steps: Count | None = None
+    # seed of the policy's noise, besides the seed of the episode
+    seed: NonNegativeInt = 0
     # instructions that replace a task's own, by task: {drawer-open-v3: close the drawer}
     instructions: dict[str, str] = field(default_factory=dict)
     # images the policy sees: its own episode's or, to test whether it uses them, another episode's in its batch
     images: Literal["own", "other_episode"] = "own"
     # episodes of a task that run in parallel and share a prediction batch; the grouping affects the last bits of
     # their numbers
-    batch_size: int = 16
+    batch_size: Count = 16
     # simulator processes; they do not affect outcomes; null: one per core
-    num_workers: int | None = None
+    num_workers: Count | None = None
     # number of first episodes per task whose pictures go to the contact sheet
-    num_pictured: int = 2
+    num_pictured: NonNegativeInt = 2
     # camera of these pictures, for policies without images
     camera: str = "workspace"
     # width and height of these pictures in pixels, for policies without images
-    image_size: int = 64
-    # cpu, cuda or cuda:N; auto: a GPU if available
-    device: str = "auto"
+    image_size: Annotated[int, Bounds(least=16)] = 64
 
     def __post_init__(self) -> None:
-        self._check_policy()
+        super().__post_init__()
         self._check_names()
-        for name, least in (("batch_size", 1), ("num_pictured", 0), ("image_size", 16), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}.")
-        for name in ("max_steps", "open_loop_steps", "num_inference_steps", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1, or null.")
+        if (self.checkpoint is None) == (self.policy == "checkpoint"):
+            raise ValueError(
+                "checkpoint is missing. Give a run folder, or --policy null, random or expert."
+                if self.checkpoint is None
+                else f"policy '{self.policy}' takes no checkpoint. Leave one of them out."
+            )
         if self.images == "other_episode" and self.batch_size < 2:
             raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
         num_seeds = len(self.seeds)
@@ -76,16 +72,6 @@ class EvaluateParams(BaseParams):
                 f"max_sample_size ({self.max_sample_size}) must be at least the {num_seeds} of episodes "
                 f"'{self.episodes}': a budget is fixed before the first rollout."
             )
-
-    def _check_policy(self) -> None:
-        if (self.checkpoint is None) == (self.policy == "checkpoint"):
-            raise ValueError(
-                "checkpoint is missing. Give a run folder, or --policy null, random or expert."
-                if self.checkpoint is None
-                else f"policy '{self.policy}' takes no checkpoint. Leave one of them out."
-            )
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device '{self.device}' is unknown. Use auto, cpu, cuda or cuda:N.")
 
     def _check_names(self) -> None:
         if not self.output or "://" in self.output:
@@ -110,28 +96,18 @@ class EvaluateParams(BaseParams):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActionErrorParams(BaseParams):
+class ActionErrorParams(InferenceParams):
     """Predict the actions of a run's held-out samples and measure the error."""
 
     # run folder (its newest checkpoint) or step folder of a policy
-    checkpoint: str
+    checkpoint: Location
     # JSON file for the mean squared errors of each field at each step; null: none
-    output: str | None = None
+    output: Location | None = None
     # held-out samples; null: all
-    num_samples: int | None = None
+    num_samples: Count | None = None
     # batch size
-    batch_size: int = 64
+    batch_size: Count = 64
     # sampling steps from noise to actions; null: as in the model's params
-    num_inference_steps: int | None = None
-    # use the averaged weights; null: if the checkpoint has them
-    use_ema: bool | None = None
+    num_inference_steps: Count | None = None
     # seed of the order of samples
-    seed: int = 0
-    # cpu, cuda or cuda:N; auto: a GPU if available
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_inference_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1.")
+    seed: NonNegativeInt = 0

@@ -3,13 +3,24 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from vla_foundry.config.schema import BaseParams, ChoiceParams, Derived, register_choice
+from vla_foundry.config.schema import (
+    BaseParams,
+    Bounds,
+    ChoiceParams,
+    Count,
+    Derived,
+    Fraction,
+    Location,
+    NonNegativeInt,
+    register_choice,
+)
 from vla_foundry.params.facts import Facts
 from vla_foundry.registry import unknown_name_message
 
 _MOST_WORKERS = 8
+_Weight = Annotated[float, Bounds(above=0, below=math.inf)]
 
 T = TypeVar("T", bound=type)
 
@@ -24,7 +35,7 @@ class DatasetCacheParams(BaseParams):
     """`--data.dataset_cache.` The node's cache of remote shards."""
 
     # folder of the cache; null: the user's cache folder
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     # largest size of the cache, gigabytes
     cache_size_gb: float = 100.0
 
@@ -39,38 +50,39 @@ class DataParams(ChoiceParams):
     modalities: ClassVar[tuple[str, ...]] = ()
 
     # manifests (local, s3:// or hf://), one per dataset
-    dataset_manifest: list[str] = field(default_factory=list)
+    dataset_manifest: list[Location] = field(default_factory=list)
     # modality of each dataset
     dataset_modality: list[str] = field(default_factory=list)
     # relative weight of each dataset in every batch; any positive numbers
-    dataset_weighting: list[float] = field(default_factory=list)
+    dataset_weighting: list[_Weight] = field(default_factory=list)
     # manifests of the validation data
-    val_dataset_manifest: list[str] = field(default_factory=list)
+    val_dataset_manifest: list[Location] = field(default_factory=list)
     # modality of each validation dataset
     val_dataset_modality: list[str] = field(default_factory=list)
     # relative weight of each validation dataset
-    val_dataset_weighting: list[float] = field(default_factory=list)
+    val_dataset_weighting: list[_Weight] = field(default_factory=list)
     # repeat a dataset if the budget exceeds its size
     allow_multiple_epochs: bool = False
     # loader processes per rank; null: cores per rank on this node, at most 8; 0: load in the training process
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     # microbatches each loader process prepares ahead
-    prefetch_factor: int = 4
+    prefetch_factor: Count = 4
     # longest training sequence, tokens
-    seq_len: int = 2048
+    seq_len: Count = 2048
     # shuffle shards and samples; false: keep the manifest's order
     shuffle: bool = True
     # shuffle samples within blocks of shards that hold about this many samples
-    shuffle_buffer_size: int = 200_000
+    shuffle_buffer_size: Count = 200_000
     # seed of the sample order; null: hparams.seed
     seed: int | None = None
     # stop the run if more than this fraction of samples is broken or dropped
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     # continue even if the order of the data has changed since the checkpoint
     accept_changed_data: bool = False
     dataset_cache: DatasetCacheParams = field(default_factory=DatasetCacheParams)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for prefix in ("", "val_"):
             manifests = getattr(self, f"{prefix}dataset_manifest")
             for name in (f"{prefix}dataset_modality", f"{prefix}dataset_weighting"):
@@ -80,23 +92,7 @@ class DataParams(ChoiceParams):
                         f"{name} has {len(entries)} entries and {prefix}dataset_manifest has {len(manifests)}. "
                         f"Give one for each manifest, or leave {name} out."
                     )
-            for weight in getattr(self, f"{prefix}dataset_weighting"):
-                if not 0 < weight < math.inf:
-                    raise ValueError(
-                        f"{prefix}dataset_weighting has the entry {weight:g}; every weight must be above 0."
-                    )
             self._check_modalities(f"{prefix}dataset_modality", getattr(self, f"{prefix}dataset_modality"))
-        if self.seq_len < 1:
-            raise ValueError(f"seq_len ({self.seq_len}) must be at least 1.")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers ({self.num_workers}) must be 0 or more.")
-        if self.prefetch_factor < 1 or self.shuffle_buffer_size < 1:
-            raise ValueError(
-                f"prefetch_factor ({self.prefetch_factor}) and shuffle_buffer_size ({self.shuffle_buffer_size}) "
-                "must be at least 1."
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction ({self.max_bad_fraction}) must be between 0 and 1.")
 
     def _check_modalities(self, name: str, modalities: list[str]) -> None:
         for modality in modalities:

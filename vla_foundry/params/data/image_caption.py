@@ -29,8 +29,7 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
 
     def __post_init__(self) -> None:
-        ImageProcessorParams.__post_init__(self)
-        DataParams.__post_init__(self)
+        super().__post_init__()
         if not self.prompts:
             raise ValueError("prompts is empty. Give at least one, or leave it out.")
         for prompt in self.prompts:

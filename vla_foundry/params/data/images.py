@@ -1,12 +1,20 @@
 """Params of image processors and of image augmentation."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Derived
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived, Fraction, Location, NonNegative, Positive
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
+
+_Hue = Annotated[float, Bounds(least=-0.5, most=0.5)]
+_Share = Annotated[float, Bounds(above=0, most=1)]
+
+
+def _check_ascending(name: str, limits: tuple[float, float]) -> None:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{name} must be [low, high], got {list(limits)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,20 +24,17 @@ class ColorJitterParams(BaseParams):
     # on or off
     enabled: bool = False
     # multiply brightness by a factor within 1 - x .. 1 + x
-    brightness: float = 0.2
+    brightness: NonNegative = 0.2
     # multiply contrast by a factor within 1 - x .. 1 + x
-    contrast: float = 0.4
+    contrast: NonNegative = 0.4
     # multiply saturation by a factor within 1 - x .. 1 + x
-    saturation: float = 0.2
+    saturation: NonNegative = 0.2
     # shift hue by an amount in this range, in turns of the colour wheel; within -0.5 .. 0.5
-    hue: tuple[float, float] = (-0.05, 0.05)
+    hue: tuple[_Hue, _Hue] = (-0.05, 0.05)
 
     def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"color_jitter.{name} must be 0 or more, got {getattr(self, name)}.")
-        if not -0.5 <= self.hue[0] <= self.hue[1] <= 0.5:
-            raise ValueError(f"color_jitter.hue must be [low, high] within -0.5 .. 0.5, got {list(self.hue)}.")
+        super().__post_init__()
+        _check_ascending("hue", self.hue)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,9 @@ class CropParams(BaseParams):
     mode: Literal["random", "center"] = "random"
 
     def __post_init__(self) -> None:
-        are_shares = [0 < side <= 1 for side in self.shape]
-        are_pixels = [side > 1 and side == int(side) for side in self.shape]
-        if not all(are_shares) and not all(are_pixels):
-            raise ValueError(
-                f"crop.shape must be two whole numbers of pixels or two shares in (0, 1], got {list(self.shape)}."
-            )
+        are_pixels = all(side > 1 and side == int(side) for side in self.shape)
+        if not are_pixels and not all(0 < side <= 1 for side in self.shape):
+            raise ValueError(f"shape must be two whole numbers of pixels or two fractions, got {list(self.shape)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +61,16 @@ class RandomResizedCropParams(BaseParams):
     # on or off
     enabled: bool = False
     # area of the crop, as a fraction of the image
-    scale: tuple[float, float] = (0.8, 1.0)
+    scale: tuple[_Share, _Share] = (0.8, 1.0)
     # aspect ratio of the crop, width / height, relative to the image's own
-    ratio: tuple[float, float] = (0.9, 1.1)
+    ratio: tuple[Positive, Positive] = (0.9, 1.1)
     # height and width of the result, pixels; null: as in the image
-    size: tuple[int, int] | None = None
+    size: tuple[Count, Count] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"random_resized_crop.scale must be [low, high] within (0, 1], got {list(self.scale)}.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"random_resized_crop.ratio must be [low, high] above 0, got {list(self.ratio)}.")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"random_resized_crop.size must be [height, width] in pixels, got {list(self.size)}.")
+        super().__post_init__()
+        _check_ascending("scale", self.scale)
+        _check_ascending("ratio", self.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +80,7 @@ class HorizontalFlipParams(BaseParams):
     # on or off
     enabled: bool = False
     # fraction of samples to mirror
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"horizontal_flip.probability must be within 0 .. 1, got {self.probability}.")
+    probability: Fraction = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +118,13 @@ class ImageProcessorParams(BaseParams):
     """`--data.` How images and text become model inputs; data types with images inherit these fields."""
 
     # saved or Hugging Face processor, by folder or name; null: our own, with the tokenizer below
-    processor: str | None = None
+    processor: Location | None = None
     # options of a Hugging Face image processor, e.g. {size: {height: 224, width: 224}}
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
     # SmolVLM, Idefics3: split images into tiles, which gives up to 17 times as many image tokens
     split_images: bool = False
     # tokenizer of our own processor, by folder or name
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     # side of our own processor's images, pixels; null: as in the model
     image_size: int | None = None
     # tokens per image of our own processor; null: as in the model
@@ -141,13 +136,9 @@ class ImageProcessorParams(BaseParams):
     # our own processor: mean subtracted from red, green and blue in 0 .. 1, on the device
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     # our own processor: standard deviation that they are then divided by
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     # prompt layout: chat, plain, caption, or chat_template (the tokenizer's); null: the processor's own
     prompt_layout: str | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.image_std) <= 0:
-            raise ValueError(f"data.image_std must be above 0, got {list(self.image_std)}.")
 
     def tokenizer_name(self) -> str | None:
         """Return the processor or tokenizer named here."""

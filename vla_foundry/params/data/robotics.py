@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Derived, Unavailable
+from vla_foundry.config.schema import BaseParams, Derived, Location, NonNegativeInt, Positive, Unavailable
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.params.facts import DatasetFacts, Facts
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from vla_foundry.robotics.normalization import NormalizationRule
 
 
-def _check_limits(epsilon: float | None, range_floor: float | None, clip: float | None) -> None:
-    for name, value in (("epsilon", epsilon), ("range_floor", range_floor), ("clip", clip)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} ({value:g}) must be above 0.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class FieldNormalizationParams(BaseParams):
     """Normalization of the fields that match a name or pattern; null: the general setting."""
@@ -38,16 +32,13 @@ class FieldNormalizationParams(BaseParams):
     # one set of statistics for all time steps, or one per step
     scope: Literal["global", "per_timestep"] | None = None
     # smallest scale, in the field's unit
-    epsilon: float | None = None
+    epsilon: Positive | None = None
     # map ranges to [-1, 1] instead of [0, 1]
     centered_norm: bool | None = None
     # widen smaller ranges (or stds) to this, in the field's unit
-    range_floor: float | None = None
+    range_floor: Positive | None = None
     # clip normalized values to [-clip, clip]
-    clip: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_limits(self.epsilon, self.range_floor, self.clip)
+    clip: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +52,21 @@ class NormalizationParams(BaseParams):
     # one set of statistics for all time steps of a window, or one per step
     scope: Literal["global", "per_timestep"] = "global"
     # smallest scale, in the field's unit
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     # normalize only these fields; empty: all used fields
     include_fields: list[str] = field(default_factory=list)
     # map ranges to [-1, 1] instead of [0, 1]; std is always centered
     centered_norm: bool = False
     # widen smaller ranges (or stds) to this, in the field's unit; null: never
-    range_floor: float | None = None
+    range_floor: Positive | None = None
     # clip normalized values to [-clip, clip]; null: no clipping
-    clip: float | None = None
+    clip: Positive | None = None
     # overrides by exact field name or glob pattern ("*__rot_6d")
     field_configs: dict[str, FieldNormalizationParams] = field(default_factory=dict)
     # steps before the anchor included in the statistics; null: as in the data
-    lowdim_past_timesteps: int | None = None
+    lowdim_past_timesteps: NonNegativeInt | None = None
     # steps after the anchor included in the statistics; null: as in the data
-    lowdim_future_timesteps: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_limits(self.epsilon, self.range_floor, self.clip)
-        for name in ("lowdim_past_timesteps", "lowdim_future_timesteps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} ({value}) must be at least 0.")
+    lowdim_future_timesteps: NonNegativeInt | None = None
 
     def rules(self, fields: Iterable[str], known_fields: Iterable[str]) -> dict[str, "NormalizationRule"]:
         """Return the rule of each field.
@@ -156,9 +140,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # fields that form poses: {name, position_key, rotation_key, ...}; null: as in the data
     pose_groups: list[dict[str, str]] | None = None
     # steps before the anchor; null: as in the data
-    lowdim_past_timesteps: int | None = None
+    lowdim_past_timesteps: NonNegativeInt | None = None
     # steps after the anchor; null: as in the data
-    lowdim_future_timesteps: int | None = None
+    lowdim_future_timesteps: NonNegativeInt | None = None
     # use instructions and a text processor; null: if the model takes text
     use_language: bool | None = None
     # kinds of instructions to draw from, one per sample; empty: none, the prompt has no words
@@ -174,11 +158,11 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # how actions and proprioception are normalized
     normalization: NormalizationParams = field(default_factory=NormalizationParams)
     # statistics of each dataset; empty: stats.json beside each manifest
-    dataset_statistics: list[str] = field(default_factory=list)
+    dataset_statistics: list[Location] = field(default_factory=list)
     # weight every window equally (count), or each dataset by its dataset_weighting (mixture)
     statistics_weighting: Literal["count", "mixture"] = "count"
     # not used: validation uses the training normalization, because the model was trained on it
-    val_dataset_statistics: list[str] = field(default_factory=list)
+    val_dataset_statistics: list[Location] = field(default_factory=list)
     # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
     # continue even if datasets, or the run that the model starts from, contradict each other about used fields
@@ -189,8 +173,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     proprioception_dim: int | None = None
 
     def __post_init__(self) -> None:
-        ImageProcessorParams.__post_init__(self)
-        DataParams.__post_init__(self)
+        super().__post_init__()
         for prompt in self.prompts:
             unknown = set(template_fields(prompt)) - {"instruction"}
             if unknown:
@@ -207,10 +190,6 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
                 raise ValueError(f"{name} lists '{twice}' twice. Remove one.")
         if self.mask_padded_images and not self.pad_missing_images:
             raise ValueError("mask_padded_images is true, but pad_missing_images is false. Set both, or none.")
-        for name in ("lowdim_past_timesteps", "lowdim_future_timesteps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} ({value}) must be 0 or more.")
         count = len(self.dataset_manifest)
         if self.dataset_statistics and len(self.dataset_statistics) != count:
             raise ValueError(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.config.schema import Derived
+from vla_foundry.config.schema import Derived, Location
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.facts import Facts
 
@@ -18,7 +18,7 @@ class TextDataParams(DataParams):
     # keep attention within documents, and do not predict a document's first token from the previous document
     mask_documents: bool = True
     # tokenizer of the text (name or folder); saved with the run and checked against the model
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer named here."""

@@ -1,9 +1,9 @@
 """Params of action heads, which predict actions from the backbone's conditioning, and of their noise processes."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import LEGACY, ChoiceParams, Derived
+from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Count, Derived, NonNegative, Positive
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
@@ -17,11 +17,11 @@ class NoiseParams(ChoiceParams):
     choice_path = "model.action_head.noise.type"
 
     # default number of sampling steps
-    num_inference_steps: int = 10
+    num_inference_steps: Count = 10
 
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps ({self.num_inference_steps}) must be at least 1.")
+
+_Exponent = Annotated[float, Bounds(least=0.5)]
+_Variance = Annotated[float, Bounds(above=0, below=1)]
 
 
 @register_model_params("flow")
@@ -32,23 +32,15 @@ class FlowParams(NoiseParams):
     # distribution of training times; beta and logit_normal have their own fields below
     time_distribution: Literal["uniform", "beta", "logit_normal"] = "uniform"
     # beta: density ~ t^(a-1) (1-t)^(b-1); a above b prefers noise
-    beta_a: float = 1.5
+    beta_a: _Exponent = 1.5
     # beta: exponent b
-    beta_b: float = 1.0
+    beta_b: _Exponent = 1.0
     # logit_normal: mean of log(t / (1-t)); above 0 prefers noise
     logit_mean: float = 0.0
     # logit_normal: its standard deviation
-    logit_std: float = 1.0
+    logit_std: Positive = 1.0
     # integrator of the velocity from noise to actions; heun runs the head twice per step
     solver: Literal["euler", "heun"] = "euler"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("beta_a", "beta_b"):
-            if getattr(self, name) < 0.5:
-                raise ValueError(f"{name} ({getattr(self, name):g}) must be at least 0.5.")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std ({self.logit_std:g}) must be above 0.")
 
 
 @register_model_params("ddpm")
@@ -59,23 +51,19 @@ class DDPMParams(NoiseParams):
     # clamp the actions predicted at each sampling step, because early predictions are far off; null: no clamping
     clamp_range: tuple[float, float] | None = (-5.0, 5.0)
     # number of diffusion steps in training
-    num_timesteps: int = 100
+    num_timesteps: Count = 100
     # variance schedule: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end
     beta_schedule: Literal["cosine", "linear"] = "cosine"
     # linear: variance of the first step
-    beta_start: float = 1e-4
+    beta_start: _Variance = 1e-4
     # linear: variance of the last step
-    beta_end: float = 0.02
+    beta_end: _Variance = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("clamp_range", self.clamp_range)
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps ({self.num_timesteps}) must be at least 1.")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"beta_start ({self.beta_start:g}) and beta_end ({self.beta_end:g}) must be in 0 .. 1, in this order."
-            )
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start ({self.beta_start}) must not be above beta_end ({self.beta_end}).")
 
 
 def check_range(name: str, limits: tuple[float, float] | None) -> None:
@@ -121,15 +109,9 @@ class DenoisingHeadParams(TransformerHeadParams):
     # each block); with adaLN-Zero or cross-attention, conditioning is encoded once for all sampling steps
     time_conditioning: Literal["concat", "add", "adaln_zero"] = "adaln_zero"
     # draws of noise and time per sample in each backbone pass
-    num_action_head_repeats: int = 1
+    num_action_head_repeats: Count = 1
     # training only: standard deviation of noise added to noised actions and encoded proprioception
-    input_noise_std: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.num_action_head_repeats < 1:
-            raise ValueError(f"num_action_head_repeats ({self.num_action_head_repeats}) must be at least 1.")
-        if self.input_noise_std < 0:
-            raise ValueError(f"input_noise_std ({self.input_noise_std:g}) must be at least 0.")
+    input_noise_std: NonNegative = 0.0
 
 
 @register_model_params("flow_transformer")

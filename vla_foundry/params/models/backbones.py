@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vla_foundry.config.schema import LEGACY, ChoiceParams, Derived, Unavailable
+from vla_foundry.config.schema import LEGACY, ChoiceParams, Count, Derived, Location, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import ImageInputs, TokenLimits, register_model_params
 from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
@@ -20,7 +20,7 @@ class BackboneParams(ChoiceParams):
     checkpoint_key = "resume_from_checkpoint"
 
     # run or checkpoint of the wrapped model to load weights from; null: its own initial weights
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Location | None = None
     # freeze all of its weights
     freeze: bool = False
 
@@ -44,11 +44,7 @@ class LanguageBackboneParams(BackboneParams):
     # what the head sees: an observation token after the text, or every token (prefix)
     conditioning: Literal["observation_token", "prefix"] = "observation_token"
     # number of last layers whose hidden states are concatenated
-    num_vlm_layers_to_use: int = 4
-
-    def __post_init__(self) -> None:
-        if self.num_vlm_layers_to_use < 1:
-            raise ValueError(f"num_vlm_layers_to_use ({self.num_vlm_layers_to_use}) must be at least 1.")
+    num_vlm_layers_to_use: Count = 4
 
 
 @register_model_params("vlm_foundry_backbone")
@@ -107,7 +103,7 @@ class VLMBackboneParams(LanguageBackboneParams):
     """Any Hugging Face image-text model."""
 
     # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: str
+    hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
 
@@ -130,7 +126,7 @@ class CLIPBackboneParams(BackboneParams):
     """A Hugging Face CLIP model: one token for the instruction, and one for each image."""
 
     # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: str
+    hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
     # leave the instruction out

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vla_foundry.config.schema import Count
 from vla_foundry.params.models.action_heads import DDPMParams, DenoisingHeadParams, FlowParams, check_range
 from vla_foundry.params.models.roles import register_model_params
 
@@ -17,15 +18,13 @@ class LegacyFlowParams(FlowParams):
     # clamp noised actions to this range, in training and after each sampling step; null: no clamping
     clamp_range: tuple[float, float] | None = None
     # train only at this many times, t = 0, 1/n, ..., (n-1)/n; null: all times between 0 and 1
-    num_timesteps: int | None = None
+    num_timesteps: Count | None = None
     # subtract this from the time that the head receives during sampling
     sampling_time_shift: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("clamp_range", self.clamp_range)
-        if self.num_timesteps is not None and self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps ({self.num_timesteps}) must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

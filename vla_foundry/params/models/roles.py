@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vla_foundry.config.schema import ChoiceParams, register_choice
+from vla_foundry.config.schema import ChoiceParams, Location, register_choice
 
 T = TypeVar("T", bound=type)
 
@@ -49,7 +49,7 @@ class ModelParams(ChoiceParams):
     checkpoint_key = "resume_from_checkpoint"
 
     # checkpoint to start from: a run or step folder, .safetensors or .pt; local, s3:// or hf://
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Location | None = None
     # load only the weights; false: resume that run's optimizer, data order and step count too
     resume_weights_only: bool = False
     # freeze the weights

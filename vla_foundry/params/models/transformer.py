@@ -1,9 +1,9 @@
 """Params of the native transformer and of Hugging Face causal language models."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import LEGACY
+from vla_foundry.config.schema import LEGACY, Bounds, Count, Location
 from vla_foundry.params.models.roles import LanguageModelParams, TokenLimits, register_model_params
 
 
@@ -32,17 +32,17 @@ class TransformerParams(LanguageModelParams):
     # legacy checkpoints trained in bf16: round the rotary frequencies to bf16 as their training did
     rope_bf16_frequencies: bool = field(default=False, metadata=LEGACY)
     # model width
-    hidden_dim: int = 96
+    hidden_dim: Count = 96
     # number of blocks
-    n_layers: int = 8
+    n_layers: Count = 8
     # query heads
-    n_heads: int = 4
+    n_heads: Count = 4
     # key and value heads (grouped-query attention); null: as many as query heads
-    n_kv_heads: int | None = None
+    n_kv_heads: Count | None = None
     # width of a head; null: hidden_dim / n_heads
     head_dim: int | None = None
     # rows of the token embedding; 0: no embedding and no output head
-    vocab_size: int = 50432
+    vocab_size: Annotated[int, Bounds(least=0, fix="0 is a model without tokens.")] = 50432
     # normalise the token embeddings
     post_embed_norm: bool = False
     # epsilon of every norm
@@ -52,16 +52,12 @@ class TransformerParams(LanguageModelParams):
     # return logits in fp32
     cast_output_to_float32: bool = False
     # longest sequence, tokens
-    max_seq_len: int = 2048
+    max_seq_len: Count = 2048
     # each token sees only itself and earlier ones
     is_causal: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "n_layers", "n_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        if self.vocab_size < 0:
-            raise ValueError(f"vocab_size ({self.vocab_size}) must not be negative; 0 is a model without tokens.")
+        super().__post_init__()
         if self.head_dim is None and self.hidden_dim % self.n_heads:
             raise ValueError(
                 f"hidden_dim ({self.hidden_dim}) must be a multiple of n_heads ({self.n_heads}). "
@@ -70,7 +66,7 @@ class TransformerParams(LanguageModelParams):
         head_dim = self.head_dim or self.hidden_dim // self.n_heads
         if self.positional_embedding_type != "none" and (head_dim < 2 or head_dim % 2):
             raise ValueError(f"head_dim ({head_dim}) must be even: rotary positions turn pairs of numbers.")
-        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads}): "
                 f"each key head serves the same number of query heads."
@@ -87,6 +83,6 @@ class TransformerHFParams(LanguageModelParams):
     """Any Hugging Face causal language model (AutoModelForCausalLM)."""
 
     # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: str
+    hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True

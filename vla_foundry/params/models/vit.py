@@ -1,8 +1,9 @@
 """Params of image encoders: the native vision transformer, and encoders from Hugging Face and timm."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from vla_foundry.config.schema import Bounds, Count, Location
 from vla_foundry.params.models.roles import ImageInputs, ModelParams, register_model_params
 
 
@@ -14,13 +15,7 @@ class ImageEncoderParams(ModelParams):
     native_type = "vit"
 
     # side of the square of image tokens merged into one language-model token (pixel unshuffle)
-    projector_pixel_shuffle_factor: int = 1
-
-    def __post_init__(self) -> None:
-        if self.projector_pixel_shuffle_factor < 1:
-            raise ValueError(
-                f"projector_pixel_shuffle_factor ({self.projector_pixel_shuffle_factor}) must be at least 1."
-            )
+    projector_pixel_shuffle_factor: Count = 1
 
     def tokens_after_projector(self, image_size: int | None, patch_size: int | None) -> ImageInputs:
         """Return the images it takes and the number of language-model tokens per image, if known.
@@ -45,19 +40,19 @@ class ViTParams(ImageEncoderParams):
     """The native vision transformer."""
 
     # model width
-    hidden_dim: int = 768
+    hidden_dim: Count = 768
     # inner width of the feed-forward
-    inter_dim: int = 3072
+    inter_dim: Count = 3072
     # side of a patch, pixels
-    patch_size: int = 16
+    patch_size: Count = 16
     # side of an image, pixels; images of other sizes have their position embeddings interpolated
-    img_size: int = 384
+    img_size: Count = 384
     # attention heads
-    n_heads: int = 12
+    n_heads: Count = 12
     # number of blocks
-    n_layers: int = 12
+    n_layers: Count = 12
     # dropout probability after the embedding and in each branch of a block, in training
-    dropout: float = 0.0
+    dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     # epsilon of every norm
     ln_eps: float = 1e-6
     # put a class token in front of the patches; a language model does not see it
@@ -69,13 +64,8 @@ class ViTParams(ImageEncoderParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hidden_dim", "inter_dim", "patch_size", "img_size", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
         if self.hidden_dim % self.n_heads:
             raise ValueError(f"hidden_dim ({self.hidden_dim}) must be a multiple of n_heads ({self.n_heads}).")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout ({self.dropout}) must be in [0, 1).")
         if self.img_size < self.patch_size:
             raise ValueError(f"img_size ({self.img_size}) must be at least patch_size ({self.patch_size}).")
         if self.stem == "conv" and self.patch_size % 2:
@@ -93,13 +83,13 @@ class ViTHFParams(ImageEncoderParams):
     """Any Hugging Face or timm image encoder."""
 
     # Hugging Face model name, hf://owner/name or folder; or timm:NAME
-    hf_pretrained: str
+    hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
     # side of its images, pixels; null: as published, and data.image_size must be given
-    img_size: int | None = None
+    img_size: Count | None = None
     # side of its patches, pixels; null: as published, and data.img_num_tokens must be given
-    patch_size: int | None = None
+    patch_size: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vla_foundry.config.schema import Derived, Unavailable
+from vla_foundry.config.schema import Derived, Location, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import (
     ImageInputs,
@@ -85,7 +85,7 @@ class VLMHFParams(ModelParams):
     """Any Hugging Face image-text model (AutoModelForImageTextToText)."""
 
     # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: str
+    hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
     # number of tokens; the token tables grow to it; null: as published
