@@ -1,6 +1,6 @@
-"""Params of `preprocess robotics` and its converters, of field maps, and of `stats`."""
+"""Params of `preprocess robotics` with its converters and field maps, and of `stats`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -11,28 +11,40 @@ T = TypeVar("T", bound=type)
 
 
 def register_converter_params(name: str) -> Callable[[T], T]:
-    """Register a dataclass as the params of the converter of robot recordings `name`."""
+    """Register a dataclass as the params of the converter `name`."""
     return register_choice(name)
+
+
+def _check_range(params: BaseParams, least: Mapping[str, float], positive: Sequence[str] = ()) -> None:
+    """Check fields that have a least value, and fields that must be above 0; None is allowed."""
+    for name, limit in least.items():
+        value = getattr(params, name)
+        if value is not None and value < limit:
+            raise ValueError(f"{name} ({value}) must be at least {limit}.")
+    for name in positive:
+        value = getattr(params, name)
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} ({value:g}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoboticsPreprocessParams(ChoiceParams):
-    """Turn recordings of robots into shards; `--type` says what kind of recordings they are."""
+    """Turn robot recordings into shards; `--type` names the kind of recording."""
 
     _choice_registry: ClassVar[dict[str, Any]] = {}
     choice_path: ClassVar[str] = "type"
 
-    # recordings: folders or files, local or s3://, as the converter expects
+    # recordings: folders or files, local or s3://, as the converter expects them
     source_episodes: list[str]
     # folder to write to, local or s3://
     output_dir: str
     # episodes: store each frame once and build windows when loading; samples: store each sample whole
     layout: Literal["episodes", "samples"] = "episodes"
-    # steps before the anchor, for statistics and for the windows that layout samples stores
+    # steps before the anchor, in statistics and in the windows that layout samples stores
     past_lowdim_steps: int = 1
     # steps after the anchor
     future_lowdim_steps: int = 14
-    # cameras to take, in this order; null: all
+    # cameras to store, in this order; null: all
     camera_names: list[str] | None = None
     # skip episodes that lack a camera; false: they fail
     skip_episodes_missing_cameras: bool = False
@@ -48,15 +60,15 @@ class RoboticsPreprocessParams(ChoiceParams):
     padding_strategy: Literal["copy", "zero", "reflect"] = "copy"
     # skip windows in which nothing moves
     filter_still_samples: bool = False
-    # a field moves if its standard deviation over the window is above this, in the field's own unit; holds for the
+    # a field moves if its standard deviation over the window is above this, in the field's own unit; applies to the
     # fields named *action*, *joint*, *poses*, *xyz* or *actual*
     still_threshold: float = 0.01
-    # thresholds by field or pattern, as numbers or with a unit: {"*__xyz": "5 mm", "*__rot_6d": "1 deg"}; given, they
-    # stand for still_threshold
+    # thresholds by field or pattern, as numbers or with a unit: {"*__xyz": "5 mm", "*__rot_6d": "1 deg"}; they replace
+    # still_threshold
     still_thresholds: dict[str, str] = field(default_factory=dict)
     # resample every episode to this rate, frames per second; null: as recorded
     target_fps: float | None = None
-    # how far a frame may be from its time without target_fps, in frames
+    # without target_fps: how far a frame may be from its time, in frames
     timestamp_tolerance: float = 0.5
     # most samples in a shard of layout samples
     samples_per_shard: int = 128
@@ -64,7 +76,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     frames_per_shard: int = 2048
     # process only this many first episodes; -1: all
     max_episodes_to_process: int = -1
-    # on NaN or infinite values: true: the episode fails; false: skip and report it
+    # NaN and infinite values: true: the episode fails; false: skip and report it
     fail_on_nan: bool = True
     # fraction of episodes that may fail; above it the job stops and publishes nothing
     max_failed_fraction: float = 0.0
@@ -80,7 +92,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     resize_images_size: list[int] | None = None
     # centre crop, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
-    # quarter turns clockwise by camera, made before resizing: {wrist: 1}; null: none
+    # quarter turns clockwise by camera, before resizing: {wrist: 1}; null: none
     camera_rotations: dict[str, int] | None = None
     # 1 .. 100
     jpeg_quality: int = 95
@@ -96,19 +108,14 @@ class RoboticsPreprocessParams(ChoiceParams):
     def __post_init__(self) -> None:
         if not self.source_episodes or not self.output_dir:
             raise ValueError("source_episodes and output_dir must not be empty.")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} ({value}) must be at least {least}.")
+        _check_range(self, _LEAST, ["target_fps"])
         for name in ("max_failed_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name):g}) must be between 0 and 1.")
-        if self.target_fps is not None and not self.target_fps > 0:
-            raise ValueError(f"target_fps ({self.target_fps:g}) must be above 0.")
         if not self.image_indices or len(set(self.image_indices)) < len(self.image_indices):
-            raise ValueError(f"image_indices {self.image_indices} must be at least one frame, none of them twice.")
+            raise ValueError(f"image_indices {self.image_indices} must list at least one frame, and none twice.")
         if self.image_indices != sorted(self.image_indices):
-            raise ValueError(f"image_indices {self.image_indices} must be in order. Use {sorted(self.image_indices)}.")
+            raise ValueError(f"image_indices {self.image_indices} must ascend. Use {sorted(self.image_indices)}.")
         if self.camera_names is not None and len({name.lower() for name in self.camera_names}) < len(self.camera_names):
             raise ValueError(f"camera_names {self.camera_names} must differ, in lower case too.")
         size = self.resize_images_size
@@ -137,15 +144,15 @@ class GripperParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldParams(BaseParams):
-    """One field: which columns of the recording it is, and what they mean."""
+    """One field: its columns in the recording, and what they mean."""
 
     # column of a LeRobot dataset, or path within an episode of an HDF5 file; null: the field's own name
     source: str | None = None
     # [first, end) of the source's columns; null: all
     columns: tuple[int, int] | None = None
-    # null: action if the name is `action...` or `robot__action__...`, else observation
+    # null: action for names like `action...` and `robot__action__...`, else observation
     role: Role | None = None
-    # of every column: m, rad, N, ...
+    # unit of every column: m, rad, N, ...
     unit: str | None = None
     # frame that poses are given in: world, base, ...
     frame: str | None = None
@@ -162,16 +169,16 @@ class FieldParams(BaseParams):
         if self.columns is not None and not 0 <= self.columns[0] < self.columns[1]:
             raise ValueError(f"columns {list(self.columns)} must be [first, end) with 0 <= first < end.")
         if self.representation == "relative":
-            raise ValueError("representation must be absolute or delta: relative fields are made of pose_groups.")
+            raise ValueError("representation must be absolute or delta: relative fields are made from pose_groups.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraParams(BaseParams):
-    """One camera of an HDF5 file: an array of images, or of the bytes of JPEG or PNG files."""
+    """One camera of an HDF5 file: an array of images, or of encoded JPEG or PNG files."""
 
     # path within an episode; null: the camera's own name
     source: str | None = None
-    # the file stores BGR: red and blue are swapped
+    # the images are BGR instead of RGB
     is_bgr: bool = False
     # the first row of the array is the bottom of the image, as in OpenGL
     is_bottom_up: bool = False
@@ -179,26 +186,25 @@ class CameraParams(BaseParams):
     depth_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.depth_scale is not None and not self.depth_scale > 0:
-            raise ValueError(f"depth_scale ({self.depth_scale:g}) must be above 0.")
+        _check_range(self, {}, ["depth_scale"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldMapParams(BaseParams):
     """A field map (`--field_map FILE`): maps a recording's columns to fields."""
 
-    # field -> which columns it is and what they mean
+    # field -> its columns, and what they mean
     fields: dict[str, FieldParams]
-    # fields that make poses: name, position_key, rotation_key and, unless the field names tell, reference_position_key
-    # and reference_rotation_key: what relative actions are relative to
+    # fields that form poses: name, position_key, rotation_key and, unless the field names say it,
+    # reference_position_key and reference_rotation_key: the pose that relative actions refer to
     pose_groups: list[dict[str, str]] = field(default_factory=list)
-    # HDF5: camera -> its array; "*" stands for all arrays of a group: {"*": {source: images/*}}
+    # HDF5: camera -> its array; "*" means all arrays of a group: {"*": {source: images/*}}
     cameras: dict[str, CameraParams] = field(default_factory=dict)
-    # HDF5: pattern of the groups that are an episode each; "/": the file is one
+    # HDF5: pattern of the groups that each hold an episode; "/": the file holds one
     episodes: str = "/"
     # HDF5: frames per second, or where to find it: group@attribute, or group@attribute:key.of.its.JSON
     fps: float | str | None = None
-    # HDF5: where to find the instruction, in the same notation; null: absent
+    # HDF5: where to find the instruction, in the same notation; null: none
     instruction: str | None = None
 
     def __post_init__(self) -> None:
@@ -206,27 +212,26 @@ class FieldMapParams(BaseParams):
             raise ValueError("fields is empty. Name at least one field.")
         any_camera = self.cameras.get("*")
         if any_camera is not None and not (any_camera.source or "").endswith("/*"):
-            raise ValueError(f"cameras: the source of '*' ({any_camera.source}) must be a group and /*.")
-        if isinstance(self.fps, float) and not self.fps > 0:
-            raise ValueError(f"fps ({self.fps:g}) must be above 0.")
+            raise ValueError(f"cameras: the source of '*' ({any_camera.source}) must be a group followed by /*.")
+        _check_range(self, {}, ["fps"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionFieldsParams(BaseParams):
-    """How a recording's one array of actions is cut into fields (`--action_fields_config_path FILE`)."""
+    """How to cut a recording's array of actions into fields (`--action_fields_config_path FILE`)."""
 
     # fields, in the order of their columns
     action_key_fields: list[str]
-    # the column that each field ends before
+    # end column of each field, exclusive
     action_index_fields: list[int]
-    # fields that make poses; those of a recording that lacks them are left out
+    # fields that form poses; ignored where a recording lacks the fields
     pose_groups: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names, ends = self.action_key_fields, self.action_index_fields
         if len(names) != len(ends) or len(set(names)) < len(names):
             raise ValueError(
-                f"action_key_fields ({len(names)}) must be different fields, one for each of action_index_fields "
+                f"action_key_fields ({len(names)}) must name different fields, one for each of action_index_fields "
                 f"({len(ends)})."
             )
         if any(end <= start for start, end in zip([0, *ends], ends, strict=False)):
@@ -236,11 +241,11 @@ class ActionFieldsParams(BaseParams):
 @register_converter_params("lerobot")
 @dataclass(frozen=True, kw_only=True)
 class LeRobotParams(RoboticsPreprocessParams):
-    """LeRobot datasets of version 2.0, 2.1 or 3.0: folders that hold meta/info.json, local, s3:// or hf://datasets/."""
+    """LeRobot datasets, versions 2.0, 2.1 and 3.0: folders with meta/info.json, local, s3:// or hf://datasets/."""
 
-    # features to take as observations; null: all numbers but actions and bookkeeping (none with a field map)
+    # features to use as observations; null: all numbers but actions and bookkeeping (none with a field map)
     observation_keys: list[str] | None = None
-    # features to take as actions; null: all that are named `action...` (none with a field map)
+    # features to use as actions; null: all named `action...` (none with a field map)
     action_keys: list[str] | None = None
     # YAML file that splits features into named fields with units, rotations and poses; a path or field_maps/NAME.yaml
     field_map: str | None = None
@@ -249,32 +254,31 @@ class LeRobotParams(RoboticsPreprocessParams):
 @register_converter_params("spartan")
 @dataclass(frozen=True, kw_only=True)
 class SpartanParams(RoboticsPreprocessParams):
-    """Raw recordings of LBM: folders with `episode_<n>/processed/` at any depth."""
+    """Raw LBM recordings: folders with `episode_<n>/processed/` at any depth."""
 
     # frames per second; the recordings do not store it
     fps: float = 10.0
-    # YAML file that cuts actions.npz into fields, and groups fields to poses
+    # YAML file that cuts actions.npz into fields and groups fields into poses
     action_fields_config_path: str = "config_presets/action_fields/lbm.yaml"
-    # YAML file with `language_dict: {task: {original: [...], randomized: [...]}}`; null: what the recording holds
+    # YAML file with `language_dict: {task: {original: [...], randomized: [...]}}`; null: as recorded
     language_annotations_path: str | None = None
-    # JSON file {task: [episode, ...]} of episodes to leave out, because they validate
+    # JSON file {task: [episode, ...]} of validation episodes, which are left out
     validation_episodes_path: str | None = None
     # fields to leave out
     data_discard_keys: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.fps > 0:
-            raise ValueError(f"fps ({self.fps:g}) must be above 0.")
+        _check_range(self, {}, ["fps"])
 
 
 @register_converter_params("hdf5")
 @dataclass(frozen=True, kw_only=True)
 class HDF5Params(RoboticsPreprocessParams):
-    """HDF5 files (.hdf5, .h5): folders, patterns or files; the field map says how they are laid out."""
+    """HDF5 files (.hdf5, .h5): folders, patterns or files; the field map describes their layout."""
 
-    # YAML file that says where episodes, fields and cameras are: a path, or field_maps/robomimic.yaml, libero.yaml,
-    # aloha.yaml
+    # YAML file that says where episodes, fields and cameras are: a path, or field_maps/robomimic.yaml,
+    # field_maps/libero.yaml, field_maps/aloha.yaml
     field_map: str
     # frames per second; null: as in the field map
     fps: float | None = None
@@ -283,23 +287,22 @@ class HDF5Params(RoboticsPreprocessParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps ({self.fps:g}) must be above 0.")
+        _check_range(self, {}, ["fps"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatsParams(BaseParams):
     """Compute the statistics of a robotics dataset from its shards, or merge those of several datasets."""
 
-    # dataset; the statistics are written to its stats.json, local or s3://
+    # dataset, local or s3://; the statistics are written to its stats.json
     folder: str
-    # datasets, or stats.json files, whose statistics are merged: nothing is read from the shards of `folder`
+    # datasets, or stats.json files, whose statistics to merge; the shards of `folder` are not read
     merge: list[str] = field(default_factory=list)
     # steps before the anchor; null: as the dataset was preprocessed
     past_lowdim_steps: int | None = None
     # steps after the anchor; null: as the dataset was preprocessed
     future_lowdim_steps: int | None = None
-    # file to write instead, for --data.dataset_statistics
+    # another file to write, for --data.dataset_statistics
     output: str | None = None
     # merge even if datasets contradict each other about a field or have different rates
     accept_contradictions: bool = False
@@ -311,11 +314,8 @@ class StatsParams(BaseParams):
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("past_lowdim_steps", "future_lowdim_steps", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} ({value}) must be at least 0.")
+        _check_range(self, dict.fromkeys(("past_lowdim_steps", "future_lowdim_steps", "num_workers"), 0))
         if not self.folder or self.output == "":
             raise ValueError("folder and output must not be empty.")
         if self.merge and (self.past_lowdim_steps is not None or self.future_lowdim_steps is not None):
-            raise ValueError("merge takes statistics as they are. Leave past_lowdim_steps and future_lowdim_steps out.")
+            raise ValueError("merge uses statistics as they are. Leave out past_lowdim_steps and future_lowdim_steps.")

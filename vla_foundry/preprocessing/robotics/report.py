@@ -1,4 +1,4 @@
-"""The report of a robotics job: counts by reason, failures by name, and the metadata files beside the shards."""
+"""Report on a robotics job: counts by reason, failures by name, and the metadata files beside the shards."""
 
 import os
 import shlex
@@ -19,16 +19,16 @@ from vla_foundry.storage.uri import is_remote, name_of
 CONFIG_NAME = "preprocessing_config.yaml"
 METADATA_NAME = "processing_metadata.json"
 STATISTICS_NAME = "stats.json"
-# names of episodes that are given for each reason in a printed line
+# episodes named for each reason in a printed line
 _MAX_EXAMPLES = 3
 
 
 class Report:
-    """What became of the episodes of a job; as JSON, report.json.
+    """What became of the episodes of a job.
 
     Args:
-        episodes: what tasks say of each (episode_shards.write_block), in the order of the dataset.
-        source_episodes: params; paths are shown from there.
+        episodes: results of the tasks (episode_shards.write_episode_shard), in the order of the dataset.
+        source_episodes: as in the params; paths are shown relative to them.
     """
 
     def __init__(self, episodes: Sequence[Mapping[str, Any]], source_episodes: Sequence[str]) -> None:
@@ -40,19 +40,19 @@ class Report:
 
     @property
     def num_samples(self) -> int:
-        """Samples that were written."""
+        """Number of written samples."""
         return sum(episode["samples"] for episode in self.written)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Candidates for samples that are none, by reason."""
+        """Anchors left out of written episodes, by reason."""
         counts = Counter[str]()
         for episode in self.written:
             counts.update(episode["dropped"])
         return dict(sorted(counts.items()))
 
     def counts(self) -> dict[str, Any]:
-        """Counts that depend on the source and the params alone."""
+        """Return the counts that depend on the source and the params alone."""
         return {
             "episodes": self.num_episodes,
             "written": len(self.written),
@@ -64,7 +64,7 @@ class Report:
         }
 
     def to_json(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """report.json; `seconds` that each stage took, all workers together."""
+        """Return report.json; `seconds` holds the time of each stage, summed over all workers."""
         return {
             **self.counts(),
             "failed_episodes": [self._name(episode) for episode in self.failed],
@@ -73,11 +73,11 @@ class Report:
         }
 
     def _name(self, episode: Mapping[str, Any]) -> dict[str, Any]:
-        source = show_path(episode["source"], self._sources)
+        source = _show_path(episode["source"], self._sources)
         return {"episode": episode["episode"], "source": source, "reason": episode["reason"]}
 
     def describe(self) -> list[str]:
-        """Lines for the user."""
+        """Return lines to print."""
         lines = [f"failed: {episode['episode']} ({episode['source']}): {episode['reason']}" for episode in self.failed]
         reasons = Counter(episode["reason"] for episode in self.left_out)
         for reason, count in sorted(reasons.items()):
@@ -87,7 +87,7 @@ class Report:
         return lines
 
     def check(self, max_failed_fraction: float, report_uri: str) -> None:
-        """Stop if more episodes failed than may.
+        """Stop if too many episodes failed.
 
         Raises:
             ValueError: they did, or no sample was written.
@@ -96,16 +96,16 @@ class Report:
             first = self.failed[0]
             raise ValueError(
                 f"{len(self.failed):,} of {self.num_episodes:,} episodes failed, the first {first['episode']} "
-                f"({first['source']}): {first['reason']} Nothing is published; all are named in {report_uri}. Mend or "
-                f"remove them, or allow --max_failed_fraction {len(self.failed) / self.num_episodes:.2g}."
+                f"({first['source']}): {first['reason']} Nothing is published; {report_uri} names them all. Repair or "
+                f"remove them, or give --max_failed_fraction {len(self.failed) / self.num_episodes:.2g}."
             )
         if not self.written:
             reasons = ", ".join(sorted({episode["reason"] for episode in self.left_out})) or "there are no episodes"
-            raise ValueError(f"source_episodes gave no sample: {reasons}. All are named in {report_uri}.")
+            raise ValueError(f"source_episodes gave no sample: {reasons}. {report_uri} names the episodes.")
 
 
 def create_spec(recipe: Recipe, report: Report) -> DatasetSpec:
-    """Say what the dataset holds.
+    """Describe the dataset.
 
     Raises:
         ValueError: episodes differ in their rate, or in the size or kind of a camera's images.
@@ -116,7 +116,7 @@ def create_spec(recipe: Recipe, report: Report) -> DatasetSpec:
         if episode["fps"] != first["fps"]:
             raise ValueError(
                 f"episode {episode['episode']} has {episode['fps']:g} frames a second, {first['episode']} "
-                f"{first['fps']:g}. Bring all to one rate: --target_fps {min(episode['fps'], first['fps']):g}."
+                f"{first['fps']:g}. Bring them to one rate: --target_fps {min(episode['fps'], first['fps']):g}."
             )
     for name in recipe.cameras:
         sizes = {tuple(episode["cameras"][name]["size"]): episode["episode"] for episode in report.written}
@@ -124,7 +124,7 @@ def create_spec(recipe: Recipe, report: Report) -> DatasetSpec:
             (width, height), other = list(sizes)[:2]
             raise ValueError(
                 f"camera '{name}' has {width} x {height} pixels in episode {sizes[width, height]}, {other[0]} x "
-                f"{other[1]} in {sizes[other]}. Bring all to one size by --resize_images_size."
+                f"{other[1]} in {sizes[other]}. Bring them to one size with --resize_images_size."
             )
         originals = {tuple(episode["cameras"][name]["original_size"]) for episode in report.written}
         extensions = {episode["cameras"][name]["extension"] for episode in report.written}
@@ -168,17 +168,16 @@ def _relative_fields(recipe: Recipe) -> dict[str, FieldDescription]:
 
 
 def format_config(recipe: Recipe) -> str:
-    """Format preprocessing_config.yaml: every param under its published key, paths without what is above them."""
+    """Format preprocessing_config.yaml: every param under its published key; absolute paths keep their last part."""
     params = recipe.params
     values = {"type": params.type, **asdict(params), "camera_names": list(recipe.cameras)}
     values["source_episodes"] = [_show_root(source) for source in params.source_episodes]
-    values["output_dir"] = _show_root(params.output_dir)
     values = {key: _show_root(value) if isinstance(value, str) else value for key, value in values.items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Return processing_metadata.json: the published keys, without user, host, time or paths of this machine."""
+    """Return processing_metadata.json: the published keys, without user, host, time and paths of this machine."""
     counts = report.counts()
     versions = read_versions()
     episodes = sorted(episode["episode"] for episode in report.written)
@@ -186,7 +185,7 @@ def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Repor
         "metadata_version": "2.0",
         "command_line": {
             "script_name": "vla-foundry preprocess robotics",
-            "full_command": format_command(recipe.params),
+            "full_command": _format_command(recipe.params),
         },
         "environment": {"python_version": versions["python"], "package_versions": versions},
         "git_info": {
@@ -205,8 +204,8 @@ def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Repor
     }
 
 
-def format_command(params: RoboticsPreprocessParams) -> str:
-    """Write the command that gives these params: what differs from the defaults."""
+def _format_command(params: RoboticsPreprocessParams) -> str:
+    """Return the command that gives these params: all flags that differ from their defaults."""
     words = ["vla-foundry", "preprocess", "robotics", "--type", params.type]
     for field in fields(params):
         value = getattr(params, field.name)
@@ -220,8 +219,8 @@ def format_command(params: RoboticsPreprocessParams) -> str:
     return shlex.join(words)
 
 
-def show_path(path: str, roots: Sequence[str]) -> str:
-    """Show a path from the root that it lies in, without what is above that."""
+def _show_path(path: str, roots: Sequence[str]) -> str:
+    """Show a path relative to the root that contains it, without the folders above."""
     for root in roots:
         if path.startswith(root.rstrip("/")):
             return _show_root(root) + path[len(root.rstrip("/")) :]

@@ -1,7 +1,7 @@
-"""`vla-foundry stats DIR [--merge A B ...]`: compute the statistics of a robotics dataset anew, or merge several.
+"""`vla-foundry stats DIR [--merge A B ...]`: recompute the statistics of a robotics dataset, or merge several.
 
-Shards are counted in groups and the groups merged as a tree, in the order of the manifest. So the result depends on
-neither workers nor timing; for a dataset of layout "episodes" it is, byte for byte, what preprocessing wrote.
+Statistics of groups of shards are merged as a tree, in the order of the manifest, so the result depends on neither
+workers nor timing. For a dataset of layout "episodes" it is, byte for byte, what preprocessing wrote.
 """
 
 import contextlib
@@ -53,43 +53,47 @@ from vla_foundry.storage.uri import (
 )
 
 Statistics = dict[str, FieldStatistics]
-# samples that are read at a time
+# ({field: (n, T, C)}, (n, T) True where a step lies within the episode)
+WindowBatch = tuple[dict[str, np.ndarray], np.ndarray]
+# samples to read at a time
 _CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A dataset, and the window that is made around its anchors."""
+class _Job:
+    """What the tasks share."""
 
-    # local or s3://
+    # the dataset, local or s3://
     folder: str
     spec: DatasetSpec
-    # of layout samples, no larger than the stored one
+    # the window around each anchor; in layout samples, no larger than the stored one
     window: Window
+    # folder of intermediate files
+    parts_folder: str
 
 
 def main(argv: list[str]) -> None:
     """Run `vla-foundry stats`.
 
     Raises:
-        ValueError: what the user can fix.
-        FileNotFoundError: a dataset, or its statistics, are not there.
+        ValueError: anything the user can fix.
+        FileNotFoundError: a dataset, or its statistics, do not exist.
     """
     words = join_list_flags(argv, ("--merge",))
     compute_statistics(parse_command(StatsParams, words, prog="vla-foundry stats", positional=("folder",)))
 
 
 def compute_statistics(params: StatsParams) -> None:
-    """Write the statistics that are asked for; what is there already is kept until they are whole.
+    """Compute or merge statistics and write them; existing ones are kept until the new ones are complete.
 
     Raises:
-        ValueError: there are statistics already, shards are broken, or datasets contradict each other.
-        FileNotFoundError: a dataset, or its statistics, are not there.
+        ValueError: statistics exist already, shards are broken, or datasets contradict each other.
+        FileNotFoundError: a dataset, or its statistics, do not exist.
     """
     started = time.monotonic()
     output = absolute_uri(params.output or join_uri(params.folder, STATISTICS_NAME))
     if exists(output) and not params.overwrite:
-        raise ValueError(f"{output} is there already. Replace it with --overwrite true, or give --output.")
+        raise ValueError(f"{output} exists. Replace it with --overwrite true, or give another --output.")
     statistics = _merge(params) if params.merge else _recompute(params, f"{output}.parts")
     write_text(output, format_statistics(statistics))
     counts = [float(field.count.max(initial=0)) for field in statistics.values()]
@@ -120,7 +124,7 @@ def _merge(params: StatsParams) -> Statistics:
 
 
 def _find_spec(source: str) -> NamedSpec | None:
-    """The spec beside a stats.json; None if it lies alone."""
+    """Read the spec beside a stats.json; None if there is none."""
     folder = parent_uri(source)
     try:
         return NamedSpec(folder, read_spec(join_uri(folder, MANIFEST_NAME)))
@@ -133,7 +137,7 @@ def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
     manifest = join_uri(folder, MANIFEST_NAME)
     entries = parse_manifest(read_text(manifest), manifest)
     spec = read_spec(manifest)
-    source = _Source(folder=folder, spec=spec, window=_choose_window(params, spec))
+    job = _Job(folder=folder, spec=spec, window=_choose_window(params, spec), parts_folder=parts_folder)
     groups = [entries[first : first + MERGE_WIDTH] for first in range(0, len(entries), MERGE_WIDTH)]
     tasks = [
         Task(
@@ -146,18 +150,10 @@ def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
     ]
     try:
         with ray_cluster(params.num_workers, params.ray_address):
-            finished = run_tasks(
-                _count_group,
-                tasks,
-                shared=(source, parts_folder),
-                title="stats",
-                num_workers=params.num_workers,
-                ray_address=params.ray_address,
-            )
-            for _ in finished:
-                pass
-            names = [_part_name(task.number) for task in tasks]
-            return merge_parts(parts_folder, names, num_workers=params.num_workers, ray_address=params.ray_address)
+            workers: dict[str, Any] = {"num_workers": params.num_workers, "ray_address": params.ray_address}
+            finished = run_tasks(_count_group, tasks, shared=job, title="stats", **workers)
+            names = {task.number: name for task, name in finished}
+            return merge_parts(parts_folder, [names[task.number] for task in tasks], **workers)
     finally:
         _delete_folder(parts_folder)
 
@@ -171,39 +167,32 @@ def _choose_window(params: StatsParams, spec: DatasetSpec) -> Window:
     return window
 
 
-def _part_name(number: int) -> str:
-    return f"{PROGRESS_FOLDER}/statistics_{number:06d}.npz"
-
-
-def _count_group(shared: tuple[_Source, str], task: Task) -> None:
-    """Write the statistics of a group of shards: the first round of merging, made where the shards are read."""
-    source, parts_folder = shared
-    parts = [_count_shard(source, shard) for shard in task.payload]
+def _count_group(job: _Job, task: Task) -> str:
+    """Write the statistics of a group of shards, the first round of merging; return the name of the file."""
+    parts = [_count_shard(job, shard) for shard in task.payload]
     merged = {
         name: merge_field_statistics([part[name] for part in parts if name in part])
         for name in sorted({name for part in parts for name in part})
     }
-    write_bytes(join_uri(parts_folder, _part_name(task.number)), format_arrays(pack_statistics(merged)))
+    name = f"{PROGRESS_FOLDER}/statistics_{task.number:06d}.npz"
+    write_bytes(join_uri(job.parts_folder, name), format_arrays(pack_statistics(merged)))
+    return name
 
 
-def _count_shard(source: _Source, shard: str) -> Statistics:
-    accumulator = StatisticsAccumulator(source.window.anchor)
+def _count_shard(job: _Job, shard: str) -> Statistics:
+    accumulator = StatisticsAccumulator(job.window.anchor)
     try:
-        for values, valid in _read_windows(source, shard):
+        for values, valid in _read_windows(job, shard):
             accumulator.update(values, valid)
     except ValueError as error:
         text = str(error).rstrip(".")
-        raise ValueError(f"{join_uri(source.folder, shard)}.tar: {text}. Make it again.") from None
+        raise ValueError(f"{join_uri(job.folder, shard)}.tar: {text}. Create the shard again.") from None
     return accumulator.finish()
 
 
-# ({field: (n, T, C)}, (n, T) True where a step lies within the episode)
-_WindowBatch = tuple[dict[str, np.ndarray], np.ndarray]
-
-
-def _read_windows(source: _Source, shard: str) -> Iterator[_WindowBatch]:
+def _read_windows(job: _Job, shard: str) -> Iterator[WindowBatch]:
     """Yield the windows of a shard's samples without their images, some at a time, in the order of the tar."""
-    with contextlib.closing(open_input(join_uri(source.folder, f"{shard}.tar"))) as file:
+    with contextlib.closing(open_input(join_uri(job.folder, f"{shard}.tar"))) as file:
 
         def read(span: MemberSpan) -> bytes:
             file.seek(span.offset)
@@ -212,27 +201,25 @@ def _read_windows(source: _Source, shard: str) -> Iterator[_WindowBatch]:
                 raise ValueError("the tar is cut off")
             return content
 
-        name = join_uri(source.folder, f"{shard}.index.json")
+        name = join_uri(job.folder, f"{shard}.index.json")
         try:
             index = parse_index(read_text(name), name)
         except FileNotFoundError:  # foreign shards have none
             index = index_shard(file)
         for episode in index.episodes:
-            yield from _read_episode(source, episode, read)
+            yield from _read_episode(job, episode, read)
         for first in range(0, len(index.samples), _CHUNK):
-            yield _read_samples(source, index.samples[first : first + _CHUNK], read)
+            yield _read_samples(job, index.samples[first : first + _CHUNK], read)
 
 
-def _read_episode(
-    source: _Source, episode: EpisodeSpans, read: Callable[[MemberSpan], bytes]
-) -> Iterator[_WindowBatch]:
+def _read_episode(job: _Job, episode: EpisodeSpans, read: Callable[[MemberSpan], bytes]) -> Iterator[WindowBatch]:
     members, key = episode.members, episode.key
     for suffix in (EPISODE_SUFFIX, LOWDIM_SUFFIX):
         if suffix not in members:
             raise ValueError(f"'{key}' has no member '{suffix}'")
     info = parse_episode(read(members[EPISODE_SUFFIX]), f"{key}.{EPISODE_SUFFIX}")
     arrays = NpzFile.from_bytes(read(members[LOWDIM_SUFFIX]))
-    names = [name for name in source.spec.fields if not is_relative_field(name)]
+    names = [name for name in job.spec.fields if not is_relative_field(name)]
     try:
         fields = read_episode_fields(arrays, names, info.num_frames)
     except ValueError as error:
@@ -241,17 +228,17 @@ def _read_episode(
         fields,
         np.array(info.anchors, dtype=np.int64),
         info.num_frames,
-        source.window,
-        padding=cast(PaddingStrategy, source.spec.padding_strategy),
-        pose_groups=source.spec.pose_groups,
+        job.window,
+        padding=cast(PaddingStrategy, job.spec.padding_strategy),
+        pose_groups=job.spec.pose_groups,
     ):
         yield values, ~windows.is_padding
 
 
 def _read_samples(
-    source: _Source, samples: Sequence[tuple[str, dict[str, MemberSpan]]], read: Callable[[MemberSpan], bytes]
-) -> _WindowBatch:
-    spec = create_statistics_window(source.spec, source.window)
+    job: _Job, samples: Sequence[tuple[str, dict[str, MemberSpan]]], read: Callable[[MemberSpan], bytes]
+) -> WindowBatch:
+    spec = create_statistics_window(job.spec, job.window)
     windows: list[RobotWindow] = []
     for key, members in samples:
         try:
@@ -276,28 +263,24 @@ def _delete_folder(folder: str) -> None:
 def merge_parts(
     folder: str, parts: Sequence[str], *, num_workers: int | None, ray_address: str | None
 ) -> dict[str, FieldStatistics]:
-    """Merge files of packed statistics; the result depends on the files and their order alone.
+    """Merge files of packed statistics, at least one; the result depends on the files and their order alone.
 
     Args:
-        folder: the output folder.
-        parts: paths of the files within it, at least one.
-        num_workers: as of run_tasks.
-        ray_address: as of run_tasks.
+        folder: the folder of the files.
+        parts: paths of the files within it.
+        num_workers, ray_address: see run_tasks.
     """
     level, names = 0, list(parts)
     while len(names) > 1:
         groups = [names[first : first + MERGE_WIDTH] for first in range(0, len(names), MERGE_WIDTH)]
-        merged = [f"{PROGRESS_FOLDER}/merged_{level}_{number:06d}.npz" for number in range(len(groups))]
+        names = [f"{PROGRESS_FOLDER}/merged_{level}_{number:06d}.npz" for number in range(len(groups))]
         tasks = [
-            Task(number=number, name=f"statistics {level}.{number}", weight=len(group), payload=(group, merged[number]))
+            Task(number=number, name=f"statistics {level}.{number}", weight=len(group), payload=(group, names[number]))
             for number, group in enumerate(groups)
         ]
-        finished = run_tasks(
-            _merge_group, tasks, shared=folder, title="statistics", num_workers=num_workers, ray_address=ray_address
-        )
-        for _ in finished:
-            pass
-        level, names = level + 1, merged
+        workers: dict[str, Any] = {"num_workers": num_workers, "ray_address": ray_address}
+        list(run_tasks(_merge_group, tasks, shared=folder, title="statistics", **workers))
+        level += 1
     part = _open(folder, names[0])
     return {name: _read_field(part, name) for name in _field_names(part)}
 

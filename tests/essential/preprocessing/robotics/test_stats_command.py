@@ -127,7 +127,7 @@ def test_old_statistics_stay_unless_they_are_to_be_replaced(dataset, tmp_path, c
     with pytest.raises(SystemExit) as stopped:
         main(["stats", str(copy), "--num_workers", "0"])
     assert stopped.value.code == 2
-    assert "stats.json is there already. Replace it with --overwrite true" in capsys.readouterr().err
+    assert "stats.json exists. Replace it with --overwrite true" in capsys.readouterr().err
     assert (copy / "stats.json").read_text(encoding="utf-8") == "old"
     main(["stats", str(copy), "--num_workers", "0", "--overwrite"])
     assert (copy / "stats.json").read_bytes() == (dataset / "stats.json").read_bytes()
