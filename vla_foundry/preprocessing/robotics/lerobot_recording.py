@@ -26,19 +26,19 @@ from jaxtyping import Num, UInt8
 from PIL import Image
 
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-# of one column: statistic -> nested lists, and "count" -> [frames]
+# statistic -> nested lists of one column, and "count" -> [frames]
 ColumnStatistics = dict[str, Any]
-# every second frame stands alone, so that a reader decodes at most two to get any one; no frame refers to a later one
+# every second frame is a key frame, so a reader decodes at most two to get any one; no frame refers to a later one
 _OPTIONS = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast"}
 _PIXEL_FORMAT = "yuv420p"
 FRAMES, FACTS = "frames.parquet", "episode.json"
-# columns that a set has besides its own
+# columns that every dataset has
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _TEMPORARY = ".tmp"
 
 
 def vector_statistics(values: Num[np.ndarray, "L C"]) -> ColumnStatistics:
-    """Statistics of each of C numbers over L frames; extremes keep the type of the values."""
+    """Return statistics of each of C numbers over L frames; extremes keep the type of the values."""
     wide = values.astype(np.float64)
     quantiles = np.quantile(wide, list(_QUANTILES.values()), axis=0)
     return {
@@ -51,21 +51,21 @@ def vector_statistics(values: Num[np.ndarray, "L C"]) -> ColumnStatistics:
     }
 
 
-class PictureStatistics:
-    """Counts the values of each colour, so that statistics are exact in little memory."""
+class ImageStatistics:
+    """Exact statistics of images in little memory: a histogram of each colour."""
 
     def __init__(self) -> None:
         self._counts = np.zeros((3, 256), np.int64)
         self._num_frames = 0
 
     def add(self, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Count one picture."""
+        """Count one image."""
         for colour in range(3):
             self._counts[colour] += np.bincount(image[..., colour].reshape(-1), minlength=256)
         self._num_frames += 1
 
     def finish(self) -> ColumnStatistics:
-        """Statistics of each colour as [3, 1, 1], 1 is the brightest."""
+        """Return the statistics of each colour, shape [3, 1, 1], values 0 .. 1."""
         levels = np.arange(256) / 255
         total = self._counts.sum(axis=1)
         mean = self._counts @ levels / total
@@ -84,32 +84,14 @@ class PictureStatistics:
         return shaped | {"count": [self._num_frames]}
 
 
-class StatisticsMerger:
-    """Statistics over episodes, from those of each."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, dict[str, np.ndarray]] = {}
-
-    def add(self, statistics: dict[str, ColumnStatistics]) -> None:
-        """Take in one episode's statistics by column."""
-        for column, values in statistics.items():
-            new = {name: np.array(value) for name, value in values.items()}
-            old = self._columns.get(column)
-            self._columns[column] = new if old is None else _merge(old, new)
-
-    def finish(self) -> dict[str, ColumnStatistics]:
-        """Statistics by column."""
-        return {
-            column: {name: value.tolist() for name, value in values.items()} for column, values in self._columns.items()
-        }
-
-
-def _merge(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def merge_statistics(first: ColumnStatistics, second: ColumnStatistics) -> ColumnStatistics:
+    """Merge the statistics of a column over two sets of frames; quantiles are averaged by frames."""
+    old, new = ({name: np.array(value) for name, value in each.items()} for each in (first, second))
     count = old["count"] + new["count"]
     share = (new["count"] / count)[0]
     step = new["mean"] - old["mean"]
     variance = old["std"] ** 2 * (1 - share) + new["std"] ** 2 * share + step**2 * share * (1 - share)
-    return {
+    merged = {
         "min": np.minimum(old["min"], new["min"]),
         "max": np.maximum(old["max"], new["max"]),
         "mean": old["mean"] + step * share,
@@ -117,6 +99,7 @@ def _merge(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> dict[str, 
         "count": count,
         **{name: old[name] + (new[name] - old[name]) * share for name in _QUANTILES},
     }
+    return {name: value.tolist() for name, value in merged.items()}
 
 
 class VideoEncoder:
@@ -130,7 +113,7 @@ class VideoEncoder:
         stream: Any = self._output.add_stream("libx264", rate=fps, options=_OPTIONS)
         stream.height, stream.width = size
         stream.pix_fmt = _PIXEL_FORMAT
-        # threads would cut frames into slices
+        # threads would split frames into slices
         stream.thread_count = 1
         self._stream = stream
 
@@ -140,13 +123,13 @@ class VideoEncoder:
         self._output.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Write what is left, and the file's index."""
+        """Write the remaining frames and the file's index."""
         self._output.mux(self._stream.encode())
         self._output.close()
 
 
 class VideoJoiner:
-    """Appends mp4 files that were encoded alike to one, by copying."""
+    """Appends mp4 files of one encoding to one file, without encoding again."""
 
     def __init__(self, path: Path, *, fps: int) -> None:
         import av
@@ -159,7 +142,7 @@ class VideoJoiner:
 
     @property
     def seconds(self) -> float:
-        """Length of what was appended."""
+        """Length of the file so far."""
         return self._num_frames / self._fps
 
     def append(self, path: Path) -> None:
@@ -172,7 +155,7 @@ class VideoJoiner:
             start = round(Fraction(self._num_frames, self._fps) / stream.time_base)
             for packet in source.demux(stream):
                 if packet.pts is None or packet.dts is None:
-                    continue  # the mark of the end
+                    continue  # the end mark
                 packet.pts += start
                 packet.dts += start
                 packet.stream = self._stream
@@ -185,7 +168,7 @@ class VideoJoiner:
 
 
 def describe_video(*, fps: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What the `info` of a video feature says of these files."""
+    """Return the `info` of a video feature."""
     return {
         "video.height": size[0],
         "video.width": size[1],
@@ -200,21 +183,21 @@ def describe_video(*, fps: int, size: tuple[int, int]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class LeRobotFeatures:
-    """What every frame of a set holds.
+    """The columns of a dataset.
 
     Raises:
-        ValueError: a column's name cannot be, two have the same, or a video cannot have the size.
+        ValueError: a column's name is invalid or used twice, or a video cannot have the size.
     """
 
-    # frames in a second
+    # frames per second
     fps: int
     # the robot's name
     robot_type: str
-    # column of float32 vectors -> what each of its numbers is
+    # column of float32 vectors -> name of each number
     vectors: dict[str, tuple[str, ...]]
-    # column of pictures -> (height, width)
+    # column of images -> (height, width)
     cameras: dict[str, tuple[int, int]]
-    # whether pictures are stored in mp4 files, a little changed, instead of as PNG
+    # store images in mp4 files (lossy) instead of as PNG
     video: bool = False
 
     def __post_init__(self) -> None:
@@ -223,7 +206,7 @@ class LeRobotFeatures:
         names = [*INDEX_COLUMNS, *self.vectors, *self.cameras]
         for name in names:
             if names.count(name) > 1 or not name or "/" in name:
-                raise ValueError(f"column '{name}' must be named once only, without '/', and not as one of LeRobot's.")
+                raise ValueError(f"column '{name}' must be unique, without '/', and not named as one of LeRobot's own.")
         for name, parts in self.vectors.items():
             if not parts:
                 raise ValueError(f"column '{name}' must have at least one number.")
@@ -234,48 +217,48 @@ class LeRobotFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodePart:
-    """What is known of a recorded episode, without its frames."""
+    """A recorded episode, without its frames."""
 
     folder: Path
-    # what was to be done
+    # the instruction
     task: str
     # frames
     length: int
     # bytes of frames.parquet
     num_bytes: int
-    # camera column -> statistics of its pictures
+    # camera column -> statistics of its images
     picture_statistics: dict[str, ColumnStatistics]
-    # what the recorder's caller added
+    # further facts, from the recorder's caller
     facts: dict[str, Any]
 
 
 def read_part(folder: Path) -> EpisodePart:
-    """Read what is known of a recorded episode.
+    """Read a recorded episode's facts.
 
     Raises:
-        FileNotFoundError: it was not recorded.
+        FileNotFoundError: the episode was not recorded.
     """
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return EpisodePart(folder=folder, num_bytes=(folder / FRAMES).stat().st_size, **facts)
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete parts below `folder` that were never finished; nobody must be writing there."""
+    """Delete unfinished parts below `folder`; no other process may be writing there."""
     for leftover in folder.glob(f".*{_TEMPORARY}"):
         shutil.rmtree(leftover)
 
 
 class EpisodeRecorder:
-    """Records one episode to the folder `path`; used as a context manager, it leaves nothing unless `finish` is called.
+    """Records one episode to the folder `path`; as a context manager, it leaves nothing unless `finish` is called.
 
-    Memory: the episode's PNG files, or nothing but the frame at hand if pictures go to videos.
+    Memory: the episode's PNG files; with videos, only the current frame.
     """
 
     def __init__(self, path: Path, features: LeRobotFeatures) -> None:
         self._path, self._features = path, features
         self._vectors: dict[str, list[np.ndarray]] = {name: [] for name in features.vectors}
         self._pictures: dict[str, list[bytes]] = {name: [] for name in features.cameras if not features.video}
-        self._statistics = {name: PictureStatistics() for name in features.cameras}
+        self._statistics = {name: ImageStatistics() for name in features.cameras}
         self._num_frames = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
@@ -296,7 +279,7 @@ class EpisodeRecorder:
 
         Args:
             vectors: column -> numbers, float [C].
-            images: column -> picture, uint8 [H, W, 3].
+            images: column -> image, uint8 [H, W, 3].
 
         Raises:
             ValueError: a column is missing or unknown, or has another shape or type, or a number is not finite.
@@ -304,9 +287,15 @@ class EpisodeRecorder:
         self._check_names("vectors", set(vectors), set(self._features.vectors))
         self._check_names("images", set(images), set(self._features.cameras))
         for name, parts in self._features.vectors.items():
-            self._check_vector(name, vectors[name], len(parts))
+            values = vectors[name]
+            if values.dtype.kind != "f" or values.shape != (len(parts),):
+                raise self._fail(f"'{name}' must be floats ({len(parts)},), got {values.dtype} {values.shape}.")
+            if not np.isfinite(values).all():
+                raise self._fail(f"'{name}' must be finite, got {values.tolist()}.")
         for name, size in self._features.cameras.items():
-            self._check_image(name, images[name], size)
+            image = images[name]
+            if image.dtype != np.uint8 or image.shape != (*size, 3):
+                raise self._fail(f"'{name}' must be uint8 {(*size, 3)}, got {image.dtype} {image.shape}.")
         for name, values in vectors.items():
             self._vectors[name].append(values.astype(np.float32))
         for name, image in images.items():
@@ -318,10 +307,10 @@ class EpisodeRecorder:
         self._num_frames += 1
 
     def finish(self, task: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Write the part; if another process has written it meanwhile, that one stays.
+        """Write the part; if another process has written it meanwhile, keep the other one.
 
         Args:
-            task: what was to be done.
+            task: the instruction.
             facts: JSON values to keep with the part.
 
         Raises:
@@ -345,7 +334,7 @@ class EpisodeRecorder:
                 raise
 
     def discard(self) -> None:
-        """Delete what is not finished."""
+        """Delete the unfinished part."""
         self._close_videos()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -381,21 +370,11 @@ class EpisodeRecorder:
     def _check_names(self, what: str, given: set[str], wanted: set[str]) -> None:
         if given != wanted:
             missing, unknown = sorted(wanted - given), sorted(given - wanted)
-            raise self._fail(f"{what} must be those of the features; missing: {missing}, unknown: {unknown}.")
-
-    def _check_vector(self, name: str, values: np.ndarray, width: int) -> None:
-        if values.dtype.kind != "f" or values.shape != (width,):
-            raise self._fail(f"'{name}' must be floats of shape ({width},), got {values.dtype} of {values.shape}.")
-        if not np.isfinite(values).all():
-            raise self._fail(f"'{name}' must be finite, got {values.tolist()}.")
-
-    def _check_image(self, name: str, image: np.ndarray, size: tuple[int, int]) -> None:
-        if image.dtype != np.uint8 or image.shape != (*size, 3):
-            raise self._fail(f"'{name}' must be uint8 of shape {(*size, 3)}, got {image.dtype} of {image.shape}.")
+            raise self._fail(f"{what} must match the features; missing: {missing}, unknown: {unknown}.")
 
 
 def vector_array(values: np.ndarray) -> Any:
-    """An Arrow array of rows [L, C], as LeRobot stores it: plain numbers where C is 1."""
+    """Return rows [L, C] as the Arrow array that LeRobot stores: plain numbers if C is 1."""
     import pyarrow as pa
 
     flat = pa.array(values.reshape(-1))
@@ -404,6 +383,6 @@ def vector_array(values: np.ndarray) -> Any:
 
 def _encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # level 3: hardly larger than 6, and a third of the time
+    # level 3: hardly larger than 6, in a third of the time
     Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

@@ -1,11 +1,11 @@
-"""Writes LeRobot sets of version 3.0: recorded episodes -> few parquet and mp4 files, and tables that point into them.
+"""Write LeRobot datasets of version 3.0: a few parquet and mp4 files of many episodes, and tables that index them.
 
-    data/chunk-000/file-000.parquet            rows of many episodes, a row group each; pictures as PNG unless videos
+    data/chunk-000/file-000.parquet            rows of many episodes, a row group each; images as PNG unless videos
     videos/<camera>/chunk-000/file-000.mp4     frames of many episodes
     meta/info.json, stats.json, tasks.parquet  features, statistics, the text of each task_index
-    meta/episodes/chunk-000/file-000.parquet   of each episode: length, task, where its rows and frames lie, statistics
+    meta/episodes/chunk-000/file-000.parquet   per episode: length, task, where its rows and frames lie, statistics
 
-Columns, types and metadata are those that the lerobot library's own writer gives (0.4).
+Columns, types and metadata match the lerobot library's own writer (0.4).
 """
 
 import json
@@ -17,11 +17,12 @@ import numpy as np
 from vla_foundry.preprocessing.robotics.lerobot_recording import (
     FRAMES,
     INDEX_COLUMNS,
+    ColumnStatistics,
     EpisodePart,
     LeRobotFeatures,
-    StatisticsMerger,
     VideoJoiner,
     describe_video,
+    merge_statistics,
     read_part,
     vector_array,
     vector_statistics,
@@ -38,13 +39,13 @@ _MEGABYTE = 1 << 20
 
 
 class LeRobotWriter:
-    """Writes a set to a new folder, episode by episode; nothing can be read before `finish`.
+    """Writes a dataset to a new folder, episode by episode; it is readable only after `finish`.
 
     Memory: one episode, and a table of up to 100. The same episodes in the same order give the same bytes.
 
     Args:
-        folder: where nothing lies yet.
-        data_megabytes, video_megabytes: size of files; an episode that would make one larger begins the next.
+        folder: must not exist, or be empty.
+        data_megabytes, video_megabytes: size of files; an episode that would exceed it starts the next file.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LeRobotWriter:
             if features.video
         }
         self._episodes = _EpisodeFiles(folder)
-        self._statistics = StatisticsMerger()
+        self._statistics: dict[str, ColumnStatistics] = {}
         self._tasks: dict[str, int] = {}
         self._num_episodes = self._num_frames = 0
 
@@ -67,7 +68,7 @@ class LeRobotWriter:
         """Append a recorded episode (see lerobot_recording).
 
         Raises:
-            FileNotFoundError: it was not recorded.
+            FileNotFoundError: the episode was not recorded.
             ValueError: it was recorded with other features.
         """
         part = read_part(part_folder)
@@ -77,7 +78,7 @@ class LeRobotWriter:
             for name, values in columns.items()
             if isinstance(values, np.ndarray)
         }
-        # in the order of the columns, and then of the videos
+        # in the order of the features
         statistics = {name: statistics[name] for name in _feature_names(self._features)}
         row: dict[str, Any] = {"episode_index": self._num_episodes, "tasks": [part.task], "length": part.length}
         row |= self._data.append(columns, part)
@@ -86,7 +87,9 @@ class LeRobotWriter:
             row |= files.append(part)
         row |= {f"stats/{name}/{key}": value for name, of in statistics.items() for key, value in of.items()}
         self._episodes.append(row)
-        self._statistics.add(statistics)
+        for name, values in statistics.items():
+            before = self._statistics.get(name)
+            self._statistics[name] = values if before is None else merge_statistics(before, values)
         self._num_episodes += 1
         self._num_frames += part.length
 
@@ -97,18 +100,18 @@ class LeRobotWriter:
             ValueError: no episode was added.
         """
         if not self._num_episodes:
-            raise ValueError("a LeRobot set needs at least one episode.")
+            raise ValueError("a LeRobot dataset needs at least one episode.")
         self._data.close()
         for files in self._videos.values():
             files.close()
         self._episodes.close()
         meta = self._folder / "meta"
         _write_tasks(meta / "tasks.parquet", list(self._tasks))
-        _write_json(meta / "stats.json", self._statistics.finish())
+        _write_json(meta / "stats.json", self._statistics)
         _write_json(meta / "info.json", self._describe())
 
     def _columns_of(self, part: EpisodePart) -> dict[str, Any]:
-        """The episode's columns: arrays of numbers [L] or [L, C], and Arrow arrays of pictures."""
+        """Return the episode's columns: arrays of numbers [L] or [L, C], and Arrow arrays of images."""
         from pyarrow import parquet
 
         features, length = self._features, part.length
@@ -159,7 +162,7 @@ class _DataFiles:
         self._writer: Any = None
 
     def append(self, columns: dict[str, Any], part: EpisodePart) -> dict[str, int]:
-        """Write an episode as one row group; return where."""
+        """Write an episode as one row group; return its place."""
         import pyarrow as pa
 
         if self._writer is not None and self._num_bytes + part.num_bytes > self._max_bytes:
@@ -188,7 +191,7 @@ class _VideoFiles:
         self._joiner: VideoJoiner | None = None
 
     def append(self, part: EpisodePart) -> dict[str, Any]:
-        """Copy an episode's frames; return where they lie."""
+        """Copy an episode's frames; return their place."""
         source = part.folder / f"{self._camera}.mp4"
         num_bytes = source.stat().st_size
         if self._joiner is not None and self._num_bytes + num_bytes > self._max_bytes:
@@ -211,7 +214,7 @@ class _VideoFiles:
 
 
 class _EpisodeFiles:
-    """The parquet files of the table of episodes."""
+    """The parquet files of meta/episodes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -248,7 +251,7 @@ class _EpisodeFiles:
 
 
 def _place(number: int) -> dict[str, int]:
-    """Chunk and file of the file that is the `number`-th of its kind."""
+    """Return the chunk and file index of the `number`-th file of a kind."""
     return {"chunk_index": number // _CHUNK_SIZE, "file_index": number % _CHUNK_SIZE}
 
 
@@ -256,7 +259,7 @@ def _open_parquet(path: Path, schema: Any) -> Any:
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no dictionaries: hardly any two values are alike
+    # no dictionaries: hardly any values repeat
     return parquet.ParquetWriter(path, schema, compression="snappy", use_dictionary=False)
 
 
@@ -274,7 +277,7 @@ def _arrow_of(values: Any, kind: Any) -> Any:
 
 
 def _schema_of(features: LeRobotFeatures) -> Any:
-    """Arrow's schema of data files, with the note by which Hugging Face datasets knows pictures."""
+    """Return the Arrow schema of data files, with the metadata that marks images for Hugging Face datasets."""
     import pyarrow as pa
 
     fields: list[Any] = []
@@ -299,7 +302,7 @@ def _feature_names(features: LeRobotFeatures) -> list[str]:
 
 
 def _describe_features(features: LeRobotFeatures) -> dict[str, dict[str, Any]]:
-    """The features of info.json, in the order of the columns."""
+    """Return the features of info.json."""
     described: dict[str, dict[str, Any]] = {}
     for name, size in features.cameras.items():
         described[name] = {"dtype": "image", "shape": [*size, 3], "names": ["height", "width", "channels"]}
@@ -314,7 +317,7 @@ def _describe_features(features: LeRobotFeatures) -> dict[str, dict[str, Any]]:
 
 
 def _write_tasks(path: Path, tasks: list[str]) -> None:
-    """Write the table of tasks as pandas does, with the text as its index."""
+    """Write the table of tasks as pandas does, with the text as index."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -291,15 +291,15 @@ def changed(column: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(STATE, np.zeros(2, np.float32)), r"'observation.state' must be floats of shape \(3,\), got float32"),
-        (changed(STATE, np.zeros(3, np.int64)), r"must be floats of shape \(3,\), got int64"),
+        (changed(STATE, np.zeros(2, np.float32)), r"'observation.state' must be floats \(3,\), got float32"),
+        (changed(STATE, np.zeros(3, np.int64)), r"must be floats \(3,\), got int64"),
         (changed(STATE, np.array([0, np.nan, 0])), r"episode-0, frame 1: 'observation.state' must be finite"),
         (changed(ACTION, np.array([np.inf, 0])), r"'action' must be finite"),
-        (changed(CAMERA, np.zeros((24, 16, 3), np.uint8)), r"must be uint8 of shape \(16, 24, 3\), got uint8"),
-        (changed(CAMERA, np.zeros((16, 24, 3))), r"must be uint8 of shape \(16, 24, 3\), got float64"),
+        (changed(CAMERA, np.zeros((24, 16, 3), np.uint8)), r"must be uint8 \(16, 24, 3\), got uint8"),
+        (changed(CAMERA, np.zeros((16, 24, 3))), r"must be uint8 \(16, 24, 3\), got float64"),
         (
             changed("reward", np.zeros(1)),
-            r"vectors must be those of the features; missing: \[\], unknown: \['reward'\]",
+            r"vectors must match the features; missing: \[\], unknown: \['reward'\]",
         ),
         (lambda vectors, images: (vectors, {}), r"missing: \['observation.images.top'\]"),
     ],
@@ -316,9 +316,9 @@ def test_a_wrong_frame_is_named_in_one_line(tmp_path: Path, episodes: list[Frame
     ("values", "message"),
     [
         ({"fps": 0}, "fps must be at least 1"),
-        ({"vectors": {"index": ("i",)}}, "column 'index' must be named once only"),
+        ({"vectors": {"index": ("i",)}}, "column 'index' must be unique"),
         ({"vectors": {"a/b": ("i",)}}, "column 'a/b'"),
-        ({"vectors": {CAMERA: ("i",)}}, "column 'observation.images.top' must be named once only"),
+        ({"vectors": {CAMERA: ("i",)}}, "column 'observation.images.top' must be unique"),
         ({"vectors": {ACTION: ()}}, "'action' must have at least one number"),
         ({"cameras": {CAMERA: (16, 15)}, "video": True}, "15 x 16 pixels: a video's width and height must be even"),
     ],
