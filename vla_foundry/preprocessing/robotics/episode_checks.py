@@ -1,4 +1,4 @@
-"""Check an episode as its converter read it; any fault is a one-line error, and nothing of the episode is written."""
+"""Check an episode after its converter read it; any fault is a one-line error, and none of the episode is written."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.rotations import rotation_to_matrix
 from vla_foundry.robotics.spec import FieldDescription
 
-# how far the rate of the timestamps may be from the one that is said; clocks differ by far less
+# largest relative difference between the rate of the timestamps and the stated one; clocks differ by far less
 _RATE_TOLERANCE = 0.02
 _CAMERA_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class Left(Exception):
-    """Raised for an episode that is left out as the params ask, which is no failure.
+    """Raised for an episode that the params say to leave out, which is not a failure.
 
     Args:
-        reason: a few words that such episodes are counted by.
+        reason: a few words; left-out episodes are counted by reason.
     """
 
     def __init__(self, reason: str) -> None:
@@ -34,8 +34,8 @@ def check_episode(episode: Episode, recipe: Recipe) -> None:
     """Check an episode as it was recorded.
 
     Raises:
-        Left: it lacks a camera, or holds NaN, and the params say to leave such episodes out.
-        ValueError: something is wrong with it.
+        Left: it lacks a camera or holds NaN, and the params say to leave such episodes out.
+        ValueError: the episode has a fault.
     """
     _check_times(episode, recipe)
     num_frames = len(episode.timestamps)
@@ -72,7 +72,7 @@ def _check_times(episode: Episode, recipe: Recipe) -> None:
 
 
 def _check_steps(steps: np.ndarray, fps: float, tolerance: float) -> None:
-    """Check that frames, whose distances in time are `steps` at this rate, are even."""
+    """Check that the steps in time, in frames at this rate, are even."""
     worst = int(np.argmax(np.abs(steps - 1)))
     if abs(steps[worst] - 1) > tolerance:
         raise ValueError(
@@ -81,7 +81,7 @@ def _check_steps(steps: np.ndarray, fps: float, tolerance: float) -> None:
         )
     rate = fps / float(np.median(steps))
     if abs(rate / fps - 1) > _RATE_TOLERANCE:
-        raise ValueError(f"its timestamps are at {rate:.4g} frames a second, but it says {fps:g}. Give --target_fps.")
+        raise ValueError(f"its timestamps are at {rate:.4g} frames per second, but it says {fps:g}. Give --target_fps.")
 
 
 def _check_fields(fields: Mapping[str, np.ndarray], described: Mapping[str, FieldDescription], num_frames: int) -> None:
@@ -122,7 +122,7 @@ def _check_rotations(episode: Episode, recipe: Recipe) -> None:
 def _check_cameras(episode: Episode, recipe: Recipe, num_frames: int) -> None:
     for name in recipe.cameras:
         if _CAMERA_NAME.fullmatch(name) is None:
-            raise ValueError(f"camera '{name}' must be named with letters, digits, '_', '-' and '.'.")
+            raise ValueError(f"camera '{name}': the name may hold letters, digits, '_', '-' and '.' only.")
         if name not in episode.cameras:
             if recipe.params.skip_episodes_missing_cameras:
                 raise Left("missing camera")
@@ -149,7 +149,7 @@ def _check_calibration(episode: Episode, num_frames: int) -> None:
 
 def _check_instructions(span: InstructionSpan, num_frames: int) -> None:
     if not 0 <= span.start < span.end <= num_frames:
-        raise ValueError(f"an instruction holds from frame {span.start} to {span.end} of {num_frames} frames.")
+        raise ValueError(f"an instruction spans frames {span.start} to {span.end} of {num_frames} frames.")
     for kind, texts in span.texts.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"its '{kind}' instructions are not a list of texts.")

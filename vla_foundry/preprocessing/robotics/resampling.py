@@ -1,8 +1,8 @@
 """Resample an episode to another rate: interpolate continuous fields, hold discrete ones, take the nearest images.
 
-Rotations are interpolated at constant speed along the shortest path (slerp), whatever their format; positions and
-other continuous fields linearly. Discrete fields and instructions keep the last recorded value. Images and calibration
-come from the frame nearest in time.
+Rotations are interpolated at constant speed along the shortest path (slerp) in any format, positions and other
+continuous fields linearly. Discrete fields and instructions keep the last recorded value. Images and calibration come
+from the frame nearest in time.
 """
 
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ from vla_foundry.robotics.rotations import (
 )
 from vla_foundry.robotics.spec import FieldDescription
 
-# a new frame may lie this far behind the last recorded one, in new frames: rounding of timestamps
+# a new frame may lie this far behind the last recorded one, in new frames, because timestamps are rounded
 _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class _Timeline:
-    """New times among recorded ones."""
+    """New times, relative to the recorded ones."""
 
     # float64 (N,) seconds
     times: np.ndarray
     # int64 (N,), the recorded frame at or before each new time
     before: np.ndarray
-    # float64 (N,), how far each lies on the way to the next recorded frame, 0 .. 1
+    # float64 (N,), position between that frame and the next, 0 .. 1
     share: np.ndarray
-    # int64 (N,), the recorded frame nearest in time; of two, the earlier
+    # int64 (N,), the recorded frame nearest in time; the earlier of two
     nearest: np.ndarray
 
 
@@ -46,26 +46,19 @@ def resample_episode(
     """Resample everything but the images of an episode, from its first frame on.
 
     Args:
-        episode: checked; its timestamps ascend.
-        fps: new frames a second.
-        described: what its fields are.
-        groups: fields that are rotations by being part of a pose.
+        episode: a checked episode: its timestamps ascend, and its fields are absolute (see create_recipe).
+        fps: new frames per second.
+        described: its fields.
+        groups: its poses, whose rotations have no format of their own in `described`.
 
     Returns:
-        The episode, its cameras as they were, and the recorded frame of each new frame's images.
-
-    Raises:
-        ValueError: a field holds changes from step to step, which another rate would make wrong.
+        The episode with its cameras unchanged, and the recorded frame of each new frame's images.
     """
     line = _create_timeline(episode.timestamps, fps)
     formats = {name: field.rotation for name, field in described.items() if field.rotation}
     formats |= {group.rotation_key: group.rotation_format for group in groups}
     fields = {}
     for name, values in episode.fields.items():
-        if described[name].representation != "absolute":
-            raise ValueError(
-                f"field '{name}' holds {described[name].representation} values: they can not be resampled."
-            )
         if described[name].is_discrete:
             fields[name] = values[line.before]
         elif name in formats:
@@ -84,14 +77,14 @@ def resample_episode(
         timestamps=line.times,
         fields=fields,
         instructions=instructions,
-        intrinsics={
-            name: values[line.nearest] if values.ndim == 3 else values for name, values in episode.intrinsics.items()
-        },
-        extrinsics={
-            name: values[line.nearest] if values.ndim == 3 else values for name, values in episode.extrinsics.items()
-        },
+        intrinsics=_pick(episode.intrinsics, line),
+        extrinsics=_pick(episode.extrinsics, line),
     )
     return resampled, line.nearest
+
+
+def _pick(matrices: Mapping[str, np.ndarray], line: _Timeline) -> dict[str, np.ndarray]:
+    return {name: values[line.nearest] if values.ndim == 3 else values for name, values in matrices.items()}
 
 
 def _create_timeline(recorded: Float64[np.ndarray, " L"], fps: float) -> _Timeline:
@@ -101,11 +94,10 @@ def _create_timeline(recorded: Float64[np.ndarray, " L"], fps: float) -> _Timeli
     after = np.minimum(before + 1, len(recorded) - 1)
     span = recorded[after] - recorded[before]
     share = np.divide(times - recorded[before], span, out=np.zeros(num_frames), where=span > 0)
-    # what is a recorded time but for rounding is that frame itself
-    close = _ROUNDING
-    is_next = share > 1 - close
+    # a time within rounding of a recorded one is that frame
+    is_next = share > 1 - _ROUNDING
     before = np.where(is_next, after, before)
-    share = np.where(is_next | (share < close), 0.0, share)
+    share = np.where(is_next | (share < _ROUNDING), 0.0, share)
     nearest = np.where(share > 0.5, np.minimum(before + 1, len(recorded) - 1), before)
     return _Timeline(times, before, share, nearest)
 
@@ -124,5 +116,5 @@ def _turn(values: Float[np.ndarray, "L R"], rotation_format: str, line: _Timelin
     turn = axis_angle_from_matrix(np.swapaxes(first, -1, -2) @ second)
     between = first @ matrix_from_axis_angle(turn * line.share[:, None])
     turned = matrix_to_rotation(between, rotation_format).astype(values.dtype)
-    # a recorded rotation stays as it was written, its sign too
+    # a recorded rotation stays as it was written, including its sign
     return np.where(line.share[:, None] == 0, values[line.before], turned)

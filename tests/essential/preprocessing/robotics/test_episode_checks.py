@@ -67,7 +67,7 @@ FAULTS = {
     "a timestamp of NaN": (set_times(at(5, np.nan)), "timestamp of frame 5 is not finite"),
     "a gap": (set_times(lambda t: np.where(t >= 0.5, t + 0.1, t)), "frame 5 comes 2.00 frames after"),
     "jitter": (set_times(lambda t: t + 0.06 * (np.arange(LENGTH) == 5)), "frames after the one before it at 10 fps"),
-    "a wrong rate": (lambda e: replace(e, fps=11.0), "timestamps are at 10 frames a second, but it says 11"),
+    "a wrong rate": (lambda e: replace(e, fps=11.0), "timestamps are at 10 frames per second, but it says 11"),
     "no rate": (lambda e: replace(e, fps=0.0), "fps .0. must be above 0"),
     "whole numbers as times": (set_times(lambda t: (t * 1e9).astype(np.int64)), "timestamps must be float64"),
     "a missing camera": (remove_camera, "camera 'Front' is missing .it has depth, wrist.left."),
@@ -79,7 +79,7 @@ FAULTS = {
     "extrinsics of NaN": (lambda e: e.extrinsics.update(Front=np.full((4, 4), np.nan)), "extrinsics of camera 'Front'"),
     "an instruction beyond the end": (
         lambda e: e.instructions.append(InstructionSpan(start=5, end=13, texts={})),
-        "instruction holds from frame 5 to 13 of 12",
+        "instruction spans frames 5 to 13 of 12",
     ),
     "an instruction that is no list": (
         lambda e: e.instructions[0].texts.update(original="pick it"),  # pyright: ignore

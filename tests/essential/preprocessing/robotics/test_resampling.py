@@ -81,13 +81,6 @@ def test_half_the_rate_takes_every_second_frame():
     np.testing.assert_array_equal(resampled.fields["quaternion"], episode.fields["quaternion"][::2])
 
 
-def test_changes_from_step_to_step_can_not_be_resampled():
-    episode, _ = create_episode(np.arange(11) / 10)
-    fields = FIELDS | {"xyz": FieldDescription(shape=(3,), dtype="float64", representation="delta")}
-    with pytest.raises(ValueError, match="field 'xyz' holds delta values: they can not be resampled"):
-        resample_episode(episode, 5.0, fields, ())
-
-
 def test_a_job_resamples_images_and_numbers_together(tmp_path, rig, write_episodes, preprocess, read_tars):
     episodes = write_episodes(tmp_path / "raw", [21])
     folder = preprocess(tmp_path / "raw", tmp_path / "out", target_fps=20.0)

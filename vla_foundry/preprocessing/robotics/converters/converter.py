@@ -1,9 +1,9 @@
-"""What a converter of recordings must do: find episodes, say what their numbers mean, and read one at a time.
+"""The interface of converters: find episodes, describe their numbers, and read one episode at a time.
 
-A converter is a class and its params, registered by one name. Put them in a module of your own and name that with
+A converter is a class and its params, registered under one name. Put them in a module of your own and load it with
 `--plugins`; nothing here has to change:
 
-    \"\"\"One .npz an episode: state (L, 7), action (L, 7), front (L, H, W, 3), fps, task.\"\"\"
+    \"\"\"One .npz per episode: state (L, 7), action (L, 7), front (L, H, W, 3), fps, task.\"\"\"
 
     from dataclasses import dataclass
     from pathlib import Path
@@ -56,9 +56,9 @@ A converter is a class and its params, registered by one name. Put them in a mod
 
     vla-foundry preprocess robotics --plugins npz_folder --type npz_folder --source_episodes DIR --output_dir OUT
 
-What every episode is checked for afterwards (lengths, shapes, types, NaN, time going backwards, missing cameras and
-frames) a converter need not check itself. Whatever else is wrong with an episode it says by a ValueError of one line
-that names the file: the episode is then left out whole, and reported.
+The job checks every episode for lengths, shapes, types, NaN, time going backwards, and missing cameras and frames. For
+anything else that is wrong with an episode, raise a ValueError of one line that names the file: the episode is then
+left out whole, and reported.
 """
 
 import abc
@@ -87,17 +87,17 @@ register_converter = _CONVERTERS.register
 
 @dataclass(frozen=True)
 class EpisodeRef:
-    """An episode that was found and not yet read; sent to the process that reads it."""
+    """An episode that was found but not yet read; sent to the process that reads it."""
 
-    # unique among all sources, the same at every run; letters, digits, "_" and "-"
+    # unique among all sources, the same in every run; letters, digits, "_" and "-"
     episode_id: str
-    # what the user knows it as: a path, a path and an index
+    # the episode as the user knows it: a path, a path and an index
     source: str
-    # None: not known before it is read, or none
+    # None: no task, or not known before the episode is read
     task: str | None = None
-    # None: not known before it is read
+    # None: not known before the episode is read
     num_frames: int | None = None
-    # what else read_episode needs; picklable and small
+    # anything else that read_episode needs; picklable and small
     payload: Any = None
 
 
@@ -161,7 +161,7 @@ class Episode:
     """An episode, its images not yet read."""
 
     ref: EpisodeRef
-    # frames a second
+    # frames per second
     fps: float
     # float64 (L,) seconds, ascending; frame i of every camera was taken at timestamps[i]
     timestamps: np.ndarray
@@ -169,29 +169,29 @@ class Episode:
     fields: dict[str, np.ndarray]
     cameras: dict[str, CameraFrames]
     instructions: list[InstructionSpan] = field(default_factory=list)
-    # {camera: (3, 3) or (L, 3, 3)}, pixels, a pixel's integer coordinates being its centre
+    # {camera: (3, 3) or (L, 3, 3)} in pixels; integer coordinates are pixel centres
     intrinsics: dict[str, np.ndarray] = field(default_factory=dict)
-    # {camera: (4, 4) or (L, 4, 4)}, stored as they are
+    # {camera: (4, 4) or (L, 4, 4)}, stored unchanged
     extrinsics: dict[str, np.ndarray] = field(default_factory=dict)
-    # what else is known, as JSON values
+    # anything else, as JSON values
     metadata: dict[str, Any] = field(default_factory=dict)
-    # None: that of the ref
+    # None: the ref's task
     task: str | None = None
 
     @staticmethod
     def one_instruction(text: str | None, num_frames: int) -> list[InstructionSpan]:
-        """Return the instructions of an episode that has one text throughout; none for empty text."""
+        """Return the instructions of an episode that has one text throughout; none for an empty text."""
         return [InstructionSpan(start=0, end=num_frames, texts={"original": [text]})] if text else []
 
 
 class BaseRoboticsConverter(abc.ABC):
     """Reads one kind of recordings; see the module.
 
-    It is made once where the job is driven, and once in every process that reads episodes: what takes long belongs
-    into `discover_episodes`, and what `read_episode` needs of it into the refs.
+    The driver and every process that reads episodes create a converter each: do slow work in `discover_episodes`, and
+    put what `read_episode` needs from it into the refs.
     """
 
-    # the params it is made from
+    # its params
     params_class: ClassVar[type[RoboticsPreprocessParams]] = RoboticsPreprocessParams
 
     def __init__(self, params: Any) -> None:
@@ -202,20 +202,20 @@ class BaseRoboticsConverter(abc.ABC):
         """Find all episodes of params.source_episodes, without reading them.
 
         Raises:
-            ValueError: a source is not what it should be.
-            FileNotFoundError: there is no such source.
+            ValueError: a source is of another kind.
+            FileNotFoundError: a source does not exist.
         """
 
     @abc.abstractmethod
     def discover_cameras(self) -> list[str]:
-        """Return the names of all cameras that the source has, in an order that does not change."""
+        """Return the names of all cameras of the source, always in the same order."""
 
     @abc.abstractmethod
     def describe_fields(self) -> dict[str, FieldDescription]:
-        """Return the fields that every episode has, and what their numbers mean."""
+        """Return the fields of every episode, and what their numbers mean."""
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
-        """Return the fields that together make poses: these get `_relative` fields, and are resampled as poses."""
+        """Return the fields that form poses: these get `_relative` fields, and are resampled as poses."""
         return ()
 
     @abc.abstractmethod
@@ -223,11 +223,11 @@ class BaseRoboticsConverter(abc.ABC):
         """Read an episode; its images are read when its cameras are iterated.
 
         Raises:
-            ValueError: it is broken, in one line that names the file and what is wrong with it.
+            ValueError: the episode is broken; one line that names the file and what is wrong.
         """
 
     def describe_source(self) -> dict[str, Any]:
-        """Return what tells that the source has changed: number, bytes and a digest of all files and their sizes."""
+        """Return a fingerprint of the source: number and bytes of all files, and a digest of their names and sizes."""
         digest, num_files, num_bytes = hashlib.sha256(), 0, 0
         for source in self.params.source_episodes:
             for path, size in list_sizes(source).items():
@@ -241,7 +241,7 @@ def create_converter(params: RoboticsPreprocessParams) -> BaseRoboticsConverter:
     """Create the converter that params.type names.
 
     Raises:
-        ValueError: there is no such converter.
+        ValueError: no converter has this name.
     """
     return _CONVERTERS.get(params.type)(params)
 
@@ -250,7 +250,7 @@ _LONGEST = 80
 
 
 def slug(text: str) -> str:
-    """Turn a text into letters, digits, "_" and "-"; of a very long one the beginning and a digest stay."""
+    """Reduce a text to letters, digits, "_" and "-"; a very long one to its beginning and a digest."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "_"
     if len(name) <= _LONGEST:
         return name
@@ -258,13 +258,13 @@ def slug(text: str) -> str:
 
 
 def unique_names(uris: Sequence[str], *, num_parts: int = 1) -> list[str]:
-    """Name each of several files or folders by the end of its path, of which as much is taken as tells it from others.
+    """Name each of several files or folders by the end of its path, as short as is unique.
 
     Args:
-        num_parts: how many parts of a path are taken at least.
+        num_parts: least number of path parts in a name.
 
     Raises:
-        ValueError: two are the same, or differ only in what a name cannot hold.
+        ValueError: two are the same, or differ only in characters that a name cannot hold.
     """
     parts = [[part for part in uri.split("/") if part not in ("", ".")] for uri in uris]
     lengths = [num_parts] * len(uris)
@@ -277,7 +277,7 @@ def unique_names(uris: Sequence[str], *, num_parts: int = 1) -> list[str]:
         longer = [number for number in clashing if lengths[number] < len(parts[number])]
         if not longer:
             first, second = [uris[number] for number in clashing if names[number] == names[clashing[0]]][:2]
-            what = "is given twice" if first == second else f"can not be told from {second} by its name"
+            what = "is given twice" if first == second else f"has the same name as {second}, but for special characters"
             raise ValueError(f"source_episodes: {first} {what}. Leave one out, or rename it.")
         for number in longer:
             lengths[number] += 1

@@ -1,4 +1,4 @@
-"""Apply a field map: which columns of a recording are which field, what they mean, and which fields make poses."""
+"""Apply a field map: cut a recording's columns into fields, describe them, and group them into poses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from vla_foundry.robotics.spec import FieldDescription, GripperRange, Role
 
 @dataclass(frozen=True)
 class Source:
-    """What a recording holds under one name: L rows of numbers."""
+    """An array of a recording: L rows of numbers."""
 
     # columns
     width: int
-    # of the values as they are stored by us
+    # type that its values are stored as
     dtype: str
     # True for integers and switches
     is_discrete: bool = False
@@ -30,21 +30,21 @@ def load_field_map(path: str) -> FieldMapParams:
     """Load a field map: a path, a URI, or a preset (`field_maps/libero.yaml`).
 
     Raises:
-        ValueError: it is none.
-        FileNotFoundError: it is not there.
+        ValueError: the file is not a field map.
+        FileNotFoundError: the file does not exist.
     """
     return load_params_from_yaml(FieldMapParams, find_config(path))
 
 
 def stored_dtype(dtype: np.dtype) -> str:
-    """The type that numbers of another type are stored as, without loss: float32, or float64 for what has more bits."""
+    """Return the type that numbers are stored as without loss: float32, or float64 for wider types."""
     if dtype.kind in "iu":
         return "float32" if dtype.itemsize <= 2 else "float64"
     return "float64" if dtype == np.float64 else "float32"
 
 
 def source_of(name: str, field: FieldParams) -> str:
-    """The name in the recording that a field's columns come from."""
+    """Return the recording's name of the array that holds a field."""
     return field.source or name
 
 
@@ -54,11 +54,11 @@ def describe_fields(
     """Describe every field of a map.
 
     Args:
-        sources: what the recording holds.
+        sources: the arrays of the recording.
         origin: the recording, for messages.
 
     Raises:
-        ValueError: a field's source is not there, or has too few columns, or is no rotation of the format given.
+        ValueError: a field's source is missing, has too few columns, or does not fit the rotation format.
     """
     described = {}
     for name, field in fields.items():
@@ -93,7 +93,7 @@ def describe_fields(
 
 
 def default_role(name: str) -> Role:
-    """Action for what is named so (`action`, `actions.left`, `robot__action__...`), else observation."""
+    """Return action for names like `action`, `actions.left` and `robot__action__...`, else observation."""
     parts = parse_field_name(name)
     is_action = parts.source == "action" if parts is not None else name.startswith("action")
     return "action" if is_action else "observation"

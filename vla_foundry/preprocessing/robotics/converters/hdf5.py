@@ -1,8 +1,8 @@
-"""HDF5 recordings: robomimic, LIBERO, ALOHA, and any other layout that a field map can say.
+"""Convert HDF5 recordings: robomimic, LIBERO, ALOHA, and any other layout that a field map can describe.
 
-A field map (`--field_map`) says which groups of a file are an episode, which arrays are fields and cameras, and where
-rate and instruction stand. Three come with the package: field_maps/robomimic.yaml, libero.yaml and aloha.yaml; copy one
-for another robot. Sources are folders, patterns or files, local or s3://.
+A field map (`--field_map`) says which groups of a file are episodes, which arrays are fields and cameras, and where to
+find the rate and the instruction. The package has field_maps/robomimic.yaml, libero.yaml and aloha.yaml; copy one for
+another robot. Sources are folders, patterns or files, local or s3://.
 """
 
 import json
@@ -34,7 +34,7 @@ from vla_foundry.storage.uri import is_remote, list_files, name_of, open_input, 
 if TYPE_CHECKING:
     import h5py
 
-# bytes of images that are read at once
+# bytes of images to read at once
 _BLOCK_BYTES = 64 << 20
 _LARGEST_DEPTH = 65535
 _ENDINGS = (".hdf5", ".h5")
@@ -42,7 +42,7 @@ _ENDINGS = (".hdf5", ".h5")
 
 @contextmanager
 def open_hdf5(uri: str) -> "Iterator[h5py.File]":
-    """Open a file; what is wrong with it, now or while it is read, becomes a ValueError that names it."""
+    """Open a file; any error in its bytes, now or while it is read, becomes a ValueError that names it."""
     try:
         import h5py
     except ImportError:
@@ -58,14 +58,14 @@ def open_hdf5(uri: str) -> "Iterator[h5py.File]":
                 yield file
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
-    except (OSError, RuntimeError) as error:  # what h5py raises for broken bytes
+    except (OSError, RuntimeError) as error:  # h5py raises these for broken bytes
         if getattr(error, "errno", None) is not None:  # trouble of the machine or the network
             raise
-        raise ValueError(f"{uri} is no whole HDF5 file ({' '.join(str(error).split())[:200]}).") from None
+        raise ValueError(f"{uri} is not a complete HDF5 file ({' '.join(str(error).split())[:200]}).") from None
 
 
 def find_groups(file: "h5py.File", pattern: str) -> list[str]:
-    """Paths of the groups that match a pattern, one part a level; demo_2 stands before demo_10."""
+    """Return the paths of the groups that match a pattern, level by level; demo_2 comes before demo_10."""
     found = [""]
     for part in pattern.strip("/").split("/") if pattern.strip("/") else []:
         matching = []
@@ -85,7 +85,7 @@ def read_attribute(file: "h5py.File", place: str) -> Any:
     """Read `group@attribute`, or a value within an attribute that holds JSON: `group@attribute:key.of.it`.
 
     Raises:
-        ValueError: there is no such thing.
+        ValueError: there is no such attribute or key.
     """
     path, _, rest = place.partition("@")
     name, _, keys = rest.partition(":")
@@ -106,13 +106,17 @@ def read_attribute(file: "h5py.File", place: str) -> Any:
 
 
 def file_name(file: "h5py.File") -> str:
-    """What a file is called in messages."""
+    """Return a file's name, for messages."""
     name = file.filename
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def find_array(file: "h5py.File", group: str, path: str) -> "h5py.Dataset | None":
-    """The array at a path within a group; None if there is none."""
+    """Return the array at a path within a group; None if there is none.
+
+    Raises:
+        ValueError: its values lie in another file.
+    """
     found = _open(file, f"{group}/{path}")
     if not hasattr(found, "shape"):
         return None
@@ -124,10 +128,10 @@ def find_array(file: "h5py.File", group: str, path: str) -> "h5py.Dataset | None
 
 
 def _open(file: "h5py.File", path: str) -> Any:
-    """Return the group or array at a path, None if there is none.
+    """Return the group or array at a path; None if there is none.
 
     Raises:
-        ValueError: it lies in another file, to which an external link leads.
+        ValueError: an external link leads to another file.
     """
     found: Any = file.get(path)
     if found is not None and found.file != file:
@@ -147,7 +151,7 @@ def read_numbers(array: "h5py.Dataset", where: str) -> np.ndarray:
         ValueError: it holds something else.
     """
     if array.dtype.kind not in "fiub" or not array.shape:
-        raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, not one row of numbers a frame.")
+        raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, not one row of numbers per frame.")
     values = array[()]
     return values.reshape(len(values), -1)
 
@@ -222,7 +226,7 @@ class _Place:
     """Where an episode is."""
 
     uri: str
-    # path of its group; "": the whole file
+    # path of its group; "": the file itself
     group: str
 
 
@@ -244,7 +248,7 @@ class HDF5Converter(BaseRoboticsConverter):
         return self._loaded_map
 
     def discover_episodes(self) -> list[EpisodeRef]:
-        """Find the groups that are episodes, by file and number."""
+        """Find the groups that are episodes, sorted by file and number."""
         uris = self._files()
         names = unique_names([uri.rpartition(".")[0] for uri in uris], num_parts=2)
         refs = []
@@ -273,7 +277,7 @@ class HDF5Converter(BaseRoboticsConverter):
         return uris
 
     def discover_cameras(self) -> list[str]:
-        """Return the cameras of the field map; where it says `*`, those of the first episode."""
+        """Return the cameras of the field map; for `*`, those of the first episode."""
         return list(self._first_episode()[1])
 
     def describe_fields(self) -> dict[str, FieldDescription]:
@@ -285,7 +289,7 @@ class HDF5Converter(BaseRoboticsConverter):
         return field_map.pose_groups(self._map, self.describe_fields(), origin=self.params.field_map)
 
     def _first_episode(self) -> tuple[dict[str, FieldDescription], dict[str, CameraParams]]:
-        """Look at the first episode: what its fields are, and how its cameras are stored."""
+        """Return the fields and the cameras of the first episode."""
         if self._described is None:
             uri = self._files()[0]
             with open_hdf5(uri) as file:
@@ -316,7 +320,7 @@ class HDF5Converter(BaseRoboticsConverter):
         return found | cameras
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
-        """Read an episode's numbers, and find its images."""
+        """Read an episode's numbers; its images are read later."""
         place: _Place = ref.payload
         with open_hdf5(place.uri) as file:
             arrays = self._read_fields(file, place)
@@ -360,12 +364,12 @@ class HDF5Converter(BaseRoboticsConverter):
     def _fps(self, file: "h5py.File") -> float:
         place = self.params.fps or self._map.fps
         if place is None:
-            raise ValueError("the field map does not say how many frames a second there are. Give --fps.")
+            raise ValueError("the field map does not say how many frames per second there are. Give --fps.")
         if not isinstance(place, str):
             return float(place)
         value = read_attribute(file, place)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{file.filename}: {place} is {value!r}, not frames a second. Give --fps.")
+            raise ValueError(f"{file.filename}: {place} is {value!r}, not frames per second. Give --fps.")
         return float(value)
 
     def _instruction(self, file: "h5py.File") -> str | None:
@@ -379,7 +383,7 @@ class HDF5Converter(BaseRoboticsConverter):
 
 
 def _check_length(file: "h5py.File", place: _Place, num_frames: int) -> None:
-    """Compare with the number of frames that robomimic's files say an episode has."""
+    """Compare with the number of frames in robomimic's attribute num_samples."""
     said = file[place.group or "/"].attrs.get("num_samples")
     if said is not None and int(said) != num_frames:
         raise ValueError(

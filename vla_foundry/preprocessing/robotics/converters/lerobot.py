@@ -1,8 +1,8 @@
-"""LeRobot datasets of version 2.0, 2.1 and 3.0 (https://github.com/huggingface/lerobot): rows in parquet, and videos.
+"""Convert LeRobot datasets, versions 2.0, 2.1 and 3.0 (https://github.com/huggingface/lerobot).
 
 A source is the folder that holds meta/info.json: local, s3://, or hf://datasets/OWNER/NAME. Several sources must have
-the same features and rate. Cameras keep the names of their features (`observation.images.top`), and so do fields,
-unless a field map splits them:
+the same features and rate. Cameras and fields keep the names of their features (`observation.images.top`), unless a
+field map splits fields:
 
     # my_arm.yaml, for --field_map my_arm.yaml
     fields:
@@ -17,8 +17,8 @@ unless a field map splits them:
         position_key: robot__action__poses__right::arm__xyz
         rotation_key: robot__action__poses__right::arm__quat
 
-Without a map all numbers are taken but bookkeeping (`index`, `next.reward`, ...); no poses are known then, so that
-relative actions cannot be made.
+Without a map, all numbers but bookkeeping (`index`, `next.reward`, ...) become fields. No poses are known then, so
+relative actions are not available.
 """
 
 import posixpath
@@ -59,19 +59,18 @@ from vla_foundry.robotics.spec import FieldDescription, Role
 from vla_foundry.storage.uri import exists, join_uri, name_of, read_bytes
 
 _ROWS_AT_ONCE = 4096
-# features that are read where info.json has them, besides the times
+# features read besides the times, if info.json lists them
 _COUNTERS = ("frame_index", "index", "task_index")
-# images that are read at once; of 100 kB they make 3 MB
+# images to read at once: 3 MB at 100 kB each
 _BATCH_ROWS = 32
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_rows(info: DatasetInfo, entry: EpisodeEntry, signals: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read signals, `timestamp` and counters of an episode: {feature: (L, width)}, of the types that info.json says.
+    """Read signals, `timestamp` and counters of an episode: {feature: (L, width)}, with the types of info.json.
 
     Raises:
-        ValueError: the file is missing or broken, a feature is not as info.json says, or the rows are not those that
-            the tables say; one line that names the file.
+        ValueError: the file is missing or broken, or contradicts info.json or the tables; one line that names it.
     """
     import pyarrow as pa
 
@@ -118,14 +117,14 @@ def _check_counters(arrays: Mapping[str, np.ndarray], entry: EpisodeEntry, where
 def instructions_of(
     task_indices: np.ndarray | None, tasks: Mapping[int, str], entry: EpisodeEntry
 ) -> list[InstructionSpan]:
-    """Return the instruction of every stretch of frames with one task.
+    """Return the instructions: one span for each run of frames with the same task.
 
     Args:
-        task_indices: (L, 1); None: the rows do not say, and the episode's first task holds throughout.
+        task_indices: (L, 1); None: the rows have none, and the episode's first task applies throughout.
         tasks: {task_index: text}.
 
     Raises:
-        ValueError: a frame has a task that there is not.
+        ValueError: a frame has an unknown task.
     """
     if task_indices is None:
         text = entry.tasks[0] if entry.tasks else ""
@@ -207,7 +206,7 @@ def _image_places(entry: EpisodeEntry, camera: str, number: int, path: str) -> l
 
 @dataclass(frozen=True)
 class _Dataset:
-    """What every episode of a dataset needs."""
+    """What all episodes of a dataset share."""
 
     info: DatasetInfo
     # task_index -> text
@@ -227,7 +226,7 @@ class LeRobotConverter(BaseRoboticsConverter):
         self._map: FieldMapParams | None = None
 
     def discover_episodes(self) -> list[EpisodeRef]:
-        """Find the episodes of all sources, by source and index."""
+        """Find the episodes of all sources, sorted by source and index."""
         self.describe_fields()
         refs = []
         for root, name in zip(self._roots, unique_names(self._roots), strict=True):
@@ -251,7 +250,7 @@ class LeRobotConverter(BaseRoboticsConverter):
         """Return the fields that every source has.
 
         Raises:
-            ValueError: a field is not there, or two sources differ in it.
+            ValueError: a field is missing, or differs between two sources.
         """
         first_root = self._roots[0]
         first = self._described(first_root)
@@ -261,18 +260,18 @@ class LeRobotConverter(BaseRoboticsConverter):
             if different is not None:
                 raise ValueError(
                     f"field '{different}' differs between {first_root} ({first.get(different)}) and {root} "
-                    f"({described.get(different)}). Convert them one by one, or choose fields that they share."
+                    f"({described.get(different)}). Convert them one by one, or choose fields that both have."
                 )
         return first
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
-        """Return the pose groups of the field map; none without one."""
+        """Return the pose groups of the field map; without a map, none."""
         if self.params.field_map is None:
             return ()
         return field_map.pose_groups(self._field_map(), self.describe_fields(), origin=self.params.field_map)
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
-        """Read an episode's rows, and find its images."""
+        """Read an episode's rows; its images are read later."""
         entry: EpisodeEntry = ref.payload
         dataset = self._dataset(entry.root)
         info, fields = dataset.info, self._fields(dataset.info)
@@ -292,14 +291,14 @@ class LeRobotConverter(BaseRoboticsConverter):
         )
 
     def _camera(self, info: DatasetInfo, entry: EpisodeEntry, name: str, timestamps: np.ndarray) -> CameraFrames | None:
-        """Find the images of a camera; None: its video is not there, and such episodes are to be left out."""
+        """Describe the images of a camera; None: its video is missing, and such episodes shall be left out."""
         feature = info.features[name]
         if feature.dtype == "image":
             return find_row_images(entry, name, feature.image_size)
         video = entry.videos[name]
         if feature.is_depth_video:
             raise ValueError(
-                f"{video.uri} is a video of depth, which is not read. Leave '{name}' out of --camera_names."
+                f"{video.uri} is a depth video, which cannot be read. Leave '{name}' out of --camera_names."
             )
         try:
             size = read_video_size(video.uri)
@@ -328,7 +327,7 @@ class LeRobotConverter(BaseRoboticsConverter):
         return self._map
 
     def _fields(self, info: DatasetInfo) -> Mapping[str, FieldParams]:
-        """The fields that are taken of a dataset, as a field map has them."""
+        """Return the fields to read from a dataset, in the form of a field map."""
         fields: dict[str, FieldParams] = {}
         observations, actions = self.params.observation_keys, self.params.action_keys
         if self.params.field_map is not None:

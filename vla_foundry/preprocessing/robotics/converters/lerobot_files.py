@@ -1,9 +1,8 @@
-"""The files of LeRobot datasets: parquet tables, the rows of one episode, and video frames matched to recorded times.
+"""Read the files of LeRobot datasets: parquet tables, the rows of one episode, video frames matched to recorded times.
 
-A frame is found by its time, never by its number: the rows of a recording and the frames of its video may begin at
-different places, and one file may hold many episodes. Decoding starts at the key frame before the first time and goes
-on frame by frame, so every frame is exact and memory holds two. Each file is read by one thread, because episodes run
-in parallel.
+A frame is found by its time, never by its number: rows and video frames may begin at different times, and one file may
+hold many episodes. Decoding starts at the key frame before the first time and continues frame by frame, so every frame
+is exact and memory holds two. One thread reads each file, because episodes run in parallel.
 """
 
 import errno
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _EPISODE_COLUMN = "episode_index"
-# a frame this near to a time, in frames, is taken without looking at the next one
+# a frame this close to a time, in frames, is used without looking at the next one
 _EXACT = 1e-3
 
 
 @contextmanager
 def _open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
-    """Open a file; what is wrong with it, now or while it is read, becomes a ValueError that names it."""
+    """Open a file; any error in its bytes, now or while it is read, becomes a ValueError that names it."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -42,17 +41,17 @@ def _open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
             yield pq.ParquetFile(file)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
-    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError, too, for what it cannot decode
+    except (pa.ArrowException, OSError) as error:  # Arrow also raises OSError for bytes that it cannot decode
         if getattr(error, "errno", None) is not None:  # trouble of the machine or the network
             raise
-        raise ValueError(f"{uri} is no whole parquet file ({' '.join(str(error).split())[:200]}).") from None
+        raise ValueError(f"{uri} is not a complete parquet file ({' '.join(str(error).split())[:200]}).") from None
 
 
 def read_columns(uri: str, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Read columns of a small table as Python values.
 
     Args:
-        columns: those that are needed; null: all.
+        columns: the columns to read; None: all.
 
     Raises:
         ValueError: the file is missing or broken, or lacks a column.
@@ -77,9 +76,7 @@ def read_schema(uri: str) -> "pa.Schema":
 def read_episode_rows(
     uri: str, episode: int, columns: Sequence[str], *, rows_at_once: int
 ) -> "Iterator[pa.RecordBatch]":
-    """Yield the rows of one episode, a few at a time.
-
-    Of a file that holds many, only the row groups are read that can hold the episode.
+    """Yield the rows of one episode, a few at a time; only row groups that can hold the episode are read.
 
     Raises:
         ValueError: the file is missing or broken, or lacks a column.
@@ -104,7 +101,7 @@ def _require_columns(uri: str, names: Sequence[str], schema: "pa.Schema") -> Non
 
 
 def _row_groups_of(parquet: "pq.ParquetFile", episode: int) -> list[int]:
-    """The row groups that can hold rows of an episode, by the least and the greatest index that they say they hold."""
+    """Return the row groups whose index range, if they state one, includes the episode."""
     metadata = parquet.metadata
     column = [metadata.schema.column(number).path for number in range(metadata.num_columns)].index(_EPISODE_COLUMN)
     groups = []
@@ -119,7 +116,7 @@ def numbers_of(column: "pa.Array", width: int) -> np.ndarray:
     """Turn a column of numbers, or of lists of numbers to any depth, into (rows, width).
 
     Raises:
-        ValueError: null, not numbers, or another width; to be completed by the caller.
+        ValueError: null, not numbers, or another width; the caller puts the column in front.
     """
     import pyarrow as pa
 
@@ -181,7 +178,7 @@ class VideoFrames:
         before: tuple[float, Any] | None = None
         after = next(frames, None)
         if after is not None and after[0] > self.times[0] and self.times[0] > 0:
-            # the container's index led behind the first time
+            # the container's index led past the first time
             frames = self._decode(from_key_frame=False)
             after = next(frames, None)
         for number, time in enumerate(self.times):
@@ -219,7 +216,7 @@ class VideoFrames:
                 for frame in container.decode(stream):
                     decoded += 1
                     if frame.pts is None:
-                        raise ValueError(f"{self.uri}: a frame has no time (the {decoded}th that is decoded).")
+                        raise ValueError(f"{self.uri}: a frame has no time (the {decoded}th decoded one).")
                     seconds = frame.pts * time_base
                     if frame.is_corrupt:
                         raise ValueError(f"{self.uri}: the frame at {seconds:.3f} s is damaged.")
@@ -227,17 +224,17 @@ class VideoFrames:
             except (av.error.FFmpegError, OSError) as error:
                 _raise_unless_broken(error)
                 raise ValueError(
-                    f"{self.uri}: the video is damaged: after {decoded} frames nothing more can be decoded "
+                    f"{self.uri}: the video is damaged: nothing can be decoded after {decoded} frames "
                     f"({_reason(error)})."
                 ) from None
 
 
 def read_video_size(uri: str) -> tuple[int, int]:
-    """Return (W, H) of a video, of which only the header is read.
+    """Return (W, H) of a video; only its header is read.
 
     Raises:
-        ValueError: it is no video, or its header is damaged.
-        FileNotFoundError: it is not there.
+        ValueError: the file is not a video, or its header is damaged.
+        FileNotFoundError: the file does not exist.
     """
     with _open_stream(uri) as (_, stream):
         return stream.width, stream.height
@@ -252,13 +249,13 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
         raise ValueError(
             "videos need PyAV, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
         ) from None
-    # a file object rather than a name, because a name could be a protocol of FFmpeg's
+    # a file object instead of a name, because FFmpeg takes some names for protocols
     with open_input(uri) as file:
         try:
             container = av.open(file, mode="r")
         except (av.error.FFmpegError, OSError, ValueError) as error:
             _raise_unless_broken(error)
-            raise ValueError(f"{uri} is no video that can be opened, or is cut off ({_reason(error)}).") from None
+            raise ValueError(f"{uri} is not a readable video, or is cut off ({_reason(error)}).") from None
         with container:
             if not container.streams.video:
                 raise ValueError(f"{uri} holds no video.")
@@ -270,10 +267,10 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
 
 
 def _raise_unless_broken(error: Exception) -> None:
-    """Raise again what is trouble of the machine or the network, rather than of the bytes."""
+    """Re-raise trouble of the machine or the network, as opposed to broken bytes."""
     import av.error
 
-    # broken offsets lead to EINVAL, when the file is asked for what lies before its beginning
+    # broken offsets lead to EINVAL, when they point before the beginning of the file
     if not isinstance(error, av.error.FFmpegError) and getattr(error, "errno", None) not in (None, errno.EINVAL):
         raise error
 

@@ -1,13 +1,13 @@
-"""Raw recordings of LBM (TRI's simulation and stations), without pickle.
+"""Convert raw LBM recordings (TRI's simulation and stations), without pickle.
 
     <any folders>/tasks/<Task>/<station>/.../<datetime>/diffusion_spartan/episode_<n>/processed/
         metadata.yaml       camera_id_to_semantic_name: {camera id: camera}
         observations.npz    per camera id (L, H, W, 3) uint8; every signal (L, D); language_instruction (L,) text
-        actions.npz         actions (L, >= 20), cut into fields by --action_fields_config_path
+        actions.npz         actions (L, >= 20); --action_fields_config_path cuts them into fields
         intrinsics.npz      per camera id (3, 3) or (L, 3, 3); may be missing
         extrinsics.npz      per camera id (4, 4) or (L, 4, 4); may be missing
 
-A source is a folder at any height above the episodes. What follows `tasks` in the path is the task.
+A source is any folder above the episodes. The path part after `tasks` is the task.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ _REQUIRED = ("metadata.yaml", "observations.npz", "actions.npz")
 _CALIBRATION = ("intrinsics.npz", "extrinsics.npz")
 _CAMERA_KEY = "camera_id_to_semantic_name"
 _INSTRUCTION_KEY = "language_instruction"
-# kinds of instructions that are meant to be followed; the others are nonsense, for ablations
+# kinds of instructions to follow; the others are nonsense, for ablations
 _INSTRUCTION_KINDS = ("original", "randomized", "verbose", "alternative")
 _UNITS = {"xyz": "m", "joint_position": "rad", "joint_velocity": "rad/s", "joint_torque": "Nm"}
 
@@ -61,19 +61,19 @@ class _Place:
     # .../episode_<n>/processed
     folder: str
     number: int
-    # None: the path does not say
+    # None: not in the path
     task: str | None
-    # files that are there
+    # existing files
     files: frozenset[str]
 
     def uri(self, name: str) -> str:
-        """Name of one of its files."""
+        """Return the URI of one of its files."""
         return join_uri(self.folder, name)
 
 
 @register_converter("spartan")
 class SpartanConverter(BaseRoboticsConverter):
-    """Reads LBM's recordings; see the module."""
+    """Reads LBM recordings; see the module."""
 
     params_class = SpartanParams
 
@@ -97,7 +97,7 @@ class SpartanConverter(BaseRoboticsConverter):
 
     @cached_property
     def _places(self) -> list[tuple[str, _Place]]:
-        """(id, place) of all episodes, by folder and number."""
+        """(id, place) of all episodes, sorted by folder and number."""
         found = [place for source in self.params.source_episodes for place in _find_places(source)]
         excluded: dict[str, list[int]] = {}
         if self.params.validation_episodes_path is not None:
@@ -107,17 +107,17 @@ class SpartanConverter(BaseRoboticsConverter):
             sources = ", ".join(self.params.source_episodes)
             raise ValueError(
                 f"source_episodes: no episode_<n>/processed folder at any depth below {sources}"
-                + (f", but for the {len(found)} that validate." if found else ".")
+                + (f", except the {len(found)} of validation_episodes_path." if found else ".")
             )
         return [(_episode_id(place), place) for place in places]
 
     def discover_episodes(self) -> list[EpisodeRef]:
-        """Find all episodes at any depth; say which lack calibration, and which tasks lack instructions."""
+        """Find all episodes at any depth; report missing calibration and tasks without instructions."""
         places = [place for _, place in self._places]
         for name in _CALIBRATION:
             lacking = sum(name not in place.files for place in places)
             if lacking:
-                say(f"{lacking} of {len(places)} episodes have no {name}: they are converted without.")
+                say(f"{lacking} of {len(places)} episodes have no {name}, and are converted without.")
         if self._language:
             unknown = sorted({place.task or "(no task)" for place in places} - self._language.keys())
             if unknown:
@@ -129,7 +129,7 @@ class SpartanConverter(BaseRoboticsConverter):
 
     @cached_property
     def _examples(self) -> list[_Place]:
-        """The first whole episode of every recording session: cameras may differ between stations."""
+        """The first complete episode of every recording session: cameras may differ between stations."""
         firsts: dict[str, _Place] = {}
         for _, place in self._places:
             if place.files.issuperset(_REQUIRED):
@@ -164,11 +164,11 @@ class SpartanConverter(BaseRoboticsConverter):
         }
 
     def describe_fields(self) -> dict[str, FieldDescription]:
-        """Return the signals of the first episode, and the fields that actions are cut into."""
+        """Return the signals of the first episode and the action fields."""
         return dict(self._fields)
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
-        """Return the pose groups of the action config, but for those of which the recordings have nothing."""
+        """Return the pose groups of the action config, except those of which the recordings have no field."""
         path = self.params.action_fields_config_path
         groups = []
         for group in parse_pose_groups(self._action_fields.pose_groups, f"{path}: pose_groups"):
@@ -177,12 +177,12 @@ class SpartanConverter(BaseRoboticsConverter):
             if not any(key in self._fields for key in keys):
                 continue
             if missing:
-                raise ValueError(f"{path}: pose group {group.name} needs the field '{missing[0]}', which is not there.")
+                raise ValueError(f"{path}: pose group {group.name} needs the field '{missing[0]}', which is missing.")
             groups.append(group)
         return tuple(groups)
 
     def _signals(self, npz: Npz, cameras: dict[str, str]) -> list[str]:
-        """Arrays of observations.npz that are one row of numbers a frame."""
+        """Return the arrays of observations.npz that have one row of numbers per frame."""
         signals = []
         for name in npz.names:
             if name not in cameras and name not in self.params.data_discard_keys:
@@ -197,7 +197,7 @@ class SpartanConverter(BaseRoboticsConverter):
         return list(zip(self._action_fields.action_key_fields, slices, strict=True))
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
-        """Read an episode's numbers, and find its images."""
+        """Read an episode's numbers; its images are read later."""
         place: _Place = ref.payload
         names = _read_cameras(place)
         fields: dict[str, np.ndarray] = {}
@@ -280,7 +280,7 @@ def _task_of(folder: str) -> str | None:
 
 
 def _episode_id(place: _Place) -> str:
-    """Task, time, a digest of the path below `tasks`, and the number: stations may record at the same second."""
+    """Return task, time, a digest of the path below `tasks` (stations may record in the same second) and number."""
     parts = parent_uri(parent_uri(place.folder)).split("/")
     below = parts if place.task is None else parts[len(parts) - parts[::-1].index("tasks") :]
     digest = hashlib.sha256("/".join(below).encode()).hexdigest()[:8]

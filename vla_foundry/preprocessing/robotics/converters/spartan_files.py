@@ -1,4 +1,4 @@
-"""Files of an LBM recording: .npz archives of which single arrays, or the images one by one, are read; YAML.
+"""Read the files of an LBM recording: single arrays and images of .npz archives, YAML and JSON.
 
 Nothing is unpickled: an array of Python objects is an error.
 """
@@ -18,13 +18,13 @@ import yaml
 from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames
 from vla_foundry.storage.uri import open_input, read_text
 
-# in C where there is one: 20 times as fast
+# libyaml's, if available, is 20 times as fast
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What an array is, without its values."""
+    """Shape and type of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -44,7 +44,7 @@ class Npz:
         return [name.removesuffix(".npy") for name in self._archive.namelist()]
 
     def header(self, name: str) -> ArrayHeader:
-        """Read what an array is."""
+        """Read an array's header."""
         with self._open(name) as file:
             return self._read_header(name, file)
 
@@ -56,25 +56,23 @@ class Npz:
             count = int(np.prod(header.shape))
             data = file.read(count * header.dtype.itemsize + 1)
         if len(data) != count * header.dtype.itemsize:
-            raise ValueError(f"{self.uri}: array '{name}' is cut off, or has more values than it says.")
+            raise ValueError(f"{self.uri}: array '{name}' is cut off, or larger than its header says.")
         array = np.frombuffer(data, dtype=header.dtype, count=count)
         return array.reshape(header.shape, order="F" if header.is_fortran else "C")
 
     def iterate(self, name: str) -> Iterator[np.ndarray]:
-        """Yield the rows of an array, one in memory at a time."""
+        """Yield the rows of an array, with one in memory at a time."""
         with self._open(name) as file:
             header = self._read_header(name, file)
             if header.is_fortran:
-                raise ValueError(
-                    f"{self.uri}: array '{name}' is in Fortran's order. Save it with np.ascontiguousarray."
-                )
+                raise ValueError(f"{self.uri}: array '{name}' is in Fortran order. Save it with np.ascontiguousarray.")
             size = int(np.prod(header.shape[1:])) * header.dtype.itemsize
             for row in range(header.shape[0]):
                 data = file.read(size)
                 if len(data) < size:
                     raise ValueError(f"{self.uri}: array '{name}' is cut off at row {row}.")
                 yield np.frombuffer(data, dtype=header.dtype).reshape(header.shape[1:])
-            file.read(1)  # to the end, where the checksum is compared
+            file.read(1)  # reach the end, where zipfile compares the checksum
 
     def _open(self, name: str) -> Any:
         if f"{name}.npy" not in self._archive.NameToInfo:
@@ -96,14 +94,14 @@ class Npz:
 
 @contextmanager
 def open_npz(uri: str) -> Iterator[Npz]:
-    """Open a file; what is wrong with it, now or while it is read, becomes a ValueError that names it."""
+    """Open a file; any error in its bytes, now or while it is read, becomes a ValueError that names it."""
     try:
         with open_input(uri) as file, zipfile.ZipFile(file) as archive:
             yield Npz(uri, archive)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{uri} is no whole .npz ({' '.join(str(error).split())[:200]}).") from None
+        raise ValueError(f"{uri} is not a complete .npz ({' '.join(str(error).split())[:200]}).") from None
 
 
 def read_images(uri: str, name: str) -> Iterator[np.ndarray]:
@@ -143,7 +141,7 @@ def read_yaml(uri: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: it is missing or broken.
+        ValueError: the file is missing or broken.
     """
     try:
         values = yaml.load(read_text(uri), Loader=_Loader)  # noqa: S506  # it is one of PyYAML's two safe loaders
@@ -160,7 +158,7 @@ def read_episode_lists(uri: str) -> dict[str, list[int]]:
     """Read {task: [episode, ...]} from JSON.
 
     Raises:
-        ValueError: it is missing, or something else.
+        ValueError: the file is missing or holds something else.
     """
     try:
         values = json.loads(read_text(uri))

@@ -187,7 +187,7 @@ def v2_truncated_video(broken: Broken) -> str:
     path = broken.video(broken.camera)
     data = path.read_bytes()
     path.write_bytes(data[: broken.random.randrange(1, len(data) - 1)])
-    return rf"{path}( is no video that can be opened, or is cut off|: no frame can be decoded|: the video ends at)"
+    return rf"{path}( is not a readable video, or is cut off|: no frame can be decoded|: the video ends at)"
 
 
 @breaks
@@ -214,7 +214,7 @@ def v2_video_of_another_size(broken: Broken) -> str:
 def v2_video_that_is_none(broken: Broken) -> str:
     path = broken.video(broken.camera)
     path.write_bytes(broken.random.choice([b"", b"no video", broken.random.randbytes(5000)]))
-    return rf"{path} is no video that can be opened"
+    return rf"{path} is not a readable video"
 
 
 @breaks
@@ -283,7 +283,7 @@ def v2_truncated_rows(broken: Broken) -> str:
     path = broken.rows
     data = path.read_bytes()
     path.write_bytes(data[: broken.random.randrange(len(data) - 1)])
-    return rf"{path} is no whole parquet file"
+    return rf"{path} is not a complete parquet file"
 
 
 @breaks

@@ -286,7 +286,7 @@ def test_a_file_that_is_cut_off_or_says_no_rate_is_named(tmp_path: Path, recordi
         converter.read_episode(ref)
     assert create_converter(params_of(path, "robomimic", fps=15.0)).read_episode(ref).fps == 15
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"ph\.hdf5 is no whole HDF5 file"):
+    with pytest.raises(ValueError, match=r"ph\.hdf5 is not a complete HDF5 file"):
         create_converter(params_of(path, "robomimic")).discover_episodes()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("none", encoding="utf-8")

@@ -278,7 +278,7 @@ def test_only_the_row_groups_of_an_episode_are_read(
     path.write_bytes(data)
     found = read_all(params_of(root))
     assert not isinstance(found["set_episode_000000"], ValueError)
-    assert "is no whole parquet file" in str(found["set_episode_000002"])
+    assert "is not a complete parquet file" in str(found["set_episode_000002"])
 
 
 def test_transforms_and_their_inverses_give_the_fields_back(write: Any, tmp_path: Path, check_inverse: Any) -> None:

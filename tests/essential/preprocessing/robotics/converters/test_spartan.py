@@ -201,7 +201,7 @@ def test_episodes_that_validate_and_fields_that_are_discarded_are_left_out(
     assert numbers_of(found) == [0, 11]
     assert all(discarded not in episode.fields for episode in found.values())
     path.write_text(json.dumps({TASK: sorted(LENGTHS)}), encoding="utf-8")
-    with pytest.raises(ValueError, match="but for the 3 that validate"):
+    with pytest.raises(ValueError, match="except the 3 of validation_episodes_path"):
         read_all(params_of(raw, validation_episodes_path=str(path)))
 
 
@@ -212,7 +212,7 @@ def test_missing_calibration_is_said_and_allowed(
     for path in (tmp_path / "raw").rglob("intrinsics.npz"):
         path.unlink()
     found = read_all(params_of(tmp_path / "raw"))
-    assert "3 of 3 episodes have no intrinsics.npz: they are converted without." in capsys.readouterr().out
+    assert "3 of 3 episodes have no intrinsics.npz, and are converted without." in capsys.readouterr().out
     assert all(not episode.intrinsics and len(episode.extrinsics) == 2 for episode in found.values())
 
 
@@ -233,7 +233,7 @@ BREAKS = {
     ),
     "metadata.yaml is not YAML": lambda folder, _: (folder / "metadata.yaml").write_text("a: [1", encoding="utf-8"),
     "observations.npz is missing": lambda folder, _: (folder / "observations.npz").unlink(),
-    "observations.npz is no whole .npz": lambda folder, _: cut(folder / "observations.npz"),
+    "observations.npz is not a complete .npz": lambda folder, _: cut(folder / "observations.npz"),
     "actions are float64 (12, 19), expected floats (12, 20)": lambda folder, values: np.savez(
         folder / "actions.npz", actions=values["actions"]["actions"][:, :19]
     ),
