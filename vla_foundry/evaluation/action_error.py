@@ -1,4 +1,4 @@
-"""`vla-foundry action-error`: how far a policy's actions are from those of held-out demonstrations, without a robot."""
+"""`vla-foundry action-error`: compare a policy's actions with those of held-out demonstrations, without a robot."""
 
 import json
 import sys
@@ -18,18 +18,18 @@ from vla_foundry.storage.uri import write_text
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldError:
-    """Mean squared errors of one action field, over its columns and over samples; in the field's unit, squared."""
+    """Mean squared errors of one action field, averaged over its columns and over samples; unit: the field's, squared."""
 
-    # (H,) for each step from the anchor on
+    # (H,): the policy's error at each step from the anchor on
     policy: np.ndarray
-    # (H,) of the constant that errs least: the mean of these very actions at each step, column by column
+    # (H,): the error of the best constant, which is the mean of the true actions at each step, column by column
     mean_action: np.ndarray
-    # samples that have the step
+    # (H,): samples that have the step
     num_samples: np.ndarray
 
     @property
     def ratio(self) -> float:
-        """The policy's error over that of the mean action, both over all steps; 0 is exact, 1 no better."""
+        """The policy's error divided by that of the mean action, over all steps; 0: exact, 1: no better than the mean."""
         shares = self.num_samples / self.num_samples.sum()
         return float((self.policy * shares).sum() / max((self.mean_action * shares).sum(), 1e-300))
 
@@ -37,7 +37,7 @@ class FieldError:
 def measure_field(
     predicted: Float[np.ndarray, "N H C"], true: Float[np.ndarray, "N H C"], is_valid: Bool[np.ndarray, "N H"]
 ) -> FieldError:
-    """Compare one field's predicted actions with the true ones, step by step; padding is left out."""
+    """Compare one field's predicted actions with the true ones, step by step; padding is ignored."""
     weights = is_valid[..., None].astype(np.float64)
     counts = is_valid.sum(0)
     total = np.maximum(weights.sum(0), 1.0)  # (H, 1)
@@ -50,13 +50,13 @@ def measure_field(
 
 
 def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
-    """Let a policy predict the actions of its run's held-out samples: {action field: errors}.
+    """Predict the actions of a run's held-out samples with its policy; return {action field: errors}.
 
-    Fields are as the model is trained on them: relative poses stay relative.
+    Fields are compared as the model is trained on them: relative poses stay relative.
 
     Raises:
-        FileNotFoundError: there is no such run, or its validation data is gone.
-        ValueError: it is no run of a policy, or it has no validation data.
+        FileNotFoundError: the run or its validation data does not exist.
+        ValueError: the run does not hold a policy, or has no validation data.
     """
     files = load_policy_files(params.checkpoint)
     if not files.data.val_dataset_manifest:
@@ -72,7 +72,7 @@ def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
 
 
 def _predict(files: PolicyFiles, params: ActionErrorParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normalised actions of held-out samples, true and predicted (N, T, A), and which steps are to be predicted."""
+    """Return normalised actions of held-out samples, true and predicted (N, T, A), and a mask of steps to predict."""
     import torch
 
     from vla_foundry.data import create_dataloader
@@ -104,14 +104,14 @@ def _predict(files: PolicyFiles, params: ActionErrorParams) -> tuple[np.ndarray,
 
 
 def format_action_errors(errors: Mapping[str, FieldError]) -> list[str]:
-    """Write a table: root mean square errors at the first and last step, and the ratio of squares over all steps."""
+    """Format a table: root mean square errors at the first and last step, and the ratio of squares over all steps."""
     title = "error of held-out actions (RMS)"
     width = max(map(len, (title, *errors)))
     lines = [f"  {title:{width}}{'first step':>16}{'last step':>16}{'all, squared':>16}"]
     for field, error in errors.items():
         steps = (f"{error.policy[step] ** 0.5:.3f}/{error.mean_action[step] ** 0.5:.3f}" for step in (0, -1))
         lines.append(f"  {field:{width}}" + "".join(f"{text:>16}" for text in (*steps, f"{error.ratio:.2f}")))
-    return [*lines, "  (policy / best constant action; goal for the last column: at most 0.50)"]
+    return [*lines, "  (policy / best constant action)"]
 
 
 def _to_json(error: FieldError) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _to_json(error: FieldError) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Run `vla-foundry action-error`."""
+    """Run `vla-foundry action-error`: print the table, and write the errors to a file on request."""
     params = parse_command(ActionErrorParams, argv, prog="vla-foundry action-error")
     errors = measure_action_error(params)
     if params.output is not None:

@@ -31,24 +31,24 @@ class Step:
 
     # name of the step and of its marker files
     name: str
-    # what the user is told it does
+    # headline for the user
     what: str
     # words of `vla-foundry <words>`, run as a subprocess; without words, `function` runs in this process
     words: tuple[str, ...] = ()
     # processes that train together under torchrun; the first word is then `train`
     num_processes: int = 1
     function: Callable[[], object] | None = None
-    # file that receives what the command prints
+    # file for the command's standard output
     output: Path | None = None
-    # files it makes; the step is not done while one is missing
+    # files it writes; the step is not done while one is missing
     outputs: tuple[Path, ...] = ()
-    # folder that holds all it makes; deleted before the step runs with another command than before
+    # folder with all that it writes; deleted before the step runs with a new command
     folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A few steps, and the page that reports their results."""
+    """A sequence of steps, and the page that reports their results."""
 
     steps: Sequence[Step]
     summary: Path
@@ -149,11 +149,11 @@ def _run(step: Step) -> None:
     if step.output is None:
         finished = subprocess.run(command, env=environment, check=False)
     else:
-        with step.output.open("w") as file:
+        with step.output.open("w", encoding="utf-8") as file:
             finished = subprocess.run(command, env=environment, check=False, stdout=file)
     if finished.returncode != 0:
         raise StepFailedError(
-            f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to go on."
+            f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to resume."
         )
 
 

@@ -31,3 +31,5 @@ def test_the_table_shows_both_in_the_unit_of_the_field() -> None:
     true = np.array([[[0.0]], [[4.0]]])
     lines = format_action_errors({"action.x": measure_field(true + 1.0, true, np.ones((2, 1), dtype=bool))})
     assert lines[1].split() == ["action.x", "1.000/2.000", "1.000/2.000", "0.25"]
+    # a goal belongs to the quickstart, not to any dataset
+    assert "goal" not in "\n".join(lines)
