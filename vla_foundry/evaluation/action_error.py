@@ -18,7 +18,7 @@ from vla_foundry.storage.uri import write_text
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldError:
-    """Mean squared errors of one action field, averaged over its columns and over samples; unit: the field's, squared."""
+    """Mean squared errors of one action field, over its columns and over samples; unit: the field's, squared."""
 
     # (H,): the policy's error at each step from the anchor on
     policy: np.ndarray
@@ -29,7 +29,7 @@ class FieldError:
 
     @property
     def ratio(self) -> float:
-        """The policy's error divided by that of the mean action, over all steps; 0: exact, 1: no better than the mean."""
+        """The policy's error over that of the mean action, all steps together; 0: exact, 1: no better than the mean."""
         shares = self.num_samples / self.num_samples.sum()
         return float((self.policy * shares).sum() / max((self.mean_action * shares).sum(), 1e-300))
 
