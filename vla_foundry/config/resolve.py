@@ -1,7 +1,9 @@
 """Fill in derived values in one pure pass, check that sections fit together, and print each value's origin."""
 
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -64,8 +66,9 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
     derivation = _Derivation(sources={}, unresolved={}, facts=facts)
     order = params.derivation_order
     for name in order:
-        # a section's second turn may fill values that its first left open
-        derivation.forget_open_values(name)
+        # a section's second pass may fill values that its first left open
+        for path in [path for path in derivation.unresolved if path.startswith(f"{name}.")]:
+            del derivation.unresolved[path]
         params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
     params = derivation.fill(params, params.derive(params, facts), "")
     notices = [line for name in dict.fromkeys(order) for line in _check(getattr(params, name), params, facts, name)]
@@ -81,28 +84,19 @@ class _Derivation:
     unresolved: dict[str, str]
     facts: Any
 
-    def forget_open_values(self, path: str) -> None:
-        for full in [full for full in self.unresolved if full.startswith(f"{path}.")]:
-            del self.unresolved[full]
-
     def derive_section(self, section: Any, root: Any, path: str) -> Any:
         """Return the section, and the sections in it, with derived values."""
         section = self.fill(section, section.derive(root, self.facts), path)
         inner: dict[str, Any] = {}
-        for item in fields(section):
-            value: Any = getattr(section, item.name)
-            below = f"{path}.{item.name}"
-            if isinstance(value, BaseParams):
-                inner[item.name] = self.derive_section(value, root, below)
-            elif _is_dict_of_sections(value):
-                parts = value.items()
-                inner[item.name] = {name: self.derive_section(part, root, f"{below}.{name}") for name, part in parts}
+        for name, key, part in _parts(section):
+            derived = self.derive_section(part, root, _join(path, name, key))
+            inner[name] = derived if key is None else inner.get(name, {}) | {key: derived}
         return replace(section, **inner) if inner else section
 
     def fill(self, section: Any, derived: dict[str, Derived], path: str) -> Any:
         values = {}
         for name, item in derived.items():
-            full = f"{path}.{name}" if path else name
+            full = _join(path, name)
             if isinstance(item.value, Unavailable):
                 self.unresolved[full] = item.value.needs
             else:
@@ -111,20 +105,23 @@ class _Derivation:
         return replace(section, **values) if values else section
 
 
-def _is_dict_of_sections(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(part, BaseParams) for part in value.values())
+def _parts(section: BaseParams) -> Iterator[tuple[str, str | None, BaseParams]]:
+    """Yield the sections in a section: field, key if the field is a dict of sections, and section."""
+    for item in fields(section):
+        value: Any = getattr(section, item.name)
+        if isinstance(value, BaseParams):
+            yield item.name, None, value
+        elif isinstance(value, dict) and all(isinstance(part, BaseParams) for part in value.values()):
+            yield from ((item.name, key, part) for key, part in value.items())
+
+
+def _join(*keys: str | None) -> str:
+    return ".".join(key for key in keys if key)
 
 
 def _check(section: BaseParams, root: BaseParams, facts: Any, path: str) -> list[str]:
-    notices = list(section.check(root, facts, path))
-    for item in fields(section):
-        value: Any = getattr(section, item.name)
-        if _is_dict_of_sections(value):
-            for name, part in value.items():
-                notices += _check(part, root, facts, f"{path}.{item.name}.{name}")
-        elif isinstance(value, BaseParams):
-            notices += _check(value, root, facts, f"{path}.{item.name}")
-    return notices
+    below = [_check(part, root, facts, _join(path, name, key)) for name, key, part in _parts(section)]
+    return [*section.check(root, facts, path), *itertools.chain(*below)]
 
 
 def print_resolved(resolved: Resolved[Any], origins: dict[str, Origin], folder: str | None = None) -> None:
@@ -163,7 +160,7 @@ def _lines(section: Any, path: str, notes: dict[str, str]) -> list[str]:
     if isinstance(section, ChoiceParams):
         lines.append(_line(indent, TYPE_KEY, section.registered_name(), f"{path}.{TYPE_KEY}", notes))
     for name, value in values.items():
-        full = f"{path}.{name}" if path else name
+        full = _join(path, name)
         holds_sections = isinstance(value, dict) and any(is_dataclass(part) for part in value.values())
         if is_dataclass(value) or holds_sections:
             lines += [f"{indent}{name}:", *_lines(value, full, notes)]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
+from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import (
     MODEL_CONFIG_NAME,
@@ -55,42 +54,28 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         # our own processor adds <image> at the end
         tokenizer = replace(tokenizer, vocab_size=tokenizer.vocab_size + 1, image_token_id=tokenizer.vocab_size)
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
-    facts = Facts(
+    has_spec = isinstance(data, RoboticsDataParams)
+    specs = (_find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
+    return Facts(
         world_size=world_size,
         ranks_per_node=read_ranks_per_node(world_size),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        datasets=tuple(_read_dataset(name, "data.dataset_manifest", offline) for name in data.dataset_manifest),
+        datasets=tuple(
+            _read_dataset(name, "data.dataset_manifest", offline, has_spec=has_spec) for name in data.dataset_manifest
+        ),
         val_datasets=tuple(
-            _read_dataset(name, "data.val_dataset_manifest", offline) for name in data.val_dataset_manifest
+            _read_dataset(name, "data.val_dataset_manifest", offline, has_spec=has_spec)
+            for name in data.val_dataset_manifest
         ),
         tokenizer=tokenizer,
         started_from=started_from,
+        started_from_robotics=next((spec for spec in specs if spec is not None), None),
         checkpoint_models=_read_checkpoint_models(params.model, offline),
-    )
-    if isinstance(data, RoboticsDataParams):
-        return _add_robotics(facts, list_checkpoints(params.model), offline)
-    return facts
-
-
-def _add_robotics(facts: Facts, checkpoints: Sequence[str], offline: bool) -> Facts:
-    """Add the spec of each dataset and of the run the model starts from; remote ones only if not offline."""
-
-    def read(dataset: DatasetFacts) -> DatasetFacts:
-        if isinstance(dataset.num_samples, Unavailable):
-            return replace(dataset, robotics=Unavailable(join_uri(parent_uri(dataset.manifest), SPEC_NAME)))
-        return replace(dataset, robotics=read_spec(dataset.manifest))
-
-    return replace(
-        facts,
-        datasets=tuple(read(dataset) for dataset in facts.datasets),
-        val_datasets=tuple(read(dataset) for dataset in facts.val_datasets),
-        started_from_robotics=next(
-            (found for name in checkpoints if (found := _find_run_spec(name, offline)) is not None), None
-        ),
     )
 
 
 def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
+    """Return the dataset spec saved in the run of a checkpoint, or None."""
     if is_remote(checkpoint) and offline:
         return None
     for folder in run_folder_candidates(checkpoint):
@@ -107,41 +92,43 @@ def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:
         raise FileNotFoundError(f"{path}: {location} does not exist.")
 
 
-def _read_dataset(manifest: str, path: str, offline: bool) -> DatasetFacts:
-    """Read one dataset's manifest and the files beside it."""
+def _read_dataset(manifest: str, path: str, offline: bool, *, has_spec: bool) -> DatasetFacts:
+    """Read one dataset's manifest and the files beside it; `has_spec`: with its dataset spec."""
+    folder = parent_uri(manifest)
+    missing = DatasetFacts(
+        manifest=manifest,
+        num_samples=Unavailable(manifest),
+        provenance={},
+        robotics=Unavailable(join_uri(folder, SPEC_NAME)) if has_spec else None,
+    )
     if offline and is_remote(manifest):
-        return DatasetFacts(manifest=manifest, num_samples=Unavailable(manifest), provenance={})
+        return missing
     try:
         entries = parse_manifest(read_text(manifest), manifest)
     except (FileNotFoundError, IsADirectoryError):
         if offline:
-            return DatasetFacts(manifest=manifest, num_samples=Unavailable(manifest), provenance={})
+            return missing
         inside = join_uri(manifest, MANIFEST_NAME)
         is_folder = not manifest.endswith(MANIFEST_NAME) and exists(inside)
         fix = f"Did you mean {inside}?" if is_folder else "Make it with `vla-foundry preprocess` or `manifest build`."
         raise FileNotFoundError(f"{path}: there is no manifest {manifest}. {fix}") from None
-    folder = parent_uri(manifest)
     return DatasetFacts(
         manifest=manifest,
         num_samples=sum(entry.num_sequences for entry in entries),
         provenance=_read_provenance(join_uri(folder, PROVENANCE_NAME)),
         tokenizer=_read_dataset_tokenizer(join_uri(folder, TOKENIZER_FOLDER)),
+        robotics=read_spec(manifest) if has_spec else None,
     )
 
 
 def _read_provenance(location: str) -> dict[str, Any]:
-    """Return the `dataset` section of a dataset's provenance."""
-    dataset = _read_json(location).get("dataset", {})
-    return dataset if isinstance(dataset, dict) else {}
-
-
-def _read_json(location: str) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} if the file is missing or holds something else."""
+    """Return the `dataset` section of a dataset's provenance; {} if it has none."""
     try:
         values = json.loads(read_text(location))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return values if isinstance(values, dict) else {}
+    dataset = values.get("dataset") if isinstance(values, dict) else None
+    return dataset if isinstance(dataset, dict) else {}
 
 
 def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
@@ -169,17 +156,21 @@ def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | Non
     return None
 
 
+def _parts(model: BaseParams) -> list[BaseParams]:
+    return [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
+
+
 def list_checkpoints(model: BaseParams) -> list[str]:
     """Return the checkpoint the model starts from, then those of its parts, in field order."""
-    found = [model.resume_from_checkpoint] if isinstance(model, ModelParams | BackboneParams) else []
-    parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
-    return [name for name in found if name is not None] + [name for part in parts for name in list_checkpoints(part)]
+    own = model.resume_from_checkpoint if isinstance(model, ModelParams | BackboneParams) else None
+    below = [name for part in _parts(model) for name in list_checkpoints(part)]
+    return below if own is None else [own, *below]
 
 
 def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, ModelParams]:
     """Return the model params of each run that a part takes its weights and architecture from."""
     models: dict[str, ModelParams] = {}
-    for part in (value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)):
+    for part in _parts(model):
         if isinstance(part, VLMFoundryBackboneParams) and part.vlm is None and part.resume_from_checkpoint is not None:
             _check_checkpoint(part.resume_from_checkpoint, "model.vision_language_backbone", offline)
             if not (is_remote(part.resume_from_checkpoint) and offline):
@@ -194,9 +185,7 @@ def _read_run_model(checkpoint: str) -> ModelParams:
         if exists(config):
             params = load_params_from_yaml(ModelParams, config)
             files = join_uri(folder, MODEL_FILES_FOLDER)
-            if isinstance(params, VLMParams) and not is_remote(files) and exists(files):
-                return params.with_model_files(files)
-            return params
+            return with_model_files(params, files) if not is_remote(files) and exists(files) else params
     raise FileNotFoundError(
         f"model.vision_language_backbone.resume_from_checkpoint: {checkpoint} lies in no run folder (there is no "
         f"{MODEL_CONFIG_NAME} above it). Give a run folder, or the architecture in model.vision_language_backbone.vlm."

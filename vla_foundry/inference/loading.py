@@ -1,13 +1,10 @@
 """Find a run and load its model on the requested device."""
 
-import dataclasses
 import tempfile
 from typing import TYPE_CHECKING
 
-from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.params.models.transformer import TransformerHFParams
-from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, run_folder_candidates
 from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files
 
@@ -78,12 +75,7 @@ def load_run_model(
 def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     """Return the params with Hugging Face parts read from the run's own copies of their files."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
-    if not is_remote(files) and exists(files):
-        if isinstance(params, TransformerHFParams):
-            return dataclasses.replace(params, hf_pretrained=files)
-        if isinstance(params, (VLMParams, VLMHFParams, RobotPolicyParams)):
-            return params.with_model_files(files)
-    return params
+    return with_model_files(params, files) if not is_remote(files) and exists(files) else params
 
 
 def load_run_processor(run_folder: str) -> "Processor":

@@ -113,7 +113,7 @@ class RobotPolicy(nn.Module):
         return self.vision_language_backbone.num_flops_per_token(seq_len)
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of the Hugging Face parts; RobotPolicyParams.with_model_files reads it."""
+        """Write the architecture of the Hugging Face parts; with_model_files reads it."""
         self.vision_language_backbone.save_files(folder)
 
 

@@ -215,7 +215,7 @@ class VLM(nn.Module):
         return self.transformer.num_flops_per_token(seq_len) + images / seq_len
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of the Hugging Face parts; VLMParams.with_model_files reads it."""
+        """Write the architecture of the Hugging Face parts; with_model_files reads it."""
         for name, part in (("vit", self.vit), ("transformer", self.transformer)):
             save = getattr(part, "save_files", None)
             if save is not None:

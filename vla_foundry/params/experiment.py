@@ -10,7 +10,7 @@ from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Unav
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
-from vla_foundry.params.facts import DatasetFacts, Facts
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.hparams import HyperParams, count_decay_steps
 from vla_foundry.params.models.roles import ModelParams
 
@@ -77,12 +77,32 @@ class TrainExperimentParams(BaseParams):
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the budget in samples from `num_epochs`."""
-        return _derive_budget(self, facts)
+        if self.num_epochs is None:
+            if self.total_train_samples is None:
+                raise ValueError("There is no budget. Give --total_train_samples N or --num_epochs N.")
+            return {}
+        counts = [dataset.num_samples for dataset in facts.datasets]
+        missing = next((count for count in counts if isinstance(count, Unavailable)), None)
+        if missing is not None:
+            # an explicit budget needs no manifest; training checks at its start that both agree
+            return (
+                {} if self.total_train_samples is not None else {"total_train_samples": Derived(missing, "num_epochs")}
+            )
+        epoch = sum(count for count in counts if isinstance(count, int))
+        samples = self.num_epochs * epoch
+        if self.total_train_samples not in (None, samples):
+            raise ValueError(
+                f"total_train_samples ({self.total_train_samples}) and num_epochs ({self.num_epochs}) x {epoch} "
+                f"samples = {samples} disagree. Give one of them."
+            )
+        return {"total_train_samples": Derived(samples, f"num_epochs x {epoch} samples in data.dataset_manifest")}
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the budget, the data and the model fit together."""
         notices = _check_budget(self, facts)
-        _check_data(self, facts)
+        if not self.data.allow_multiple_epochs:
+            _check_enough(self, facts)
+        _check_seq_len(self.data, self, facts)
         _check_tokens(self, facts)
         return notices
 
@@ -142,40 +162,8 @@ def checkpoint_steps(params: TrainExperimentParams) -> tuple[int, ...]:
     return tuple(steps * (index + 1) // count for index in range(count))
 
 
-def _derive_budget(params: TrainExperimentParams, facts: Facts) -> dict[str, Derived]:
-    """Derive the budget in samples from `num_epochs`.
-
-    Raises:
-        ValueError: no budget is given, or two budgets disagree.
-    """
-    if params.num_epochs is None:
-        if params.total_train_samples is None:
-            raise ValueError("There is no budget. Give --total_train_samples N or --num_epochs N.")
-        return {}
-    counts = [dataset.num_samples for dataset in facts.datasets]
-    missing = [count for count in counts if isinstance(count, Unavailable)]
-    if missing:
-        # an explicit budget needs no manifest; training checks at its start that both agree
-        known = params.total_train_samples is not None
-        return {} if known else {"total_train_samples": Derived(missing[0], "num_epochs")}
-    epoch = sum(count for count in counts if isinstance(count, int))
-    samples = params.num_epochs * epoch
-    if params.total_train_samples not in (None, samples):
-        raise ValueError(
-            f"total_train_samples ({params.total_train_samples}) and num_epochs ({params.num_epochs}) x {epoch} "
-            f"samples = {samples} disagree. Give one of them."
-        )
-    if params.total_train_samples is not None:
-        return {}
-    return {"total_train_samples": Derived(samples, f"num_epochs x {epoch} samples in data.dataset_manifest")}
-
-
 def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
-    """Check that the budget gives at least one step and divides evenly.
-
-    Raises:
-        ValueError: it is less than one step, the batch does not divide, or the schedule does not fit.
-    """
+    """Check that the budget gives at least one step, the batch divides evenly, and the schedule fits."""
     accumulation_steps(params, facts.world_size)
     if params.total_train_samples is None:
         return []
@@ -199,19 +187,8 @@ def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
     return notices
 
 
-def _check_data(params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that there is enough data and that its sequence length fits the model.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    data = params.data
-    if not data.allow_multiple_epochs:
-        _check_enough(params, facts)
-    _check_seq_len(data, params, facts)
-
-
 def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
+    """Check that no dataset needs to repeat."""
     data = params.data
     budget = params.total_train_samples
     if budget is None or len(data.dataset_weighting) != len(facts.datasets):
@@ -246,17 +223,13 @@ def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts
 
 
 def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that the model's token table covers every token of its data.
-
-    Raises:
-        ValueError: it does not, or datasets used tokenizers of different sizes.
-    """
+    """Check that the datasets share one size of tokenizer, and that the model's token table covers it."""
     sizes: dict[str, int] = {}
     if facts.tokenizer is not None:
         sizes[f"data.tokenizer {facts.tokenizer.name}"] = facts.tokenizer.vocab_size
     for dataset in (*facts.datasets, *facts.val_datasets):
-        size = _dataset_vocab_size(dataset)
-        if size is not None:
+        size = dataset.provenance.get("vocab_size") if dataset.tokenizer is None else dataset.tokenizer.vocab_size
+        if isinstance(size, int):
             sizes[dataset.manifest] = size
     if not sizes:
         return
@@ -273,10 +246,3 @@ def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
             f"model.vocab_size ({vocab_size}) is less than the {size} tokens of {source}. "
             f"Use --model.vocab_size {size} or more."
         )
-
-
-def _dataset_vocab_size(dataset: DatasetFacts) -> int | None:
-    if dataset.tokenizer is not None:
-        return dataset.tokenizer.vocab_size
-    size = dataset.provenance.get("vocab_size")
-    return size if isinstance(size, int) else None

@@ -19,6 +19,7 @@ from vla_foundry.models import create_model
 from vla_foundry.models.vlm import pixel_unshuffle
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.facts import Facts, TokenizerFacts
+from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMParams
@@ -360,8 +361,8 @@ def test_the_saved_architectures_are_enough_to_load_a_run(
         transformer=TransformerHFParams(hf_pretrained="gone"),
         image_token_id=IMAGE,
         vocab_size=100,
-    ).with_model_files(str(tmp_path))
-    again: Any = create_model(params, load_pretrained=False)
+    )
+    again: Any = create_model(with_model_files(params, str(tmp_path)), load_pretrained=False)
     again.load_state_dict(model.state_dict())
     ids = caption(0, 20)[None]
     inputs = {"input_ids": ids, "pixel_values": random_images(1)}

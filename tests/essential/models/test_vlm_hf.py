@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from vla_foundry.batch import IGNORE_INDEX
 from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
+from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.vlm import VLMHFParams
 from vla_foundry.world import World
 
@@ -175,7 +176,7 @@ def test_a_model_made_on_the_meta_device_is_whole_once_it_has_memory(
 ) -> None:
     whole = load(sample, folder)
     whole.save_files(tmp_path)
-    params = VLMHFParams(hf_pretrained="gone").with_model_files(str(tmp_path))
+    params = with_model_files(VLMHFParams(hf_pretrained="gone"), str(tmp_path))
     with torch.device("meta"):
         model: Any = create_model(params, load_pretrained=False)
     model.to_empty(device="cpu")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from vla_foundry.config.schema import LEGACY, ChoiceParams, Count, Derived, Location, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import ImageInputs, TokenLimits, register_model_params
-from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
+from vla_foundry.params.models.vit import ImageEncoderParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
 
@@ -31,10 +31,6 @@ class BackboneParams(ChoiceParams):
     def image_inputs(self) -> ImageInputs:
         """Return which images it takes and whether it takes text."""
         return ImageInputs(takes_packed_rows=False)
-
-    def with_model_files(self, folder: str) -> "BackboneParams":
-        """Return these params, with Hugging Face parts read from the files saved with a run."""
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +88,6 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
         inputs = ImageInputs() if self.vlm is None else self.vlm.image_inputs()
         return replace(inputs, takes_packed_rows=False)
 
-    def with_model_files(self, folder: str) -> "VLMFoundryBackboneParams":
-        """Return these params, with Hugging Face parts read from the files saved with a run."""
-        return self if self.vlm is None else replace(self, vlm=self.vlm.with_model_files(folder))
-
 
 @register_model_params("vlm_backbone")
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +106,6 @@ class VLMBackboneParams(LanguageBackboneParams):
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""
         return self.model_params().image_inputs()
-
-    def with_model_files(self, folder: str) -> "VLMBackboneParams":
-        """Return these params, with the published model read from the files saved with a run."""
-        return replace(self, hf_pretrained=folder)
 
 
 @register_model_params("clip_backbone")
@@ -143,10 +131,6 @@ class CLIPBackboneParams(BackboneParams):
         processor = self.hf_pretrained.removeprefix("hf://")
         return ImageInputs(processor=processor, takes_packed_rows=False, takes_text=not self.disable_text)
 
-    def with_model_files(self, folder: str) -> "CLIPBackboneParams":
-        """Return these params, with the published model read from the files saved with a run."""
-        return replace(self, hf_pretrained=folder)
-
 
 @register_model_params("vit_backbone")
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +143,3 @@ class ViTBackboneParams(BackboneParams):
     def image_inputs(self) -> ImageInputs:
         """Return the encoder's image inputs."""
         return replace(self.vit.image_inputs(), takes_packed_rows=False, takes_text=False)
-
-    def with_model_files(self, folder: str) -> "ViTBackboneParams":
-        """Return these params, with a Hugging Face encoder read from the files saved with a run."""
-        if isinstance(self.vit, ViTHFParams) and not self.vit.hf_pretrained.startswith("timm:"):
-            return replace(self, vit=replace(self.vit, hf_pretrained=folder))
-        return self

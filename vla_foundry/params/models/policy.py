@@ -1,13 +1,16 @@
 """Params of robot policies: a backbone that encodes the observation, and a head that predicts actions."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
-from vla_foundry.config.schema import Derived, Unavailable
+from vla_foundry.config.schema import BaseParams, Derived, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimits, register_model_params
+from vla_foundry.params.models.vlm import VLMParams
+
+T = TypeVar("T", bound=BaseParams)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,6 @@ class RobotPolicyParams(ModelParams):
         """Return the backbone's image inputs."""
         return self.vision_language_backbone.image_inputs()
 
-    def with_model_files(self, folder: str) -> "RobotPolicyParams":
-        """Return these params, with Hugging Face parts read from the files saved with a run."""
-        return replace(self, vision_language_backbone=self.vision_language_backbone.with_model_files(folder))
-
 
 @register_model_params("diffusion_policy")
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +69,17 @@ class RegressionPolicyParams(RobotPolicyParams):
 
     # predicts actions from the backbone's output
     action_head: RegressionParams
+
+
+def with_model_files(params: T, folder: str) -> T:
+    """Return model params whose Hugging Face parts are read from the files that a run keeps in `folder`."""
+    changed = {}
+    for item in fields(params):
+        value: Any = getattr(params, item.name)
+        if item.name == "hf_pretrained" and not value.startswith("timm:"):
+            changed[item.name] = folder
+        elif isinstance(value, BaseParams):
+            # only a VLM can have two such parts
+            below = f"{folder}/{item.name}" if isinstance(params, VLMParams) else folder
+            changed[item.name] = with_model_files(value, below)
+    return replace(params, **changed)

@@ -12,8 +12,7 @@ from vla_foundry.params.models.roles import (
     TokenLimits,
     register_model_params,
 )
-from vla_foundry.params.models.transformer import TransformerHFParams
-from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
+from vla_foundry.params.models.vit import ImageEncoderParams
 
 # grown token tables have a multiple of this many rows, for fast matrix products
 ROWS_MULTIPLE = 64
@@ -69,15 +68,6 @@ class VLMParams(ModelParams):
         """Return the inputs of its image encoder."""
         return self.vit.image_inputs()
 
-    def with_model_files(self, folder: str) -> "VLMParams":
-        """Return these params, with Hugging Face parts read from the files saved with a run (VLM.save_files)."""
-        vit, transformer = self.vit, self.transformer
-        if isinstance(vit, ViTHFParams) and not vit.hf_pretrained.startswith("timm:"):
-            vit = replace(vit, hf_pretrained=f"{folder}/vit")
-        if isinstance(transformer, TransformerHFParams):
-            transformer = replace(transformer, hf_pretrained=f"{folder}/transformer")
-        return replace(self, vit=vit, transformer=transformer)
-
 
 @register_model_params("vlm_hf")
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +90,3 @@ class VLMHFParams(ModelParams):
         if self.vocab_size is not None or facts.tokenizer is None:
             return {}
         return {"vocab_size": Derived(facts.tokenizer.vocab_size, f"tokenizer {facts.tokenizer.name}")}
-
-    def with_model_files(self, folder: str) -> "VLMHFParams":
-        """Return these params, with the published model read from the files saved with a run."""
-        return replace(self, hf_pretrained=folder)

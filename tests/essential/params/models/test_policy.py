@@ -22,7 +22,7 @@ from vla_foundry.params.models.action_heads import (
     RegressionParams,
 )
 from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
-from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPolicyParams
+from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPolicyParams, with_model_files
 from vla_foundry.params.models.roles import TokenLimits
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
@@ -163,7 +163,7 @@ def test_the_papers_policy_on_qwen_has_the_papers_size(tmp_path: Path) -> None:
     Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True).save_pretrained(tmp_path)
     params = load_params_from_yaml(ModelParams, "config_presets/models/foundry_qwen3vla_2.1b.yaml")
     assert isinstance(params, DiffusionPolicyParams)
-    params = replace(params.with_model_files(str(tmp_path)), action_dim=20, proprioception_dim=20)
+    params = replace(with_model_files(params, str(tmp_path)), action_dim=20, proprioception_dim=20)
     with torch.device("meta"):
         model: Any = create_model(params, load_pretrained=False)
     inner = model.vision_language_backbone.model.model
