@@ -63,11 +63,12 @@ left out whole, and reported.
 
 import abc
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -181,7 +182,18 @@ class Episode:
     @staticmethod
     def one_instruction(text: str | None, num_frames: int) -> list[InstructionSpan]:
         """Return the instructions of an episode that has one text throughout; none for an empty text."""
-        return [InstructionSpan(start=0, end=num_frames, texts={"original": [text]})] if text else []
+        return Episode.instructions_of_frames([text or ""] * num_frames)
+
+    @staticmethod
+    def instructions_of_frames(texts: Sequence[str]) -> list[InstructionSpan]:
+        """Return the instructions of an episode, given the text of every frame; frames without text have none."""
+        spans, start = [], 0
+        for text, frames in itertools.groupby(texts):
+            end = start + sum(1 for _ in frames)
+            if text.strip():
+                spans.append(InstructionSpan(start=start, end=end, texts={"original": [text]}))
+            start = end
+        return spans
 
 
 class BaseRoboticsConverter(abc.ABC):
@@ -190,9 +202,6 @@ class BaseRoboticsConverter(abc.ABC):
     The driver and every process that reads episodes create a converter each: do slow work in `discover_episodes`, and
     put what `read_episode` needs from it into the refs.
     """
-
-    # its params
-    params_class: ClassVar[type[RoboticsPreprocessParams]] = RoboticsPreprocessParams
 
     def __init__(self, params: Any) -> None:
         self.params = params

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,18 +235,11 @@ class _Place:
 class HDF5Converter(BaseRoboticsConverter):
     """Reads HDF5 files; see the module."""
 
-    params_class = HDF5Params
+    params: HDF5Params
 
-    def __init__(self, params: HDF5Params) -> None:
-        super().__init__(params)
-        self._loaded_map: FieldMapParams | None = None
-        self._described: tuple[dict[str, FieldDescription], dict[str, CameraParams]] | None = None
-
-    @property
+    @cached_property
     def _map(self) -> FieldMapParams:
-        if self._loaded_map is None:
-            self._loaded_map = field_map.load_field_map(self.params.field_map)
-        return self._loaded_map
+        return field_map.load_field_map(self.params.field_map)
 
     def discover_episodes(self) -> list[EpisodeRef]:
         """Find the groups that are episodes, sorted by file and number."""
@@ -259,13 +253,19 @@ class HDF5Converter(BaseRoboticsConverter):
                 continue
             with open_hdf5(uri) as file:
                 task = self._instruction(file) or name
-                groups = find_groups(file, self._map.episodes)
-            if not groups:
-                raise ValueError(f"{uri} has no group {self._map.episodes} (episodes in {self.params.field_map}).")
+                groups = self._groups(file)
             for group in groups:
                 episode_id = slug(f"{name}_{name_of(group)}")
                 refs.append(EpisodeRef(episode_id, f"{uri} {group}", task=task, payload=_Place(uri, group)))
         return refs
+
+    def _groups(self, file: "h5py.File") -> list[str]:
+        groups = find_groups(file, self._map.episodes)
+        if not groups:
+            raise ValueError(
+                f"{file_name(file)} has no group {self._map.episodes} (episodes in {self.params.field_map})."
+            )
+        return groups
 
     def _files(self) -> list[str]:
         uris = []
@@ -278,35 +278,31 @@ class HDF5Converter(BaseRoboticsConverter):
 
     def discover_cameras(self) -> list[str]:
         """Return the cameras of the field map; for `*`, those of the first episode."""
-        return list(self._first_episode()[1])
+        return list(self._first_episode[1])
 
     def describe_fields(self) -> dict[str, FieldDescription]:
         """Return the fields of the field map, with the widths and types of the first episode."""
-        return self._first_episode()[0]
+        return self._first_episode[0]
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
         """Return the pose groups of the field map."""
         return field_map.pose_groups(self._map, self.describe_fields(), origin=self.params.field_map)
 
+    @cached_property
     def _first_episode(self) -> tuple[dict[str, FieldDescription], dict[str, CameraParams]]:
-        """Return the fields and the cameras of the first episode."""
-        if self._described is None:
-            uri = self._files()[0]
-            with open_hdf5(uri) as file:
-                groups = find_groups(file, self._map.episodes)
-                if not groups:
-                    raise ValueError(f"{uri} has no group {self._map.episodes} (episodes in {self.params.field_map}).")
-                sources = {}
-                for name, field in self._map.fields.items():
-                    path = field_map.source_of(name, field)
-                    array = find_array(file, groups[0], path)
-                    if array is not None:
-                        width = int(np.prod(array.shape[1:]))
-                        dtype = field_map.stored_dtype(array.dtype)
-                        sources[path] = field_map.Source(width, dtype, is_discrete=array.dtype.kind != "f")
-                described = field_map.describe_fields(self._map.fields, sources, origin=f"{uri}{groups[0]}")
-                self._described = described, self._cameras_of(file, groups[0])
-        return self._described
+        """The fields and the cameras of the first episode."""
+        uri = self._files()[0]
+        with open_hdf5(uri) as file:
+            group, sources = self._groups(file)[0], {}
+            for name, field in self._map.fields.items():
+                path = field_map.source_of(name, field)
+                array = find_array(file, group, path)
+                if array is not None:
+                    width = int(np.prod(array.shape[1:]))
+                    dtype = field_map.stored_dtype(array.dtype)
+                    sources[path] = field_map.Source(width, dtype, is_discrete=array.dtype.kind != "f")
+            described = field_map.describe_fields(self._map.fields, sources, origin=f"{uri}{group}")
+            return described, self._cameras_of(file, group)
 
     def _cameras_of(self, file: "h5py.File", group: str) -> dict[str, CameraParams]:
         cameras = dict(self._map.cameras)

@@ -23,8 +23,7 @@ relative actions are not available.
 
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,8 @@ from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     EpisodeEntry,
     list_episodes,
     read_info,
-    read_tasks,
 )
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription, Role
 from vla_foundry.storage.uri import exists, join_uri, name_of, read_bytes
@@ -114,34 +111,17 @@ def _check_counters(arrays: Mapping[str, np.ndarray], entry: EpisodeEntry, where
             raise ValueError(f"{where}: row {row} has {name} {values[row]}, expected {expected[row]}.")
 
 
-def instructions_of(
-    task_indices: np.ndarray | None, tasks: Mapping[int, str], entry: EpisodeEntry
-) -> list[InstructionSpan]:
-    """Return the instructions: one span for each run of frames with the same task.
-
-    Args:
-        task_indices: (L, 1); None: the rows have none, and the episode's first task applies throughout.
-        tasks: {task_index: text}.
-
-    Raises:
-        ValueError: a frame has an unknown task.
-    """
+def _texts(info: DatasetInfo, entry: EpisodeEntry, task_indices: np.ndarray | None) -> list[str]:
+    """Return the instruction of every frame: that of its task_index, or the episode's first task without one."""
     if task_indices is None:
-        text = entry.tasks[0] if entry.tasks else ""
-        return [InstructionSpan(start=0, end=entry.length, texts={"original": [text]})] if text else []
-    indices = task_indices[:, 0]
-    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist()]
-    spans = []
-    for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
-        index = int(indices[start])
-        if index not in tasks:
+        return [entry.tasks[0] if entry.tasks else ""] * entry.length
+    for frame, index in enumerate(task_indices[:, 0].tolist()):
+        if index not in info.tasks:
             raise ValueError(
-                f"{entry.data_uri}: episode {entry.index} has task_index {index} at frame {start}, which is not "
-                f"among the {len(tasks)} of meta/tasks."
+                f"{entry.data_uri}: episode {entry.index} has task_index {index} at frame {frame}, which is not "
+                f"among the {len(info.tasks)} of meta/tasks."
             )
-        if tasks[index].strip():
-            spans.append(InstructionSpan(start=start, end=end, texts={"original": [tasks[index]]}))
-    return spans
+    return [info.tasks[index] for index in task_indices[:, 0].tolist()]
 
 
 def find_row_images(entry: EpisodeEntry, camera: str, size: tuple[int, int]) -> CameraFrames:
@@ -204,33 +184,32 @@ def _image_places(entry: EpisodeEntry, camera: str, number: int, path: str) -> l
     ]
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    """What all episodes of a dataset share."""
-
-    info: DatasetInfo
-    # task_index -> text
-    tasks: dict[int, str]
-
-
 @register_converter("lerobot")
 class LeRobotConverter(BaseRoboticsConverter):
     """Reads LeRobot datasets; see the module."""
 
-    params_class = LeRobotParams
+    params: LeRobotParams
 
     def __init__(self, params: LeRobotParams) -> None:
         super().__init__(params)
         self._roots = [source.rstrip("/") for source in params.source_episodes]
-        self._datasets: dict[str, _Dataset] = {}
-        self._map: FieldMapParams | None = None
+        self._infos: dict[str, DatasetInfo] = {}
+
+    @cached_property
+    def _map(self) -> FieldMapParams | None:
+        return None if self.params.field_map is None else field_map.load_field_map(self.params.field_map)
+
+    def _info(self, root: str) -> DatasetInfo:
+        if root not in self._infos:
+            self._infos[root] = read_info(root)
+        return self._infos[root]
 
     def discover_episodes(self) -> list[EpisodeRef]:
         """Find the episodes of all sources, sorted by source and index."""
         self.describe_fields()
         refs = []
         for root, name in zip(self._roots, unique_names(self._roots), strict=True):
-            for entry in list_episodes(self._dataset(root).info):
+            for entry in list_episodes(self._info(root)):
                 refs.append(
                     EpisodeRef(
                         episode_id=f"{name}_episode_{entry.index:06d}",
@@ -244,7 +223,7 @@ class LeRobotConverter(BaseRoboticsConverter):
 
     def discover_cameras(self) -> list[str]:
         """Return the image and video features of all sources."""
-        return list(dict.fromkeys(name for root in self._roots for name in self._dataset(root).info.cameras))
+        return list(dict.fromkeys(name for root in self._roots for name in self._info(root).cameras))
 
     def describe_fields(self) -> dict[str, FieldDescription]:
         """Return the fields that every source has.
@@ -266,15 +245,15 @@ class LeRobotConverter(BaseRoboticsConverter):
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
         """Return the pose groups of the field map; without a map, none."""
-        if self.params.field_map is None:
+        if self._map is None:
             return ()
-        return field_map.pose_groups(self._field_map(), self.describe_fields(), origin=self.params.field_map)
+        return field_map.pose_groups(self._map, self.describe_fields(), origin=str(self.params.field_map))
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
         """Read an episode's rows; its images are read later."""
         entry: EpisodeEntry = ref.payload
-        dataset = self._dataset(entry.root)
-        info, fields = dataset.info, self._fields(dataset.info)
+        info = self._info(entry.root)
+        fields = self._fields(info)
         sources = dict.fromkeys(field_map.source_of(name, field) for name, field in fields.items())
         arrays = read_rows(info, entry, list(sources))
         timestamps = arrays["timestamp"][:, 0].astype(np.float64)
@@ -286,7 +265,7 @@ class LeRobotConverter(BaseRoboticsConverter):
             timestamps=timestamps,
             fields=field_map.split_fields(fields, arrays),
             cameras={name: camera for name, camera in cameras.items() if camera is not None},
-            instructions=instructions_of(arrays.get("task_index"), dataset.tasks, entry),
+            instructions=Episode.instructions_of_frames(_texts(info, entry, arrays.get("task_index"))),
             metadata={"dataset": name_of(entry.root), "episode_index": entry.index},
         )
 
@@ -315,23 +294,12 @@ class LeRobotConverter(BaseRoboticsConverter):
         video_frames = VideoFrames(video.uri, times=video.start + timestamps, fps=info.fps, tolerance=tolerance)
         return CameraFrames(read=video_frames.read, size=size, num_frames=len(timestamps), origin=video.uri)
 
-    def _dataset(self, root: str) -> _Dataset:
-        if root not in self._datasets:
-            info = read_info(root)
-            self._datasets[root] = _Dataset(info, read_tasks(info))
-        return self._datasets[root]
-
-    def _field_map(self) -> FieldMapParams:
-        if self._map is None:
-            self._map = field_map.load_field_map(self.params.field_map)
-        return self._map
-
     def _fields(self, info: DatasetInfo) -> Mapping[str, FieldParams]:
         """Return the fields to read from a dataset, in the form of a field map."""
         fields: dict[str, FieldParams] = {}
         observations, actions = self.params.observation_keys, self.params.action_keys
-        if self.params.field_map is not None:
-            fields |= self._field_map().fields
+        if self._map is not None:
+            fields |= self._map.fields
             observations, actions = observations or [], actions or []
         roles = {name: field_map.default_role(name) for name in info.signals}
         if observations is None:
@@ -354,7 +322,7 @@ class LeRobotConverter(BaseRoboticsConverter):
         return {name: FieldParams(role=role) for name in names}
 
     def _described(self, root: str) -> dict[str, FieldDescription]:
-        info = self._dataset(root).info
+        info = self._info(root)
         sources = {
             name: field_map.Source(
                 width=feature.width,

@@ -1,15 +1,15 @@
-"""The `meta` folder of a LeRobot dataset (versions 2.0, 2.1 and 3.0): features, tasks, where episodes are.
+"""Read the `meta` folder of a LeRobot dataset (versions 2.0, 2.1 and 3.0): features, tasks, places of episodes.
 
 Version 2 has one file of rows and one video per episode, and tables in JSON lines. Version 3 puts many episodes into
-one file; its parquet tables say where each begins. Both identify an episode by its `episode_index`: the order of the
-tables means nothing.
+one file; its parquet tables say where each begins. Both identify an episode by its `episode_index`; the order of the
+tables does not matter.
 """
 
 import itertools
 import json
 import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns
@@ -17,7 +17,7 @@ from vla_foundry.storage.uri import join_uri, list_files, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _CAMERA_TYPES = ("image", "video")
-# features that say where a row belongs; all that are named next.* say how an episode ended
+# features that say where a row belongs; those named next.* say how an episode ended
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index")
 _NUMBER_TYPES = (
     *(f"float{bits}" for bits in (16, 32, 64)),
@@ -28,7 +28,7 @@ _NUMBER_TYPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """One entry of info.json's `features`."""
+    """One entry of `features` in info.json."""
 
     # float32, int64, bool, string, image, video, ...
     dtype: str
@@ -50,7 +50,7 @@ class Feature:
 
     @property
     def width(self) -> int:
-        """Numbers of one row."""
+        """Numbers per row."""
         count = 1
         for size in self.shape:
             count *= size
@@ -69,34 +69,36 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """info.json."""
+    """The content of info.json, and the tasks."""
 
     # the dataset's folder
     root: str
     # 2 or 3
     major: int
-    # frames a second
+    # frames per second
     fps: float
     features: dict[str, Feature]
-    # episodes that the tables must hold
+    # number of episodes
     total_episodes: int
-    # templates of paths
+    # path templates
     data_path: str
     video_path: str | None
-    # episodes to a folder, in version 2
+    # episodes per folder, in version 2
     chunks_size: int
+    # task_index -> text
+    tasks: dict[int, str] = field(default_factory=dict)
 
     def uri(self, template: str, **values: Any) -> str:
         """Fill in a template of a path within the dataset.
 
         Raises:
-            ValueError: it has other keys than LeRobot's, or leads out of the dataset.
+            ValueError: the template has other keys than LeRobot's, or leads out of the dataset.
         """
         try:
             path = template.format(**values)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{self.root}/meta/info.json has the path '{template}', which can not be filled in ({error})."
+                f"{self.root}/meta/info.json has the path '{template}', which cannot be filled in ({error})."
             ) from None
         if posixpath.normpath(path).startswith(("..", "/")):
             raise ValueError(f"{self.root}/meta/info.json has the path '{template}', which leads out of the dataset.")
@@ -109,7 +111,7 @@ class DatasetInfo:
 
     @property
     def signals(self) -> list[str]:
-        """Features that are numbers, without bookkeeping."""
+        """Numeric features without bookkeeping."""
         return [
             name
             for name, feature in self.features.items()
@@ -119,7 +121,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSpan:
-    """Where an episode is in a video file."""
+    """The place of an episode in a video file."""
 
     uri: str
     # seconds
@@ -128,7 +130,7 @@ class VideoSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeEntry:
-    """Where an episode is; what is sent to the process that reads it."""
+    """The place of an episode; sent to the process that reads it."""
 
     root: str
     index: int
@@ -138,9 +140,9 @@ class EpisodeEntry:
     tasks: tuple[str, ...]
     # file of its rows
     data_uri: str
-    # `index` of its first row; None: the tables do not say
+    # `index` of its first row; None: not in the tables
     first_row: int | None
-    # camera -> where its video is
+    # camera -> its video
     videos: dict[str, VideoSpan]
 
 
@@ -148,13 +150,13 @@ def read_info(root: str) -> DatasetInfo:
     """Read meta/info.json.
 
     Raises:
-        ValueError: it is not there, is broken, or of a version that is not known.
+        ValueError: it or the table of tasks is missing, broken, or of an unknown version.
     """
     uri = join_uri(root, "meta", "info.json")
     try:
         values = json.loads(read_text(uri))
     except FileNotFoundError:
-        raise ValueError(f"{root} is no LeRobot dataset: it has no meta/info.json.") from None
+        raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{uri} is not JSON ({error}).") from None
     if not isinstance(values, dict):
@@ -162,7 +164,7 @@ def read_info(root: str) -> DatasetInfo:
     version = str(values.get("codebase_version")).removeprefix("v")
     if version not in _VERSIONS:
         raise ValueError(
-            f"{uri}: codebase_version '{values.get('codebase_version')}' is not read, only {', '.join(_VERSIONS)}. "
+            f"{uri}: codebase_version '{values.get('codebase_version')}' cannot be read, only {', '.join(_VERSIONS)}. "
             "Convert the dataset with the lerobot library."
         )
     try:
@@ -185,7 +187,7 @@ def read_info(root: str) -> DatasetInfo:
     for name, feature in info.features.items():
         if feature.is_camera and (len(feature.shape) != 3 or min(feature.shape) < 1):
             raise ValueError(f"{uri}: camera '{name}' must have a shape of three sizes, got {list(feature.shape)}.")
-    return info
+    return replace(info, tasks=_read_tasks(info))
 
 
 def _parse_feature(value: dict[str, Any]) -> Feature:
@@ -199,12 +201,8 @@ def _parse_feature(value: dict[str, Any]) -> Feature:
     )
 
 
-def read_tasks(info: DatasetInfo) -> dict[int, str]:
-    """Read the texts of the tasks: {task_index: text}.
-
-    Raises:
-        ValueError: the table is not there, or is broken.
-    """
+def _read_tasks(info: DatasetInfo) -> dict[int, str]:
+    """Read the texts of the tasks: {task_index: text}."""
     if info.major == 2:
         uri = join_uri(info.root, "meta", "tasks.jsonl")
         rows = [(uri, number, row.get("task_index"), row.get("task")) for number, row in _json_lines(uri)]
@@ -231,13 +229,13 @@ def list_episodes(info: DatasetInfo) -> list[EpisodeEntry]:
     """List all episodes by their index.
 
     Raises:
-        ValueError: a table is not there, is broken, or contradicts itself or info.json.
+        ValueError: a table is missing, broken, or contradicts itself or info.json.
     """
     entries = sorted(_entries_of_v2(info) if info.major == 2 else _entries_of_v3(info), key=lambda entry: entry.index)
     where = f"{info.root}/meta/episodes" + (".jsonl" if info.major == 2 else "")
     for entry, following in itertools.pairwise(entries):
         if entry.index == following.index:
-            raise ValueError(f"{where}: episode_index {entry.index} is there twice.")
+            raise ValueError(f"{where}: episode_index {entry.index} appears twice.")
     if len(entries) != info.total_episodes:
         raise ValueError(
             f"{where} holds {len(entries)} episodes, but info.json says total_episodes {info.total_episodes}."

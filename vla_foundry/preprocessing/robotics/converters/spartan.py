@@ -13,6 +13,7 @@ A source is any folder above the episodes. The path part after `tasks` is the ta
 import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.config.yaml_source import find_config
-from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, SpartanParams
+from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams
 from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
@@ -74,8 +75,6 @@ class _Place:
 @register_converter("spartan")
 class SpartanConverter(BaseRoboticsConverter):
     """Reads LBM recordings; see the module."""
-
-    params_class = SpartanParams
 
     @cached_property
     def _action_fields(self) -> ActionFieldsParams:
@@ -183,18 +182,14 @@ class SpartanConverter(BaseRoboticsConverter):
 
     def _signals(self, npz: Npz, cameras: dict[str, str]) -> list[str]:
         """Return the arrays of observations.npz that have one row of numbers per frame."""
-        signals = []
-        for name in npz.names:
-            if name not in cameras and name not in self.params.data_discard_keys:
-                header = npz.header(name)
-                if header.dtype.kind in "fiub" and 1 <= len(header.shape) <= 2:
-                    signals.append(name)
-        return signals
+        others = {*cameras, *self.params.data_discard_keys}
+        headers = {name: npz.header(name) for name in npz.names if name not in others}
+        return [name for name, header in headers.items() if header.dtype.kind in "fiub" and len(header.shape) in (1, 2)]
 
-    def _action_columns(self) -> list[tuple[str, slice]]:
+    def _action_columns(self) -> Iterator[tuple[str, slice]]:
         ends = self._action_fields.action_index_fields
-        slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        return list(zip(self._action_fields.action_key_fields, slices, strict=True))
+        for name, start, end in zip(self._action_fields.action_key_fields, [0, *ends], ends, strict=False):
+            yield name, slice(start, end)
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
         """Read an episode's numbers; its images are read later."""
@@ -251,13 +246,7 @@ class SpartanConverter(BaseRoboticsConverter):
                 f"{place.uri('observations.npz')}: {_INSTRUCTION_KEY} has the shape {texts.shape}, "
                 f"expected ({num_frames},)."
             )
-        starts = [0, *(np.flatnonzero(texts[1:] != texts[:-1]) + 1).tolist()]
-        spans = zip(starts, [*starts[1:], num_frames], strict=True)
-        return [
-            InstructionSpan(start=start, end=end, texts={"original": [str(texts[start])]})
-            for start, end in spans
-            if str(texts[start]).strip()
-        ]
+        return Episode.instructions_of_frames(texts.tolist())
 
 
 def _find_places(source: str) -> list[_Place]:

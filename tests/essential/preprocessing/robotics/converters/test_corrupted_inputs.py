@@ -307,7 +307,7 @@ def v2_bad_json(broken: Broken) -> str:
 def v2_another_version(broken: Broken) -> str:
     version = broken.random.choice(["v1.6", "v3.1", "4", "", None])
     broken.edit_json(lambda info: info.update(codebase_version=version))
-    return rf"info\.json: codebase_version '{version}' is not read, only 2\.0, 2\.1, 3\.0"
+    return rf"info\.json: codebase_version '{version}' cannot be read, only 2\.0, 2\.1, 3\.0"
 
 
 @breaks
@@ -328,7 +328,7 @@ def v2_path_out_of_the_dataset(broken: Broken) -> str:
 def v2_bad_template(broken: Broken) -> str:
     path = broken.random.choice(["data/{episode}.parquet", "data/{0}.parquet", "data/{episode_index", "{a.b}"])
     broken.edit_json(lambda info: info.update(data_path=path))
-    return r"info\.json has the path '.*', which can not be filled in"
+    return r"info\.json has the path '.*', which cannot be filled in"
 
 
 @breaks
@@ -338,7 +338,7 @@ def v2_episode_listed_twice(broken: Broken) -> str:
         lines.append(next(line for line in lines if f'"episode_index": {broken.episode},' in line))
 
     broken.edit_lines("episodes.jsonl", repeat)
-    return rf"meta/episodes\.jsonl: episode_index {broken.episode} is there twice"
+    return rf"meta/episodes\.jsonl: episode_index {broken.episode} appears twice"
 
 
 @breaks
