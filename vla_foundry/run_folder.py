@@ -117,13 +117,8 @@ def list_step_folders(run_folder: Path) -> list[Path]:
     return sorted(folders, key=read_step, reverse=True)
 
 
-def is_complete(step_folder: Path) -> bool:
-    """True if every file listed in COMPLETE exists with its size. Contents are not read; see `find_fault`."""
-    return _find_size_fault(step_folder, None) is None
-
-
 def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | None:
-    """Compare a step folder with its COMPLETE file, sizes and SHA-256.
+    """Compare a step folder with its COMPLETE file, sizes first, then SHA-256.
 
     Args:
         only: names of the files to compare; None: all.
@@ -131,26 +126,27 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     Returns:
         None, or the fault of the first bad file, beginning with its path.
     """
-    fault = _find_size_fault(step_folder, only)
-    if fault is not None:
-        return fault
-    for name, (_, expected) in _read_complete(step_folder).items():
-        if only is None or name in only:
-            with (step_folder / name).open("rb") as file:
-                if sha256_of(file) != expected:
-                    return f"{step_folder / name} does not have the SHA-256 it was written with"
+    mark = step_folder / COMPLETE_NAME
+    if not mark.is_file():
+        return f"{mark} is missing, so the checkpoint was never finished"
+    try:
+        entries = {
+            step_folder / name: (int(size), str(digest))
+            for name, (size, digest) in json.loads(mark.read_text(encoding="utf-8")).items()
+            if only is None or name in only
+        }
+    except (ValueError, TypeError, AttributeError):
+        return f"{mark} is not readable"
+    for path, (size, _) in entries.items():
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, not the {size} it was written with"
+    for path, (_, digest) in entries.items():
+        with path.open("rb") as file:
+            if sha256_of(file) != digest:
+                return f"{path} does not have the SHA-256 it was written with"
     return None
-
-
-def verify(step_folder: Path) -> None:
-    """Check every file of a step folder.
-
-    Raises:
-        ValueError: a file is missing, truncated or changed; the message names it.
-    """
-    fault = find_fault(step_folder)
-    if fault is not None:
-        raise ValueError(f"Checkpoint {step_folder} is not usable: {fault}. Use an older step folder.")
 
 
 def find_checkpoint(
@@ -185,29 +181,6 @@ def find_checkpoint(
             return step_folder
         first_fault = first_fault or fault
         if notify is not None:
-            notify(f"Checkpoint {step_folder.name} is passed over: {fault}.")
-    reason = f": {first_fault}" if first_fault else f", for {run_folder / CHECKPOINTS_FOLDER} has no step folders"
+            notify(f"Checkpoint {step_folder.name} is skipped: {fault}.")
+    reason = f": {first_fault}" if first_fault else f": {run_folder / CHECKPOINTS_FOLDER} has no step folders"
     raise ValueError(f"{run_folder} has no usable checkpoint{reason}.")
-
-
-def _read_complete(step_folder: Path) -> dict[str, tuple[int, str]]:
-    entries = json.loads((step_folder / COMPLETE_NAME).read_text(encoding="utf-8"))
-    return {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
-
-
-def _find_size_fault(step_folder: Path, only: Collection[str] | None) -> str | None:
-    if not (step_folder / COMPLETE_NAME).is_file():
-        return f"{step_folder / COMPLETE_NAME} is missing, so it was never finished"
-    try:
-        entries = _read_complete(step_folder)
-    except (ValueError, TypeError, AttributeError):
-        return f"{step_folder / COMPLETE_NAME} is not readable"
-    for name, (size, _) in entries.items():
-        if only is not None and name not in only:
-            continue
-        path = step_folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes, not the {size} it was written with"
-    return None

@@ -41,17 +41,16 @@ class World:
         return self.rank == 0
 
 
-def read_world(num_cuda_devices: int, environment: Mapping[str, str] | None = None) -> World:
+def read_world(num_cuda_devices: int, environment: Mapping[str, str] = os.environ) -> World:
     """Read the place of this process from its launcher's variables (torchrun, Open MPI or Slurm).
 
     Args:
         num_cuda_devices: CUDA devices this process sees (`torch.cuda.device_count()`); 0 means the CPU.
-        environment: the variables; None: those of this process.
+        environment: the variables.
 
     Raises:
         ValueError: a variable is missing, is not a number, or names a device that does not exist.
     """
-    environment = os.environ if environment is None else environment
     launcher = next((launcher for launcher in _LAUNCHERS if launcher.world_size in environment), None)
     rank, local_rank, world_size = (
         (0, 0, 1) if launcher is None else (_read_int(environment, name) for name in launcher[:3])
@@ -68,32 +67,30 @@ def read_world(num_cuda_devices: int, environment: Mapping[str, str] | None = No
     return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
-def read_world_size(environment: Mapping[str, str] | None = None) -> int:
+def read_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Read only the number of processes; needs no torch."""
-    environment = os.environ if environment is None else environment
     names = [launcher.world_size for launcher in _LAUNCHERS if launcher.world_size in environment]
     return _read_int(environment, names[0]) if names else 1
 
 
-def read_ranks_per_node(world_size: int, environment: Mapping[str, str] | None = None) -> int:
+def read_ranks_per_node(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
     """Read the number of processes on this machine; `world_size` if the launcher does not provide it."""
     given = _find(environment, [launcher.ranks_per_node for launcher in _LAUNCHERS])
     return int(given) if given.isdigit() and int(given) > 0 else world_size
 
 
-def read_rank(environment: Mapping[str, str] | None = None) -> str:
+def read_rank(environment: Mapping[str, str] = os.environ) -> str:
     """Read the rank of this process as its launcher writes it, for messages; "0" without a launcher."""
     return _find(environment, [launcher.rank for launcher in _LAUNCHERS]) or "0"
 
 
-def is_first_process(*, on_node: bool = False, environment: Mapping[str, str] | None = None) -> bool:
+def is_first_process(*, on_node: bool = False, environment: Mapping[str, str] = os.environ) -> bool:
     """True unless the launcher says that another process is the first, among all or on this machine."""
     names = [launcher.local_rank if on_node else launcher.rank for launcher in _LAUNCHERS]
     return (_find(environment, names) or "0") == "0"
 
 
-def _find(environment: Mapping[str, str] | None, names: list[str]) -> str:
-    environment = os.environ if environment is None else environment
+def _find(environment: Mapping[str, str], names: list[str]) -> str:
     return next((environment[name] for name in names if name in environment), "")
 
 
@@ -106,6 +103,6 @@ def _read_int(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except KeyError:
-        raise ValueError(f"The environment variable {name} is missing; the launcher must set it.") from None
+        raise ValueError(f"The launcher did not set the environment variable {name}.") from None
     except ValueError:
         raise ValueError(f"The environment variable {name} must be a number, got '{environment[name]}'.") from None

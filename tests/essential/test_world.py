@@ -33,7 +33,7 @@ def test_without_a_launcher_a_process_is_alone() -> None:
 
 
 def test_a_variable_that_is_missing_or_no_number_is_named() -> None:
-    with pytest.raises(ValueError, match="LOCAL_RANK is missing"):
+    with pytest.raises(ValueError, match="did not set the environment variable LOCAL_RANK"):
         read_world(0, {"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="WORLD_SIZE must be a number, got 'two'"):
         read_world_size({"WORLD_SIZE": "two"})

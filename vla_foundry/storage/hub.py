@@ -69,7 +69,7 @@ class HubStorage:
                 found = file_system.find(folder_or_glob, detail=True)
         sizes = {f"hf://{name}": info["size"] for name, info in found.items() if info["type"] == "file"}
         if not sizes:
-            raise FileNotFoundError(f"There is nothing at {folder_or_glob}.")
+            raise FileNotFoundError(f"Nothing found at {folder_or_glob}.")
         return sizes
 
     def write_bytes(self, uri: str, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """Files on this machine: atomic writes, listing, and the file name patterns that all kinds of storage share."""
 
+import fnmatch
 import glob
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -121,37 +121,19 @@ def is_pattern(name: str) -> bool:
     return any(character in name for character in "*?[")
 
 
-def compile_pattern(pattern: str) -> tuple[str, Callable[[str], object]]:
+def compile_pattern(pattern: str) -> tuple[str, Callable[[str], bool]]:
     """Return the fixed prefix of a pattern, and a function that is true for matching names.
 
     `*`, `?` and `[...]` match within one folder level; a level `**` matches any number of levels.
     """
     prefix = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
-    return prefix, re.compile(_regex(pattern)).fullmatch
-
-
-def _regex(pattern: str) -> str:
     levels = pattern.split("/")
-    parts = []
-    for number, level in enumerate(levels):
-        is_last = number == len(levels) - 1
-        if level == "**":
-            parts.append(".+" if is_last else "(?:[^/]+/)*")
-        else:
-            parts.append(_level_regex(level) + ("" if is_last else "/"))
-    return "".join(parts)
+    return prefix, lambda name: _match(name.split("/"), levels)
 
 
-def _level_regex(level: str) -> str:
-    pieces, position = [], 0
-    while position < len(level):
-        character = level[position]
-        position += 1
-        end = level.find("]", position + 1) if character == "[" else -1
-        if end >= 0:
-            body = level[position:end].replace("\\", "\\\\")
-            pieces.append("[^/" + body[1:] + "]" if body.startswith("!") else "[" + body.replace("^", "\\^") + "]")
-            position = end + 1
-        else:
-            pieces.append({"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character)))
-    return "".join(pieces)
+def _match(names: list[str], levels: list[str]) -> bool:
+    if not levels or not names:
+        return not levels and not names
+    if levels[0] != "**":
+        return fnmatch.fnmatchcase(names[0], levels[0]) and _match(names[1:], levels[1:])
+    return len(levels) == 1 or any(_match(names[first:], levels[1:]) for first in range(len(names)))

@@ -93,7 +93,7 @@ class NpzFile:
         if entry.method == _DEFLATED:
             content = _inflate(name, content)
         elif entry.method != _STORED:
-            raise ValueError(f"array '{name}' is packed by method {entry.method}, which NumPy does not use")
+            raise ValueError(f"array '{name}' uses compression method {entry.method}, which NumPy does not write")
         if zlib.crc32(content) != entry.crc:
             raise ValueError(f"array '{name}' is damaged: its checksum differs")
         header, skip = _parse_header(name, content)
@@ -150,7 +150,7 @@ class NpzFile:
     def _read_exactly(self, name: str, offset: int, size: int) -> bytes:
         content = self._read_range(offset, size)
         if len(content) != size:
-            raise ValueError(f"array '{name}' is cut off")
+            raise ValueError(f"array '{name}' is truncated")
         return content
 
 
@@ -159,10 +159,10 @@ def _read_directory(read: ReadRange, size: int) -> dict[str, _Entry]:
     tail = read(tail_start, size - tail_start)
     place = tail.rfind(b"PK\5\6")
     if place < 0 or place + _END.size > len(tail):
-        raise ValueError("its .npz is cut off, or none")
+        raise ValueError("the .npz is truncated or not an .npz")
     *_, count, directory_size, directory_start, _ = _END.unpack_from(tail, place)
     if count == 0xFFFF or directory_start == 0xFFFFFFFF:
-        raise ValueError("its .npz is larger than 4 GiB, which is not read")
+        raise ValueError("an .npz over 4 GiB is not supported")
     if directory_start >= tail_start:
         directory = tail[directory_start - tail_start :]
     else:
@@ -171,12 +171,12 @@ def _read_directory(read: ReadRange, size: int) -> dict[str, _Entry]:
     position = 0
     for _ in range(count):
         if position + _ENTRY.size > len(directory):
-            raise ValueError("its .npz has a broken directory")
+            raise ValueError("the .npz has a broken directory")
         values = _ENTRY.unpack_from(directory, position)
         mark, method, crc, packed_size, offset = values[0], values[4], values[7], values[8], values[16]
         name_size, extra_size, comment_size = values[10:13]
         if mark != b"PK\1\2":
-            raise ValueError("its .npz has a broken directory")
+            raise ValueError("the .npz has a broken directory")
         position += _ENTRY.size
         name = directory[position : position + name_size].decode("utf-8", "replace")
         entries[name.removesuffix(".npy")] = _Entry(method, crc, packed_size, offset)
@@ -187,7 +187,7 @@ def _read_directory(read: ReadRange, size: int) -> dict[str, _Entry]:
 def _content_start(name: str, head: bytes) -> int:
     """Return where a member's content begins, counted from its local header."""
     if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
-        raise ValueError(f"array '{name}' is not where the directory of its .npz says")
+        raise ValueError(f"array '{name}' is not where the directory of the .npz says")
     *_, name_size, extra_size = _LOCAL.unpack_from(head)
     return _LOCAL.size + name_size + extra_size
 
@@ -232,6 +232,6 @@ def _parse_header_text(text: bytes) -> _Header | None:
 def _array_of(name: str, header: _Header, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
     count = math.prod(shape)
     if len(content) < count * header.dtype.itemsize:
-        raise ValueError(f"array '{name}' is cut off")
+        raise ValueError(f"array '{name}' is truncated")
     array = np.frombuffer(content, dtype=header.dtype, count=count)
     return array.reshape(shape, order="F" if header.is_fortran else "C")

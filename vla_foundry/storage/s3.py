@@ -89,7 +89,7 @@ def _named_errors(uri: str) -> Iterator[None]:
             raise ValueError(f"{uri} changed while it was being read. Run again.") from None
         if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
             raise ValueError(f"{uri}: access is denied ({code}). Check the AWS credentials.") from None
-        raise ValueError(f"{uri}: the store answers {_one_line(error)}") from None
+        raise ValueError(f"{uri}: the store returned {_one_line(error)}") from None
     except (BotoCoreError, S3UploadFailedError) as error:
         raise ValueError(f"{uri}: {_one_line(error)}") from None
 
@@ -131,7 +131,7 @@ class S3Storage:
         if not sizes and key:
             sizes = {key: self.size_of(folder_or_glob)}
         if not sizes:
-            raise FileNotFoundError(f"There is nothing at {folder_or_glob}.")
+            raise FileNotFoundError(f"Nothing found at {folder_or_glob}.")
         return {f"s3://{bucket}/{name}": size for name, size in sizes.items()}
 
     def _list(self, bucket: str, prefix: str, uri: str) -> Iterator[tuple[str, int]]:

@@ -5,13 +5,12 @@ credentials, a missing package, no network) raises a one-line ValueError. All wr
 file or the whole new one.
 """
 
-import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from vla_foundry.storage.local import LocalStorage
 
@@ -98,20 +97,12 @@ def name_of(uri: str) -> str:
 
 
 def open_input(uri: str) -> BinaryIO:
-    """Open a file for reading; seekable. Remote files are read a few MiB at a time.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-    """
+    """Open a file for reading; seekable. Remote files are read a few MiB at a time."""
     return _storage_of(uri).open_input(uri)
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Read `size` bytes from `offset`; fewer only at the end of the file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-    """
+    """Read `size` bytes from `offset`; fewer only at the end of the file."""
     assert offset >= 0, "offset must not be negative"
     assert size >= 0, "size must not be negative"
     return _storage_of(uri).read_range(uri, offset, size) if size else b""
@@ -135,25 +126,8 @@ def read_text(uri: str) -> str:
         raise ValueError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
 
 
-def read_json(uri: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is not JSON; one line.
-    """
-    try:
-        return json.loads(read_text(uri))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{uri} is not JSON ({error}).") from None
-
-
 def size_of(uri: str) -> int:
-    """Return the size of a file in bytes.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-    """
+    """Return the size of a file in bytes."""
     return _storage_of(uri).size_of(uri)
 
 
@@ -175,10 +149,7 @@ def list_sizes(folder_or_glob: str) -> dict[str, int]:
 
     Args:
         folder_or_glob: a folder (all files below it), a pattern (`*` within a folder level, `**` over levels, `?`,
-            `[...]`), or one file.
-
-    Raises:
-        FileNotFoundError: the folder or file does not exist, or nothing matches the pattern.
+            `[...]`), or one file. Without a match, FileNotFoundError.
     """
     return dict(sorted(_storage_of(folder_or_glob).list_sizes(folder_or_glob).items()))
 
@@ -189,11 +160,7 @@ def list_files(folder_or_glob: str) -> list[str]:
 
 
 def list_relative(folder: str) -> dict[str, int]:
-    """List the files below a folder: {path within the folder: bytes}, sorted.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-    """
+    """List the files below a folder: {path within the folder: bytes}, sorted."""
     folder = (folder if is_remote(folder) else os.path.expanduser(folder)).rstrip("/") or "/"
     base = folder if folder.endswith("/") else folder + "/"
     return {path[len(base) :]: size for path, size in list_sizes(folder).items() if path.startswith(base)}
@@ -224,20 +191,12 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
 
 
 def download(uri: str, path: str) -> None:
-    """Copy `uri` to a local path, atomically; create folders.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-    """
+    """Copy `uri` to a local path; create folders."""
     _storage_of(uri).download(uri, path)
 
 
 def upload(path: str, uri: str) -> None:
-    """Copy a local file to `uri`, atomically; create folders.
-
-    Raises:
-        FileNotFoundError: the local file does not exist.
-    """
+    """Copy a local file to `uri`; create folders."""
     _storage_of(uri).upload(path, uri)
 
 

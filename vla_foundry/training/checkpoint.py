@@ -127,8 +127,8 @@ def _check_names(path: Path, found: set[str], tensors: Mapping[str, Tensor]) -> 
     missing, unknown = sorted(tensors.keys() - found), sorted(found - tensors.keys())
     if missing or unknown:
         raise ValueError(
-            f"{path} is of another model: {len(missing)} weights are missing (such as {missing[:1]}), "
-            f"{len(unknown)} are unknown (such as {unknown[:1]}). Use the config that it was saved with."
+            f"{path} belongs to another model: {len(missing)} weights are missing (such as {missing[:1]}), "
+            f"{len(unknown)} are unknown (such as {unknown[:1]}). Use the config it was saved with."
         )
 
 
@@ -138,7 +138,7 @@ def _read_shard(path: Path, file: Any, name: str, like: Tensor) -> Tensor:
     if whole.shape != like.shape:
         raise ValueError(
             f"{path}: '{name}' has shape {tuple(whole.shape)}, the model's is {tuple(like.shape)}. "
-            "Use the config that it was saved with."
+            "Use the config it was saved with."
         )
     if isinstance(like, DTensor):
         whole = whole.to(like.device_mesh.device_type)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -128,18 +128,13 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[n
     return [wrapped[block] for block in blocks]
 
 
-def create_mesh(world: World) -> DeviceMesh:
-    """Return the mesh that parameters are sharded over: all ranks, in one dimension."""
-    return init_device_mesh(torch.device(world.device).type, (world.world_size,), mesh_dim_names=("shard",))
-
-
 def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams, world: World) -> nn.Module:
     # FSDP2 cannot shard scalars; they are few, and reduce_unsharded_gradients averages their gradients
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(world.device)
     options: dict[str, Any] = {
-        "mesh": create_mesh(world),
+        "mesh": init_device_mesh(torch.device(world.device).type, (world.world_size,), mesh_dim_names=("shard",)),
         "reshard_after_forward": params.fsdp_reshard_after_forward,
         "offload_policy": CPUOffloadPolicy() if params.fsdp_cpu_offload else OffloadPolicy(),
         "ignored_params": scalars,

@@ -92,7 +92,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, state)
         is_validation_owed = saved["is_validation_owed"]
-        notices += [f"goes on from {checkpoint} after step {state.step}.", *saved["notices"]]
+        notices += [f"continues from {checkpoint} after step {state.step}.", *saved["notices"]]
         notices += check_data(params, loader, saved["data"])
     notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state, loader))
     log = create_metric_log(

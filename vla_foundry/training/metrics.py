@@ -222,9 +222,8 @@ class Wandb:
         self._run.finish()
 
 
-def has_wandb_credentials(environment: Mapping[str, str] | None = None) -> bool:
+def has_wandb_credentials(environment: Mapping[str, str] = os.environ) -> bool:
     """Return True if there is an API key in WANDB_API_KEY, or for the server in ~/.netrc."""
-    environment = os.environ if environment is None else environment
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -235,13 +234,12 @@ def has_wandb_credentials(environment: Mapping[str, str] | None = None) -> bool:
         return False
 
 
-def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] | None = None) -> bool:
+def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] = os.environ) -> bool:
     """Decide whether to log to Weights & Biases: as params.wandb says, else if package and credentials exist.
 
     Raises:
         ValueError: it is requested but cannot work.
     """
-    environment = os.environ if environment is None else environment
     mode = environment.get("WANDB_MODE", "online")
     if params.wandb is False or mode == "disabled":
         return False

@@ -137,7 +137,7 @@ def fetch_checkpoint(
             download(metrics, str(run_folder / METRICS_NAME))
         return final
     if faults:
-        raise ValueError(f"{faults[0]} {source} has no other checkpoint that is.")
+        raise ValueError(f"{faults[0]} {source} has no other usable checkpoint.")
     return None
 
 
@@ -194,14 +194,10 @@ def _describe_start(world: World, first_step: int) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": read_package_versions(_PACKAGES),
-        **_describe_commit(),
+        # null outside a repository
+        "commit": read_git_commit(),
+        "is_dirty": has_uncommitted_changes(),
     }
-
-
-def _describe_commit() -> dict[str, Any]:
-    """Return the commit of the source tree, and whether files differ from it; empty outside a repository."""
-    commit = read_git_commit()
-    return {} if commit is None else {"commit": commit, "is_dirty": bool(has_uncommitted_changes())}
 
 
 def copy_tokenizer(data: DataParams, run_folder: Path) -> None:

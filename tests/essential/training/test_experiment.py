@@ -161,7 +161,7 @@ def flip_a_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_byte])
 @pytest.mark.parametrize("pattern", ["model.safetensors", "training_state/*.safetensors", "state.json", COMPLETE_NAME])
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_skipped(
     params: TrainExperimentParams, damage: Callable[[Path], None], pattern: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(params, World())
@@ -172,7 +172,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     damage(target)
     capsys.readouterr()
     train(replace(params, resume="auto"), World())
-    notices = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    notices = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
     assert len(notices) == 1
     assert str(target) in notices[0]
     assert (hash_tensors(list_step_folders(folder)[0]), read_losses(folder)) == expected

@@ -45,7 +45,7 @@ def without(arrays: dict[str, np.ndarray], name: str) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"a.lowdim.npz": b"PK"}, "member 'a.lowdim.npz': its .npz is cut off, or none"),
+        ({"a.lowdim.npz": b"PK"}, "member 'a.lowdim.npz': the .npz is truncated or not an .npz"),
         ({"a.lowdim.npz": without(ARRAYS, "timestamp")}, "episode 'a' has no array 'timestamp'"),
         (
             {"a.lowdim.npz": format_arrays(ARRAYS | {"state": np.zeros((3, 3))})},
