@@ -10,7 +10,7 @@ from vla_foundry.config.schema import BaseParams, Fraction
 class EMAParams(BaseParams):
     """`--ema.` Exponential moving average of the weights over steps."""
 
-    # keep an average of the weights, validate it, and save it beside them
+    # average the weights; validate and save the average too
     enabled: bool = False
     # vanilla: decay alpha; ema: the decay grows as 1 - (1 + step / inv_gamma)^-power
     type: Literal["vanilla", "ema"] = "ema"

@@ -50,7 +50,7 @@ class TrainExperimentParams(BaseParams):
     tensorboard: bool = False
     # steps between log lines
     log_every_n_steps: Count = 20
-    # least severe level that is logged
+    # lowest level to log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # samples to train on
     total_train_samples: Count | None = None

@@ -68,7 +68,7 @@ MIGRATIONS: dict[str, Migration] = {
     ),
     "RoboticsDataParams": Migration(
         ignored={
-            "image_names": "camera_names and image_indices tell them",
+            "image_names": "camera_names and image_indices determine it",
             "tactile_fields": "it never had an effect",
             "use_point_cloud": "it never had an effect",
             "point_cloud_num_points": "it never had an effect",

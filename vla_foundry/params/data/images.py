@@ -194,5 +194,5 @@ class ImageProcessorParams(BaseParams):
         if self.img_num_tokens is not None and self.img_num_tokens >= seq_len:
             raise ValueError(
                 f"{path}.seq_len ({seq_len}) must be more than {path}.img_num_tokens ({self.img_num_tokens}): "
-                "an image and its caption stand in one row."
+                "an image and its caption share a row."
             )

@@ -1,6 +1,6 @@
 """Params of robot data: which cameras, fields and steps make a sample, and how they are normalized."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -182,7 +182,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError("prompts is empty. Give at least one, or leave it out.")
         indices = self.image_indices
         if indices is not None and indices != sorted(set(indices)):
-            raise ValueError(f"image_indices {indices} must ascend: images stand in the order of time.")
+            raise ValueError(f"image_indices {indices} must ascend: images are in temporal order.")
         for name in ("camera_names", "action_fields", "proprioception_fields"):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
@@ -248,21 +248,21 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         Raises:
             ValueError: the specs disagree about a value that is not given here, or lack a field.
         """
-        wanted = ("camera_names", "image_indices", "lowdim_past_timesteps", "lowdim_future_timesteps")
-        wanted = [name for name in (*wanted, "pose_groups", "action_dim", "proprioception_dim") if _is_open(self, name)]
+        names = ("camera_names", "image_indices", "lowdim_past_timesteps", "lowdim_future_timesteps", "pose_groups")
+        wanted = [name for name in (*names, "action_dim", "proprioception_dim") if getattr(self, name) is None]
         needs = next((item.robotics for item in datasets if isinstance(item.robotics, Unavailable)), None)
         if not datasets or needs is not None:
             missing = needs or Unavailable("data.dataset_manifest")
             return {name: Derived(missing, "the data") for name in wanted}
         known = _specs_of(datasets)
         source = f"the data ({SPEC_NAME})"
+
+        def agree(name: str, value_of: Callable[[DatasetSpec], Any]) -> Any:
+            return fit.agree_on(f"data.{name}", {dataset: value_of(spec) for dataset, spec in known})
+
         values: dict[str, Any] = {
-            "camera_names": lambda: fit.agree_on(
-                "data.camera_names", {name: _color_cameras(spec) for name, spec in known}
-            ),
-            "image_indices": lambda: fit.agree_on(
-                "data.image_indices", {name: spec.image_indices for name, spec in known}
-            ),
+            "camera_names": lambda: agree("camera_names", _color_cameras),
+            "image_indices": lambda: agree("image_indices", lambda spec: spec.image_indices),
             # the largest window that fits all datasets
             "lowdim_past_timesteps": lambda: min(spec.past_lowdim_steps for _, spec in known),
             "lowdim_future_timesteps": lambda: min(spec.future_lowdim_steps for _, spec in known),
@@ -354,7 +354,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             found += fit.find_contradictions(run, datasets[0], both)
             found += fit.find_swapped_cameras(camera_names, run)
         if found and not self.accept_contradictions:
-            raise ValueError(f"{found[0]} Or go on as it is with --data.accept_contradictions true.")
+            raise ValueError(f"{found[0]} Or continue as is with --data.accept_contradictions true.")
         return found
 
     def _check_width(self, name: str, fields: str, datasets: Sequence[NamedSpec]) -> None:
@@ -364,10 +364,6 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(
                 f"data.{name} ({given}) must equal the {found} columns of data.{fields}. Leave data.{name} out."
             )
-
-
-def _is_open(params: RoboticsDataParams, name: str) -> bool:
-    return getattr(params, name) is None
 
 
 def _color_cameras(spec: DatasetSpec) -> list[str]:

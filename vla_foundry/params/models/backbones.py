@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from vla_foundry.config.schema import LEGACY, ChoiceParams, Count, Derived, Location, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.roles import ImageInputs, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import ImageInputs, PublishedParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vit import ImageEncoderParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
@@ -91,13 +91,8 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
 
 @register_model_params("vlm_backbone")
 @dataclass(frozen=True, kw_only=True)
-class VLMBackboneParams(LanguageBackboneParams):
+class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
     """Any Hugging Face image-text model."""
-
-    # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: Location
-    # start from the published weights; false: the architecture with new weights
-    hf_load_weights: bool = True
 
     def model_params(self) -> VLMHFParams:
         """Return the params of the wrapped model."""
@@ -110,13 +105,9 @@ class VLMBackboneParams(LanguageBackboneParams):
 
 @register_model_params("clip_backbone")
 @dataclass(frozen=True, kw_only=True)
-class CLIPBackboneParams(BackboneParams):
+class CLIPBackboneParams(PublishedParams, BackboneParams):
     """A Hugging Face CLIP model: one token for the instruction, and one for each image."""
 
-    # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: Location
-    # start from the published weights; false: the architecture with new weights
-    hf_load_weights: bool = True
     # leave the instruction out
     disable_text: bool = False
     # freeze the text encoder

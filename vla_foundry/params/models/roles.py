@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vla_foundry.config.schema import ChoiceParams, Location, register_choice
+from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
 
 T = TypeVar("T", bound=type)
 
@@ -70,3 +70,13 @@ class LanguageModelParams(ModelParams):
 
     _choice_registry = {}
     native_type = "transformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedParams(BaseParams):
+    """Shared by models from Hugging Face."""
+
+    # Hugging Face model name, hf://owner/name or folder
+    hf_pretrained: Location
+    # start from the published weights; false: the architecture with new weights
+    hf_load_weights: bool = True

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, Count, Location
-from vla_foundry.params.models.roles import LanguageModelParams, TokenLimits, register_model_params
+from vla_foundry.config.schema import LEGACY, Bounds, Count
+from vla_foundry.params.models.roles import LanguageModelParams, PublishedParams, TokenLimits, register_model_params
 
 
 @register_model_params("transformer")
@@ -79,10 +79,5 @@ class TransformerParams(LanguageModelParams):
 
 @register_model_params("transformer_hf")
 @dataclass(frozen=True, kw_only=True)
-class TransformerHFParams(LanguageModelParams):
+class TransformerHFParams(PublishedParams, LanguageModelParams):
     """Any Hugging Face causal language model (AutoModelForCausalLM)."""
-
-    # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: Location
-    # start from the published weights; false: the architecture with new weights
-    hf_load_weights: bool = True

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from vla_foundry.config.schema import Bounds, Count, Location
-from vla_foundry.params.models.roles import ImageInputs, ModelParams, register_model_params
+from vla_foundry.params.models.roles import ImageInputs, ModelParams, PublishedParams, register_model_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,11 @@ class ViTParams(ImageEncoderParams):
 
 @register_model_params("vit_hf")
 @dataclass(frozen=True, kw_only=True)
-class ViTHFParams(ImageEncoderParams):
+class ViTHFParams(PublishedParams, ImageEncoderParams):
     """Any Hugging Face or timm image encoder."""
 
     # Hugging Face model name, hf://owner/name or folder; or timm:NAME
     hf_pretrained: Location
-    # start from the published weights; false: the architecture with new weights
-    hf_load_weights: bool = True
     # side of its images, pixels; null: as published, and data.image_size must be given
     img_size: Count | None = None
     # side of its patches, pixels; null: as published, and data.img_num_tokens must be given

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vla_foundry.config.schema import Derived, Location, Unavailable
+from vla_foundry.config.schema import Derived, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import (
     ImageInputs,
     LanguageModelParams,
     ModelParams,
+    PublishedParams,
     TokenLimits,
     register_model_params,
 )
@@ -71,13 +72,9 @@ class VLMParams(ModelParams):
 
 @register_model_params("vlm_hf")
 @dataclass(frozen=True, kw_only=True)
-class VLMHFParams(ModelParams):
+class VLMHFParams(PublishedParams, ModelParams):
     """Any Hugging Face image-text model (AutoModelForImageTextToText)."""
 
-    # Hugging Face model name, hf://owner/name or folder
-    hf_pretrained: Location
-    # start from the published weights; false: the architecture with new weights
-    hf_load_weights: bool = True
     # number of tokens; the token tables grow to it; null: as published
     vocab_size: int | None = None
 
