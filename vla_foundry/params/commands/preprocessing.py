@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import BaseParams, Location
 
 
 def _require(condition: bool, message: str) -> None:
@@ -15,7 +15,7 @@ class JobParams(BaseParams):
     """What all preprocessing jobs share. The output depends on neither workers nor cluster; a killed run continues."""
 
     # folder to write to, local or s3://
-    output: str
+    output: Location
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: int | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
@@ -37,7 +37,7 @@ class TextJobParams(JobParams):
     """A job that reads documents."""
 
     # folders, patterns or files (.txt: one document each; .jsonl, .parquet: one a row; also .gz), local or s3://
-    source: list[str]
+    source: list[Location]
     # key (.jsonl) or column (.parquet) that holds the text
     text_key: str = "text"
     # seed of the order of documents
@@ -54,7 +54,7 @@ class PreprocessTextParams(TextJobParams):
     """Tokenize documents and pack them into records of seq_len + 1 tokens (modality `text`)."""
 
     # Hugging Face tokenizer: folder (local, s3://) or name
-    tokenizer: str
+    tokenizer: Location
     # token that ends a document; null: the tokenizer's own
     eos_token: str | None = None
     # a record holds this many tokens and one more, the last target
@@ -88,9 +88,9 @@ class TrainTokenizerParams(BaseParams):
     """Train a byte-level BPE tokenizer and save it as a Hugging Face fast tokenizer folder."""
 
     # folders, patterns or files (.txt: one document each; .jsonl, .parquet: one a row; also .gz), local or s3://
-    source: list[str]
+    source: list[Location]
     # folder to write to, local or s3://
-    output: str
+    output: Location
     # key (.jsonl) or column (.parquet) that holds the text
     text_key: str = "text"
     # vocabulary size, including special tokens and the 256 bytes
@@ -137,7 +137,7 @@ class ManifestBuildParams(BaseParams):
     """Index the tars of a folder and write their manifest."""
 
     # folder with tars, local or s3://
-    folder: str
+    folder: Location
     # replace a manifest that says something else
     overwrite: bool = False
     # tars processed in parallel
@@ -152,7 +152,7 @@ class ManifestVerifyParams(BaseParams):
     """Check every shard of a folder against its manifest and its index."""
 
     # folder with a manifest, local or s3://
-    folder: str
+    folder: Location
     # tars processed in parallel
     num_threads: int = 8
 
@@ -165,7 +165,7 @@ class PreprocessImageCaptionParams(JobParams):
     """Write images and their captions as shards (modality `image_caption`)."""
 
     # folders of pairs (a.png with a.txt or a.json), or lists (.parquet, .csv, .tsv, .jsonl) of URLs or paths
-    source: list[str]
+    source: list[Location]
     # column or key of a list that holds the URL, or the path of a file, relative to the list
     url_key: str = "url"
     # column or key that holds the caption, in a list or in a pair's JSON
@@ -189,7 +189,7 @@ class PreprocessImageCaptionParams(JobParams):
     # downloads at a time, in each of num_workers processes
     download_threads: int = 32
     # local folder for what is downloaded, until the shards are written; null: beside --output
-    download_folder: str | None = None
+    download_folder: Location | None = None
     # the package that `uvx` runs to download, in an environment of its own
     img2dataset: str = "img2dataset==1.47.0"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
+from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
 from vla_foundry.robotics.spec import Representation, Role
 
 T = TypeVar("T", bound=type)
@@ -35,9 +35,9 @@ class RoboticsPreprocessParams(ChoiceParams):
     choice_path: ClassVar[str] = "type"
 
     # recordings: folders or files, local or s3://, as the converter expects them
-    source_episodes: list[str]
+    source_episodes: list[Location]
     # folder to write to, local or s3://
-    output_dir: str
+    output_dir: Location
     # episodes: store each frame once and build windows when loading; samples: store each sample whole
     layout: Literal["episodes", "samples"] = "episodes"
     # steps before the anchor, in statistics and in the windows that layout samples stores
@@ -248,7 +248,7 @@ class LeRobotParams(RoboticsPreprocessParams):
     # features to use as actions; null: all named `action...` (none with a field map)
     action_keys: list[str] | None = None
     # YAML file that splits features into named fields with units, rotations and poses; a path or field_maps/NAME.yaml
-    field_map: str | None = None
+    field_map: Location | None = None
 
 
 @register_converter_params("spartan")
@@ -259,11 +259,11 @@ class SpartanParams(RoboticsPreprocessParams):
     # frames per second; the recordings do not store it
     fps: float = 10.0
     # YAML file that cuts actions.npz into fields and groups fields into poses
-    action_fields_config_path: str = "config_presets/action_fields/lbm.yaml"
+    action_fields_config_path: Location = "config_presets/action_fields/lbm.yaml"
     # YAML file with `language_dict: {task: {original: [...], randomized: [...]}}`; null: as recorded
-    language_annotations_path: str | None = None
+    language_annotations_path: Location | None = None
     # JSON file {task: [episode, ...]} of validation episodes, which are left out
-    validation_episodes_path: str | None = None
+    validation_episodes_path: Location | None = None
     # fields to leave out
     data_discard_keys: list[str] = field(default_factory=list)
 
@@ -279,7 +279,7 @@ class HDF5Params(RoboticsPreprocessParams):
 
     # YAML file that says where episodes, fields and cameras are: a path, or field_maps/robomimic.yaml,
     # field_maps/libero.yaml, field_maps/aloha.yaml
-    field_map: str
+    field_map: Location
     # frames per second; null: as in the field map
     fps: float | None = None
     # instruction of every episode; null: as in the field map
@@ -295,15 +295,15 @@ class StatsParams(BaseParams):
     """Compute the statistics of a robotics dataset from its shards, or merge those of several datasets."""
 
     # dataset, local or s3://; the statistics are written to its stats.json
-    folder: str
+    folder: Location
     # datasets, or stats.json files, whose statistics to merge; the shards of `folder` are not read
-    merge: list[str] = field(default_factory=list)
+    merge: list[Location] = field(default_factory=list)
     # steps before the anchor; null: as the dataset was preprocessed
     past_lowdim_steps: int | None = None
     # steps after the anchor; null: as the dataset was preprocessed
     future_lowdim_steps: int | None = None
     # another file to write, for --data.dataset_statistics
-    output: str | None = None
+    output: Location | None = None
     # merge even if datasets contradict each other about a field or have different rates
     accept_contradictions: bool = False
     # replace existing statistics
