@@ -41,7 +41,7 @@ def create_processes(num_processes: int) -> Iterator[Run]:
             yield run
         except BrokenProcessPool:
             raise ValueError(
-                "A recording process died; most often the machine ran out of memory. "
+                "A recording process died, most likely because the machine ran out of memory. "
                 f"Use fewer processes than {num_processes} and run the same command again: finished work is kept."
             ) from None
         except BaseException:

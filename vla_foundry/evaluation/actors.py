@@ -1,11 +1,13 @@
-"""What acts in rollouts: the actor interface, and baselines to compare a policy with."""
+"""The actor interface of rollouts, and baselines to compare a policy with."""
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla_foundry.evaluation.rollout_worker import Reply
+from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
+from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_uniforms
 
 
@@ -14,7 +16,7 @@ class Actor(Protocol):
     """Acts in the episodes of a batch; each episode has a slot."""
 
     def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
-        """Start a batch: {slot: seed of the episode}, and the instruction for all its robots."""
+        """Start a batch: {slot: seed of its episode}, and the instruction of all episodes."""
         ...
 
     def needs_images(self, slot: int) -> bool:
@@ -22,12 +24,46 @@ class Actor(Protocol):
         ...
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
-        """Return the action of each slot; None lets the simulator's expert act."""
+        """Return the action of each slot; None: the simulator's expert acts."""
         ...
 
     def mean_latency_ms(self, slot: int) -> float | None:
         """Return the mean time of a prediction in the slot's episode; None: nothing was predicted."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """What is evaluated: a policy or a baseline, and what the simulators render for it."""
+
+    name: str
+    # cameras of observations
+    cameras: tuple[str, ...] = ()
+    # camera of the contact sheet
+    picture_camera: str
+    # width and height of all pictures, pixels
+    image_size: int
+    # what the outcomes depend on besides the simulator, task and seeds, for results.json
+    settings: Mapping[str, Any]
+    # returns the actor for one robot; raises ValueError if the policy does not fit it
+    create_actor: Callable[[RobotFacts], Actor]
+
+
+def create_baseline(params: EvaluateParams) -> Candidate:
+    """Return the baseline that `params.policy` names."""
+
+    def create_actor(facts: RobotFacts) -> Actor:
+        if params.policy == "random":
+            return RandomActor(facts.action_dim, params.seed)
+        return (ExpertActor if params.policy == "expert" else NullActor)(facts.action_dim)
+
+    return Candidate(
+        name=params.name or params.policy,
+        picture_camera=params.camera,
+        image_size=params.image_size,
+        settings={},
+        create_actor=create_actor,
+    )
 
 
 class NullActor:
@@ -57,11 +93,11 @@ class NullActor:
 
 
 class RandomActor(NullActor):
-    """Draws actions uniformly from [-1, 1], as a function of the seed, the episode's seed and the step.
+    """Draws actions uniformly from [-1, 1], as a function of `seed`, the episode's seed and the step.
 
     Args:
         action_dim: width of an action.
-        seed: seed of all episodes.
+        seed: seed common to all episodes.
     """
 
     def __init__(self, action_dim: int, seed: int) -> None:
@@ -86,7 +122,7 @@ class RandomActor(NullActor):
 
 
 class ExpertActor(NullActor):
-    """Lets the simulator's expert act, which sees the true state."""
+    """Leaves every action to the simulator's expert, which sees the true state."""
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""

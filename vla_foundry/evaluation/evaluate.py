@@ -1,10 +1,10 @@
-"""`vla-foundry evaluate`: let a policy act in a simulator, episode after episode, and count its successes.
+"""`vla-foundry evaluate`: run a policy in a simulator and count its successes.
 
 <output>/<name>/<task>/rollouts/<time>/results.json   outcomes in the published layout (results.py)
 <output>/<name>/summary.json                          success rates with 95% Wilson intervals
 <output>/<name>/contact_sheet.png                     pictures of a few episodes, from start to end
 
-results.json is written after each batch of episodes; a restarted evaluation runs only what is missing.
+results.json is written after each batch of episodes; a restarted evaluation runs only missing episodes.
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
 
@@ -12,13 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from vla_foundry.config.command_line import named_plugins, parse_command
-from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
+from vla_foundry.evaluation.actors import Actor, Candidate, create_baseline
 from vla_foundry.evaluation.pictures import write_contact_sheet
 from vla_foundry.evaluation.results import (
     RESULTS_NAME,
@@ -33,41 +32,13 @@ from vla_foundry.evaluation.results import (
     write_results,
     write_summary,
 )
-from vla_foundry.evaluation.rollout_worker import Describe, RobotFacts, SimulatorSetup
-from vla_foundry.evaluation.rollouts import Actor, Batch, RolloutPool, create_pool, run_batch
+from vla_foundry.evaluation.rollout_worker import RobotFacts, SimulatorSetup
+from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import show_progress
 from vla_foundry.world import num_cores
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """The policy that is evaluated, and what the simulators render for it."""
-
-    name: str
-    # cameras of observations
-    cameras: tuple[str, ...]
-    # camera of the contact sheet
-    picture_camera: str
-    image_size: int
-    # everything the outcomes depend on, for results.json
-    settings: dict[str, Any]
-    # a policy_actor.TrainedPolicy; None: a baseline acts
-    policy: Any = None
-
-    def create_actor(self, params: EvaluateParams, facts: RobotFacts) -> Actor:
-        """Return the actor for one robot.
-
-        Raises:
-            ValueError: the trained policy does not fit the robot.
-        """
-        if self.policy is not None:
-            return self.policy.create_actor(facts, shows_other_episode=params.images == "other_episode")
-        if params.policy == "expert":
-            return ExpertActor(facts.action_dim)
-        return NullActor(facts.action_dim) if params.policy == "null" else RandomActor(facts.action_dim, params.seed)
 
 
 def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
@@ -77,35 +48,38 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         The success rate of each task.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: a name is unknown, the policy does not fit the robot, or the folder holds other results.
     """
-    evaluated = _find_policy(params)
+    if params.checkpoint is None:
+        candidate = create_baseline(params)
+    else:
+        from vla_foundry.evaluation.policy_actor import load_candidate
+
+        candidate = load_candidate(params)
     num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
     setup = SimulatorSetup(
         simulator=params.simulator,
-        cameras=evaluated.cameras,
-        picture_camera=evaluated.picture_camera,
-        image_size=evaluated.image_size,
+        cameras=candidate.cameras,
+        picture_camera=candidate.picture_camera,
+        image_size=candidate.image_size,
         max_steps=params.max_steps,
         plugins=named_plugins(),
     )
-    tasks = [TaskRollouts.open(params, evaluated, task) for task in params.tasks]
+    tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
     total = len(params.tasks) * len(params.seeds)
     with ExitStack() as stack:
         if any(task.missing_batches(params) for task in tasks):
             pool = stack.enter_context(create_pool(setup, num_workers))
             # check every name before writing anything
-            robots = pool.describe(
-                [Describe(slot=slot % num_workers, task=task) for slot, task in enumerate(params.tasks)]
-            )
-            actors = [evaluated.create_actor(params, facts) for facts in robots]
+            robots = pool.describe(params.tasks)
+            actors = [candidate.create_actor(facts) for facts in robots]
             num_done = sum(task.num_final(params.seeds) for task in tasks)
             advance = stack.enter_context(show_progress("episodes", total, num_done))
             for task, facts, actor in zip(tasks, robots, actors, strict=True):
                 for seeds in task.missing_batches(params):
                     advance(task.run(pool, actor, seeds, params=params, facts=facts))
-    return _summarize(params, evaluated, tasks)
+    return _summarize(params, candidate, tasks)
 
 
 class TaskRollouts:
@@ -122,20 +96,20 @@ class TaskRollouts:
     ) -> None:
         self.path = path
         self.task = task
-        # by seed; without those that have not run yet
+        # by seed; only those that have run
         self.episodes = episodes
         self.max_sample_size = max_sample_size
         self.settings = settings
 
     @classmethod
-    def open(cls, params: EvaluateParams, evaluated: Evaluated, task: str) -> "TaskRollouts":
+    def open(cls, params: EvaluateParams, candidate: Candidate, task: str) -> "TaskRollouts":
         """Resume a task's rollouts from the output folder, or start new ones.
 
         Raises:
             ValueError: the folder holds rollouts of other settings.
         """
-        folder = Path(params.output) / evaluated.name / task
-        settings = {**evaluated.settings, "instruction": params.instructions.get(task)}
+        folder = Path(params.output) / candidate.name / task
+        settings = {**_settings_of(params, candidate), "instruction": params.instructions.get(task)}
         path = find_results(folder)
         if path is None:
             time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
@@ -160,11 +134,11 @@ class TaskRollouts:
         return cls(path, task, done, max_sample_size=budget, settings=settings)
 
     def num_final(self, seeds: Sequence[int]) -> int:
-        """Return how many of the episodes are successes or failures already."""
+        """Return how many of the episodes have ended in success or failure."""
         return sum(seed in self.episodes and self.episodes[seed].is_final for seed in seeds)
 
     def missing_batches(self, params: EvaluateParams) -> list[tuple[int, ...]]:
-        """Return the batches of seeds that are not final yet; batches start at multiples of the batch size."""
+        """Return the batches of seeds with unfinished episodes; batches start at multiples of the batch size."""
         groups: dict[int, list[int]] = {}
         for seed in params.seeds:
             groups.setdefault(seed // params.batch_size, []).append(seed)
@@ -183,7 +157,7 @@ class TaskRollouts:
             pictures={seed: str(self.pictures_of(seed)) for seed in seeds if seed in self.pictured(params)},
         )
         for result in run_batch(pool, actor, batch):
-            # final episodes run again only to complete the batch
+            # finished episodes run again only to complete the batch
             if not (result.seed in self.episodes and self.episodes[result.seed].is_final):
                 self.episodes[result.seed] = result
         self.write(params.seeds)
@@ -204,43 +178,14 @@ class TaskRollouts:
         write_results(self.path, episodes, max_sample_size=self.max_sample_size, settings=self.settings)
 
 
-def _find_policy(params: EvaluateParams) -> Evaluated:
-    settings: dict[str, Any] = {
-        "policy": params.policy,
-        "simulator": params.simulator,
-        "max_steps": params.max_steps,
-        "seed": params.seed,
-    }
-    if params.checkpoint is None:
-        return Evaluated(
-            name=params.name or params.policy,
-            cameras=(),
-            picture_camera=params.camera,
-            image_size=params.image_size,
-            settings=settings,
-        )
-    from vla_foundry.evaluation.policy_actor import TrainedPolicy
-
-    policy = TrainedPolicy.load(params)
-    return Evaluated(
-        name=params.name or policy.run_name,
-        cameras=policy.cameras,
-        picture_camera=policy.cameras[0] if policy.cameras else params.camera,
-        image_size=policy.image_size if policy.cameras else params.image_size,
-        settings={
-            **settings,
-            "weights_sha256": policy.digest,
-            "open_loop_steps": policy.policy.open_loop_steps,
-            "num_inference_steps": params.num_inference_steps,
-            "images": params.images,
-            "batch_size": params.batch_size,
-        },
-        policy=policy,
-    )
+def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]:
+    """Return what the outcomes of all tasks depend on, besides the seeds of the episodes."""
+    common = {name: getattr(params, name) for name in ("policy", "simulator", "max_steps", "seed")}
+    return {**common, **candidate.settings}
 
 
-def _summarize(params: EvaluateParams, evaluated: Evaluated, tasks: Sequence[TaskRollouts]) -> dict[str, SuccessRate]:
-    folder = Path(params.output) / evaluated.name
+def _summarize(params: EvaluateParams, candidate: Candidate, tasks: Sequence[TaskRollouts]) -> dict[str, SuccessRate]:
+    folder = Path(params.output) / candidate.name
     rates, pictured = {}, []
     for task in tasks:
         rates[task.task] = count_successes([task.episodes[seed] for seed in params.seeds if seed in task.episodes])
@@ -249,7 +194,11 @@ def _summarize(params: EvaluateParams, evaluated: Evaluated, tasks: Sequence[Tas
         ]
     write_contact_sheet(folder / CONTACT_SHEET_NAME, pictured)
     write_summary(
-        folder / SUMMARY_NAME, rates, name=evaluated.name, episodes=params.episodes, settings=evaluated.settings
+        folder / SUMMARY_NAME,
+        rates,
+        name=candidate.name,
+        episodes=params.episodes,
+        settings=_settings_of(params, candidate),
     )
     return rates
 

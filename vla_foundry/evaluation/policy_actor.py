@@ -1,11 +1,12 @@
-"""A trained policy that acts in rollouts: it sees what simulators sense, under the field names of its data."""
+"""Evaluate a trained policy: it sees what simulators sense, under the field names of its data."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from vla_foundry.evaluation.actors import Actor, Candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.observations import RobotObservation
@@ -22,72 +23,58 @@ from vla_foundry.storage.uri import is_remote, name_of
 _NUM_SEEDS = 1 << 62
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TrainedPolicy:
-    """The policy of a checkpoint, and what simulators must render for it."""
+def load_candidate(params: EvaluateParams) -> Candidate:
+    """Load the policy of `params.checkpoint`.
 
-    policy: Policy
-    run_name: str
-    # SHA-256 of its weights; None: the checkpoint is remote
-    digest: str | None
-    # names of the simulators' cameras
-    cameras: tuple[str, ...]
-    # width and height of the pictures, pixels
-    image_size: int
-    # seed of its noise
-    seed: int
-
-    @classmethod
-    def load(cls, params: EvaluateParams) -> "TrainedPolicy":
-        """Load the policy of `params.checkpoint`.
-
-        Raises:
-            FileNotFoundError: the checkpoint does not exist.
-            ValueError: it is not a policy, or its pictures are not squares of one size.
-        """
-        assert params.checkpoint is not None
-        policy = Policy.from_run(
-            params.checkpoint,
-            device=params.device,
-            use_ema=params.use_ema,
-            open_loop_steps=params.open_loop_steps,
-            num_inference_steps=params.num_inference_steps,
+    Raises:
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: it is not a policy, or its pictures are not squares of one size.
+    """
+    assert params.checkpoint is not None
+    policy = Policy.from_run(
+        params.checkpoint,
+        device=params.device,
+        use_ema=params.use_ema,
+        open_loop_steps=params.open_loop_steps,
+        num_inference_steps=params.num_inference_steps,
+    )
+    sizes = {camera.original_size or camera.size for camera in policy.spec.cameras.values()}
+    if len(sizes) > 1 or any(width != height for width, height in sizes):
+        raise ValueError(
+            f"The policy's cameras have pictures of {sorted(sizes)}; simulators render squares of one size."
         )
-        cameras = policy.spec.cameras
-        sizes = {camera.original_size or camera.size for camera in cameras.values()}
-        if len(sizes) > 1 or any(width != height for width, height in sizes):
-            raise ValueError(
-                f"The policy's cameras have pictures of {sorted(sizes)}; simulators render squares of one size."
-            )
-        return cls(
-            policy=policy,
-            run_name=name_of(find_run_folder(params.checkpoint)),
-            digest=_digest(params.checkpoint, params.use_ema),
-            cameras=tuple(name.rpartition(".")[2] for name in cameras),
-            image_size=next(iter(sizes), (0, 0))[0],
-            seed=params.seed,
-        )
+    cameras = tuple(name.rpartition(".")[2] for name in policy.spec.cameras)
+    image_size = next(iter(sizes))[0] if sizes else params.image_size
 
-    def create_actor(self, facts: RobotFacts, *, shows_other_episode: bool) -> "PolicyActor":
-        """Return the actor for a robot.
+    def create_actor(facts: RobotFacts) -> Actor:
+        policy.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
+        layout = create_action_layout(facts, policy.action_fields)
+        return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=params.images == "other_episode")
 
-        Raises:
-            ValueError: the policy does not fit the robot.
-        """
-        robot = NamedSpec(facts.robot, describe_robot(facts, self.cameras, self.image_size))
-        self.policy.check_robot(robot)
-        layout = create_action_layout(facts, self.policy.action_fields)
-        return PolicyActor(self.policy, layout, seed=self.seed, shows_other_episode=shows_other_episode)
+    return Candidate(
+        name=params.name or name_of(find_run_folder(params.checkpoint)),
+        cameras=cameras,
+        picture_camera=cameras[0] if cameras else params.camera,
+        image_size=image_size,
+        settings={
+            "weights_sha256": _digest(params.checkpoint, params.use_ema),
+            "open_loop_steps": policy.open_loop_steps,
+            "num_inference_steps": params.num_inference_steps,
+            "images": params.images,
+            "batch_size": params.batch_size,
+        },
+        create_actor=create_actor,
+    )
 
 
 class PolicyActor:
-    """Lets a policy act in the episodes of a batch, as one client per episode.
+    """Acts with a policy in the episodes of a batch; each episode is one client of the policy.
 
     Args:
         policy: the policy.
         layout: layout of the robot's action.
         seed: seed of the policy's noise, combined with the episode's.
-        shows_other_episode: each slot sees the pictures of the next slot.
+        shows_other_episode: show each slot the pictures of the next one.
     """
 
     def __init__(self, policy: Policy, layout: SelectFields, *, seed: int, shows_other_episode: bool) -> None:
@@ -128,7 +115,7 @@ class PolicyActor:
         start = time.perf_counter()
         actions = self.policy.act_many(observations)
         if self.policy.num_predicted > num_predicted:
-            # the batch runs in lockstep: every episode waited for the prediction
+            # the batch runs in lockstep, so every episode waited for the prediction
             for slot in observed:
                 self._latencies[slot].append(1000 * (time.perf_counter() - start))
         return {slot: self.layout.apply(action)[0].astype(np.float32) for slot, action in actions.items()}
@@ -145,6 +132,7 @@ class PolicyActor:
 
 
 def _digest(checkpoint: str, use_ema: bool | None) -> str | None:
+    """Return the SHA-256 of a checkpoint's weights; None if it is remote."""
     from vla_foundry.models.weights import find_weights_file, has_ema
 
     if is_remote(checkpoint):
@@ -154,7 +142,7 @@ def _digest(checkpoint: str, use_ema: bool | None) -> str | None:
 
 
 def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> DatasetSpec:
-    """Return a simulated robot's spec, to compare with the spec that a policy was trained on."""
+    """Return a simulated robot's spec, to compare with the one that a policy was trained on."""
     fields = {
         f"{OBSERVATION}.{name}": FieldDescription(shape=(len(parts),)) for name, parts in facts.field_names.items()
     }
@@ -175,10 +163,10 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
 
 
 def create_action_layout(facts: RobotFacts, action_fields: Sequence[str]) -> SelectFields:
-    """Return the layout that assembles a robot's action from the fields that a policy predicts.
+    """Return the layout that joins the fields that a policy predicts to a robot's action.
 
     Raises:
-        ValueError: the robot does not have a field, or the policy does not predict all of the action.
+        ValueError: the robot lacks a field, or the policy does not predict the whole action.
     """
     if list(action_fields) == [ACTION]:
         return SelectFields((ACTION,), (facts.action_dim,))

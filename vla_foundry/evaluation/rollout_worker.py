@@ -1,14 +1,15 @@
 """A worker process with simulators: it starts episodes, applies actions and returns what the robot senses.
 
-It knows no policy. The parent sends a list of requests and gets a list of answers in the same order. The process ends
-when its parent does.
+It does not know the policy. The parent sends a list of requests and receives their answers in the same order. The
+process ends when its parent does.
 """
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -35,41 +36,8 @@ class SimulatorSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Describe:
-    """Describe the robot of a task. The answer is a RobotFacts."""
-
-    slot: int
-    task: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begin:
-    """Start an episode in a slot, in place of the one before. The answer is a Reply."""
-
-    slot: int
-    task: str
-    seed: int
-    # file for pictures of the episode, written when it ends; None: no pictures
-    pictures: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Step:
-    """Apply an action in a slot. The answer is a Reply."""
-
-    slot: int
-    # None: the simulator's expert acts
-    action: np.ndarray | None
-    # render the images of the next observation
-    with_images: bool
-
-
-Request = Describe | Begin | Step
-
-
-@dataclass(frozen=True, kw_only=True)
 class RobotFacts:
-    """What a simulator says about the robot of a task."""
+    """A simulator's description of the robot of a task."""
 
     robot: str
     fps: int
@@ -85,6 +53,8 @@ class Reply:
 
     images: Mapping[str, np.ndarray]
     fields: Mapping[str, np.ndarray]
+    # actions applied so far
+    num_steps: int
     is_success: bool
     # the episode has ended
     is_over: bool
@@ -116,19 +86,65 @@ class RolloutWorker:
         self.setup = setup
         self._slots: dict[int, _Slot] = {}
 
-    def handle(self, request: Request) -> RobotFacts | Reply | Failure:
+    def handle(self, slot: int, request: "Request") -> RobotFacts | Reply | Failure:
         """Answer a request. A simulator that fails is closed, and the answer says why."""
         try:
-            match request:
-                case Describe():
-                    return _describe(self._open(request.slot, request.task).simulator)
-                case Begin():
-                    return self._begin(request)
-                case Step():
-                    return self._step(request)
+            return request(self, slot)
         except Exception as error:  # process border: the parent names the episode and counts it
-            self._drop(request.slot)
+            self._drop(slot)
             return Failure(message=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+
+    def describe(self, slot: int, *, task: str) -> RobotFacts:
+        """Describe the robot of a task."""
+        simulator = self._open(slot, task).simulator
+        return RobotFacts(
+            robot=simulator.robot,
+            fps=simulator.fps,
+            action_dim=simulator.action_dim,
+            action_parts=dict(simulator.action_parts),
+            field_names=dict(simulator.field_names),
+            instruction=simulator.instruction,
+        )
+
+    def begin(self, number: int, *, task: str, seed: int, pictures: str | None = None) -> Reply:
+        """Start an episode in a slot, replacing the previous one.
+
+        Args:
+            number: number of the slot.
+            task: task of the simulator.
+            seed: seed of the start.
+            pictures: file for pictures of the episode, written when it ends; None: no pictures.
+        """
+        slot = self._open(number, task)
+        slot.num_steps = 0
+        slot.strip = None if pictures is None else FrameStrip(Path(pictures))
+        observation = slot.simulator.reset(seed)
+        self._keep_picture(slot)
+        return Reply(images=observation.images, fields=observation.fields, num_steps=0, is_success=False, is_over=False)
+
+    def step(self, number: int, *, action: np.ndarray | None, with_images: bool) -> Reply:
+        """Apply an action in a slot.
+
+        Args:
+            number: number of the slot.
+            action: what to do; None: the simulator's expert acts.
+            with_images: render the images of the next observation.
+        """
+        slot = self._slots[number]
+        simulator = slot.simulator
+        simulator.apply(simulator.expert() if action is None else action)
+        slot.num_steps += 1
+        most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
+        is_over = simulator.success() or slot.num_steps >= most
+        self._keep_picture(slot, is_last=is_over)
+        observation = simulator.observe(with_images=with_images and not is_over)
+        return Reply(
+            images=observation.images,
+            fields=observation.fields,
+            num_steps=slot.num_steps,
+            is_success=simulator.success(),
+            is_over=is_over,
+        )
 
     def close(self) -> None:
         """Close all simulators."""
@@ -148,27 +164,6 @@ class RolloutWorker:
             self._slots[slot] = _Slot(simulator, task)
         return self._slots[slot]
 
-    def _begin(self, request: Begin) -> Reply:
-        slot = self._open(request.slot, request.task)
-        slot.num_steps = 0
-        slot.strip = None if request.pictures is None else FrameStrip(Path(request.pictures))
-        observation = slot.simulator.reset(request.seed)
-        self._keep_picture(slot)
-        return Reply(images=observation.images, fields=observation.fields, is_success=False, is_over=False)
-
-    def _step(self, request: Step) -> Reply:
-        slot = self._slots[request.slot]
-        simulator = slot.simulator
-        simulator.apply(simulator.expert() if request.action is None else request.action)
-        slot.num_steps += 1
-        most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
-        is_over = simulator.success() or slot.num_steps >= most
-        self._keep_picture(slot, is_last=is_over)
-        observation = simulator.observe(with_images=request.with_images and not is_over)
-        return Reply(
-            images=observation.images, fields=observation.fields, is_success=simulator.success(), is_over=is_over
-        )
-
     def _keep_picture(self, slot: _Slot, *, is_last: bool = False) -> None:
         strip = slot.strip
         if strip is not None and (is_last or strip.wants(slot.num_steps)):
@@ -177,15 +172,8 @@ class RolloutWorker:
                 strip.save()
 
 
-def _describe(simulator: Simulator) -> RobotFacts:
-    return RobotFacts(
-        robot=simulator.robot,
-        fps=simulator.fps,
-        action_dim=simulator.action_dim,
-        action_parts=dict(simulator.action_parts),
-        field_names=dict(simulator.field_names),
-        instruction=simulator.instruction,
-    )
+# a call of one of the worker's methods: request(worker, slot)
+Request: TypeAlias = Callable[[RolloutWorker, int], RobotFacts | Reply]
 
 
 def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
@@ -197,6 +185,6 @@ def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
     worker = RolloutWorker(setup)
     try:
         while True:
-            connection.send([worker.handle(request) for request in connection.recv()])
+            connection.send([worker.handle(slot, request) for slot, request in connection.recv()])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         worker.close()

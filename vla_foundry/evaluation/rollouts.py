@@ -1,12 +1,13 @@
 """Run batches of episodes in lockstep: simulators in worker processes, one policy in this process.
 
-All episodes of a batch start together and step together. So the episodes that share a prediction depend neither on the
-number of processes nor on their speed.
+All episodes of a batch start together and step together. So neither the number of processes nor their speed affects
+which episodes share a prediction.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,13 +17,12 @@ import numpy as np
 from vla_foundry.evaluation.actors import Actor
 from vla_foundry.evaluation.results import EpisodeResult
 from vla_foundry.evaluation.rollout_worker import (
-    Begin,
     Failure,
     Reply,
     Request,
     RobotFacts,
+    RolloutWorker,
     SimulatorSetup,
-    Step,
     serve_rollouts,
 )
 
@@ -39,15 +39,15 @@ class RolloutPool:
     def __init__(self, connections: Sequence[Connection]) -> None:
         self._connections = connections
 
-    def ask(self, requests: Sequence[Request]) -> list[Any]:
-        """Send requests; return the answers in the same order.
+    def ask(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
+        """Send (slot, request) pairs; return the answers in the same order.
 
         Raises:
             ValueError: a process died.
         """
         shares: dict[int, list[int]] = {}
-        for number, request in enumerate(requests):
-            shares.setdefault(request.slot % len(self._connections), []).append(number)
+        for number, (slot, _) in enumerate(requests):
+            shares.setdefault(slot % len(self._connections), []).append(number)
         answers: list[Any] = [None] * len(requests)
         try:
             for process, numbers in shares.items():
@@ -57,18 +57,22 @@ class RolloutPool:
                     answers[number] = answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise ValueError(
-                "A simulator process died; most often the machine ran out of memory. Lower num_workers "
-                f"({len(self._connections)}) or batch_size and run the same again: finished episodes are kept."
+                "A simulator process died, most likely because the machine ran out of memory. Lower num_workers "
+                f"({len(self._connections)}) or batch_size and run the command again: finished episodes are kept."
             ) from None
         return answers
 
-    def describe(self, requests: Sequence[Request]) -> list[RobotFacts]:
-        """Return the facts of the robots.
+    def describe(self, tasks: Sequence[str]) -> list[RobotFacts]:
+        """Return the facts of each task's robot.
 
         Raises:
-            ValueError: a simulator or task is unknown, or cannot be created.
+            ValueError: a simulator, task or camera is unknown, or the simulator cannot be created.
         """
-        answers = self.ask(requests)
+        # one slot per process, so that no process keeps more than one simulator
+        num_slots = len(self._connections)
+        answers = self.ask(
+            [(number % num_slots, partial(RolloutWorker.describe, task=task)) for number, task in enumerate(tasks)]
+        )
         for answer in answers:
             if isinstance(answer, Failure):
                 raise ValueError(answer.message)
@@ -86,7 +90,7 @@ def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool
             ours, theirs = context.Pipe()
             process = context.Process(target=serve_rollouts, args=(theirs, setup), daemon=True)
             process.start()
-            # otherwise the process would never see that our end is closed
+            # if both ends stayed open here, the process would never see us close ours
             theirs.close()
             connections.append(ours)
             processes.append(process)
@@ -107,28 +111,28 @@ class Batch:
     task: str
     seeds: tuple[int, ...]
     instruction: str
-    # control steps in a second
+    # control steps per second
     fps: float
-    # seed -> file for pictures of its episode
+    # seed -> file for pictures of its episode, where they are kept
     pictures: Mapping[int, str]
 
 
 def run_batch(pool: RolloutPool, actor: Actor, batch: Batch) -> list[EpisodeResult]:
-    """Run a batch to the end. A simulator that fails invalidates its own episode only."""
+    """Run a batch to the end. A simulator that fails invalidates only its own episode."""
     results = [
         EpisodeResult(task=batch.task, seed=seed, instruction=batch.instruction, num_steps=0) for seed in batch.seeds
     ]
-    requests: list[Request] = [
-        Begin(slot=slot, task=batch.task, seed=seed, pictures=batch.pictures.get(seed))
+    requests: list[tuple[int, Request]] = [
+        (slot, partial(RolloutWorker.begin, task=batch.task, seed=seed, pictures=batch.pictures.get(seed)))
         for slot, seed in enumerate(batch.seeds)
     ]
     actor.begin(dict(enumerate(batch.seeds)), batch.instruction)
     while requests:
         live: dict[int, Reply] = {}
-        for request, answer in zip(requests, pool.ask(requests), strict=True):
-            results[request.slot] = result = _advance(results[request.slot], request, answer, actor)
-            if result.outcome is None:
-                live[request.slot] = answer
+        for (slot, _), answer in zip(requests, pool.ask(requests), strict=True):
+            results[slot] = _advance(results[slot], answer)
+            if results[slot].outcome is None:
+                live[slot] = answer
         actions = actor.act(live) if live else {}
         requests = []
         for slot, action in actions.items():
@@ -136,17 +140,16 @@ def run_batch(pool: RolloutPool, actor: Actor, batch: Batch) -> list[EpisodeResu
                 message = f"The policy's action {action.tolist()} is not finite."
                 results[slot] = replace(results[slot], outcome="failure", failure_message=message)
             else:
-                requests.append(Step(slot=slot, action=action, with_images=actor.needs_images(slot)))
+                step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(slot))
+                requests.append((slot, step))
     return [_finish(result, batch, actor, slot) for slot, result in enumerate(results)]
 
 
-def _advance(result: EpisodeResult, request: Request, answer: Reply | Failure, actor: Actor) -> EpisodeResult:
+def _advance(result: EpisodeResult, answer: Reply | Failure) -> EpisodeResult:
     if isinstance(answer, Failure):
         return replace(result, outcome="invalid", failure_message=answer.message)
-    num_steps = (result.num_steps or 0) + isinstance(request, Step)
-    if answer.is_over:
-        return replace(result, num_steps=num_steps, outcome="success" if answer.is_success else "failure")
-    return replace(result, num_steps=num_steps)
+    result = replace(result, num_steps=answer.num_steps)
+    return replace(result, outcome="success" if answer.is_success else "failure") if answer.is_over else result
 
 
 def _finish(result: EpisodeResult, batch: Batch, actor: Actor, slot: int) -> EpisodeResult:

@@ -130,7 +130,7 @@ def test_a_dead_process_ends_the_evaluation_but_not_its_results(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     params = create_params(tmp_path / "out", tasks=["easy", "dies"], policy="expert", num_workers=2)
-    with pytest.raises(ValueError, match=r"A simulator process died; .* Lower num_workers \(2\)"):
+    with pytest.raises(ValueError, match=r"A simulator process died, .* Lower num_workers \(2\)"):
         evaluate(params)
     assert all(episode["is_success"] for episode in read_episodes(tmp_path / "out/expert/easy"))
     (tmp_path / "mended").touch()
@@ -161,7 +161,7 @@ def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
 def test_random_actions_fill_their_range() -> None:
     actor = RandomActor(3, seed=1)
     actor.begin({0: 5, 1: 6}, "")
-    reply = Reply(images={}, fields={}, is_success=False, is_over=False)
+    reply = Reply(images={}, fields={}, num_steps=0, is_success=False, is_over=False)
     drawn = [actor.act({0: reply, 1: reply}) for _ in range(200)]
     numbers = np.array([[actions[0], actions[1]] for actions in drawn])
     assert np.abs(numbers).max() <= 1

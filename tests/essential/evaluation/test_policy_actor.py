@@ -15,8 +15,8 @@ from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.datagen.demos import record_demos
 from vla_foundry.evaluation.evaluate import evaluate
-from vla_foundry.evaluation.policy_actor import TrainedPolicy
-from vla_foundry.evaluation.rollout_worker import Begin, Describe, Reply, RolloutWorker, SimulatorSetup
+from vla_foundry.evaluation.policy_actor import load_candidate
+from vla_foundry.evaluation.rollout_worker import Reply, RolloutWorker, SimulatorSetup
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
@@ -130,17 +130,15 @@ def test_a_policy_does_the_same_on_any_number_of_processes(
 def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
     """An actor that has begun two episodes, and what its robots see."""
     params = create_params(run, Path("unused"), **values)
-    policy = TrainedPolicy.load(params)
+    candidate = load_candidate(params)
     setup = SimulatorSetup(
-        simulator="toy", cameras=policy.cameras, picture_camera="front", image_size=16, max_steps=None
+        simulator="toy", cameras=candidate.cameras, picture_camera="front", image_size=16, max_steps=None
     )
     worker = RolloutWorker(setup)
-    facts: Any = worker.handle(Describe(slot=0, task="easy"))
-    actor = policy.create_actor(facts, shows_other_episode=params.images == "other_episode")
+    actor = candidate.create_actor(worker.describe(0, task="easy"))
     actor.begin({0: 10, 1: 11}, "move right")
     assert all(actor.needs_images(slot) for slot in (0, 1))
-    replies: Any = {slot: worker.handle(Begin(slot=slot, task="easy", seed=10 + slot)) for slot in (0, 1)}
-    return actor, replies
+    return actor, {slot: worker.begin(slot, task="easy", seed=10 + slot) for slot in (0, 1)}
 
 
 def test_images_can_be_exchanged(run: Path) -> None:
