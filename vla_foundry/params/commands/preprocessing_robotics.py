@@ -15,7 +15,7 @@ def register_converter_params(name: str) -> Callable[[T], T]:
     return register_choice(name)
 
 
-def _check_range(params: BaseParams, least: Mapping[str, float], positive: Sequence[str] = ()) -> None:
+def _check_range(params: BaseParams, least: Mapping[str, int | float], positive: Sequence[str] = ()) -> None:
     """Check fields that have a least value, and fields that must be above 0; None is allowed."""
     for name, limit in least.items():
         value = getattr(params, name)
