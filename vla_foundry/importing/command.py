@@ -63,7 +63,7 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
     # import torch last: errors in the source up to here are reported within a second
     from vla_foundry.config.loading import dump_params
     from vla_foundry.importing.configs import translate
-    from vla_foundry.importing.data_files import write_data_files
+    from vla_foundry.importing.files import write_data_files
     from vla_foundry.importing.weights import describe_left_out, read_weights_facts, write_step_folder
 
     local = [None if name is None else _fetch(name, scratch) for name in (source.weights, source.ema)]

@@ -1,4 +1,21 @@
-"""Translate the config of an earlier run, with one line for each thing that changed."""
+"""Translate the config of an earlier run, with one line for each thing that changed.
+
+Where a policy's original numerics differ from ours, the translation sets these params to reproduce them:
+
+| param                                | imported | why                                                           |
+|--------------------------------------|----------|---------------------------------------------------------------|
+| backbone final_norm (native)         | false    | hidden states are read before the final norm                  |
+| backbone text_norm_before_projection | true     | CLIP: the instruction is normalised before its projection     |
+| action_head final_norm               | false    | the head's last hidden state is read before the final norm    |
+| action_head time_encoding            | table    | each time had a trained row                                   |
+| noise num_timesteps                  | theirs   | trained at times 0, 1/n, ..., (n-1)/n                         |
+| noise clamp_range                    | theirs   | noised actions are clamped                                    |
+| noise sampling_time_shift            | 1/n      | during sampling, the head received a time one step too small  |
+
+Three differences remain. If the sampling steps did not divide the number of times, sampling went past 0; here it ends
+at 0. The head saw padded action steps; here they are hidden. The observation token came after a row's padding and saw
+it; here it comes right after the text, so only rows without padding give the same numbers.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +26,6 @@ from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.loading import dump_inline, dump_value
 from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
-from vla_foundry.models.legacy.published_policy import translate_config
 from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.roles import ModelParams
@@ -18,17 +34,20 @@ _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")
 # keys of every model section that do not affect what it computes
 _COMMON = {"type", "freeze", *_STARTS}
-_POLICY_KEYS = _COMMON | {
+# keys of a policy's head that keep their names
+_HEAD_KEYS = ("num_action_head_repeats", "input_noise_std")
+_POLICY_KEYS = {
     *("vision_language_backbone", "transformer", "noise_scheduler", "action_dim", "proprioception_dim"),
-    *("use_flow_matching_scheduler", "use_diffusers_scheduler", "input_noise_std", "diffusion_step_conditioning"),
-    "num_action_head_repeats",
+    *("use_flow_matching_scheduler", "use_diffusers_scheduler", "diffusion_step_conditioning", *_HEAD_KEYS),
 }
+# keys of a backbone that keep their names
 _BACKBONE_KEYS = {
-    "vlm_foundry_backbone": _COMMON | {"num_vlm_layers_to_use", "vlm_experiment_dir"},
-    "vlm_backbone": _COMMON | {"num_vlm_layers_to_use", "hf_pretrained"},
-    "clip_backbone": _COMMON | {"hf_pretrained", "disable_text", "freeze_text_encoder", "freeze_image_encoder"},
+    "vlm_foundry_backbone": ("num_vlm_layers_to_use", "freeze"),
+    "vlm_backbone": ("num_vlm_layers_to_use", "freeze", "hf_pretrained"),
+    "clip_backbone": ("freeze", "hf_pretrained", "disable_text", "freeze_text_encoder", "freeze_image_encoder"),
+    "vit_backbone": ("freeze",),
 }
-_NOISE_KEYS = _COMMON | {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
+_NOISE_KEYS = {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
 # unused keys of the policy's noise process, which is flow matching
 _UNUSED_NOISE_KEYS = {"beta_start": "flow matching has no betas", "beta_end": "flow matching has no betas"}
 # precisions that rounded attention keys, and with them the rotary frequencies, to bf16
@@ -91,7 +110,7 @@ def _translate_model(source: Source, params: ImportParams, has_bf16_tables: bool
     if old.get("type") == _POLICY:
         lines += _check_policy(old)
         vlm_model = None if vlm is None else _without_starts(vlm, "model.vision_language_backbone.vlm", [])
-        model = translate_config(old, vlm_model)
+        model = translate_policy(old, vlm_model)
         lines += _parity_lines(model)
     model = _without_starts(model, "model", lines)
     is_rounded = has_bf16_tables or source.precision in _BF16_PRECISIONS
@@ -106,18 +125,75 @@ def _check_policy(old: Mapping[str, Any]) -> list[str]:
     """
     backbone = old.get("vision_language_backbone") or {}
     sections = [("model", old, _POLICY_KEYS), ("model.noise_scheduler", old.get("noise_scheduler") or {}, _NOISE_KEYS)]
-    if backbone.get("type") in _BACKBONE_KEYS:
-        # other backbones have the keys of an image encoder, which are checked there
-        sections.append(("model.vision_language_backbone", backbone, _BACKBONE_KEYS[backbone["type"]]))
+    if backbone.get("type") in _BACKBONE_KEYS.keys() - {"vit_backbone"}:
+        # a vit_backbone has the keys of an image encoder, which are checked there
+        known = {*_BACKBONE_KEYS[backbone["type"]], "vlm_experiment_dir"}
+        sections.append(("model.vision_language_backbone", backbone, known))
     for path, values, known in sections:
         for key in values:
-            if key not in known:
-                raise ValueError(f"{path}.{key} is unknown. Known here: {', '.join(sorted(known))}.")
+            if key not in known | _COMMON:
+                raise ValueError(f"{path}.{key} is unknown. Known here: {', '.join(sorted(known | _COMMON))}.")
     lines = ["model.freeze is left out: nothing is trained in a run that is complete."] if old.get("freeze") else []
     noise = old.get("noise_scheduler") or {}
     return lines + [
         f"model.noise_scheduler.{key} is left out: {why}." for key, why in _UNUSED_NOISE_KEYS.items() if key in noise
     ]
+
+
+def translate_policy(config: dict[str, Any], vlm_config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the model section of an earlier policy as plain keys and values of DiffusionPolicyParams.
+
+    Args:
+        config: a config_model.yaml of type diffusion_policy.
+        vlm_config: model config of the vision-language model it started from, for a vlm_foundry_backbone.
+
+    Raises:
+        ValueError: its noise process never worked in the earlier implementation.
+    """
+    if not config.get("use_flow_matching_scheduler") or config.get("use_diffusers_scheduler"):
+        raise ValueError("Only policies trained with use_flow_matching_scheduler can be imported; no others worked.")
+    old_noise = config["noise_scheduler"]
+    num_times = old_noise["num_timesteps"]
+    noise = {
+        "type": "flow",
+        "num_timesteps": num_times,
+        "clamp_range": old_noise["clamp_range"],
+        "sampling_time_shift": 1 / num_times,
+    }
+    head = {
+        "type": "flow_transformer",
+        "transformer": {**config["transformer"], "vocab_size": 0},
+        "time_conditioning": config["diffusion_step_conditioning"],
+        "time_encoding": "table",
+        "final_norm": False,
+        "noise": noise,
+        **{key: config[key] for key in _HEAD_KEYS if config.get(key) is not None},
+    }
+    return {
+        "type": "diffusion_policy",
+        "vision_language_backbone": _translate_backbone(config["vision_language_backbone"], vlm_config),
+        "action_head": head,
+        "action_dim": config["action_dim"],
+        "proprioception_dim": config["proprioception_dim"],
+    }
+
+
+def _translate_backbone(old: dict[str, Any], vlm_config: dict[str, Any] | None) -> dict[str, Any]:
+    kind = old["type"]
+    if kind not in _BACKBONE_KEYS:
+        raise ValueError(f"vision_language_backbone.type '{kind}' is not one of {', '.join(_BACKBONE_KEYS)}.")
+    new = {"type": kind, **{key: old[key] for key in _BACKBONE_KEYS[kind] if key in old}}
+    if kind == "vlm_foundry_backbone":
+        if vlm_config is None:
+            raise ValueError(
+                "A vlm_foundry_backbone needs the config of the vision-language model it was started from."
+            )
+        new |= {"vlm": vlm_config, "final_norm": False}
+    elif kind == "clip_backbone":
+        new["text_norm_before_projection"] = True
+    elif kind == "vit_backbone":
+        new["vit"] = {key: value for key, value in old.items() if key not in _COMMON}
+    return new
 
 
 def _parity_lines(model: Mapping[str, Any]) -> list[str]:

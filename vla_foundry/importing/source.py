@@ -59,7 +59,7 @@ def read_source(folder: str, checkpoint: int | None) -> Source:
         raise ValueError(f"{join_uri(folder, CONFIG_NAME)} has no section model. Is it the config of a run?")
     if config is None and model_config is None:
         raise FileNotFoundError(
-            f"source {folder} is no run of the earlier implementation: it has neither {CONFIG_NAME} nor "
+            f"source {folder} is not a run of the earlier implementation: it has neither {CONFIG_NAME} nor "
             f"{MODEL_CONFIG_NAME}."
         )
     weights, ema = _find_weights(folder, checkpoint)
@@ -131,11 +131,11 @@ def _find_weights(folder: str, checkpoint: int | None) -> tuple[str, str | None]
             found[match[1], int(match[2])] = file
     numbers = sorted(number for kind, number in found if kind == "checkpoint")
     if not numbers:
-        raise FileNotFoundError(f"{location} holds no checkpoint_N.pt.")
+        raise FileNotFoundError(f"{location} has no checkpoint_N.pt.")
     number = numbers[-1] if checkpoint is None else checkpoint
     if number not in numbers:
         raise FileNotFoundError(
-            f"{location} holds no checkpoint_{checkpoint}.pt. There are {', '.join(map(str, numbers))} (--checkpoint)."
+            f"{location} has no checkpoint_{checkpoint}.pt. There are {', '.join(map(str, numbers))} (--checkpoint)."
         )
     return found["checkpoint", number], found.get(("ema", number))
 
@@ -148,7 +148,7 @@ def _read_mapping(location: str) -> dict[str, Any] | None:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{location} is not YAML ({' '.join(str(error).split())}).") from None
+        raise ValueError(f"{location} is not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{location} holds no mapping of keys. Is it a config file?")
+        raise ValueError(f"{location} does not hold a mapping of keys. Is it a config file?")
     return values

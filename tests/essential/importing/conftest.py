@@ -13,8 +13,8 @@ import yaml
 from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.loading import dump_value
 from vla_foundry.config.yaml_source import parse_inline
+from vla_foundry.importing.configs import translate_policy
 from vla_foundry.models import create_model
-from vla_foundry.models.legacy.published_policy import translate_config
 from vla_foundry.params import ModelParams
 
 PROPRIOCEPTION = ["robot__actual__poses__left::panda__xyz", "robot__actual__grippers__left::panda_hand", "speed"]
@@ -161,7 +161,7 @@ def create_policy_config() -> dict[str, Any]:
 def save_policy(folder: Path, config: dict[str, Any]) -> None:
     """Save a policy with new weights, by the names that the earlier implementation had."""
     torch.manual_seed(0)
-    params = create_params(ModelParams, translate_config(config, VLM))
+    params = create_params(ModelParams, translate_policy(config, VLM))
     state: dict[str, torch.Tensor] = {}
     weights = create_model(params, load_pretrained=False).state_dict()
     token = weights.pop("vision_language_backbone.observation_token")

@@ -104,7 +104,7 @@ def drop_state(content: dict[str, Any]) -> None:
     [
         (add_weight, r"does not fit the model: unexpected: layers\.7\.gate"),
         (remove_weight, r"does not fit the model: missing: norm\.weight"),
-        (drop_state, "is no checkpoint of the earlier implementation: it has no state_dict"),
+        (drop_state, "is not a checkpoint of the earlier implementation: it has no state_dict"),
     ],
 )
 def test_weights_that_are_not_understood_leave_nothing(
@@ -126,7 +126,7 @@ def test_weights_that_are_not_understood_leave_nothing(
     [
         ("language_source", "num_experts: 8", r"config_model\.yaml: model\.num_experts is unknown for model\.type"),
         ("policy_source", "guidance: 2.0", r"config_model\.yaml: model\.guidance is unknown\. Known here: "),
-        ("language_source", "n_heads: [", r"config_model\.yaml is not YAML"),
+        ("language_source", "n_heads: [", r"config_model\.yaml is not valid YAML"),
     ],
 )
 def test_a_config_that_is_not_understood_leaves_nothing(
@@ -150,9 +150,9 @@ def test_what_is_there_is_kept_and_what_is_not_is_named(policy_source: Path, tmp
     params = ImportParams(source=str(source), output=str(tmp_path / "new"))
     with pytest.raises(FileNotFoundError, match=r"is in none of .*Say where it is with --vlm_source FOLDER"):
         import_checkpoint(params)
-    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint_7\.pt\. There are 1 \(--checkpoint\)"):
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint_7\.pt\. There are 1 \(--checkpoint\)"):
         import_checkpoint(ImportParams(source=str(source), output=str(tmp_path / "new"), checkpoint=7))
-    with pytest.raises(FileNotFoundError, match="is no run of the earlier implementation: it has neither"):
+    with pytest.raises(FileNotFoundError, match="is not a run of the earlier implementation: it has neither"):
         import_checkpoint(ImportParams(source=str(tmp_path / "nowhere"), output=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
 

@@ -101,8 +101,8 @@ def test_the_policy_acts(run: tuple[Path, list[str]]) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("stats.json", r"has no stats\.json, without which nothing tells what the policy's numbers mean"),
-        ("preprocessing_config.yaml", r"has no preprocessing_config\.yaml, which tells the cameras and steps"),
+        ("stats.json", r"has no stats\.json\. Without it, the meaning of the policy's numbers is unknown"),
+        ("preprocessing_config.yaml", r"has no preprocessing_config\.yaml, which describes the cameras and steps"),
     ],
 )
 def test_a_policy_without_a_file_it_needs_leaves_nothing(

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_foundry.config.loading import dump_value
+from vla_foundry.importing.configs import translate_policy
+from vla_foundry.importing.weights import translate_weights
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.models.action_heads.action_head import ActionWindow, reduce_loss
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.models.backbones.vlm_foundry import prepare_observation
-from vla_foundry.models.legacy.published_policy import translate_config, translate_weights
 from vla_foundry.params import ModelParams, load_params_from_yaml
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -34,7 +35,7 @@ class Published:
             for path in (source, folder / "vlm_ps2")
         ]
         config = scratch / "config_model.yaml"
-        config.write_text(dump_value(translate_config(*configs)), encoding="utf-8")
+        config.write_text(dump_value(translate_policy(*configs)), encoding="utf-8")
         self.params: Any = load_params_from_yaml(ModelParams, str(config))
         self.model: Any = create_model(self.params, load_pretrained=False)
         load_model_checkpoint(self.model, source, translate=translate_weights)
@@ -89,7 +90,7 @@ def test_sampled_actions(published: Published, num_steps: int, has_past: bool) -
 
 def test_configs_that_never_worked_are_refused() -> None:
     with pytest.raises(ValueError, match="Only policies trained with use_flow_matching_scheduler can be imported"):
-        translate_config({"use_flow_matching_scheduler": False})
+        translate_policy({"use_flow_matching_scheduler": False})
     config = {
         "use_flow_matching_scheduler": True,
         "noise_scheduler": {"num_timesteps": 10, "clamp_range": None},
@@ -99,6 +100,6 @@ def test_configs_that_never_worked_are_refused() -> None:
         "proprioception_dim": 0,
     }
     with pytest.raises(ValueError, match="needs the config of the vision-language model"):
-        translate_config({**config, "vision_language_backbone": {"type": "vlm_foundry_backbone"}})
-    with pytest.raises(ValueError, match=r"'unet' is none of vlm_foundry_backbone, "):
-        translate_config({**config, "vision_language_backbone": {"type": "unet"}})
+        translate_policy({**config, "vision_language_backbone": {"type": "vlm_foundry_backbone"}})
+    with pytest.raises(ValueError, match=r"'unet' is not one of vlm_foundry_backbone, "):
+        translate_policy({**config, "vision_language_backbone": {"type": "unet"}})

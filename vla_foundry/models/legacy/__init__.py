@@ -1,1 +1,0 @@
-"""Code that only legacy checkpoints need."""
