@@ -75,6 +75,27 @@ class Documents:
     # bool [num_segments], True where a segment is padding
     is_padding: np.ndarray
 
+    @classmethod
+    def of_counts(cls, counts: np.ndarray, num_tokens: int) -> "Documents":
+        """Rows of `num_tokens` tokens with one document each, of counts[row] tokens, and padding after it."""
+        pairs = np.stack([counts, num_tokens - counts], axis=1)  # (B, 2)
+        return cls(
+            lengths=pairs[pairs > 0].astype(np.int32),
+            num_per_row=(pairs > 0).sum(1).astype(np.int32),
+            is_padding=np.tile([False, True], (len(counts), 1))[pairs > 0],
+        )
+
+    def count_tokens(self) -> np.ndarray | None:
+        """The number of tokens in each row that are not padding, int64 [B]; None if a row holds several documents."""
+        rows = np.repeat(np.arange(len(self.num_per_row)), self.num_per_row)
+        if np.bincount(rows[~self.is_padding], minlength=1).max() > 1:
+            return None
+        return np.bincount(rows, np.where(self.is_padding, 0, self.lengths), len(self.num_per_row)).astype(np.int64)
+
+    def padding_mask(self) -> np.ndarray:
+        """Bool [B, T], True at padding."""
+        return np.repeat(self.is_padding, self.lengths).reshape(len(self.num_per_row), -1)
+
     def trimmed(self, num_tokens: int) -> "Documents":
         """The same rows, cut to their first `num_tokens` tokens."""
         rows = np.repeat(np.arange(len(self.num_per_row)), self.num_per_row)

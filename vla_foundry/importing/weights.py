@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vla_foundry.models import create_model
-from vla_foundry.models.registry import SavesFiles
+from vla_foundry.models.registry import save_model_files
 from vla_foundry.models.weights import Entry, load_model_checkpoint, read_pt, strip_wrapper_names
 from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.params.models.roles import ModelParams
@@ -122,8 +122,7 @@ def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeigh
         os.fsync(file.fileno())
     sync_folder(str(folder))
     count = sum(parameter.numel() for parameter in model.parameters())
-    if isinstance(model, SavesFiles):
-        model.save_files(run_folder / MODEL_FILES_FOLDER)
+    save_model_files(model, run_folder / MODEL_FILES_FOLDER)
     return count
 
 

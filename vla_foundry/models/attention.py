@@ -315,19 +315,13 @@ class MaskedRows(NamedTuple):
 def read_mask(attention_mask: Shaped[Tensor, "B T"]) -> MaskedRows | None:
     """Describe a mask that is 0 at padding anywhere in a row; None if nothing is masked. Synchronises the device."""
     is_real = attention_mask.cpu().numpy().astype(bool)
-    num_rows, num_tokens = is_real.shape
+    num_tokens = is_real.shape[1]
     counts = is_real.sum(1)
     if (counts == num_tokens).all():
         return None
     order = np.argsort(~is_real, axis=1, kind="stable")
-    pairs = np.stack([counts, num_tokens - counts], axis=1)  # (B, 2)
-    documents = Documents(
-        lengths=pairs[pairs > 0].astype(np.int32),
-        num_per_row=(pairs > 0).sum(1).astype(np.int32),
-        is_padding=np.tile([False, True], (num_rows, 1))[pairs > 0],
-    )
     is_in_place = bool((order == np.arange(num_tokens)).all())
-    return MaskedRows(documents, counts, None if is_in_place else order)
+    return MaskedRows(Documents.of_counts(counts, num_tokens), counts, None if is_in_place else order)
 
 
 @dataclass(frozen=True, eq=False)

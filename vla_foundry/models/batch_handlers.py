@@ -6,7 +6,6 @@ is in policy.py.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +52,7 @@ def split_targets(batch: Batch) -> tuple[Tensor, Tensor, Documents | None]:
     documents: Documents | None = batch.get("documents")
     if documents is not None and documents.is_padding.any():
         # padding may hold any number, even one outside the embedding table
-        is_padding = np.repeat(documents.is_padding, documents.lengths).reshape(tuple(tokens.shape))
-        tokens = tokens.masked_fill(torch.from_numpy(is_padding), 0)
+        tokens = tokens.masked_fill(torch.from_numpy(documents.padding_mask()), 0)
     targets = tokens[:, 1:].long().masked_fill(~batch["target_mask"][:, 1:], IGNORE_INDEX)
     trimmed = None if documents is None else documents.trimmed(tokens.shape[1] - 1)
     return tokens[:, :-1].contiguous(), targets, trimmed
@@ -100,8 +98,7 @@ class VLMBatchHandler(TextBatchHandler):
         tokens, targets, documents = split_targets(batch)
         is_image = tokens == self.image_token_id
         if documents is not None and self.image_token_id == 0:
-            is_padding = np.repeat(documents.is_padding, documents.lengths).reshape(tuple(tokens.shape))
-            is_image &= torch.from_numpy(~is_padding)
+            is_image &= torch.from_numpy(~documents.padding_mask())
         return {
             "input_ids": to_device(tokens, device),
             "targets": to_device(targets, device),
@@ -130,24 +127,15 @@ class VLMHFBatchHandler(TextBatchHandler):
             "pixel_values": normalize_batch_images(batch, device),
             "z_loss_coefficient": self.z_loss_coefficient,
         }
-        if documents is not None and documents.is_padding.any():
-            inputs["attention_mask"] = to_device(_mask_of(documents, tokens.shape[1]), device)
-        elif documents is not None and (documents.num_per_row > 1).any():
-            raise _packed_rows_error()
+        if documents is not None:
+            if documents.count_tokens() is None:
+                raise ValueError(
+                    "data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false."
+                )
+            if documents.is_padding.any():
+                mask = torch.from_numpy(~documents.padding_mask()).long()
+                inputs["attention_mask"] = to_device(mask, device)
         for name, value in batch.items():
             if name not in NOT_INPUTS and isinstance(value, Tensor):
                 inputs[name] = to_device(value[:, :-1] if name in _TOKEN_TYPES else value, device)
         return inputs
-
-
-def _mask_of(documents: Documents, num_tokens: int) -> Tensor:
-    """Return an int64 mask [B, T], 1 at tokens and 0 at padding."""
-    rows = np.repeat(np.arange(len(documents.num_per_row)), documents.num_per_row)
-    if np.bincount(rows[~documents.is_padding], minlength=1).max() > 1:
-        raise _packed_rows_error()
-    is_real = np.repeat(~documents.is_padding, documents.lengths).reshape(-1, num_tokens)
-    return torch.from_numpy(is_real.astype(np.int64))
-
-
-def _packed_rows_error() -> ValueError:
-    return ValueError("data.pack is true, but model.type vlm_hf takes one sample a row. Set --data.pack false.")

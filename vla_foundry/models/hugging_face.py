@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vla_foundry.batch import LossOutput
+from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+
 # settings under which logits are not hidden @ head.T, and the value that turns each off
 _HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
@@ -29,6 +32,10 @@ class HuggingFaceModule(nn.Module):
         for parameter in self.model.parameters():
             parameter._is_hf_initialized = False
         self.model.init_weights()
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the model's blocks in order, image encoder included."""
+        return find_blocks(self.model)
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture, so that a run loads without fetching the published model again."""
@@ -66,13 +73,41 @@ class HuggingFaceModule(nn.Module):
         return self
 
 
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Return True if logits are just hidden states times the head's weight."""
-    head: Any = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    return getattr(head, "bias", None) is None and all(
-        getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
-    )
+class HuggingFaceLanguageModel(HuggingFaceModule):
+    """Shared by language and image-text models: the loss, its head, and their sizes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.text_config: Any = model.config.get_text_config()
+        self.max_seq_len: int | None = getattr(self.text_config, "max_position_embeddings", None)
+        head: Any = model.get_output_embeddings()
+        # logits are just hidden states times the head's weight
+        self.has_plain_head = getattr(head, "bias", None) is None and all(
+            getattr(self.text_config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
+        )
+
+    @property
+    def hidden_dim(self) -> int:
+        """Return the width of hidden states."""
+        return self.text_config.hidden_size
+
+    def compute_loss(self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float) -> LossOutput:
+        """Return the loss; `inputs` are transformers' keyword arguments."""
+        if not self.has_plain_head:
+            logits = self.model(**inputs).logits
+            return dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        head = self.model.get_output_embeddings().weight
+        return language_model_loss(hidden, head, targets, z_loss_coefficient=z_loss_coefficient)
+
+    def count_flops(self, decoder: nn.Module, seq_len: int) -> float:
+        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention; counts all experts of a mixture."""
+        head = self.model.get_output_embeddings().weight
+        ends = {id(head), id(self.model.get_input_embeddings().weight)}
+        weights = sum(p.numel() for p in decoder.parameters() if p.ndim >= 2 and id(p) not in ends) + head.numel()
+        config = self.text_config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -127,4 +162,4 @@ def load_published_model(auto_class: Any, hf_pretrained: str, *, loads_weights: 
         return auto_class.from_config(AutoConfig.from_pretrained(name), **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.hf_pretrained '{hf_pretrained}' can not be loaded: {reason}") from error
+        raise ValueError(f"model.hf_pretrained '{hf_pretrained}' cannot be loaded: {reason}") from error

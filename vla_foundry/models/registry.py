@@ -28,15 +28,6 @@ class BatchHandler(Protocol):
         ...
 
 
-@runtime_checkable
-class SavesFiles(Protocol):
-    """A model that needs more than its params and weights to be reloaded."""
-
-    def save_files(self, folder: Path) -> None:
-        """Write the extra files to `folder` (MODEL_FILES_FOLDER of a run)."""
-        ...
-
-
 H = TypeVar("H", bound="Callable[[TrainExperimentParams], BatchHandler]")
 
 MODELS: "Registry[Callable[..., nn.Module]]" = Registry(
@@ -88,3 +79,26 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
 def create_batch_handler(params: "TrainExperimentParams") -> "BatchHandler":
     """Build the batch handler of the model in `params`."""
     return BATCH_HANDLERS.get(params.model.type)(params)
+
+
+def save_model_files(model: "nn.Module", folder: Path) -> None:
+    """Write what a model needs beside its params and weights to be reloaded; most models need nothing."""
+    save: Any = getattr(model, "save_files", None)
+    if save is not None:
+        save(folder)
+
+
+def create_natively(cls: "Callable[[Any], Any]", params: Any) -> Any:
+    """Build a model from `params` on torch's default device and initialise its weights.
+
+    It is built on the meta device first, because torch would initialise weights that `init_weights` then replaces.
+    """
+    import torch
+
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model = cls(params)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights()
+    return model

@@ -32,7 +32,7 @@ from vla_foundry.models.layers import (
     take_token,
 )
 from vla_foundry.models.losses import language_model_loss
-from vla_foundry.models.registry import register_model
+from vla_foundry.models.registry import create_natively, register_model
 from vla_foundry.params.models.transformer import TransformerParams
 
 
@@ -323,11 +323,4 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 @register_model("transformer")
 def create_transformer(params: TransformerParams, load_pretrained: bool = True) -> Transformer:
     """Build the native transformer; it has no published weights, so `load_pretrained` has no effect."""
-    device = torch.get_default_device()
-    # build on the meta device first: torch would initialise weights that ours then replace
-    with torch.device("meta"):
-        model = Transformer(params)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        model.init_weights()
-    return model
+    return create_natively(Transformer, params)

@@ -16,14 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
 from vla_foundry.models.attention import Segments, attend, create_segments
-from vla_foundry.models.hugging_face import (
-    HuggingFaceModule,
-    find_blocks,
-    has_plain_head,
-    load_published_model,
-    select_states,
-)
-from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+from vla_foundry.models.hugging_face import HuggingFaceLanguageModel, load_published_model, select_states
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerHFParams
 
@@ -69,7 +62,7 @@ AttentionInterface.register(ATTENTION_NAME, attend_documents)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-class TransformerHF(HuggingFaceModule):
+class TransformerHF(HuggingFaceLanguageModel):
     """Wraps a transformers causal language model; parameters keep their names, prefixed with `model.`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -85,8 +78,6 @@ class TransformerHF(HuggingFaceModule):
         )
         if self.keeps_documents:
             model.set_attn_implementation(ATTENTION_NAME)
-        self.has_plain_head = has_plain_head(model)
-        self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
 
     def forward(
         self,
@@ -106,7 +97,7 @@ class TransformerHF(HuggingFaceModule):
         rows = self._arrange(input_ids, attention_mask, documents, None)
         inputs = {"input_ids": input_ids.long(), "use_cache": False, **rows}
         if targets is not None:
-            return self._loss(inputs, targets, z_loss_coefficient)
+            return self.compute_loss(inputs, targets, z_loss_coefficient)
         output = self.model(**inputs, output_hidden_states=output_hidden_states)
         return LanguageModelOutput(output.logits, output.hidden_states)
 
@@ -126,16 +117,9 @@ class TransformerHF(HuggingFaceModule):
             ValueError: `sees_ahead` is given, but some layers of this architecture see only nearby tokens.
         """
         rows = self._arrange(inputs_embeds, attention_mask, documents, sees_ahead)
-        return self._loss({"inputs_embeds": inputs_embeds, "use_cache": False, **rows}, targets, z_loss_coefficient)
-
-    def _loss(self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float) -> LossOutput:
-        if not self.has_plain_head:
-            return dense_language_model_loss(
-                self.model(**inputs).logits, targets, z_loss_coefficient=z_loss_coefficient
-            )
-        head: Any = self.model.get_output_embeddings()
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
+        return self.compute_loss(
+            {"inputs_embeds": inputs_embeds, "use_cache": False, **rows}, targets, z_loss_coefficient
+        )
 
     def decode(
         self,
@@ -187,11 +171,6 @@ class TransformerHF(HuggingFaceModule):
         )
         return select_states(output.hidden_states, num_states, at)
 
-    @property
-    def hidden_dim(self) -> int:
-        """Return the width of hidden states."""
-        return self.model.config.get_text_config().hidden_size
-
     def embed_tokens(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Look up token embeddings, to be passed as inputs_embeds."""
         return self.model.get_input_embeddings()(input_ids.long())
@@ -240,19 +219,9 @@ class TransformerHF(HuggingFaceModule):
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return {"attention_mask": attention_mask, "position_ids": positions[:, -given.shape[1] :]}
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the decoder layers in order."""
-        return find_blocks(self.model)
-
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention; counts all experts of a mixture."""
-        head: Any = self.model.get_output_embeddings()
-        embedding: Any = self.model.get_input_embeddings()
-        ends = {id(head.weight), id(embedding.weight)}
-        weights = sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in ends) + head.weight.numel()
-        config = self.model.config.get_text_config()
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
+        """Return the FLOPs of forward and backward per token; see `count_flops`."""
+        return self.count_flops(self.model, seq_len)
 
 
 def _padding_as_documents(attention_mask: Tensor) -> Documents:
@@ -270,7 +239,7 @@ def _padding_as_documents(attention_mask: Tensor) -> Documents:
 
 @register_model("transformer_hf")
 def create_transformer_hf(params: TransformerHFParams, load_pretrained: bool = True) -> TransformerHF:
-    """Build the model that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+    """Build the model that `params.hf_pretrained` names, in fp32; code shipped with it is never run.
 
     Raises:
         ValueError: the model does not exist, or transformers does not support it.

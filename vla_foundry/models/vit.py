@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vla_foundry.models.attention import attend
-from vla_foundry.models.registry import register_model
+from vla_foundry.models.registry import create_natively, register_model
 from vla_foundry.params.models.vit import ViTParams
 
 _INIT_STD = 0.02
@@ -198,11 +198,4 @@ class ViT(nn.Module):
 @register_model("vit")
 def create_vit(params: ViTParams, load_pretrained: bool = True) -> ViT:
     """Build the native vision transformer; it has no published weights, so `load_pretrained` has no effect."""
-    device = torch.get_default_device()
-    # build on the meta device first: torch would initialise weights that ours then replace
-    with torch.device("meta"):
-        model = ViT(params)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        model.init_weights()
-    return model
+    return create_natively(ViT, params)

@@ -161,7 +161,7 @@ def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model.vit.hf_pretrained '{params.hf_pretrained}' can not be loaded as an image encoder: {reason}"
+            f"model.vit.hf_pretrained '{params.hf_pretrained}' cannot be loaded as an image encoder: {reason}"
         ) from error
     image_size = params.img_size or _pair(getattr(config, "image_size", None) or 224)[0]
     patch = params.patch_size or getattr(config, "patch_size", None)
@@ -190,7 +190,7 @@ def _create_timm(params: ViTHFParams, loads: bool) -> ViTHF:
         model: Any = timm.create_model(name, pretrained=loads, num_classes=0, **size)
     except (OSError, RuntimeError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.vit.hf_pretrained '{params.hf_pretrained}' can not be loaded: {reason}") from error
+        raise ValueError(f"model.vit.hf_pretrained '{params.hf_pretrained}' cannot be loaded: {reason}") from error
     image_size = params.img_size or model.default_cfg["input_size"][-1]
     num_prefix = getattr(model, "num_prefix_tokens", 0)
     num_tokens, _ = count_tokens(model, image_size)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
-from vla_foundry.models.registry import create_model, register_model
+from vla_foundry.models.registry import create_model, register_model, save_model_files
 from vla_foundry.models.weights import count_stored_rows, load_part_checkpoint
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import ROWS_MULTIPLE, VLMParams
@@ -217,9 +217,7 @@ class VLM(nn.Module):
     def save_files(self, folder: Path) -> None:
         """Write the architecture of the Hugging Face parts; with_model_files reads it."""
         for name, part in (("vit", self.vit), ("transformer", self.transformer)):
-            save = getattr(part, "save_files", None)
-            if save is not None:
-                save(folder / name)
+            save_model_files(part, folder / name)
 
 
 def _check_counts(num_tokens: int, num_images: int, tokens_per_image: int) -> None:

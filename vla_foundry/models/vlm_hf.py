@@ -4,18 +4,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vla_foundry.batch import LanguageModelOutput, LossOutput
-from vla_foundry.models.hugging_face import (
-    HuggingFaceModule,
-    find_blocks,
-    has_plain_head,
-    load_published_model,
-    select_states,
-)
-from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+from vla_foundry.models.hugging_face import HuggingFaceLanguageModel, load_published_model, select_states
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vlm import VLMHFParams
 
@@ -40,7 +33,7 @@ class VLMCache:
             self.offsets = self.offsets[rows]
 
 
-class VLMHF(HuggingFaceModule):
+class VLMHF(HuggingFaceLanguageModel):
     """Wraps a transformers image-text model; parameters keep their names, prefixed with `model.`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,8 +46,6 @@ class VLMHF(HuggingFaceModule):
         # positions with height and width (multimodal rotary embedding)
         self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
         self.image_token_id: int = getattr(config, "image_token_id", None) or config.image_token_index
-        self.has_plain_head = has_plain_head(model)
-        self.max_seq_len: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def forward(
         self,
@@ -122,11 +113,6 @@ class VLMHF(HuggingFaceModule):
         output = self.model.base_model(**inputs, use_cache=False, output_hidden_states=True)
         return select_states(output.hidden_states, num_states, at)
 
-    @property
-    def hidden_dim(self) -> int:
-        """Return the width of hidden states."""
-        return self.model.config.get_text_config().hidden_size
-
     def _arrange(
         self,
         input_ids: Tensor,
@@ -153,13 +139,7 @@ class VLMHF(HuggingFaceModule):
     ) -> LossOutput:
         # a rank without images must join the other ranks' image-encoder collectives at the same point
         unused = None if has_images else 0.0 * self._encode_empty_image()
-        if self.has_plain_head:
-            hidden = self.model.base_model(**inputs).last_hidden_state
-            head = self.model.get_output_embeddings()
-            loss = language_model_loss(hidden, head.weight, targets, z_loss_coefficient=z_loss_coefficient)
-        else:
-            logits = self.model(**inputs).logits
-            loss = dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
+        loss = self.compute_loss(inputs, targets, z_loss_coefficient)
         return loss if unused is None else loss._replace(sum=loss.sum + unused.to(loss.sum.dtype))
 
     def _encode_empty_image(self) -> Tensor:
@@ -206,19 +186,9 @@ class VLMHF(HuggingFaceModule):
             positions = positions + offsets
         return positions, offsets
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the blocks of the image encoder and of the language model."""
-        return find_blocks(self.model)
-
     def num_flops_per_token(self, seq_len: int) -> float:
-        """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention, for the language model only."""
-        head = self.model.get_output_embeddings().weight
-        decoder = self.model.base_model.get_decoder()
-        ends = {id(head), id(self.model.get_input_embeddings().weight)}
-        weights = sum(p.numel() for p in decoder.parameters() if p.ndim >= 2 and id(p) not in ends) + head.numel()
-        config = self.model.config.get_text_config()
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
+        """Return the language model's FLOPs of forward and backward per token; see `count_flops`."""
+        return self.count_flops(self.model.base_model.get_decoder(), seq_len)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -227,7 +197,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @register_model("vlm_hf")
 def create_vlm_hf(params: VLMHFParams, load_pretrained: bool = True) -> VLMHF:
-    """Build the model that `params.hf_pretrained` names, in fp32; nothing that comes with it is run as code.
+    """Build the model that `params.hf_pretrained` names, in fp32; code shipped with it is never run.
 
     Raises:
         ValueError: the model does not exist, or transformers does not support it.

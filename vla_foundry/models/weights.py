@@ -221,9 +221,7 @@ def read_pt(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"Checkpoint {path} can not be read safely (tensors and plain values only): {reason}"
-        ) from None
+        raise ValueError(f"Checkpoint {path} cannot be read safely (tensors and plain values only): {reason}") from None
 
 
 def _read_pt_weights(path: Path) -> list[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
-from vla_foundry.models.registry import SavesFiles
+from vla_foundry.models.registry import save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_run
 from vla_foundry.training import loop
@@ -212,8 +212,7 @@ def prepare_folder(
     record_start(folder, world, state.step)
     copy_tokenizer(params.data, folder)
     loader.save_files(folder)
-    if isinstance(state.model, SavesFiles):
-        state.model.save_files(folder / MODEL_FILES_FOLDER)
+    save_model_files(state.model, folder / MODEL_FILES_FOLDER)
     truncate_metrics(folder, state.step)
     return changes
 

@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_batch_handler
-from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
-from vla_foundry.models.backbones.observation_token import arrange_rows, documents_of, mask_of
+from vla_foundry.models.backbones.backbone import OBSERVATIONS, arrange_rows, create_backbone
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.training.loop import train_step
 from vla_foundry.world import World
@@ -305,11 +304,11 @@ def test_rows_have_room_for_the_token_right_behind_their_text() -> None:
     assert rows.input_ids.tolist() == [[5, 6, 7, 8, 0], [5, 6, 0, 0, 0]]
     assert rows.places is not None
     assert rows.places.tolist() == [4, 2]
-    assert mask_of(rows).sum(1).tolist() == rows.lengths.tolist() == [5, 3]
-    assert documents_of(rows).lengths.tolist() == [5, 3, 2]
+    assert rows.mask().sum(1).tolist() == rows.lengths.tolist() == [5, 3]
+    assert rows.documents().lengths.tolist() == [5, 3, 2]
     shorter = {
         "input_ids": ids[1:],
-        "documents": documents_of(rows._replace(input_ids=ids[1:], lengths=Tensor([2]).long())),
+        "documents": rows._replace(input_ids=ids[1:], lengths=Tensor([2]).long()).documents(),
     }
     assert arrange_rows(shorter, has_observation_token=True, is_trimmed=True).input_ids.shape == (1, 3)
     # to keep to few widths

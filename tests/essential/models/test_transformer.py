@@ -316,7 +316,7 @@ assert counter.frame_count == num_graphs, "compiled again"
 
 @pytest.mark.slow
 def test_blocks_compile_once_whatever_the_documents() -> None:
-    # in a process of its own: the type checks that tests add can not be traced
+    # in a process of its own: the type checks that tests add cannot be traced
     result = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
 

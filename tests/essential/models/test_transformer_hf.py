@@ -179,6 +179,6 @@ def test_capped_logits_have_the_right_loss_and_no_documents(create_documents: Ca
 
 
 def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' can not be loaded") as caught:
+    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' cannot be loaded") as caught:
         create_model(TransformerHFParams(hf_pretrained=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)

@@ -122,9 +122,9 @@ def test_encoders_of_timm(name: str, tokens: int, prefix: int, blocks: int) -> N
 
 
 def test_what_is_no_image_encoder_is_an_error_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.vit\.hf_pretrained '.*nothing' can not be loaded") as caught:
+    with pytest.raises(ValueError, match=r"model\.vit\.hf_pretrained '.*nothing' cannot be loaded") as caught:
         load(str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value)
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match=r"model\.vit\.hf_pretrained 'timm:nothing' can not be loaded"):
+    with pytest.raises(ValueError, match=r"model\.vit\.hf_pretrained 'timm:nothing' cannot be loaded"):
         load("timm:nothing", hf_load_weights=False)

@@ -212,6 +212,6 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(
 
 
 def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' can not be loaded") as caught:
+    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' cannot be loaded") as caught:
         create_model(VLMHFParams(hf_pretrained=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)

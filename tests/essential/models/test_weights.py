@@ -104,7 +104,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "was_run"),)
 
     torch.save({"state_dict": {"a": torch.ones(1)}, "payload": Payload()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="can not be read safely") as caught:
+    with pytest.raises(ValueError, match="cannot be read safely") as caught:
         load_model_checkpoint(create(), tmp_path / "bad.pt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "was_run").exists()

@@ -78,10 +78,6 @@ class ActionHead(nn.Module):
         """Return actions: observed steps unchanged, the others predicted; 0 in padding and in missing dimensions."""
         raise NotImplementedError
 
-    def compile_sampling(self, **options: Any) -> None:
-        """Compile the repeated part of `sample`; `options` go to torch.compile."""
-        raise NotImplementedError
-
     def blocks(self) -> list[nn.Module]:
         """Return the modules that activation checkpointing, compilation and sharding wrap."""
         raise NotImplementedError
@@ -96,11 +92,8 @@ ACTION_HEADS: "Registry[Callable[[Any, HeadWidths], ActionHead]]" = Registry(
 )
 
 
-def register_action_head(
-    name: str,
-) -> Callable[[Callable[[Any, HeadWidths], ActionHead]], Callable[[Any, HeadWidths], ActionHead]]:
-    """Register a factory `(params, widths) -> head` as the action head called `name`."""
-    return ACTION_HEADS.register(name)
+# register a factory `(params, widths) -> head` as the action head of this name
+register_action_head = ACTION_HEADS.register
 
 
 def create_action_head(params: ActionHeadParams, widths: HeadWidths) -> ActionHead:

@@ -147,8 +147,6 @@ class FlowTransformer(TransformerHead):
         self.is_modulated = is_modulated
         self.process = create_noise(self.params.noise)
         self.time_encoding: Any = self.create_time_encoding(widths)
-        # repeated at each sampling step; compile_sampling replaces it
-        self._repeated: Any = self.predict
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
         """Create the network that maps the sines of the time."""
@@ -264,15 +262,11 @@ class FlowTransformer(TransformerHead):
             context = context._replace(cache=self.transformer.cache_context(context.tokens))
         free, held = window.free_mask(), window.held_actions()
         return self.process.sample(
-            lambda x, times: self._repeated(x, times, context).float(),
+            lambda x, times: self.predict(x, times, context).float(),
             noise,
             num_steps or self.process.params.num_inference_steps,
             lambda x: torch.where(free, x, held),
         )
-
-    def compile_sampling(self, **options: Any) -> None:
-        """Compile the prediction made at each sampling step."""
-        self._repeated = torch.compile(self.predict, **options)
 
     @torch.no_grad()
     def init_weights(self) -> None:

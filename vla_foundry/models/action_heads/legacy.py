@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vla_foundry.models.action_heads.action_head import HeadWidths, register_action_head
 from vla_foundry.models.action_heads.decoder import Part, encode_sines
 from vla_foundry.models.action_heads.flow_transformer import FlowTransformer
-from vla_foundry.models.action_heads.noise import FlowMatching, register_noise
+from vla_foundry.models.action_heads.noise import Actions, FlowMatching, Times, register_noise
 from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyHeadParams
 
 
@@ -27,16 +27,14 @@ class LegacyFlowMatching(FlowMatching):
         self.num_timesteps, self.clamp_range = params.num_timesteps, params.clamp_range
         self.time_shift = params.sampling_time_shift
 
-    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to training times."""
         times = super().spread_times(uniforms)
         if self.num_timesteps is not None:
             times = (times * self.num_timesteps).floor() / self.num_timesteps
         return times
 
-    def add_noise(
-        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
-    ) -> Float[Tensor, "N T A"]:
+    def add_noise(self, actions: Actions, noise: Actions, times: Times) -> Actions:
         """Return the noised actions at these times."""
         return self._clamp(super().add_noise(actions, noise, times))
 

@@ -6,7 +6,7 @@ Time 0 is actions, time 1 is standard normal noise.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from vla_foundry.params.models.action_heads import DDPMParams, FlowParams, Noise
 from vla_foundry.randomness import FACTORS, GOLDEN, create_key
 from vla_foundry.registry import Registry
 
+# actions, noise and times of N rows
+Actions = Float[Tensor, "N T A"]
+Times = Float[Tensor, " N"]
 # (noised actions (B, T, A), time (B,)) -> what the head predicts, (B, T, A)
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,23 +35,19 @@ class NoiseProcess:
 
     params: Any
 
-    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to training times."""
         raise NotImplementedError
 
-    def add_noise(
-        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
-    ) -> Float[Tensor, "N T A"]:
+    def add_noise(self, actions: Actions, noise: Actions, times: Times) -> Actions:
         """Return the noised actions at these times."""
         raise NotImplementedError
 
-    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+    def target(self, actions: Actions, noise: Actions) -> Actions:
         """Return the head's training target."""
         raise NotImplementedError
 
-    def sample(
-        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "B T A"]:
+    def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Sample actions from noise.
 
         Args:
@@ -60,16 +59,13 @@ class NoiseProcess:
         raise NotImplementedError
 
 
-F = TypeVar("F", bound=Callable[..., NoiseProcess])
-
 NOISES: "Registry[Callable[[Any], NoiseProcess]]" = Registry(
     "model.action_head.noise.type", package="vla_foundry.models", decorator="register_noise"
 )
 
 
-def register_noise(name: str) -> Callable[[F], F]:
-    """Register a factory of params as the noise process called `name`."""
-    return NOISES.register(name)
+# register a factory of params as the noise process of this name
+register_noise = NOISES.register
 
 
 def create_noise(params: NoiseParams) -> NoiseProcess:
@@ -90,7 +86,7 @@ class FlowMatching(NoiseProcess):
         if params.time_distribution == "beta":
             self._quantiles = torch.from_numpy(beta_quantiles(params.beta_a, params.beta_b))
 
-    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to training times with the inverse distribution function."""
         params, times = self.params, uniforms
         if params.time_distribution == "logit_normal":
@@ -103,19 +99,15 @@ class FlowMatching(NoiseProcess):
             return torch.lerp(self._quantiles[below], self._quantiles[below + 1], places - below)
         return times
 
-    def add_noise(
-        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
-    ) -> Float[Tensor, "N T A"]:
+    def add_noise(self, actions: Actions, noise: Actions, times: Times) -> Actions:
         """Return the noised actions at these times."""
         return actions + times[:, None, None].to(actions.dtype) * (noise - actions)
 
-    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+    def target(self, actions: Actions, noise: Actions) -> Actions:
         """Return the velocity."""
         return noise - actions
 
-    def sample(
-        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "B T A"]:
+    def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Integrate the velocity from noise to actions; any number of steps covers [0, 1] exactly."""
         # compute times on the host: nothing is read back, and each step has constants of its own
         times = [1 - step / num_steps for step in range(num_steps + 1)]
@@ -166,26 +158,22 @@ class DenoisingDiffusion(NoiseProcess):
         # stays on the device used last
         self._table = torch.tensor(self.alphas, dtype=torch.float64)
 
-    def spread_times(self, uniforms: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to the K times, all equally likely."""
         num = self.params.num_timesteps
         return ((uniforms * num).floor() + 1) / num
 
-    def add_noise(
-        self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"], times: Float[Tensor, " N"]
-    ) -> Float[Tensor, "N T A"]:
+    def add_noise(self, actions: Actions, noise: Actions, times: Times) -> Actions:
         """Return the noised actions at these times."""
         self._table = self._table.to(times.device)
         alpha = self._table[(times * self.params.num_timesteps).round().long(), None, None]
         return alpha.sqrt().to(actions.dtype) * actions + (1 - alpha).sqrt().to(actions.dtype) * noise
 
-    def target(self, actions: Float[Tensor, "N T A"], noise: Float[Tensor, "N T A"]) -> Float[Tensor, "N T A"]:
+    def target(self, actions: Actions, noise: Actions) -> Actions:
         """Return the noise."""
         return noise
 
-    def sample(
-        self, predict: Predict, noise: Float[Tensor, "B T A"], num_steps: int, hold: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "B T A"]:
+    def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Sample actions with DDIM at times spaced evenly from 1 to 0."""
         num, limits = self.params.num_timesteps, self.params.clamp_range
         if num_steps > num:

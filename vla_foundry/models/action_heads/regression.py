@@ -4,8 +4,6 @@ It is the head of `regression_policy`. Conditioning and proprioception form its 
 step index, and for observed steps also the action.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -57,10 +55,6 @@ class RegressionHead(TransformerHead):
         in_front = context if self.transformer.reading == "prefix" else None
         hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
         return self.output_layer(hidden)
-
-    def compile_sampling(self, **options: Any) -> None:
-        """Compile the transformer."""
-        self.transformer.compile(**options)
 
 
 @register_action_head("regression")

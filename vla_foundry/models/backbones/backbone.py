@@ -1,13 +1,18 @@
-"""The backbone base class and the registries of backbones and of the functions that prepare their inputs."""
+"""Backbone base classes, their registries, and the layout of rows with an observation token.
+
+The observation token is appended to each row's text; the policy reads the model's hidden state there.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vla_foundry.batch import Batch
+from vla_foundry.batch import Batch, Documents
 from vla_foundry.models.batch_handlers import to_device
+from vla_foundry.models.registry import save_model_files
 from vla_foundry.models.weights import load_part_checkpoint
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.registry import Registry
@@ -26,26 +31,77 @@ class Backbone(nn.Module):
     """Encodes observations: `forward` takes the output of its observation function and returns Conditioning.
 
     A base class, not a protocol: since Python 3.12 a protocol's isinstance check does not see submodules.
+
+    Args:
+        model: the wrapped model; the backbone can start from its checkpoints.
+        conditioning_dim: width of the backbone's tokens.
     """
 
-    # the wrapped model; the backbone can start from its checkpoints
-    model: Any
-    # name of that model within larger models' checkpoints
-    part_name: str
-    # width of its tokens
-    conditioning_dim: int
+    # name of the wrapped model within larger models' checkpoints
+    part_name = "vision_language_backbone.model"
+
+    def __init__(self, model: Any = None, conditioning_dim: int = 0) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.conditioning_dim = conditioning_dim
 
     def blocks(self) -> list[nn.Module]:
         """Return the modules that activation checkpointing, compilation and sharding wrap."""
-        raise NotImplementedError
+        return self.model.blocks()
 
     def init_weights(self) -> None:
         """Give every parameter its initial value."""
-        raise NotImplementedError
+        self.model.init_weights()
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return the FLOPs of forward and backward per token, for rows of `seq_len` tokens."""
-        raise NotImplementedError
+        return self.model.num_flops_per_token(seq_len)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the architecture of Hugging Face parts."""
+        save_model_files(self.model, folder)
+
+
+class LanguageModelBackbone(Backbone):
+    """Shared by backbones of vision-language models: hidden states of the last layers, without the output head.
+
+    Args:
+        width: width of a hidden state.
+        head: the output head; frozen unless tied, because it gets no gradient. None if absent.
+        table: the token embeddings.
+        token_std: initial standard deviation of the observation token.
+    """
+
+    def __init__(
+        self, model: Any, params: Any, *, width: int, head: nn.Module | None, table: nn.Module, token_std: float
+    ) -> None:
+        super().__init__(model, params.num_vlm_layers_to_use * width)
+        self.num_states: int = params.num_vlm_layers_to_use
+        self._head_size = 0
+        if head is not None:
+            weight: Any = head.weight
+            self._head_size = weight.numel()
+            if weight is not table.weight:
+                head.requires_grad_(False)
+        self._token_std = token_std
+        self.observation_token = None
+        if params.conditioning == "observation_token":
+            self.observation_token = nn.Parameter(torch.empty(width))
+            self._init_token()
+
+    def init_weights(self) -> None:
+        """Initialise the model's weights; draw the observation token like an embedding."""
+        super().init_weights()
+        self._init_token()
+
+    @torch.no_grad()
+    def _init_token(self) -> None:
+        if self.observation_token is not None:
+            nn.init.normal_(self.observation_token, std=self._token_std)
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Return the model's FLOPs without its output head."""
+        return super().num_flops_per_token(seq_len) - 6.0 * self._head_size
 
 
 # (params, load_pretrained) -> backbone; create_backbone handles checkpoints and freezing
@@ -62,14 +118,10 @@ OBSERVATIONS: "Registry[PrepareObservation]" = Registry(
 )
 
 
-def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]:
-    """Register a factory `(params, load_pretrained=True) -> backbone` as the backbone called `name`."""
-    return BACKBONES.register(name)
-
-
-def register_observation(name: str) -> Callable[[PrepareObservation], PrepareObservation]:
-    """Register the function that prepares batches for backbone `name`; it must not synchronise with the device."""
-    return OBSERVATIONS.register(name)
+# register a factory `(params, load_pretrained=True) -> backbone` as the backbone of this name
+register_backbone = BACKBONES.register
+# register the function that prepares batches for this backbone; it must not synchronise with the device
+register_observation = OBSERVATIONS.register
 
 
 def create_backbone(params: BackboneParams, load_pretrained: bool = True) -> Backbone:
@@ -92,3 +144,82 @@ def read_image_mask(batch: Batch, device: torch.device | str) -> Tensor | None:
     """Return `image_mask` on the device, or None if no image is missing."""
     image_mask: Tensor | None = batch.get("image_mask")
     return None if image_mask is None or image_mask.all() else to_device(image_mask, device)
+
+
+class Rows(NamedTuple):
+    """Rows of one sample each, on the host."""
+
+    # int64 (B, W), 0 in padding and at the observation token
+    input_ids: Tensor
+    # int64 (B,), number of tokens in each row, including the observation token
+    lengths: Tensor
+    # int64 (B,), position of the observation token; None if absent
+    places: Tensor | None
+
+    def mask(self) -> Tensor:
+        """Return a bool mask (B, W), True at tokens."""
+        return torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+
+    def documents(self) -> Documents:
+        """Return each row as one document followed by padding."""
+        return Documents.of_counts(self.lengths.numpy(), self.input_ids.shape[1])
+
+
+def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool) -> Rows:
+    """Lay out the rows of a batch, with room for an observation token right after each text.
+
+    Args:
+        is_trimmed: drop columns that are padding in every row; false: keep the batch's width, which takes few
+            distinct values.
+
+    Raises:
+        ValueError: a row holds several samples.
+    """
+    tokens: Tensor = batch["input_ids"]
+    B, T = tokens.shape
+    lengths = torch.full((B,), T)
+    documents: Documents | None = batch.get("documents")
+    if documents is not None:
+        counts = documents.count_tokens()
+        if counts is None:
+            raise ValueError("A row of robot data holds several samples. Set --data.pack false.")
+        lengths = torch.from_numpy(counts)
+    places = lengths if has_observation_token else None
+    lengths = lengths + int(has_observation_token)
+    longest = int(lengths.max()) if B else 0
+    width = max(1, longest) if is_trimmed else max(T, longest)
+    ids = torch.zeros(B, width, dtype=torch.int64)
+    ids[:, :T] = tokens[:, :width]
+    is_text = torch.arange(width) < (lengths if places is None else places)[:, None]
+    return Rows(ids * is_text, lengths, places)
+
+
+def extend_columns(values: Tensor, width: int) -> Tensor:
+    """Pad token types (B, T) with 0 to the row width."""
+    grown = torch.zeros(values.shape[0], width, dtype=values.dtype)
+    grown[:, : values.shape[1]] = values[:, :width]
+    return grown
+
+
+def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
+    """Return the batch without the images that `image_mask` hides and without their tokens."""
+    image_mask: Tensor | None = batch.get("image_mask")
+    if image_mask is None or image_mask.all():
+        return batch
+    rows = arrange_rows(batch, has_observation_token=False, is_trimmed=False)
+    is_text = rows.mask()
+    is_image = (rows.input_ids == image_token_id) & is_text
+    tokens_per_image = max(1, int(is_image.sum()) // image_mask.numel())
+    image = (is_image.cumsum(1) - 1).clamp(min=0) // tokens_per_image
+    is_kept = is_text & (~is_image | image_mask.gather(1, image.clamp(max=image_mask.shape[1] - 1)))
+    order = torch.argsort(~is_kept, dim=1, stable=True)
+    kept = rows._replace(input_ids=rows.input_ids.gather(1, order), lengths=is_kept.sum(1))
+    changed = {name: batch[name][image_mask.flatten()] for name in ("pixel_values", "color_factors") if name in batch}
+    return {**batch, **changed, "input_ids": kept.input_ids, "documents": kept.documents()}
+
+
+def put_token(embeds: Tensor, token: Tensor, places: Tensor) -> Tensor:
+    """Replace the embedding at one position of each row of (B, W, D) with `token` (D,)."""
+    flat_places = torch.arange(embeds.shape[0], device=places.device) * embeds.shape[1] + places
+    rows: Any = token.to(embeds.dtype).expand(embeds.shape[0], -1)
+    return embeds.flatten(0, 1).index_copy(0, flat_places, rows).view_as(embeds)

@@ -5,34 +5,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPModel
 
 from vla_foundry.batch import Batch
 from vla_foundry.models.backbones.backbone import (
     Backbone,
     Conditioning,
+    arrange_rows,
     read_image_mask,
     register_backbone,
     register_observation,
 )
-from vla_foundry.models.backbones.observation_token import arrange_rows, mask_of
 from vla_foundry.models.batch_handlers import normalize_batch_images, to_device
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, load_published_model
+from vla_foundry.models.hugging_face import HuggingFaceModule, load_published_model
 from vla_foundry.params.models.backbones import CLIPBackboneParams
 
 
 class CLIPBackbone(Backbone):
     """Outputs the projections of both encoders as tokens, normalised to length 1."""
 
-    part_name = "vision_language_backbone.model"
-
     def __init__(self, params: CLIPBackboneParams, model: HuggingFaceModule) -> None:
-        super().__init__()
-        self.params = params
-        self.model = model
         clip = model.model
-        self.conditioning_dim: int = clip.config.projection_dim
+        super().__init__(model, clip.config.projection_dim)
+        self.params = params
         # only CLIP's own loss uses this scale
         clip.logit_scale.requires_grad_(False)
         if params.disable_text or params.freeze_text_encoder:
@@ -65,21 +61,9 @@ class CLIPBackbone(Backbone):
         tokens = torch.cat((text.unsqueeze(1), tokens), dim=1)
         return Conditioning(tokens, None if image_mask is None else F.pad(image_mask, (1, 0), value=True))
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the blocks of both encoders."""
-        return find_blocks(self.model.model)
-
-    def init_weights(self) -> None:
-        """Initialise all weights as transformers does."""
-        self.model.init_weights()
-
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return 6 FLOPs per matrix weight of the text encoder; images are not counted."""
         return 6.0 * sum(p.numel() for p in self.model.model.text_model.encoder.parameters() if p.ndim == 2)
-
-    def save_files(self, folder: Any) -> None:
-        """Write the architecture."""
-        self.model.save_files(folder)
 
 
 @register_backbone("clip_backbone")
@@ -115,7 +99,7 @@ def prepare_observation(params: CLIPBackboneParams, batch: Batch, device: torch.
                 "Use --model.vision_language_backbone.disable_text true."
             )
         rows = arrange_rows(batch, has_observation_token=False, is_trimmed=torch.device(device).type == "cpu")
-        mask = mask_of(rows)
+        mask = rows.mask()
         inputs["input_ids"] = to_device(rows.input_ids, device)
         inputs["attention_mask"] = None if mask.all() else to_device(mask.long(), device)
     inputs["pixel_values"] = normalize_batch_images(batch, device)

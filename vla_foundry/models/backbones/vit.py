@@ -1,6 +1,5 @@
 """The image-only backbone: outputs all patches of all images and ignores the instruction."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,6 @@ class ViTBackbone(Backbone):
     # within a vision-language model's checkpoint
     part_name = "vit"
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.conditioning_dim: int = model.hidden_dim
-
     def forward(
         self, pixel_values: Float[Tensor, "M 3 H W"], *, num_images: int, image_mask: Bool[Tensor, "B N"] | None
     ) -> Conditioning:
@@ -44,19 +38,9 @@ class ViTBackbone(Backbone):
         """Return the encoder's blocks."""
         return self.model.list_blocks()
 
-    def init_weights(self) -> None:
-        """Initialise the encoder's weights."""
-        self.model.init_weights()
-
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return the FLOPs of one image divided by the tokens of a row."""
         return self.model.num_flops_per_image() / seq_len
-
-    def save_files(self, folder: Path) -> None:
-        """Write the architecture of a Hugging Face encoder."""
-        save = getattr(self.model, "save_files", None)
-        if save is not None:
-            save(folder)
 
 
 @register_backbone("vit_backbone")
@@ -66,7 +50,8 @@ def create_vit_backbone(params: ViTBackboneParams, load_pretrained: bool = True)
     Raises:
         ValueError: a checkpoint does not fit, or the published encoder does not exist.
     """
-    return ViTBackbone(create_model(params.vit, load_pretrained=load_pretrained))
+    model: Any = create_model(params.vit, load_pretrained=load_pretrained)
+    return ViTBackbone(model, model.hidden_dim)
 
 
 @register_observation("vit_backbone")

@@ -1,6 +1,5 @@
 """The backbone for any Hugging Face image-text model: hidden states of the last layers, without the output head."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +8,14 @@ from torch import Tensor, nn
 
 from vla_foundry.batch import Batch
 from vla_foundry.models.backbones.backbone import (
-    Backbone,
     Conditioning,
+    LanguageModelBackbone,
+    arrange_rows,
+    extend_columns,
+    put_token,
     register_backbone,
     register_observation,
 )
-from vla_foundry.models.backbones.observation_token import arrange_rows, extend_columns, mask_of, put_token
 from vla_foundry.models.batch_handlers import NOT_INPUTS, normalize_batch_images, to_device
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMBackboneParams
@@ -26,28 +27,15 @@ _ROBOT_KEYS = {
 }
 
 
-class VLMBackbone(Backbone):
+class VLMBackbone(LanguageModelBackbone):
     """Maps images and an instruction to hidden states at the observation token or at every token (prefix)."""
 
-    part_name = "vision_language_backbone.model"
-
     def __init__(self, params: VLMBackboneParams, model: Any) -> None:
-        super().__init__()
-        self.num_states = params.num_vlm_layers_to_use
-        self.model: Any = model
-        width = model.hidden_dim
-        self.conditioning_dim = self.num_states * width
         head, table = model.model.get_output_embeddings(), model.model.get_input_embeddings()
-        self._head_size = 0 if head is None else head.weight.numel()
-        if head is not None and head.weight is not table.weight:
-            # no gradient reaches it
-            head.requires_grad_(False)
-        self.observation_token = None
+        super().__init__(model, params, width=model.hidden_dim, head=head, table=table, token_std=0.02)
         # position of the observation token, set during a forward
         self._places: Tensor | None = None
-        if params.conditioning == "observation_token":
-            self.observation_token = nn.Parameter(torch.empty(width))
-            self._init_token()
+        if self.observation_token is not None:
             # architectures process embeddings differently, but all of them look tokens up in this table
             table.register_forward_hook(self._put_token)
 
@@ -84,28 +72,6 @@ class VLMBackbone(Backbone):
             return embeds
         return put_token(embeds, self.observation_token, self._places)
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the model's blocks."""
-        return self.model.blocks()
-
-    def init_weights(self) -> None:
-        """Initialise the model's weights; draw the observation token like an embedding."""
-        self.model.init_weights()
-        self._init_token()
-
-    @torch.no_grad()
-    def _init_token(self) -> None:
-        if self.observation_token is not None:
-            nn.init.normal_(self.observation_token, std=0.02)
-
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """Return the model's FLOPs without its output head."""
-        return self.model.num_flops_per_token(seq_len) - 6.0 * self._head_size
-
-    def save_files(self, folder: Path) -> None:
-        """Write the architecture."""
-        self.model.save_files(folder)
-
 
 @register_backbone("vlm_backbone")
 def create_vlm_backbone(params: VLMBackboneParams, load_pretrained: bool = True) -> VLMBackbone:
@@ -125,7 +91,7 @@ def prepare_observation(params: VLMBackboneParams, batch: Batch, device: torch.d
     """
     has_token = params.conditioning == "observation_token"
     rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
-    mask = mask_of(rows)
+    mask = rows.mask()
     width = rows.input_ids.shape[1]
     inputs: dict[str, Any] = {
         "input_ids": to_device(rows.input_ids, device),
