@@ -55,7 +55,6 @@ _PLAIN_FIELDS = (
     "overwrite",
     "max_failed_fraction",
 )
-_OUTPUT_FLAG = "--output_dir"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +96,13 @@ def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
     ]
     for part in parts:
         if part.name and exists(join_uri(params.output_dir, MANIFEST_NAME)):
-            raise ValueError(f"{_OUTPUT_FLAG} {params.output_dir} holds a dataset that is not split. Choose another.")
+            raise ValueError(f"--output_dir {params.output_dir} holds a dataset that is not split. Choose another.")
         _write_part(part)
 
 
 def _write_part(part: Part) -> None:
     params, started = part.recipe.params, time.monotonic()
-    output = OutputFolder(part.folder, _create_plan(part), flag=_OUTPUT_FLAG)
+    output = OutputFolder(part.folder, _create_plan(part), flag="--output_dir")
     state = output.begin(overwrite=params.overwrite)
     if state == "complete":
         say(f"{part.folder} is complete; nothing to do.")
@@ -131,7 +130,9 @@ def _write_part(part: Part) -> None:
         }
         if params.compute_statistics:
             merging = time.monotonic()
-            files[STATISTICS_NAME] = _merge_statistics(part, written)
+            names = [statistics_name(number) for number, shard in enumerate(written) if shard["entry"] is not None]
+            merged = merge_parts(part.folder, names, num_workers=params.num_workers, ray_address=params.ray_address)
+            files[STATISTICS_NAME] = format_statistics(merged)
             seconds["merge"] = time.monotonic() - merging
     seconds["all (wall clock)"] = time.monotonic() - started
     files[REPORT_NAME] = _to_json(report.to_json(seconds))
@@ -231,13 +232,6 @@ def _run(part: Part, function: Any, tasks: list[Task], done: Mapping[int, Any], 
     )
 
 
-def _merge_statistics(part: Part, written: Sequence[Mapping[str, Any]]) -> str:
-    params = part.recipe.params
-    names = [statistics_name(number) for number, shard in enumerate(written) if shard["entry"] is not None]
-    merged = merge_parts(part.folder, names, num_workers=params.num_workers, ray_address=params.ray_address)
-    return format_statistics(merged)
-
-
 def _add_seconds(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     total = Counter[str]()
     for result in results:
@@ -251,7 +245,7 @@ def _check_apart(params: RoboticsPreprocessParams) -> None:
     for source in map(absolute_uri, params.source_episodes):
         if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
             raise ValueError(
-                f"{_OUTPUT_FLAG} {output} and --source_episodes {source}: one contains the other. Keep them apart."
+                f"--output_dir {output} and --source_episodes {source}: one contains the other. Keep them apart."
             )
 
 

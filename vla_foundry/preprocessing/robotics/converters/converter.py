@@ -67,6 +67,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +254,22 @@ def create_converter(params: RoboticsPreprocessParams) -> BaseRoboticsConverter:
         ValueError: no converter has this name.
     """
     return _CONVERTERS.get(params.type)(params)
+
+
+@contextmanager
+def name_broken_file(uri: str, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises for a missing or broken file into a ValueError that names the file.
+
+    An OSError with a number is trouble of the machine or the network, and passes.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{uri} is missing.") from None
+    except errors as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{uri} is not a complete {kind} ({' '.join(str(error).split())[:200]}).") from None
 
 
 _LONGEST = 80

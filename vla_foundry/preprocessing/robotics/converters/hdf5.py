@@ -8,7 +8,7 @@ another robot. Sources are folders, patterns or files, local or s3://.
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -24,6 +24,7 @@ from vla_foundry.preprocessing.robotics.converters.converter import (
     CameraFrames,
     Episode,
     EpisodeRef,
+    name_broken_file,
     register_converter,
     slug,
     unique_names,
@@ -50,19 +51,9 @@ def open_hdf5(uri: str) -> "Iterator[h5py.File]":
         raise ValueError(
             "HDF5 files need h5py, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
         ) from None
-    try:
-        if is_remote(uri):
-            with open_input(uri) as remote, h5py.File(remote, "r") as file:
-                yield file
-        else:
-            with h5py.File(uri, "r") as file:
-                yield file
-    except FileNotFoundError:
-        raise ValueError(f"{uri} is missing.") from None
-    except (OSError, RuntimeError) as error:  # h5py raises these for broken bytes
-        if getattr(error, "errno", None) is not None:  # trouble of the machine or the network
-            raise
-        raise ValueError(f"{uri} is not a complete HDF5 file ({' '.join(str(error).split())[:200]}).") from None
+    with name_broken_file(uri, "HDF5 file", OSError, RuntimeError), ExitStack() as stack:
+        source = stack.enter_context(open_input(uri)) if is_remote(uri) else uri
+        yield stack.enter_context(h5py.File(source, "r"))
 
 
 def find_groups(file: "h5py.File", pattern: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vla_foundry.preprocessing.robotics.converters.converter import name_broken_file
 from vla_foundry.storage.uri import open_input
 
 if TYPE_CHECKING:
@@ -36,15 +37,9 @@ def _open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
         raise ValueError(
             ".parquet needs pyarrow, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
         ) from None
-    try:
-        with open_input(uri) as file:
-            yield pq.ParquetFile(file)
-    except FileNotFoundError:
-        raise ValueError(f"{uri} is missing.") from None
-    except (pa.ArrowException, OSError) as error:  # Arrow also raises OSError for bytes that it cannot decode
-        if getattr(error, "errno", None) is not None:  # trouble of the machine or the network
-            raise
-        raise ValueError(f"{uri} is not a complete parquet file ({' '.join(str(error).split())[:200]}).") from None
+    # Arrow also raises OSError for bytes that it cannot decode
+    with name_broken_file(uri, "parquet file", pa.ArrowException, OSError), open_input(uri) as file:
+        yield pq.ParquetFile(file)
 
 
 def read_columns(uri: str, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames
+from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames, name_broken_file
 from vla_foundry.storage.uri import open_input, read_text
 
 # libyaml's, if available, is 20 times as fast
@@ -95,13 +95,9 @@ class Npz:
 @contextmanager
 def open_npz(uri: str) -> Iterator[Npz]:
     """Open a file; any error in its bytes, now or while it is read, becomes a ValueError that names it."""
-    try:
-        with open_input(uri) as file, zipfile.ZipFile(file) as archive:
-            yield Npz(uri, archive)
-    except FileNotFoundError:
-        raise ValueError(f"{uri} is missing.") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{uri} is not a complete .npz ({' '.join(str(error).split())[:200]}).") from None
+    errors = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+    with name_broken_file(uri, ".npz", *errors), open_input(uri) as file, zipfile.ZipFile(file) as archive:
+        yield Npz(uri, archive)
 
 
 def read_images(uri: str, name: str) -> Iterator[np.ndarray]:
