@@ -1,10 +1,21 @@
 """Params of `preprocess robotics` with its converters and field maps, and of `stats`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
+from vla_foundry.config.schema import (
+    BaseParams,
+    Bounds,
+    ChoiceParams,
+    Count,
+    Fraction,
+    Location,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    register_choice,
+)
 from vla_foundry.robotics.spec import Representation, Role
 
 T = TypeVar("T", bound=type)
@@ -13,18 +24,6 @@ T = TypeVar("T", bound=type)
 def register_converter_params(name: str) -> Callable[[T], T]:
     """Register a dataclass as the params of the converter `name`."""
     return register_choice(name)
-
-
-def _check_range(params: BaseParams, least: Mapping[str, int | float], positive: Sequence[str] = ()) -> None:
-    """Check fields that have a least value, and fields that must be above 0; None is allowed."""
-    for name, limit in least.items():
-        value = getattr(params, name)
-        if value is not None and value < limit:
-            raise ValueError(f"{name} ({value}) must be at least {limit}.")
-    for name in positive:
-        value = getattr(params, name)
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name} ({value:g}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,9 @@ class RoboticsPreprocessParams(ChoiceParams):
     # episodes: store each frame once and build windows when loading; samples: store each sample whole
     layout: Literal["episodes", "samples"] = "episodes"
     # steps before the anchor, in statistics and in the windows that layout samples stores
-    past_lowdim_steps: int = 1
+    past_lowdim_steps: NonNegativeInt = 1
     # steps after the anchor
-    future_lowdim_steps: int = 14
+    future_lowdim_steps: NonNegativeInt = 14
     # cameras to store, in this order; null: all
     camera_names: list[str] | None = None
     # skip episodes that lack a camera; false: they fail
@@ -51,39 +50,39 @@ class RoboticsPreprocessParams(ChoiceParams):
     # image frames relative to the anchor
     image_indices: list[int] = field(default_factory=lambda: [-1, 0])
     # every stride-th frame is an anchor
-    stride: int = 1
+    stride: Count = 1
     # skip anchors whose window starts more than this many steps before the episode's first frame
-    max_padding_left: int = 1
+    max_padding_left: NonNegativeInt = 1
     # skip anchors whose window ends more than this many steps after the last frame
-    max_padding_right: int = 7
+    max_padding_right: NonNegativeInt = 7
     # fill steps outside the episode with the nearest frame, zeros, or mirrored frames
     padding_strategy: Literal["copy", "zero", "reflect"] = "copy"
     # skip windows in which nothing moves
     filter_still_samples: bool = False
     # a field moves if its standard deviation over the window is above this, in the field's own unit; applies to the
     # fields named *action*, *joint*, *poses*, *xyz* or *actual*
-    still_threshold: float = 0.01
+    still_threshold: NonNegative = 0.01
     # thresholds by field or pattern, as numbers or with a unit: {"*__xyz": "5 mm", "*__rot_6d": "1 deg"}; they replace
     # still_threshold
     still_thresholds: dict[str, str] = field(default_factory=dict)
     # resample every episode to this rate, frames per second; null: as recorded
-    target_fps: float | None = None
+    target_fps: Positive | None = None
     # without target_fps: how far a frame may be from its time, in frames
-    timestamp_tolerance: float = 0.5
+    timestamp_tolerance: NonNegative = 0.5
     # most samples in a shard of layout samples
-    samples_per_shard: int = 128
+    samples_per_shard: Count = 128
     # target number of frames per shard of episodes; small datasets get smaller shards, so that all workers have some
-    frames_per_shard: int = 2048
+    frames_per_shard: Count = 2048
     # process only this many first episodes; -1: all
-    max_episodes_to_process: int = -1
+    max_episodes_to_process: Annotated[int, Bounds(least=-1)] = -1
     # NaN and infinite values: true: the episode fails; false: skip and report it
     fail_on_nan: bool = True
     # fraction of episodes that may fail; above it the job stops and publishes nothing
-    max_failed_fraction: float = 0.0
+    max_failed_fraction: Fraction = 0.0
     # write stats.json
     compute_statistics: bool = True
     # share of the episodes (or tasks) held out: the output is then output_dir/train and output_dir/validation
-    validation_fraction: float = 0.0
+    validation_fraction: Fraction = 0.0
     # hold out episodes of every task, or whole tasks
     validation_by: Literal["episode", "task"] = "episode"
     # hold out these episodes too, by id or pattern ("pick_*")
@@ -94,24 +93,21 @@ class RoboticsPreprocessParams(ChoiceParams):
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # quarter turns clockwise by camera, before resizing: {wrist: 1}; null: none
     camera_rotations: dict[str, int] | None = None
-    # 1 .. 100
-    jpeg_quality: int = 95
+    # 1 to 100
+    jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
     # seed of the order of episodes and samples, and of the validation split
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
     # replace an output folder that was written or started with another configuration
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.source_episodes or not self.output_dir:
             raise ValueError("source_episodes and output_dir must not be empty.")
-        _check_range(self, _LEAST, ["target_fps"])
-        for name in ("max_failed_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name):g}) must be between 0 and 1.")
         if not self.image_indices or len(set(self.image_indices)) < len(self.image_indices):
             raise ValueError(f"image_indices {self.image_indices} must list at least one frame, and none twice.")
         if self.image_indices != sorted(self.image_indices):
@@ -121,15 +117,6 @@ class RoboticsPreprocessParams(ChoiceParams):
         size = self.resize_images_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"resize_images_size {size} must be [width, height], pixels.")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality ({self.jpeg_quality}) must be 1 .. 100.")
-
-
-_LEAST = {
-    "past_lowdim_steps": 0, "future_lowdim_steps": 0, "stride": 1, "max_padding_left": 0, "max_padding_right": 0,
-    "still_threshold": 0, "timestamp_tolerance": 0, "samples_per_shard": 1, "frames_per_shard": 1, "seed": 0,
-    "max_episodes_to_process": -1, "num_workers": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +170,7 @@ class CameraParams(BaseParams):
     # the first row of the array is the bottom of the image, as in OpenGL
     is_bottom_up: bool = False
     # depth cameras: millimetres per unit; null: a colour camera
-    depth_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_range(self, {}, ["depth_scale"])
+    depth_scale: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +192,14 @@ class FieldMapParams(BaseParams):
     instruction: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.fields:
             raise ValueError("fields is empty. Name at least one field.")
         any_camera = self.cameras.get("*")
         if any_camera is not None and not (any_camera.source or "").endswith("/*"):
             raise ValueError(f"cameras: the source of '*' ({any_camera.source}) must be a group followed by /*.")
-        _check_range(self, {}, ["fps"])
+        if isinstance(self.fps, float) and not self.fps > 0:
+            raise ValueError(f"fps ({self.fps:g}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +243,7 @@ class SpartanParams(RoboticsPreprocessParams):
     """Raw LBM recordings: folders with `episode_<n>/processed/` at any depth."""
 
     # frames per second; the recordings do not store it
-    fps: float = 10.0
+    fps: Positive = 10.0
     # YAML file that cuts actions.npz into fields and groups fields into poses
     action_fields_config_path: Location = "config_presets/action_fields/lbm.yaml"
     # YAML file with `language_dict: {task: {original: [...], randomized: [...]}}`; null: as recorded
@@ -266,10 +252,6 @@ class SpartanParams(RoboticsPreprocessParams):
     validation_episodes_path: Location | None = None
     # fields to leave out
     data_discard_keys: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_range(self, {}, ["fps"])
 
 
 @register_converter_params("hdf5")
@@ -281,13 +263,9 @@ class HDF5Params(RoboticsPreprocessParams):
     # field_maps/libero.yaml, field_maps/aloha.yaml
     field_map: Location
     # frames per second; null: as in the field map
-    fps: float | None = None
+    fps: Positive | None = None
     # instruction of every episode; null: as in the field map
     instruction: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_range(self, {}, ["fps"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +277,9 @@ class StatsParams(BaseParams):
     # datasets, or stats.json files, whose statistics to merge; the shards of `folder` are not read
     merge: list[Location] = field(default_factory=list)
     # steps before the anchor; null: as the dataset was preprocessed
-    past_lowdim_steps: int | None = None
+    past_lowdim_steps: NonNegativeInt | None = None
     # steps after the anchor; null: as the dataset was preprocessed
-    future_lowdim_steps: int | None = None
+    future_lowdim_steps: NonNegativeInt | None = None
     # another file to write, for --data.dataset_statistics
     output: Location | None = None
     # merge even if datasets contradict each other about a field or have different rates
@@ -309,12 +287,12 @@ class StatsParams(BaseParams):
     # replace existing statistics
     overwrite: bool = False
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        _check_range(self, dict.fromkeys(("past_lowdim_steps", "future_lowdim_steps", "num_workers"), 0))
+        super().__post_init__()
         if not self.folder or self.output == "":
             raise ValueError("folder and output must not be empty.")
         if self.merge and (self.past_lowdim_steps is not None or self.future_lowdim_steps is not None):

@@ -124,7 +124,7 @@ def test_strides_and_limits_have_a_least_value(params):
     for options, message in (
         ({"stride": 0}, r"stride \(0\) must be at least 1"),
         ({"max_padding_right": -1}, r"max_padding_right \(-1\) must be at least 0"),
-        ({"still_threshold": -1.0}, r"still_threshold \(-1.0\) must be at least 0"),
+        ({"still_threshold": -1.0}, r"still_threshold \(-1\) must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             params(**options)
