@@ -54,15 +54,21 @@ _STEP_PATTERN = re.compile(r"step_(\d+)")
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process: a second run of the same name would overwrite weights and metrics.
+def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
+    """Hold an output folder for this process: two commands that write to it would overwrite each other's files.
 
-    The lock is on the file `.<name>.lock` beside the folder, and ends with the process that holds it, however it ends.
+    The lock is on the file `.<name>.lock` beside the folder. It ends with the process that holds it, however it ends.
+
+    Args:
+        folder: the folder; it need not exist.
+        what: kind of folder, for the message.
+        flag: command-line flag that chooses another folder, for the message.
 
     Raises:
-        ValueError: another process holds it; the message says which.
+        ValueError: another process holds the folder; the message names the process and its host.
     """
-    path = folder.parent / f".{folder.name}.lock"
+    whole = folder.resolve()
+    path = whole.parent / f".{whole.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -70,8 +76,8 @@ def lock_run(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"The run folder {folder} is in use by {file.read().strip() or 'another process'}. "
-                "Wait until that run ends, or choose another --name."
+                f"The {what} {folder} is in use by {file.read().strip() or 'another process'}. "
+                f"Wait until that process ends, or choose another {flag}."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -16,7 +16,7 @@ from vla_foundry.run_folder import (
     find_checkpoint,
     find_fault,
     list_step_folders,
-    lock_run,
+    lock_folder,
     read_step,
     run_folder_candidates,
     step_folder_name,
@@ -102,20 +102,20 @@ def test_a_run_is_looked_for_at_a_checkpoint_and_above_it(root: str) -> None:
 
 def test_a_run_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from vla_foundry.run_folder import lock_run\n"
-        "with lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from vla_foundry.run_folder import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1]), what='', flag=''): print('held', flush=True); time.sleep(60)"
     )
     run = tmp_path / "runs" / "same"
     owner = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     assert owner.stdout.readline() == "held\n"
     message = rf"run folder .*same is in use by process {owner.pid} on {re.escape(socket.gethostname())}"
-    with pytest.raises(ValueError, match=message), lock_run(run):
+    with pytest.raises(ValueError, match=message), lock_folder(run, what="run folder", flag="--name"):
         pass
-    with lock_run(run.with_name("other")):
+    with lock_folder(run.with_name("other"), what="run folder", flag="--name"):
         pass
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    with lock_run(run):
+    with lock_folder(run, what="run folder", flag="--name"):
         assert not run.exists()

@@ -1,8 +1,8 @@
-"""`vla-foundry demos`: scripted experts solve tasks in a simulator; their demonstrations become a LeRobot dataset.
+"""`vla-foundry demos`: record scripted experts that solve tasks in a simulator, as a LeRobot dataset.
 
-While it runs, `<output_dir>/_progress` holds the settings and the finished episodes. At the end these are joined to a
-dataset and moved into place: `meta` with the report (`meta/demos.json`) last, then `_progress` is deleted. A folder
-with that report is complete, and a run that was killed resumes where it stopped.
+During recording, `<output_dir>/_progress` holds the settings and the finished episodes. At the end they are joined to a
+dataset and moved into place: `meta`, with the report `meta/demos.json`, comes last; then `_progress` is deleted. A
+folder with that report is complete. A killed run resumes where it stopped.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,26 @@ from vla_foundry.preprocessing.robotics.lerobot_recording import (
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
 from vla_foundry.progress import show_progress
 from vla_foundry.randomness import draw_index
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, Simulator, name_observation
 from vla_foundry.storage.uri import write_text
 from vla_foundry.world import num_cores
 
 REPORT = "meta/demos.json"
-# instruction of an episode -> every wording of it
+# file that maps an episode's instruction to all its wordings
 INSTRUCTIONS = "meta/instructions.json"
 _PROGRESS, _SETTINGS = "_progress", "settings.json"
-# increment it when an episode of the same settings comes out differently
+# increment it when the same settings give other episodes
 _VERSION = 2
 _FRAMES_AFTER_SUCCESS = 5
 # share of a step's noise that carries over to the next step, so that the arm really leaves its path
 _NOISE_MEMORY = 0.7
-# noise on the fingers' effort, relative to that on motion: they must not let go
+# noise on the fingers' effort, relative to that on motion; small, so that they keep their grip
 _GRIPPER_NOISE = 0.3
 
 
 def features_of(simulator: Simulator, params: DemosParams) -> LeRobotFeatures:
-    """Return the columns of the dataset: each field, and all fields in a row as LeRobot's own policies read them."""
+    """Return the dataset's columns: each field, and all fields concatenated, as LeRobot's own policies read them."""
     state = tuple(f"{field}.{part}" for field, parts in simulator.field_names.items() for part in parts)
     fields = {f"{OBSERVATION}.{field}": parts for field, parts in simulator.field_names.items()}
     return LeRobotFeatures(
@@ -64,8 +65,8 @@ def record_episode(simulator: Simulator, params: DemosParams, *, task: str, numb
     """Record the `number`-th episode of a task, as a function of the arguments alone.
 
     The expert's action is executed with noise, so that the robot strays and the episode shows how to recover. The
-    recorded action is the expert's own, without noise (Laskey et al. 2017, DART). An episode goes on for a few frames
-    after success; one that does not succeed is repeated from another start.
+    recorded action is the expert's own, without noise (Laskey et al. 2017, DART). An episode continues for a few frames
+    after success; a failed one is repeated from another start.
 
     Raises:
         ValueError: the expert failed in every attempt.
@@ -104,7 +105,7 @@ def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosP
         recorder.add({**fields, ACTION: action}, images)
         if frames_left == 0:
             return True
-        # the variance is the same at every step but the first few
+        # scaled so that the noise keeps its variance, apart from the first few steps
         fresh = generator.standard_normal(simulator.action_dim) * np.sqrt(1 - _NOISE_MEMORY**2)
         noise = _NOISE_MEMORY * noise + fresh
         simulator.apply(action + scale * noise)
@@ -116,15 +117,6 @@ def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosP
     return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskFacts:
-    """What a simulator says about one task."""
-
-    task: str
-    instructions: tuple[str, ...]
-    features: LeRobotFeatures
-
-
 def record_demos(params: DemosParams) -> dict[str, Any]:
     """Record the demonstrations that the output folder lacks, and join all of them to a dataset.
 
@@ -132,35 +124,31 @@ def record_demos(params: DemosParams) -> dict[str, Any]:
         The report: settings; episodes, attempts and frames of each task; instruction and seeds of each episode.
 
     Raises:
-        ValueError: the folder holds something else, a name is unknown, or an expert fails in every attempt.
+        ValueError: the folder is in use or holds something else, a name is unknown, or an expert fails every attempt.
     """
     output = Path(params.output_dir)
-    settings = _settings_of(params)
-    if (output / REPORT).exists():
-        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
-        check_settings(str(output), report["settings"], settings)
-        shutil.rmtree(output / _PROGRESS, ignore_errors=True)
+    if (report := _check_folder(output, params)) is not None:
         return report
-    _check_folder(output, settings)
     total = params.episodes * len(params.tasks)
     num_workers = num_cores() if params.num_workers is None else params.num_workers
     with create_processes(min(num_workers, total)) as run:
         # check every name before writing anything
-        tasks = {facts.task: facts for facts in run(_look_at, [(params, task) for task in params.tasks])}
-        parts = _claim(output, settings)
-        missing = [index for index in _by_task(params) if not _part(parts, index).exists()]
-        with show_progress("demos", total, total - len(missing)) as advance:
-            for _ in run(_record, [(params, str(parts), index) for index in missing]):
-                advance(1)
-    return _publish(params, output, [tasks[task] for task in params.tasks])
+        found = dict(run(_look_at, [(params, task) for task in params.tasks]))
+        with lock_folder(output, what="dataset", flag="--output_dir"):
+            # another process may have written to the folder before it was locked
+            if (report := _check_folder(output, params)) is not None:
+                return report
+            parts = _claim(output, params)
+            missing = [index for index in _by_task(params) if not _part(parts, index).exists()]
+            with show_progress("demos", total, total - len(missing)) as advance:
+                for _ in run(_record, [(params, str(parts), index) for index in missing]):
+                    advance(1)
+            instructions = {text: list(found[task][0]) for task in params.tasks for text in found[task][0]}
+            return _publish(params, output, instructions, found[params.tasks[0]][1])
 
 
 def main(argv: list[str]) -> None:
-    """Run `vla-foundry demos`.
-
-    Raises:
-        ValueError: what the user can fix.
-    """
+    """Run `vla-foundry demos`: print the success rate of each expert, and the size of the dataset."""
     params = parse_command(DemosParams, argv, prog="vla-foundry demos")
     start = time.monotonic()
     was_done = (Path(params.output_dir) / REPORT).exists()
@@ -184,21 +172,27 @@ def _settings_of(params: DemosParams) -> dict[str, Any]:
     return {"version": _VERSION, **values}
 
 
-def _check_folder(output: Path, settings: dict[str, Any]) -> None:
-    """Check that the output folder is empty or holds an unfinished run of the same settings."""
+def _check_folder(output: Path, params: DemosParams) -> dict[str, Any] | None:
+    """Check that the output folder is empty or was made with the same settings; return the report of a complete one."""
     path = output / _PROGRESS / _SETTINGS
+    if (output / REPORT).exists():
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        check_settings(str(output), report["settings"], _settings_of(params))
+        shutil.rmtree(output / _PROGRESS, ignore_errors=True)
+        return report
     if path.exists():
-        check_settings(str(output), json.loads(path.read_text(encoding="utf-8")), settings)
+        check_settings(str(output), json.loads(path.read_text(encoding="utf-8")), _settings_of(params))
     elif output.exists() and any(entry.name != _PROGRESS for entry in output.iterdir()):
         raise ValueError(f"output_dir '{output}' holds other files. Choose a new folder.")
+    return None
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> Path:
+def _claim(output: Path, params: DemosParams) -> Path:
     """Write the settings; return the folder of finished episodes, without half-written ones of a killed run."""
     parts = output / _PROGRESS / "episodes"
     parts.mkdir(parents=True, exist_ok=True)
     delete_leftovers(parts)
-    _write_json(output / _PROGRESS / _SETTINGS, settings)
+    _write_json(output / _PROGRESS / _SETTINGS, _settings_of(params))
     return parts
 
 
@@ -207,14 +201,15 @@ def _part(parts: Path, index: int) -> Path:
 
 
 def _by_task(params: DemosParams) -> Iterator[int]:
-    """Yield all episodes, task after task; in the dataset the tasks alternate."""
+    """Yield the indices of all episodes, task after task; in the dataset the tasks alternate."""
     for number in range(len(params.tasks)):
         yield from range(number, params.episodes * len(params.tasks), len(params.tasks))
 
 
-def _look_at(params: DemosParams, task: str) -> TaskFacts:
+def _look_at(params: DemosParams, task: str) -> tuple[str, tuple[tuple[str, ...], LeRobotFeatures]]:
+    """Return a task, and its simulator's instructions and columns."""
     simulator = get_simulator(params.simulator, task, tuple(params.cameras), params.image_size)
-    return TaskFacts(task=task, instructions=simulator.instructions, features=features_of(simulator, params))
+    return task, (simulator.instructions, features_of(simulator, params))
 
 
 def _record(params: DemosParams, parts: str, index: int) -> None:
@@ -224,23 +219,29 @@ def _record(params: DemosParams, parts: str, index: int) -> None:
     record_episode(simulator, params, task=task, number=number, path=_part(Path(parts), index))
 
 
-def _publish(params: DemosParams, output: Path, tasks: Sequence[TaskFacts]) -> dict[str, Any]:
-    """Join the episodes to a dataset and move it into place; may be killed at any point and called again."""
+def _publish(
+    params: DemosParams, output: Path, instructions: dict[str, list[str]], features: LeRobotFeatures
+) -> dict[str, Any]:
+    """Join the episodes to a dataset and move it into place; may be killed at any point and called again.
+
+    Args:
+        instructions: all wordings of each instruction.
+        features: columns of the dataset.
+    """
     progress = output / _PROGRESS
     parts = [_part(progress / "episodes", index) for index in range(params.episodes * len(params.tasks))]
     joined = progress / "set"
     shutil.rmtree(joined, ignore_errors=True)
-    writer = LeRobotWriter(joined, tasks[0].features)
+    writer = LeRobotWriter(joined, features)
     for part in parts:
         writer.add_episode(part)
     writer.finish()
-    variants = {text: list(task.instructions) for task in tasks for text in task.instructions}
-    _write_json(joined / INSTRUCTIONS, {"version": 1, "variants": variants})
+    _write_json(joined / INSTRUCTIONS, {"version": 1, "variants": instructions})
     report = _report_on(params, parts)
     _write_json(joined / REPORT, report)
     _sync(joined)
     for name in ("data", "videos", "meta"):
-        # without a report, this folder is left from a run that was killed in this loop
+        # without a report, a run that was killed in this loop left this folder
         shutil.rmtree(output / name, ignore_errors=True)
         if (joined / name).exists():
             os.rename(joined / name, output / name)

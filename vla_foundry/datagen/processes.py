@@ -1,4 +1,4 @@
-"""Worker processes with simulators, and the check that an output folder was made with the same settings."""
+"""Run simulators in worker processes, and check that an output folder was made with the same settings."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 
 @contextmanager
 def create_processes(num_processes: int) -> Iterator[Run]:
-    """Yield a function that makes calls in worker processes, or in this process for 0.
+    """Yield a function that makes calls in worker processes, or in this process if `num_processes` is 0.
 
     Raises:
         ValueError: a process died.
@@ -50,7 +50,7 @@ def create_processes(num_processes: int) -> Iterator[Run]:
 
 
 def _follow_the_parent() -> None:
-    """Leave interrupts to the parent process, and exit as soon as it is gone."""
+    """Ignore interrupts, which the parent process handles, and exit as soon as the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -70,10 +70,10 @@ def get_simulator(simulator: str, task: str, cameras: tuple[str, ...], image_siz
 
 
 def check_settings(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Check that what a folder holds was made with the settings that are wanted now.
+    """Check that a folder's contents were made with the wanted settings.
 
     Raises:
-        ValueError: a setting differs; all differences are named.
+        ValueError: settings differ; the message names all of them.
     """
     changed = [f"{name} {found.get(name)} -> {value}" for name, value in wanted.items() if found.get(name) != value]
     if changed:

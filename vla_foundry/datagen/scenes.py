@@ -1,4 +1,4 @@
-"""`vla-foundry scenes`: draw scenes in a simulator, describe each from its true state, write pictures with captions."""
+"""`vla-foundry scenes`: render scenes in a simulator and write pictures with captions from their true states."""
 
 import io
 import json
@@ -15,23 +15,24 @@ from vla_foundry.config.command_line import parse_command
 from vla_foundry.datagen.processes import check_settings, create_processes, get_simulator
 from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.commands.datagen import ScenesParams
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import Layout, Simulator, SimulatorState
 from vla_foundry.world import num_cores
 
 SPLITS = ("train", "validation")
 # file beside the splits with the settings that made them
 FACTS = "scenes.json"
-# increment it when a scene of the same seed and index comes out differently
+# increment it when the same seed and index give another scene
 _VERSION = 3
-# thing -> its states, each with its range of openness; there are gaps between the ranges
+# object -> its states, each with its range of openness; gaps between the ranges keep the states distinct
 _STATES: dict[str, dict[str, tuple[float, float]]] = {
     "button": {"released": (0.0, 0.1), "pressed": (0.9, 1.0)},
     "faucet": {"turned left": (0.0, 0.25), "turned right": (0.75, 1.0)},
     "lever": {"down": (0.0, 0.1), "up": (0.9, 1.0)},
 }
 _OPENINGS = {"closed": (0.0, 0.05), "half open": (0.4, 0.6), "open": (0.95, 1.0)}
-# metres: below the first distance two things are level, from the second on a direction is named; scenes in between are
-# skipped
+# metres: up to the first distance two things are level, from the second on they differ in a direction; scenes in
+# between are skipped
 _LEVEL_UP_TO, _DIRECTION_FROM = 0.03, 0.05
 # least distance of a described point from the picture's edge, as a fraction of the picture
 _MARGIN = 0.02
@@ -43,7 +44,7 @@ _SCENES_PER_TASK = 32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
-    """One picture and its true description."""
+    """A picture and its true description."""
 
     # uint8 [H, W, 3]
     image: np.ndarray
@@ -55,10 +56,10 @@ def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, in
     """Draw one scene, as a pure function of the simulator's task and the arguments.
 
     Args:
-        state: index of the thing's state, modulo their number.
+        state: index of the object's state, modulo the number of states.
 
     Raises:
-        ValueError: no layout shows all that the caption describes.
+        ValueError: no layout shows everything that the caption describes.
     """
     generator = np.random.default_rng((seed, SPLITS.index(split), index))
     name = simulator.describe().objects[0].name
@@ -76,7 +77,7 @@ def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, in
         attributes = None if arranged is None else _describe_state(simulator, camera, arranged, word)
         if attributes is not None:
             return Scene(image=simulator.render(camera), caption=describe_scene(attributes), attributes=attributes)
-    raise ValueError(f"Camera '{camera}' saw no {name} whole in {_MAX_ATTEMPTS} layouts. Choose another camera.")
+    raise ValueError(f"Camera '{camera}' never saw the whole {name} in {_MAX_ATTEMPTS} layouts. Choose another camera.")
 
 
 def generate_scenes(params: ScenesParams) -> dict[str, int]:
@@ -86,25 +87,22 @@ def generate_scenes(params: ScenesParams) -> dict[str, int]:
         Scenes drawn now, by split.
 
     Raises:
-        ValueError: the folder holds scenes of other settings, or this machine cannot render.
+        ValueError: the folder is in use or holds scenes of other settings, or this machine cannot render.
     """
     output = Path(params.output)
-    _claim(output, params)
-    numbers = {"train": params.num_scenes, "validation": params.num_validation_scenes}
-    missing = {split: _missing(output / split, number) for split, number in numbers.items()}
-    tasks = list(_tasks(params, missing))
-    with create_processes(min(params.num_processes or num_cores(), max(len(tasks), 1))) as run:
-        for _ in run(_draw, [(params, *task) for task in tasks]):
-            pass
-    return {split: len(indices) for split, indices in missing.items()}
+    with lock_folder(output, what="folder of scenes", flag="--output"):
+        _claim(output, params)
+        numbers = {"train": params.num_scenes, "validation": params.num_validation_scenes}
+        missing = {split: _missing(output / split, number) for split, number in numbers.items()}
+        tasks = list(_tasks(params, missing))
+        with create_processes(min(params.num_processes or num_cores(), max(len(tasks), 1))) as run:
+            for _ in run(_draw, [(params, *task) for task in tasks]):
+                pass
+        return {split: len(indices) for split, indices in missing.items()}
 
 
 def main(argv: list[str]) -> None:
-    """Run `vla-foundry scenes`.
-
-    Raises:
-        ValueError: an error that the user can fix.
-    """
+    """Run `vla-foundry scenes`: print how many scenes there are and how many were drawn now."""
     params = parse_command(ScenesParams, argv, prog="vla-foundry scenes", positional=())
     start = time.monotonic()
     drawn = generate_scenes(params)
@@ -141,7 +139,7 @@ def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState,
 
 
 def _claim(output: Path, params: ScenesParams) -> None:
-    """Write the settings of these scenes, or check that the folder's scenes have the same."""
+    """Write the settings of these scenes; check that scenes already in the folder have the same."""
     given = asdict(params)
     facts = {name: given[name] for name in ("image_size", "seed", "simulator", "tasks", "camera")}
     facts |= {"version": _VERSION, "grid": GRID}
@@ -156,7 +154,7 @@ def _claim(output: Path, params: ScenesParams) -> None:
 
 
 def _missing(folder: Path, number: int) -> list[int]:
-    """Return the indices of missing scenes; a scene's caption is written last."""
+    """Return the indices of missing scenes. A scene's caption is written last, so a scene without one is missing."""
     present = {path.stem for path in folder.glob("*.txt")}
     wanted = [f"{index:08d}" for index in range(number)]
     if surplus := len(present.difference(wanted)):

@@ -36,6 +36,7 @@ from vla_foundry.evaluation.rollout_worker import RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import show_progress
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.world import num_cores
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
@@ -66,6 +67,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         max_steps=params.max_steps,
         plugins=named_plugins(),
     )
+    folder = Path(params.output) / candidate.name
     tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
     total = len(params.tasks) * len(params.seeds)
     with ExitStack() as stack:
@@ -74,12 +76,15 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
             # check every name before writing anything
             robots = pool.describe(params.tasks)
             actors = [candidate.create_actor(facts) for facts in robots]
+            stack.enter_context(lock_folder(folder, what="evaluation", flag="--name or --output"))
+            # another process may have written to the folder before it was locked
+            tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
             num_done = sum(task.num_final(params.seeds) for task in tasks)
             advance = stack.enter_context(show_progress("episodes", total, num_done))
             for task, facts, actor in zip(tasks, robots, actors, strict=True):
                 for seeds in task.missing_batches(params):
                     advance(task.run(pool, actor, seeds, params=params, facts=facts))
-    return _summarize(params, candidate, tasks)
+        return _summarize(folder, params, candidate, tasks)
 
 
 class TaskRollouts:
@@ -184,8 +189,9 @@ def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]
     return {**common, **candidate.settings}
 
 
-def _summarize(params: EvaluateParams, candidate: Candidate, tasks: Sequence[TaskRollouts]) -> dict[str, SuccessRate]:
-    folder = Path(params.output) / candidate.name
+def _summarize(
+    folder: Path, params: EvaluateParams, candidate: Candidate, tasks: Sequence[TaskRollouts]
+) -> dict[str, SuccessRate]:
     rates, pictured = {}, []
     for task in tasks:
         rates[task.task] = count_successes([task.episodes[seed] for seed in params.seeds if seed in task.episodes])

@@ -14,7 +14,7 @@ from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
-from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_run
+from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
@@ -84,7 +84,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     """
     started = time.perf_counter()
     notices: list[str] = []
-    main_rank_first(world, lambda: stack.enter_context(lock_run(folder)))
+    main_rank_first(world, lambda: stack.enter_context(lock_folder(folder, what="run folder", flag="--name")))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
     loader, validation_loader = create_loaders(params, world, stack)
     state = create_state(params, world, is_restored=checkpoint is not None)

@@ -23,6 +23,7 @@ from vla_foundry.datagen.demos import main, record_demos, record_episode
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.robotics.converters.lerobot import LeRobotConverter
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
 from vla_foundry.simulators.metaworld_tasks import INSTRUCTIONS, instructions_of
 
@@ -204,8 +205,7 @@ def test_the_converter_of_lerobot_sets_reads_the_same(made: Path, tmp_path: Path
         np.testing.assert_array_equal(found, actions)
         positions = np.array([row["observation.end_effector_position"] for row in own], np.float32)
         np.testing.assert_array_equal(fields["observation.end_effector_position"], positions)
-        for image, row in zip(episode.cameras[IMAGE], own, strict=True):
-            np.testing.assert_array_equal(image, np.array(Image.open(io.BytesIO(row[IMAGE]["bytes"]))))
+        assert list(episode.cameras[IMAGE].read()) == [row[IMAGE]["bytes"] for row in own]
         (span,) = episode.instructions
         assert (span.start, span.end, span.texts["original"]) == (0, len(own), [ref.task])
     representations = {name: one.representation for name, one in converter.describe_fields().items()}
@@ -364,6 +364,14 @@ def test_an_unfinished_set_of_other_settings_is_refused(tmp_path: Path, monkeypa
             record_demos(slider_params(tmp_path / "set"))
     with pytest.raises(ValueError, match=r"made with other settings \(action_noise 0.2 -> 0.1\)"):
         record_demos(slider_params(tmp_path / "set", action_noise=0.1))
+
+
+def test_a_set_that_another_process_records_is_left_alone(tmp_path: Path) -> None:
+    held = lock_folder(tmp_path / "set", what="dataset", flag="--output_dir")
+    message = rf"dataset .*set is in use by process {os.getpid()} on .*choose another --output_dir"
+    with held, pytest.raises(ValueError, match=message):
+        record_demos(slider_params(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:

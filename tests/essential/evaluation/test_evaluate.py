@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vla_foundry.evaluation.results import wilson_interval
 from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED, EvaluateParams
+from vla_foundry.run_folder import lock_folder
 
 pytestmark = pytest.mark.usefixtures("toy_simulator")
 
@@ -182,6 +184,14 @@ def test_unknown_names_are_told_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         evaluate(create_params(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_another_process_runs_is_left_alone(tmp_path: Path) -> None:
+    held = lock_folder(tmp_path / "null", what="evaluation", flag="--name")
+    message = rf"evaluation .*null is in use by process {os.getpid()} on .*choose another --name or --output"
+    with held, pytest.raises(ValueError, match=message):
+        evaluate(create_params(tmp_path, policy="null"))
+    assert not (tmp_path / "null").exists()
 
 
 def test_rollouts_of_other_settings_are_refused(tmp_path: Path) -> None:
