@@ -1,11 +1,11 @@
-"""The language of captioned scenes: attributes to caption, caption to attributes, and scores of predicted captions.
+"""Convert attributes of scenes to captions and back, and score predicted captions.
 
 Attributes of a scene (JSON-able):
 
 | key                         | meaning                                                                              |
 |-----------------------------|--------------------------------------------------------------------------------------|
-| object, part                | the thing, and the part that a robot acts on; no `part`: the whole thing             |
-| state                       | "closed", "half open", ...; absent where the thing has none                          |
+| object, part                | the object, and the part that a robot acts on; no `part`: the whole object           |
+| state                       | "closed", "half open", ...; absent if the object has none                            |
 | object_row, object_column   | cell of the picture with that part: 1 to GRID from the top, from the left            |
 | gripper_row, gripper_column | cell with the point between the fingertips                                           |
 | side, depth, height         | direction from the gripper to the part, as the robot looks: DIRECTIONS, or "level"   |
@@ -34,7 +34,7 @@ _RELATION = re.compile(r"From it: ([a-z, ]+)\.")
 
 
 def describe_scene(attributes: Attributes) -> str:
-    """Describe attributes in words; the inverse of `parse_caption`."""
+    """Format attributes as a caption; the inverse of `parse_caption`."""
     state, name = attributes.get("state"), str(attributes.get("part", attributes["object"]))
     directions = [str(attributes[name]) for name in DIRECTIONS if attributes[name] != LEVEL]
     return " ".join(
@@ -74,26 +74,26 @@ def cell_of(column: float, row: float) -> Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeScore:
-    """How often one attribute was predicted, beside what needs no picture."""
+    """How often one attribute was predicted correctly, next to answers that need no picture."""
 
     # scenes that have the attribute
     num_scenes: int
-    # share that was predicted
+    # share of correct predictions
     accuracy: float
-    # share that a uniform guess among the attribute's values is expected to get (a state: among its thing's states)
+    # expected share of a uniform guess among the attribute's values (for a state: among the states of its object)
     chance: float
-    # share that the best single answer gets; at least what the most frequent caption would
+    # share of the best single answer; at least that of the most frequent caption
     constant: float
 
 
 def score_captions(predictions: Sequence[str], truths: Sequence[str]) -> dict[str, AttributeScore]:
     """Compare predicted captions with true ones, attribute by attribute.
 
-    `object_position` and `gripper_position` count when the cell is the true one or touches it (at a corner too);
-    `..._exact` when it is the true one; `caption` when every word is right.
+    `object_position` and `gripper_position` count if the cell is the true one or touches it (also at a corner);
+    `..._exact` only if it is the true one; `caption` only if every word is right.
 
     Raises:
-        ValueError: the numbers of captions differ, or there are none, or a true caption does not follow the template.
+        ValueError: the numbers of captions differ or are 0, or a true caption does not follow the template.
     """
     if len(predictions) != len(truths) or not truths:
         raise ValueError(f"Each true caption needs one prediction: got {len(predictions)} for {len(truths)}.")

@@ -1,1 +1,1 @@
-"""The whole pipeline on this machine: each step is a public command, run as a subprocess."""
+"""Run the whole pipeline on this machine; each step is a public command, run as a subprocess."""

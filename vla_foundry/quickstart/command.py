@@ -14,11 +14,11 @@ from vla_foundry.quickstart.llm import create_llm_stage
 from vla_foundry.quickstart.steps import Stage, run_steps
 from vla_foundry.quickstart.vla import create_vla_stage
 from vla_foundry.quickstart.vlm import create_vlm_stage
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
 
-# renders without a GPU; for Debian and Ubuntu
+# installs a renderer that needs no GPU, on Debian and Ubuntu
 _INSTALL = ("apt-get", "install", "--yes", "libosmesa6")
-
 
 _STAGES: dict[str, Callable[[Path, QuickstartParams], Stage]] = {
     "llm": lambda output_dir, _: create_llm_stage(output_dir),
@@ -30,21 +30,19 @@ _STAGES: dict[str, Callable[[Path, QuickstartParams], Stage]] = {
 def main(argv: list[str]) -> None:
     """Run `vla-foundry quickstart`.
 
-    Args:
-        argv: the words after the command.
-
     Raises:
-        ValueError: an argument is wrong, or a step failed.
+        ValueError: an argument is wrong, a step failed, or another process uses the output folder.
     """
     params = parse_command(QuickstartParams, argv, prog="vla-foundry quickstart")
     if len(params.stages) > 1:
-        # check first: the stages before it take minutes
+        # check first, because the stages before it take minutes
         require_renderer(may_install=params.install_system_packages)
     console = Console(soft_wrap=True, highlight=False)
     output_dir = Path(params.output_dir)
     stages = [_STAGES[name](output_dir, params) for name in params.stages]
     steps = [step for stage in stages for step in stage.steps]
-    run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
+    with lock_folder(output_dir, what="quickstart folder", flag="--output_dir"):
+        run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
     page = "\n".join(stage.summary.read_text(encoding="utf-8") for stage in stages)
     summary = output_dir / "summary.txt"
     summary.write_text(page, encoding="utf-8")
@@ -66,7 +64,7 @@ def require_renderer(
         run: runs a command and returns its exit code.
 
     Raises:
-        ValueError: there is no renderer, and installing it is not allowed or failed.
+        ValueError: no renderer is installed, and installing one is not allowed or failed.
     """
     try:
         find()

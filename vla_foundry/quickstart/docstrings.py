@@ -1,4 +1,4 @@
-"""Collect English text without a download: docstrings of the standard library and of installed packages."""
+"""Collect English text without a download: docstrings of the standard library and installed packages."""
 
 import ast
 import hashlib
@@ -19,7 +19,7 @@ _HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDe
 
 
 def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_processes: int) -> dict[str, int]:
-    """Write each distinct long docstring as a {"text": ...} line; a source file goes to one split as a whole.
+    """Write each distinct long docstring as a {"text": ...} line; all docstrings of a source file share a split.
 
     Args:
         output_dir: receives train/docstrings.jsonl and validation/docstrings.jsonl.

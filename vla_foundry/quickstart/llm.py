@@ -26,7 +26,7 @@ PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
 def create_llm_stage(output_dir: Path) -> Stage:
-    """Build the language stage; it writes below `<output_dir>/llm`."""
+    """Build the language stage, which writes below `<output_dir>/llm`."""
     folder = output_dir / "llm"
     text, tokenizer, shards, run = folder / "text", folder / "tokenizer", folder / "shards", folder / "runs" / "llm"
     summary, figure = folder / "summary.txt", folder / "loss.png"
@@ -131,13 +131,13 @@ def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
 
 
 def measure_unigram(params: TrainExperimentParams) -> float:
-    """Fit a unigram model to a run's training data; return its loss on the targets that the run validates on."""
+    """Fit a unigram model to a run's training data; return its loss on the run's validation targets."""
     options: dict[str, Any] = {
         "global_batch_size": params.hparams.global_batch_size,
         "per_gpu_batch_size": params.hparams.per_gpu_batch_size,
         "seed": params.hparams.seed,
     }
-    # read the training data once, in order, as if it were a validation split
+    # a validation split is read once and in order; read the training data as one
     train = dataclasses.replace(
         params.data,
         val_dataset_manifest=params.data.dataset_manifest,
@@ -158,7 +158,7 @@ def unigram_loss(train_counts: np.ndarray, held_out_counts: np.ndarray) -> float
     """Return the loss, in nats per token, of the best model that ignores context.
 
     Args:
-        train_counts: how often each token occurs in the training data, (V,); one is added to each.
+        train_counts: occurrences of each token in the training data, (V,); one is added to each.
         held_out_counts: the same for the held-out targets, (V,).
     """
     probabilities = (train_counts + 1.0) / (train_counts + 1.0).sum()
@@ -175,7 +175,7 @@ def count_targets(batches: Iterable[Batch]) -> np.ndarray:
 
 
 def sketch_curve(points: list[tuple[int, float]], *, width: int = 64, height: int = 10) -> list[str]:
-    """Plot losses over steps with characters; return the lines, top first."""
+    """Plot losses over steps as text; return the lines, top first."""
     steps = np.array([step for step, _ in points], dtype=np.float64)
     losses = np.array([loss for _, loss in points], dtype=np.float64)
     columns = np.interp(np.linspace(steps[0], steps[-1], width), steps, losses)
@@ -193,18 +193,14 @@ def draw_loss_curve(
     training: list[tuple[int, float]], validation: list[tuple[int, float]], baseline: float, path: Path
 ) -> None:
     """Plot the loss over steps as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.plot(*zip(*training, strict=True), color="#4878a8", linewidth=1.4, label="training")
     axes.plot(*zip(*validation, strict=True), "o", color="#c44e52", label="held-out documents")
     axes.axhline(baseline, color="#777777", linestyle="--", linewidth=1, label="unigram model, held-out")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title="Language model")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Run steps in order, each once: a step that is already done is skipped."""
+"""Run the steps of the quickstart in order, and skip those that are already done."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from vla_foundry.world import num_cores
 
 # the batch sizes of the stages' presets are divisible by it
 _MAX_TRAINERS = 16
-# steps run again when the version of one of these changes
+# when the version of one of these changes, all steps run again
 _PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
 
 
@@ -60,7 +60,7 @@ def words_of(command: str, **flags: object) -> tuple[str, ...]:
 
 
 def count_trainers() -> int:
-    """Return how many processes train together here: one per core, rounded down to a power of two to divide a batch."""
+    """Return how many processes train together: one per core, rounded down to a power of two that divides a batch."""
     return 1 << (min(num_cores(), _MAX_TRAINERS).bit_length() - 1)
 
 
@@ -74,13 +74,13 @@ def training_step(
     num_processes: int,
     flags: Mapping[str, object] = {},
 ) -> Step:
-    """Return a step that trains in one process or several; each reads its own samples.
+    """Return a step that trains in one process or several.
 
     Args:
         preset: a file of config_presets/training_jobs; the processes share its global batch.
         run: folder of the run.
         shards: folder of the datasets `train` and `validation`.
-        flags: values that the preset leaves open.
+        flags: values that the preset does not set.
     """
     words = words_of("train", config_path=preset, **flags)
     words += words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"})
@@ -101,8 +101,8 @@ class StepFailedError(ValueError):
 def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwrite: bool) -> None:
     """Run steps in order; skip a step that is done and would run the same way.
 
-    A step's fingerprint hashes its command, those of all steps before it, and package versions. It is written when the
-    step starts, so that an interrupted step resumes, and again when the step is done.
+    A step's fingerprint hashes its command, the commands before it, and package versions. It is written when the step
+    starts, so that an interrupted step resumes, and again when the step is done.
 
     Args:
         markers: folder of the fingerprints.

@@ -6,7 +6,7 @@ from pathlib import Path
 from vla_foundry.evaluation.results import SUMMARY_NAME, SuccessRate, add_rates, read_summary
 from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
 
-# each starts half open, so the picture does not tell whether to open or close; only the instruction does
+# each starts half open, so that only the instruction, not the picture, says whether to open or to close
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
 NUM_DEMOS = 50
 NUM_EPISODES = 20
@@ -28,7 +28,7 @@ _COLUMN_WIDTH = 13
 
 
 def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
-    """Build the action stage; it writes below `<output_dir>/vla` and starts from the run in `vlm`.
+    """Build the action stage, which writes below `<output_dir>/vla` and starts from the run in `vlm`.
 
     Args:
         ablations: also evaluate the policy with other pictures, with wrong instructions, and trained from scratch.
@@ -40,7 +40,7 @@ def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
     steps = (
         Step(
             name="demos",
-            what="Let scripted experts move the robot, and record them as a LeRobot dataset",
+            what="Record scripted experts that move the robot, as a LeRobot dataset",
             words=words_of("demos", tasks=",".join(TASKS), episodes=NUM_DEMOS, output_dir=demos),
             outputs=(demos / "meta" / "demos.json",),
             folder=demos,
@@ -55,7 +55,7 @@ def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
             num_processes=count_trainers(),
             flags={"model.vision_language_backbone.resume_from_checkpoint": vlm_run},
         ),
-        _evaluate(folder, "evaluate", "Let the policy move the robot", name="vla", checkpoint=run),
+        _evaluate(folder, "evaluate", "Evaluate the policy in closed loop", name="vla", checkpoint=run),
         _evaluate(folder, "evaluate_null", "Without a policy: null actions", name="null", policy="null"),
         _evaluate(folder, "evaluate_random", "Without a policy: random actions", name="random", policy="random"),
         Step(
@@ -79,11 +79,11 @@ def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
 
 
 def ablation_steps(folder: Path, *, vlm_run: Path) -> list[Step]:
-    """Return the steps that take something away from the policy: its pictures, its instruction, its pretraining.
+    """Return the steps that remove something from the policy: its pictures, its instruction, its pretraining.
 
     Args:
-        folder: of the action stage.
-        vlm_run: folder of the vision-language run, whose architecture the policy trained from scratch has.
+        folder: folder of the action stage.
+        vlm_run: folder of the vision-language run, whose architecture the policy trained from scratch shares.
     """
     run, scratch = folder / "runs" / "vla", folder / "runs" / "vla_from_scratch"
     swapped = {task: _opposite_instruction(task) for task in TASKS}
@@ -121,7 +121,7 @@ def ablation_steps(folder: Path, *, vlm_run: Path) -> list[Step]:
         _evaluate(
             folder,
             "evaluate_from_scratch",
-            "Let that policy move the robot",
+            "Evaluate that policy in closed loop",
             name="vla_from_scratch",
             checkpoint=scratch,
         ),
@@ -131,7 +131,7 @@ def ablation_steps(folder: Path, *, vlm_run: Path) -> list[Step]:
 def _preprocess(demos: Path, shards: Path) -> Step:
     return Step(
         name="preprocess_demos",
-        what="Put the demonstrations into shards, a tenth of them held out",
+        what="Write the demonstrations to shards, a tenth of them held out",
         words=words_of(
             "preprocess robotics",
             type="lerobot",
@@ -161,7 +161,7 @@ def _evaluate(folder: Path, step: str, what: str, *, name: str, **flags: object)
         "name": name,
     }
     words = words_of("evaluate", **options, **flags)
-    # results of other weights or settings are deleted, not continued
+    # results of other weights or settings are deleted, not resumed
     return Step(name=step, what=what, words=words, outputs=(results / SUMMARY_NAME,), folder=results)
 
 
@@ -175,7 +175,7 @@ def write_vla_report(evaluation: Path, names: Sequence[str], action_error: Path,
 
     Args:
         evaluation: folder that `vla-foundry evaluate` wrote to.
-        names: of the evaluations, in the order of the page.
+        names: evaluations, in the order of the page.
         action_error: file with the table that `vla-foundry action-error` printed.
         summary: text file to write.
         figure: PNG to write.
@@ -201,7 +201,7 @@ def write_vla_report(evaluation: Path, names: Sequence[str], action_error: Path,
 
 
 def _format_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]]) -> list[str]:
-    """Format a table: a row per policy, a column per task, and all tasks with their interval."""
+    """Format a table: a row per policy, a column per task, and a column for all tasks with the interval."""
     tasks = list(next(iter(evaluations.values())))
     width = max(map(len, evaluations))
     heads = "".join(f"{task.partition('-v3')[0]:>{_COLUMN_WIDTH}}" for task in tasks)
@@ -215,13 +215,11 @@ def _format_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]]) -> list[
 
 def _draw_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]], path: Path) -> None:
     """Plot success rates over all tasks, with their intervals, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     labels = list(evaluations)
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.5 * len(evaluations)), dpi=120)
+    figure = Figure(figsize=(7, 0.6 + 0.5 * len(evaluations)), dpi=120, layout="tight")
+    axes = figure.subplots()
     for place, label in enumerate(reversed(labels)):
         total = add_rates(evaluations[label].values())
         rate = total.num_successes / max(total.num_trials, 1)
@@ -231,6 +229,4 @@ def _draw_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]], path: Path
     axes.set_yticks(range(len(evaluations)), labels[::-1])
     axes.set(xlim=(0, 1), xlabel="success rate over all tasks")
     axes.grid(axis="x", alpha=0.25)
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

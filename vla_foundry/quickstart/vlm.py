@@ -8,7 +8,7 @@ from vla_foundry.datagen.scenes import SPLITS
 from vla_foundry.inference.caption import Question, answer, load_captioner
 from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
 
-# things whose state is visible at 64 pixels; a pressed button is not
+# objects whose state is visible at 64 pixels; that of a button is not
 TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "stick-push-v3")
 NUM_SCENES = 9000
 NUM_VALIDATION_SCENES = 500
@@ -32,7 +32,7 @@ _NUM_DRAWN = 8
 
 
 def create_vlm_stage(output_dir: Path) -> Stage:
-    """Build the vision-language stage; it writes below `<output_dir>/vlm` and starts from the run in `llm`."""
+    """Build the vision-language stage, which writes below `<output_dir>/vlm` and starts from the run in `llm`."""
     folder, llm_run = output_dir / "vlm", output_dir / "llm" / "runs" / "llm"
     scenes, shards, run = folder / "scenes", folder / "shards", folder / "runs" / "vlm"
     summary, figure = folder / "summary.txt", folder / "captions.png"
@@ -42,7 +42,7 @@ def create_vlm_stage(output_dir: Path) -> Stage:
         target = shards / split
         return Step(
             name=f"preprocess_scenes_{split}",
-            what=f"Put the {split} scenes into shards",
+            what=f"Write the {split} scenes to shards",
             words=words_of("preprocess image_caption", source=scenes / split, output=target, num_workers=0),
             outputs=(target / "manifest.jsonl",),
             folder=target,
@@ -52,7 +52,7 @@ def create_vlm_stage(output_dir: Path) -> Stage:
     steps = (
         Step(
             name="scenes",
-            what="Draw scenes in MuJoCo and describe them in words",
+            what="Render scenes in MuJoCo and describe them in words",
             words=words_of("scenes", output=scenes, **flags),
             outputs=tuple(scenes / split for split in SPLITS),
             folder=scenes,
@@ -134,14 +134,14 @@ def format_scores(scores: Mapping[str, AttributeScore]) -> list[str]:
 
 def draw_captions(pictures: Sequence[Path], predictions: Sequence[str], truths: Sequence[str], path: Path) -> None:
     """Draw scenes with their predicted captions; add the true caption where it differs."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(-(-len(pictures) // 4), 4, figsize=(14, 5 * -(-len(pictures) // 4)), dpi=90)
+    num_rows = -(-len(pictures) // 4)
+    figure = Figure(figsize=(14, 5 * num_rows), dpi=90, layout="tight")
+    axes = figure.subplots(num_rows, 4)
     for axis, picture, caption, truth in zip(axes.flat, pictures, predictions, truths, strict=False):
-        axis.imshow(pyplot.imread(picture), interpolation="nearest")
+        axis.imshow(imread(picture), interpolation="nearest")
         lines = caption.strip().replace(". ", ".\n")
         if caption.strip() != truth:
             lines += "\n(true) " + truth.replace(". ", ".\n")
@@ -150,6 +150,4 @@ def draw_captions(pictures: Sequence[Path], predictions: Sequence[str], truths: 
         # set_axis_off would leave no room for the titles
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
