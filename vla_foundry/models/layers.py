@@ -46,21 +46,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(input, self.weight.shape, None, self.eps) * self.weight
 
 
+_NORMS: dict[str, tuple[type[nn.Module], dict[str, bool]]] = {
+    "default_layer_norm": (nn.LayerNorm, {}),
+    "gain_only_layer_norm": (nn.LayerNorm, {"bias": False}),
+    "no_wb_layer_norm": (nn.LayerNorm, {"elementwise_affine": False}),
+    "lp_layer_norm": (LowPrecisionLayerNorm, {}),
+    "gain_only_lp_layer_norm": (LowPrecisionLayerNorm, {"bias": False}),
+    "rms_norm": (RMSNorm, {}),
+}
+
+
 def create_norm(norm_type: str, dim: int, eps: float) -> nn.Module:
     """Return a norm over the last dimension, of width `dim`."""
-    if norm_type == "default_layer_norm":
-        return nn.LayerNorm(dim, eps=eps)
-    if norm_type == "gain_only_layer_norm":
-        return nn.LayerNorm(dim, eps=eps, bias=False)
-    if norm_type == "no_wb_layer_norm":
-        return nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
-    if norm_type == "lp_layer_norm":
-        return LowPrecisionLayerNorm(dim, eps=eps)
-    if norm_type == "gain_only_lp_layer_norm":
-        return LowPrecisionLayerNorm(dim, eps=eps, bias=False)
-    if norm_type == "rms_norm":
-        return RMSNorm(dim, eps)
-    raise ValueError(f"model.norm_type '{norm_type}' is unknown.")
+    norm, options = _NORMS[norm_type]
+    return norm(dim, eps=eps, **options)
 
 
 def swiglu_hidden_dim(dim: int) -> int:
@@ -87,9 +86,7 @@ def create_feed_forward(ffn_type: str, dim: int) -> nn.Module:
     """Return a feed-forward of model width `dim`: `swiglu`, or `gelu` with an inner width of 4 dim."""
     if ffn_type == "swiglu":
         return SwiGLU(dim)
-    if ffn_type == "gelu":
-        return nn.Sequential(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
-    raise ValueError(f"model.ffn_type '{ffn_type}' is unknown.")
+    return nn.Sequential(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
 
 
 class Rotation(NamedTuple):

@@ -5,8 +5,9 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,10 +117,11 @@ def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
     name = EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME
     checkpoints = folder if folder.name == CHECKPOINTS_FOLDER else folder / CHECKPOINTS_FOLDER
     if not list_step_folders(folder) and checkpoints.is_dir():
-        # checkpoints of an earlier run; compare by number, because checkpoint_10 comes after checkpoint_9
-        earlier = [path for path in checkpoints.iterdir() if _EARLIER_CHECKPOINT.fullmatch(path.name)]
+        # checkpoints of an earlier run, by number, because checkpoint_10 comes after checkpoint_9
+        found = {path: _EARLIER_CHECKPOINT.fullmatch(path.name) for path in checkpoints.iterdir()}
+        earlier = {int(match[1]): path for path, match in found.items() if match is not None}
         if earlier:
-            newest = max(earlier, key=_earlier_number)
+            newest = earlier[max(earlier)]
             return newest.with_name(newest.name.replace("checkpoint_", "ema_")) if use_ema else newest
     path = find_checkpoint(folder, only={name}) / name
     if not path.is_file():
@@ -158,57 +160,40 @@ def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapp
         if not local.is_file():
             raise FileNotFoundError(f"Checkpoint {path} does not exist.")
         if local.suffix != ".safetensors":
-            yield _clean_names(
-                {name: Entry(tensor.shape, _constant(tensor)) for name, tensor in _read_pt_weights(local)}
-            )
+            yield _clean_names({name: Entry(value.shape, lambda v=value: v) for name, value in _read_pt_weights(local)})
             return
         try:
             file = safe_open(local, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
         with file:
-            yield _clean_names({name: _lazy_entry(file, name) for name in file.keys()})  # noqa: SIM118
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            yield _clean_names({name: Entry(shape, partial(file.get_tensor, name)) for name, shape in shapes.items()})
 
 
-class Entry:
+class Entry(NamedTuple):
     """A stored tensor: its shape, and how to read it."""
 
-    def __init__(self, shape: torch.Size, read: Callable[[], Tensor]) -> None:
-        self.shape = shape
-        self.read = read
+    shape: torch.Size
+    read: Callable[[], Tensor]
 
 
 Translate = Callable[[Mapping[str, Entry]], Mapping[str, Entry]]
-
-
-def _lazy_entry(file: safe_open, name: str) -> Entry:
-    return Entry(torch.Size(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
-
-
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
 
 
 def _is_file_name(name: str) -> bool:
     return name.endswith((".safetensors", ".pt"))
 
 
-def _earlier_number(path: Path) -> int:
-    match = _EARLIER_CHECKPOINT.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
-
-
 def _find_remote_weights(folder: str, use_ema: bool) -> str:
-    marks = [file for file in list_files(folder) if _STEP_MARK.search(file) or file == join_uri(folder, COMPLETE_NAME)]
-    if not marks:
+    files = list_files(folder)
+    steps = {int(match[2]): file for file in files if (match := _STEP_MARK.search(file)) is not None}
+    if not steps and join_uri(folder, COMPLETE_NAME) in files:
+        # the folder itself is a step folder
+        steps[0] = join_uri(folder, COMPLETE_NAME)
+    if not steps:
         raise ValueError(f"{folder} has no complete checkpoint. Give a run folder, a step folder or a weights file.")
-
-    def step_of(mark: str) -> int:
-        match = _STEP_MARK.search(mark)
-        return int(match.group(2)) if match else 0
-
-    newest = max(marks, key=step_of)
-    return join_uri(newest.removesuffix(COMPLETE_NAME), EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME)
+    return join_uri(steps[max(steps)].removesuffix(COMPLETE_NAME), EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME)
 
 
 def read_pt(path: Path) -> Any:
@@ -262,7 +247,12 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
     ]
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     if any(names for _, names in faults):
-        listed = "; ".join(f"{what}: {_enumerate(names)}" for what, names in faults if names)
+        listed = "; ".join(
+            f"{what}: {', '.join(names[:_NUM_NAMED])}"
+            + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
+            for what, names in faults
+            if names
+        )
         raise ValueError(
             f"Checkpoint {source} does not fit the model: {listed}. Use the model params it was saved with "
             f"(config_model.yaml of its run)."
@@ -270,8 +260,3 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
     for name, entry in entries.items():
         if tied.get(name) not in entries:
             tensors[name].copy_(entry.read())
-
-
-def _enumerate(names: list[str]) -> str:
-    more = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")

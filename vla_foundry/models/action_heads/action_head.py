@@ -92,7 +92,7 @@ ACTION_HEADS: "Registry[Callable[[Any, HeadWidths], ActionHead]]" = Registry(
 )
 
 
-# register a factory `(params, widths) -> head` as the action head of this name
+# register a class or factory `(params, widths) -> head with initial weights` as the action head of this name
 register_action_head = ACTION_HEADS.register
 
 

@@ -134,6 +134,8 @@ class Context(NamedTuple):
     step_mask: Tensor | None
 
 
+@register_action_head("flow_transformer")
+@register_action_head("ddpm_transformer")
 class FlowTransformer(TransformerHead):
     """A transformer that predicts the denoising target from noised actions and their time."""
 
@@ -147,6 +149,7 @@ class FlowTransformer(TransformerHead):
         self.is_modulated = is_modulated
         self.process = create_noise(self.params.noise)
         self.time_encoding: Any = self.create_time_encoding(widths)
+        self.init_weights()
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
         """Create the network that maps the sines of the time."""
@@ -281,12 +284,3 @@ class FlowTransformer(TransformerHead):
     def _draw(self, key: DrawKey, purpose: str, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """Draw fp32 standard normal numbers for each sample."""
         return draw_normals(key.samples, shape, seed=key.seed, purpose=f"{key.stage} {purpose}")
-
-
-@register_action_head("flow_transformer")
-@register_action_head("ddpm_transformer")
-def create_flow_transformer(params: DenoisingHeadParams, widths: HeadWidths) -> FlowTransformer:
-    """Build the head; flow and DDPM heads differ only in the noise process."""
-    head = FlowTransformer(params, widths)
-    head.init_weights()
-    return head

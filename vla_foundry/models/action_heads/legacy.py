@@ -48,38 +48,24 @@ class LegacyFlowMatching(FlowMatching):
         return x if self.clamp_range is None else x.clamp(*self.clamp_range)
 
 
-class LegacyFlowTransformer(FlowTransformer):
-    """A flow transformer with an optional time table and an optional final norm."""
-
-    def __init__(self, params: LegacyHeadParams, widths: HeadWidths) -> None:
-        super().__init__(params, widths, final_norm=params.final_norm)
-
-    @property
-    def has_table(self) -> bool:
-        """Return True if time is encoded by a trained table."""
-        return self.params.time_encoding == "table"
+class TimeTableTransformer(FlowTransformer):
+    """A flow transformer whose times are rows of a trained table, as wide as the conditioning."""
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
-        """Create the table, or the network that maps the sines of the time."""
-        if not self.has_table:
-            return super().create_time_encoding(widths)
+        """Create the table."""
         return nn.Embedding(self.process.params.num_timesteps, widths.conditioning_dim)
 
-    def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K E"]:
-        """Map conditioning to the head's width; with a table, `add_time` does this after adding the time."""
-        return tokens if self.has_table else super().embed_conditioning(tokens)
+    def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K C"]:
+        """Return the tokens unchanged; `add_time` maps them to the head's width after adding the time."""
+        return tokens
 
-    def embed_time(self, times: Float[Tensor, " N"]) -> Float[Tensor, "N E"]:
-        """Encode times; with a table, take the nearest row."""
-        if not self.has_table:
-            return super().embed_time(times)
+    def embed_time(self, times: Times) -> Float[Tensor, "N C"]:
+        """Take the nearest row of each time."""
         num = self.time_encoding.num_embeddings
         return self.time_encoding((times * num).round().long().clamp(0, num - 1))
 
-    def add_time(self, parts: list[Part], time: Float[Tensor, "N E"]) -> list[Part]:
+    def add_time(self, parts: list[Part], time: Float[Tensor, "N C"]) -> list[Part]:
         """Insert time into the joint sequence and map conditioning to the head's width."""
-        if not self.has_table:
-            return super().add_time(parts, time)
         (tokens, mask), *others = parts
         if self.params.time_conditioning == "concat":
             in_front: Part = (self.condition_encode(time).unsqueeze(1), None)
@@ -87,18 +73,14 @@ class LegacyFlowTransformer(FlowTransformer):
         return [(self.condition_encode(tokens + time.unsqueeze(1)), mask), *others]
 
     def init_time_encoding(self) -> None:
-        """Initialise the network's weights; a table starts as sines."""
-        if not self.has_table:
-            super().init_time_encoding()
-            return
+        """Start the table as sines."""
         table: Any = self.time_encoding.weight
         table.copy_(encode_sines(torch.arange(table.shape[0], device=table.device), table.shape[1]))
 
 
 @register_action_head("legacy_flow_transformer")
 @register_action_head("legacy_ddpm_transformer")
-def create_legacy_head(params: LegacyHeadParams, widths: HeadWidths) -> LegacyFlowTransformer:
+def create_legacy_head(params: LegacyHeadParams, widths: HeadWidths) -> FlowTransformer:
     """Build the head; flow and DDPM heads differ only in the noise process."""
-    head = LegacyFlowTransformer(params, widths)
-    head.init_weights()
-    return head
+    head = TimeTableTransformer if params.time_encoding == "table" else FlowTransformer
+    return head(params, widths, final_norm=params.final_norm)

@@ -22,12 +22,14 @@ from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import RegressionParams
 
 
+@register_action_head("regression")
 class RegressionHead(TransformerHead):
     """A transformer that predicts actions directly, without noise."""
 
     def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
         reading = "cross" if params.conditioning == "cross_attention" else "prefix"
         super().__init__(params, widths, reading=reading, final_norm=params.final_norm)
+        self.init_weights()
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the summed absolute error."""
@@ -55,11 +57,3 @@ class RegressionHead(TransformerHead):
         in_front = context if self.transformer.reading == "prefix" else None
         hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
         return self.output_layer(hidden)
-
-
-@register_action_head("regression")
-def create_regression_head(params: RegressionParams, widths: HeadWidths) -> RegressionHead:
-    """Build the head."""
-    head = RegressionHead(params, widths)
-    head.init_weights()
-    return head
