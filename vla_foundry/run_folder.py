@@ -28,6 +28,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vla_foundry.shards import sha256_of
 
@@ -153,6 +154,14 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
             if sha256_of(file) != digest:
                 return f"{path} does not have the SHA-256 it was written with"
     return None
+
+
+def read_side_file(path: Path) -> Any:
+    """Return the contents of a JSON file of a run folder; None if it is missing or damaged, which a resume survives."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def find_checkpoint(

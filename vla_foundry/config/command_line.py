@@ -1,12 +1,18 @@
 """Parse the command line and config files of every command into a frozen dataclass, or report a one-line error."""
 
+import contextlib
+import errno
 import importlib
+import json
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vla_foundry.config import schema
@@ -234,23 +240,34 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main([word for word in argv if word != "--debug"])
     except (ValueError, OSError) as error:
-        if is_debug or not _is_users_error(error):
+        if is_debug or isinstance(error, BrokenPipeError):
             raise
         where = "" if is_first_process() else f"process {read_rank()}: "
-        sys.stderr.write(f"error: {where}{' '.join(_message(error).split()) or repr(error)}\n")
+        line = f"error: {where}{' '.join(_message(error).split()) or repr(error)}"
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{line}\n")
+        _tell_launcher(line)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _is_users_error(error: ValueError | OSError) -> bool:
-    return isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+def _tell_launcher(line: str) -> None:
+    """Write an error where torchrun looks for it: it ends its own report with that file, and would bury the line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 def _message(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    return str(error)
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    message = f"{error.filename}: {error.strerror}."
+    if error.errno == errno.ENOSPC:
+        folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
+        message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
+    return message
 
 
 def unknown_command_message(name: str, known: list[str]) -> str:

@@ -34,7 +34,7 @@ from vla_foundry.robotics.spec import (
 )
 from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics
 from vla_foundry.robotics.statistics_format import format_statistics, parse_statistics
-from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
+from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME, read_side_file
 from vla_foundry.storage.uri import is_remote, join_uri, parent_uri, read_text, write_text
 
 
@@ -170,7 +170,8 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
     normalization = create_normalization(params, datasets)
     state = json.dumps(normalization.normalizer.state(), indent=1) + "\n"
     kept_state = folder / NORMALIZER_NAME
-    if kept_state.exists() and kept_state.read_text(encoding="utf-8") != state and not params.accept_changed_data:
+    before = read_side_file(kept_state)
+    if before is not None and json.dumps(before, indent=1) + "\n" != state and not params.accept_changed_data:
         raise ValueError(
             f"data.dataset_statistics or data.normalization are not those that {kept_state} was made from, so the "
             "model's numbers would mean something else. Restore them, start another run, or go on with "

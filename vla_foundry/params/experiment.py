@@ -15,6 +15,7 @@ from vla_foundry.params.hparams import HyperParams, count_decay_steps
 from vla_foundry.params.models.roles import ModelParams
 
 P = TypeVar("P")
+_MAX_NAME_BYTES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class TrainExperimentParams(BaseParams):
         super().__post_init__()
         if self.name is not None and (not self.name.strip("./ ") or "/" in self.name):
             raise ValueError(f"name '{self.name}' cannot be the name of a folder. Leave out slashes.")
+        # file systems take 255 bytes, and the names of locks and temporary files are longer
+        if self.name is not None and len(self.name.encode()) > _MAX_NAME_BYTES:
+            raise ValueError(f"name is {len(self.name.encode())} bytes long. Use at most {_MAX_NAME_BYTES}.")
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the budget in samples from `num_epochs`."""

@@ -1,5 +1,6 @@
 """Files on this machine: atomic writes, listing, and the file name patterns that all kinds of storage share."""
 
+import errno
 import fnmatch
 import glob
 import os
@@ -7,10 +8,13 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 # suffix of unfinished files; they may be deleted when no writer is alive
 TEMPORARY_SUFFIX = ".tmp"
+# only writing can fail with these
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _local(path: str) -> str:
@@ -27,6 +31,22 @@ def sync_folder(folder: str) -> None:
 
 
 @contextmanager
+def name_errors(path: str | Path, only: tuple[int, ...] = ()) -> Iterator[None]:
+    """Add a file's name to an OSError without one, such as write() raises on a full disk.
+
+    Args:
+        path: the file.
+        only: the error numbers to name; empty: all.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None and (not only or error.errno in only):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def replace_file(path: str) -> Iterator[str]:
     """Yield a temporary path beside `path`; fsync and rename it to `path` when the block ends without an error.
 
@@ -35,16 +55,40 @@ def replace_file(path: str) -> Iterator[str]:
     path = _local(path)
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    # the name of the file may be as long as the file system allows
+    temporary = os.path.join(folder, f".{os.path.basename(path)[:40]}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(folder)
+        with name_errors(path, _FULL):
+            yield temporary
+        with name_errors(path):
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(folder)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, and rename it to `folder` when the block ends without an error.
+
+    If `folder` exists, its files are replaced one by one, and those without a successor stay.
+    """
+    aside = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with name_errors(folder, _FULL):
+        yield aside
+    if not folder.exists() and any(aside.iterdir()):
+        aside.rename(folder)
+        return
+    for source in [path for path in aside.rglob("*") if path.is_file()]:
+        target = folder / source.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+    shutil.rmtree(aside)
 
 
 class LocalStorage:
@@ -87,7 +131,7 @@ class LocalStorage:
             yield file
 
     def write_bytes(self, uri: str, data: bytes) -> None:
-        with self.open_output(uri) as file:
+        with self.open_output(uri) as file, name_errors(uri):
             file.write(data)
 
     def download(self, uri: str, path: str) -> None:

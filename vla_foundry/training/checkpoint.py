@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -35,7 +36,7 @@ from vla_foundry.run_folder import (
     step_folder_name,
 )
 from vla_foundry.shards import sha256_of
-from vla_foundry.storage.local import sync_folder
+from vla_foundry.storage.local import name_errors, sync_folder
 from vla_foundry.storage.uri import write_bytes
 from vla_foundry.training.distributed import (
     gather,
@@ -77,7 +78,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, is_main: bool) -
             if isinstance(tensor, DTensor):
                 gather(tensor)
         return 0, ""
-    with path.open("wb") as file:
+    with name_errors(path), path.open("wb") as file:
         digest = hashlib.sha256()
         _write(file, digest, _format_header(tensors))
         for tensor in tensors.values():
@@ -166,16 +167,49 @@ def save_checkpoint(
     """
     final = run_folder / CHECKPOINTS_FOLDER / step_folder_name(state.step)
     folder = final.with_name(WRITING_PREFIX + final.name)
-    main_rank_first(world, lambda: _create_empty(folder))
     files: dict[str, tuple[int, str]] = {}
-    files[MODEL_WEIGHTS_NAME] = write_weights(folder / MODEL_WEIGHTS_NAME, model_tensors(state), is_main=world.is_main)
-    if state.ema is not None:
-        files[EMA_WEIGHTS_NAME] = write_weights(folder / EMA_WEIGHTS_NAME, ema_tensors(state), is_main=world.is_main)
-    _write_moments(folder / TRAINING_STATE_FOLDER, state)
-    files.update(_hash_moments(folder, world))
     scalars = {"version": STATE_VERSION, **_read_scalars(state), "world_size": world.world_size, **facts}
-    main_rank_first(world, lambda: _finish(folder, final, files, scalars, max_checkpoints))
+    with _explain_errors(folder, state, world):
+        main_rank_first(world, lambda: _create_empty(folder))
+        path = folder / MODEL_WEIGHTS_NAME
+        files[path.name] = write_weights(path, model_tensors(state), is_main=world.is_main)
+        if state.ema is not None:
+            path = folder / EMA_WEIGHTS_NAME
+            files[path.name] = write_weights(path, ema_tensors(state), is_main=world.is_main)
+        _write_moments(folder / TRAINING_STATE_FOLDER, state)
+        files.update(_hash_moments(folder, world))
+        main_rank_first(world, lambda: _finish(folder, final, files, scalars))
+    if world.is_main and max_checkpoints is not None:
+        for old in list_step_folders(run_folder)[max(max_checkpoints, 1) :]:
+            shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def _explain_errors(folder: Path, state: TrainState, world: World) -> Iterator[None]:
+    """Turn an error of the disk into one line with the space that a checkpoint needs, and delete what was written."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        # torch gathers the errors of all ranks, and raises them on every one
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        cause = causes[0]
+        if not isinstance(cause, OSError):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        if not world.is_main:
+            raise SystemExit(2) from None
+        sizes = [tensor.numel() * tensor.element_size() for tensor in _moment_tensors(state).values()]
+        for tensors in (model_tensors(state), *([ema_tensors(state)] if state.ema is not None else [])):
+            sizes += [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+        with suppress(OSError):
+            free = shutil.disk_usage(folder.parent).free
+            raise ValueError(
+                f"{cause.filename or folder / TRAINING_STATE_FOLDER}: {cause.strerror}. A checkpoint needs "
+                f"{sum(sizes) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. Make room, then continue with "
+                "--resume auto."
+            ) from error
+        raise
 
 
 def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
@@ -332,7 +366,6 @@ def _finish(
     final: Path,
     files: dict[str, tuple[int, str]],
     scalars: Mapping[str, Any],
-    max_checkpoints: int | None,
 ) -> None:
     content = json.dumps(scalars, indent=1).encode()
     write_bytes(str(folder / STATE_NAME), content)
@@ -343,6 +376,3 @@ def _finish(
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     sync_folder(str(final.parent))
-    if max_checkpoints is not None:
-        for old in list_step_folders(final.parent.parent)[max(max_checkpoints, 1) :]:
-            shutil.rmtree(old)

@@ -15,6 +15,7 @@ from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_folder
+from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
@@ -30,7 +31,7 @@ from vla_foundry.training.metrics import create_metric_log, truncate_metrics
 from vla_foundry.training.optimizer import describe_groups
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
-from vla_foundry.training.start import copy_tokenizer, find_start, record_start, write_configs
+from vla_foundry.training.start import copy_tokenizer, find_start, record_start, remove_unfinished, write_configs
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
 
@@ -85,6 +86,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     started = time.perf_counter()
     notices: list[str] = []
     main_rank_first(world, lambda: stack.enter_context(lock_folder(folder, what="run folder", flag="--name")))
+    main_rank_first(world, lambda: remove_unfinished(folder))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
     loader, validation_loader = create_loaders(params, world, stack)
     state = create_state(params, world, is_restored=checkpoint is not None)
@@ -206,15 +208,15 @@ def prepare_folder(
     """Write everything a run folder holds besides metrics and checkpoints.
 
     Returns:
-        Lines for the user: differences from the config already in the folder.
+        Lines for the user: differences from the config already in the folder, and damaged files.
     """
     changes = write_configs(params, folder)
-    record_start(folder, world, state.step)
+    changes += record_start(folder, world, state.step)
     copy_tokenizer(params.data, folder)
     loader.save_files(folder)
-    save_model_files(state.model, folder / MODEL_FILES_FOLDER)
-    truncate_metrics(folder, state.step)
-    return changes
+    with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
+        save_model_files(state.model, aside)
+    return changes + truncate_metrics(folder, state.step)
 
 
 def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:

@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.run_folder import METRICS_NAME
-from vla_foundry.storage.uri import write_text
+from vla_foundry.storage.local import name_errors
+from vla_foundry.storage.uri import write_bytes, write_text
 
 WANDB_ID_NAME = "wandb_run_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -84,33 +85,46 @@ class MetricsFile:
     """Write metrics to metrics.jsonl."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._file = (run_folder / METRICS_NAME).open("a", encoding="utf-8")
+        self._path = run_folder / METRICS_NAME
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line."""
         finite = {name: None if _is_non_finite(value) else value for name, value in metrics.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
-        self._file.flush()
+        with name_errors(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with name_errors(self._path):
+            self._file.close()
 
 
 def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def truncate_metrics(run_folder: Path, step: int) -> None:
-    """Atomically drop lines of metrics.jsonl after `step`, and a last line cut off by a kill."""
+def truncate_metrics(run_folder: Path, step: int) -> list[str]:
+    """Atomically drop lines of metrics.jsonl after `step`, and a last line cut off by a kill.
+
+    Returns:
+        Lines for the user: how many damaged lines were dropped too.
+    """
     path = run_folder / METRICS_NAME
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        if json.loads(line)["step"] <= step:
-            kept.append(f"{line}\n")
-    write_text(str(path), "".join(kept))
+        return []
+    kept, num_damaged = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            num_damaged += 1
+            continue
+        if is_kept:
+            kept.append(line + b"\n")
+    write_bytes(str(path), b"".join(kept))
+    return [f"{num_damaged} damaged lines of {path} were dropped."] if num_damaged else []
 
 
 class Terminal:
@@ -198,10 +212,12 @@ class Wandb:
         import wandb
 
         id_file = run_folder / WANDB_ID_NAME
-        if not id_file.is_file():
-            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        run_id = id_file.read_text(encoding="utf-8", errors="replace").strip() if id_file.is_file() else ""
+        if not run_id.isalnum():
+            run_id = uuid.uuid4().hex[:8]
+            write_text(str(id_file), run_id)
         self._run = wandb.init(
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=run_id,
             resume="allow",
             project=params.wandb_project_name,
             entity=params.wandb_entity,

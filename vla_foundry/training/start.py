@@ -32,8 +32,10 @@ from vla_foundry.run_folder import (
     find_checkpoint,
     find_fault,
     list_step_folders,
+    read_side_file,
     read_step,
 )
+from vla_foundry.storage.local import TEMPORARY_SUFFIX, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.world import World
 
@@ -90,6 +92,18 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")
     return step_folder
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Delete what a killed process left half-written; call it while holding the run."""
+    for path in [
+        *run_folder.glob(f".*{TEMPORARY_SUFFIX}"),
+        *run_folder.glob(f"{CHECKPOINTS_FOLDER}/{WRITING_PREFIX}*"),
+    ]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def fetch_checkpoint(
@@ -151,15 +165,19 @@ def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
     path = run_folder / CONFIG_NAME
     changes: list[str] = []
     if path.is_file():
-        before = _leaves(to_plain(load_experiment_params_from_yaml(str(path))))
-        now = _leaves(to_plain(params))
-        changes = [
-            f"{name} was {before.get(name)}, is {now.get(name)}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name not in _INCIDENTAL
-        ]
-    path.write_text(dump_params(params), encoding="utf-8")
-    (run_folder / MODEL_CONFIG_NAME).write_text(dump_params(params.model, params.plugins), encoding="utf-8")
+        try:
+            before = _leaves(to_plain(load_experiment_params_from_yaml(str(path))))
+        except ValueError as error:
+            changes.append(f"{path} is rewritten, because it could not be read: {error}")
+        else:
+            now = _leaves(to_plain(params))
+            changes += [
+                f"{name} was {before.get(name)}, is {now.get(name)}"
+                for name in sorted(before.keys() | now.keys())
+                if before.get(name) != now.get(name) and name not in _INCIDENTAL
+            ]
+    write_text(str(path), dump_params(params))
+    write_text(str(run_folder / MODEL_CONFIG_NAME), dump_params(params.model, params.plugins))
     return changes
 
 
@@ -175,12 +193,22 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 _PACKAGES = ("vla-foundry", "torch", "numpy", "transformers", "tokenizers", "safetensors", "webdataset")
 
 
-def record_start(run_folder: Path, world: World, first_step: int) -> None:
-    """Append this start of the run to provenance.json."""
+def record_start(run_folder: Path, world: World, first_step: int) -> list[str]:
+    """Append this start of the run to provenance.json.
+
+    Returns:
+        Lines for the user: whether the file was damaged, so that earlier starts are lost.
+    """
     path = run_folder / PROVENANCE_NAME
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"starts": []}
-    record["starts"].append(_describe_start(world, first_step))
+    record = read_side_file(path)
+    starts = record.get("starts", []) if isinstance(record, dict) else None
+    notices = []
+    if not isinstance(record, dict) or not isinstance(starts, list):
+        record, starts = {}, []
+        notices = [f"{path} is rewritten, because it could not be read."] if path.exists() else []
+    record["starts"] = [*starts, _describe_start(world, first_step)]
     write_text(str(path), json.dumps(record, indent=1) + "\n")
+    return notices
 
 
 def _describe_start(world: World, first_step: int) -> dict[str, Any]:
@@ -233,25 +261,24 @@ def _save_processor(data: ImageProcessorParams, target: Path) -> None:
         return
     from vla_foundry.data.pipelines.image_caption import create_image_processor
 
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    create_image_processor(data).save(aside)
-    aside.rename(target)
+    with replace_folder(target) as aside:
+        create_image_processor(data).save(aside)
 
 
 def _copy_folder(source: str, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for file in list_files(source):
-        download(file, str(aside / file.removeprefix(source).lstrip("/")))
-    aside.rename(target)
+    files = list_files(source)
+    with replace_folder(target) as aside:
+        for file in files:
+            download(file, str(aside / file.removeprefix(source).lstrip("/")))
 
 
 def _save_named(name: str, target: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(str(target))
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from None
+    with replace_folder(target) as aside:
+        tokenizer.save_pretrained(str(aside))

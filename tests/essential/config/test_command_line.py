@@ -1,12 +1,16 @@
 """From words to params: precedence whatever the order, positional words, notices, help and plug-ins."""
 
+import errno
 import itertools
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from vla_foundry.config.command_line import Parsed, parse, parse_command
+from vla_foundry.config.command_line import Parsed, parse, parse_command, run_command
 from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
 
 Write = Callable[[str, str], str]
@@ -297,3 +301,24 @@ def test_help_on_an_unknown_topic_is_an_error() -> None:
         parse_command(TrainParams, ["--help", "hparms"], prog="train")
     with pytest.raises(ValueError, match=r"^model\.type 'transforme' is unknown\. Did you mean 'transformer'\?"):
         parse_command(TrainParams, ["--help", "model.type=transforme"], prog="train")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EIO])
+def test_an_error_of_the_disk_is_one_line_that_names_the_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+
+    def fail(words: list[str]) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "missing" / "file"))
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, [])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {tmp_path}/missing/file: {os.strerror(number)}.")
+    assert ("MB are free" in lines[0]) == (number == errno.ENOSPC)
+    # torchrun shows this file at the end of its own report
+    assert json.loads(report.read_text(encoding="utf-8"))["message"] == lines[0]

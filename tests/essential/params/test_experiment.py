@@ -253,3 +253,8 @@ def test_every_field_of_every_section_has_a_comment_for_the_help() -> None:
                     check(section)
 
     check(TrainExperimentParams)
+
+
+def test_a_name_too_long_for_a_file_system_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"name is 300 bytes long\. Use at most 200\."):
+        replace(PARAMS, name="é" * 150)

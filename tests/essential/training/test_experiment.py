@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,70 @@ def test_training_needs_none_of_the_optional_packages(params: TrainExperimentPar
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert read_losses(Path(params.save_path) / "bare") == read_losses(Path(params.save_path) / "run")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x00", b"\xff{: ["])
+def test_a_damaged_side_file_is_rebuilt_and_said(
+    params: TrainExperimentParams, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(params, total_train_samples=32), World())
+    folder = Path(params.save_path) / "run"
+    losses = read_losses(folder)
+    names = ("config.yaml", "config_model.yaml", "provenance.json")
+    for name in names:
+        (folder / name).write_bytes(content)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(content + b"\n")
+    capsys.readouterr()
+    train(replace(params, resume="auto"), World())
+    out = capsys.readouterr().out
+    for said in (f"{folder / name} is rewritten" for name in (names[0], names[2])):
+        assert said in out
+    assert "1 damaged lines" in out
+    assert read_losses(folder)[:4] == losses[:4]
+    assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
+    assert load_experiment_params_from_yaml(str(folder / "config.yaml")).total_train_samples == 48
+    assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
+    assert json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["starts"][0]["first_step"] == 4
+
+
+def test_files_of_a_run_folder_are_never_written_in_place(params: TrainExperimentParams) -> None:
+    """A reader of the first start's file still reads it whole, as the second start replaces it."""
+    train(replace(params, total_train_samples=32), World())
+    folder = Path(params.save_path) / "run"
+    names = ("config.yaml", "config_model.yaml", "provenance.json", "metrics.jsonl")
+    opened = {name: (folder / name).open("rb") for name in names}
+    before = {name: (folder / name).read_bytes() for name in names}
+    train(replace(params, resume="auto"), World())
+    for name, file in opened.items():
+        with file:
+            assert file.read() == before[name]
+        assert (folder / name).read_bytes() != before[name] or name == "config_model.yaml"
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Writing past `num_bytes` fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("limit", "name"), [(100_000, "model.safetensors"), (350_000, "training_state"), (1_000, "")])
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_run_resumes(
+    params: TrainExperimentParams, limit: int, name: str
+) -> None:
+    """The weights take 249 kB, and the optimizer's moments twice that."""
+    message = rf"step_00000004/{name}\S*: .*A checkpoint needs \d\.\d MB, and [\d,.]+ MB are free"
+    folder = Path(params.save_path) / "run"
+    train(replace(params, total_train_samples=16, num_checkpoints=1), World())
+    resumed = replace(params, resume="auto")
+    with file_size_limit(limit), pytest.raises((ValueError, OSError), match=message if name else "yaml"):
+        train(resumed, World())
+    assert [step.name for step in list_step_folders(folder)] == ["step_00000002"]
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    train(resumed, World())
+    assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
