@@ -24,12 +24,11 @@ _FIELD_PATTERN = re.compile(
     rf"robot__(?P<source>actual|desired|action)__(?P<quantity>{_WORD})__(?P<side>{_WORD})"
     rf"::(?P<body>{_WORD})(?:__(?P<component>{_WORD}))?(?P<relative>{RELATIVE_SUFFIX})?"
 )
-_IMAGE_PATTERN = re.compile(r"(?P<camera>.+)_t(?P<offset>-?\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldName:
-    """The parts of a field's name; `str()` gives the name."""
+    """The parts of a field's name."""
 
     # actual: measured; desired: commanded by the controller; action: commanded by the policy or the operator
     source: Literal["actual", "desired", "action"]
@@ -43,11 +42,6 @@ class FieldName:
     component: str | None = None
     # True if expressed in the frame of the reference pose at the anchor
     is_relative: bool = False
-
-    def __str__(self) -> str:
-        component = f"__{self.component}" if self.component else ""
-        relative = RELATIVE_SUFFIX if self.is_relative else ""
-        return f"robot__{self.source}__{self.quantity}__{self.side}::{self.body}{component}{relative}"
 
 
 def parse_field_name(name: str) -> FieldName | None:
@@ -206,15 +200,3 @@ def image_name(camera: str, offset: int) -> str:
 def image_names(cameras: Sequence[str], offsets: Sequence[int]) -> list[str]:
     """Return the names of a sample's images in batch order: time-major, cameras within a time step."""
     return [image_name(camera, offset) for offset in offsets for camera in cameras]
-
-
-def parse_image_name(name: str) -> tuple[str, int]:
-    """Split an image's name into camera and offset.
-
-    Raises:
-        ValueError: the name is not `<camera>_t<offset>`.
-    """
-    match = _IMAGE_PATTERN.fullmatch(name)
-    if match is None:
-        raise ValueError(f"image '{name}' is not named <camera>_t<offset>.")
-    return match["camera"], int(match["offset"])

@@ -16,7 +16,6 @@ A value that is not a rotation (zero quaternion, parallel 6D vectors, NaN) raise
 """
 
 import itertools
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
@@ -73,17 +72,22 @@ def rotation_to_matrix(
     width = rotation_width(rotation_format)
     if values.shape[-1] != width:
         raise ValueError(f"{field} has {values.shape[-1]} columns, but {rotation_format} needs {width}.")
+    values = values.astype(np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        _fail_where(~is_finite.all(axis=-1), field, "a value is not finite")
     kind, _, detail = rotation_format.rpartition("_")
     if kind == "rot_6d":
-        return matrix_from_rot_6d(values, "rows" if detail == "rows" else "columns", field=field)
+        rows = _orthonormalize(values, field)
+        return rows if detail == "rows" else np.swapaxes(rows, -1, -2)
     if kind == "quaternion":
-        return matrix_from_quaternion(values, "xyzw" if detail == "xyzw" else "wxyz", field=field)
+        return _matrix_from_quaternion(values if detail == "xyzw" else np.roll(values, -1, axis=-1), field)
     if kind == "euler":
-        return matrix_from_euler(values, detail, field=field)
+        return _matrix_from_euler(values, detail)
     if rotation_format == "axis_angle":
-        return matrix_from_axis_angle(values, field=field)
-    matrix = _finite(values, field).reshape(*values.shape[:-1], 3, 3)
-    check_rotation_matrix(matrix, field=field)
+        return _matrix_from_axis_angle(values)
+    matrix = values.reshape(*values.shape[:-1], 3, 3)
+    _check_rotation_matrix(matrix, field)
     return matrix
 
 
@@ -96,21 +100,21 @@ def matrix_to_rotation(
         ValueError: unknown format, or a matrix that is not a rotation.
     """
     rotation_width(rotation_format)
+    matrix = matrix.astype(np.float64)
     kind, _, detail = rotation_format.rpartition("_")
     if kind == "rot_6d":
-        return rot_6d_from_matrix(matrix, "rows" if detail == "rows" else "columns")
+        rows = matrix if detail == "rows" else np.swapaxes(matrix, -1, -2)
+        return np.ascontiguousarray(rows[..., :2, :]).reshape(*matrix.shape[:-2], 6)
+    if rotation_format == "matrix":
+        return matrix.reshape(*matrix.shape[:-2], 9)
+    _check_rotation_matrix(matrix, field)
+    quaternion = _quaternion_from_matrix(matrix)
     if kind == "quaternion":
-        return quaternion_from_matrix(matrix, "xyzw" if detail == "xyzw" else "wxyz", field=field)
-    if kind == "euler":
-        return euler_from_matrix(matrix, detail, field=field)
-    if rotation_format == "axis_angle":
-        return axis_angle_from_matrix(matrix, field=field)
-    return matrix.astype(np.float64).reshape(*matrix.shape[:-2], 9)
+        return quaternion if detail == "xyzw" else np.roll(quaternion, 1, axis=-1)
+    return _euler_from_quaternion(quaternion, detail) if kind == "euler" else _axis_angle_from_quaternion(quaternion)
 
 
-def matrix_from_rot_6d(
-    values: Float[np.ndarray, "*B 6"], convention: Literal["rows", "columns"], *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3 3"]:
+def _orthonormalize(values: Float64[np.ndarray, "*B 6"], field: str) -> Float64[np.ndarray, "*B 3 3"]:
     """Orthonormalize by Gram-Schmidt: keep the first vector's direction and the plane; the third is the cross product.
 
     The lengths of the vectors do not matter, so network outputs are accepted.
@@ -118,7 +122,7 @@ def matrix_from_rot_6d(
     Raises:
         ValueError: a vector is zero, or the two are parallel.
     """
-    pairs = _finite(values, field).reshape(*values.shape[:-1], 2, 3)
+    pairs = values.reshape(*values.shape[:-1], 2, 3)
     length = np.sqrt(_dot(pairs, pairs))
     if not (length > 1e-100).all() or not (length < 1e100).all():
         # divide by the largest entry first, because the square of 1e-200 underflows to zero
@@ -139,31 +143,19 @@ def matrix_from_rot_6d(
     rows[..., 0, :], rows[..., 1, :] = first, second
     # the cross product; numpy.cross takes five times as long for the few rows of a window
     rows[..., 2, :] = first[..., _NEXT] * second[..., _AFTER] - first[..., _AFTER] * second[..., _NEXT]
-    return rows if convention == "rows" else np.swapaxes(rows, -1, -2)
+    return rows
 
 
-def rot_6d_from_matrix(
-    matrix: Float[np.ndarray, "*B 3 3"], convention: Literal["rows", "columns"]
-) -> Float64[np.ndarray, "*B 6"]:
-    """Return the first two rows (or columns) of each matrix, one after the other."""
-    rows = matrix.astype(np.float64) if convention == "rows" else np.swapaxes(matrix.astype(np.float64), -1, -2)
-    return np.ascontiguousarray(rows[..., :2, :]).reshape(*matrix.shape[:-2], 6)
-
-
-def matrix_from_quaternion(
-    values: Float[np.ndarray, "*B 4"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3 3"]:
-    """Convert quaternions of any nonzero norm to matrices.
+def _matrix_from_quaternion(quaternion: Float64[np.ndarray, "*B 4"], field: str) -> Float64[np.ndarray, "*B 3 3"]:
+    """Convert quaternions (xyzw) of any nonzero norm to matrices.
 
     Raises:
         ValueError: a quaternion is zero.
     """
-    quaternion = _finite(values, field)
     largest = np.abs(quaternion).max(axis=-1, keepdims=True)
     _fail_where(largest[..., 0] == 0, field, "the quaternion is zero")
     quaternion = quaternion / largest
-    quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    x, y, z, w = np.moveaxis(quaternion if order == "xyzw" else np.roll(quaternion, -1, axis=-1), -1, 0)
+    x, y, z, w = np.moveaxis(quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True), -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
         [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
@@ -172,93 +164,53 @@ def matrix_from_quaternion(
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def quaternion_from_matrix(
-    matrix: Float[np.ndarray, "*B 3 3"], order: Literal["xyzw", "wxyz"], *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 4"]:
-    """Convert matrices to unit quaternions with w >= 0.
+def _quaternion_from_matrix(R: Float64[np.ndarray, "*B 3 3"]) -> Float64[np.ndarray, "*B 4"]:
+    """Convert matrices to unit quaternions (xyzw) with w >= 0.
 
     Of the four possible divisions (Shepperd 1978), each matrix uses the one with the largest divisor.
     """
-    R = matrix.astype(np.float64)
-    check_rotation_matrix(R, field=field)
-    a, b, c = R[..., 0, 0], R[..., 1, 1], R[..., 2, 2]
+    R_transposed, trace = np.swapaxes(R, -1, -2), np.trace(R, axis1=-2, axis2=-1)[..., None, None]
     # 4 q q^T: row i is 4 q_i times q
-    outer = np.stack(
-        [
-            np.stack(
-                [1 + a - b - c, R[..., 0, 1] + R[..., 1, 0], R[..., 0, 2] + R[..., 2, 0], R[..., 2, 1] - R[..., 1, 2]],
-                -1,
-            ),
-            np.stack(
-                [R[..., 0, 1] + R[..., 1, 0], 1 - a + b - c, R[..., 1, 2] + R[..., 2, 1], R[..., 0, 2] - R[..., 2, 0]],
-                -1,
-            ),
-            np.stack(
-                [R[..., 0, 2] + R[..., 2, 0], R[..., 1, 2] + R[..., 2, 1], 1 - a - b + c, R[..., 1, 0] - R[..., 0, 1]],
-                -1,
-            ),
-            np.stack(
-                [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1], 1 + a + b + c],
-                -1,
-            ),
-        ],
-        axis=-2,
-    )  # (*B, 4, 4)
+    outer = np.empty((*R.shape[:-2], 4, 4))
+    outer[..., :3, :3] = R + R_transposed + (1 - trace) * np.eye(3)
+    outer[..., 3, :3] = outer[..., :3, 3] = (R - R_transposed)[..., _AFTER, _NEXT]
+    outer[..., 3:, 3:] = 1 + trace
     largest = np.argmax(np.diagonal(outer, axis1=-2, axis2=-1), axis=-1)
     quaternion = np.take_along_axis(outer, largest[..., None, None], axis=-2)[..., 0, :]
     quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    quaternion = np.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
-    return quaternion if order == "xyzw" else np.roll(quaternion, 1, axis=-1)
+    return np.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
 
 
-def matrix_from_axis_angle(
-    values: Float[np.ndarray, "*B 3"], *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3 3"]:
+def _matrix_from_axis_angle(vector: Float64[np.ndarray, "*B 3"]) -> Float64[np.ndarray, "*B 3 3"]:
     """Convert axis times angle (radians) to matrices; zero gives the identity."""
-    vector = _finite(values, field)
     half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
     # sin(half) / (2 half), smooth at zero
     factor = np.sinc(half / np.pi) / 2
-    return matrix_from_quaternion(np.concatenate([vector * factor, np.cos(half)], axis=-1), "xyzw", field=field)
+    return _matrix_from_quaternion(np.concatenate([vector * factor, np.cos(half)], axis=-1), "rotation")
 
 
-def axis_angle_from_matrix(
-    matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3"]:
-    """Convert matrices to axis times angle, with the angle in [0, pi] radians."""
-    quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
+def _axis_angle_from_quaternion(quaternion: Float64[np.ndarray, "*B 4"]) -> Float64[np.ndarray, "*B 3"]:
+    """Convert unit quaternions (xyzw) to axis times angle, with the angle in [0, pi] radians."""
     sine = np.linalg.norm(quaternion[..., :3], axis=-1, keepdims=True)
     angle = 2 * np.arctan2(sine, quaternion[..., 3:])
     safe = np.where(sine > 1e-12, sine, 1.0)
     return quaternion[..., :3] * np.where(sine > 1e-12, angle / safe, 2.0)
 
 
-def matrix_from_euler(
-    angles: Float[np.ndarray, "*B 3"], order: str, *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3 3"]:
-    """Convert Euler angles (radians) to matrices.
-
-    Args:
-        order: axes in order of rotation; lower case: fixed (extrinsic) axes, upper case: moving (intrinsic) axes.
-    """
-    rotation_width(f"euler_{order}")
-    values = _finite(angles, field)
-    matrix = np.broadcast_to(np.eye(3), (*values.shape[:-1], 3, 3))
-    for axis, angle in zip(order, np.moveaxis(values, -1, 0), strict=True):
+def _matrix_from_euler(angles: Float64[np.ndarray, "*B 3"], order: str) -> Float64[np.ndarray, "*B 3 3"]:
+    """Convert Euler angles (radians) to matrices; order in lower case: fixed axes, in upper case: moving axes."""
+    matrix = np.broadcast_to(np.eye(3), (*angles.shape[:-1], 3, 3))
+    for axis, angle in zip(order, np.moveaxis(angles, -1, 0), strict=True):
         turn = _turn_about("xyz".index(axis.lower()), np.asarray(angle))
         matrix = matrix @ turn if order.isupper() else turn @ matrix
     return np.ascontiguousarray(matrix)
 
 
-def euler_from_matrix(
-    matrix: Float[np.ndarray, "*B 3 3"], order: str, *, field: str = "rotation"
-) -> Float64[np.ndarray, "*B 3"]:
-    """Convert matrices to Euler angles; in gimbal lock, where two axes coincide, the third angle is zero.
+def _euler_from_quaternion(quaternion: Float64[np.ndarray, "*B 4"], order: str) -> Float64[np.ndarray, "*B 3"]:
+    """Convert unit quaternions (xyzw) to Euler angles; in gimbal lock, where two axes coincide, the third is zero.
 
-    Computed from quaternions (Bernardes and Viollet 2022, doi:10.1371/journal.pone.0276302).
+    Bernardes and Viollet 2022, doi:10.1371/journal.pone.0276302.
     """
-    rotation_width(f"euler_{order}")
-    quaternion = quaternion_from_matrix(matrix, "xyzw", field=field)
     fixed = order.lower() if order.islower() else order.lower()[::-1]
     i, j, k = ("xyz".index(axis) for axis in fixed)
     is_proper = i == k
@@ -281,12 +233,7 @@ def euler_from_matrix(
     return angles if order.islower() else angles[..., ::-1].copy()
 
 
-def rotation_angle(matrix: Float[np.ndarray, "*B 3 3"]) -> Float64[np.ndarray, "*B"]:
-    """Return the angle of each rotation, in [0, pi] radians."""
-    return np.asarray(np.linalg.norm(axis_angle_from_matrix(matrix), axis=-1))
-
-
-def check_rotation_matrix(matrix: Float[np.ndarray, "*B 3 3"], *, field: str = "rotation") -> None:
+def _check_rotation_matrix(matrix: Float64[np.ndarray, "*B 3 3"], field: str) -> None:
     """Check that each matrix is a rotation to the precision of float32.
 
     Raises:
@@ -308,14 +255,6 @@ def _turn_about(axis: int, angle: Float64[np.ndarray, "*B"]) -> Float64[np.ndarr
 def _dot(a: Float64[np.ndarray, "*B 3"], b: Float64[np.ndarray, "*B 3"]) -> Float64[np.ndarray, "*B"]:
     # einsum: three times as fast here as a sum over the last axis
     return np.asarray(np.einsum("...i,...i->...", a, b))
-
-
-def _finite(values: Float[np.ndarray, "*B R"], field: str) -> Float64[np.ndarray, "*B R"]:
-    values = values.astype(np.float64)
-    is_finite = np.isfinite(values)
-    if not is_finite.all():
-        _fail_where(~is_finite.all(axis=-1), field, "a value is not finite")
-    return values
 
 
 def _fail_where(bad: "Bool[np.ndarray, '*B'] | np.bool_", field: str, reason: str) -> None:

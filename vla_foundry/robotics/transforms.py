@@ -21,8 +21,7 @@ from jaxtyping import Bool, Float, Float32
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, absolute_field
 from vla_foundry.robotics.normalization import RoboticsNormalizer
-from vla_foundry.robotics.pose import absolute_pose, relative_pose
-from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
+from vla_foundry.robotics.rotations import first_index, matrix_to_rotation, rotation_to_matrix
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,19 @@ class RelativePoses:
         Raises:
             ValueError: a field is missing or does not hold a pose.
         """
-        hole = is_padding if self.padding == "zero" and is_padding is not None and is_padding.any() else None
+        hole = is_padding[..., None] if self.padding == "zero" and is_padding is not None else None
         result = {}
-        formats = dict.fromkeys(group.rotation_format for group in self.groups)
-        for members in ([group for group in self.groups if group.rotation_format == name] for name in formats):
-            # all poses of one format at once: a window holds few, so call overhead dominates
-            if len(members) > 1 and _have_one_shape(fields, members):
-                try:
-                    result |= _relative_poses(fields, members, self.anchor, hole)
-                    continue
-                except ValueError:
-                    pass  # raised again below, with the name of the group
-            for group in members:
-                result |= _relative_poses(fields, [group], self.anchor, hole)
+        for group in self.groups:
+            pose = _group_fields(fields, group, (group.position_key, group.rotation_key))
+            at_anchor = slice(self.anchor, self.anchor + 1)
+            reference = [part[..., at_anchor, :] for part in _group_fields(fields, group, group.reference_keys)]
+            if hole is not None:
+                # any valid pose will do here: zeros are restored below
+                pose = [np.where(hole, part[..., at_anchor, :], part) for part in pose]
+            relative = _relative_pose(pose, reference, group)
+            if hole is not None:
+                relative = [np.where(hole, 0.0, part) for part in relative]
+            result.update(zip(group.relative_keys, relative, strict=True))
         return result
 
     def invert(self, fields: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -74,53 +73,11 @@ class RelativePoses:
         """
         result = {}
         for group in self.groups:
-            position, rotation = _group_fields(fields, group, group.relative_keys)
-            reference_position, reference_rotation = _group_fields(references, group, group.reference_keys)
-            pose = absolute_pose(
-                position,
-                rotation,
-                reference_position[..., None, :],
-                reference_rotation[..., None, :],
-                rotation_format=group.rotation_format,
-                field=f"pose group '{group.name}'",
-            )
+            relative = _group_fields(fields, group, group.relative_keys)
+            reference = [part[..., None, :] for part in _group_fields(references, group, group.reference_keys)]
+            pose = _absolute_pose(relative, reference, group)
             result.update(zip((group.position_key, group.rotation_key), pose, strict=True))
         return result
-
-
-def _have_one_shape(fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup]) -> bool:
-    shapes = {fields[group.position_key].shape for group in groups if group.position_key in fields}
-    return len(shapes) == 1
-
-
-def _relative_poses(
-    fields: Mapping[str, np.ndarray], groups: Sequence[PoseGroup], anchor: int, hole: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """Return the relative fields of groups with one rotation format; `hole` marks steps of zeros."""
-    poses = [_group_fields(fields, group, (group.position_key, group.rotation_key)) for group in groups]
-    references = [_group_fields(fields, group, group.reference_keys) for group in groups]
-    # (groups, *N, T, C)
-    position, rotation = (np.stack(parts) for parts in zip(*poses, strict=True))
-    reference_position, reference_rotation = (
-        np.stack([part[..., anchor : anchor + 1, :] for part in parts]) for parts in zip(*references, strict=True)
-    )
-    if hole is not None:
-        # any valid pose will do here: zeros are restored below
-        position = np.where(hole[..., None], position[..., anchor : anchor + 1, :], position)
-        rotation = np.where(hole[..., None], rotation[..., anchor : anchor + 1, :], rotation)
-    relative = relative_pose(
-        position,
-        rotation,
-        reference_position,
-        reference_rotation,
-        rotation_format=groups[0].rotation_format,
-        field=f"pose group '{groups[0].name}'",
-    )
-    result = {}
-    for number, group in enumerate(groups):
-        for name, values in zip(group.relative_keys, relative, strict=True):
-            result[name] = values[number] if hole is None else np.where(hole[..., None], 0.0, values[number])
-    return result
 
 
 def _group_fields(fields: Mapping[str, Any], group: PoseGroup, keys: tuple[str, str]) -> list[np.ndarray]:
@@ -128,6 +85,33 @@ def _group_fields(fields: Mapping[str, Any], group: PoseGroup, keys: tuple[str, 
         if key not in fields:
             raise ValueError(unknown_name_message(f"pose group '{group.name}': field", key, sorted(fields)))
     return [fields[key] for key in keys]
+
+
+def _relative_pose(pose: list[np.ndarray], reference: list[np.ndarray], group: PoseGroup) -> list[np.ndarray]:
+    """Express [position, rotation] in the frame of a reference pose: [R_ref^T (p - p_ref), R_ref^T R]."""
+    position, R = _read_pose(pose, group, "")
+    origin, R_reference = _read_pose(reference, group, "reference of ")
+    R_inverse = np.swapaxes(R_reference, -1, -2)
+    offset = (R_inverse @ (position - origin)[..., None])[..., 0]
+    return [offset, matrix_to_rotation(R_inverse @ R, group.rotation_format)]
+
+
+def _absolute_pose(relative: list[np.ndarray], reference: list[np.ndarray], group: PoseGroup) -> list[np.ndarray]:
+    """Convert [position, rotation] back to the world frame. The inverse of `_relative_pose`."""
+    offset, R = _read_pose(relative, group, "")
+    origin, R_reference = _read_pose(reference, group, "reference of ")
+    position = origin + (R_reference @ offset[..., None])[..., 0]
+    return [position, matrix_to_rotation(R_reference @ R, group.rotation_format)]
+
+
+def _read_pose(pose: list[np.ndarray], group: PoseGroup, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a pose's position (..., 3) and rotation matrix (..., 3, 3), in float64."""
+    name = f"{kind}pose group '{group.name}'"
+    position, rotation = pose
+    is_finite = np.isfinite(position)
+    if not is_finite.all():
+        raise ValueError(f"{name}{first_index(~is_finite.all(axis=-1))} has a position that is not finite.")
+    return position.astype(np.float64), rotation_to_matrix(rotation, group.rotation_format, field=name)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from vla_foundry.robotics.fields import (
     image_names,
     is_relative_field,
     parse_field_name,
-    parse_image_name,
     parse_pose_groups,
     relative_field,
 )
@@ -29,8 +28,8 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_names_parse_and_format_back(name: str) -> None:
-    assert str(parse_field_name(name)) == name
+def test_published_names_parse(name: str) -> None:
+    assert parse_field_name(name) is not None
 
 
 def test_a_name_comes_apart_into_its_parts() -> None:
@@ -114,15 +113,14 @@ def test_a_window_larger_than_the_stored_one_is_an_error() -> None:
         Window(-1, 2)
 
 
-def test_images_are_named_time_major_and_parse_back() -> None:
+def test_images_are_named_time_major() -> None:
     names = image_names(["observation.images.top", "wrist"], [-1, 0])
     assert names == ["observation.images.top_t-1", "wrist_t-1", "observation.images.top_t0", "wrist_t0"]
-    assert parse_image_name(names[0]) == ("observation.images.top", -1)
-    with pytest.raises(ValueError, match="wrist_t"):
-        parse_image_name("wrist_t")
 
 
 def test_the_package_imports_without_torch() -> None:
-    modules = "fields, rotations, pose, windows, tdigest, statistics, accumulator, statistics_format, normalization"
+    modules = (
+        "fields, rotations, transforms, windows, tdigest, statistics, accumulator, statistics_format, normalization"
+    )
     code = f"from vla_foundry.robotics import {modules}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

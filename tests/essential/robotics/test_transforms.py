@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window
+from vla_foundry.robotics.rotations import matrix_to_rotation
 from vla_foundry.robotics.transforms import RelativePoses, SelectFields
 from vla_foundry.robotics.windows import create_windows
 
@@ -81,3 +83,81 @@ def test_a_pose_group_names_the_field_it_lacks() -> None:
         ValueError, match=r"pose group 'left': field 'robot__actual__poses__left::panda__xyz' is unknown"
     ):
         RelativePoses((GROUP,), 0).apply(fields)
+
+
+FORMATS = ["rot_6d_rows", "rot_6d_columns", "quaternion_wxyz", "axis_angle", "euler_xyz", "matrix"]
+
+
+def random_transforms(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Return rigid transforms (*shape, 4, 4)."""
+    rng = np.random.default_rng(seed)
+    transform = np.zeros((*shape, 4, 4))
+    rotations = Rotation.from_quat(rng.normal(size=(int(np.prod(shape)), 4)))
+    transform[..., :3, :3] = rotations.as_matrix().reshape(*shape, 3, 3)
+    transform[..., :3, 3], transform[..., 3, 3] = 10 * rng.normal(size=(*shape, 3)), 1.0
+    return transform
+
+
+def pose_fields(prefix: str, transform: np.ndarray, rotation_format: str) -> dict[str, np.ndarray]:
+    rotation = matrix_to_rotation(transform[..., :3, :3], rotation_format)
+    return {f"{prefix}.xyz": transform[..., :3, 3], f"{prefix}.rotation": rotation}
+
+
+def pose_group(rotation_format: str, reference: str) -> PoseGroup:
+    return PoseGroup(
+        name="hand",
+        position_key="action.xyz",
+        rotation_key="action.rotation",
+        rotation_format=rotation_format,
+        reference_position_key=f"{reference}.xyz",
+        reference_rotation_key=f"{reference}.rotation",
+    )
+
+
+@pytest.mark.parametrize("rotation_format", FORMATS)
+def test_relative_is_the_inverse_of_the_reference_times_the_pose(rotation_format: str) -> None:
+    action, state = random_transforms((6, 16), 1), random_transforms((6, 16), 2)
+    poses = RelativePoses((pose_group(rotation_format, "state"),), anchor=4)
+    fields = pose_fields("action", action, rotation_format) | pose_fields("state", state, rotation_format)
+    relative = poses.apply(fields)
+    expected = pose_fields("action", np.linalg.inv(state[:, 4:5]) @ action, "matrix")
+    matrix = expected["action.rotation"].reshape(6, 16, 3, 3)
+    np.testing.assert_allclose(relative["action.xyz_relative"], expected["action.xyz"], atol=1e-9)
+    np.testing.assert_allclose(
+        relative["action.rotation_relative"], matrix_to_rotation(matrix, rotation_format), atol=1e-9
+    )
+    back = poses.invert(relative, {name: values[:, 4] for name, values in fields.items()})
+    for name, values in back.items():
+        np.testing.assert_allclose(values, fields[name], atol=1e-9)
+
+
+def test_a_pose_relative_to_itself_is_the_identity() -> None:
+    fields = pose_fields("action", random_transforms((10, 1), 5), "rot_6d_rows")
+    relative = RelativePoses((pose_group("rot_6d_rows", "action"),), anchor=0).apply(fields)
+    np.testing.assert_allclose(relative["action.xyz_relative"], 0.0, atol=1e-12)
+    expected = np.broadcast_to([1.0, 0, 0, 0, 1, 0], (10, 1, 6))
+    np.testing.assert_allclose(relative["action.rotation_relative"], expected, atol=1e-12)
+
+
+def test_relative_poses_do_not_depend_on_the_world_frame() -> None:
+    poses = RelativePoses((pose_group("matrix", "state"),), anchor=2)
+    action, state, world = random_transforms((8, 3), 6), random_transforms((8, 3), 7), random_transforms((), 8)
+    here = poses.apply(pose_fields("action", action, "matrix") | pose_fields("state", state, "matrix"))
+    there = poses.apply(pose_fields("action", world @ action, "matrix") | pose_fields("state", world @ state, "matrix"))
+    for name, values in here.items():
+        np.testing.assert_allclose(there[name], values, atol=1e-9)
+
+
+def test_what_is_no_pose_is_named_by_group_and_index() -> None:
+    poses = RelativePoses((pose_group("rot_6d_rows", "state"),), anchor=0)
+    fields = pose_fields("action", random_transforms((2, 3), 15), "rot_6d_rows")
+    fields |= pose_fields("state", random_transforms((2, 3), 16), "rot_6d_rows")
+    for key, index, message in (
+        ("action.xyz", (1, 2, 2), r"^pose group 'hand' at index 1, 2 has a position that is not finite"),
+        ("state.xyz", (1, 0, 2), r"^reference of pose group 'hand' at index 1, 0 has a position"),
+        ("state.rotation", (0, 0), r"^reference of pose group 'hand' at index 0, 0 is not a rotation"),
+    ):
+        broken = {name: values.copy() for name, values in fields.items()}
+        broken[key][index] = np.nan
+        with pytest.raises(ValueError, match=message):
+            poses.apply(broken)

@@ -14,12 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from vla_foundry.preprocessing.robotics.converters.converter import Episode
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
-from vla_foundry.robotics.rotations import (
-    axis_angle_from_matrix,
-    matrix_from_axis_angle,
-    matrix_to_rotation,
-    rotation_to_matrix,
-)
+from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
 from vla_foundry.robotics.spec import FieldDescription
 
 # a new frame may lie this far behind the last recorded one, in new frames, because timestamps are rounded
@@ -113,8 +108,8 @@ def _turn(values: Float[np.ndarray, "L R"], rotation_format: str, line: _Timelin
     matrices = rotation_to_matrix(values, rotation_format)
     first = matrices[line.before]
     second = matrices[np.minimum(line.before + 1, len(values) - 1)]
-    turn = axis_angle_from_matrix(np.swapaxes(first, -1, -2) @ second)
-    between = first @ matrix_from_axis_angle(turn * line.share[:, None])
+    turn = matrix_to_rotation(np.swapaxes(first, -1, -2) @ second, "axis_angle")
+    between = first @ rotation_to_matrix(turn * line.share[:, None], "axis_angle")
     turned = matrix_to_rotation(between, rotation_format).astype(values.dtype)
     # a recorded rotation stays as it was written, including its sign
     return np.where(line.share[:, None] == 0, values[line.before], turned)
