@@ -52,6 +52,24 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or leaves no room for a token.
     """
+    if len(input_ids) > 1 and not getattr(model, "keeps_padding", True):
+        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return [
+            generate(
+                model,
+                input_ids[row : row + 1],
+                masks[row : row + 1],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                end_token_ids=end_token_ids,
+                seeds=[row if seeds is None else seeds[row]],
+                use_cache=use_cache,
+                prompt_inputs=prompt_inputs,
+            )[0]
+            for row in range(len(input_ids))
+        ]
     input_ids, mask = _pad_left(input_ids, attention_mask)
     limits = _token_limits(mask.sum(1).tolist(), getattr(model, "max_seq_len", None), max_new_tokens)
     alive = list(range(len(limits)))

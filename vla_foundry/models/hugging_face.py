@@ -1,13 +1,14 @@
 """What all Hugging Face models share here: blocks, weights, token tables and fp32 buffers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vla_foundry.batch import LossOutput
@@ -79,12 +80,9 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.text_config: Any = model.config.get_text_config()
-        self.max_seq_len: int | None = getattr(self.text_config, "max_position_embeddings", None)
-        head: Any = model.get_output_embeddings()
-        # logits are just hidden states times the head's weight
-        self.has_plain_head = getattr(head, "bias", None) is None and all(
-            getattr(self.text_config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
-        )
+        longest = getattr(self.text_config, "max_position_embeddings", None) or 0
+        self.max_seq_len: int | None = longest if longest > 0 else None
+        self.has_plain_head = _has_plain_head(model)
 
     @property
     def hidden_dim(self) -> int:
@@ -105,9 +103,66 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
         head = self.model.get_output_embeddings().weight
         ends = {id(head), id(self.model.get_input_embeddings().weight)}
         weights = sum(p.numel() for p in decoder.parameters() if p.ndim >= 2 and id(p) not in ends) + head.numel()
-        config = self.text_config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.num_attention_heads * width * seq_len
+        return 6.0 * weights + 12.0 * _attention_width(self.text_config) * seq_len
+
+
+@torch.no_grad()
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    """Return True if logits are just the last hidden states times the head's weight: tried on three tokens.
+
+    On the meta device, where nothing can be tried, the config decides.
+    """
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    is_plain = getattr(head, "bias", None) is None and all(
+        getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
+    )
+    if not is_plain or head.weight.is_meta:
+        return is_plain
+    # a soft cap shows in large logits only
+    hook = head.register_forward_hook(lambda _1, _2, logits: 1024.0 * logits)
+    try:
+        with evaluating(model):
+            tokens = {"input_ids": example_tokens(model, 3), "use_cache": False}
+            logits, hidden = model(**tokens).logits, model.base_model(**tokens).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # its base model is something else
+        return False
+    finally:
+        hook.remove()
+    return is_close(logits, 1024.0 * torch.nn.functional.linear(hidden, head.weight))
+
+
+def example_tokens(model: PreTrainedModel, count: int) -> Int[Tensor, "1 T"]:
+    """Return a row of token ids to try a model on."""
+    table: Any = model.get_input_embeddings()
+    return (torch.arange(5, 5 + count, device=table.weight.device) % table.weight.shape[0]).unsqueeze(0)
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Return True if two tensors differ by no more than rounding."""
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and back on afterwards where it was on."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    """Return the summed width of the heads of all layers (L x H x K); 0 for a model without attention."""
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    width = config.hidden_size
+    # models whose layers differ refuse to name one width
+    with suppress(RuntimeError):
+        width = num_heads * (getattr(config, "head_dim", None) or 0) or width
+    return config.num_hidden_layers * (width if num_heads else 0)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

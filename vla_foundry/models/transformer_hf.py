@@ -16,7 +16,14 @@ from transformers.masking_utils import sdpa_mask
 
 from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
 from vla_foundry.models.attention import Segments, attend, create_segments
-from vla_foundry.models.hugging_face import HuggingFaceLanguageModel, load_published_model, select_states
+from vla_foundry.models.hugging_face import (
+    HuggingFaceLanguageModel,
+    evaluating,
+    example_tokens,
+    is_close,
+    load_published_model,
+    select_states,
+)
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerHFParams
 
@@ -78,6 +85,50 @@ class TransformerHF(HuggingFaceLanguageModel):
         )
         if self.keeps_documents:
             model.set_attn_implementation(ATTENTION_NAME)
+        # whether the model takes positions that skip padding, whether padding before a row leaves its outputs as they
+        # are, and whether the KV cache can be used
+        self.takes_positions = self.keeps_padding = self.keeps_cache = True
+        if not next(model.parameters()).is_meta:
+            with torch.no_grad(), evaluating(model):
+                self._try_rows()
+
+    def _try_rows(self) -> None:
+        """Compare the two halves of a row, each computed alone, with what this architecture makes of them together.
+
+        Raises:
+            ValueError: tokens see later ones.
+        """
+        ids = example_tokens(self.model, 9)
+        alone = [self.model(part, use_cache=False).logits for part in (ids[:, :4], ids[:, 4:])]
+        together = self.model(ids, use_cache=False).logits
+        if not is_close(together[:, :4], alone[0]):
+            raise ValueError(
+                f"model.hf_pretrained: in {type(self.model).__name__} tokens see later ones, so it cannot learn to "
+                f"predict them. Use a causal model; for an encoder, set is_decoder to true in its config.json."
+            )
+        halves = Documents(
+            lengths=np.array([4, 5], dtype=np.int32),
+            num_per_row=np.array([2], dtype=np.int32),
+            is_padding=np.zeros(2, dtype=bool),
+        )
+        padding = torch.ones_like(ids)
+        padding[:, :4] = 0
+        self.keeps_documents = self.keeps_documents and self._gives(torch.cat(alone, 1), ids, documents=halves)
+        self.keeps_padding = self._gives(alone[1], ids, attention_mask=padding)
+        if not self.keeps_padding:
+            self.takes_positions = False
+            self.keeps_padding = self._gives(alone[1], ids, attention_mask=padding)
+        cache = self.decode(ids[:, :8], torch.ones_like(ids[:, :8])).past_key_values
+        if cache is not None:
+            last = self.decode(ids[:, 8:], torch.ones_like(ids), past_key_values=cache).logits
+            self.keeps_cache = is_close(last, together[:, 8:])
+
+    def _gives(self, expected: Tensor, ids: Tensor, **rows: Any) -> bool:
+        try:
+            logits = self(ids, **rows).logits[:, -expected.shape[1] :]
+        except (RuntimeError, ValueError, TypeError, IndexError):  # an architecture that cannot take such rows
+            return False
+        return is_close(logits, expected)
 
     def forward(
         self,
@@ -134,7 +185,7 @@ class TransformerHF(HuggingFaceLanguageModel):
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
     ) -> LanguageModelOutput:
-        """Return logits, and keys and values for the next call; see the native transformer."""
+        """Return logits, and the KV cache for the next call (None without one); see the native transformer."""
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         output = self.model(
@@ -146,7 +197,9 @@ class TransformerHF(HuggingFaceLanguageModel):
             logits_to_keep=logits_to_keep,
             **self._arrange(given, attention_mask, documents, sees_ahead, past_key_values),
         )
-        return LanguageModelOutput(output.logits, output.hidden_states, output.past_key_values)
+        # some architectures have no such cache: rows are computed anew for each token
+        cache = getattr(output, "past_key_values", None) if self.keeps_cache else None
+        return LanguageModelOutput(output.logits, getattr(output, "hidden_states", None), cache)
 
     def encode(
         self,
@@ -216,6 +269,8 @@ class TransformerHF(HuggingFaceLanguageModel):
             return {"segments": segments, "position_ids": segments.positions, "attention_mask": mask}
         if attention_mask is None:
             return {}
+        if not self.takes_positions:
+            return {"attention_mask": attention_mask}
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return {"attention_mask": attention_mask, "position_ids": positions[:, -given.shape[1] :]}
 
