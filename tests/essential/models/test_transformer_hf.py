@@ -1,5 +1,6 @@
 """Hugging Face models behave as the native one does: logits, losses, documents, padding, cache, meta device."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -20,6 +23,7 @@ from transformers import (
 )
 
 from vla_foundry.batch import IGNORE_INDEX, Documents
+from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
 from vla_foundry.models.transformer_hf import TransformerHF
 from vla_foundry.params.models.transformer import TransformerHFParams
@@ -182,3 +186,87 @@ def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' cannot be loaded") as caught:
         create_model(TransformerHFParams(hf_pretrained=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)
+
+
+# architectures that are trained with documents kept apart, and those whose rows must hold one document or mix them
+KEEPING = [
+    "afmoe", "apertus", "arcee", "cohere", "ctrl", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3_text",
+    "glm", "gpt2", "gpt_neox", "granite", "granitemoe", "helium", "jetmoe", "llama", "mistral", "mixtral", "moshi",
+    "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+    "starcoder2",
+]  # fmt: skip
+MIXING = [
+    "bart", "bloom", "codegen", "falcon", "falcon_mamba", "gemma2", "gpt_oss", "gptj", "llama4_text", "mamba",
+    "mpt", "nemotron", "openai-gpt", "phimoe", "recurrent_gemma", "roberta", "rwkv", "stablelm", "xglm",
+]  # fmt: skip
+SIZES_BY_ANY_NAME: dict[str, Any] = {
+    **SIZES,
+    **dict.fromkeys(["n_embd", "d_model", "lru_width", "embedding_size", "word_embed_proj_dim"], 32),
+    **dict.fromkeys(["n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads", "n_heads"], 4),
+    **dict.fromkeys(["n_layer", "num_layers", "decoder_layers", "encoder_layers", "n_layers"], 2),
+    **dict.fromkeys(["n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"], 48),
+    **dict.fromkeys(["n_positions", "max_seq_len"], 64),
+    **dict.fromkeys(["num_local_experts", "num_experts", "num_experts_per_tok", "moe_num_experts"], 4),
+    "moe_intermediate_size": 24,
+    "sliding_window": 4,
+    "attention_window_size": 4,
+    "rotary_dim": 4,
+    "pad_token_id": 0,
+    "is_decoder": True,
+}
+
+
+def create_architecture(kind: str) -> PreTrainedModel:
+    """A tiny model of any architecture, with weights large enough to tell right from wrong."""
+    cls = CONFIG_MAPPING[kind]
+    accepted = {*inspect.signature(cls).parameters, *getattr(cls, "attribute_map", ())}
+    config = cls(**{name: value for name, value in SIZES_BY_ANY_NAME.items() if name in accepted})
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    assert model.num_parameters() < 2e6
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KEEPING, *MIXING])
+def test_every_architecture_has_its_own_loss_and_continues_as_if_alone(
+    kind: str, create_documents: Callable[..., Documents]
+) -> None:
+    original = create_architecture(kind)
+    ids, targets = random_ids(2, 9), random_ids(2, 9)
+    own = original(ids).logits.detach()
+    model: Any = TransformerHF(original).eval()
+    expected = torch.nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(input_ids=ids, targets=targets).sum, expected, rtol=1e-5, atol=1e-4)
+    assert model.num_flops_per_token(9) > 0
+
+    documents = create_documents([4, 5], [9])
+    if kind in KEEPING:
+        alone = [original(part).logits for part in (ids[:1, :4], ids[:1, 4:])]
+        packed = model(input_ids=ids, documents=documents).logits[:1]
+        torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=r"cannot keep the documents of a row apart. Set --data.mask_documents"):
+            model(input_ids=ids, documents=documents)
+
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    rows = [ids[:1], ids[1:, 4:]]
+    for _ in range(5):
+        rows = [torch.cat([row, original(row).logits[:, -1:].argmax(-1)], 1) for row in rows]
+    wanted = [row[0, -5:].tolist() for row in rows]
+    for use_cache in (True, False):
+        found = generate(model, ids, mask, max_new_tokens=5, use_cache=use_cache)
+        assert [row.tokens for row in found] == wanted
+    single = [generate(model, row[:, :-5], max_new_tokens=5)[0].tokens for row in rows]
+    assert single == wanted
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    sizes = {**SIZES, "is_decoder": False}
+    with pytest.raises(ValueError, match=r"BertLMHeadModel tokens see later ones.* set is_decoder to true"):
+        TransformerHF(AutoModelForCausalLM.from_config(CONFIG_MAPPING["bert"](**sizes)))
