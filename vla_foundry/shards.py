@@ -177,8 +177,14 @@ def split_member_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
+def _is_of_a_sample(name: str) -> bool:
+    """True unless WebDataset skips the member: metadata (`__x__`), no suffix (README), a hidden file (._x of macOS)."""
+    base = name.rpartition("/")[2]
+    return "." in base and not base.startswith(".") and not name.startswith("__")
+
+
 def index_shard(file: BinaryIO) -> ShardIndex:
-    """Read a whole tar's headers and return where its samples lie.
+    """Read a whole tar's headers and return where its samples lie; members that belong to no sample are skipped.
 
     Args:
         file: the tar, seekable, at its beginning.
@@ -190,7 +196,7 @@ def index_shard(file: BinaryIO) -> ShardIndex:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if not member.isfile() or member.name.startswith("__"):
+                if not member.isfile() or not _is_of_a_sample(member.name):
                     continue
                 key, suffix = split_member_name(member.name)
                 if not samples or samples[-1][0] != key:

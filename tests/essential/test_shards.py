@@ -43,6 +43,18 @@ def index_of(content: bytes) -> ShardIndex:
         return index_shard(file)
 
 
+def test_members_that_webdataset_skips_belong_to_no_sample():
+    pair = [("a.png", b"1"), ("a.txt", b"2")]
+    hidden = [("._a.png", b"x"), ("README", b"x"), ("below/.DS_Store", b"x"), ("__info__/a.json", b"x")]
+    mixed = index_of(create_tar([*hidden[:3], pair[0], ("._a.txt", b"x"), pair[1], hidden[3]]))
+    assert [(key, set(members)) for key, members in mixed.samples] == [("a", {"png", "txt"})]
+    assert mixed.num_sequences == 1
+    assert [key for key, _ in index_of(create_tar([("./b.png", b"1"), ("._d/c.png", b"2")])).samples] == [
+        "./b",
+        "._d/c",
+    ]
+
+
 def records(**changes: bytes) -> list[tuple[str, bytes]]:
     members = {
         "records.json": format_records_info(dtype="uint16", record_length=3, num_sequences=2).encode(),

@@ -41,6 +41,7 @@ from vla_foundry.storage.npz import NpzFile
 from vla_foundry.storage.uri import (
     download,
     exists,
+    is_hidden,
     is_remote,
     join_uri,
     list_relative,
@@ -51,7 +52,6 @@ from vla_foundry.storage.uri import (
 
 # two empty blocks end a tar
 _END_BYTES = 1024
-_BLOCK = 512
 _MAX_FAULTS = 5
 # members that may stand in for each other
 _IMAGE = re.compile(r"(?:(?:image_)?\d+\.)?(?:jpg|jpeg|png|webp)")
@@ -111,8 +111,12 @@ def _read_manifest(folder: str) -> list[ManifestEntry]:
 
 
 def _list_tars(folder: str) -> dict[str, int]:
-    """{name of a shard: bytes of its tar} of all tars below a folder."""
-    return {name.removesuffix(".tar"): size for name, size in list_relative(folder).items() if name.endswith(".tar")}
+    """{name of a shard: bytes of its tar} of all tars below a folder, without hidden ones (._x.tar of macOS)."""
+    return {
+        name.removesuffix(".tar"): size
+        for name, size in list_relative(folder).items()
+        if name.endswith(".tar") and not is_hidden(name)
+    }
 
 
 @contextmanager
@@ -298,10 +302,11 @@ def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
 
 
 def ends_properly(file: BinaryIO, index: ShardIndex) -> bool:
-    """True if the last member is followed by the two empty blocks that end a tar."""
+    """True if the two empty blocks that end a tar follow its last sample, and what else it may hold."""
     end = max((span.offset + span.size for span in _spans(index)), default=0)
-    file.seek(-(-end // _BLOCK) * _BLOCK)
-    return file.read(_END_BYTES) == bytes(_END_BYTES)
+    last = file.seek(0, 2) - _END_BYTES
+    file.seek(max(last, 0))
+    return last >= end and not any(file.read())
 
 
 def _spans(index: ShardIndex) -> Iterator[MemberSpan]:

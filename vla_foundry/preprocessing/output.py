@@ -19,6 +19,7 @@ from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, fo
 from vla_foundry.storage.uri import (
     absolute_uri,
     delete,
+    is_hidden,
     is_remote,
     join_uri,
     list_relative,
@@ -138,9 +139,9 @@ class OutputFolder:
                 )
 
     def _files(self) -> dict[str, int]:
-        """{path within the folder: size}, temporary files left out."""
+        """{path within the folder: size}, hidden files left out, temporary ones among them."""
         try:
-            return {name: size for name, size in list_relative(self.uri).items() if not _is_temporary(name)}
+            return {name: size for name, size in list_relative(self.uri).items() if not is_hidden(name)}
         except FileNotFoundError:
             return {}
 

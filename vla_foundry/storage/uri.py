@@ -154,6 +154,28 @@ def list_sizes(folder_or_glob: str) -> dict[str, int]:
     return dict(sorted(_storage_of(folder_or_glob).list_sizes(folder_or_glob).items()))
 
 
+def list_visible(folder_or_glob: str) -> dict[str, int]:
+    """List files like list_sizes, without hidden ones (see is_hidden) below the folder; a file named itself counts."""
+    base = folder_of_names(folder_or_glob)
+    return {
+        uri: size
+        for uri, size in list_sizes(folder_or_glob).items()
+        if not (uri.startswith(base) and is_hidden(uri[len(base) :]))
+    }
+
+
+def folder_of_names(folder_or_glob: str) -> str:
+    """Return the folder, with a slash, to which the names of the listed files are relative."""
+    text = folder_or_glob if is_remote(folder_or_glob) else os.path.expanduser(folder_or_glob)
+    fixed = re.split(r"[*?\[]", text, maxsplit=1)[0]
+    return (fixed.rstrip("/") if fixed == text else fixed.rpartition("/")[0]) + "/"
+
+
+def is_hidden(path: str) -> bool:
+    """True if a relative path holds no data: .DS_Store, ._x, all in .ipynb_checkpoints or another hidden folder."""
+    return any((name.startswith(".") and name not in (".", "..")) or name == "__MACOSX" for name in path.split("/"))
+
+
 def list_files(folder_or_glob: str) -> list[str]:
     """List files sorted by name; see list_sizes."""
     return list(list_sizes(folder_or_glob))

@@ -147,6 +147,15 @@ def test_other_files_are_counted(tmp_path: Path):
     assert sources.ignored == {".md": 2, "(none)": 1, ".csv.gz": 1}
 
 
+def test_hidden_files_are_no_sources(tmp_path: Path):
+    for name in ("a.txt", "._a.txt", ".DS_Store", ".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/._a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7 text")
+    for place in (tmp_path, tmp_path / "*.txt", tmp_path / "**/*"):
+        sources = list_sources([str(place)])
+        assert ([file.name for file in sources.files], sources.ignored) == (["0/a.txt"], {})
+
+
 def test_places_without_text_are_errors(tmp_path: Path):
     (tmp_path / "b.md").write_text("x", encoding="utf-8")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")

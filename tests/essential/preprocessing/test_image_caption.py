@@ -223,6 +223,16 @@ def test_files_group_by_name_whatever_dots_are_in_it() -> None:
     assert ignored == {"(none)": 1, "txt": 1}
 
 
+def test_hidden_files_are_neither_read_nor_in_the_way(pairs: Path, tmp_path: Path) -> None:
+    for folder in (pairs, tmp_path / "out"):
+        for name in ("part0/._000.png", ".DS_Store", ".ipynb_checkpoints/000.png", "._list.csv"):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_bytes(b"\0\5\x16\7")
+    preprocess(pairs, tmp_path / "out")
+    assert read_report(tmp_path / "out")["samples"] == NUM_PAIRS + 1
+    assert not read_report(tmp_path / "out")["failed"]
+
+
 def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(pairs, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

@@ -100,6 +100,27 @@ def test_build_names_a_broken_tar(foreign: Path):
     assert not (foreign / "manifest.jsonl").exists()
 
 
+def test_tars_and_files_of_macos_are_read_as_webdataset_reads_them(tmp_path: Path):
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    names = ["README", "._0.png", "0.png", "._0.txt", "0.txt", "1.png", "1.txt", "LICENSE"]
+    write_tar(tmp_path / "00000.tar", names)
+    with tarfile.open(tmp_path / "00000.tar", "a") as tar:
+        folder = tarfile.TarInfo("below")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    for name in ("._00000.tar", ".ipynb_checkpoints/00000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" + bytes(400))
+    entries, _ = build_manifest(str(tmp_path))
+    assert [(entry.shard, entry.num_sequences) for entry in entries] == [("00000", 2)]
+    assert verify_dataset(str(tmp_path)) == []
+    index = parse_index((tmp_path / "00000.index.json").read_text(encoding="utf-8"), "")
+    with open(tmp_path / "00000.tar", "rb") as file:
+        samples = list(group_by_keys(tar_file_expander([{"url": "00000.tar", "stream": file}])))
+    assert [key for key, _ in index.samples] == [sample["__key__"] for sample in samples] == ["0", "1"]
+
+
 def test_build_and_verify_in_an_object_store(foreign: Path, s3_bucket: str):
     for path in foreign.rglob("*.tar"):
         uri.upload(str(path), f"{s3_bucket}/data/{path.relative_to(foreign)}")

@@ -46,6 +46,21 @@ def test_empty_file_is_a_file(base: str):
     assert uri.size_of(name) == 0
 
 
+def test_hidden_files_below_a_folder_are_not_visible(base: str):
+    names = [".cache/a.txt", "a.txt", "b/.DS_Store", "b/._c.txt", "b/c.txt", "b/.ipynb_checkpoints/c.txt"]
+    hidden_base = uri.join_uri(base, ".home")
+    for name in names:
+        uri.write_bytes(uri.join_uri(hidden_base, name), b"x")
+
+    def visible(place: str) -> list[str]:
+        return [found.partition("/.home/")[2] for found in uri.list_visible(uri.join_uri(hidden_base, place))]
+
+    assert visible("") == ["a.txt", "b/c.txt"]
+    assert visible("b/*.txt") == ["b/c.txt"]
+    assert visible("**/*.txt") == ["a.txt", "b/c.txt"]
+    assert visible("b/._c.txt") == ["b/._c.txt"]
+
+
 def test_missing_file_is_named(base: str):
     uri.write_bytes(uri.join_uri(base, "there"), b"x")
     name = uri.join_uri(base, "missing.bin")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vla_foundry.preprocessing.output import digest_of
-from vla_foundry.storage.uri import is_remote, join_uri, list_sizes, open_input, parent_uri, read_bytes, read_text
+from vla_foundry.storage.uri import is_remote, join_uri, list_visible, open_input, parent_uri, read_bytes, read_text
 
 # begins the reasons that are not the user's to mend: links that are dead, or lead to something else
 DOWNLOAD = "download: "
@@ -172,7 +172,7 @@ def list_sources(places: Sequence[str]) -> Sources:
     listing: list[tuple[str, int]] = []
     ignored: dict[str, int] = {}
     for number, place in enumerate(places):
-        sizes = list_sizes(place)
+        sizes = list_visible(place)
         base = _base_of(place)
         names = {_name_in(uri, base, number): uri for uri in sizes}
         listing += [(name, sizes[uri]) for name, uri in names.items()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vla_foundry.preprocessing.output import digest_of
-from vla_foundry.storage.uri import join_uri, list_sizes, name_of, open_input
+from vla_foundry.storage.uri import join_uri, list_visible, name_of, open_input
 
 FileKind = Literal["txt", "jsonl", "parquet"]
 KINDS: dict[str, FileKind] = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -116,7 +116,7 @@ def list_sources(places: Iterable[str]) -> Sources:
     ignored: dict[str, int] = {}
     for number, place in enumerate(places):
         found = 0
-        for uri, size in list_sizes(place).items():
+        for uri, size in list_visible(place).items():
             name = _relative_name(uri, place, number)
             kind, is_gzip, ending = _kind_of(uri)
             if kind is None:
