@@ -195,6 +195,15 @@ def _read_orientation(exif: bytes) -> int:
     return 1
 
 
+def is_upright(data: bytes) -> bool:
+    """True if an image file, which `decode_image` accepts, has no EXIF orientation to apply."""
+    try:
+        exif = Image.open(io.BytesIO(data)).info.get("exif", b"")
+    except _PILLOW_ERRORS:
+        return False
+    return _read_orientation(exif) not in _TRANSPOSITIONS
+
+
 def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95, full_colour: bool = False) -> bytes:
     """Encode an image as JPEG, without metadata.
 

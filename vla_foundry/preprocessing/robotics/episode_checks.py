@@ -1,7 +1,6 @@
 """Check an episode after its converter read it; any fault is a one-line error, and none of the episode is written."""
 
 import json
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +14,6 @@ from vla_foundry.robotics.spec import FieldDescription
 
 # largest relative difference between the rate of the timestamps and the stated one; clocks differ by far less
 _RATE_TOLERANCE = 0.02
-_CAMERA_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class Left(Exception):
@@ -121,8 +119,8 @@ def _check_rotations(episode: Episode, recipe: Recipe) -> None:
 
 def _check_cameras(episode: Episode, recipe: Recipe, num_frames: int) -> None:
     for name in recipe.cameras:
-        if _CAMERA_NAME.fullmatch(name) is None:
-            raise ValueError(f"camera '{name}': the name may hold letters, digits, '_', '-' and '.' only.")
+        if not name.isprintable() or name != name.strip(" .") or not name or "/" in name or "\\" in name:
+            raise ValueError(f"camera {name!r}: its name must be printable, without slashes and outer spaces or dots.")
         if name not in episode.cameras:
             if recipe.params.skip_episodes_missing_cameras:
                 raise Left("missing camera")

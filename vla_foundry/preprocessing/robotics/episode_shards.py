@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
+from vla_foundry.images.codec import is_upright
 from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
@@ -291,7 +292,7 @@ def encode_frames(
             number, frame = found
             if number == source:
                 image = decode_frame(frames, number, frame)  # also to check files that are kept as they are
-                if is_kept and isinstance(frame, bytes) and frame.startswith(_JPEG):
+                if is_kept and isinstance(frame, bytes) and frame.startswith(_JPEG) and is_upright(frame):
                     data = frame
                 else:
                     data = operations.encode(image)

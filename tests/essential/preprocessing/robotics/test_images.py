@@ -92,6 +92,20 @@ def test_a_kept_file_that_can_not_be_decoded_is_found():
         list(encode_frames("a", frames_of(files), operations(), np.arange(3)))
 
 
+def test_a_file_with_an_exif_orientation_is_stored_upright():
+    image = np.zeros((20, 16, 3), np.uint8)  # as the sensor reads it; upright it is 20 wide and 16 high
+    image[:10] = (200, 40, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, exif=exif)
+    (data,) = encode_frames("a", frames_of([buffer.getvalue()]), operations(), np.arange(1))
+    stored = Image.open(io.BytesIO(data))
+    assert (stored.size, stored.getexif().get(0x0112, 1)) == ((20, 16), 1)
+    expected = np.rot90(image, -1).astype(int)
+    assert np.abs(np.asarray(stored) - expected).mean() < 5
+
+
 def test_kept_files_that_are_no_jpeg_become_some():
     images = np.random.default_rng(0).integers(0, 256, (1, 16, 20, 3), dtype=np.uint8)
     (data,) = encode_frames("a", frames_of([to_file(images[0], "PNG")]), operations(), np.arange(1))

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_foundry.images.codec import decode_depth, decode_image
 from vla_foundry.params.commands.preprocessing_robotics import FieldMapParams, FieldParams, LeRobotParams
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.converter import (
@@ -42,11 +43,11 @@ from vla_foundry.preprocessing.robotics.converters.lerobot_files import (
     VideoFrames,
     numbers_of,
     read_episode_rows,
-    read_video_size,
 )
 from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     DatasetInfo,
     EpisodeEntry,
+    Feature,
     list_episodes,
     read_info,
 )
@@ -95,6 +96,8 @@ def _read_feature(info: DatasetInfo, name: str, column: object) -> np.ndarray:
     values = numbers_of(column, feature.width)
     declared = np.dtype(feature.dtype)
     kinds = {"u": "i"}
+    if declared.kind in kinds.values() and values.dtype.kind == "f" and (values == values.round()).all():
+        values = values.astype(declared)  # pandas writes integers as floats where it once held null
     if kinds.get(values.dtype.kind, values.dtype.kind) != kinds.get(declared.kind, declared.kind):
         raise ValueError(f"holds {values.dtype}, but meta/info.json says {feature.dtype}")
     return values.astype(declared)
@@ -124,23 +127,37 @@ def _texts(info: DatasetInfo, entry: EpisodeEntry, task_indices: np.ndarray | No
     return [info.tasks[index] for index in task_indices[:, 0].tolist()]
 
 
-def find_row_images(entry: EpisodeEntry, camera: str, size: tuple[int, int]) -> CameraFrames:
+def find_row_images(entry: EpisodeEntry, camera: str, feature: Feature) -> CameraFrames:
     """Describe the images in, or named by, a column of an episode's rows.
 
-    Args:
-        size: (W, H) as info.json says.
-
     Raises:
-        ValueError: there is no such column, or no first image.
+        ValueError: there is no such column, or its first image is missing, broken, or of another size than info.json
+            says.
     """
+    origin = f"{entry.data_uri}: '{camera}' in episode {entry.index}"
     first = next(read_row_images(entry, camera, rows_at_once=1), b"")
+    is_depth = first.startswith(_PNG) and first[24:26] == b"\x10\x00"  # 16 bits of grey
+    try:
+        height, width = (decode_depth(first) if is_depth else decode_image(first)).shape[-2:]
+    except ValueError as error:
+        raise ValueError(f"{origin}: image 0: {error}") from None
+    _check_size((width, height), feature, f"{origin}: image 0")
     return CameraFrames(
         read=partial(read_row_images, entry, camera),
-        size=size,
+        size=(width, height),
         num_frames=entry.length,
-        is_depth=first.startswith(_PNG) and first[24:26] == b"\x10\x00",  # 16 bits of grey
-        origin=f"{entry.data_uri}: '{camera}' in episode {entry.index}",
+        is_depth=is_depth,
+        origin=origin,
     )
+
+
+def _check_size(size: tuple[int, int], feature: Feature, where: str) -> None:
+    if size not in feature.image_sizes:
+        said = " or ".join(f"{width} x {height}" for width, height in feature.image_sizes)
+        hint = (
+            " It is shown rotated: correct the shape, or store it upright." if size[::-1] in feature.image_sizes else ""
+        )
+        raise ValueError(f"{where} is {size[0]} x {size[1]} pixels, but meta/info.json says {said}.{hint}")
 
 
 def read_row_images(entry: EpisodeEntry, camera: str, rows_at_once: int = _BATCH_ROWS) -> Iterator[bytes]:
@@ -273,26 +290,22 @@ class LeRobotConverter(BaseRoboticsConverter):
         """Describe the images of a camera; None: its video is missing, and such episodes shall be left out."""
         feature = info.features[name]
         if feature.dtype == "image":
-            return find_row_images(entry, name, feature.image_size)
+            return find_row_images(entry, name, feature)
         video = entry.videos[name]
         if feature.is_depth_video:
             raise ValueError(
                 f"{video.uri} is a depth video, which cannot be read. Leave '{name}' out of --camera_names."
             )
+        tolerance = self.params.timestamp_tolerance
+        frames = VideoFrames(video.uri, times=video.start + timestamps, fps=info.fps, tolerance=tolerance)
         try:
-            size = read_video_size(video.uri)
+            size = frames.first_size()
         except FileNotFoundError:
             if self.params.skip_episodes_missing_cameras:
                 return None
             raise ValueError(f"{video.uri} is missing: the video of camera '{name}'.") from None
-        if size != feature.image_size:
-            raise ValueError(
-                f"{video.uri} is {size[0]} x {size[1]} pixels, but meta/info.json says {feature.image_size[0]} x "
-                f"{feature.image_size[1]}."
-            )
-        tolerance = self.params.timestamp_tolerance
-        video_frames = VideoFrames(video.uri, times=video.start + timestamps, fps=info.fps, tolerance=tolerance)
-        return CameraFrames(read=video_frames.read, size=size, num_frames=len(timestamps), origin=video.uri)
+        _check_size(size, feature, video.uri)
+        return CameraFrames(read=frames.read, size=size, num_frames=len(timestamps), origin=video.uri)
 
     def _fields(self, info: DatasetInfo) -> Mapping[str, FieldParams]:
         """Return the fields to read from a dataset, in the form of a field map."""

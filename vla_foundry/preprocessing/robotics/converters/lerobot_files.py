@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _EPISODE_COLUMN = "episode_index"
 # a frame this close to a time, in frames, is used without looking at the next one
 _EXACT = 1e-3
+# |a|, |b|, |c|, |d| of display matrices, and how far they may be from whole numbers
+_QUARTER_TURNS = ((1, 0, 0, 1), (0, 1, 1, 0))
+_MATRIX_ROUNDING = 1e-3
 
 
 @contextmanager
@@ -151,7 +154,7 @@ class VideoFrames:
 
     # the file
     uri: str
-    # float64 (L,) ascending: when each frame is shown, seconds from the beginning of the file
+    # float64 (L,) ascending: when each frame is shown, seconds from the first frame of the file
     times: np.ndarray
     # rate of the episode, frames per second: the unit of `tolerance`
     fps: float
@@ -159,13 +162,13 @@ class VideoFrames:
     tolerance: float
 
     def read(self) -> Iterator[np.ndarray]:
-        """Yield the frames, uint8 (H, W, 3) RGB.
+        """Yield the frames as they are displayed, uint8 (H, W, 3) RGB.
 
         Raises:
             ValueError: the file is broken, ends early, or has no frame at a time.
         """
         for frame in self._matched():
-            yield frame.to_ndarray(format="rgb24")
+            yield displayed_image(frame, self.uri)
 
     def _matched(self) -> "Iterator[av.VideoFrame]":
         """Yield for each time the frame that is nearest to it."""
@@ -199,20 +202,21 @@ class VideoFrames:
         )
 
     def _decode(self, *, from_key_frame: bool) -> "Iterator[tuple[float, av.VideoFrame]]":
-        """Yield (seconds, frame) in order, from the last key frame before the first time or from the beginning."""
+        """Yield (seconds from the first frame, frame) in order, from the last key frame before the first time or from
+        the beginning."""
         import av.error
 
         with _open_stream(self.uri) as (container, stream):
-            decoded, time_base = 0, float(stream.time_base or 0)
+            decoded, time_base, first_pts = 0, float(stream.time_base or 0), stream.start_time or 0
             try:
                 if from_key_frame and self.times[0] > 0:
                     start = self.times[0] - self.tolerance / self.fps
-                    container.seek(int(start / time_base), stream=stream, backward=True)
+                    container.seek(first_pts + int(start / time_base), stream=stream, backward=True)
                 for frame in container.decode(stream):
                     decoded += 1
                     if frame.pts is None:
                         raise ValueError(f"{self.uri}: a frame has no time (the {decoded}th decoded one).")
-                    seconds = frame.pts * time_base
+                    seconds = (frame.pts - first_pts) * time_base
                     if frame.is_corrupt:
                         raise ValueError(f"{self.uri}: the frame at {seconds:.3f} s is damaged.")
                     yield seconds, frame
@@ -223,16 +227,42 @@ class VideoFrames:
                     f"({_reason(error)})."
                 ) from None
 
+    def first_size(self) -> tuple[int, int]:
+        """Return (W, H) of the first frame of the file as it is displayed.
 
-def read_video_size(uri: str) -> tuple[int, int]:
-    """Return (W, H) of a video; only its header is read.
+        Raises:
+            ValueError: the file is not a video, is damaged, or cannot be displayed by square pixels in quarter turns.
+            FileNotFoundError: the file does not exist.
+        """
+        for _, frame in self._decode(from_key_frame=False):
+            height, width = displayed_image(frame, self.uri).shape[:2]
+            return width, height
+        raise ValueError(f"{self.uri}: no frame can be decoded.")
+
+
+def displayed_image(frame: "av.VideoFrame", uri: str) -> np.ndarray:
+    """Convert a frame to RGB as a player shows it, uint8 (H, W, 3).
+
+    The colour matrix and range stated in the video are applied, and so is its display matrix, as phones write it.
 
     Raises:
-        ValueError: the file is not a video, or its header is damaged.
-        FileNotFoundError: the file does not exist.
+        ValueError: the display matrix is not a mirroring or a rotation by quarter turns.
     """
-    with _open_stream(uri) as (_, stream):
-        return stream.width, stream.height
+    image = frame.to_ndarray(format="rgb24")
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return image
+    # 3 x 3 fixed-point numbers: a point (x, y) of the frame, y down, is shown at (a x + c y, b x + d y)
+    values = np.frombuffer(bytes(side_data), "<i4")[[0, 1, 3, 4]] / 65536
+    a, b, c, d = values.round().astype(int).tolist()
+    if abs(values - (a, b, c, d)).max() > _MATRIX_ROUNDING or (abs(a), abs(b), abs(c), abs(d)) not in _QUARTER_TURNS:
+        raise ValueError(
+            f"{uri}: the display matrix {values.tolist()} is not a rotation by quarter turns. Encode the video upright."
+        )
+    if a == 0:  # rows become columns
+        image = image.transpose(1, 0, 2)
+    columns, rows = a + c, b + d
+    return np.ascontiguousarray(image[:: rows or 1, :: columns or 1])
 
 
 @contextmanager
@@ -257,6 +287,11 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
             stream = container.streams.video[0]
             if stream.time_base is None or not stream.width or not stream.height:
                 raise ValueError(f"{uri}: the header of the video is damaged.")
+            if stream.sample_aspect_ratio not in (None, 0, 1):
+                raise ValueError(
+                    f"{uri}: its pixels are not square ({stream.sample_aspect_ratio}). Scale the video: "
+                    "ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT."
+                )
             stream.codec_context.thread_count = 1
             yield container, stream
 

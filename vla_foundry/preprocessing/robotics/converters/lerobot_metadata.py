@@ -7,16 +7,18 @@ tables does not matter.
 
 import itertools
 import json
+import math
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns
+from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns, read_schema
 from vla_foundry.storage.uri import join_uri, list_files, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _CAMERA_TYPES = ("image", "video")
+_NUM_CHANNELS = (1, 3, 4)
 # features that say where a row belongs; those named next.* say how an episode ended
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index")
 _NUMBER_TYPES = (
@@ -33,8 +35,6 @@ class Feature:
     # float32, int64, bool, string, image, video, ...
     dtype: str
     shape: tuple[int, ...]
-    # of an image's dimensions, or of the columns; () where they are given in another way
-    names: tuple[str, ...] = ()
     # a video that holds depth
     is_depth_video: bool = False
 
@@ -57,14 +57,14 @@ class Feature:
         return count
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(W, H) of an image: channels stand first or last, as the names or, without names, the sizes tell."""
-        if self.names:
-            is_first = self.names[0].startswith("channel")
-        else:
-            is_first = self.shape[0] in (1, 3) and self.shape[2] not in (1, 3)
-        height, width = self.shape[1:] if is_first else self.shape[:2]
-        return width, height
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(W, H) of an image, in each reading of the shape: channels last or first.
+
+        LeRobot writes both, names the dimensions in many ways, and never compares them with the images.
+        """
+        first, second, third = self.shape
+        sizes = [(second, first)] if third in _NUM_CHANNELS or first not in _NUM_CHANNELS else []
+        return sizes + ([(third, second)] if first in _NUM_CHANNELS else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +191,10 @@ def read_info(root: str) -> DatasetInfo:
 
 
 def _parse_feature(value: dict[str, Any]) -> Feature:
-    names = value.get("names")
     details = value.get("info") or value.get("video_info") or {}
     return Feature(
         dtype=str(value["dtype"]),
         shape=tuple(int(size) for size in value["shape"]),
-        names=tuple(str(name) for name in names) if isinstance(names, list) else (),
         is_depth_video=bool(details.get("video.is_depth_map")),
     )
 
@@ -209,20 +207,35 @@ def _read_tasks(info: DatasetInfo) -> dict[int, str]:
     else:
         uri = join_uri(info.root, "meta", "tasks.parquet")
         table = read_columns(uri)
-        texts = [name for name in table if name != "task_index"]
-        if "task_index" not in table or len(texts) != 1:
+        column = _text_column(uri, table)
+        if "task_index" not in table or column is None:
             raise ValueError(f"{uri} must have the column task_index and one of texts, got {', '.join(table)}.")
-        pairs = zip(table["task_index"], table[texts[0]], strict=True)
+        pairs = zip(table["task_index"], table[column], strict=True)
         rows = [(uri, number, index, text) for number, (index, text) in enumerate(pairs)]
     tasks: dict[int, str] = {}
-    for where, number, index, text in rows:
-        if not isinstance(index, int) or not isinstance(text, str):
+    for where, number, value, text in rows:
+        index = whole_number(value)
+        if index is None or not isinstance(text, str):
             raise ValueError(
-                f"{where} row {number}: a task needs task_index (a number) and text, got {index!r}, {text!r}."
+                f"{where} row {number}: a task needs task_index (a number) and text, got {value!r}, {text!r}."
             )
         if tasks.setdefault(index, text) != text:
             raise ValueError(f"{where} row {number}: task_index {index} is given twice.")
     return tasks
+
+
+def _text_column(uri: str, table: Mapping[str, list[Any]]) -> str | None:
+    """Return the column of a version 3 task table that holds the texts: as in LeRobot the index of pandas, if it
+    holds texts; else `task`; else the first with texts."""
+    pandas = json.loads((read_schema(uri).metadata or {}).get(b"pandas", b"{}"))
+    texts = [name for name, values in table.items() if all(isinstance(value, str) for value in values)]
+    return next((name for name in [*pandas.get("index_columns", ()), "task", *texts] if name in texts), None)
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number, which tables may hold as a float; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and math.isfinite(value) and value == int(value) else None
 
 
 def list_episodes(info: DatasetInfo) -> list[EpisodeEntry]:
@@ -246,8 +259,9 @@ def list_episodes(info: DatasetInfo) -> list[EpisodeEntry]:
 def _entries_of_v2(info: DatasetInfo) -> Iterator[EpisodeEntry]:
     uri = join_uri(info.root, "meta", "episodes.jsonl")
     for number, row in _json_lines(uri):
-        index, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks", [])
-        if not isinstance(index, int) or not isinstance(length, int) or not isinstance(tasks, list):
+        index, length, tasks = whole_number(row.get("episode_index")), whole_number(row.get("length")), row.get("tasks")
+        tasks = [tasks] if isinstance(tasks, str) else tasks or []
+        if index is None or length is None or not isinstance(tasks, list):
             raise ValueError(
                 f"{uri} line {number + 1}: an episode needs episode_index, length (numbers) and tasks (a list)."
             )
@@ -309,6 +323,11 @@ def _entry_of_row(info: DatasetInfo, row: dict[str, Any], where: str, video_came
     missing = next((name for name, value in row.items() if value is None), None)
     if missing is not None:
         raise ValueError(f"{where}: '{missing}' is null.")
+    for name, value in row.items():
+        if name != "tasks" and not name.endswith("_timestamp"):
+            row[name] = whole_number(value)
+            if row[name] is None:
+                raise ValueError(f"{where}: '{name}' must be a whole number, got {value!r}.")
     length, first, end = row["length"], row["dataset_from_index"], row["dataset_to_index"]
     if end - first != length:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -149,6 +151,117 @@ def test_a_task_may_hold_any_separator_of_lines_but_the_newline(
     spoken = {text for episode in found.values() for span in episode.instructions for text in span.texts["original"]}
     assert spoken <= set(texts)
     assert spoken
+
+
+def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change meta/info.json."""
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    change(info)
+    path.write_text(json.dumps(info), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "names", [None, ["c", "h", "w"], ["rgb", "height", "width"], [["channels", "h", "w"]], {"a": "x"}]
+)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_images_may_be_declared_with_their_channels_first_or_last_under_any_names(
+    names: Any, is_first: bool, write: Any, recordings: ModuleType, tmp_path: Path, read_all: Any
+) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v2-png"), root)
+
+    def redeclare(info: dict[str, Any]) -> None:
+        for camera, (height, width) in recordings.CAMERAS.items():
+            shape = [3, height, width] if is_first else [height, width, 3]
+            info["features"][camera] |= {"names": names, "shape": shape}
+
+    edit_info(root, redeclare)
+    found = read_all(params_of(root))
+    for episode in found.values():
+        assert {name: frames.size[::-1] for name, frames in episode.cameras.items()} == recordings.CAMERAS
+
+
+def test_whole_numbers_may_be_stored_as_floats(write: Any, tmp_path: Path, read_all: Any, episodes: list[Any]) -> None:
+    for kind in ("v2-png", "v3-png"):
+        root = tmp_path / kind
+        shutil.copytree(write(kind), root)
+        tables = [*root.glob("data/**/*.parquet"), *root.glob("meta/**/*.parquet")]
+        for path in tables:
+            table = pq.read_table(path)
+            for number, field in enumerate(table.schema):
+                if pa.types.is_integer(field.type):
+                    table = table.set_column(number, field.name, table.column(number).cast(pa.float64()))
+            pq.write_table(table, path)
+        for path in root.glob("meta/*.jsonl"):
+            text = path.read_text(encoding="utf-8")
+            path.write_text(re.sub(r'("\w+": \d+)([,}])', r"\1.0\2", text), encoding="utf-8")
+        found = read_all(params_of(root))
+        assert list(found) == [f"{kind}_episode_{number:06d}" for number in range(len(LENGTHS))]
+        for expected, episode in zip(episodes, found.values(), strict=True):
+            np.testing.assert_array_equal(episode.fields["action"], expected["action"])
+    path = next((tmp_path / "v2-png").glob("data/*/episode_000000.parquet"))
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("frame_index")
+    halves = pa.array(np.arange(len(table)) + 0.5)
+    pq.write_table(table.set_column(place, "frame_index", halves), path)
+    error = read_all(params_of(tmp_path / "v2-png"))["v2-png_episode_000000"]
+    assert "column 'frame_index' holds float64, but meta/info.json says int64" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("columns", "index"),
+    [
+        ({"task": None, "note": "other"}, "task"),
+        ({"note": "other", "task": None}, None),
+        ({"task": "short", "__index_level_0__": None}, "__index_level_0__"),
+        ({"text": None, "difficulty": 3}, None),
+    ],
+)
+def test_a_table_of_tasks_may_have_other_columns(
+    columns: dict[str, Any], index: str | None, write: Any, recordings: ModuleType, tmp_path: Path, read_all: Any
+) -> None:
+    root, num_tasks = tmp_path / "set", len(recordings.TASKS)
+    shutil.copytree(write("v3-png"), root)
+    values = {name: recordings.TASKS if value is None else [value] * num_tasks for name, value in columns.items()}
+    notes = {} if index is None else {"pandas": json.dumps({"index_columns": [index]})}
+    table = pa.table({"task_index": list(range(num_tasks)), **values}).replace_schema_metadata(notes)
+    pq.write_table(table, root / "meta/tasks.parquet")
+    spoken = {
+        text
+        for each in read_all(params_of(root)).values()
+        for span in each.instructions
+        for text in span.texts["original"]
+    }
+    assert spoken == set(recordings.TASKS)
+
+
+def test_names_may_have_dots_and_spaces(
+    write: Any, recordings: ModuleType, tmp_path: Path, preprocess_with: Any, read_tars: Any
+) -> None:
+    root = tmp_path / "my set v1.2"
+    shutil.copytree(write("v3-video"), root)
+    new = {"observation.images.top": "images.top left v1.0", "observation.state": "arm state v1.0"}
+
+    def rename(info: dict[str, Any]) -> None:
+        info["features"] = {new.get(name, name): feature for name, feature in info["features"].items()}
+
+    edit_info(root, rename)
+    for path in root.rglob("*.parquet"):
+        table = pq.read_table(path)
+        names = [name for name in table.column_names]
+        for old, name in new.items():
+            names = [each.replace(old, name) for each in names]
+        pq.write_table(table.rename_columns(names), path)
+    (root / "videos/observation.images.top").rename(root / "videos" / new["observation.images.top"])
+    for layout in ("episodes", "samples"):
+        options = {"output_dir": str(tmp_path / layout), "num_workers": 0, "future_lowdim_steps": 3, "layout": layout}
+        preprocess_with(LeRobotParams(source_episodes=[str(root)], **options))
+        members = read_tars(tmp_path / layout)
+        assert all(key.startswith("my_set_v1_2_episode_") for key in members)
+        first = next(iter(members.values()))
+        assert "arm state v1.0" in first["lowdim.npz"]
+        assert any(name.startswith("images.top left v1.0") for name in first)
 
 
 def test_bookkeeping_is_no_field_unless_it_is_asked_for(write: Any, read_all: Any) -> None:
