@@ -1,5 +1,6 @@
 """Read the facts needed to resolve a config: manifests, tokenizers, specs, earlier runs, cores, processes."""
 
+import itertools
 import json
 import os
 import re
@@ -11,9 +12,11 @@ from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
-from vla_foundry.params.models.backbones import BackboneParams, VLMFoundryBackboneParams
+from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import with_model_files
-from vla_foundry.params.models.roles import ModelParams
+from vla_foundry.params.models.roles import ModelParams, PublishedParams
+from vla_foundry.params.models.vit import ImageEncoderParams
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import (
     MODEL_CONFIG_NAME,
@@ -24,9 +27,12 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
-from vla_foundry.text.tokenizers import image_token_id_of, vocab_size_of
+from vla_foundry.text.chat_template import IMAGE_MARKER
+from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.world import read_ranks_per_node
 
+# folders of a run that hold a tokenizer, the fuller one first
+_KEPT = (PROCESSOR_FOLDER, TOKENIZER_FOLDER)
 # owner/name on the Hugging Face hub, or a legacy name without an owner
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -52,7 +58,16 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
     tokenizer = _read_named_tokenizer(name, offline) or started_from
     if isinstance(data, ImageProcessorParams) and tokenizer is not None and tokenizer.image_token_id is None:
         # our own processor adds <image> at the end
-        tokenizer = replace(tokenizer, vocab_size=tokenizer.vocab_size + 1, image_token_id=tokenizer.vocab_size)
+        vocabulary = None if tokenizer.vocabulary is None else tokenizer.vocabulary.with_token(IMAGE_MARKER)
+        tokenizer = replace(
+            tokenizer,
+            vocab_size=tokenizer.vocab_size + 1,
+            image_token_id=tokenizer.vocab_size,
+            vocabulary=vocabulary,
+        )
+    weights = _list_token_weights(params.model)
+    if params.resume is not None and params.name is not None:
+        weights.append(join_uri(params.save_path, params.name))
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     has_spec = isinstance(data, RoboticsDataParams)
     specs = (_find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
@@ -68,6 +83,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
             for name in data.val_dataset_manifest
         ),
         tokenizer=tokenizer,
+        weights_tokenizers={name: _read_kept_tokenizer(name) for name in weights if not is_remote(name) or not offline},
         started_from=started_from,
         started_from_robotics=next((spec for spec in specs if spec is not None), None),
         checkpoint_models=_read_checkpoint_models(params.model, offline),
@@ -140,20 +156,33 @@ def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
 
 
 def _read_tokenizer(name: str, location: str) -> TokenizerFacts:
-    return TokenizerFacts(name=name, vocab_size=vocab_size_of(location), image_token_id=image_token_id_of(location))
+    found = read_vocabulary(location)
+    return TokenizerFacts(name=name, vocab_size=found.size, image_token_id=found.image_token_id, vocabulary=found)
 
 
 def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | None:
     """Return the processor, or else the tokenizer, saved in the run that the model or one of its parts starts from."""
-    for checkpoint in list_checkpoints(model):
-        if is_remote(checkpoint) and offline:
-            continue
-        for folder in run_folder_candidates(checkpoint):
-            for kept in (PROCESSOR_FOLDER, TOKENIZER_FOLDER):
-                found = _read_dataset_tokenizer(join_uri(folder, kept))
-                if found is not None:
-                    return found
-    return None
+    kept = (_read_kept_tokenizer(name) for name in list_checkpoints(model) if not is_remote(name) or not offline)
+    return next((found for found in kept if found is not None), None)
+
+
+def _read_kept_tokenizer(checkpoint: str) -> TokenizerFacts | None:
+    """Return the processor, or else the tokenizer, kept with a checkpoint or a published model; None: it has none."""
+    runs = (folder for folder in run_folder_candidates(checkpoint) if exists(join_uri(folder, MODEL_CONFIG_NAME)))
+    folders = [join_uri(run, kept) for run in itertools.islice(runs, 1) for kept in _KEPT]
+    found = (_read_dataset_tokenizer(folder) for folder in (*folders, checkpoint))
+    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+
+
+def _list_token_weights(model: BaseParams) -> list[str]:
+    """Return the checkpoints and local published models that the weights behind a model's tokens come from."""
+    if isinstance(model, ImageEncoderParams | ViTBackboneParams | ActionHeadParams):
+        return []
+    if isinstance(model, ModelParams | BackboneParams) and model.resume_from_checkpoint is not None:
+        return [model.resume_from_checkpoint]
+    is_published = isinstance(model, PublishedParams) and model.hf_load_weights and os.path.isdir(model.hf_pretrained)
+    own = [model.hf_pretrained] if isinstance(model, PublishedParams) and is_published else []
+    return own + [name for part in _parts(model) for name in _list_token_weights(part)]
 
 
 def _parts(model: BaseParams) -> list[BaseParams]:

@@ -10,7 +10,7 @@ from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Unav
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
-from vla_foundry.params.facts import Facts
+from vla_foundry.params.facts import Facts, TokenizerFacts
 from vla_foundry.params.hparams import HyperParams, count_decay_steps
 from vla_foundry.params.models.roles import ModelParams
 
@@ -107,8 +107,7 @@ class TrainExperimentParams(BaseParams):
         if not self.data.allow_multiple_epochs:
             _check_enough(self, facts)
         _check_seq_len(self.data, self, facts)
-        _check_tokens(self, facts)
-        return notices
+        return notices + _check_tokens(self, facts)
 
 
 def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:
@@ -226,20 +225,22 @@ def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts
             )
 
 
-def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that the datasets share one size of tokenizer, and that the model's token table covers it."""
-    sizes: dict[str, int] = {}
+def _check_tokens(params: TrainExperimentParams, facts: Facts) -> list[str]:
+    """Check that data and weights agree about what token ids mean, and that the model's token table covers them."""
+    used = {item.manifest: item.tokenizer for item in (*facts.datasets, *facts.val_datasets)}
     if facts.tokenizer is not None:
-        sizes[f"data.tokenizer {facts.tokenizer.name}"] = facts.tokenizer.vocab_size
-    for dataset in (*facts.datasets, *facts.val_datasets):
-        size = dataset.provenance.get("vocab_size") if dataset.tokenizer is None else dataset.tokenizer.vocab_size
-        if isinstance(size, int):
-            sizes[dataset.manifest] = size
+        used = {f"data.tokenizer {facts.tokenizer.name}": facts.tokenizer} | used
+    sizes = {source: tokenizer.vocab_size for source, tokenizer in used.items() if tokenizer is not None}
+    for item in (*facts.datasets, *facts.val_datasets):
+        size = item.provenance.get("vocab_size")
+        if item.tokenizer is None and isinstance(size, int):
+            sizes[item.manifest] = size
+    notices = _compare_tokenizers(params.data, used, facts)
     if not sizes:
-        return
+        return notices
     source, size = max(sizes.items(), key=lambda item: item[1])
     other, smallest = min(sizes.items(), key=lambda item: item[1])
-    if size != smallest:
+    if size != smallest and any(used.get(name) is None for name in sizes):
         raise ValueError(
             f"The tokenizers differ: {source} has {size} tokens and {other} has {smallest}. "
             "Use data of one tokenizer, and name it with data.tokenizer."
@@ -250,3 +251,44 @@ def _check_tokens(params: TrainExperimentParams, facts: Facts) -> None:
             f"model.vocab_size ({vocab_size}) is less than the {size} tokens of {source}. "
             f"Use --model.vocab_size {size} or more."
         )
+    return notices
+
+
+def _compare_tokenizers(data: DataParams, used: dict[str, TokenizerFacts | None], facts: Facts) -> list[str]:
+    """Compare the tokenizer of the data with those of the weights, and datasets with each other.
+
+    Returns:
+        Accepted differences, and what cannot be compared.
+
+    Raises:
+        ValueError: the tokenizers differ, and this is not accepted.
+    """
+    known = {name: item.vocabulary for name, item in used.items() if item is not None and item.vocabulary is not None}
+    weights = {name: item for name, item in facts.weights_tokenizers.items() if item is not None}
+    modalities = zip(
+        (*facts.datasets, *facts.val_datasets), (*data.dataset_modality, *data.val_dataset_modality), strict=False
+    )
+    silent = [item.manifest for item, modality in modalities if item.tokenizer is None and modality == "text"]
+    has_others = bool(weights) or len(used) > 1
+    notices = [f"{name} keeps no tokenizer, so it is not compared with the others." for name in silent if has_others]
+    if not known:
+        return notices
+    (source, vocabulary), *others = known.items()
+    differences = [
+        f"{source} and {name} have different tokenizers: {difference}. Use data of one tokenizer."
+        for name, other in others
+        if (difference := vocabulary.find_difference(other)) is not None
+    ]
+    for name, tokenizer in facts.weights_tokenizers.items():
+        if tokenizer is None or tokenizer.vocabulary is None:
+            notices.append(f"{name} keeps no tokenizer, so it is not compared with that of {source}.")
+        elif (difference := tokenizer.vocabulary.find_difference(vocabulary)) is not None:
+            differences.append(
+                f"The weights of {name} and {source} have different tokenizers: {difference}. "
+                f"Use data of the tokenizer {tokenizer.name}."
+            )
+        elif len({tokenizer.vocabulary.chat_template, vocabulary.chat_template, None}) > 2:
+            notices.append(f"The tokenizers of {name} and {source} have different chat templates.")
+    if differences and not data.accept_contradictions:
+        raise ValueError(f"{differences[0]} Or continue as is with --data.accept_contradictions true.")
+    return differences + notices

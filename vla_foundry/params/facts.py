@@ -5,6 +5,7 @@ from typing import Any
 
 from vla_foundry.config.schema import Unavailable
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
+from vla_foundry.text.tokenizers import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,8 @@ class TokenizerFacts:
     vocab_size: int
     # token replaced by image features; None if it has none
     image_token_id: int | None = None
+    # what its ids mean; None: unknown
+    vocabulary: Vocabulary | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Facts:
     val_datasets: tuple[DatasetFacts, ...] = ()
     # the data's tokenizer: the one it names, else that of the run that the model starts from
     tokenizer: TokenizerFacts | None = None
+    # checkpoint or published model that provides weights for tokens -> the tokenizer kept with it; None: it keeps none
+    weights_tokenizers: dict[str, TokenizerFacts | None] = field(default_factory=dict)
     # processor/ or tokenizer/ of that run, if data with images names neither
     started_from: TokenizerFacts | None = None
     # dataset spec of that run's robot data, and the run's folder

@@ -1,8 +1,10 @@
 """Load, save and describe tokenizers; only loading one imports transformers."""
 
+import hashlib
 import json
 import os
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
 # names of the token that image features replace, for image-text tokenizers whose config does not state it
 _IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>")
 
@@ -45,21 +48,61 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> 
     tokenizer.save_pretrained(str(folder))
 
 
-def vocab_size_of(folder: str | Path) -> int:
-    """Return the embedding rows a tokenizer needs, its highest token id plus one, without transformers or torch.
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What the token ids of a tokenizer mean, and how it cuts text into tokens."""
 
-    Args:
-        folder: the tokenizer's folder, local, s3:// or hf://.
+    # token -> id, with added tokens
+    ids: dict[str, int]
+    # merges (BPE) or scores (Unigram), in order
+    rules: tuple[str, ...] = ()
+    # tokens that plain text never becomes
+    special: frozenset[str] = frozenset()
+    # chat template; None: it has none
+    chat_template: str | None = None
+    # the token that image features replace, if the tokenizer's config names it
+    named_image_token: str | None = None
 
-    Raises:
-        FileNotFoundError: tokenizer.json does not exist.
-        ValueError: the file holds no tokens.
-    """
-    return 1 + max(_read_token_ids(folder).values())
+    @property
+    def size(self) -> int:
+        """Embedding rows it needs: its highest token id plus one."""
+        return 1 + max(self.ids.values())
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the token that image features replace; None if there is no such token."""
+        names = (self.named_image_token, *_IMAGE_TOKENS)
+        return next((self.ids[token] for token in names if token in self.ids), None)
+
+    def with_token(self, token: str) -> "Vocabulary":
+        """Return it with one more special token at the end."""
+        return replace(self, ids=self.ids | {token: self.size}, special=self.special | {token})
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything here, whatever the layout of the files it was read from."""
+        parts = [sorted(self.ids.items()), self.rules, sorted(self.special), self.chat_template]
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode("ascii")).hexdigest()
+
+    def find_difference(self, other: "Vocabulary") -> str | None:
+        """Return how the two give text other ids, in words, or None. A token that only one has is no difference."""
+        names = {number: token for token, number in other.ids.items()}
+        for token, number in self.ids.items():
+            if names.get(number, token) != token:
+                return f"token {number} is {token!r} in the one and {names[number]!r} in the other"
+            if other.ids.get(token, number) != number:
+                return f"{token!r} is token {number} in the one and token {other.ids[token]} in the other"
+        for index, (own, others) in enumerate(zip(self.rules, other.rules, strict=False)):
+            if own != others:
+                return f"merge or score {index} is {own!r} in the one and {others!r} in the other"
+        if len(self.rules) != len(other.rules):
+            return f"the one has {len(self.rules)} merges and the other {len(other.rules)}"
+        special = sorted((self.special ^ other.special) & self.ids.keys() & other.ids.keys())
+        return f"{special[0]!r} is a special token of one of them only" if special else None
 
 
-def image_token_id_of(folder: str | Path) -> int | None:
-    """Return the id of the token that image features replace, or None if there is no such token; only reads files.
+def read_vocabulary(folder: str | Path) -> Vocabulary:
+    """Read a tokenizer's vocabulary, without transformers or torch.
 
     Args:
         folder: the tokenizer's or processor's folder, local, s3:// or hf://.
@@ -68,25 +111,38 @@ def image_token_id_of(folder: str | Path) -> int | None:
         FileNotFoundError: tokenizer.json does not exist.
         ValueError: the file holds no tokens.
     """
-    ids = _read_token_ids(folder)
-    try:
-        named = json.loads(read_text(join_uri(str(folder), CONFIG_NAME))).get("image_token")
-    except FileNotFoundError:
-        named = None
-    name = named.get("content") if isinstance(named, dict) else named
-    return next((ids[token] for token in (name, *_IMAGE_TOKENS) if token in ids), None)
-
-
-def _read_token_ids(folder: str | Path) -> dict[str, int]:
     path = join_uri(str(folder), TOKENIZER_NAME)
-    content = json.loads(read_text(path))
-    vocab = content.get("model", {}).get("vocab", {})
-    # Unigram lists tokens in id order; other models map tokens to ids
+    content, config = json.loads(read_text(path)), json.loads(_read_if_there(folder, CONFIG_NAME) or "{}")
+    model, added = content.get("model", {}), content.get("added_tokens", [])
+    vocab = model.get("vocab", {})
+    # Unigram lists tokens and scores in id order; other models map tokens to ids
     ids = dict(vocab) if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
-    ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    ids |= {token["content"]: token["id"] for token in added}
     if not ids:
         raise ValueError(f"{path} holds no tokens.")
-    return ids
+    rules = model.get("merges", ()) if isinstance(vocab, dict) else vocab
+    named = {name: _content_of(value) for name, value in config.items() if name.endswith("_token")}
+    special = {*(token["content"] for token in added if token.get("special")), *filter(None, named.values())}
+    template = config.get("chat_template") or _read_if_there(folder, TEMPLATE_NAME)
+    return Vocabulary(
+        ids=ids,
+        rules=tuple(rule if isinstance(rule, str) else " ".join(map(str, rule)) for rule in rules),
+        special=frozenset(special & ids.keys()),
+        chat_template=template if isinstance(template, str | None) else json.dumps(template),
+        named_image_token=named.get("image_token"),
+    )
+
+
+def _content_of(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_if_there(folder: str | Path, name: str) -> str | None:
+    try:
+        return read_text(join_uri(str(folder), name))
+    except FileNotFoundError:
+        return None
 
 
 def pad_token_id_of(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vla_foundry.config.resolve import Resolved, resolve_known
 from vla_foundry.config.schema import Unavailable
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params import (
@@ -15,9 +16,12 @@ from vla_foundry.params import (
     HyperParams,
     TrainExperimentParams,
 )
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
 
 Write = Callable[[str, str], str]
 
@@ -94,3 +98,103 @@ def test_a_folder_instead_of_its_manifest_says_what_was_meant(tmp_path: Path) ->
     params = replace(PARAMS, data=replace(DATA, dataset_manifest=[str(tmp_path / "a")]))
     with pytest.raises(FileNotFoundError, match=rf"Did you mean {manifest}\?"):
         read_facts(params, 1)
+
+
+VOCAB = {"a": 0, "b": 1, "c": 2}
+
+
+def write_tokenizer(folder: Path, ids: dict[str, int], template: str | None = None) -> None:
+    folder.mkdir(parents=True)
+    added = [{"id": number, "content": token, "special": True} for token, number in ids.items() if "<" in token]
+    content = {"model": {"type": "WordLevel", "vocab": ids}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    config = json.dumps({"chat_template": template} if template else {})
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+
+def write_run(folder: Path, ids: dict[str, int], *, kept: str = "tokenizer", template: str | None = None) -> str:
+    write_tokenizer(folder / kept, ids, template)
+    (folder / "config_model.yaml").write_text("type: transformer\n", encoding="utf-8")
+    return str(folder)
+
+
+def resolve_with(params: TrainExperimentParams) -> Resolved[TrainExperimentParams]:
+    return resolve_known(params, read_facts(params, 1))
+
+
+def test_datasets_of_two_tokenizers_of_one_size_are_refused(tmp_path: Path) -> None:
+    manifests = [write_dataset(tmp_path / name, [1000]) for name in ("a", "b", "c")]
+    for name, ids in (("a", VOCAB), ("b", {"a": 0, "c": 1, "b": 2}), ("c", VOCAB)):
+        write_tokenizer(tmp_path / name / "tokenizer", ids)
+    same = replace(DATA, dataset_manifest=[manifests[0], manifests[2]])
+    assert resolve_with(replace(PARAMS, data=same)).notices == []
+    params = replace(PARAMS, data=replace(DATA, dataset_manifest=manifests[:2]))
+    with pytest.raises(ValueError, match=r"b/manifest\.jsonl have different tokenizers: token 1 is 'b' in the one and"):
+        resolve_with(params)
+    (notice,) = resolve_with(replace(params, data=replace(params.data, accept_contradictions=True))).notices
+    assert "have different tokenizers" in notice
+    validation = replace(DATA, dataset_manifest=manifests[:1], val_dataset_manifest=manifests[1:2])
+    with pytest.raises(ValueError, match="have different tokenizers"):
+        resolve_with(replace(PARAMS, data=validation))
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints/step_00000001"])
+def test_weights_trained_on_another_tokenizer_than_the_data_are_refused(below: str, tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "a", [1000])
+    write_tokenizer(tmp_path / "a" / "tokenizer", VOCAB)
+    right = write_run(tmp_path / "right", VOCAB, template="{{ chat }}")
+    wrong = write_run(tmp_path / "wrong", {"b": 0, "a": 1, "c": 2})
+    bare = str(tmp_path / "bare.safetensors")
+    (tmp_path / "bare.safetensors").write_bytes(b"")
+
+    def params(run: str) -> TrainExperimentParams:
+        checkpoint = Path(run, below)
+        if below:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "COMPLETE").touch()
+        model = replace(PARAMS.model, resume_from_checkpoint=str(checkpoint), resume_weights_only=True)
+        return replace(PARAMS, model=model, data=replace(DATA, dataset_manifest=[manifest]))
+
+    assert resolve_with(params(right)).notices == []
+    with pytest.raises(
+        ValueError, match=rf"^The weights of {wrong}\S* and {manifest} have different tokenizers: token"
+    ):
+        resolve_with(params(wrong))
+    if not below:
+        (notice,) = resolve_with(params(bare)).notices
+        assert notice.startswith(f"{bare} keeps no tokenizer")
+    continued = replace(PARAMS, data=params(right).data, save_path=str(tmp_path), name="wrong", resume="auto")
+    with pytest.raises(ValueError, match=rf"^The weights of {wrong} and {manifest} have different tokenizers"):
+        resolve_with(continued)
+
+
+def test_data_without_a_tokenizer_is_a_notice_when_the_weights_have_one(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "a", [1000])
+    run = write_run(tmp_path / "run", VOCAB)
+    model = replace(PARAMS.model, resume_from_checkpoint=run, resume_weights_only=True)
+    params = replace(PARAMS, model=model, data=replace(DATA, dataset_manifest=[manifest]))
+    (notice,) = resolve_with(params).notices
+    assert notice.startswith(f"{manifest} keeps no tokenizer")
+    assert resolve_with(replace(params, model=PARAMS.model)).notices == []
+
+
+def test_a_vlm_needs_the_tokenizer_of_its_language_model(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "a", [1000])
+    run = write_run(tmp_path / "llm", VOCAB)
+    for name, ids in (("same", VOCAB), ("more", VOCAB | {"<image>": 3}), ("other", {"c": 0, "b": 1, "a": 2})):
+        write_tokenizer(tmp_path / name, ids, template="{{ chat }}")
+    language_model = TransformerParams(vocab_size=3, resume_from_checkpoint=run, resume_weights_only=True)
+    model = VLMParams(vit=ViTParams(img_size=32, patch_size=16), transformer=language_model)
+
+    def params(tokenizer: str) -> TrainExperimentParams:
+        data = ImageCaptionDataParams(dataset_manifest=[manifest], tokenizer=tokenizer)
+        return replace(PARAMS, model=model, data=data)
+
+    for name in ("same", "more"):
+        assert resolve_with(params(str(tmp_path / name))).notices == []
+    with pytest.raises(ValueError, match=rf"^The weights of {run} and data\.tokenizer \S*other have different tokeni"):
+        resolve_with(params(str(tmp_path / "other")))
+    vlm = replace(model, resume_from_checkpoint=write_run(tmp_path / "vlm", VOCAB | {"<image>": 3}, kept="processor"))
+    assert resolve_with(replace(params(str(tmp_path / "same")), model=vlm)).notices == []
+    with pytest.raises(ValueError, match=r"^The weights of \S*vlm and data\.tokenizer \S*other have different"):
+        resolve_with(replace(params(str(tmp_path / "other")), model=vlm))

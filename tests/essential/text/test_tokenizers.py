@@ -1,14 +1,17 @@
 """Tokenizers are loaded from folders, saved, and measured without importing what is heavy."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of, save_tokenizer, vocab_size_of
+from vla_foundry.text.tokenizers import Vocabulary, load_tokenizer, pad_token_id_of, read_vocabulary, save_tokenizer
 
 
 def create_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -26,10 +29,10 @@ def test_a_saved_tokenizer_loads_with_its_special_tokens(tmp_path: Path) -> None
 
 def test_vocab_size_counts_added_tokens_and_imports_nothing_heavy(tmp_path: Path) -> None:
     save_tokenizer(create_tokenizer(eos_token="<end>"), tmp_path)
-    assert vocab_size_of(tmp_path) == 4
+    assert read_vocabulary(tmp_path).size == 4
     code = (
-        "import sys; from vla_foundry.text.tokenizers import vocab_size_of; "
-        f"assert vocab_size_of({str(tmp_path)!r}) == 4; "
+        "import sys; from vla_foundry.text.tokenizers import read_vocabulary; "
+        f"assert read_vocabulary({str(tmp_path)!r}).size == 4; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -38,7 +41,7 @@ def test_vocab_size_counts_added_tokens_and_imports_nothing_heavy(tmp_path: Path
 def test_vocab_size_of_a_unigram_model(tmp_path: Path) -> None:
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert vocab_size_of(tmp_path) == 3
+    assert read_vocabulary(tmp_path).size == 3
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,48 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError):
-        vocab_size_of(tmp_path)
+        read_vocabulary(tmp_path)
     with pytest.raises(ValueError, match="neither a tokenizer's folder nor a name that is known") as caught:
         load_tokenizer("no-such-owner/no-such-tokenizer")
     assert "\n" not in str(caught.value)
+
+
+WORDS = {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({}, None),
+        ({"ids": WORDS | {"<image>": 3}, "special": frozenset({"a", "<image>"})}, None),
+        ({"chat_template": "{{ x }}"}, None),
+        ({"ids": {"a": 0, "c": 1, "b": 2}}, "token 1 is 'b' in the one and 'c' in the other"),
+        ({"ids": {"a": 0, "b": 1, "c": 7}}, "'c' is token 2 in the one and token 7 in the other"),
+        ({"rules": ("a b", "c b")}, "merge or score 1 is 'b c' in the one and 'c b' in the other"),
+        ({"rules": ("a b",)}, "the one has 2 merges and the other 1"),
+        ({"special": frozenset({"a", "b"})}, "'b' is a special token of one of them only"),
+    ],
+)
+def test_two_vocabularies_differ_where_the_same_text_becomes_other_ids(
+    changes: dict[str, Any], difference: str | None
+) -> None:
+    one = Vocabulary(ids=WORDS, rules=("a b", "b c"), special=frozenset({"a"}))
+    other = replace(one, **changes)
+    assert one.find_difference(other) == difference
+    assert (other.find_difference(one) is None) == (difference is None)
+    assert (one.fingerprint == other.fingerprint) == (not changes)
+
+
+def test_the_layout_of_a_tokenizer_file_does_not_change_its_vocabulary(tmp_path: Path) -> None:
+    tokens = [{"id": 3, "content": "<eos>", "special": True}]
+    for name, merges, added, config in (
+        ("a", ["a b"], tokens, {"chat_template": "{{ x }}"}),
+        ("b", [["a", "b"]], [], {"eos_token": {"content": "<eos>"}}),
+    ):
+        model = {"type": "BPE", "merges": merges, "vocab": WORDS | ({} if added else {"<eos>": 3})}
+        (tmp_path / name).mkdir()
+        content = json.dumps({"model": model, "added_tokens": added}, indent=None if added else 2)
+        (tmp_path / name / "tokenizer.json").write_text(content, encoding="utf-8")
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ x }}", encoding="utf-8")
+    assert read_vocabulary(tmp_path / "a") == read_vocabulary(tmp_path / "b")

@@ -79,6 +79,9 @@ class DataParams(ChoiceParams):
     max_bad_fraction: Fraction = 0.01
     # continue even if the order of the data has changed since the checkpoint
     accept_changed_data: bool = False
+    # continue even if datasets, or the run that the model starts from, contradict each other about what is used:
+    # tokenizers, robot fields, cameras
+    accept_contradictions: bool = False
     dataset_cache: DatasetCacheParams = field(default_factory=DatasetCacheParams)
 
     def __post_init__(self) -> None:

@@ -165,8 +165,6 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     val_dataset_statistics: list[Location] = field(default_factory=list)
     # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
-    # continue even if datasets, or the run that the model starts from, contradict each other about used fields
-    accept_contradictions: bool = False
     # total width of action_fields; null: as in the data
     action_dim: int | None = None
     # total width of proprioception_fields; null: as in the data
