@@ -1,20 +1,7 @@
 """Translate the config of an earlier run, with one line for each thing that changed.
 
-Where a policy's original numerics differ from ours, the translation sets these params to reproduce them:
-
-| param                                | imported | why                                                           |
-|--------------------------------------|----------|---------------------------------------------------------------|
-| backbone final_norm (native)         | false    | hidden states are read before the final norm                  |
-| backbone text_norm_before_projection | true     | CLIP: the instruction is normalised before its projection     |
-| action_head final_norm               | false    | the head's last hidden state is read before the final norm    |
-| action_head time_encoding            | table    | each time had a trained row                                   |
-| noise num_timesteps                  | theirs   | trained at times 0, 1/n, ..., (n-1)/n                         |
-| noise clamp_range                    | theirs   | noised actions are clamped                                    |
-| noise sampling_time_shift            | 1/n      | during sampling, the head received a time one step too small  |
-
-Three differences remain. If the sampling steps did not divide the number of times, sampling went past 0; here it ends
-at 0. The head saw padded action steps; here they are hidden. The observation token came after a row's padding and saw
-it; here it comes right after the text, so only rows without padding give the same numbers.
+Where a policy's original numerics differ from ours, the translation sets parity switches; docs/importing.md lists them
+with the reasons, and names the differences that remain.
 """
 
 from collections.abc import Mapping
@@ -48,7 +35,7 @@ _BACKBONE_KEYS = {
     "vit_backbone": ("freeze",),
 }
 _NOISE_KEYS = {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
-# unused keys of the policy's noise process, which is flow matching
+# unused keys of flow matching
 _UNUSED_NOISE_KEYS = {"beta_start": "flow matching has no betas", "beta_end": "flow matching has no betas"}
 # precisions that rounded attention keys, and with them the rotary frequencies, to bf16
 _BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
@@ -136,7 +123,9 @@ def _check_policy(old: Mapping[str, Any]) -> list[str]:
     lines = ["model.freeze is left out: nothing is trained in a run that is complete."] if old.get("freeze") else []
     noise = old.get("noise_scheduler") or {}
     return lines + [
-        f"model.noise_scheduler.{key} is left out: {why}." for key, why in _UNUSED_NOISE_KEYS.items() if key in noise
+        f"model.noise_scheduler.{key} is left out: {why}."
+        for key, why in _UNUSED_NOISE_KEYS.items()
+        if key in noise and old.get("use_flow_matching_scheduler")
     ]
 
 
@@ -150,18 +139,18 @@ def translate_policy(config: dict[str, Any], vlm_config: dict[str, Any] | None =
     Raises:
         ValueError: its noise process never worked in the earlier implementation.
     """
-    if not config.get("use_flow_matching_scheduler") or config.get("use_diffusers_scheduler"):
-        raise ValueError("Only policies trained with use_flow_matching_scheduler can be imported; no others worked.")
+    if config.get("use_diffusers_scheduler"):
+        raise ValueError("use_diffusers_scheduler: such policies could never be trained. Import another one.")
     old_noise = config["noise_scheduler"]
     num_times = old_noise["num_timesteps"]
-    noise = {
-        "type": "flow",
-        "num_timesteps": num_times,
-        "clamp_range": old_noise["clamp_range"],
-        "sampling_time_shift": 1 / num_times,
-    }
+    noise = {"num_timesteps": num_times, "clamp_range": old_noise["clamp_range"]}
+    if config.get("use_flow_matching_scheduler"):
+        noise |= {"type": "flow", "sampling_time_shift": 1 / num_times}
+    else:
+        noise |= {"type": "legacy_ddpm", "target": "velocity", "beta_schedule": "linear"}
+        noise |= {key: old_noise[key] for key in ("beta_start", "beta_end") if key in old_noise}
     head = {
-        "type": "flow_transformer",
+        "type": "flow_transformer" if noise["type"] == "flow" else "legacy_ddpm_transformer",
         "transformer": {**config["transformer"], "vocab_size": 0},
         "time_conditioning": config["diffusion_step_conditioning"],
         "time_encoding": "table",
@@ -205,7 +194,8 @@ def _parity_lines(model: Mapping[str, Any]) -> list[str]:
         "action_head.time_encoding": head["time_encoding"],
         "action_head.noise.num_timesteps": noise["num_timesteps"],
         "action_head.noise.clamp_range": noise["clamp_range"],
-        "action_head.noise.sampling_time_shift": noise["sampling_time_shift"],
+        "action_head.noise.sampling_time_shift": noise.get("sampling_time_shift"),
+        "action_head.noise.target": noise.get("target"),
         "vision_language_backbone.final_norm": backbone.get("final_norm"),
         "vision_language_backbone.text_norm_before_projection": backbone.get("text_norm_before_projection"),
     }

@@ -152,8 +152,10 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(ImageBlock(params) for _ in range(params.n_layers))
         self.layer_norm = nn.LayerNorm(params.hidden_dim, eps=params.ln_eps)
 
-    def forward(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N T D"]:
+    def forward(self, pixel_values: Float[Tensor, "*N 3 H W"]) -> Float[Tensor, "*N T D"] | Float[Tensor, "*N D"]:
         """Return the tokens of each image after the final norm: prefix tokens, then the patches, row by row.
+
+        With `output: class_token`, return the class token alone.
 
         Args:
             pixel_values: normalised images, (N, 3, H, W) or (B, N, 3, H, W).
@@ -163,6 +165,8 @@ class ViT(nn.Module):
         x = F.dropout(x, self.params.dropout, self.training)
         for block in self.blocks:
             x = block(x)
+        if self.params.output == "class_token":
+            x = x[:, 0]
         return self.layer_norm(x).unflatten(0, shape)
 
     def list_blocks(self) -> list[nn.Module]:

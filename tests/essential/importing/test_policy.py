@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.importing.command import import_checkpoint
 from vla_foundry.importing.configs import match_field_config
+from vla_foundry.inference.loading import load_run_model
 from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
-from vla_foundry.params import load_experiment_params_from_yaml
+from vla_foundry.models.action_heads.action_head import ActionWindow
+from vla_foundry.models.backbones.backbone import Conditioning
+from vla_foundry.params import ModelParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 
@@ -98,6 +102,40 @@ def test_the_policy_acts(run: tuple[Path, list[str]]) -> None:
     assert any((first[name] != second[name]).any() for name in first)
 
 
+@torch.no_grad()
+def test_a_ddpm_policy_noises_and_predicts_as_it_was_trained(
+    policy_source: Path, tmp_path: Path, tokenizer: Path
+) -> None:
+    models: list[Any] = []
+    for uses_flow in (True, False):
+        changes = {"use_flow_matching_scheduler": uses_flow}
+        change_config(policy_source, lambda config, changes=changes: config["model"].update(changes))
+        output = tmp_path / f"run_{uses_flow}"
+        lines = import_checkpoint(ImportParams(source=str(policy_source), output=str(output), tokenizer=str(tokenizer)))
+        params = load_params_from_yaml(ModelParams, str(output / "config_model.yaml"))
+        models.append(load_run_model(params, str(output), str(output), None, torch.device("cpu")))
+    assert "parity: model.action_head.noise.target is velocity" in lines
+    flow, ddpm = (model.action_head for model in models)
+    steps = torch.tensor([0, 1, 18, 19])
+    actions, noise = torch.randn(2, 4, 16, 10, generator=torch.Generator().manual_seed(1))
+    # as it was noised: the product of 1 - beta up to and including the step's, for 20 steps
+    levels = torch.linspace(1e-4, 0.02, 20).neg().add(1).cumprod(0)[steps, None, None]
+    expected = levels.sqrt() * actions + (1 - levels).sqrt() * noise
+    noised = ddpm.process.add_noise(actions, noise, (steps + 1) / 20)
+    torch.testing.assert_close(noised, expected, rtol=1e-5, atol=1e-5)
+    # flow matching looks up row k of the same table at time k / 20
+    conditioning = Conditioning(torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(2)))
+    window = ActionWindow(
+        actions, torch.zeros(4, 16).bool(), torch.ones(4, 16).bool(), None, torch.zeros(4, 2, 5), None
+    )
+    predicted = ddpm.predict(noised, (steps + 1) / 20, ddpm.embed_context(conditioning, window))
+    same = flow.predict(noised, steps / 20, flow.embed_context(conditioning, window))
+    torch.testing.assert_close(predicted, same, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ddpm.process.target(actions, noise), noise - actions)
+    made = models[1].action_head.sample_from(noise, conditioning, window, 5)
+    assert made.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -127,7 +165,10 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
         ({"data": {"tactile_window": 3}}, r"config\.yaml: data\.tactile_window is unknown"),
         ({"data": {"processor": "debug"}}, r"config\.yaml: data\.processor 'debug' was part of the earlier"),
         ({"data": {"action_fields": [SPEED, "torque"]}}, r"torque"),
-        ({"model": {"use_flow_matching_scheduler": False}}, r"Only policies trained with use_flow_matching_scheduler"),
+        (
+            {"model": {"use_diffusers_scheduler": True}},
+            r"use_diffusers_scheduler: such policies could never be trained",
+        ),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vla_foundry.models.action_heads.noise import beta_quantiles, create_noise, draw_normals, draw_uniforms
 from vla_foundry.params.models.action_heads import DDPMParams, FlowParams, NoiseParams
-from vla_foundry.params.models.legacy import LegacyFlowParams
+from vla_foundry.params.models.legacy import LegacyDDPMParams, LegacyFlowParams
 from vla_foundry.randomness import draw_uniforms as draw_uniforms_on_host
 
 STEPS = [4, 6, 7, 10, 16, 30]
@@ -232,3 +232,16 @@ def test_more_steps_than_the_process_has_is_an_error() -> None:
     process: Any = create_noise(DDPMParams(num_timesteps=4))
     with pytest.raises(ValueError, match=r"num_steps \(5\) must be at most .* \(4\)"):
         process.sample(lambda x, times: x, torch.zeros(1, 1, 1), 5, hold_nothing)
+
+
+@pytest.mark.parametrize("target", ["noise", "velocity"])
+def test_legacy_diffusion_recovers_actions_from_either_prediction(target: Any) -> None:
+    process = create_noise(LegacyDDPMParams(target=target, num_timesteps=20, clamp_range=None))
+    actions, noise = torch.randn(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)).double()
+
+    def predict(x: Tensor, times: Tensor) -> Tensor:
+        alpha = process.alphas[round(times[0].item() * 20)]
+        found = (x - math.sqrt(alpha) * actions) / math.sqrt(1 - alpha)
+        return process.target(actions, found)
+
+    torch.testing.assert_close(process.sample(predict, noise, 7, hold_nothing), actions)

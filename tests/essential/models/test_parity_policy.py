@@ -89,8 +89,8 @@ def test_sampled_actions(published: Published, num_steps: int, has_past: bool) -
 
 
 def test_configs_that_never_worked_are_refused() -> None:
-    with pytest.raises(ValueError, match="Only policies trained with use_flow_matching_scheduler can be imported"):
-        translate_policy({"use_flow_matching_scheduler": False})
+    with pytest.raises(ValueError, match="use_diffusers_scheduler: such policies could never be trained"):
+        translate_policy({"use_diffusers_scheduler": True, "use_flow_matching_scheduler": True})
     config = {
         "use_flow_matching_scheduler": True,
         "noise_scheduler": {"num_timesteps": 10, "clamp_range": None},

@@ -155,3 +155,12 @@ def test_presets_have_their_sizes(name: str, millions: float, tokens: int) -> No
         model = create_model(params)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
     assert params.image_inputs().img_num_tokens == tokens
+
+
+def test_the_class_token_alone_is_the_first_of_all_tokens() -> None:
+    images = random_images(2, 3, 28, 28)
+    alone = create(cls_flag=True, output="class_token")(images)
+    assert alone.shape == (2, 32)
+    torch.testing.assert_close(alone, create(cls_flag=True)(images)[:, 0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"output 'class_token' needs a class token\. Set cls_flag true"):
+        ViTParams(output="class_token")

@@ -2,9 +2,11 @@
 
 The params control how it differs from action_heads/flow_transformer.py. Time may be a row of a trained table as wide as
 the conditioning, added to it before both are mapped to the head's width. The final norm may be left out. Flow matching
-may use a limited number of times, clamp noised actions, and pass the head a smaller time during sampling.
+may use a limited number of times, clamp noised actions, and pass the head a smaller time during sampling. Denoising
+diffusion may predict the velocity.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 from vla_foundry.models.action_heads.action_head import HeadWidths, register_action_head
 from vla_foundry.models.action_heads.decoder import Part, encode_sines
 from vla_foundry.models.action_heads.flow_transformer import FlowTransformer
-from vla_foundry.models.action_heads.noise import Actions, FlowMatching, Times, register_noise
-from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyHeadParams
+from vla_foundry.models.action_heads.noise import Actions, DenoisingDiffusion, FlowMatching, Times, register_noise
+from vla_foundry.params.models.legacy import LegacyDDPMParams, LegacyFlowParams, LegacyHeadParams
 
 
 @register_noise("legacy_flow")
@@ -48,8 +50,31 @@ class LegacyFlowMatching(FlowMatching):
         return x if self.clamp_range is None else x.clamp(*self.clamp_range)
 
 
+@register_noise("legacy_ddpm")
+class LegacyDenoisingDiffusion(DenoisingDiffusion):
+    """Denoising diffusion that may predict the velocity, noise - actions; its time table starts at the first step."""
+
+    def __init__(self, params: LegacyDDPMParams) -> None:
+        super().__init__(params)
+        self.predicts_velocity = params.target == "velocity"
+
+    def target(self, actions: Actions, noise: Actions) -> Actions:
+        """Return the head's training target."""
+        return noise - actions if self.predicts_velocity else noise
+
+    def _to_noise(self, x: Tensor, predicted: Tensor, alpha: float) -> Tensor:
+        if not self.predicts_velocity:
+            return predicted
+        # solve x = a actions + s noise with noise = actions + velocity
+        a, s = math.sqrt(alpha), math.sqrt(1 - alpha)
+        return predicted + (x - s * predicted) / (a + s)
+
+
 class TimeTableTransformer(FlowTransformer):
-    """A flow transformer whose times are rows of a trained table, as wide as the conditioning."""
+    """A flow transformer whose times are rows of a trained table, as wide as the conditioning.
+
+    Row r is time r / num_timesteps; for legacy_ddpm, whose first step k = 0 is time 1 / num_timesteps, row k is step k.
+    """
 
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
         """Create the table."""
@@ -62,7 +87,8 @@ class TimeTableTransformer(FlowTransformer):
     def embed_time(self, times: Times) -> Float[Tensor, "N C"]:
         """Take the nearest row of each time."""
         num = self.time_encoding.num_embeddings
-        return self.time_encoding((times * num).round().long().clamp(0, num - 1))
+        first = 1 if isinstance(self.process, LegacyDenoisingDiffusion) else 0
+        return self.time_encoding(((times * num).round().long() - first).clamp(0, num - 1))
 
     def add_time(self, parts: list[Part], time: Float[Tensor, "N C"]) -> list[Part]:
         """Insert time into the joint sequence and map conditioning to the head's width."""

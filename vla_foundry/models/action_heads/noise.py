@@ -185,7 +185,7 @@ class DenoisingDiffusion(NoiseProcess):
         x = hold(noise)
         for place, next_place in pairwise(places):
             alpha, next_alpha = self.alphas[place], self.alphas[next_place]
-            found = predict(x, torch.full((x.shape[0],), place / num, device=x.device))
+            found = self._to_noise(x, predict(x, torch.full((x.shape[0],), place / num, device=x.device)), alpha)
             actions = (x - math.sqrt(1 - alpha) * found) / math.sqrt(alpha)
             if limits is not None:
                 actions = actions.clamp(*limits)
@@ -193,6 +193,10 @@ class DenoisingDiffusion(NoiseProcess):
                 found = (x - math.sqrt(alpha) * actions) / math.sqrt(1 - alpha)
             x = hold(math.sqrt(next_alpha) * actions + math.sqrt(1 - next_alpha) * found)
         return x
+
+    def _to_noise(self, x: Tensor, predicted: Tensor, alpha: float) -> Tensor:
+        """Return the noise in x, given the head's prediction."""
+        return predicted
 
 
 def _betas(params: DDPMParams) -> list[float]:

@@ -29,7 +29,10 @@ class ViTBackbone(Backbone):
         self, pixel_values: Float[Tensor, "M 3 H W"], *, num_images: int, image_mask: Bool[Tensor, "B N"] | None
     ) -> Conditioning:
         """Encode B x N images; `num_images` is N, the number per sample."""
-        tokens = self.model(pixel_values)  # (B N, T, C)
+        tokens = self.model(pixel_values)
+        if tokens.ndim == 2:
+            # the class token alone
+            tokens = tokens.unsqueeze(1)  # (B N, T, C)
         per_image = tokens.shape[1]
         mask = None if image_mask is None else image_mask.repeat_interleave(per_image, dim=1)
         return Conditioning(tokens.unflatten(0, (-1, num_images)).flatten(1, 2), mask)

@@ -27,6 +27,17 @@ class LegacyFlowParams(FlowParams):
         check_range("clamp_range", self.clamp_range)
 
 
+@register_model_params("legacy_ddpm")
+@dataclass(frozen=True, kw_only=True)
+class LegacyDDPMParams(DDPMParams):
+    """Denoising diffusion whose time table has row k for the noise of step k = 0 .. num_timesteps - 1."""
+
+    is_offered = False
+
+    # what the head predicts: noise, or velocity (noise - actions)
+    target: Literal["noise", "velocity"] = "noise"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LegacyHeadParams(DenoisingHeadParams):
     """Options that reproduce the denoising heads of legacy checkpoints."""

@@ -57,6 +57,9 @@ class ViTParams(ImageEncoderParams):
     ln_eps: float = 1e-6
     # put a class token in front of the patches; a language model does not see it
     cls_flag: bool = False
+    # what the encoder returns: all tokens, the class token first (B, 1 + patches, D); or the class token alone (B, D),
+    # which a language model cannot read
+    output: Literal["tokens", "class_token"] = "tokens"
     # patch embedding: one linear map, or a few strided convolutions, which learn faster in small models
     stem: Literal["patch", "conv"] = "patch"
     # interpolation of position embeddings to other image sizes
@@ -70,6 +73,8 @@ class ViTParams(ImageEncoderParams):
             raise ValueError(f"img_size ({self.img_size}) must be at least patch_size ({self.patch_size}).")
         if self.stem == "conv" and self.patch_size % 2:
             raise ValueError(f"stem conv halves the image at least once: patch_size ({self.patch_size}) must be even.")
+        if self.output == "class_token" and not self.cls_flag:
+            raise ValueError("output 'class_token' needs a class token. Set cls_flag true, or output tokens.")
         self.image_inputs()
 
     def image_inputs(self) -> ImageInputs:

@@ -13,7 +13,7 @@ from vla_foundry.params.models.roles import (
     TokenLimits,
     register_model_params,
 )
-from vla_foundry.params.models.vit import ImageEncoderParams
+from vla_foundry.params.models.vit import ImageEncoderParams, ViTParams
 
 # grown token tables have a multiple of this many rows, for fast matrix products
 ROWS_MULTIPLE = 64
@@ -34,6 +34,11 @@ class VLMParams(ModelParams):
     vocab_size: int | None = None
     # whether neighbouring image tokens see only earlier ones (causal) or each other (bidirectional)
     image_attention: Literal["causal", "bidirectional"] = "causal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.vit, ViTParams) and self.vit.output == "class_token":
+            raise ValueError("vit.output 'class_token' has no patches for the language model. Set vit.output tokens.")
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the image token and the number of tokens from the data's tokenizer."""
