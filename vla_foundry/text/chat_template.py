@@ -25,6 +25,9 @@ CAPTION_PROMPTS: tuple[str, ...] = (
 # user turns of a robot policy
 INSTRUCTION_PROMPTS: tuple[str, ...] = ("<image>{instruction}",)
 
+# stands for an answer when a chat template is rendered to see what it writes around one
+_PLACEHOLDER = "Placeholder"
+
 # speaker names in third-party conversation files
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -225,7 +228,8 @@ def chat_template_segments(
     """Format turns with a tokenizer's chat template.
 
     An answer is everything that the template writes after its prompt, up to and including the token that ends the turn:
-    exactly what a model must generate.
+    exactly what a model must generate. Where its text ends is known from rendering a placeholder in its place; the
+    answer itself is never searched for, because its words may also occur in the token that ends the turn.
 
     Args:
         turns: turns that alternate as the template requires.
@@ -241,14 +245,17 @@ def chat_template_segments(
         if turn.role != "assistant":
             continue
         prompt, whole = render(turns[:number], True), render(turns[: number + 1], False)
+        placed = render([*turns[:number], Turn("assistant", _PLACEHOLDER)], False)
         answer = whole.removeprefix(prompt)
-        start = answer.rfind(turn.content.strip())
-        if not prompt.startswith(done) or not whole.startswith(prompt) or start < 0:
+        lead, _, tail = placed.removeprefix(prompt).partition(_PLACEHOLDER)
+        content = answer.removeprefix(lead).removesuffix(tail)
+        is_placed = whole == prompt + lead + content + tail and content.strip() == turn.content.strip()
+        if not (is_placed and prompt.startswith(done)):
             raise ValueError(
                 "the tokenizer's chat template does not write an answer right after the prompt for it. "
                 "Use a prompt_layout such as chat instead of chat_template."
             )
-        content_end = start + len(turn.content.strip())
+        content_end = len(lead + content)
         end = end_of(answer, content_end)
         segments.append(Segment(prompt[len(done) :], is_target=False))
         segments.append(Segment(answer[: end or content_end], is_target=True, ends_turn=end is None))

@@ -91,6 +91,21 @@ def test_the_prompt_is_token_for_token_the_beginning_of_what_was_trained_on(layo
         assert any(no_targets) == (end == 3)
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<end_of_turn>", "</s>"])
+def test_an_answer_made_of_letters_of_the_end_token_is_supervised_once(end: str) -> None:
+    tokenizer = byte_level(additional_special_tokens=[end])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", end)
+    encoder = ChatTokenizer(tokenizer, prompt_layout="chat_template")
+    assert encoder.stop_token_ids()[0] == tokenizer.convert_tokens_to_ids(end)
+    for answer in ("a", "d", "e", "s", "m", "_", "end", "turn", "im", "of", "Placeholder", "a  "):
+        ids, mask = encoder.encode([Turn("user", "Which?"), Turn("assistant", answer)], [])
+        targets = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
+        assert targets == tokenizer.encode(answer + end, add_special_tokens=False)
+        # twice the same answer: the first one is not taken for the second
+        twice = [Turn("user", "Which?"), Turn("assistant", answer)] * 2
+        assert supervised(encoder, twice, []) == [answer + end] * 2
+
+
 def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:
     encoder = ChatTokenizer(byte_level(), prompt_layout="chat")
     ids, mask = encoder.encode(
