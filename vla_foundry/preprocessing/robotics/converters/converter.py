@@ -79,7 +79,7 @@ from vla_foundry.registry import Registry
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
-from vla_foundry.storage.uri import list_sizes, name_of
+from vla_foundry.storage.uri import list_visible, name_of
 
 _CONVERTERS: Registry[type["BaseRoboticsConverter"]] = Registry(
     "type", package="vla_foundry.preprocessing.robotics.converters", decorator="register_converter"
@@ -240,7 +240,7 @@ class BaseRoboticsConverter(abc.ABC):
         """Return a fingerprint of the source: number and bytes of all files, and a digest of their names and sizes."""
         digest, num_files, num_bytes = hashlib.sha256(), 0, 0
         for source in self.params.source_episodes:
-            for path, size in list_sizes(source).items():
+            for path, size in list_visible(source).items():
                 inside = path[len(source.rstrip("/")) :].lstrip("/") or name_of(path)
                 digest.update(f"{inside}\0{size}\n".encode())
                 num_files, num_bytes = num_files + 1, num_bytes + size

@@ -31,7 +31,7 @@ from vla_foundry.preprocessing.robotics.converters.converter import (
 )
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
-from vla_foundry.storage.uri import is_remote, list_files, name_of, open_input, parent_uri
+from vla_foundry.storage.uri import is_remote, list_visible, name_of, open_input, parent_uri
 
 if TYPE_CHECKING:
     import h5py
@@ -107,20 +107,30 @@ def find_array(file: "h5py.File", group: str, path: str) -> "h5py.Dataset | None
     """Return the array at a path within a group; None if there is none.
 
     Raises:
-        ValueError: its values lie in another file.
+        ValueError: its values lie in another file, or it is virtual and a part of it is missing.
     """
     found = _open(file, f"{group}/{path}")
     if not hasattr(found, "shape"):
         return None
-    sources = [source.file_name for source in found.virtual_sources()] if found.is_virtual else []
-    outside = [name for name, *_ in found.external or ()] + [name for name in sources if name != "."]
-    if outside:
-        raise ValueError(_outside(file, f"{group}/{path}", outside[0]))
+    _check_inside(file, found, f"{group}/{path}", ())
     return found
 
 
+def _check_inside(file: "h5py.File", array: "h5py.Dataset", path: str, parents: tuple[str, ...]) -> None:
+    """Refuse an array that takes values from another file, directly or through virtual arrays of this one."""
+    for name, *_ in array.external or ():
+        raise ValueError(_outside(file, path, name))
+    for source in array.virtual_sources() if array.is_virtual else ():
+        if source.file_name != ".":
+            raise ValueError(_outside(file, path, source.file_name))
+        part = _open(file, source.dset_name)
+        if not hasattr(part, "shape") or source.dset_name in parents:  # HDF5 would fill in zeros
+            raise ValueError(f"{file_name(file)}: {path} is virtual, and its part {source.dset_name} is missing.")
+        _check_inside(file, part, f"{path}, of {source.dset_name},", (*parents, source.dset_name))
+
+
 def _open(file: "h5py.File", path: str) -> Any:
-    """Return the group or array at a path; None if there is none.
+    """Return the group or array at a path; None if there is none, or an external link leads nowhere.
 
     Raises:
         ValueError: an external link leads to another file.
@@ -132,8 +142,7 @@ def _open(file: "h5py.File", path: str) -> Any:
 
 
 def _outside(file: "h5py.File", path: str, other: str) -> str:
-    group, _, name = path.rpartition("/")
-    return f"{file_name(file)} {group}: {name} is stored in another file ({other}). Copy it into this one."
+    return f"{file_name(file)}: {path} is stored in another file ({other}). Copy it into this one."
 
 
 def read_numbers(array: "h5py.Dataset", where: str) -> np.ndarray:
@@ -261,7 +270,7 @@ class HDF5Converter(BaseRoboticsConverter):
     def _files(self) -> list[str]:
         uris = []
         for source in self.params.source_episodes:
-            found = [uri for uri in list_files(source) if uri.lower().endswith(_ENDINGS)]
+            found = [uri for uri in list_visible(source) if uri.lower().endswith(_ENDINGS)]
             if not found:
                 raise ValueError(f"{source} holds no HDF5 file ({' or '.join(_ENDINGS)}).")
             uris += found
@@ -301,7 +310,7 @@ class HDF5Converter(BaseRoboticsConverter):
         if any_camera is None:
             return cameras
         folder = str(any_camera.source).removesuffix("/*")
-        arrays: Any = file.get(f"{group}/{folder}")
+        arrays = _open(file, f"{group}/{folder}")
         values = {name: getattr(any_camera, name) for name in ("is_bgr", "is_bottom_up", "depth_scale")}
         found = {name: CameraParams(source=f"{folder}/{name}", **values) for name in sorted(arrays or ())}
         return found | cameras

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns, read_schema
-from vla_foundry.storage.uri import join_uri, list_files, read_text
+from vla_foundry.storage.uri import join_uri, list_visible, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _CAMERA_TYPES = ("image", "video")
@@ -306,7 +306,7 @@ def _entries_of_v3(info: DatasetInfo) -> Iterator[EpisodeEntry]:
     columns += ["dataset_from_index", "dataset_to_index"]
     columns += [f"videos/{camera}/{name}" for camera in video_cameras for name in spans]
     try:
-        uris = [uri for uri in list_files(folder) if uri.endswith(".parquet")]
+        uris = [uri for uri in list_visible(folder) if uri.endswith(".parquet")]
     except FileNotFoundError:
         uris = []
     if not uris:

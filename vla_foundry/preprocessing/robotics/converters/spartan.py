@@ -43,7 +43,7 @@ from vla_foundry.progress import say
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
 from vla_foundry.robotics.spec import FieldDescription
-from vla_foundry.storage.uri import join_uri, list_files, name_of, parent_uri
+from vla_foundry.storage.uri import join_uri, list_visible, name_of, parent_uri
 
 _EPISODE_FILE = re.compile(r"(?P<folder>.*/episode_(?P<number>\d+))/processed/(?P<name>[^/]+)")
 _REQUIRED = ("metadata.yaml", "observations.npz", "actions.npz")
@@ -251,7 +251,7 @@ class SpartanConverter(BaseRoboticsConverter):
 
 def _find_places(source: str) -> list[_Place]:
     found: dict[tuple[str, int], set[str]] = {}
-    for uri in list_files(source):
+    for uri in list_visible(source):
         match = _EPISODE_FILE.fullmatch(uri)
         if match is not None:
             found.setdefault((match["folder"], int(match["number"])), set()).add(match["name"])

@@ -55,6 +55,21 @@ def read_all() -> Callable[[Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def add_hidden_files() -> Callable[[Path], None]:
+    """A function that adds what macOS, Jupyter and zip tools leave in every folder below one."""
+
+    def add(root: Path) -> None:
+        for path in [path for path in root.rglob("*") if path.is_file()]:
+            for folder in (".ipynb_checkpoints", "__MACOSX"):
+                (path.parent / folder).mkdir(exist_ok=True)
+                (path.parent / folder / path.name).write_bytes(path.read_bytes())
+            path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + bytes(400))
+            path.with_name(".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+
+    return add
+
+
+@pytest.fixture(scope="session")
 def preprocess_with() -> Callable[[Any], None]:
     """A function that runs the job in this process."""
 

@@ -207,6 +207,16 @@ def test_files_are_read_from_an_object_store(
             np.testing.assert_array_equal(images, other.metadata["images"][camera])
 
 
+def test_hidden_files_are_no_recordings(
+    tmp_path: Path, recordings: ModuleType, read_all: Any, add_hidden_files: Any
+) -> None:
+    write_aloha(tmp_path / "set", recordings, is_compressed=False)
+    params = params_of(tmp_path / "set", "aloha", instruction="open the cup")
+    before = list(read_all(params)), create_converter(params).describe_source()
+    add_hidden_files(tmp_path / "set")
+    assert (list(read_all(params)), create_converter(params).describe_source()) == before
+
+
 BREAKS: dict[str, Any] = {
     "obs/robot0_eef_pos is missing": lambda data: data.__delitem__("demo_2/obs/robot0_eef_pos"),
     "actions has 5 rows, but": lambda data: replace(data, "demo_2/actions", lambda values: values[:5]),
@@ -225,7 +235,42 @@ BREAKS: dict[str, Any] = {
     "actions is stored in another file": lambda data: link_to_another_file(data, "demo_2/actions"),
     "actions is stored in another file (raw.bin)": lambda data: store_outside(data, "demo_2/actions"),
     "actions is stored in another file (other.hdf5)": lambda data: map_from_another_file(data, "demo_2/actions"),
+    "demo_2/actions, of /data/part, is stored in another file (raw.bin)": lambda data: map_from_a_part(
+        data, "demo_2/actions", lambda: store_outside(data, "part")
+    ),
+    "demo_2/actions, of /data/part, is stored in another file (other.hdf5)": lambda data: map_from_a_part(
+        data, "demo_2/actions", lambda: map_from_another_file(data, "part")
+    ),
+    "/data/part is stored in another file": lambda data: map_from_a_part(
+        data, "demo_2/actions", lambda: link_to_another_file(data, "part")
+    ),
+    "actions is virtual, and its part /data/part is missing": lambda data: map_from_a_part(
+        data, "demo_2/actions", lambda: data.__delitem__("part")
+    ),
+    "demo_2/obs/robot0_eef_pos is stored in another file": lambda data: link_group_to_another_file(data, "demo_2/obs"),
+    "demo_2/obs/agentview_image is stored in another file": lambda data: link_to_another_file(
+        data, "demo_2/obs/agentview_image"
+    ),
 }
+
+
+def map_from_a_part(data: h5py.Group, path: str, change: Any) -> None:
+    """Make an array a virtual one of `part` of the same file, and change that."""
+    values = data[path][()]
+    data["part"] = values
+    del data[path]
+    layout = h5py.VirtualLayout(shape=values.shape, dtype=values.dtype)
+    layout[:] = h5py.VirtualSource(".", "/data/part", shape=values.shape)
+    data.create_virtual_dataset(path, layout)
+    change()
+
+
+def link_group_to_another_file(data: h5py.Group, path: str) -> None:
+    other = Path(data.file.filename).parent / "other.h5.secret"
+    with h5py.File(other, "w") as file:
+        data.copy(path, file, "group")
+    del data[path]
+    data[path] = h5py.ExternalLink(str(other), "group")
 
 
 def link_to_another_file(data: h5py.Group, path: str) -> None:
@@ -292,6 +337,16 @@ def test_a_file_that_is_cut_off_or_says_no_rate_is_named(tmp_path: Path, recordi
     (tmp_path / "empty" / "notes.txt").write_text("none", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no HDF5 file"):
         create_converter(params_of(tmp_path / "empty", "robomimic")).discover_episodes()
+
+
+def test_an_array_may_be_virtual_within_its_file(tmp_path: Path, recordings: ModuleType, read_all: Any) -> None:
+    path = write_robomimic(tmp_path / "lift" / "ph.hdf5", recordings)
+    before = read_all(params_of(path, "robomimic"))["lift_ph_demo_2"]
+    with h5py.File(path, "a") as file:
+        map_from_a_part(file["data"], "demo_2/actions", lambda: None)
+    after = read_all(params_of(path, "robomimic"))["lift_ph_demo_2"]
+    for name, values in before.fields.items():
+        np.testing.assert_array_equal(after.fields[name], values)
 
 
 @pytest.mark.parametrize("layout", ["robomimic", "libero", "aloha"])

@@ -264,6 +264,14 @@ def test_names_may_have_dots_and_spaces(
         assert any(name.startswith("images.top left v1.0") for name in first)
 
 
+def test_hidden_files_are_no_tables(write: Any, tmp_path: Path, read_all: Any, add_hidden_files: Any) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v3-png"), root)
+    before = list(read_all(params_of(root))), create_converter(params_of(root)).describe_source()
+    add_hidden_files(root)
+    assert (list(read_all(params_of(root))), create_converter(params_of(root)).describe_source()) == before
+
+
 def test_bookkeeping_is_no_field_unless_it_is_asked_for(write: Any, read_all: Any) -> None:
     params = params_of(write("v2-png"), observation_keys=["observation.state", "next.reward"], action_keys=[])
     assert list(create_converter(params).describe_fields()) == ["observation.state", "next.reward"]

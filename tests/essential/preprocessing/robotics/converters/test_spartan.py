@@ -153,6 +153,15 @@ def test_recordings_are_read_from_an_object_store(raw: Path, s3_bucket: str, rea
         )
 
 
+def test_hidden_files_are_no_recordings(raw: Path, tmp_path: Path, add_hidden_files: Any) -> None:
+    shutil.copytree(raw, tmp_path / "raw")
+    converter = create_converter(params_of(tmp_path / "raw"))
+    before = converter.discover_episodes(), converter.describe_source()
+    add_hidden_files(tmp_path / "raw")
+    converter = create_converter(params_of(tmp_path / "raw"))
+    assert (converter.discover_episodes(), converter.describe_source()) == before
+
+
 def test_recordings_of_one_second_have_ids_of_their_own(raw: Path, tmp_path: Path) -> None:
     source = raw / "tasks" / TASK / "cabot"
     for other in (f"{TASK}/riverway", "TurnCup/cabot"):
