@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
+from vla_foundry.params.models.roles import PublishedParams
 
 # settings under which logits are not hidden @ head.T, and the value that turns each off
 _HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
@@ -199,22 +202,47 @@ def select_states(
     return [state[rows, at].unsqueeze(1) for state in states]
 
 
-def load_published_model(auto_class: Any, hf_pretrained: str, *, loads_weights: bool) -> Any:
-    """Build the model that `hf_pretrained` names, in fp32; code shipped with it is never run.
+def load_published_model(
+    auto_class: Any,
+    params: PublishedParams,
+    *,
+    load_pretrained: bool,
+    config: PreTrainedConfig | None = None,
+    key: str = "model.hf_pretrained",
+    is_needed: Callable[[Any, str], bool] = lambda model, name: True,
+) -> Any:
+    """Build the model that `params.hf_pretrained` names, in fp32; code shipped with it is never run.
 
     Args:
         auto_class: the class of transformers that knows models of this kind.
-        loads_weights: load the published weights; False: initialise new ones.
+        load_pretrained: load the published weights, unless the params say otherwise; False: initialise new ones.
+        config: the model's own config, if it is not the published one.
+        key: the name's place in the config, for messages.
+        is_needed: (model, name) -> whether a weight affects what is computed; others may be missing.
 
     Raises:
-        ValueError: the model does not exist, or transformers does not support it.
+        ValueError: the model does not exist, transformers does not support it, or weights are missing or have another
+            shape.
     """
-    name = hf_pretrained.removeprefix("hf://")
+    name = params.hf_pretrained.removeprefix("hf://")
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     try:
-        if loads_weights:
-            return auto_class.from_pretrained(name, use_safetensors=True, **options)
-        return auto_class.from_config(AutoConfig.from_pretrained(name), **options)
-    except (OSError, ValueError) as error:
+        config = config or AutoConfig.from_pretrained(name)
+        if not (load_pretrained and params.hf_load_weights):
+            return auto_class.from_config(config, **options)
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = auto_class.from_pretrained(name, config=config, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.hf_pretrained '{hf_pretrained}' cannot be loaded: {reason}") from error
+        raise ValueError(f"{key} '{params.hf_pretrained}' cannot be loaded: {reason}") from error
+    shapes = {key: f" (has shape {tuple(found)}, needs {tuple(own)})" for key, found, own in report["mismatched_keys"]}
+    absent = {key: "" for key in sorted(report["missing_keys"]) if is_needed(model, key)} | shapes
+    lost = [key for key in absent if not any(fnmatchcase(key, pattern) for pattern in params.hf_new_weights)]
+    if lost:
+        unknown = sorted(report["unexpected_keys"])
+        raise ValueError(
+            f"{key} '{params.hf_pretrained}': {len(lost)} weights are missing, such as {lost[0]}{absent[lost[0]]}"
+            + (f"; {len(unknown)} have unknown names, such as {unknown[0]}" if unknown else "")
+            + f". To start them with new values, name them in {key.removesuffix('pretrained')}new_weights."
+        )
+    return model

@@ -299,6 +299,5 @@ def create_transformer_hf(params: TransformerHFParams, load_pretrained: bool = T
     Raises:
         ValueError: the model does not exist, or transformers does not support it.
     """
-    loads = load_pretrained and params.hf_load_weights
-    model = load_published_model(AutoModelForCausalLM, params.hf_pretrained, loads_weights=loads)
+    model = load_published_model(AutoModelForCausalLM, params, load_pretrained=load_pretrained)
     return TransformerHF(model.train())

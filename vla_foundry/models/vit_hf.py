@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks
+from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, load_published_model
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vit import ViTHFParams
 
@@ -102,12 +102,6 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def count_tokens(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """Return the number and width of a square image's tokens, without computing anything."""
-    x = _run_on_meta(model, image_size)[0]
-    return x.shape[1], x.shape[2]
-
-
 def _run_on_meta(model: nn.Module, image_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the tokens of one image and the weights they depend on, both on the meta device."""
     weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in model.named_parameters()}
@@ -126,17 +120,21 @@ def _run_on_meta(model: nn.Module, image_size: int) -> tuple[Tensor, dict[str, T
     return torch.func.functional_call(Encoder(), tensors, (pixels,), tie_weights=False), weights
 
 
-def _wrap(model: nn.Module, image_size: int, num_patches: int) -> ViTHF:
+def _find_used(model: nn.Module, image_size: int) -> tuple[Tensor, set[str]]:
+    """Return the tokens of one image, on the meta device, and the names of the weights they depend on."""
     x, weights = _run_on_meta(model, image_size)
     gradients = torch.autograd.grad(x.sum(), list(weights.values()), allow_unused=True)
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
+    return x, {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+
+
+def _wrap(model: nn.Module, image_size: int, num_patches: int | None) -> ViTHF:
+    x, used = _find_used(model, image_size)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in used)
+    num_tokens = x.shape[1]
+    num_prefix = getattr(model, "num_prefix_tokens", 0) if num_patches is None else max(0, num_tokens - num_patches)
     return ViTHF(
-        model,
-        hidden_dim=x.shape[2],
-        image_size=image_size,
-        num_tokens=x.shape[1],
-        num_prefix_tokens=max(0, x.shape[1] - num_patches),
+        model, hidden_dim=x.shape[2], image_size=image_size, num_tokens=num_tokens, num_prefix_tokens=num_prefix
     )
 
 
@@ -147,29 +145,30 @@ def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
     Raises:
         ValueError: the model does not exist or is not an image encoder.
     """
-    loads = load_pretrained and params.hf_load_weights
     if params.hf_pretrained.startswith(TIMM_PREFIX):
-        return _create_timm(params, loads)
-    name = params.hf_pretrained.removeprefix("hf://")
-    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+        return _create_timm(params, load_pretrained and params.hf_load_weights)
+    key = "model.vit.hf_pretrained"
     try:
-        config = _vision_config(AutoConfig.from_pretrained(name))
-        if loads:
-            model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, **options)
-        else:
-            model = AutoModel.from_config(config, **options)
+        config = _vision_config(AutoConfig.from_pretrained(params.hf_pretrained.removeprefix("hf://")))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"model.vit.hf_pretrained '{params.hf_pretrained}' cannot be loaded as an image encoder: {reason}"
-        ) from error
+        raise ValueError(f"{key} '{params.hf_pretrained}' cannot be loaded as an image encoder: {reason}") from error
     image_size = params.img_size or _pair(getattr(config, "image_size", None) or 224)[0]
     patch = params.patch_size or getattr(config, "patch_size", None)
     num_patches = (image_size // _pair(patch)[0]) ** 2 if patch is not None else 1 << 60
+    model = load_published_model(
+        AutoModel,
+        params,
+        load_pretrained=load_pretrained,
+        config=config,
+        key=key,
+        # pooling heads do not affect the tokens
+        is_needed=lambda model, name: name in _find_used(model, image_size)[1],
+    )
     return _wrap(model.train(), image_size, num_patches)
 
 
-def _vision_config(config: PretrainedConfig) -> PretrainedConfig:
+def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the image encoder's config from an image-text config, with token pooling switched off."""
     config = getattr(config, "vision_config", config)
     if hasattr(config, "vision_use_head"):
@@ -192,6 +191,4 @@ def _create_timm(params: ViTHFParams, loads: bool) -> ViTHF:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"model.vit.hf_pretrained '{params.hf_pretrained}' cannot be loaded: {reason}") from error
     image_size = params.img_size or model.default_cfg["input_size"][-1]
-    num_prefix = getattr(model, "num_prefix_tokens", 0)
-    num_tokens, _ = count_tokens(model, image_size)
-    return _wrap(model.train(), image_size, num_tokens - num_prefix)
+    return _wrap(model.train(), image_size, None)

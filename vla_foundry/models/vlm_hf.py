@@ -202,8 +202,7 @@ def create_vlm_hf(params: VLMHFParams, load_pretrained: bool = True) -> VLMHF:
     Raises:
         ValueError: the model does not exist, or transformers does not support it.
     """
-    loads = load_pretrained and params.hf_load_weights
-    model = load_published_model(AutoModelForImageTextToText, params.hf_pretrained, loads_weights=loads)
+    model = load_published_model(AutoModelForImageTextToText, params, load_pretrained=load_pretrained)
     module = VLMHF(model.train())
     if params.vocab_size is not None:
         module.resize_token_embeddings(params.vocab_size)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -270,3 +271,33 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     sizes = {**SIZES, "is_decoder": False}
     with pytest.raises(ValueError, match=r"BertLMHeadModel tokens see later ones.* set is_decoder to true"):
         TransformerHF(AutoModelForCausalLM.from_config(CONFIG_MAPPING["bert"](**sizes)))
+
+
+@pytest.mark.parametrize("fault", ["missing", "misnamed", "of another shape"])
+def test_published_weights_that_are_not_all_there_are_named(fault: str, tmp_path: Path) -> None:
+    create_original("llama").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    if fault != "missing":
+        tensors |= {f"x{name}": tensor} if fault == "misnamed" else {name: tensor[:40].clone()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    says = {
+        "missing": rf"1 weights are missing, such as {name}\. To start",
+        "misnamed": rf"1 weights are missing, such as {name}; 1 have unknown names, such as x{name}",
+        "of another shape": rf"such as {name} \(has shape \(40, 32\), needs \(48, 32\)\)",
+    }
+    with pytest.raises(ValueError, match=says[fault]) as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    model = load(str(tmp_path), hf_new_weights=["model.layers.1.mlp.*"])
+    assert torch.equal(model.state_dict()["model.model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_a_damaged_weights_file_is_an_error_of_one_line(tmp_path: Path) -> None:
+    create_original("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*' cannot be loaded: ") as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,10 +1,12 @@
 """Image encoders of Hugging Face and timm give their own tokens, through the forward of the native one."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -128,3 +130,20 @@ def test_what_is_no_image_encoder_is_an_error_of_one_line(tmp_path: Path) -> Non
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=r"model\.vit\.hf_pretrained 'timm:nothing' cannot be loaded"):
         load("timm:nothing", hf_load_weights=False)
+
+
+def test_only_weights_that_tokens_depend_on_must_be_there(saved: tuple[str, PreTrainedModel, str]) -> None:
+    _, _, folder = saved
+    broken = Path(f"{folder}_broken")
+    shutil.copytree(folder, broken, dirs_exist_ok=True)
+    tensors = load_file(broken / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if "pooler" not in key and ".head." not in key}
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    create_model(ViTHFParams(hf_pretrained=str(broken)))
+    weight = next(key for key in kept if "layer" in key and key.endswith("weight"))
+    del kept[weight]
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"model\.vit\.hf_pretrained .*1 weights are missing.*model\.vit\.hf_new_weights"
+    ):
+        create_model(ViTHFParams(hf_pretrained=str(broken)))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import AutoModel, CLIPModel
 
 from vla_foundry.batch import Batch
 from vla_foundry.models.backbones.backbone import (
@@ -73,13 +73,8 @@ def create_clip_backbone(params: CLIPBackboneParams, load_pretrained: bool = Tru
     Raises:
         ValueError: the model does not exist or is not a CLIP model.
     """
-    loads = load_pretrained and params.hf_load_weights
-    if loads:
-        model = load_published_model(CLIPModel, params.hf_pretrained, loads_weights=True)
-    else:
-        from transformers import AutoModel
-
-        model = load_published_model(AutoModel, params.hf_pretrained, loads_weights=False)
+    key = "model.vision_language_backbone.hf_pretrained"
+    model = load_published_model(AutoModel, params, load_pretrained=load_pretrained, key=key)
     if not isinstance(model, CLIPModel):
         raise ValueError(
             f"model.vision_language_backbone.hf_pretrained '{params.hf_pretrained}' is a {type(model).__name__}, not a "

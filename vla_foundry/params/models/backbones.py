@@ -96,7 +96,9 @@ class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
 
     def model_params(self) -> VLMHFParams:
         """Return the params of the wrapped model."""
-        return VLMHFParams(hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights)
+        return VLMHFParams(
+            hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights, hf_new_weights=self.hf_new_weights
+        )
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""

@@ -1,7 +1,7 @@
 """The base class of all model params, and the roles that model slots are typed by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
@@ -80,3 +80,5 @@ class PublishedParams(BaseParams):
     hf_pretrained: Location
     # start from the published weights; false: the architecture with new weights
     hf_load_weights: bool = True
+    # weights that the published model may lack, by name or pattern ("model.projector.*"); they start with new values
+    hf_new_weights: list[str] = field(default_factory=list)
