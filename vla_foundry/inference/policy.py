@@ -6,7 +6,7 @@
 
 The first call predicts a chunk of actions; `open_loop_steps` of them are executed, one a call, then the next is
 predicted. Actions are in the data's units, and poses absolute. Noise is a function of the episode's seed and the step.
-Nothing here knows what the robot is: it has to bring what the run's spec (robotics.json) names.
+Any robot will do that has the cameras and fields in the run's spec (robotics.json).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -32,7 +32,7 @@ class _Client:
     def __init__(self, seed: int, history: EpisodeHistory) -> None:
         self.seed = seed
         self.history = history
-        # actions of the present chunk that are left
+        # remaining actions of the current chunk
         self.chunk: list[dict[str, np.ndarray]] = []
         self.instruction = ""
 
@@ -41,13 +41,13 @@ class Policy:
     """Acts for robots; `from_run` loads one.
 
     Args:
-        model: with `sample`, on its device.
-        files: what the run says of its data and model.
-        open_loop_steps: actions of each chunk that are executed; None: half of them.
-        num_inference_steps: steps from noise to actions; None: as the model's params say.
+        model: a model with `sample`, on its device.
+        files: the run's params, normalizer and spec.
+        open_loop_steps: actions of each chunk to execute; None: half of them.
+        num_inference_steps: solver steps from noise to actions; None: the model's params decide.
 
     Raises:
-        ValueError: more steps are to be executed than are predicted.
+        ValueError: open_loop_steps exceeds the predicted steps.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Policy:
         # chunks so far, over all clients
         self.num_predicted = 0
         self._clients: dict[Hashable, _Client] = {}
-        self._encoder = ObservationEncoder(files.data, files.spec, files.normalizer, files.processor)
+        self._encoder = ObservationEncoder(files.data, files.window_spec, files.normalizer, files.processor)
         self._window = files.window_spec.window
 
     @classmethod
@@ -89,52 +89,52 @@ class Policy:
         Args:
             path: run folder (its newest checkpoint) or step folder; local, s3:// or hf://.
             device: "cpu", "cuda", "cuda:N"; "auto": a GPU if there is one.
-            use_ema: the averaged weights; None: if the checkpoint has them.
+            use_ema: use the averaged weights; None: if the checkpoint has them.
             open_loop_steps, num_inference_steps: see the class.
-            dataset: which of the run's datasets the robot is that of, where their pictures were made differently.
+            dataset: index of the robot's dataset, if the run's datasets were preprocessed with different image options.
 
         Raises:
-            FileNotFoundError: there is no such run, or it lacks a file.
-            ValueError: it is no run of a policy, or broken.
+            FileNotFoundError: the run does not exist or lacks a file.
+            ValueError: the run is not a policy's, or a file is broken.
         """
+        # the weights come last, so that other errors appear at once
         files = load_policy_files(path, dataset=dataset)
-        # torch comes last: what is wrong so far is said at once
         model = files.load_model(path, device=device, use_ema=use_ema)
         return cls(model, files, open_loop_steps=open_loop_steps, num_inference_steps=num_inference_steps)
 
     @property
     def action_fields(self) -> list[str]:
-        """The fields of an action, poses absolute, in the order of the model."""
+        """The fields of an action in the model's order; poses are absolute."""
         return list(self._files.window_spec.commanded)
 
     def check_robot(self, robot: NamedSpec) -> None:
-        """Compare what a robot says of itself with what the policy was trained on.
+        """Check that a robot has the cameras and fields of the training data, with the same meaning.
 
         Raises:
-            ValueError: it lacks a camera or a field, or means something else by one; one line.
+            ValueError: it lacks one, or means something else by it; one line.
         """
         self._files.check_robot(robot)
 
     def reset(self, seed: int, *, client: Hashable = None) -> None:
-        """Begin an episode; what was before is forgotten.
+        """Begin an episode and forget the previous one.
 
         Args:
-            seed: of the episode.
-            client: which robot, where there are several.
+            seed: the episode's seed.
+            client: the robot, if there are several.
         """
         files = self._files
         history = EpisodeHistory(files.window_spec, files.cameras, pads_images=files.data.pad_missing_images)
         self._clients[client] = _Client(seed, history)
 
     def forget(self, client: Hashable = None) -> None:
-        """Forget a robot that will not act again."""
+        """Discard the episode of a robot that will not act again."""
         self._clients.pop(client, None)
 
     def needs_images(self, client: Hashable = None) -> bool:
-        """True if the next observation must hold images: a chunk begins there, or a later one looks back on it."""
+        """True if the next observation must hold images: a chunk begins there, or a later one looks back at it."""
         step = self._find(client).history.num_observed
         indices, every = self._files.window_spec.image_indices, self.open_loop_steps
-        # what lies before the start is taken from the first step
+        # steps before the start are padded with the first step's images
         return bool(indices) and (step == 0 or any((step - index) % every == 0 for index in indices))
 
     def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
@@ -146,7 +146,7 @@ class Policy:
         return self.act_many({None: observation})[None]
 
     def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
-        """Return the action of each robot; those whose chunk is used up get the next one together.
+        """Return the action of each robot; new chunks are predicted in one batch.
 
         Raises:
             ValueError: as `act`.
@@ -170,13 +170,13 @@ class Policy:
         return actions
 
     def correct(self, action: Mapping[str, np.ndarray], *, client: Hashable = None) -> None:
-        """Say what the robot does instead of what `act` returned last: {field: (C,)}. Some models look back on it."""
+        """Record the action that the robot executed instead of the last one from `act`: {field: (C,)}."""
         self._find(client).history.command(action)
 
     def encode(self, clients: Sequence[Hashable] = (None,)) -> Batch:
-        """Return the windows that robots are in, as training has them (batch.py): the input of a prediction.
+        """Return the robots' current windows as a training batch (batch.py): the input of a prediction.
 
-        Of actions only those before the anchor are there; all steps from the anchor on are to be predicted.
+        It holds only the actions before the anchor.
         """
         return self._encode([self._find(client) for client in clients])
 
@@ -189,7 +189,7 @@ class Policy:
     def _read_instruction(self, observation: RobotObservation) -> str:
         data = self._files.data
         if data.use_language and data.language_instruction_types and not observation.instruction:
-            raise ValueError("observation: the instruction is empty, but the policy acts by instructions. Give one.")
+            raise ValueError("observation: the instruction is empty, but the policy follows instructions. Give one.")
         return observation.instruction
 
     def _predict(self, clients: Sequence[_Client]) -> list[list[dict[str, np.ndarray]]]:
@@ -209,12 +209,12 @@ class Policy:
         return [self._to_commands(chunk, client.history) for chunk, client in zip(values, clients, strict=True)]
 
     def _to_commands(self, normalized: np.ndarray, history: EpisodeHistory) -> list[dict[str, np.ndarray]]:
-        """Return the commands of the steps to come."""
+        """Return the commands from the anchor on."""
         commands = self._files.actions.invert(normalized, history.references())
         return [{name: values[step] for name, values in commands.items()} for step in range(self._window.future + 1)]
 
     def _encode(self, clients: Sequence[_Client]) -> Batch:
-        batch = self._encoder.encode([client.history.observation(client.instruction) for client in clients])
+        batch = self._encoder.encode([client.history.window(client.instruction) for client in clients])
         if batch["past_mask"].any():
             batch["actions"] = torch.from_numpy(np.stack([self._encode_past(client.history) for client in clients]))
         return batch

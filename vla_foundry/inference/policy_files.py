@@ -1,6 +1,7 @@
 """Read a policy's run folder: params, normalization, cameras and fields."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,11 @@ from vla_foundry.inference.loading import (
     load_run_processor,
     with_run_files,
 )
-from vla_foundry.inference.observations import Camera, create_robot_window, find_name
+from vla_foundry.inference.observations import Camera, find_name
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.policy import RobotPolicyParams
-from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.fit import WindowSpec, find_contradictions
+from vla_foundry.robotics.fit import WindowSpec, add_live_poses, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.robotics.transforms import ActionTransform, FieldTransform, RelativePoses
@@ -69,24 +69,26 @@ class PolicyFiles:
         for camera in self.cameras:
             name = find_name(camera.name, list(known.cameras))
             if name is None and not self.data.pad_missing_images:
-                raise ValueError(unknown_name_message(f"camera of {robot.name}", camera.name, list(known.cameras)))
+                raise ValueError(_describe_missing("camera", camera.name, robot.name, known.cameras))
             size = None if name is None else known.cameras[name].original_size
             if size is not None and camera.original_size not in (None, size):
                 raise ValueError(
-                    f"camera '{camera.name}' of {robot.name} gives pictures of {size}, but the policy was trained on "
-                    f"{camera.original_size}. Give these."
+                    f"camera '{camera.name}' of {robot.name} gives images of {size}, but the policy was trained on "
+                    f"{camera.original_size}. Give images of that size."
                 )
-        for field in (*self.window_spec.observed, *self.window_spec.commanded):
+        names = (*self.window_spec.observed, *self.window_spec.commanded)
+        for field in names:
             if field not in known.fields:
-                raise ValueError(unknown_name_message(f"field of {robot.name}", field, sorted(known.fields)))
-        both = {
-            name: (self.spec.fields[name], known.fields[name])
-            for name in (*self.window_spec.observed, *self.window_spec.commanded)
-            if name in self.spec.fields
-        }
+                raise ValueError(_describe_missing("field", field, robot.name, known.fields))
+        both = {name: (self.spec.fields[name], known.fields[name]) for name in names if name in self.spec.fields}
         found = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
         if found:
             raise ValueError(found[0])
+
+
+def _describe_missing(kind: str, name: str, robot: str, known: Iterable[str]) -> str:
+    has = ", ".join(sorted(known)) or "none"
+    return f"{robot} has no {kind} '{name}', which the policy was trained on; it has {has}. Use a policy that fits it."
 
 
 def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyFiles:
@@ -103,7 +105,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     params = load_experiment_params_from_yaml(join_uri(run_folder, CONFIG_NAME))
     model, data = params.model, params.data
     if not isinstance(model, RobotPolicyParams):
-        raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is no policy.")
+        raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is not a policy.")
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")
     # use one prompt, so that the same instruction gives the same behavior
@@ -111,7 +113,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     processor = load_run_processor(run_folder) if data.use_language else None
     spec, normalizer = load_spec(run_folder), load_normalizer(run_folder)
     options = _read_image_options(run_folder, dataset)
-    window_spec = create_robot_window(data, spec)
+    window_spec = data.create_window_spec(NamedSpec("the run", add_live_poses(spec, data.parse_groups() or ())))
     return PolicyFiles(
         run_folder=run_folder,
         params=dataclasses.replace(params, data=data, model=with_run_files(model, run_folder)),
@@ -183,7 +185,7 @@ def _read_image_options(run_folder: str, dataset: int | None) -> dict[str, Any]:
         if changed is not None:
             raise ValueError(
                 f"{location}: {changed} is {first[changed]} in dataset 0 and {other[changed]} in dataset {number}. "
-                "Say with `dataset` which of them the robot is that of."
+                "Name the robot's dataset with `dataset`."
             )
     return first
 

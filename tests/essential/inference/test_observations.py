@@ -1,6 +1,5 @@
 """What a robot observes becomes, bit for bit, what the policy was trained on."""
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.data.robotics import complete_params, load_normalizer, load_spec, save_robotics_files
-from vla_foundry.images.codec import image_from_array
 from vla_foundry.images.processor import Processor
-from vla_foundry.inference.observations import ObservationEncoder, ObservedSteps
+from vla_foundry.inference.observations import EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
@@ -24,13 +21,18 @@ from vla_foundry.params.data.images import (
     ImageAugmentationParams,
 )
 from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.robotics.fit import WindowSpec, add_live_poses
+from vla_foundry.robotics.spec import NamedSpec
 
 AUGMENTATION = DataAugmentationParams(
     image=ImageAugmentationParams(
         crop=CropParams(enabled=True, shape=(0.9, 0.8)), color_jitter=ColorJitterParams(enabled=True)
     )
 )
-RELATIVE = "robot__action__poses__left::panda__xyz_relative"
+
+
+def create_spec(params: RoboticsDataParams, run: Path) -> WindowSpec:
+    return params.create_window_spec(NamedSpec("the run", add_live_poses(load_spec(run), params.parse_groups() or ())))
 
 
 @pytest.mark.parametrize(
@@ -64,23 +66,21 @@ def test_a_robot_sees_what_training_saw(
     params = complete_params(params)
     save_robotics_files(params, tmp_path / "run")
     processor: Processor | None = create_image_processor(params) if has_language else None
-    encoder = ObservationEncoder(params, load_spec(tmp_path / "run"), load_normalizer(tmp_path / "run"), processor)
-    assert encoder.num_steps == 3
+    spec = create_spec(params, tmp_path / "run")
+    encoder = ObservationEncoder(params, spec, load_normalizer(tmp_path / "run"), processor)
+    assert spec.num_steps_back == 2
     expected = read_batch(params, 8, split="validation")
-    observations = []
-    for anchor, instruction in zip(expected["anchors"].tolist(), expected["instructions"], strict=True):
-        seen = slice(max(0, anchor - 2), anchor + 1)
-        observations.append(
-            ObservedSteps(
-                images={
-                    camera: [image_from_array(np.array(Image.open(io.BytesIO(file)))) for file in files[seen]]
-                    for camera, files in recording.frames.items()
-                },
-                fields={name: values[seen] for name, values in recording.fields.items()},
-                instruction=instruction,
-            )
-        )
-    found = encoder.encode(observations)
+    windows = {}
+    history = EpisodeHistory(spec, (), pads_images=False)
+    for frame in range(recording.num_frames):
+        history.observe(RobotObservation(images={}, fields={k: v[frame] for k, v in recording.fields.items()}))
+        # the recorded files: a robot's images would be compressed once more
+        images = [recording.frames[camera][max(0, frame + offset)] for offset in (-2, 0) for camera in spec.cameras]
+        windows[frame] = replace(history.window(recording.instructions[0][2]["original"][0]), images=images)
+    chosen = zip(expected["anchors"].tolist(), expected["instructions"], strict=True)
+    found = encoder.encode(
+        [replace(windows[anchor], instructions={"given": [instruction]}) for anchor, instruction in chosen]
+    )
     names = ["pixel_values", "image_mask", "proprioception", "past_mask", "action_dim_mask"]
     for name in [*names, "input_ids"] if has_language else names:
         assert found[name].dtype == expected[name].dtype
@@ -99,17 +99,20 @@ def test_what_an_observation_lacks_is_named(
     recording = create_recording(3, 8)
     params = complete_params(create_params(write_robot_data(tmp_path / "data", [recording])))
     save_robotics_files(params, tmp_path)
-    spec, normalizer = load_spec(tmp_path), load_normalizer(tmp_path)
+    spec, normalizer = create_spec(params, tmp_path), load_normalizer(tmp_path)
     encoder = ObservationEncoder(params, spec, normalizer)
-    images = {camera: files[:1] for camera, files in recording.frames.items()}
-    fields = {name: values[:1] for name, values in recording.fields.items()}
-    assert encoder.encode([ObservedSteps(images=images, fields=fields)])["proprioception"].shape == (1, 2, 9)
-    with pytest.raises(ValueError, match=r"observation: camera 'wrist' is unknown"):
-        encoder.encode([ObservedSteps(images={"Scene.Left": images["Scene.Left"]}, fields=fields)])
-    with pytest.raises(ValueError, match=r"observation: field 'robot__actual.*' is unknown"):
-        encoder.encode([ObservedSteps(images=images, fields={"gripper": np.zeros((1, 1))})])
-    fields["robot__actual__poses__right::panda__xyz"] = np.full((1, 3), np.nan)
+    fields = {name: values[0] for name, values in recording.fields.items()}
+    history = EpisodeHistory(spec, (), pads_images=False)
+    history.observe(RobotObservation(images={}, fields=fields))
+    images = [files[0] for _ in params.image_indices or [] for files in recording.frames.values()]
+    window = replace(history.window("go"), images=images)
+    assert encoder.encode([window])["proprioception"].shape == (1, 2, 9)
+    with pytest.raises(
+        ValueError, match=r"the policy needs the field 'robot__actual.*', but the observation has gripper"
+    ):
+        history.observe(RobotObservation(images={}, fields={"gripper": np.zeros(1)}))
+    broken = {name: np.full_like(values, np.nan) for name, values in window.fields.items()}
     with pytest.raises(ValueError, match=r"cannot be used: not finite: field 'robot__actual"):
-        encoder.encode([ObservedSteps(images=images, fields=fields)])
+        encoder.encode([replace(window, fields=broken)])
     with pytest.raises(ValueError, match=r"image_indices \[0, 1\] are of the future"):
-        ObservationEncoder(replace(params, image_indices=[0, 1]), spec, normalizer)
+        ObservationEncoder(replace(params, image_indices=[0, 1]), replace(spec, image_indices=(0, 1)), normalizer)

@@ -217,10 +217,14 @@ def test_what_an_observation_lacks_is_named(arm: Any) -> None:
     good = observe(recording, 0)
     fields = dict(good.fields)
     for changes, message in (
-        ({"images": {}}, r"the image of camera 'rig\.front' is missing"),
+        ({"images": {}}, r"the image of camera 'rig\.front' is missing, 0 steps back; the images given were: none"),
+        ({"images": {"top": good.images["front"]}}, r"camera 'rig\.front' is missing.*: top. Give it under that name"),
         ({"images": {**good.images, "wrist": np.zeros((20, 24, 3), np.uint8)}}, r"gives 24 x 20 .* it had 20 x 24"),
         ({"images": {**good.images, "wrist": np.zeros((24, 20, 3))}}, r"gives float64 .* not uint8"),
-        ({"fields": {name: fields[name] for name in OBSERVED[1:]}}, rf"field '{OBSERVED[0]}' is unknown"),
+        (
+            {"fields": {name: fields[name] for name in OBSERVED[1:]}},
+            rf"needs the field '{OBSERVED[0]}', but the .* has {OBSERVED[3]}",
+        ),
         ({"fields": fields | {OBSERVED[0]: np.array([0, np.nan, 1])}}, r"must be finite numbers, got \[0\.0, nan"),
         ({"instruction": ""}, r"instruction"),
     ):
@@ -237,11 +241,11 @@ def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
     turned = dataclasses.replace(own.fields[GRIPPER], gripper=GripperRange(open=0.0, closed=1.0))
     for changes, message in (
         ({"fps": 20.0}, r"has 10 frames a second and the arm 20"),
-        ({"cameras": {}}, r"camera of the arm 'rig\.front' is unknown"),
+        ({"cameras": {}}, r"the arm has no camera 'rig\.front', which the policy was trained on; it has none"),
         ({"fields": {**same.fields, GRIPPER: turned}}, r"its gripper is"),
         (
             {"fields": {name: same.fields[name] for name in same.fields if name != GRIPPER}},
-            r"field of the arm '.*hand'",
+            r"the arm has no field '.*hand', which the policy was trained on; it has robot__",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -256,5 +260,5 @@ def test_other_runs_are_no_policies(tmp_path: Path, arm: Any) -> None:
     start, end = text.index("\nmodel:"), text.index("\ndistributed:")
     model = "\nmodel: {type: transformer, hidden_dim: 8, n_layers: 1, n_heads: 1, vocab_size: 9, max_seq_len: 8}"
     (tmp_path / "config.yaml").write_text(text[:start] + model + text[end:], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"of type 'transformer', which is no policy"):
+    with pytest.raises(ValueError, match=r"of type 'transformer', which is not a policy"):
         Policy.from_run(str(tmp_path))
