@@ -66,7 +66,7 @@ def relative_field(name: str) -> str:
         ValueError: the field is already relative.
     """
     if is_relative_field(name):
-        raise ValueError(f"field '{name}' is relative already: a relative of a relative pose has no meaning.")
+        raise ValueError(f"field '{name}' is already relative: a relative of a relative pose has no meaning.")
     return name + RELATIVE_SUFFIX
 
 
@@ -84,7 +84,7 @@ def actual_field(name: str) -> str:
     parts = absolute_field(name).split("__")
     if len(parts) <= 2:
         raise ValueError(
-            f"field '{name}' does not say what it is measured by (expected robot__<source>__...). "
+            f"field '{name}' does not name its measurement (expected robot__<source>__...). "
             "Give its pose group reference_position_key and reference_rotation_key."
         )
     return "__".join([parts[0], "actual", *parts[2:]])
@@ -139,7 +139,7 @@ def parse_pose_groups(values: Sequence[Mapping[str, str]], origin: str = "pose_g
         relative = [key for key in (group.position_key, group.rotation_key) if is_relative_field(key)]
         if relative:
             raise ValueError(
-                f"{origin}[{number}] holds '{relative[0]}', which is relative already. "
+                f"{origin}[{number}] holds '{relative[0]}', which is already relative. "
                 f"Give '{absolute_field(relative[0])}'."
             )
         groups.append(group)

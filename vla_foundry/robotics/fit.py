@@ -91,7 +91,7 @@ def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
             f"data.camera_names: '{name}' can be {' or '.join(found)} of {origin}. Give the whole name of one."
         )
     if found and spec.cameras[found[0]].is_depth:
-        raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, which is no picture. Leave it out.")
+        raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, not images. Leave it out.")
     return found[0] if found else None
 
 
@@ -106,7 +106,9 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_mis
         camera = find_camera(name, dataset.spec, dataset.name)
         if camera is None and not may_be_missing:
             message = unknown_name_message("data.camera_names: camera", name, list(dataset.spec.cameras))
-            raise ValueError(f"{message} They are those of {dataset.name}; data.pad_missing_images makes up for them.")
+            raise ValueError(
+                f"{message} {dataset.name} has only these; with data.pad_missing_images, missing images are black."
+            )
         if camera is not None and camera in found:
             raise ValueError(
                 f"data.camera_names: '{found[camera]}' and '{name}' are both {camera} of {dataset.name}. Remove one."
@@ -206,7 +208,7 @@ def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedSpec, path
     if is_relative_field(base) or spec.fields[base].representation != "absolute":
         kind = "relative" if is_relative_field(base) else spec.fields[base].representation
         raise ValueError(
-            f"{path}: '{name}' would be the relative of '{base}', which is {kind} already in {dataset.name}. "
+            f"{path}: '{name}' would be the relative of '{base}', which is already {kind} in {dataset.name}. "
             f"Use '{base}'."
         )
     group = next((group for group in groups if base in (group.position_key, group.rotation_key)), None)
@@ -245,7 +247,7 @@ def find_contradictions(
     if None not in rates and rates[0] != rates[1]:
         found.append(
             f"{first.name} has {rates[0]:g} frames a second and {second.name} {rates[1]:g}: the same action would take "
-            f"another time. Preprocess one of them with --target_fps."
+            f"a different time. Preprocess one of them with --target_fps."
         )
     for name, (one, other) in fields.items():
         for key in ("shape", "representation", "rotation", "unit", "frame", "gripper"):
@@ -366,7 +368,7 @@ def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:
         for group in spec.pose_groups:
             if groups.setdefault(group.name, group) != group:
                 raise ValueError(
-                    f"pose group {group.name} is not the same in {datasets[0].name} and {name}. Give data.pose_groups."
+                    f"pose group {group.name} differs between {datasets[0].name} and {name}. Give data.pose_groups."
                 )
     return [{key: value for key, value in asdict(group).items() if value is not None} for group in groups.values()]
 
@@ -385,7 +387,7 @@ def agree_on(path: str, values: Mapping[str, Sequence[object]]) -> list[object]:
     for other, value in others:
         if list(value) != list(first):
             raise ValueError(
-                f"{path} is {_say(first)} in {name} and {_say(value)} in {other}. Give --{path}: what is to be used."
+                f"{path} is {_say(first)} in {name} and {_say(value)} in {other}. Choose one with --{path}."
             )
     return list(first)
 

@@ -140,7 +140,7 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
         raise ValueError(f"{origin} is not JSON ({error}).") from None
     if not isinstance(values, dict) or values.get("version") != SPEC_VERSION:
         found = values.get("version") if isinstance(values, dict) else None
-        raise ValueError(f"{origin} is no robotics spec of version {SPEC_VERSION} (it has {found!r}).")
+        raise ValueError(f"{origin} is not a robotics spec of version {SPEC_VERSION} (its version is {found!r}).")
     try:
         spec = DatasetSpec(
             layout=_choice(values["layout"], Layout, "layout"),
@@ -157,7 +157,7 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
     except KeyError as error:
         raise ValueError(f"{origin} lacks the key {error}.") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{origin} is no robotics spec ({error}).") from None
+        raise ValueError(f"{origin} is not a robotics spec ({error}).") from None
     if spec.fps is not None and not spec.fps > 0:
         raise ValueError(f"{origin}: fps ({spec.fps:g}) must be above 0.")
     return spec
@@ -217,8 +217,8 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
         values = yaml.safe_load(read_text(location))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{manifest} is of no robotics dataset: neither {SPEC_NAME} nor {PREPROCESSING_CONFIG_NAME} lies "
-            "beside it. Make it with `vla-foundry preprocess robotics`."
+            f"{manifest} does not belong to a robotics dataset: it has neither {SPEC_NAME} nor "
+            f"{PREPROCESSING_CONFIG_NAME} beside it. Make the dataset with `vla-foundry preprocess robotics`."
         ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{location} is not YAML ({' '.join(str(error).split())}).") from None
@@ -227,7 +227,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
         image_indices = tuple(int(index) for index in values["image_indices"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{location} is no published preprocessing config ({type(error).__name__}: {error})."
+            f"{location} is not a published preprocessing config ({type(error).__name__}: {error})."
         ) from None
     first = parse_manifest(read_text(manifest), manifest)[0].shard + ".tar"
     members = _read_first_sample(join_uri(folder, first))

@@ -23,7 +23,6 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from jaxtyping import Int64, Num
 
-from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import EpisodeInfo
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, image_name
 from vla_foundry.robotics.fit import WindowSpec
@@ -188,15 +187,15 @@ def read_sample_window(members: Mapping[str, Member], read: Callable[[Member], b
 
     metadata = _parse_object(find("metadata.json"), "metadata.json")
     arrays = NpzFile.from_bytes(find("lowdim.npz"))
-    past_mask, future_mask = _read_array(arrays, "past_mask"), _read_array(arrays, "future_mask")
+    past_mask, future_mask = arrays.read("past_mask"), arrays.read("future_mask")
     # steps before the anchor; LeRobot's published metadata store numbers as text
     past = int(metadata.get("anchor_relative_idx", np.argmax(future_mask)))
     steps = Window(past, len(future_mask) - 1 - past).crop(spec.window)
-    fields = {name: _check_steps(name, _read_array(arrays, name), len(future_mask))[steps] for name in spec.stored}
+    fields = {name: _check_steps(name, arrays.read(name), len(future_mask))[steps] for name in spec.stored}
     past_mask, future_mask = past_mask[steps], future_mask[steps]
     calibration = {}
     for name, array in spec.calibration:
-        values = _read_array(arrays, array)
+        values = arrays.read(array)
         calibration[name] = values[past] if values.ndim == 3 else values
     images = []
     for offset in spec.image_indices:
@@ -235,13 +234,11 @@ def read_episode_window(
     windows, masks = _place_window(num_left, num_right, spec.window, spec.padding)
     fields = {}
     for name in spec.stored:
-        if name not in arrays:
-            raise ValueError(unknown_name_message("array", name, arrays.names))
         values = _check_steps(name, arrays.read_rows(name, first, end), end - first)
         fields[name] = windows.apply(values)[0] if num_left or num_right else values
     calibration = {}
     for name, array in spec.calibration:
-        is_fixed = len(_shape_of(arrays, array)) == 2
+        is_fixed = len(arrays.shape(array)) == 2
         calibration[name] = arrays.read(array) if is_fixed else arrays.read_rows(array, anchor, anchor + 1)[0]
     frames = image_frames(np.asarray([anchor]), spec.image_indices, info.num_frames)[0].tolist()
     return RobotWindow(
@@ -261,7 +258,7 @@ def read_episode_fields(arrays: NpzFile, names: Sequence[str], num_frames: int) 
     Raises:
         ValueError: the episode lacks a field, or a field is damaged.
     """
-    return {name: _check_steps(name, _read_array(arrays, name), num_frames) for name in names}
+    return {name: _check_steps(name, arrays.read(name), num_frames) for name in names}
 
 
 @lru_cache(maxsize=4096)  # cached: computing this for each sample would take half as long as reading its fields
@@ -282,18 +279,6 @@ def _parse_object(content: bytes, suffix: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"its {suffix} is not a JSON object")
     return values
-
-
-def _read_array(arrays: NpzFile, name: str) -> np.ndarray:
-    if name not in arrays:
-        raise ValueError(unknown_name_message("array", name, arrays.names))
-    return arrays.read(name)
-
-
-def _shape_of(arrays: NpzFile, name: str) -> tuple[int, ...]:
-    if name not in arrays:
-        raise ValueError(unknown_name_message("array", name, arrays.names))
-    return arrays.shape(name)
 
 
 def _check_steps(name: str, values: np.ndarray, num_steps: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Simulated worlds behind one interface, found by name; a simulator knows no policy."""
+"""Simulators behind one interface, found by name."""
 
 from vla_foundry.simulators.simulator import (
     ACTION,

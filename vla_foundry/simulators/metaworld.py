@@ -1,4 +1,4 @@
-"""The Meta-World adapter: 50 table-top tasks of a Sawyer arm in MuJoCo, and half-open starts of four of them."""
+"""Meta-World: 50 table-top tasks of a Sawyer arm in MuJoCo, and variants of four with half-open starts."""
 
 import warnings
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ from vla_foundry.simulators.simulator import (
 CAMERAS: dict[str, Camera] = {
     "behindGripper": Camera(model_camera="behindGripper", is_upside_down=False),
     "corner": Camera(model_camera="corner", is_upside_down=True),
-    # closer than in Meta-World, as is usual for learning from pictures
+    # closer than in Meta-World, as is usual for learning from images
     "corner2": Camera(model_camera="corner2", is_upside_down=True, position=(0.75, 0.075, 0.7)),
     "corner3": Camera(model_camera="corner3", is_upside_down=True),
     "gripperPOV": Camera(model_camera="gripperPOV", is_upside_down=False),
     "topview": Camera(model_camera="topview", is_upside_down=False),
-    # the same corner, aimed at the workspace: things are twice as large in a small picture
+    # the same corner, aimed at the workspace: objects are twice as large in a small image
     "workspace": Camera(
         model_camera="corner2", is_upside_down=False, position=(0.7, 0.1, 0.75), looks_at=(0.02, 0.68, 0.12), fovy=46.0
     ),
@@ -46,7 +46,7 @@ _GRIPPER_LOW = np.array([-0.3, 0.4, 0.07])
 _GRIPPER_HIGH = np.array([0.3, 0.82, 0.35])
 # physics steps until the arm rests at its target
 _NUM_ARM_STEPS = 250
-# where a thing waits while the arm moves
+# where an object waits while the arm moves
 _OUT_OF_THE_WAY = np.array([0.0, 10.0, 0.0])
 
 
@@ -104,7 +104,7 @@ class MetaworldSimulator(Simulator):
 
     def reset(self, seed: int) -> Observation:
         """Start the episode of `seed`."""
-        self._forget_the_past()
+        self._restore_model()
         self._renderer.shows_sites = self._shows_goal
         self._environment.seed(seed)
         self._environment.reset()
@@ -115,7 +115,7 @@ class MetaworldSimulator(Simulator):
             joint.qvel = 0
         # Meta-World moves bodies without updating the physics: positions would be those of the last episode
         _mujoco().mj_forward(self._model, self._data)
-        self._state = self._sense_anew()
+        self._state = self._sense()
         self._is_success = False
         return self.observe()
 
@@ -152,11 +152,11 @@ class MetaworldSimulator(Simulator):
         return self._renderer.render(self._data, _find_camera(camera))
 
     def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
-        """Return where a point appears: (column, row) as fractions of the picture from the top left corner."""
+        """Return where a point appears: (column, row) as fractions of the image from the top left corner."""
         return self._renderer.project(self._data, _find_camera(camera), position)
 
     def is_hidden(self, camera: str, position: Float[np.ndarray, "3"], *, by: Literal["robot", "object"]) -> bool:
-        """Return whether the arm, or the task's main thing if known, hides a point."""
+        """Return whether the arm, or the task's main object if known, hides a point."""
         if by == "object" and self._thing is None:
             return False
         body = self._thing.body if by == "object" and self._thing is not None else "hand"
@@ -172,17 +172,17 @@ class MetaworldSimulator(Simulator):
         return np.clip(action, -1, 1).astype(np.float32)
 
     def describe(self) -> SimulatorState:
-        """Return the state of the gripper, and of the task's main thing if known."""
+        """Return the state of the gripper, and of the task's main object if known."""
         fingertips = [self._data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector")]
         thing = self._thing
         objects = () if thing is None else (self._describe_thing(thing),)
         return SimulatorState(gripper_position=(fingertips[0] + fingertips[1]) / 2, objects=objects)
 
     def arrange(self, layout: Layout) -> SimulatorState | None:
-        """Move the arm to its place, then put the thing down; no simulated time passes afterwards.
+        """Move the arm into place, then put the object down; no simulated time passes afterwards.
 
         Returns:
-            The scene's state, or None if the arm would penetrate the thing.
+            The scene's state, or None if the arm would penetrate the object.
 
         Raises:
             ValueError: this task has no such scenes.
@@ -190,7 +190,7 @@ class MetaworldSimulator(Simulator):
         thing = self._thing
         if thing is None:
             raise ValueError(f"{self._task} cannot arrange scenes. Tasks that can: {', '.join(scene_tasks())}.")
-        self._forget_the_past()
+        self._restore_model()
         self._state = None
         self._is_success = False
         self._renderer.shows_sites = False
@@ -211,7 +211,7 @@ class MetaworldSimulator(Simulator):
             raise ValueError("No episode was started. Call reset(seed) first.")
         return self._state
 
-    def _sense_anew(self) -> np.ndarray:
+    def _sense(self) -> np.ndarray:
         environment = self._environment
         environment._prev_obs = environment._get_curr_obs_combined_no_goal()
         space = environment.sawyer_observation_space
@@ -221,7 +221,7 @@ class MetaworldSimulator(Simulator):
         space = self._environment._random_reset_space
         self._environment._random_reset_space = type(space)(np.array(start.low), np.array(start.high), dtype=np.float64)
 
-    def _forget_the_past(self) -> None:
+    def _restore_model(self) -> None:
         for part, values in self._pristine.items():
             getattr(self._model, part)[:] = values
         _mujoco().mj_resetData(self._model, self._data)
@@ -273,7 +273,7 @@ class MetaworldSimulator(Simulator):
         return np.flatnonzero(is_own & (model.geom_group <= 2) & (model.geom_rgba[:, 3] > 0))
 
     def _is_arm_inside(self, thing: Thing) -> bool:
-        """Return whether a contact between the arm and the thing is deeper than a touch."""
+        """Return whether the arm penetrates the object deeper than a touch."""
         roots = self._model.body_rootid
         pair = {int(roots[self._model.body(name).id]) for name in ("hand", thing.body)}
         bodies = self._model.geom_bodyid

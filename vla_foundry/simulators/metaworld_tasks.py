@@ -1,4 +1,4 @@
-"""What the Meta-World adapter knows about each task: instructions, half-open starts, things that can be arranged."""
+"""Meta-World's tasks: instructions, half-open starts, and objects that can be arranged."""
 
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ INSTRUCTIONS: dict[str, str] = {
     "window-close-v3": "close the window",
     "window-open-v3": "open the window",
 }
-# task -> paraphrases of its instruction; none fits another task
+# {task: paraphrases of its instruction}; none fits another task
 _PARAPHRASES: dict[str, tuple[str, str]] = {
     "assembly-v3": ("fit the ring onto the peg", "slide the ring over the peg"),
     "basketball-v3": ("drop the ball into the basket", "dunk the ball"),
@@ -127,7 +127,7 @@ TASKS_WITH_MARKED_GOAL = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class HalfOpenStart:
-    """Half-open starts, from layouts that the opening and the closing task share: both see the same picture."""
+    """Half-open starts, from layouts that the opening and the closing task share: both see the same image."""
 
     # the joint that opens
     joint: str
@@ -155,7 +155,7 @@ class Thing:
 
     # its name in captions
     name: str
-    # the part that a robot acts on; empty: the whole thing
+    # the part that a robot acts on; empty: the whole object
     part: str
     # the body that is placed, fixed to the table or with a free joint
     body: str
@@ -164,7 +164,7 @@ class Thing:
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # the body whose joint opens it; None: it does not open
     moving_body: str | None = None
-    # the joint's position when closed (or at rest) and when open
+    # the joint's position when closed (or at rest), and when open
     closed: float = 0.0
     open: float = 0.0
     # other free bodies of the task, which scenes leave out

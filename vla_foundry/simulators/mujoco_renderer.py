@@ -1,4 +1,4 @@
-"""Render MuJoCo scenes off screen, one small upright picture at a time, with or without a GPU."""
+"""Render MuJoCo scenes off screen, one small upright image at a time, with or without a GPU."""
 
 import ctypes.util
 import os
@@ -19,7 +19,7 @@ class Camera:
 
     # the model's camera that it uses
     model_camera: str
-    # whether that camera is upside down in the model, so that its pictures are rotated by 180 degrees
+    # whether that camera is upside down in the model, so its images are rotated by 180 degrees
     is_upside_down: bool
     # its new position, in its parent body's frame; None: unchanged
     position: tuple[float, float, float] | None = None
@@ -53,10 +53,10 @@ def choose_opengl(
     if not chosen or (chosen in ("egl", "osmesa") and chosen not in present):
         raise ValueError(_no_renderer(f"MUJOCO_GL={chosen} is not installed" if chosen else "neither EGL nor OSMesa"))
     environment["MUJOCO_GL"] = chosen
-    # one thread renders a small picture fastest; processes give the parallelism
+    # one thread renders a small image fastest; parallelism comes from processes
     environment.setdefault("LP_NUM_THREADS", "0")
     if chosen == "osmesa":
-        # OSMesa and Triton bring an LLVM each: a process that loads OSMesa's first crashes when torch imports Triton
+        # OSMesa and Triton each bring an LLVM: a process that loads OSMesa's first crashes when torch imports Triton
         with suppress(ImportError):
             import triton  # noqa: F401
     return chosen
@@ -127,7 +127,7 @@ class MujocoRenderer:
         return upright.copy()
 
     def project(self, data: Any, camera: Camera, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
-        """Return where a world point appears: (column, row) as fractions of the picture from the top left corner."""
+        """Return where a world point appears: (column, row) as fractions of the image from the top left corner."""
         index = self._aim(data, camera)
         right, up, back = data.cam_xmat[index].reshape(3, 3).T
         offset = position - data.cam_xpos[index]

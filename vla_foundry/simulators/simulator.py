@@ -1,4 +1,4 @@
-"""What every simulator offers, and the registry of simulators: reset, observe, apply, success, render, expert.
+"""The interface of simulators, and their registry.
 
 A simulator knows no policy. Positions are metres in its world frame; images are uint8 HWC and upright.
 """
@@ -17,18 +17,18 @@ from vla_foundry.robotics.spec import FieldDescription
 
 S = TypeVar("S", bound="Simulator")
 
-# names of a simulator's signals in recorded data: cameras below IMAGES, fields below OBSERVATION, all fields in a row
-# as STATE, parts of an action below ACTION
-OBSERVATION, IMAGES, STATE, ACTION = "observation", "observation.images", "observation.state", "action"
+# names of a simulator's signals in recorded data: prefix of cameras, prefix of fields, all fields concatenated, and
+# prefix of an action's parts
+IMAGES, OBSERVATION, STATE, ACTION = "observation.images", "observation", "observation.state", "action"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
     """What a robot senses at one control step."""
 
-    # camera name -> picture, uint8, rows from the top
+    # {camera: image}, uint8, rows from the top
     images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]
-    # field name -> low-dimensional signal
+    # {field: low-dimensional signal}
     fields: Mapping[str, Float[np.ndarray, " _"]]
 
 
@@ -43,17 +43,17 @@ def name_observation(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObjectState:
-    """Position and state of one thing."""
+    """Position and state of one object."""
 
     # its name in instructions and captions
     name: str
-    # the part that a robot acts on ("handle"); empty: the whole thing
+    # the part that a robot acts on ("handle"); empty: the whole object
     part: str
     # position of that part
     position: Float[np.ndarray, "3"]
-    # points spread over the whole thing
+    # points spread over the whole object
     landmarks: Float[np.ndarray, "N 3"]
-    # from 0, fully closed (or at rest), to 1, fully open; None: it does not open
+    # 0: fully closed (or at rest), 1: fully open; None: it does not open
     openness: float | None
 
 
@@ -63,7 +63,7 @@ class SimulatorState:
 
     # midpoint between the fingertips
     gripper_position: Float[np.ndarray, "3"]
-    # the things in the scene, the main one first
+    # the objects in the scene, the main one first
     objects: tuple[ObjectState, ...]
 
 
@@ -88,9 +88,9 @@ class Simulator(ABC):
     happened before.
     """
 
-    # what the robot is told to do
+    # the task in words
     instruction: str
-    # every wording of it; `instruction` is the first
+    # all wordings of the task; `instruction` is the first
     instructions: tuple[str, ...]
     # the robot's name
     robot: str
@@ -153,7 +153,7 @@ class Simulator(ABC):
         """Set up a scene outside any episode, as a function of `layout` alone. Goal markers are hidden.
 
         Returns:
-            Its true state, or None if the robot would penetrate a thing.
+            Its true state, or None if the robot would penetrate an object.
 
         Raises:
             ValueError: this task has no such scenes.
@@ -176,21 +176,11 @@ class Simulator(ABC):
 # a factory: (task, cameras=..., image_size=...) -> Simulator
 SimulatorFactory = Callable[..., Simulator]
 
-F = TypeVar("F", bound=SimulatorFactory)
-
 SIMULATORS: Registry[SimulatorFactory] = Registry(
     "simulator", package="vla_foundry.simulators", decorator="register_simulator"
 )
-
-
-def register_simulator(name: str) -> Callable[[F], F]:
-    """Register a factory `(task, *, cameras, image_size) -> Simulator` under `name`."""
-
-    def decorate(factory: F) -> F:
-        SIMULATORS.register(name)(factory)
-        return factory
-
-    return decorate
+# decorator of a factory `(task, *, cameras, image_size) -> Simulator`
+register_simulator = SIMULATORS.register
 
 
 def create_simulator(name: str, task: str, *, cameras: Sequence[str], image_size: int) -> Simulator:
@@ -199,7 +189,7 @@ def create_simulator(name: str, task: str, *, cameras: Sequence[str], image_size
     Args:
         task: the simulator's name of the task.
         cameras: cameras that `observe` renders.
-        image_size: width and height of each picture in pixels.
+        image_size: width and height of each image in pixels.
 
     Raises:
         ValueError: the simulator, task or camera is unknown, the simulator is not installed, or there is no renderer.

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_foundry.registry import unknown_name_message
+
 # (offset, size) -> the bytes there
 ReadRange = Callable[[int, int], bytes]
 
@@ -84,10 +86,9 @@ class NpzFile:
         """Return an array and check its checksum.
 
         Raises:
-            KeyError: the array does not exist.
-            ValueError: the array is damaged, or holds Python objects.
+            ValueError: the array does not exist, is damaged, or holds Python objects.
         """
-        entry = self._entries[name]
+        entry = self._find(name)
         start = self._find_content(name, entry)
         content = self._read_exactly(name, start, entry.size)
         if entry.method == _DEFLATED:
@@ -103,10 +104,9 @@ class NpzFile:
         """Return rows first .. end - 1 of an array; an uncompressed array is read no further.
 
         Raises:
-            KeyError: the array does not exist.
-            ValueError: the array has fewer rows, is damaged, or holds Python objects.
+            ValueError: the array does not exist, has fewer rows, is damaged, or holds Python objects.
         """
-        entry = self._entries[name]
+        entry = self._find(name)
         if entry.method != _STORED:
             return self._rows_of(name, self.read(name), first, end)
         header, start = self._read_header(name, entry)
@@ -122,11 +122,15 @@ class NpzFile:
         """Return an array's shape; an uncompressed array is read no further than its header.
 
         Raises:
-            KeyError: the array does not exist.
-            ValueError: the array is damaged.
+            ValueError: the array does not exist or is damaged.
         """
-        entry = self._entries[name]
+        entry = self._find(name)
         return self._read_header(name, entry)[0].shape if entry.method == _STORED else self.read(name).shape
+
+    def _find(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise ValueError(unknown_name_message("array", name, self.names))
+        return self._entries[name]
 
     @staticmethod
     def _rows_of(name: str, array: np.ndarray, first: int, end: int) -> np.ndarray:

@@ -35,9 +35,9 @@ from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
 
-# least side of a figure's images, pixels
+# smallest side of a figure's images, in pixels
 _LEAST_SIDE = 64
-# characters of a text that are shown
+# longest text shown, in characters
 _MOST_TEXT = 1500
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _CACHE_BYTES = 10_000_000_000
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> None:
 
 
 def inspect_data(params: InspectParams) -> list[str]:
-    """Draw a sample; return a description of it, line by line.
+    """Draw a sample and return its description, line by line.
 
     Raises:
-        ValueError: there is no such sample, or the data cannot be read.
+        ValueError: the sample does not exist, or the data cannot be read.
         FileNotFoundError: a dataset or a config does not exist.
     """
     if params.training is not None:
@@ -108,14 +108,14 @@ def _read_spec(manifest: str) -> DatasetSpec | None:
 
 
 def read_training_sample(training: str, number: int) -> RobotSample:
-    """Read a sample that a run is trained on.
+    """Read a training sample of a run.
 
     Args:
         training: run folder or training config.
         number: index in training order.
 
     Raises:
-        ValueError: the run is not trained on robot data, or its config does not fit them.
+        ValueError: the run is not trained on robot data, or its config does not fit the data.
         FileNotFoundError: the config, or a file that it names, does not exist.
     """
     path = join_uri(training, CONFIG_NAME) if Path(os.path.expanduser(training)).is_dir() else training
@@ -138,7 +138,7 @@ def read_dataset_sample(manifest: str, spec: DatasetSpec, number: int) -> RobotS
         number: index in the order of the manifest.
 
     Raises:
-        ValueError: there is no such sample, or the data cannot be read.
+        ValueError: the sample does not exist, or the data cannot be read.
     """
     cameras = {name: camera for name, camera in spec.cameras.items() if not camera.is_depth}
     side = max((max(camera.size) for camera in cameras.values()), default=_LEAST_SIDE)
@@ -195,7 +195,7 @@ def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
         output: PNG to write.
 
     Raises:
-        ValueError: there is no such sample, or its shard is broken.
+        ValueError: the sample does not exist, or its shard is broken.
     """
     entries = tuple(parse_manifest(read_text(manifest), manifest))
     ends = list(accumulate(entry.num_sequences for entry in entries))
@@ -208,7 +208,7 @@ def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
     if isinstance(shard, TokenShard):
         return [f"record {row} of {shard.uri}", *_describe_record(shard, row, parent_uri(manifest))]
     if not isinstance(shard, SampleShard):
-        raise ValueError(f"{shard.uri} holds robot episodes, but there is no robotics.json beside {manifest}.")
+        raise ValueError(f"{shard.uri} holds robot episodes, but {manifest} has no robotics.json beside it.")
     return [f"sample {shard.key(row)} of {shard.uri}", *_describe_members(shard.read(row), output)]
 
 

@@ -1,4 +1,4 @@
-"""Takes a sample out of a batch of robot data: what the model gets, and the actions in the units of the data again."""
+"""Take one sample out of a robot batch, with its actions both normalized and in the units of the data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class FieldValues:
     """A field over the steps of a window."""
 
     name: str
-    # what its numbers mean; None: no dataset says
+    # what its numbers mean; None: unknown
     description: FieldDescription | None
     # (T, C), in the unit of the data
     raw: np.ndarray
@@ -33,28 +33,28 @@ class RobotSample:
     # frame of the episode
     anchor: int
     shard: str
-    # place in the order of training
+    # position in the training order
     position: int
     instruction: str
     # index of the anchor among the steps
     anchor_index: int
     cameras: list[str]
-    # frames of the images from the anchor
+    # frame offsets of the images from the anchor
     image_indices: list[int]
-    # uint8 (H, W, 3), time-major, cameras within a time; empty where the processor cuts images into patches
+    # uint8 (H, W, 3), time-major, cameras within a time; empty if the processor cuts images into patches
     images: list[np.ndarray]
-    # (N,) False where the model does not see the image
+    # (N,) bool, False if the model does not see the image
     image_mask: np.ndarray
-    # (T,) bool each, of which one is True at each step
+    # (T,) bool; exactly one mask is True at each step
     past_mask: np.ndarray
     future_mask: np.ndarray
     is_padding: np.ndarray
     actions: list[FieldValues]
-    # of P + 1 steps; the last is the anchor
+    # P + 1 steps; the last is the anchor
     proprioception: list[FieldValues]
-    # False: fields pass unchanged
+    # False: fields are left unchanged
     is_normalized: bool
-    # why samples were replaced, this one at the last; empty: it is the one that was asked for
+    # why earlier candidates were dropped; empty: this is the requested sample
     dropped: list[str]
 
 
@@ -62,10 +62,10 @@ def take_sample(batch: Batch, row: int, pipeline: RoboticsPipeline, fields: dict
     """Take a row out of a batch.
 
     Args:
-        batch: of the loader.
-        row: which sample.
-        pipeline: what made it.
-        fields: what is known of each field.
+        batch: a batch of the loader.
+        row: index of the sample.
+        pipeline: the pipeline that made the batch.
+        fields: descriptions of the fields.
     """
     params = pipeline.params
     anchor = params.window.anchor
@@ -103,12 +103,12 @@ def take_sample(batch: Batch, row: int, pipeline: RoboticsPipeline, fields: dict
 
 
 def _take_images(batch: Batch, row: int, num_images: int) -> list[np.ndarray]:
-    """Return a sample's images as the model sees them, its change of colours included."""
+    """Return a sample's images as the model sees them, colour augmentation included."""
     pixels = batch["pixel_values"]
     if pixels.ndim != 4 or len(pixels) != len(batch["episode_ids"]) * num_images:
         return []
     rows = slice(row * num_images, (row + 1) * num_images)
     factors = batch["color_factors"][rows] if "color_factors" in batch else None
-    # scaled to 0 .. 1 by the very function that the model's inputs go through
+    # scale to 0 .. 1 with the function that the model's inputs go through
     values = normalize_images(pixels[rows], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), color_factors=factors)
     return [(image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for image in values]

@@ -1,4 +1,4 @@
-"""Draw a sample of robot data as a PNG: instruction, images, masks, actions raw and normalised, proprioception."""
+"""Draw a robot sample as a PNG: instruction, images, masks, raw and normalised actions, proprioception."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ _WIDTH, _TITLE, _IMAGE, _MASKS, _FIELD, _FEW, _UPRIGHT = 12.0, 1.1, 2.6, 0.9, 1.
 _MOST_LEGEND = 9
 # from this many fields on, their names are rotated
 _MANY = 8
-# beyond this normalised value the axis is logarithmic
+# above this normalised value the axis is logarithmic
 _FAR = 20
 
 
@@ -51,7 +51,7 @@ def draw_sample(sample: RobotSample, path: str) -> None:
         draw(row, sample)
     temporary = f"{path}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # leave out matplotlib's version: the same sample gives the same file
+    # without matplotlib's version, so that the same sample gives the same file
     canvas.print_figure(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
 

@@ -55,12 +55,12 @@ def test_a_spec_is_read_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 9}, "no robotics spec of version 1"),
+        ({"version": 9}, "not a robotics spec of version 1"),
         ({"layout": "frames"}, "layout must be one of episodes, samples, got 'frames'"),
         ({"fps": 0}, r"fps \(0\) must be above 0"),
         ({"fields": {"a": {"shape": [3], "representation": "rel"}}}, r"fields\.a must be one of absolute"),
         ({"fields": {"a": {}}}, "lacks the key 'shape'"),
-        ({"cameras": {"a": {"size": 3}}}, "is no robotics spec"),
+        ({"cameras": {"a": {"size": 3}}}, "is not a robotics spec"),
         ({"pose_groups": [{"name": "a"}]}, "needs the keys name, position_key, rotation_key"),
     ],
 )

@@ -108,17 +108,17 @@ TWO_TOPS = create_spec(cameras={name: create_spec().cameras["scene"] for name in
         (
             [create_spec()],
             {"action_fields": [RELATIVE + "_relative"]},
-            r"would be the relative of '.*xyz_relative', which is relative already in a",
+            r"would be the relative of '.*xyz_relative', which is already relative in a",
         ),
         (
             [with_fields(**{XYZ: describe(3, representation="relative")})],
             {},
-            r"would be the relative of 'robot__action__poses__left::panda__xyz', which is relative already in a",
+            r"would be the relative of 'robot__action__poses__left::panda__xyz', which is already relative in a",
         ),
         (
             [with_fields(**{RELATIVE: describe(3, representation="relative")})],
             {"action_fields": [RELATIVE + "_relative"]},
-            r"would be the relative of '.*xyz_relative', which is relative already in a",
+            r"would be the relative of '.*xyz_relative', which is already relative in a",
         ),
         ([create_spec(pose_groups=())], {}, r"needs a pose group that holds '.*xyz'; a has the groups none"),
         (
@@ -200,7 +200,7 @@ def test_contradictions_can_be_accepted_and_are_then_said() -> None:
         ({"prompts": ["<image>{caption}"]}, "may only have the field {instruction}"),
         ({"prompts": []}, "prompts is empty"),
         ({"dataset_statistics": ["a"]}, "dataset_statistics has 1 entries and dataset_manifest has 0"),
-        ({"pose_groups": [{"name": "p", "position_key": RELATIVE, "rotation_key": "r"}]}, "relative already"),
+        ({"pose_groups": [{"name": "p", "position_key": RELATIVE, "rotation_key": "r"}]}, "already relative"),
     ],
 )
 def test_a_wrong_value_is_one_line(values: dict[str, Any], message: str) -> None:
