@@ -1,5 +1,6 @@
 """The root of the config tree: one training run, its budget in steps, and checks across sections."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +13,10 @@ from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.facts import Facts, TokenizerFacts
 from vla_foundry.params.hparams import HyperParams, count_decay_steps
+from vla_foundry.params.models.policy import with_model_files, without_starts
 from vla_foundry.params.models.roles import ModelParams
+from vla_foundry.run_folder import CHECKPOINTS_FOLDER, MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
+from vla_foundry.storage.uri import join_uri, name_of, parent_uri
 
 P = TypeVar("P")
 _MAX_NAME_BYTES = 200
@@ -119,14 +123,25 @@ def load_params_from_yaml(cls: type[P], path: str) -> P:
     """Load params from a YAML file, which may include others and may come from an earlier version.
 
     Args:
-        cls: a config dataclass, or a role such as ModelParams. From a whole run's config.yaml, load its section.
+        cls: a config dataclass, or a role such as ModelParams. From a whole run's config.yaml, load its section. A
+            run's config_model.yaml describes its architecture; what it started from may be gone.
         path: the file: a path, s3:// or hf://.
 
     Raises:
         ValueError: a key is unknown, or a value is wrong or missing.
         FileNotFoundError: the file does not exist.
     """
-    return load_params(cls, path, TrainExperimentParams)
+    params = load_params(cls, path, TrainExperimentParams)
+    folder = parent_uri(path)
+    if (
+        isinstance(params, ModelParams)
+        and name_of(path) == MODEL_CONFIG_NAME
+        and os.path.isdir(join_uri(folder, CHECKPOINTS_FOLDER))
+    ):
+        params = with_model_files(
+            without_starts(params, only_gone=True), f"{folder}/{MODEL_FILES_FOLDER}", only_gone=True
+        )
+    return params
 
 
 def total_steps(params: TrainExperimentParams) -> int:

@@ -17,6 +17,7 @@ from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
+from vla_foundry.params.models.policy import without_starts
 from vla_foundry.provenance import has_uncommitted_changes, read_git_commit, read_package_versions
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -156,7 +157,7 @@ def fetch_checkpoint(
 
 
 def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
-    """Write config.yaml and config_model.yaml.
+    """Write config.yaml, and config_model.yaml: the architecture alone, without the checkpoints it started from.
 
     Returns:
         Differences from the config that the folder already had, one line per leaf.
@@ -177,7 +178,7 @@ def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
                 if before.get(name) != now.get(name) and name not in _INCIDENTAL
             ]
     write_text(str(path), dump_params(params))
-    write_text(str(run_folder / MODEL_CONFIG_NAME), dump_params(params.model, params.plugins))
+    write_text(str(run_folder / MODEL_CONFIG_NAME), dump_params(without_starts(params.model), params.plugins))
     return changes
 
 

@@ -25,7 +25,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.training.experiment import train
-from vla_foundry.training.start import fetch_checkpoint
+from vla_foundry.training.start import fetch_checkpoint, write_configs
 from vla_foundry.world import World
 
 _SCRIPT = Path(__file__).with_name("interrupted_runs.py")
@@ -120,6 +120,16 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_its_code(interrupted) -> None
     assert stop["exit_code"] == 143
     assert 0 < stop["steps_after"] < 160
     assert f"step_{stop['steps_after']:08d}" in report["checkpoints_at_stop"]
+
+
+def test_the_saved_model_config_names_no_checkpoint_to_start_from(
+    params: TrainExperimentParams, tmp_path: Path
+) -> None:
+    start: dict[str, Any] = {"resume_from_checkpoint": "s3://someone/run", "resume_weights_only": True}
+    started = replace(params, model=replace(params.model, **start))
+    write_configs(started, tmp_path)
+    assert load_params_from_yaml(ModelParams, str(tmp_path / "config_model.yaml")) == params.model
+    assert load_experiment_params_from_yaml(str(tmp_path / "config.yaml")) == started
 
 
 def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams) -> None:

@@ -1,5 +1,6 @@
 """Params of robot policies: a backbone that encodes the observation, and a head that predicts actions."""
 
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionP
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.storage.uri import exists, is_remote
 
 T = TypeVar("T", bound=BaseParams)
 
@@ -71,15 +73,42 @@ class RegressionPolicyParams(RobotPolicyParams):
     action_head: RegressionParams
 
 
-def with_model_files(params: T, folder: str) -> T:
-    """Return model params whose Hugging Face parts are read from the files that a run keeps in `folder`."""
-    changed = {}
+def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
+    """Return model params whose Hugging Face parts are read from the files that a run keeps in `folder`.
+
+    The files hold architectures, not weights.
+
+    Args:
+        only_gone: only parts that came from a local folder which no longer exists.
+    """
+    changed: dict[str, Any] = {}
     for item in fields(params):
         value: Any = getattr(params, item.name)
         if item.name == "hf_pretrained" and not value.startswith("timm:"):
-            changed[item.name] = folder
+            if not only_gone:
+                changed[item.name] = folder
+            elif os.path.isabs(value) and not os.path.exists(value):
+                changed |= {item.name: folder, "hf_load_weights": False}
         elif isinstance(value, BaseParams):
             # only a VLM can have two such parts
             below = f"{folder}/{item.name}" if isinstance(params, VLMParams) else folder
-            changed[item.name] = with_model_files(value, below)
+            changed[item.name] = with_model_files(value, below, only_gone=only_gone)
+    return replace(params, **changed)
+
+
+def without_starts(params: T, *, only_gone: bool = False) -> T:
+    """Return model params that describe the architecture alone: no part names a checkpoint to start from.
+
+    Args:
+        only_gone: drop only local checkpoints that no longer exist.
+    """
+    changed: dict[str, Any] = {}
+    for item in fields(params):
+        value: Any = getattr(params, item.name)
+        if isinstance(value, BaseParams):
+            changed[item.name] = without_starts(value, only_gone=only_gone)
+        elif item.name == "resume_from_checkpoint" and value is not None:
+            changed[item.name] = value if only_gone and (is_remote(value) or exists(value)) else None
+    if isinstance(params, ModelParams) and changed.get("resume_from_checkpoint", "") is None:
+        changed["resume_weights_only"] = False
     return replace(params, **changed)

@@ -22,10 +22,15 @@ from vla_foundry.params.models.action_heads import (
     RegressionParams,
 )
 from vla_foundry.params.models.backbones import ViTBackboneParams, VLMFoundryBackboneParams
-from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPolicyParams, with_model_files
+from vla_foundry.params.models.policy import (
+    DiffusionPolicyParams,
+    RegressionPolicyParams,
+    with_model_files,
+    without_starts,
+)
 from vla_foundry.params.models.roles import TokenLimits
 from vla_foundry.params.models.transformer import TransformerParams
-from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
 
@@ -89,6 +94,26 @@ def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None
     assert model.token_limits() == TokenLimits(vocab_size=64, max_seq_len=127)
     assert model.action_head.transformer.vocab_size == 0
     assert (model.action_dim, model.proprioception_dim) == (3, 0)
+
+
+def test_a_saved_model_config_does_not_need_what_the_run_began_from(run: Path) -> None:
+    config = str(run / "config_model.yaml")
+    (run / "config.yaml").touch()
+    encoder = ViTHFParams(hf_pretrained=str(run / "encoder"), resume_from_checkpoint=str(run / "gone"))
+    began = replace(VLM, vit=encoder, resume_from_checkpoint=str(run / "gone"), resume_weights_only=True)
+    (run / "config_model.yaml").write_text(dump_params(began), encoding="utf-8")
+    files = str(run / "model_files" / "vit")
+    expected = replace(VLM, vit=ViTHFParams(hf_pretrained=files, hf_load_weights=False))
+    assert load_params_from_yaml(ModelParams, config) == expected
+    # what still exists is kept
+    (run / "encoder").mkdir()
+    (run / "encoder" / "config.json").touch()
+    started = replace(
+        began, resume_from_checkpoint=str(run / "checkpoints"), vit=ViTHFParams(hf_pretrained=str(run / "encoder"))
+    )
+    (run / "config_model.yaml").write_text(dump_params(started), encoding="utf-8")
+    assert load_params_from_yaml(ModelParams, config) == started
+    assert without_starts(started) == replace(VLM, vit=started.vit)
 
 
 def test_a_run_of_another_model_is_an_error(run: Path) -> None:
