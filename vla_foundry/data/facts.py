@@ -26,6 +26,7 @@ from vla_foundry.run_folder import (
     run_folder_candidates,
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
+from vla_foundry.storage.hub import find_cached
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat_template import IMAGE_MARKER
 from vla_foundry.text.tokenizers import read_vocabulary
@@ -87,6 +88,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         started_from=started_from,
         started_from_robotics=next((spec for spec in specs if spec is not None), None),
         checkpoint_models=_read_checkpoint_models(params.model, offline),
+        model_configs=_read_model_configs(params.model),
     )
 
 
@@ -139,12 +141,17 @@ def _read_dataset(manifest: str, path: str, offline: bool, *, has_spec: bool) ->
 
 def _read_provenance(location: str) -> dict[str, Any]:
     """Return the `dataset` section of a dataset's provenance; {} if it has none."""
+    dataset = _read_json(location).get("dataset")
+    return dataset if isinstance(dataset, dict) else {}
+
+
+def _read_json(location: str) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if the file is missing or holds something else."""
     try:
         values = json.loads(read_text(location))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    dataset = values.get("dataset") if isinstance(values, dict) else None
-    return dataset if isinstance(dataset, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
@@ -183,6 +190,18 @@ def _list_token_weights(model: BaseParams) -> list[str]:
     is_published = isinstance(model, PublishedParams) and model.hf_load_weights and os.path.isdir(model.hf_pretrained)
     own = [model.hf_pretrained] if isinstance(model, PublishedParams) and is_published else []
     return own + [name for part in _parts(model) for name in _list_token_weights(part)]
+
+
+def _read_model_configs(model: BaseParams) -> dict[str, dict[str, Any]]:
+    """Return the config.json of each published model in a model that is a local folder or in the hub's cache."""
+    own = {}
+    if isinstance(model, PublishedParams):
+        name = model.hf_pretrained
+        is_hub_name = not os.path.isdir(name) and _HUB_NAME.fullmatch(name.removeprefix("hf://")) is not None
+        path = find_cached(name.removeprefix("hf://"), "config.json") if is_hub_name else join_uri(name, "config.json")
+        own = {name: _read_json(path)} if path is not None and os.path.isfile(path) else {}
+    below = (_read_model_configs(part) for part in _parts(model))
+    return own | {name: config for configs in below for name, config in configs.items()}
 
 
 def _parts(model: BaseParams) -> list[BaseParams]:

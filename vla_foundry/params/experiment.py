@@ -225,19 +225,30 @@ def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
 
 
 def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts) -> None:
-    longest = params.model.token_limits().max_seq_len
-    if longest is not None and data.seq_len > longest:
-        raise ValueError(
-            f"data.seq_len ({data.seq_len}) is more than model.max_seq_len ({longest}). "
-            f"Use --data.seq_len {longest}, or raise model.max_seq_len."
-        )
-    for dataset in (*facts.datasets, *facts.val_datasets):
+    """Check that rows are as long as tokenized records, and fit the model."""
+    limits = params.model.token_limits(facts)
+    longest, path = limits.max_seq_len, f"{limits.source}max_seq_len"
+    modalities = (*data.dataset_modality, *data.val_dataset_modality)
+    for dataset, modality in zip((*facts.datasets, *facts.val_datasets), modalities, strict=False):
         made = dataset.provenance.get("seq_len")
-        if isinstance(made, int) and made < data.seq_len:
+        if modality != "text" or not isinstance(made, int):
+            continue
+        if longest is not None and made > longest:
             raise ValueError(
-                f"data.seq_len ({data.seq_len}) is more than the sequences of {dataset.manifest} hold ({made}). "
+                f"data.seq_len must be {made}, the length of the records of {dataset.manifest}, but {path} is "
+                f"{longest}. Use --data.seq_len {made} --{path} {made}, or preprocess the data again with --seq_len "
+                f"{longest}."
+            )
+        if made != data.seq_len:
+            raise ValueError(
+                f"data.seq_len ({data.seq_len}) must be {made}, the length of the records of {dataset.manifest}. "
                 f"Use --data.seq_len {made}, or preprocess the data again."
             )
+    if longest is not None and data.seq_len > longest:
+        raise ValueError(
+            f"data.seq_len ({data.seq_len}) is more than {path} ({longest}). "
+            f"Use --data.seq_len {longest}, or raise {path}."
+        )
 
 
 def _check_tokens(params: TrainExperimentParams, facts: Facts) -> list[str]:
@@ -260,11 +271,13 @@ def _check_tokens(params: TrainExperimentParams, facts: Facts) -> list[str]:
             f"The tokenizers differ: {source} has {size} tokens and {other} has {smallest}. "
             "Use data of one tokenizer, and name it with data.tokenizer."
         )
-    vocab_size = params.model.token_limits().vocab_size
-    if vocab_size is not None and size > vocab_size:
+    limits = params.model.token_limits(facts)
+    if limits.vocab_size is not None and size > limits.vocab_size:
+        fix = f"Use --{limits.source}vocab_size {size} or more."
+        if not limits.source.startswith("model."):
+            fix = "Use data of its own tokenizer, or another model."
         raise ValueError(
-            f"model.vocab_size ({vocab_size}) is less than the {size} tokens of {source}. "
-            f"Use --model.vocab_size {size} or more."
+            f"{limits.source}vocab_size ({limits.vocab_size}) is less than the {size} tokens of {source}. {fix}"
         )
     return notices
 

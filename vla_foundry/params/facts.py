@@ -58,6 +58,8 @@ class Facts:
     weights_tokenizers: dict[str, TokenizerFacts | None] = field(default_factory=dict)
     # processor/ or tokenizer/ of that run, if data with images names neither
     started_from: TokenizerFacts | None = None
+    # published model -> its config.json, as far as it is on this machine
+    model_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # dataset spec of that run's robot data, and the run's folder
     started_from_robotics: NamedSpec | None = None
     # checkpoint of a model part -> params of the model trained in its run

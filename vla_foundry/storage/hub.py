@@ -111,3 +111,11 @@ class HubStorage:
         with _named_errors(uri):
             if _file_system().exists(uri):
                 _file_system().rm_file(uri)
+
+
+def find_cached(repository: str, file: str) -> str | None:
+    """Return the path of a file of a model on the hub in the hub's local cache, without network; None: not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, file)
+    return found if isinstance(found, str) else None

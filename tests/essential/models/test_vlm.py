@@ -303,7 +303,7 @@ def test_parts_start_from_earlier_runs_and_tables_grow_for_new_tokens(tmp_path: 
         vocab_size=51,
     )
     model: Any = create_model(params)
-    assert params.token_limits().vocab_size == 64
+    assert params.token_limits(Facts()).vocab_size == 64
     table = model.transformer.embeddings.weight
     assert table.shape == (64, 16)
     assert (model.transformer.output.weight is table) == tied

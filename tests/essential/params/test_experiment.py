@@ -20,7 +20,7 @@ from vla_foundry.params.data.base import register_data_params
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
 from vla_foundry.params.experiment import accumulation_steps, checkpoint_steps, total_steps
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
-from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 
 Write = Callable[[str, str], str]
 
@@ -120,7 +120,40 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
         (
             PARAMS,
             replace(FACTS, datasets=(dataset(seq_len=8),)),
-            r"^data\.seq_len \(16\) is more than the sequences of a/manifest\.jsonl hold \(8\)\. Use --data\.seq_len 8",
+            r"^data\.seq_len \(16\) must be 8, the length of the records of a/manifest\.jsonl\. Use --data\.seq_len 8",
+        ),
+        (
+            replace(PARAMS, data=replace(DATA, seq_len=4)),
+            replace(FACTS, datasets=(dataset(seq_len=8),)),
+            r"^data\.seq_len \(4\) must be 8, the length of the records of a/manifest\.jsonl\. Use --data\.seq_len 8",
+        ),
+        (
+            # one piece of advice, though neither the model's length nor the data's is as given
+            replace(PARAMS, data=replace(DATA, seq_len=64)),
+            replace(FACTS, datasets=(dataset(seq_len=32),)),
+            r"^data\.seq_len must be 32, the length of the records of a/manifest\.jsonl, but model\.max_seq_len is "
+            r"16\. Use --data\.seq_len 32 --model\.max_seq_len 32, or preprocess the data again with --seq_len 16\.$",
+        ),
+        (
+            replace(PARAMS, data=replace(DATA, seq_len=64)),
+            replace(FACTS, datasets=(dataset(seq_len=8),)),
+            r"^data\.seq_len \(64\) must be 8, the length of the records of a/manifest\.jsonl\. Use --data\.seq_len 8",
+        ),
+        (
+            replace(PARAMS, data=replace(DATA, val_dataset_manifest=["v"]), total_val_samples=80),
+            replace(FACTS, val_datasets=(dataset(50),)),
+            r"^total_val_samples \(80\) must be at most the 50 samples of data\.val_dataset_manifest\.",
+        ),
+        (PARAMS, replace(FACTS, datasets=(dataset(0),)), r"^a/manifest\.jsonl holds no samples\."),
+        (
+            replace(PARAMS, model=TransformerHFParams(hf_pretrained="gpt2")),
+            replace(FACTS, datasets=(dataset(vocab_size=100),), model_configs={"gpt2": {"vocab_size": 64}}),
+            r"^gpt2: vocab_size \(64\) is less than the 100 tokens of a/manifest\.jsonl\. Use data of its own",
+        ),
+        (
+            replace(PARAMS, model=TransformerHFParams(hf_pretrained="gpt2")),
+            replace(FACTS, model_configs={"gpt2": {"n_positions": 8}}),
+            r"^data\.seq_len \(16\) is more than gpt2: max_seq_len \(8\)\. Use --data\.seq_len 8",
         ),
         (
             PARAMS,

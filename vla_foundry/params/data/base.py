@@ -18,6 +18,7 @@ from vla_foundry.config.schema import (
 )
 from vla_foundry.params.facts import Facts
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.fields import Window
 
 _MOST_WORKERS = 8
 _Weight = Annotated[float, Bounds(above=0, below=math.inf)]
@@ -112,6 +113,10 @@ class DataParams(ChoiceParams):
         """Return `action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
         return {}
 
+    def robot_window(self) -> Window | None:
+        """Return the steps of a sample, for types that have them; None: not known yet."""
+        return None
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the seed, the workers, and each dataset's modality and weight."""
         derived: dict[str, Derived] = {}
@@ -137,5 +142,16 @@ class DataParams(ChoiceParams):
             raise ValueError(
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.val_dataset_manifest "
                 "FOLDER/manifest.jsonl, or leave total_val_samples out."
+            )
+        for dataset in (*facts.datasets, *facts.val_datasets):
+            if dataset.num_samples == 0:
+                raise ValueError(f"{dataset.manifest} holds no samples. Leave it out, or make the dataset again.")
+        held = [dataset.num_samples for dataset in facts.val_datasets]
+        available = sum(count for count in held if isinstance(count, int))
+        has_all = all(isinstance(count, int) for count in held)
+        if root.total_val_samples is not None and has_all and root.total_val_samples > available:
+            raise ValueError(
+                f"total_val_samples ({root.total_val_samples}) must be at most the {available} samples of "
+                f"{path}.val_dataset_manifest. Use --total_val_samples {available}."
             )
         return []

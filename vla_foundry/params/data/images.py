@@ -170,7 +170,7 @@ class ImageProcessorParams(BaseParams):
                     derived[name] = Derived(getattr(model, name), "the model")
         return derived
 
-    def check_processor(self, model: ImageInputs, path: str, *, seq_len: int) -> None:
+    def check_processor(self, model: ImageInputs, path: str, *, seq_len: int, num_images: int = 1) -> None:
         """Check that a processor is given and that our own one fits the model and the row length.
 
         Raises:
@@ -191,8 +191,9 @@ class ImageProcessorParams(BaseParams):
                 raise ValueError(f"{path}.{name} is missing, and the model does not say. Give --{path}.{name}.")
             if taken is not None and own != taken:
                 raise ValueError(f"{path}.{name} ({own}) must equal the model's ({taken}). Leave {path}.{name} out.")
-        if self.img_num_tokens is not None and self.img_num_tokens >= seq_len:
+        if self.img_num_tokens is not None and num_images * self.img_num_tokens >= seq_len:
+            tokens = f"{num_images} x {self.img_num_tokens}" if num_images > 1 else str(self.img_num_tokens)
             raise ValueError(
-                f"{path}.seq_len ({seq_len}) must be more than {path}.img_num_tokens ({self.img_num_tokens}): "
-                "an image and its caption share a row."
+                f"{path}.seq_len ({seq_len}) must be more than {path}.img_num_tokens ({tokens}): images and their "
+                "text share a row."
             )

@@ -224,6 +224,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         """Return `action_dim` and `proprioception_dim`; None: not known yet."""
         return {"action_dim": self.action_dim, "proprioception_dim": self.proprioception_dim}
 
+    def robot_window(self) -> Window | None:
+        """Return the steps of a sample; None: not known yet."""
+        return None if None in (self.lowdim_past_timesteps, self.lowdim_future_timesteps) else self.window
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Also derive cameras, images, steps, pose groups and widths from the datasets, and the model's processor."""
         derived = super().derive(root, facts)
@@ -312,7 +316,8 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(f"{path}.action_fields is empty. Name the fields that the model is to predict.")
         model = root.model.image_inputs()
         if self.use_language:
-            self.check_processor(model, path, seq_len=self.max_text_seq_len or self.seq_len)
+            num_images = max(1, len(self.image_names))
+            self.check_processor(model, path, seq_len=self.max_text_seq_len or self.seq_len, num_images=num_images)
         elif self.use_language is False and self.image_size is None and self.camera_names:
             raise ValueError(f"{path}.image_size is missing, and the model does not say. Give --{path}.image_size.")
         if self.val_dataset_statistics:

@@ -7,6 +7,7 @@ from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Count, Deriv
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.robotics.fields import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,10 @@ class TransformerHeadParams(ActionHeadParams):
     # conditioning enters as tokens before the actions, or by cross-attention in each block
     conditioning: Literal["tokens", "cross_attention"] = "tokens"
 
+    def count_tokens(self, window: Window, *, has_proprioception: bool) -> int:
+        """Return the least length of the head's sequence; its conditioning may be longer than one token."""
+        return window.num_steps
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Set the vocabulary size to 0, even if the transformer copies a language model's config."""
         if self.transformer.vocab_size == 0:
@@ -112,6 +117,15 @@ class DenoisingHeadParams(TransformerHeadParams):
     num_action_head_repeats: Count = 1
     # training only: standard deviation of noise added to noised actions and encoded proprioception
     input_noise_std: NonNegative = 0.0
+
+    def count_tokens(self, window: Window, *, has_proprioception: bool) -> int:
+        """Return the least length of the head's sequence; its conditioning may be longer than one token."""
+        time = int(self.time_conditioning == "concat")
+        if self.conditioning == "cross_attention":
+            return time + window.num_steps
+        # with adaLN-Zero, conditioning and proprioception are a sequence of their own
+        is_joint = self.time_conditioning != "adaln_zero"
+        return time + is_joint * (1 + has_proprioception * (window.past + 1)) + window.num_steps
 
 
 @register_model_params("flow_transformer")

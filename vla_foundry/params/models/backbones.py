@@ -24,7 +24,7 @@ class BackboneParams(ChoiceParams):
     # freeze all of its weights
     freeze: bool = False
 
-    def token_limits(self) -> TokenLimits:
+    def token_limits(self, facts: Facts) -> TokenLimits:
         """Return which tokens it can take."""
         return TokenLimits()
 
@@ -41,6 +41,16 @@ class LanguageBackboneParams(BackboneParams):
     conditioning: Literal["observation_token", "prefix"] = "observation_token"
     # number of last layers whose hidden states are concatenated
     num_vlm_layers_to_use: Count = 4
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that the language model has as many layers as the head reads."""
+        layers = self.token_limits(facts).num_layers
+        if layers is not None and self.num_vlm_layers_to_use > layers:
+            raise ValueError(
+                f"{path}.num_vlm_layers_to_use ({self.num_vlm_layers_to_use}) is more than the {layers} layers of the "
+                f"language model. Use --{path}.num_vlm_layers_to_use {layers} or fewer."
+            )
+        return super().check(root, facts, path)
 
 
 @register_model_params("vlm_foundry_backbone")
@@ -74,11 +84,11 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
         whole = replace(found, **fresh, **parts)
         return {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
 
-    def token_limits(self) -> TokenLimits:
+    def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits of its language model, minus the observation token."""
         if self.vlm is None:
             return TokenLimits()
-        limits = self.vlm.token_limits()
+        limits = self.vlm.token_limits(facts).below("vision_language_backbone.vlm")
         if limits.max_seq_len is None or self.conditioning == "prefix":
             return limits
         return replace(limits, max_seq_len=limits.max_seq_len - 1)
@@ -99,6 +109,10 @@ class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
         return VLMHFParams(
             hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights, hf_new_weights=self.hf_new_weights
         )
+
+    def token_limits(self, facts: Facts) -> TokenLimits:
+        """Return the limits in the published config."""
+        return self.published_limits(facts)
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from vla_foundry.config.schema import BaseParams, Derived, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams
+from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams, TransformerHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vlm import VLMParams
@@ -39,7 +39,7 @@ class RobotPolicyParams(ModelParams):
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
-        """Check that action and proprioception widths agree between data and model."""
+        """Check that action and proprioception widths agree between data and model, and that a window fits the head."""
         for name, found in root.data.robot_widths().items():
             own = getattr(self, name)
             if None not in (own, found) and own != found:
@@ -47,11 +47,20 @@ class RobotPolicyParams(ModelParams):
                     f"{path}.{name} ({own}) must be that of the data ({found}). Leave {path}.{name} out, or change "
                     "the fields of the data."
                 )
+        head, window = self.action_head, root.data.robot_window()
+        if isinstance(head, TransformerHeadParams) and window is not None:
+            tokens = head.count_tokens(window, has_proprioception=bool(self.proprioception_dim))
+            if tokens > head.transformer.max_seq_len and head.transformer.positional_embedding_type != "none":
+                raise ValueError(
+                    f"{path}.action_head.transformer.max_seq_len ({head.transformer.max_seq_len}) is less than the "
+                    f"{tokens} tokens that {window.past} + 1 + {window.future} steps need. Raise it, or lower "
+                    "data.lowdim_past_timesteps or data.lowdim_future_timesteps."
+                )
         return []
 
-    def token_limits(self) -> TokenLimits:
+    def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the backbone's token limits."""
-        return self.vision_language_backbone.token_limits()
+        return self.vision_language_backbone.token_limits(facts)
 
     def image_inputs(self) -> ImageInputs:
         """Return the backbone's image inputs."""

@@ -1,10 +1,11 @@
 """The base class of all model params, and the roles that model slots are typed by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
+from vla_foundry.params.facts import Facts
 
 T = TypeVar("T", bound=type)
 
@@ -12,6 +13,9 @@ T = TypeVar("T", bound=type)
 def register_model_params(name: str) -> Callable[[T], T]:
     """Register a dataclass as the params of the model, backbone or action head `name`."""
     return register_choice(name)
+
+
+_MODEL = "model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,15 @@ class TokenLimits:
     vocab_size: int | None = None
     # longest sequence, tokens; None: unknown from the params
     max_seq_len: int | None = None
+    # number of blocks; None: unknown from the params
+    num_layers: int | None = field(default=None, compare=False)
+    # where the limits are set, as a prefix of their names: a config path, or a published model
+    source: str = field(default=_MODEL, compare=False)
+
+    def below(self, part: str) -> "TokenLimits":
+        """Return the same limits for a model that holds this one as its part `part`."""
+        own = self.source.removeprefix(_MODEL)
+        return self if own == self.source else replace(self, source=f"{_MODEL}{part}.{own}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +68,7 @@ class ModelParams(ChoiceParams):
     # freeze the weights
     freeze: bool = False
 
-    def token_limits(self) -> TokenLimits:
+    def token_limits(self, facts: Facts) -> TokenLimits:
         """Return which tokens this model can take; a model that wraps a language model forwards its limits."""
         return TokenLimits()
 
@@ -82,3 +95,16 @@ class PublishedParams(BaseParams):
     hf_load_weights: bool = True
     # weights that the published model may lack, by name or pattern ("model.projector.*"); they start with new values
     hf_new_weights: list[str] = field(default_factory=list)
+
+    def published_limits(self, facts: Facts) -> TokenLimits:
+        """Return which tokens the published model can take, as far as its config.json says so."""
+        config = facts.model_configs.get(self.hf_pretrained, {})
+        text = config.get("text_config") or config
+        layers = (text.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+        return TokenLimits(
+            vocab_size=text.get("vocab_size"),
+            # longer sequences than max_position_embeddings work where positions are rotary, than n_positions never
+            max_seq_len=text.get("n_positions"),
+            num_layers=next((count for count in layers if isinstance(count, int)), None),
+            source=f"{self.hf_pretrained}: ",
+        )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vla_foundry.config.schema import LEGACY, Bounds, Count
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import LanguageModelParams, PublishedParams, TokenLimits, register_model_params
 
 
@@ -72,12 +73,16 @@ class TransformerParams(LanguageModelParams):
                 f"each key head serves the same number of query heads."
             )
 
-    def token_limits(self) -> TokenLimits:
-        """Return its vocabulary size and longest sequence."""
-        return TokenLimits(vocab_size=self.vocab_size or None, max_seq_len=self.max_seq_len)
+    def token_limits(self, facts: Facts) -> TokenLimits:
+        """Return its vocabulary size, longest sequence and number of blocks."""
+        return TokenLimits(vocab_size=self.vocab_size or None, max_seq_len=self.max_seq_len, num_layers=self.n_layers)
 
 
 @register_model_params("transformer_hf")
 @dataclass(frozen=True, kw_only=True)
 class TransformerHFParams(PublishedParams, LanguageModelParams):
     """Any Hugging Face causal language model (AutoModelForCausalLM)."""
+
+    def token_limits(self, facts: Facts) -> TokenLimits:
+        """Return the limits in the published config."""
+        return self.published_limits(facts)

@@ -63,9 +63,9 @@ class VLMParams(ModelParams):
             )
         return []
 
-    def token_limits(self) -> TokenLimits:
+    def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits of its language model, whose table grows to `vocab_size`."""
-        limits = self.transformer.token_limits()
+        limits = self.transformer.token_limits(facts).below("transformer")
         if self.vocab_size is None or limits.vocab_size is None or self.vocab_size <= limits.vocab_size:
             return limits
         return replace(limits, vocab_size=-(-self.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE)
@@ -82,6 +82,13 @@ class VLMHFParams(PublishedParams, ModelParams):
 
     # number of tokens; the token tables grow to it; null: as published
     vocab_size: int | None = None
+
+    def token_limits(self, facts: Facts) -> TokenLimits:
+        """Return the limits in the published config; the token table grows to `vocab_size`."""
+        limits = self.published_limits(facts)
+        if None in (limits.vocab_size, self.vocab_size):
+            return limits
+        return replace(limits, vocab_size=max(limits.vocab_size or 0, self.vocab_size or 0))
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""

@@ -1,5 +1,6 @@
 """A policy's params follow from the run that its backbone starts from and from its data, and have the paper's sizes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None
     data_words += ["--data.seq_len", "100", "--data.tokenizer", "words"]
     budget = ["--total_train_samples", "1000", "--hparams.global_batch_size", "10", "--hparams.warmup", "0.0"]
     budget += ["--hparams.per_gpu_batch_size", "10"]
-    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", checkpoint, *data_words, *budget)
+    layers = [f"{BACKBONE}.num_vlm_layers_to_use", "2"]
+    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", checkpoint, *data_words, *budget, *layers)
     assert isinstance(params.model, DiffusionPolicyParams)
     assert isinstance(params.model.action_head, FlowTransformerParams)
     resolved = resolve_known(params, read_facts(params, 1, offline=True))
@@ -91,7 +93,7 @@ def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None
     # the data, which is resolved between, knows what images the model takes
     data: Any = resolved.params.data
     assert (data.image_size, data.img_num_tokens) == (64, 64)
-    assert model.token_limits() == TokenLimits(vocab_size=64, max_seq_len=127)
+    assert model.token_limits(Facts()) == TokenLimits(vocab_size=64, max_seq_len=127)
     assert model.action_head.transformer.vocab_size == 0
     assert (model.action_dim, model.proprioception_dim) == (3, 0)
 
@@ -114,6 +116,41 @@ def test_a_saved_model_config_does_not_need_what_the_run_began_from(run: Path) -
     (run / "config_model.yaml").write_text(dump_params(started), encoding="utf-8")
     assert load_params_from_yaml(ModelParams, config) == started
     assert without_starts(started) == replace(VLM, vit=started.vit)
+
+
+def test_more_layers_than_the_language_model_has_is_an_error_of_the_config(run: Path, tmp_path: Path) -> None:
+    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run), "--total_train_samples", "512")
+    message = rf"^{BACKBONE[2:]}\.num_vlm_layers_to_use \(4\) is more than the 2 layers of the language model\. Use"
+    resolved: Any = params.model.vision_language_backbone.derive(params, read_facts(params, 1))
+    native = replace(params.model.vision_language_backbone, vlm=resolved["vlm"].value)
+    with pytest.raises(ValueError, match=message):
+        native.check(params, Facts(), BACKBONE[2:])
+    config = {"text_config": {"num_hidden_layers": 2}, "num_hidden_layers": 30}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = (f"{BACKBONE}.type", "vlm_backbone", f"{BACKBONE}.hf_pretrained", str(tmp_path))
+    params = parse_policy(*words, "--total_train_samples", "512")
+    with pytest.raises(ValueError, match=message):
+        params.model.vision_language_backbone.check(params, read_facts(params, 1, offline=True), BACKBONE[2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ((), 0),
+        (("--data.lowdim_future_timesteps", "20"), 22),
+        (("--data.lowdim_future_timesteps", "15", "--model.action_head.time_conditioning", "concat"), 21),
+        (("--data.lowdim_future_timesteps", "15", "--model.action_head.type", "regression"), 0),
+    ],
+)
+def test_a_window_longer_than_the_action_head_is_an_error_of_the_config(words: tuple[str, ...], tokens: int) -> None:
+    head = "--model.action_head.transformer.max_seq_len"
+    steps = ("--data.lowdim_past_timesteps", "1", "--data.lowdim_future_timesteps", "17", "--model.action_dim", "7")
+    params = parse_policy(*steps, head, "19", *words, "--model.proprioception_dim", "3")
+    if not tokens:
+        assert params.model.check(params, Facts(), "model") == []
+        return
+    with pytest.raises(ValueError, match=rf"^model\.action_head\.\S*max_seq_len \(19\) is less than the {tokens} "):
+        params.model.check(params, Facts(), "model")
 
 
 def test_a_run_of_another_model_is_an_error(run: Path) -> None:
