@@ -28,7 +28,7 @@ from vla_foundry.run_folder import (
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
 from vla_foundry.storage.hub import find_cached
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
-from vla_foundry.text.chat_template import IMAGE_MARKER
+from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.world import read_ranks_per_node
 

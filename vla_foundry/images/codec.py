@@ -26,8 +26,8 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 from torch import Tensor
 
-from vla_foundry.images.geometry import Size
-
+# (height, width) in pixels
+Size = tuple[int, int]
 # larger pictures are refused before memory is allocated: 64 million pixels take 192 MB
 MAX_PIXELS = 1 << 26
 
@@ -73,16 +73,16 @@ def image_to_array(image: UInt8[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*
     return image.movedim(-3, -1).numpy()
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
+def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
     """Decode a JPEG, PNG or WebP file to RGB.
 
     Raises:
-        ValueError: another format, a malformed or truncated file, or more than `max_pixels` pixels; one line.
+        ValueError: another format, a malformed or truncated file, or more than MAX_PIXELS pixels; one line.
     """
     decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
     if decode_jpeg is None:
-        return _image_of(_open(data, max_pixels))
-    _check_size(_read_jpeg_size(data), max_pixels)
+        return _image_of(_open(data))
+    _check_size(_read_jpeg_size(data))
     try:
         # torch needs writable memory, hence the bytearray
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, True)
@@ -99,22 +99,22 @@ def _jpeg_operator() -> Callable[[Tensor, int, bool], Tensor] | None:
     return getattr(torch.ops.image, "decode_jpeg", None)
 
 
-def decode_depth(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt16[Tensor, "H W"]:
+def decode_depth(data: bytes) -> UInt16[Tensor, "H W"]:
     """Decode a 16-bit grey PNG, unchanged.
 
     Raises:
-        ValueError: not such a file, a malformed file, or more than `max_pixels` pixels; one line.
+        ValueError: not such a file, a malformed file, or more than MAX_PIXELS pixels; one line.
     """
     if not data.startswith(_PNG):
         raise ValueError(f"depth must be a 16-bit grey PNG, got {len(data)} bytes that begin with {data[:4]!r}.")
-    picture = _open(data, max_pixels)
+    picture = _open(data)
     if not picture.mode.startswith("I"):
         raise ValueError(f"depth must be a 16-bit grey PNG, got a PNG of Pillow's mode {picture.mode}.")
     return torch.from_numpy(np.array(picture).astype(np.uint16))
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Open and load a file of at most `max_pixels`."""
+def _open(data: bytes) -> Image.Image:
+    """Open and load a file of at most MAX_PIXELS pixels."""
     if data.startswith(_JPEG):
         kind = "JPEG"
     elif data.startswith(_PNG):
@@ -126,11 +126,11 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=[kind])
         size = (picture.height, picture.width)
-        if size[0] * size[1] <= max_pixels:
+        if size[0] * size[1] <= MAX_PIXELS:
             picture.load()
     except _PILLOW_ERRORS as error:
         raise _broken(kind, data, " ".join(str(error).split()) or type(error).__name__) from None
-    _check_size(size, max_pixels)
+    _check_size(size)
     return picture
 
 
@@ -138,9 +138,9 @@ def _broken(kind: str, data: bytes, reason: str) -> ValueError:
     return ValueError(f"{kind} of {len(data)} bytes is broken: {reason}")
 
 
-def _check_size(size: Size, max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        raise ValueError(f"image of {size[1]} x {size[0]} pixels is too large: the limit is {max_pixels} pixels.")
+def _check_size(size: Size) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"image of {size[1]} x {size[0]} pixels is too large: the limit is {MAX_PIXELS} pixels.")
 
 
 def _read_jpeg_size(data: bytes) -> Size:
@@ -204,25 +204,14 @@ def is_upright(data: bytes) -> bool:
     return _read_orientation(exif) not in _TRANSPOSITIONS
 
 
-def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95, full_colour: bool = False) -> bytes:
-    """Encode an image as JPEG, without metadata.
-
-    Args:
-        image: RGB.
-        quality: 1 .. 100.
-        full_colour: keep colour at full resolution (4:4:4) instead of half (4:2:0): sharper edges, larger files.
-    """
-    return _encode(image_to_array(image), "JPEG", quality=quality, subsampling="4:4:4" if full_colour else "4:2:0")
+def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95) -> bytes:
+    """Encode an RGB image as JPEG (4:2:0) without metadata; `quality` is 1 .. 100."""
+    return _encode(image_to_array(image), "JPEG", quality=quality, subsampling="4:2:0")
 
 
-def encode_png(image: UInt8[Tensor, "3 H W"], *, compression: int = 6) -> bytes:
-    """Encode an image as lossless PNG; `compression` is 0 (fast) .. 9 (small)."""
-    return _encode(image_to_array(image), "PNG", compress_level=compression)
-
-
-def encode_depth(depth: UInt16[Tensor, "H W"], *, compression: int = 6) -> bytes:
-    """Encode depth as a 16-bit grey PNG; `compression` is 0 (fast) .. 9 (small)."""
-    return _encode(depth.numpy(), "PNG", compress_level=compression)
+def encode_depth(depth: UInt16[Tensor, "H W"]) -> bytes:
+    """Encode depth as a 16-bit grey PNG."""
+    return _encode(depth.numpy(), "PNG", compress_level=6)
 
 
 def _encode(array: np.ndarray, kind: str, **options: Any) -> bytes:

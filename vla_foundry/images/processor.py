@@ -16,62 +16,75 @@ TOKEN_KEYS have one value per token and are padded like the tokens; other tensor
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vla_foundry.images.geometry import PixelMap
-from vla_foundry.images.resize import Interpolation, ResizeMethod, resize_image
-from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
-from vla_foundry.text.chat_tokenizer import ChatTokenizer
-from vla_foundry.text.tokenizers import load_tokenizer
+from vla_foundry.images.geometry import Interpolation, PixelMap, ResizeMethod, resize_image
+from vla_foundry.text.chat import IMAGE_MARKER, ChatTokenizer, Turn
+from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of
 
 CONFIG_FILE = "config_processor.json"
 TOKEN_KEYS = ("input_ids", "target_mask", "token_type_ids", "mm_token_type_ids")
 NATIVE, HUGGING_FACE = "native", "hugging_face"
 
 
-@runtime_checkable
-class Processor(Protocol):
-    """The processor interface that training and inference use."""
+class Processor(ABC):
+    """What training and inference use to turn images and turns into model inputs.
 
-    # Hugging Face tokenizer; its length is the number of tokens a model must know
-    tokenizer: Any
-    # the token that image features replace; None: images do not use tokens
-    image_token_id: int | None
-    # mean of each colour, for pixels in 0 .. 1
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+    Args:
+        turns: tokenizes the turns.
+        image_token_id: the token that image features replace; None: images do not use tokens.
+        image_mean: mean of each colour, for pixels in 0 .. 1; subtracted on the device.
+        image_std: divisor of each colour after that.
+    """
 
+    def __init__(
+        self,
+        turns: ChatTokenizer,
+        *,
+        image_token_id: int | None,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> None:
+        self._turns = turns
+        # Hugging Face tokenizer; its length is the number of tokens a model must know
+        self.tokenizer = turns.tokenizer
+        self.pad_token_id = pad_token_id_of(turns.tokenizer)
+        self.image_token_id = image_token_id
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+
+    @abstractmethod
     def encode(
-        self, images: Sequence[UInt8[Tensor, "3 H W"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
     ) -> dict[str, Any]:
         """Return a sample's model inputs, see the table above; a final user turn is followed by the answer prompt.
 
         Raises:
             ValueError: the sample cannot be encoded (see `ChatTokenizer.encode`); one line.
         """
-        ...
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the processor to a folder, creating it if necessary."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer."""
-        ...
+        """Return the text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def stop_token_ids(self) -> list[int]:
         """Return the tokens that end an answer."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the processor to a folder, creating it if necessary."""
-        ...
+        return self._turns.stop_token_ids()
 
 
-class ImageTextProcessor:
+class ImageTextProcessor(Processor):
     """Our own processor: images of one size, each represented by a fixed number of `<image>` tokens.
 
     Args:
@@ -100,18 +113,19 @@ class ImageTextProcessor:
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         prompt_layout: str = "chat",
     ) -> None:
-        self.tokenizer = tokenizer
         image_token_id = add_image_token(tokenizer)
-        self.image_token_id: int | None = image_token_id
+        super().__init__(
+            ChatTokenizer(tokenizer, prompt_layout=prompt_layout),
+            image_token_id=image_token_id,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
         self._image_tokens = [image_token_id] * img_num_tokens
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.img_num_tokens = img_num_tokens
         self.resize_method: ResizeMethod = resize_method
         self.interpolation: Interpolation = interpolation
-        self.image_mean = tuple(image_mean)
-        self.image_std = tuple(image_std)
         self.prompt_layout = prompt_layout
-        self._turns = ChatTokenizer(tokenizer, prompt_layout=prompt_layout)
 
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
@@ -139,14 +153,6 @@ class ImageTextProcessor:
             maps.append(pixel_map)
         stacked = torch.stack(resized) if resized else torch.zeros((0, *self.image_size, 3), dtype=torch.uint8)
         return stacked.permute(0, 3, 1, 2), maps
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-
-    def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer."""
-        return self._turns.stop_token_ids()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and `config_processor.json` to a folder."""
@@ -177,41 +183,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write `config_processor.json`, which says which processor this is."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def create_processor(
-    *,
-    processor: str | None = None,
-    processor_kwargs: Mapping[str, Any] | None = None,
-    split_images: bool = False,
-    tokenizer: str | None = None,
-    prompt_layout: str | None = None,
-    **native_options: Any,
-) -> Processor:
-    """Create the processor that `params.data.images.ImageProcessorParams` describe.
-
-    Args:
-        processor: folder of a saved processor, or folder or name of a Hugging Face one; None: our own.
-        processor_kwargs: options of the Hugging Face image processor.
-        split_images: see `HuggingFaceProcessor`.
-        tokenizer: folder or name of our own processor's tokenizer.
-        prompt_layout: how turns are formatted; None: the processor's default.
-        native_options: image_size, img_num_tokens, ... of `ImageTextProcessor`; not for Hugging Face processors.
-
-    Raises:
-        ValueError: neither processor nor tokenizer is given, or one cannot be loaded.
-    """
-    if processor is not None and (Path(processor) / CONFIG_FILE).is_file():
-        return load_processor(processor)
-    if processor is not None:
-        from vla_foundry.images.processor_hf import load_hugging_face_processor
-
-        return load_hugging_face_processor(
-            processor, prompt_layout=prompt_layout, processor_kwargs=processor_kwargs, split_images=split_images
-        )
-    if tokenizer is None:
-        raise ValueError("data.processor or data.tokenizer must be given: images and text need one of them.")
-    return ImageTextProcessor(load_tokenizer(tokenizer), prompt_layout=prompt_layout or "chat", **native_options)
 
 
 def load_processor(folder: str | Path) -> Processor:

@@ -21,9 +21,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap, resize_map
-from vla_foundry.images.processor import HUGGING_FACE, write_config
-from vla_foundry.text.chat_template import IMAGE_MARKER, Turn
-from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE, ChatTokenizer
+from vla_foundry.images.processor import HUGGING_FACE, Processor, write_config
+from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, ChatTokenizer, Turn
 
 # outputs of the image processor that describe the tiling and are not model inputs
 _NOT_INPUTS = ("rows", "cols", "pixel_attention_mask")
@@ -72,7 +71,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class HuggingFaceProcessor:
+class HuggingFaceProcessor(Processor):
     """A Hugging Face processor behind the interface of `processor.Processor`.
 
     Args:
@@ -99,28 +98,28 @@ class HuggingFaceProcessor:
                 raise ValueError(
                     f"data.processor is a {name} without {part}. Use the processor of an image-text model."
                 )
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
         self.family = FAMILIES.get(name, Family())
-        self.image_token_id: int | None = getattr(processor, "image_token_id", None)
-        default_layout = CHAT_TEMPLATE if processor.chat_template else self.family.prompt_layout
-        self.prompt_layout = prompt_layout or default_layout
+        self.prompt_layout = prompt_layout or (CHAT_TEMPLATE if processor.chat_template else self.family.prompt_layout)
+        normalizes = processor.image_processor.do_normalize
+        super().__init__(
+            ChatTokenizer(
+                processor.tokenizer,
+                prompt_layout=self.prompt_layout,
+                render=self._render if processor.chat_template else None,
+                image_marker=getattr(processor, "image_token", None) or IMAGE_MARKER,
+            ),
+            image_token_id=getattr(processor, "image_token_id", None),
+            image_mean=processor.image_processor.image_mean if normalizes else (0.0, 0.0, 0.0),
+            image_std=processor.image_processor.image_std if normalizes else (1.0, 1.0, 1.0),
+        )
+        self.processor = processor
         self.processor_kwargs = dict(processor_kwargs or {})
         self.split_images = split_images
-        image_processor = processor.image_processor
-        self.image_mean = tuple(image_processor.image_mean) if image_processor.do_normalize else (0.0, 0.0, 0.0)
-        self.image_std = tuple(image_processor.image_std) if image_processor.do_normalize else (1.0, 1.0, 1.0)
-        self._turns = ChatTokenizer(
-            self.tokenizer,
-            prompt_layout=self.prompt_layout,
-            render=self._render if processor.chat_template else None,
-            image_marker=getattr(processor, "image_token", None) or IMAGE_MARKER,
-        )
 
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
     ) -> dict[str, Any]:
-        """Return a sample's model inputs, see `Processor.encode`."""
+        """See Processor."""
         inputs, image_tokens = self._process_images(images)
         ids, mask = self._turns.encode(turns, image_tokens, max_tokens=max_tokens)
         sample = {
@@ -133,14 +132,6 @@ class HuggingFaceProcessor:
         elif self.family.token_types == "token_type_ids":
             sample["token_type_ids"] = sample["target_mask"].int().cummax(0).values.int()
         return sample
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-
-    def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer."""
-        return self._turns.stop_token_ids()
 
     def save(self, folder: Path) -> None:
         """Write the Hugging Face processor and `config_processor.json` to a folder."""
@@ -238,5 +229,5 @@ def load_hugging_face_processor(name: str, **options: Any) -> HuggingFaceProcess
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ImportError) as error:
-        raise ValueError(f"data.processor '{name}' can not be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"data.processor '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return HuggingFaceProcessor(processor, **options)

@@ -35,7 +35,7 @@ from vla_foundry.robotics.spec import (
 from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.storage.uri import join_uri, read_text
-from vla_foundry.text.chat_tokenizer import CHAT_TEMPLATE
+from vla_foundry.text.chat import CHAT_TEMPLATE
 from vla_foundry.text.tokenizers import load_tokenizer
 from vla_foundry.training.start import copy_tokenizer
 

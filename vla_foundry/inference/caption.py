@@ -20,7 +20,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME
 from vla_foundry.storage.uri import join_uri, read_bytes
-from vla_foundry.text.chat_template import Turn, place_images
+from vla_foundry.text.chat import Turn, place_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ class Captioner:
     @property
     def default_prompt(self) -> str:
         """The first prompt that the run was trained with, if it needs nothing filled in."""
-        from vla_foundry.text.chat_template import template_fields
+        from vla_foundry.text.chat import template_fields
 
         prompt = self.data.prompts[0]
         if template_fields(prompt):
@@ -88,10 +88,9 @@ def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
     Raises:
         ValueError: an image cannot be decoded, or the prompt does not match the images.
     """
-    from vla_foundry.images.augment import CENTRE, prepare_images
+    from vla_foundry.data.pipelines.augment import CENTRE, prepare_images
 
-    augmentation = captioner.data.augmentation
-    images, _ = prepare_images(question.images, augmentation.image if augmentation.enabled else None, CENTRE)
+    images, _ = prepare_images(question.images, captioner.data.augmentation, CENTRE)
     return captioner.processor.encode(images, [Turn("user", place_images(question.prompt, len(images)))])
 
 

@@ -12,17 +12,17 @@ import torch
 from jaxtyping import Float, UInt8
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.robotics import join_robot_samples
-from vla_foundry.data.pipelines.robotics_stages import (
+from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     ComputeRelativePoses,
     EncodeRobot,
-    NormalizeProprioception,
+    NormalizeFields,
     PrepareCameraImages,
+    join_robot_samples,
 )
 from vla_foundry.data.pipelines.stages import Failure, Sample, Stage, apply_stages
+from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.images.processor import Processor
-from vla_foundry.images.resize import ImageOperations
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.fit import FieldSources, WindowSpec
@@ -232,7 +232,7 @@ class ObservationEncoder:
         self._num_actions = sum(normalizer.widths[name] for name in params.action_fields)
         stages: list[Stage] = [
             ComputeRelativePoses(),
-            NormalizeProprioception(params, normalizer),
+            NormalizeFields("proprioception", params.proprioception_fields, normalizer, Window(params.window.past, 0)),
             PrepareCameraImages(params),
             EncodeRobot(params, processor),
         ]

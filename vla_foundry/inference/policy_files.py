@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vla_foundry.data.robotics import load_normalizer, load_spec
-from vla_foundry.images.resize import ImageOperations
+from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.inference.loading import (
     choose_device,
     find_run_folder,

@@ -43,11 +43,6 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         return _load(copy, name)
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> None:
-    """Write a tokenizer to a folder that `load_tokenizer` and transformers can load."""
-    tokenizer.save_pretrained(str(folder))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """What the token ids of a tokenizer mean, and how it cuts text into tokens."""

@@ -18,8 +18,7 @@ from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.loader import create_dataloader
-from vla_foundry.data.pipelines.robotics import RoboticsPipeline
-from vla_foundry.data.pipelines.robotics_stages import ChooseInstruction
+from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.pipelines.stages import read_record
 from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
 from vla_foundry.data.robotics import read_specs

@@ -15,7 +15,6 @@ from vla_foundry.images.codec import (
     decode_image,
     encode_depth,
     encode_jpeg,
-    encode_png,
     image_from_array,
     image_to_array,
 )
@@ -140,7 +139,7 @@ def _png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 
 
-def test_an_absurd_size_is_refused_before_memory_is_taken() -> None:
+def test_an_absurd_size_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg = bytearray(save(Image.fromarray(PICTURE), "JPEG"))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
@@ -148,8 +147,9 @@ def test_an_absurd_size_is_refused_before_memory_is_taken() -> None:
         decode_image(bytes(jpeg))
     with pytest.raises(ValueError, match=r"too large|is broken: Image size .* exceeds limit"):
         decode_image(_png_header(60000, 60000))
+    monkeypatch.setattr(codec, "MAX_PIXELS", 2000)
     with pytest.raises(ValueError, match="56 x 40 pixels is too large: the limit is 2000"):
-        decode_image(save(Image.fromarray(PICTURE), "WEBP"), max_pixels=2000)
+        decode_image(save(Image.fromarray(PICTURE), "WEBP"))
 
 
 def test_altered_bytes_give_a_picture_or_one_line(jpeg_decoder: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -198,11 +198,6 @@ def test_an_array_becomes_an_image_without_a_copy_where_it_can() -> None:
     assert image_from_array(PICTURE[:, ::-1]).shape == (3, 40, 56)
 
 
-def test_png_is_without_loss(create_image) -> None:
-    image = create_image(31, 45)
-    torch.testing.assert_close(decode_image(encode_png(image)), image, rtol=0, atol=0)
-
-
 def test_depth_keeps_all_its_bits() -> None:
     depth = torch.arange(48 * 64, dtype=torch.int32).mul(21).view(48, 64).to(torch.uint16)
     assert depth.to(torch.int32).max() > 64000
@@ -214,15 +209,6 @@ def test_jpeg_is_close_and_smaller_with_less_quality(create_image) -> None:
     fine, coarse = encode_jpeg(image, quality=95), encode_jpeg(image, quality=50)
     assert len(coarse) < len(fine)
     assert (decode_image(fine).int() - image.int()).abs().float().mean() < 2
-
-
-def test_full_colour_keeps_coloured_edges(create_image) -> None:
-    image = torch.zeros((3, 32, 32), dtype=torch.uint8)
-    image[0, :, ::2] = 255
-    image[2, :, 1::2] = 255
-    half, full = encode_jpeg(image), encode_jpeg(image, full_colour=True)
-    error = [(decode_image(data).int() - image.int()).abs().float().mean() for data in (half, full)]
-    assert error[1] < error[0] / 3
 
 
 def test_memory_layout_does_not_matter(create_image) -> None:

@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vla_foundry.images.geometry import PixelMap, crop_map, identity_map, resize_map, rotate_map
-from vla_foundry.images.resize import crop_image, flip_image, resize_image, rotate_image
+from vla_foundry.images.geometry import (
+    PixelMap,
+    crop_image,
+    crop_map,
+    flip_image,
+    identity_map,
+    resize_image,
+    resize_map,
+    rotate_image,
+)
 
 INTRINSICS = np.array([[150.0, 0.0, 78.3], [0.0, 140.0, 55.1], [0.0, 0.0, 1.0]])
 HEIGHT, WIDTH = 120, 160
@@ -66,21 +74,6 @@ def test_intrinsics_follow_the_pixels_of_a_point(seed: int) -> None:
     np.testing.assert_allclose(pixel_map.map_points((INTRINSICS @ point)[None, :2])[0], projected[:2], atol=1e-9)
 
 
-@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
-def test_a_turned_camera_projects_the_same_pixels_with_usual_intrinsics(quarter_turns: int) -> None:
-    pixel_map = rotate_map((HEIGHT, WIDTH), quarter_turns).then(
-        resize_map(rotate_map((HEIGHT, WIDTH), quarter_turns).target_size, (64, 80))
-    )
-    intrinsics, rotation = pixel_map.turn_camera(INTRINSICS)
-    point = np.array([0.1, -0.2, 1.4])
-    expected = pixel_map.map_intrinsics(INTRINSICS) @ point
-    actual = intrinsics @ rotation @ point
-    np.testing.assert_allclose(actual, expected, atol=1e-9)
-    assert np.linalg.det(rotation) == pytest.approx(1)
-    assert (np.diag(intrinsics) > 0).all()
-    np.testing.assert_allclose(intrinsics[[0, 1, 2, 2], [1, 0, 0, 1]], 0, atol=1e-9)
-
-
 def test_a_clockwise_turn_brings_the_top_left_to_the_top_right() -> None:
     image = torch.zeros((3, 4, 6), dtype=torch.uint8)
     image[:, 0, 0] = 9
@@ -90,23 +83,11 @@ def test_a_clockwise_turn_brings_the_top_left_to_the_top_right() -> None:
     np.testing.assert_array_equal(pixel_map.map_points(np.zeros((1, 2))), [[3.0, 0.0]])
 
 
-def test_a_mirrored_image_has_no_camera() -> None:
-    _, pixel_map = flip_image(torch.zeros((3, 4, 6), dtype=torch.uint8))
-    with pytest.raises(ValueError, match="flipped image has no camera"):
-        pixel_map.turn_camera(INTRINSICS)
-
-
 def test_inverse_undoes_the_map() -> None:
     pixel_map = resize_map((HEIGHT, WIDTH), (50, 70)).then(crop_map((50, 70), 3, -5, (40, 90)))
     points = np.array([[0.0, 0.0], [13.5, 77.0]])
     np.testing.assert_allclose(pixel_map.inverse().map_points(pixel_map.map_points(points)), points, atol=1e-9)
     assert pixel_map.inverse().target_size == (HEIGHT, WIDTH)
-
-
-def test_boxes_keep_their_corners_in_order_when_mirrored() -> None:
-    _, pixel_map = flip_image(torch.zeros((3, 4, 10), dtype=torch.uint8))
-    boxes = pixel_map.map_boxes(np.array([[1.0, 0.0, 3.0, 2.0]]))
-    np.testing.assert_array_equal(boxes, [[6.0, 0.0, 8.0, 2.0]])
 
 
 def test_the_corners_of_an_image_stay_its_corners_when_it_is_scaled() -> None:

@@ -1,5 +1,6 @@
 """Our own processor gives the same inputs in training, after it was saved, and in inference."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vla_foundry.images.codec import decode_image, encode_png, image_from_array, image_to_array
+from vla_foundry.data.pipelines.image_caption import create_image_processor
+from vla_foundry.images.codec import decode_image, image_from_array, image_to_array
 from vla_foundry.images.processor import (
     CONFIG_FILE,
     ImageTextProcessor,
-    Processor,
     add_image_token,
-    create_processor,
     load_processor,
 )
-from vla_foundry.text.chat_template import Turn, create_caption_turns
+from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.text.chat import Turn, create_caption_turns
 
 TURNS = [Turn("user", "<image>What does this image show?"), Turn("assistant", "A red cube lies on a green table.")]
 
@@ -81,7 +83,7 @@ def test_a_saved_processor_gives_the_same_bits(processor: ImageTextProcessor, cr
     processor.save(tmp_path / "run" / "processor")
     assert not list(tmp_path.rglob("*.pkl"))
     loaded = load_processor(tmp_path / "run" / "processor")
-    again = create_processor(processor=str(tmp_path / "run" / "processor"))
+    again = create_image_processor(ImageProcessorParams(processor=str(tmp_path / "run" / "processor")))
     images = [create_image(50, 60)]
     for other in (loaded, again):
         assert_same_inputs(processor.encode(images, TURNS), other.encode(images, TURNS))
@@ -93,8 +95,9 @@ def test_a_saved_processor_gives_the_same_bits(processor: ImageTextProcessor, cr
 def test_inference_sees_what_training_saw(processor: ImageTextProcessor, create_image, tmp_path: Path) -> None:
     """Training reads a file and knows the answer; inference gets a camera's array and does not."""
     processor.save(tmp_path)
-    frame = image_to_array(create_image(50, 60))
-    trained = processor.encode([decode_image(encode_png(image_from_array(frame)))], TURNS)
+    frame, file = image_to_array(create_image(50, 60)), io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    trained = processor.encode([decode_image(file.getvalue())], TURNS)
     served = load_processor(tmp_path).encode([image_from_array(frame)], TURNS[:1])
     torch.testing.assert_close(trained["pixel_values"], served["pixel_values"], rtol=0, atol=0)
     num_prompt = int(trained["target_mask"].int().argmax())
@@ -112,9 +115,9 @@ def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
 
 def test_a_tokenizer_or_a_processor_is_needed(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.processor or data.tokenizer must be given"):
-        create_processor(image_size=(28, 28), img_num_tokens=4)
+        create_image_processor(ImageProcessorParams(image_size=28, img_num_tokens=4))
     tokenizer.save_pretrained(tmp_path)
-    created: Processor = create_processor(tokenizer=str(tmp_path), image_size=(28, 28), img_num_tokens=4)
+    created = create_image_processor(ImageProcessorParams(tokenizer=str(tmp_path), image_size=28, img_num_tokens=4))
     assert created.encode([], [Turn("user", "Hi")])["input_ids"].tolist() == tokenizer.encode("User: Hi\nAssistant:")
 
 

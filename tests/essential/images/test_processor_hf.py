@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.images.colors import normalize_images
-from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, create_processor, load_processor
+from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, load_processor
 from vla_foundry.images.processor_hf import HuggingFaceProcessor, load_hugging_face_processor
-from vla_foundry.text.chat_template import Turn
+from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.text.chat import Turn
 
 # the original PaliGemma processor, asked for tensors, uses them in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -129,7 +131,7 @@ def test_images_are_split_where_that_is_asked_for_as_the_original_does(
 
 
 def test_a_saved_processor_gives_the_same_bits(folder: Path, images: list[torch.Tensor], tmp_path: Path) -> None:
-    first = create_processor(processor=str(folder), prompt_layout="plain")
+    first = create_image_processor(ImageProcessorParams(processor=str(folder), prompt_layout="plain"))
     first.save(tmp_path)
     assert (tmp_path / CONFIG_FILE).is_file()
     second = load_processor(tmp_path)
@@ -142,14 +144,14 @@ def test_a_saved_processor_gives_the_same_bits(folder: Path, images: list[torch.
 
 
 def test_options_of_the_image_processor_are_passed_on(paligemma_folder: Path, images: list[torch.Tensor]) -> None:
-    processor = create_processor(
-        processor=str(paligemma_folder), processor_kwargs={"size": {"height": 14, "width": 42}}
+    processor = create_image_processor(
+        ImageProcessorParams(processor=str(paligemma_folder), processor_kwargs={"size": {"height": 14, "width": 42}})
     )
     assert processor.encode(images, TURNS)["pixel_values"].shape == (2, 3, 14, 42)
 
 
 def test_what_is_no_processor_of_images_and_text_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"data.processor '.*nowhere' can not be loaded: "):
+    with pytest.raises(ValueError, match=r"data.processor '.*nowhere' cannot be loaded: "):
         load_hugging_face_processor(str(tmp_path / "nowhere"))
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"data.processor"):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vla_foundry.images.codec import image_to_array
-from vla_foundry.images.resize import resize_depth, resize_image, scale_image
+from vla_foundry.images.geometry import resize_depth, resize_image, scale_image
 
 METHODS = ["center_crop", "resize_no_crop", "resize_fit"]
 

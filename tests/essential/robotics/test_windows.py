@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.data.cache import ShardCache
-from vla_foundry.data.pipelines.robotics_stages import ReadWindow
+from vla_foundry.data.pipelines.robotics import ReadWindow
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.data.robotics import complete_params, read_specs
 from vla_foundry.params.data.robotics import RoboticsDataParams

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from vla_foundry.text.chat_template import (
+from vla_foundry.text.chat import (
     CAPTION_PROMPTS,
     PROMPT_LAYOUTS,
     Segment,

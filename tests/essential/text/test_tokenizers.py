@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.text.tokenizers import Vocabulary, load_tokenizer, pad_token_id_of, read_vocabulary, save_tokenizer
+from vla_foundry.text.tokenizers import Vocabulary, load_tokenizer, pad_token_id_of, read_vocabulary
 
 
 def create_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -21,14 +21,14 @@ def create_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def test_a_saved_tokenizer_loads_with_its_special_tokens(tmp_path: Path) -> None:
-    save_tokenizer(create_tokenizer(eos_token="<end>"), tmp_path / "tokenizer")
+    create_tokenizer(eos_token="<end>").save_pretrained(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
     assert tokenizer("a b c")["input_ids"] == [0, 1, 2]
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<end>", 3)
 
 
 def test_vocab_size_counts_added_tokens_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    save_tokenizer(create_tokenizer(eos_token="<end>"), tmp_path)
+    create_tokenizer(eos_token="<end>").save_pretrained(tmp_path)
     assert read_vocabulary(tmp_path).size == 4
     code = (
         "import sys; from vla_foundry.text.tokenizers import read_vocabulary; "

@@ -19,22 +19,23 @@ prompts are never cut.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vla_foundry.batch import Batch, Documents
+from vla_foundry.data.pipelines.augment import add_images
 from vla_foundry.data.pipelines.stages import Dropped, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
-from vla_foundry.images.augment import CENTRE, draw_augmentation, draw_color_factors, prepare_images
-from vla_foundry.images.processor import TOKEN_KEYS, Processor, create_processor
+from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
-from vla_foundry.text.chat_template import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
-from vla_foundry.text.tokenizers import pad_token_id_of
+from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
+from vla_foundry.text.tokenizers import load_tokenizer
 
 # row length - 1 is a multiple of this: few enough lengths for compiled models, and little padding
 ROW_MULTIPLE = 16
@@ -49,20 +50,6 @@ def find_images(members: Iterable[str]) -> list[str]:
     """Return the suffixes of a sample's images in order, the unnumbered one first."""
     found = [(match[1], name) for name in members if (match := _IMAGE_SUFFIX.fullmatch(name))]
     return [name for _, name in sorted((-1 if number is None else int(number), name) for number, name in found)]
-
-
-def read_facts_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a sample's JSON member, or {} if it has no such member.
-
-    Raises:
-        ValueError: the member is not a JSON object.
-    """
-    if "json" not in sample:
-        return {}
-    values = json.loads(sample["json"])
-    if not isinstance(values, dict):
-        raise ValueError("its JSON is no object")
-    return values
 
 
 class CreateTurns:
@@ -88,7 +75,9 @@ class CreateTurns:
         if not num_images:
             members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
             raise Dropped("no image", f"its members are {members or 'none'}")
-        values = read_facts_of(sample)
+        values = json.loads(sample["json"]) if "json" in sample else {}
+        if not isinstance(values, dict):
+            raise ValueError("its JSON is not an object")
         conversation = next((values[key] for key in _CONVERSATION_KEYS if values.get(key)), None)
         if conversation is not None:
             turns = _place_in_first(parse_conversations(conversation), num_images)
@@ -133,7 +122,7 @@ class PrepareImages:
     """
 
     def __init__(self, params: DataAugmentationParams) -> None:
-        self.params = params.image if params.enabled else None
+        self.params = params
 
     def __call__(self, sample: Sample) -> Sample:
         """Decode and augment.
@@ -141,18 +130,7 @@ class PrepareImages:
         Raises:
             Dropped: an image cannot be used.
         """
-        is_training = sample["__is_training__"]
-        draw = CENTRE
-        if is_training and self.params is not None:
-            draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"])
-        try:
-            images, _ = prepare_images([sample[name] for name in find_images(sample)], self.params, draw)
-        except ValueError as error:
-            raise Dropped("bad image", str(error)) from None
-        sample = {**sample, "images": images}
-        if is_training and self.params is not None and self.params.color_jitter.enabled:
-            sample["color_factors"] = draw_color_factors(self.params.color_jitter, draw)
-        return sample
+        return add_images(sample, [sample[name] for name in find_images(sample)], self.params)
 
 
 class Encode:
@@ -208,29 +186,36 @@ def create_image_processor(params: ImageProcessorParams) -> Processor:
     """Create the processor that the params describe.
 
     Raises:
-        ValueError: the processor cannot be loaded, or the image size is unknown.
+        ValueError: neither data.processor nor data.tokenizer is given, it cannot be loaded, or the image size is
+            unknown.
     """
     if params.processor is not None:
-        return create_processor(
-            processor=params.processor,
+        if (Path(params.processor) / CONFIG_FILE).is_file():
+            return load_processor(params.processor)
+        from vla_foundry.images.processor_hf import load_hugging_face_processor
+
+        return load_hugging_face_processor(
+            params.processor,
+            prompt_layout=params.prompt_layout,
             processor_kwargs=params.processor_kwargs,
             split_images=params.split_images,
-            prompt_layout=params.prompt_layout,
         )
     if params.image_size is None or params.img_num_tokens is None:
         raise ValueError(
             f"data.image_size ({params.image_size}) and data.img_num_tokens ({params.img_num_tokens}) must be given "
             "for our own processor, or follow from the model."
         )
-    return create_processor(
-        tokenizer=params.tokenizer,
-        prompt_layout=params.prompt_layout,
+    if params.tokenizer is None:
+        raise ValueError("data.processor or data.tokenizer must be given: images and text need one of them.")
+    return ImageTextProcessor(
+        load_tokenizer(params.tokenizer),
         image_size=(params.image_size, params.image_size),
         img_num_tokens=params.img_num_tokens,
         resize_method=params.image_resizing_method,
         interpolation=params.image_interpolation,
         image_mean=params.image_mean,
         image_std=params.image_std,
+        prompt_layout=params.prompt_layout or "chat",
     )
 
 
@@ -297,7 +282,7 @@ def join_samples(
     """
     order = [number for row in rows for number in row]
     inputs = [samples[number]["inputs"] for number in order]
-    batch = _lay_tokens([samples[number]["inputs"] for number in order], [len(row) for row in rows], length, processor)
+    batch = _lay_tokens(inputs, [len(row) for row in rows], length, processor)
     for name in inputs[0]:
         if name not in _OWN_KEYS:
             batch[name] = _join_tensors(name, [each[name] for each in inputs])
@@ -317,7 +302,7 @@ def _lay_tokens(inputs: Sequence[Mapping[str, Any]], counts: Sequence[int], leng
     """Return the batch entries with one value per token; `counts` holds the number of samples in each row."""
     batch: Batch = {}
     for name in (name for name in TOKEN_KEYS if name in inputs[0]):
-        filler = pad_token_id_of(processor.tokenizer) if name == "input_ids" else 0
+        filler = processor.pad_token_id if name == "input_ids" else 0
         dtype = np.bool_ if name == "target_mask" else np.int32
         batch[name] = np.full((len(counts), length), filler, dtype=dtype)
     segments: list[int] = []

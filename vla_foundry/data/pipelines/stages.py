@@ -24,7 +24,7 @@ from vla_foundry.params.data.base import DataParams
 from vla_foundry.registry import Registry
 
 Sample: TypeAlias = dict[str, Any]
-Stage: TypeAlias = Callable[[Sample], Sample | None]
+Stage: TypeAlias = "Callable[[Sample], Sample | None] | BatchStage"
 # (dataset number, open shard, row) -> input of the first stage
 ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
@@ -50,19 +50,11 @@ class BatchStage(ABC):
 
     @abstractmethod
     def apply(self, samples: Sequence[Sample]) -> "list[Sample | ValueError]":
-        """Return one result per sample: the sample, or the error that drops it (`Dropped`) or marks it as broken."""
-
-    def __call__(self, sample: Sample) -> Sample:
-        """Apply the stage to one sample.
+        """Return one result per sample: the sample, or the error that drops it (`Dropped`) or marks it as broken.
 
         Raises:
-            Dropped: the stage drops the sample.
-            ValueError: the sample is broken.
+            ValueError: some sample is broken; the stage is applied to halves until the broken ones are found.
         """
-        (result,) = self.apply([sample])
-        if isinstance(result, ValueError):
-            raise result
-        return result
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def apply_stages(samples: "Sequence[Sample | Failure]", stages: Sequence[Stage])
     return results
 
 
-def _apply_each(sample: Sample, stages: Sequence[Stage]) -> Sample | Failure:
+def _apply_each(sample: Sample, stages: Sequence[Any]) -> Sample | Failure:
     for stage in stages:
         step = name_of_stage(stage)
         try:
@@ -119,7 +111,10 @@ def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure
     try:
         results = stage.apply(samples)
     except Exception as error:  # as above
-        results = [error] * len(samples)
+        if len(samples) == 1:
+            return [_describe_failure(error, step)]
+        middle = len(samples) // 2
+        return [*_apply_batch(samples[:middle], stage), *_apply_batch(samples[middle:], stage)]
     return [_describe_failure(each, step) if isinstance(each, Exception) else each for each in results]
 
 

@@ -7,7 +7,7 @@ from vla_foundry.config.schema import Derived
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.params.facts import Facts
-from vla_foundry.text.chat_template import CAPTION_PROMPTS, template_fields
+from vla_foundry.text.chat import CAPTION_PROMPTS, template_fields
 
 
 @register_data_params("image_caption")

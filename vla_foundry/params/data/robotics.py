@@ -15,7 +15,7 @@ from vla_foundry.robotics import fit as fit
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
 from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, NamedSpec
 from vla_foundry.run_folder import STATISTICS_NAME
-from vla_foundry.text.chat_template import INSTRUCTION_PROMPTS, template_fields
+from vla_foundry.text.chat import INSTRUCTION_PROMPTS, template_fields
 
 if TYPE_CHECKING:
     from vla_foundry.robotics.normalization import NormalizationRule

@@ -426,7 +426,7 @@ def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality
 def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tuple[str, bytes]:
     """Decode an image, and scale it down if it is too large."""
     from vla_foundry.images.codec import decode_image, encode_jpeg
-    from vla_foundry.images.resize import resize_image
+    from vla_foundry.images.geometry import resize_image
 
     try:
         image = decode_image(data)

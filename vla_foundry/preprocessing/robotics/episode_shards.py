@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from vla_foundry.images.codec import is_upright
-from vla_foundry.images.resize import ImageOperations
+from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
 from vla_foundry.preprocessing.robotics.anchors import Anchors, choose_anchors

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.images.resize import ImageOperations
+from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, CameraFrames
 from vla_foundry.preprocessing.robotics.episode_shards import encode_frames, rescale_intrinsics
 

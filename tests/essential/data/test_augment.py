@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_foundry.images.augment import CENTRE, augment_image, draw_augmentation, draw_color_factors
+from vla_foundry.data.pipelines.augment import CENTRE, augment_image, draw_augmentation, draw_color_factors
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,

@@ -11,82 +11,22 @@ colours.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vla_foundry.data.pipelines.stages import Dropped, Sample
 from vla_foundry.images.codec import decode_image
-from vla_foundry.images.geometry import PixelMap, Size, identity_map
-from vla_foundry.images.resize import crop_image, flip_image, resize_image
+from vla_foundry.images.geometry import PixelMap, crop_image, flip_image, identity_map, resize_image
+from vla_foundry.params.data.images import (
+    ColorJitterParams,
+    CropParams,
+    DataAugmentationParams,
+    ImageAugmentationParams,
+    RandomResizedCropParams,
+)
 from vla_foundry.randomness import draw_uniforms
-
-
-@runtime_checkable
-class Crop(Protocol):
-    """Crop of fixed size; fields as in `params.data.images.CropParams`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def shape(self) -> tuple[int, int] | tuple[float, float]: ...
-    @property
-    def mode(self) -> str: ...
-
-
-@runtime_checkable
-class RandomResizedCrop(Protocol):
-    """Crop of random size; fields as in `params.data.images.RandomResizedCropParams`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def scale(self) -> tuple[float, float]: ...
-    @property
-    def ratio(self) -> tuple[float, float]: ...
-    @property
-    def size(self) -> Size | None: ...
-
-
-@runtime_checkable
-class HorizontalFlip(Protocol):
-    """Mirroring; fields as in `params.data.images.HorizontalFlipParams`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def probability(self) -> float: ...
-
-
-@runtime_checkable
-class ColorJitter(Protocol):
-    """Colour jitter; fields as in `params.data.images.ColorJitterParams`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def brightness(self) -> float: ...
-    @property
-    def contrast(self) -> float: ...
-    @property
-    def saturation(self) -> float: ...
-    @property
-    def hue(self) -> tuple[float, float]: ...
-
-
-@runtime_checkable
-class ImageAugmentation(Protocol):
-    """All augmentations; fields as in `params.data.images.ImageAugmentationParams`."""
-
-    @property
-    def crop(self) -> Crop: ...
-    @property
-    def random_resized_crop(self) -> RandomResizedCrop: ...
-    @property
-    def horizontal_flip(self) -> HorizontalFlip: ...
-    @property
-    def color_jitter(self) -> ColorJitter: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +55,7 @@ def draw_augmentation(*, seed: int, position: int) -> AugmentationDraw:
 
 
 def augment_image(
-    image: UInt8[Tensor, "3 H W"], params: ImageAugmentation, draw: AugmentationDraw
+    image: UInt8[Tensor, "3 H W"], params: ImageAugmentationParams, draw: AugmentationDraw
 ) -> tuple[UInt8[Tensor, "3 H2 W2"], PixelMap]:
     """Crop and flip one image of a sample.
 
@@ -136,7 +76,7 @@ def augment_image(
     return image, pixel_map
 
 
-def draw_color_factors(params: ColorJitter, draw: AugmentationDraw) -> Float[np.ndarray, " 4"]:
+def draw_color_factors(params: ColorJitterParams, draw: AugmentationDraw) -> Float[np.ndarray, " 4"]:
     """Return a sample's brightness, contrast and saturation factors and its hue shift, as `jitter_colors` takes them.
 
     Returns:
@@ -160,7 +100,7 @@ def _between(low: float, high: float, share: float) -> float:
     return low + (high - low) * share
 
 
-def _crop(image: Tensor, params: Crop, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
+def _crop(image: Tensor, params: CropParams, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
     source = (image.shape[1], image.shape[2])
     if max(params.shape) <= 1:
         size = (max(1, round(source[0] * params.shape[0])), max(1, round(source[1] * params.shape[1])))
@@ -175,12 +115,12 @@ def _crop(image: Tensor, params: Crop, draw: AugmentationDraw) -> tuple[Tensor, 
     return crop_image(image, *_place(source, size, where), size)
 
 
-def _place(source: Size, size: Size, draw: AugmentationDraw) -> tuple[int, int]:
+def _place(source: tuple[int, int], size: tuple[int, int], draw: AugmentationDraw) -> tuple[int, int]:
     """Return (top, left): every whole pixel where the crop fits is equally likely."""
     return int(draw.y * (source[0] - size[0] + 1)), int(draw.x * (source[1] - size[1] + 1))
 
 
-def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
+def _crop_and_resize(image: Tensor, params: RandomResizedCropParams, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
     source = (image.shape[1], image.shape[2])
     area = _between(*params.scale, draw.area)
     aspect = math.exp(_between(math.log(params.ratio[0]), math.log(params.ratio[1]), draw.ratio))
@@ -195,17 +135,17 @@ def _crop_and_resize(image: Tensor, params: RandomResizedCrop, draw: Augmentatio
 
 
 def prepare_images(
-    images: Sequence[bytes | Tensor], augmentation: ImageAugmentation | None, draw: AugmentationDraw
+    images: Sequence[bytes | Tensor], params: DataAugmentationParams, draw: AugmentationDraw
 ) -> tuple[list[Tensor], list[PixelMap]]:
     """Decode and augment a sample's images: the same in training, validation and inference.
 
     Args:
         images: JPEG, PNG or WebP files, or uint8 [3, H, W].
-        augmentation: None: images are only decoded.
-        draw: of the sample; `CENTRE` for validation and inference.
+        params: the augmentation.
+        draw: the sample's draw; `CENTRE` for validation and inference.
 
     Returns:
-        uint8 [3, H, W] each, and the map of its pixels.
+        uint8 [3, H, W] each, and the maps of their pixels.
 
     Raises:
         ValueError: a file cannot be decoded, or an image is smaller than the crop.
@@ -214,8 +154,26 @@ def prepare_images(
     for image in images:
         pixels = image if isinstance(image, Tensor) else decode_image(image)
         pixel_map = identity_map((pixels.shape[1], pixels.shape[2]))
-        if augmentation is not None:
-            pixels, pixel_map = augment_image(pixels, augmentation, draw)
+        if params.enabled:
+            pixels, pixel_map = augment_image(pixels, params.image, draw)
         prepared.append(pixels)
         maps.append(pixel_map)
     return prepared, maps
+
+
+def add_images(sample: Sample, images: Sequence[bytes | Tensor], params: DataAugmentationParams) -> Sample:
+    """Return the sample with `images`, `image_maps` and, in training with colour jitter, `color_factors`.
+
+    Raises:
+        Dropped: an image cannot be used.
+    """
+    is_augmented = params.enabled and sample["__is_training__"]
+    draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"]) if is_augmented else CENTRE
+    try:
+        prepared, maps = prepare_images(images, params, draw)
+    except ValueError as error:
+        raise Dropped("bad image", str(error)) from None
+    sample = {**sample, "images": prepared, "image_maps": maps}
+    if is_augmented and params.image.color_jitter.enabled:
+        sample["color_factors"] = draw_color_factors(params.image.color_jitter, draw)
+    return sample

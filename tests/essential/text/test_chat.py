@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vla_foundry.text.chat_template import Turn
-from vla_foundry.text.chat_tokenizer import ChatTokenizer
+from vla_foundry.text.chat import ChatTokenizer, Turn
 
 TEXT = ["User: What lies on the table? Assistant: A red mug, left of the gripper.", "Describe the image. Colour?"]
 TURNS = [
