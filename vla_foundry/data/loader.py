@@ -18,7 +18,7 @@ import torch.utils.data
 from vla_foundry.batch import Batch
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
-from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline, SavesFiles
+from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline
 from vla_foundry.data.plan import PLAN_VERSION, SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.data.worker import (
@@ -182,8 +182,7 @@ class DataLoader:
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""
-        if isinstance(self._pipeline, SavesFiles):
-            self._pipeline.save_files(folder)
+        self._pipeline.save_files(folder)
 
     def close(self) -> None:
         """Stop the worker processes."""

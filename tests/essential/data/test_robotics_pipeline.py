@@ -14,7 +14,7 @@ from PIL import Image
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
-from vla_foundry.data.pipelines.stages import Sample, Stage, name_of_stage
+from vla_foundry.data.pipelines.stages import BatchStage, Sample, Stage, name_of_stage
 from vla_foundry.images.processor import load_tokenizer
 from vla_foundry.params.data.images import (
     ColorJitterParams,
@@ -75,7 +75,12 @@ def test_both_layouts_give_equal_batches(
 
 def _one_by_one(stage: Stage) -> Stage:
     def apply(sample: Sample) -> Sample | None:
-        return stage(sample)
+        if not isinstance(stage, BatchStage):
+            return stage(sample)
+        (result,) = stage.apply([sample])
+        if isinstance(result, ValueError):
+            raise result
+        return result
 
     apply.__name__ = name_of_stage(stage)
     return apply

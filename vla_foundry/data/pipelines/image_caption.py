@@ -27,7 +27,7 @@ import torch
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.stages import Dropped, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
@@ -219,15 +219,13 @@ def create_image_processor(params: ImageProcessorParams) -> Processor:
     )
 
 
-class ImageCaptionPipeline:
+class ImageCaptionPipeline(Pipeline):
     """Makes rows of captioned images.
 
     Args:
         params: the data params.
         stages: stages that turn members into `inputs`, ending with `Encode`; None: the default ones.
     """
-
-    rows_per_message = 1
 
     def __init__(self, params: ImageCaptionDataParams, stages: Sequence[Stage] | None = None) -> None:
         self.seq_len = params.seq_len

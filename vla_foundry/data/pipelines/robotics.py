@@ -19,7 +19,7 @@ from torch import Tensor
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.augment import add_images
 from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, create_image_processor, join_samples
-from vla_foundry.data.pipelines.stages import BatchStage, Dropped, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import BatchStage, Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import complete_params, create_normalization, read_specs, save_robotics_files
 from vla_foundry.images.geometry import resize_image
@@ -326,15 +326,13 @@ def encode_prompt(images: Sequence[Tensor], turns: Sequence[Turn], processor: Pr
     return {name: value for name, value in inputs.items() if name != "target_mask"}
 
 
-class RoboticsPipeline:
+class RoboticsPipeline(Pipeline):
     """Makes batches of robot samples.
 
     Args:
         params: the data params; unresolved values are taken from the training datasets.
         stages: stages that turn windows into `inputs` and `actions`, ending with `EncodeRobot`; None: the default ones.
     """
-
-    rows_per_message = 1
 
     def __init__(self, params: RoboticsDataParams, stages: Sequence[Stage] | None = None) -> None:
         self.params = complete_params(params)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -253,40 +253,32 @@ class WebDatasetStage:
         return next(iter(self.stage([sample])), None)
 
 
-@runtime_checkable
-class Pipeline(Protocol):
+class Pipeline(ABC):
     """Turns rows into batches of one modality. It is sent to loader processes, so it must be picklable.
 
     Batches hold NumPy arrays here; the loader turns them into tensors.
     """
 
     # small microbatches share a message of up to this many rows; 1 unless a message costs more than making its rows
-    rows_per_message: int
+    rows_per_message = 1
 
-    def check(self, reader: ShardReader) -> None:
+    def check(self, reader: ShardReader) -> None:  # noqa: B027 (optional)
         """Check the datasets before training.
 
         Raises:
             ValueError: the datasets cannot be read with these params.
         """
-        ...
 
+    @abstractmethod
     def create_batch(self, rows: Rows) -> Batch:
         """Read a microbatch. The result depends only on the rows."""
-        ...
 
+    @abstractmethod
     def create_empty_batch(self) -> Batch:
         """Return a microbatch of padding, for a rank that has no samples left while other ranks do."""
-        ...
 
-
-@runtime_checkable
-class SavesFiles(Protocol):
-    """A pipeline that writes files to the run folder."""
-
-    def save_files(self, folder: Path) -> None:
-        """Write the files needed to use the run's model on other data."""
-        ...
+    def save_files(self, folder: Path) -> None:  # noqa: B027 (optional)
+        """Write the files needed to use the run's model on other data to the run folder."""
 
 
 # modality -> factory: (params) -> Pipeline

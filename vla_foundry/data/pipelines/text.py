@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.data.pipelines.stages import Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
@@ -46,7 +46,7 @@ def require_tokens(sample: Sample) -> Sample:
 DEFAULT_STAGES: tuple[Stage, ...] = (decode_json_tokens, require_tokens)
 
 
-class TextPipeline:
+class TextPipeline(Pipeline):
     """Makes rows of seq_len + 1 tokens.
 
     Args:

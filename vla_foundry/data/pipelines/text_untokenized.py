@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.stages import Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.pipelines.text import create_padding_batch, create_text_batch
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
@@ -112,15 +112,13 @@ class BoundLength:
         return sample
 
 
-class TextUntokenizedPipeline:
+class TextUntokenizedPipeline(Pipeline):
     """Packs text into rows.
 
     Args:
         params: the data params.
         stages: stages that turn a member into `input_ids`; None: the default ones.
     """
-
-    rows_per_message = 1
 
     def __init__(self, params: TextDataParams, stages: Sequence[Stage] | None = None) -> None:
         if params.tokenizer is None:
