@@ -124,7 +124,8 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpe
         files.append(_StatisticsFile(path=path, version=version, anchor_index=anchor_index, fields=fields))
     is_mixture = params.statistics_weighting == "mixture"
     shares = tuple(params.dataset_weighting or [1.0] * len(datasets)) if is_mixture else None
-    created = _create(tuple(files), used, shares, params.normalization_window)
+    columns = {name: field.names for _, spec in datasets for name, field in spec.fields.items() if field.names}
+    created = _create(tuple(files), used, shares, params.normalization_window, tuple(columns.items()))
     normalizer = created.normalizer
     whole = RoboticsNormalizer({**normalizer.scales, **passing}, normalizer.near_constant)
     return Normalization(whole, created.statistics)
@@ -136,9 +137,11 @@ def _create(
     rules: tuple[tuple[str, NormalizationRule], ...],
     shares: tuple[float, ...] | None,
     window: Window,
+    columns: tuple[tuple[str, tuple[str, ...]], ...],
 ) -> Normalization:
     merged = merge_statistics([_read(file) for file in files], shares=shares)
-    return Normalization(RoboticsNormalizer.create(merged, dict(rules), window=window), merged)
+    normalizer = RoboticsNormalizer.create(merged, dict(rules), window=window, names=dict(columns))
+    return Normalization(normalizer, merged)
 
 
 def _read(file: _StatisticsFile) -> dict[str, FieldStatistics]:

@@ -257,6 +257,12 @@ def find_contradictions(
                     f"field '{name}': its {key} is {_say(values[0])} in {first.name}, and {_say(values[1])} in "
                     f"{second.name}. Preprocess one of them again, or use a field on which they agree."
                 )
+        # other names may be another spelling; the same names in another order are other numbers
+        if one.names != other.names and sorted(one.names) == sorted(other.names):
+            found.append(
+                f"field '{name}': its columns are {', '.join(one.names)} in {first.name}, and "
+                f"{', '.join(other.names)} in {second.name}. Put those of one into the order of the other."
+            )
     return found
 
 

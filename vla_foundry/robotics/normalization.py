@@ -136,12 +136,14 @@ class RoboticsNormalizer:
         rules: Mapping[str, NormalizationRule],
         *,
         window: Window | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
     ) -> "RoboticsNormalizer":
         """Work out centers and scales; a warning names the dimensions that hardly vary.
 
         Args:
             rules: {field: rule} for every field that the normalizer handles.
             window: the steps to normalize; None: all steps of the statistics.
+            names: {field: name of each column}, for the warning; fields without names may be absent.
 
         Raises:
             ValueError: the statistics lack a field, a time step or percentiles.
@@ -154,7 +156,7 @@ class RoboticsNormalizer:
                 scales[name], is_constant = _create_scale(statistics[name], rule, window)
             except ValueError as error:
                 raise ValueError(f"field '{name}': {error}") from None
-            near_constant += _name_dimensions(name, is_constant)
+            near_constant += _name_dimensions(name, is_constant, (names or {}).get(name))
             smallest = min(smallest, scales[name].scale[is_constant].min(initial=np.inf))
         if near_constant:
             logger.warning(
@@ -345,11 +347,11 @@ def _center_and_spread(
     return values[below][None], (values[above] - values[below])[None]
 
 
-def _name_dimensions(name: str, is_constant: np.ndarray) -> list[str]:
+def _name_dimensions(name: str, is_constant: np.ndarray, columns: Sequence[str] | None) -> list[str]:
     """Name the columns that hardly vary, with the steps if it is not all of them."""
     names = []
-    for column in np.flatnonzero(is_constant.any(axis=0)):
+    for column in np.flatnonzero(is_constant.any(axis=0)).tolist():
         num_steps = int(is_constant[:, column].sum())
         where = "" if num_steps == len(is_constant) else f" at {num_steps} of {len(is_constant)} steps"
-        names.append(f"{name}[{column}]{where}")
+        names.append(f"{name}[{column}{f' {columns[column]}' if columns else ''}]{where}")
     return names

@@ -4,11 +4,13 @@
      "image_indices": [-1, 0], "padding_strategy": "copy",
      "cameras": {name: {"size": [W, H], "original_size": [W, H] | null, "is_depth": false}},
      "fields": {name: {"shape": [C], "dtype": "float32", "unit": "m", "frame": "world", "representation": "absolute",
-                       "rotation": null, "role": "action", "gripper": null, "is_discrete": false}},
+                       "rotation": null, "role": "action", "gripper": null, "is_discrete": false,
+                       "names": ["x", "y", "z"]}},
      "pose_groups": [{"name", "position_key", "rotation_key", "rotation_format", ...}], "language_types": ["original"]}
 
 `fields` lists the fields of a window: the stored ones, and the `_relative` ones computed from pose groups.
-`original_size` is null if episodes differ. Training configs, statistics and checkpoints are checked against the spec.
+`original_size` is null if episodes differ, `names` is absent if unknown. Training configs, statistics and checkpoints
+are checked against the spec.
 """
 
 import io
@@ -68,11 +70,17 @@ class FieldDescription:
     gripper: GripperRange | None = None
     # True for switches, counters and ids, which cannot be interpolated
     is_discrete: bool = False
+    # name of each column (joints); empty: unknown
+    names: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
         """Number of columns (C)."""
         return self.shape[0]
+
+    def label(self, column: int) -> str:
+        """Return a column's number, and its name if known."""
+        return f"{column} ({self.names[column]})" if self.names else str(column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,9 @@ class NamedSpec(NamedTuple):
 def format_spec(spec: DatasetSpec) -> str:
     """Format robotics.json."""
     values = {"version": SPEC_VERSION, **asdict(spec)}
+    for field in values["fields"].values():
+        if not field["names"]:
+            del field["names"]
     values["pose_groups"] = [
         {key: value for key, value in asdict(group).items() if value is not None} for group in spec.pose_groups
     ]
@@ -182,7 +193,10 @@ def _parse_field(name: str, value: Mapping[str, Any]) -> FieldDescription:
         "gripper": None if gripper is None else GripperRange(open=gripper["open"], closed=gripper["closed"]),
         "representation": _choice(value.get("representation", "absolute"), Representation, f"fields.{name}"),
         "role": _choice(value.get("role", "observation"), Role, f"fields.{name}"),
+        "names": tuple(str(column) for column in value.get("names", ())),
     }
+    if len(known["names"]) not in (0, width):
+        raise ValueError(f"robotics spec: fields.{name} has {width} columns, but {len(known['names'])} names.")
     return FieldDescription(**known)
 
 

@@ -92,6 +92,11 @@ def inspect_data(params: InspectParams) -> list[str]:
         *dropped,
         f"episode {sample.episode_id}, frame {sample.anchor}, of {sample.shard}",
         f"instruction: {sample.instruction or '(none)'}",
+        *(
+            f"{field.name}: {', '.join(field.description.names)}"
+            for field in [*sample.actions, *sample.proprioception]
+            if field.description is not None and field.description.names
+        ),
         f"{params.output}: {len(sample.images)} images, {len(sample.past_mask)} steps, "
         f"{len(sample.actions)} action and {len(sample.proprioception)} proprioception fields",
     ]

@@ -121,7 +121,9 @@ def _draw_field(part: "SubFigure", sample: RobotSample, field: FieldValues) -> N
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         for column in range(values.shape[1]):
             shown = np.where(sample.is_padding, np.nan, values[:, column])
-            axis.plot(steps, shown, marker=".", markersize=3, linewidth=1, label=str(column))
+            known = field.description
+            label = str(column) if known is None else known.label(column)
+            axis.plot(steps, shown, marker=".", markersize=3, linewidth=1, label=label)
         axis.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
         axis.tick_params(labelsize=7)
         axis.set_title(title, fontsize=8, loc="left")

@@ -219,6 +219,9 @@ def test_nearly_constant_dimensions_are_named_in_one_warning(caplog: pytest.LogC
     (record,) = caplog.records
     assert "joint[1]" in record.getMessage()
     assert "range_floor" in record.getMessage()
+    names = {"joint": ["elbow", "wrist", "gripper"]}
+    robot = RoboticsNormalizer.create(statistics(fields, 0), {"joint": NormalizationRule()}, names=names)
+    assert robot.near_constant == ("joint[1 wrist]",)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         normalizer()

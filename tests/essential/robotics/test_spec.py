@@ -36,6 +36,7 @@ SPEC = DatasetSpec(
             shape=(1,), gripper=GripperRange(open=0.1, closed=0.0), role="action", is_discrete=True
         ),
         "delta": FieldDescription(shape=(7,), representation="delta", role="action"),
+        "joints": FieldDescription(shape=(2,), names=("elbow", "wrist")),
     },
     pose_groups=(
         PoseGroup(
@@ -50,6 +51,14 @@ SPEC = DatasetSpec(
 
 def test_a_spec_is_read_back():
     assert parse_spec(format_spec(SPEC), "here") == SPEC
+
+
+def test_columns_have_as_many_names_as_there_are_or_none():
+    values = json.loads(format_spec(SPEC))
+    assert "names" not in values["fields"]["delta"]
+    values["fields"]["joints"]["names"] = ["elbow"]
+    with pytest.raises(ValueError, match=r"fields\.joints has 2 columns, but 1 names"):
+        parse_spec(json.dumps(values), "here")
 
 
 @pytest.mark.parametrize(

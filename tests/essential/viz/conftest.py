@@ -87,7 +87,7 @@ def write_data() -> Callable[..., RobotData]:
             cameras={name: CameraDescription(size=SIZE, original_size=SIZE) for name in CAMERAS},
             fields={
                 "action.arm": FieldDescription(shape=(3,), unit="m", role="action"),
-                "state": FieldDescription(shape=(2,)),
+                "state": FieldDescription(shape=(2,), names=("elbow", "wrist")),
             },
             language_types=language_types,
         )

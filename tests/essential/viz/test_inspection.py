@@ -74,6 +74,11 @@ def test_a_dataset_without_instructions_is_drawn(tmp_path, write_data):
     assert "instruction: (none)" in lines
 
 
+def test_the_names_of_columns_are_shown(robot_data, tmp_path):
+    lines = inspect_data(InspectParams(dataset=str(robot_data.folder), output=str(tmp_path / "s.png")))
+    assert "state: elbow, wrist" in lines
+
+
 def test_the_same_sample_is_the_same_picture(robot_data, tmp_path):
     sample = read_sample(robot_data.folder, 1)
     for name in ("one", "two"):

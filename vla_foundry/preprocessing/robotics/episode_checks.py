@@ -105,7 +105,8 @@ def _check_finite(episode: Episode, recipe: Recipe) -> None:
         frame, column = (int(index) for index in np.argwhere(~is_finite)[0])
         if not recipe.params.fail_on_nan:
             raise Left("not finite")
-        raise ValueError(f"field '{name}' holds {values[frame, column]} at frame {frame}, column {column}.")
+        where = f"frame {frame}, column {recipe.fields[name].label(column)}"
+        raise ValueError(f"field '{name}' holds {values[frame, column]} at {where}.")
 
 
 def _check_rotations(episode: Episode, recipe: Recipe) -> None:

@@ -163,6 +163,8 @@ def _create_plan(part: Part) -> dict[str, Any]:
     }
     episodes = [(ref.episode_id, ref.task, ref.num_frames) for ref in part.refs]
     described = {name: asdict(field) for name, field in recipe.fields.items()}
+    for field in described.values():
+        del field["names"]  # they shape no number
     groups = [asdict(group) for group in recipe.pose_groups]
     return {
         "command": COMMAND,

@@ -92,6 +92,8 @@ SAMPLES = create_spec(layout="samples")
 OTHER_ORDER = create_spec(cameras=dict(reversed(create_spec().cameras.items())))
 IN_COLUMNS = with_fields(**{ROTATION: describe(6, rotation="rot_6d_columns")})
 METRES = describe(1, unit="m")
+ARM, SWAPPED = (with_fields(arm=describe(2, names=names)) for names in (("a", "b"), ("b", "a")))
+OTHER_SPELLING = with_fields(arm=describe(2, names=("arm_a", "arm_b")))
 TWO_TOPS = create_spec(cameras={name: create_spec().cameras["scene"] for name in ("left.top", "right.top")})
 
 
@@ -138,6 +140,7 @@ TWO_TOPS = create_spec(cameras={name: create_spec().cameras["scene"] for name in
             {"action_fields": ["gripper"]},
             r"field 'gripper': its unit is m in b, and rad in c",
         ),
+        ([ARM, SWAPPED], {"action_fields": ["arm"]}, r"field 'arm': its columns are a, b in a, and b, a in b\. Put"),
         ([create_spec(), with_fields(gripper=describe(2))], {}, r"'gripper' has 1 and 2 columns in different data"),
         ([create_spec()], {"action_dim": 7}, r"action_dim \(7\) must equal the 4 columns of data\.action_fields"),
         ([create_spec()], {"proprioception_dim": 7}, r"proprioception_dim \(7\) must equal the 1 columns"),
@@ -180,6 +183,9 @@ def test_the_run_that_a_model_starts_from_must_mean_the_same() -> None:
     with pytest.raises(ValueError, match=r"field 'gripper': its unit is mm in run, and m in a"):
         check(with_fields(gripper=describe(1, unit="m")), run=with_fields(gripper=describe(1, unit="mm")))
     assert check(create_spec(), run=create_spec(fps=None)) == []
+    assert check(ARM, run=OTHER_SPELLING, action_fields=["arm"]) == []
+    with pytest.raises(ValueError, match=r"field 'arm': its columns are b, a in run, and a, b in a"):
+        check(ARM, run=SWAPPED, action_fields=["arm"])
 
 
 def test_contradictions_can_be_accepted_and_are_then_said() -> None:

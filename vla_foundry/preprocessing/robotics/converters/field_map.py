@@ -24,6 +24,8 @@ class Source:
     dtype: str
     # True for integers and switches
     is_discrete: bool = False
+    # name of each column; empty: unknown
+    names: tuple[str, ...] = ()
 
 
 def load_field_map(path: str) -> FieldMapParams:
@@ -88,6 +90,7 @@ def describe_fields(
             role=field.role or default_role(name),
             gripper=gripper,
             is_discrete=field.is_discrete or source.is_discrete,
+            names=source.names[first:end],
         )
     return described
 

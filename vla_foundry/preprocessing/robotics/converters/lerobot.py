@@ -23,6 +23,7 @@ relative actions are not available.
 
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -112,6 +113,13 @@ def _check_counters(arrays: Mapping[str, np.ndarray], entry: EpisodeEntry, where
         if not np.array_equal(values, expected):
             row = int(np.argmax(values != expected))
             raise ValueError(f"{where}: row {row} has {name} {values[row]}, expected {expected[row]}.")
+
+
+def _differ(one: FieldDescription | None, other: FieldDescription | None) -> bool:
+    """True unless two descriptions agree; columns may be spelled differently, but not be in another order."""
+    if one is None or other is None or one != replace(other, names=one.names):
+        return True
+    return one.names != other.names and sorted(one.names) == sorted(other.names)
 
 
 def _texts(info: DatasetInfo, entry: EpisodeEntry, task_indices: np.ndarray | None) -> list[str]:
@@ -252,7 +260,8 @@ class LeRobotConverter(BaseRoboticsConverter):
         first = self._described(first_root)
         for root in self._roots[1:]:
             described = self._described(root)
-            different = next((name for name in {**first, **described} if first.get(name) != described.get(name)), None)
+            names = {**first, **described}
+            different = next((name for name in names if _differ(first.get(name), described.get(name))), None)
             if different is not None:
                 raise ValueError(
                     f"field '{different}' differs between {first_root} ({first.get(different)}) and {root} "
@@ -341,6 +350,7 @@ class LeRobotConverter(BaseRoboticsConverter):
                 width=feature.width,
                 dtype=field_map.stored_dtype(np.dtype(feature.dtype)),
                 is_discrete=not feature.dtype.startswith("float"),
+                names=feature.names,
             )
             for name, feature in info.features.items()
             if feature.is_number

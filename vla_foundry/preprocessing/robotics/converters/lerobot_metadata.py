@@ -35,6 +35,8 @@ class Feature:
     # float32, int64, bool, string, image, video, ...
     dtype: str
     shape: tuple[int, ...]
+    # name of each number (joints); () if unknown
+    names: tuple[str, ...] = ()
     # a video that holds depth
     is_depth_video: bool = False
 
@@ -192,11 +194,24 @@ def read_info(root: str) -> DatasetInfo:
 
 def _parse_feature(value: dict[str, Any]) -> Feature:
     details = value.get("info") or value.get("video_info") or {}
+    shape = tuple(int(size) for size in value["shape"])
+    names = _column_names(value.get("names"))
     return Feature(
         dtype=str(value["dtype"]),
-        shape=tuple(int(size) for size in value["shape"]),
+        shape=shape,
+        names=tuple(names) if len(names) == math.prod(shape) else (),
         is_depth_video=bool(details.get("video.is_depth_map")),
     )
+
+
+def _column_names(names: Any) -> list[str]:
+    """Flatten the names of a feature: a list, {group: list}, {name: column}, or these within each other."""
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, Mapping) and all(isinstance(column, int | float) for column in names.values()):
+        return [str(name) for name in sorted(names, key=lambda name: names[name])]
+    parts = names.values() if isinstance(names, Mapping) else names if isinstance(names, list) else ()
+    return [name for part in parts for name in _column_names(part)]
 
 
 def _read_tasks(info: DatasetInfo) -> dict[int, str]:

@@ -264,6 +264,55 @@ def test_names_may_have_dots_and_spaces(
         assert any(name.startswith("images.top left v1.0") for name in first)
 
 
+JOINTS = [f"joint_{number}" for number in range(7)] + ["gripper"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (JOINTS, JOINTS),
+        ([JOINTS], JOINTS),
+        ({"motors": JOINTS}, JOINTS),
+        ({"arm": JOINTS[:7], "hand": ["gripper"]}, JOINTS),
+        ({name: 7 - place for place, name in enumerate(JOINTS)}, JOINTS[::-1]),
+        (JOINTS[:3], []),
+        (None, []),
+    ],
+)
+def test_the_names_of_joints_are_kept_in_every_form(
+    names: Any, expected: list[str], write: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v2-png"), root)
+    edit_info(root, lambda info: info["features"]["action"].update(names=names))
+    assert create_converter(params_of(root)).describe_fields()["action"].names == tuple(expected)
+
+
+def test_joints_are_named_in_messages_the_spec_and_parts_of_features(
+    write: Any, tmp_path: Path, read_all: Any, preprocess_with: Any
+) -> None:
+    root, swapped = tmp_path / "set", tmp_path / "swapped"
+    shutil.copytree(write("v2-png"), root)
+    edit_info(root, lambda info: info["features"]["action"].update(names={"motors": JOINTS}))
+    shutil.copytree(root, swapped)
+    options = {"source_episodes": [str(root)], "output_dir": str(tmp_path / "out"), "num_workers": 0}
+    preprocess_with(LeRobotParams(**options, future_lowdim_steps=3))
+    spec = parse_spec((tmp_path / "out/robotics.json").read_text(encoding="utf-8"), "robotics.json")
+    assert (spec.fields["action"].names, spec.fields["observation.state"].names) == (tuple(JOINTS), ())
+    (tmp_path / "map.yaml").write_text("fields: {hand: {source: action, columns: [6, 8]}}", encoding="utf-8")
+    mapped = create_converter(params_of(root, field_map=str(tmp_path / "map.yaml"))).describe_fields()
+    assert mapped["hand"].names == ("joint_6", "gripper")
+    path = root / "data/chunk-000/episode_000000.parquet"
+    columns = pq.read_table(path).to_pydict()
+    columns["action"][3][7] = float("nan")
+    pq.write_table(pa.table(columns), path)
+    error = read_all(params_of(root))["set_episode_000000"]
+    assert "field 'action' holds nan at frame 3, column 7 (gripper)." in str(error)
+    edit_info(swapped, lambda info: info["features"]["action"].update(names=JOINTS[::-1]))
+    with pytest.raises(ValueError, match=r"field 'action' differs between .*gripper"):
+        create_converter(params_of(root, swapped)).describe_fields()
+
+
 def test_hidden_files_are_no_tables(write: Any, tmp_path: Path, read_all: Any, add_hidden_files: Any) -> None:
     root = tmp_path / "set"
     shutil.copytree(write("v3-png"), root)
