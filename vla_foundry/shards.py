@@ -11,15 +11,21 @@ num_bytes, sha256 and the index.
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, BinaryIO, Literal
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
 INDEX_VERSION = 1
+# first bytes of gzip, bzip2, xz and zstd
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")
+# members that WebDataset skips, and how it splits the names of the others
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+_SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)
 # member suffixes of a shard of tokenized records; its one sample key is the shard's name
 TOKENS_SUFFIX = {"uint16": "tokens.u16", "uint32": "tokens.u32"}
 DOCUMENT_ENDS_SUFFIX = "document_ends.u32"
@@ -117,6 +123,8 @@ class ShardIndex:
     records: TokenRecords | None = None
     # in the order of the tar
     episodes: tuple[EpisodeSpans, ...] = ()
+    # False: the tar that was indexed lacks the empty block at its end, so it may be cut off; not stored
+    ends_properly: bool = field(default=True, compare=False)
 
 
 def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
@@ -170,54 +178,98 @@ def format_manifest(entries: Iterable[ManifestEntry]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def split_member_name(name: str) -> tuple[str, str]:
-    """Split a member's name as WebDataset does: at the first dot after the last slash; the suffix in lower case."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name as WebDataset does: at the first dot after the last slash; the suffix in lower case.
 
-
-def _is_of_a_sample(name: str) -> bool:
-    """True unless WebDataset skips the member: metadata (`__x__`), no suffix (README), a hidden file (._x of macOS)."""
-    base = name.rpartition("/")[2]
-    return "." in base and not base.startswith(".") and not name.startswith("__")
+    Returns:
+        The sample's key and the suffix. None for members that belong to no sample: WebDataset's own (`__x__`), hidden
+        files (`._x.png`, `.DS_Store`) and names without a suffix.
+    """
+    match = None if _META_NAME.match(name) else _SAMPLE_NAME.fullmatch(name)
+    return None if match is None else (match[1], match[2].lower())
 
 
 def index_shard(file: BinaryIO) -> ShardIndex:
     """Read a whole tar's headers and return where its samples lie; members that belong to no sample are skipped.
 
+    A member whose suffix its sample already has begins another sample with the same key; readers drop it.
+
     Args:
         file: the tar, seekable, at its beginning.
 
     Raises:
-        ValueError: the file is not a readable tar, or a sample has two members with the same name.
+        ValueError: the file is not a readable tar.
     """
     samples: list[tuple[str, dict[str, MemberSpan]]] = []
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile() or not _is_of_a_sample(member.name):
-                    continue
-                key, suffix = split_member_name(member.name)
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                if suffix in samples[-1][1]:
-                    raise ValueError(f"member '{member.name}' stands twice in its sample")
-                samples[-1][1][suffix] = MemberSpan(offset=member.offset_data, size=member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"not a readable tar ({error})") from None
+    members, ends_properly = _read_headers(file)
     num_bytes = file.seek(0, 2)
-    for key, members in samples:
-        for suffix, span in members.items():
-            if span.offset + span.size > num_bytes:
-                raise ValueError(f"member '{key}.{suffix}' is cut off")
+    for name, span in members:
+        if span.offset + span.size > num_bytes:
+            raise ValueError(f"member '{name}' is cut off")
+        key, suffix = split_member_name(name) or (None, "")
+        if key is None:
+            continue
+        if not samples or samples[-1][0] != key or suffix in samples[-1][1]:
+            samples.append((key, {}))
+        samples[-1][1][suffix] = span
     if len(samples) == 1 and RECORDS_INFO_SUFFIX in samples[0][1]:
-        return _index_records(file, samples[0][1], num_bytes)
-    if samples and EPISODE_SUFFIX in samples[0][1]:
-        episodes = tuple(_index_episode(file, key, members) for key, members in samples)
+        index = _index_records(file, samples[0][1], num_bytes)
+    elif samples and EPISODE_SUFFIX in samples[0][1]:
+        episodes = tuple(_index_episode(file, key, spans) for key, spans in samples)
         num_anchors = sum(len(episode.anchors) for episode in episodes)
-        return ShardIndex(num_sequences=num_anchors, num_bytes=num_bytes, episodes=episodes)
-    return ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
+        index = ShardIndex(num_sequences=num_anchors, num_bytes=num_bytes, episodes=episodes)
+    else:
+        index = ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
+    return replace(index, ends_properly=ends_properly)
+
+
+def _read_headers(file: BinaryIO) -> tuple[list[tuple[str, MemberSpan]], bool]:
+    """Return the files in a tar, and whether it ends with an empty block.
+
+    A hard link stands for the file it links to. Archives that were appended with `cat` are read too.
+    """
+    members: dict[str, MemberSpan] = {}
+    found: list[tuple[str, MemberSpan]] = []
+    start, block = 0, b""
+    while start is not None:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.issparse():
+                        raise ValueError(f"member '{member.name}' is stored as a sparse file. Pack it without --sparse")
+                    if member.islnk() and member.linkname not in members:
+                        raise ValueError(f"member '{member.name}' links to '{member.linkname}', which is not before it")
+                    if member.islnk():
+                        members[member.name] = members[member.linkname]
+                    elif member.isfile():
+                        members[member.name] = MemberSpan(offset=member.offset_data, size=member.size)
+                    else:
+                        continue
+                    found.append((member.name, members[member.name]))
+                end = tar.offset
+        except tarfile.TarError as error:
+            file.seek(0)
+            packed = ", but compressed: unpack it" if file.read(4).startswith(_COMPRESSED) else ""
+            raise ValueError(f"not a readable tar ({error}){packed}") from None
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):
+            raise ValueError(f"not a readable tar (the header at byte {end} is damaged or cut off)")
+        start = _find_next_archive(file)
+    return found, len(block) == tarfile.BLOCKSIZE
+
+
+def _find_next_archive(file: BinaryIO) -> int | None:
+    """Return where the next archive begins after empty blocks; None at the end of the file, or before other bytes."""
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                return None
+            return file.tell() - tarfile.BLOCKSIZE
+    return None
 
 
 def format_records_info(*, dtype: str, record_length: int, num_sequences: int) -> str:

@@ -1,9 +1,12 @@
 """The spec on disk: what is written is read back, and what is wrong is named."""
 
+import gzip
 import io
 import json
+import subprocess
 import tarfile
 import tempfile
+from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
@@ -102,15 +105,22 @@ def test_wrong_manifest_is_named(text: str, message: str):
     [
         ("a/b.c/d.Front.JPG", "a/b.c/d", "front.jpg"),
         ("key.json", "key", "json"),
-        ("key", "key", ""),
+        ("a.b/README", None, None),
+        ("._a.png", None, None),
+        ("__meta__.d/a.png", "__meta__.d/a", "png"),
+        ("__a.png", "__a", "png"),
+        ("__meta__/a.png", None, None),
+        ("a.", "a", ""),
     ],
 )
-def test_member_names_split_as_webdataset_does(name: str, key: str, suffix: str):
-    from webdataset.tariterators import base_plus_ext
+def test_member_names_split_as_webdataset_does(name: str, key: str | None, suffix: str | None):
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    assert split_member_name(name) == (key, suffix)
-    if suffix:
-        assert base_plus_ext(name) == (key, name[len(key) + 1 :])
+    assert split_member_name(name) == (None if key is None else (key, suffix))
+    (source,) = [{"url": "a.tar", "stream": io.BytesIO(create_tar([(name, b"x")]))}]
+    samples = list(group_by_keys(tar_file_expander([source])))
+    assert [sample["__key__"] for sample in samples] == ([] if key is None else [key])
+    assert all(suffix in sample for sample in samples)
 
 
 def test_index_says_where_samples_lie():
@@ -136,7 +146,6 @@ def test_index_of_token_records_is_read_back():
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.txt", b"1"), ("a.TXT", b"2")], "member 'a.TXT' stands twice"),
         (records(**{"tokens.u16": bytes(10)}), "has 10 bytes of tokens for 2 records of 3"),
         (records(**{"document_offsets.u64": bytes(16)}), "has 16 bytes of offsets for 2 records"),
         (records(**{"records.json": b"{}"}), "token records are not whole"),
@@ -148,6 +157,58 @@ def test_index_of_token_records_is_read_back():
 def test_wrong_tar_is_named(members: list, message: str):
     with pytest.raises(ValueError, match=message):
         index_of(create_tar(members))
+
+
+def test_a_member_twice_in_a_sample_begins_another_with_the_same_key():
+    index = index_of(create_tar([("a.png", b"0"), ("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3")]))
+    assert [(key, list(members)) for key, members in index.samples] == [
+        ("a", ["png", "txt"]),
+        ("a", ["txt"]),
+        ("b", ["txt"]),
+    ]
+
+
+def test_archives_one_after_another_are_read_and_other_bytes_after_the_end_are_not():
+    first, second = create_tar([("a.txt", b"1")]), create_tar([("b.txt", b"22")])
+    data = first + second + b"left over " * 99
+    index = index_of(data)
+    assert [key for key, _ in index.samples] == ["a", "b"]
+    span = index.samples[1][1]["txt"]
+    assert data[span.offset : span.offset + span.size] == b"22"
+    assert index.ends_properly
+    assert not index_of(first[:1024]).ends_properly
+
+
+def test_a_damaged_header_is_an_error_not_the_end():
+    data = bytearray(create_tar([("a.txt", b"1"), ("b.txt", b"2"), ("c.txt", b"3")]))
+    data[1024 + 30] ^= 1
+    with pytest.raises(ValueError, match="the header at byte 1024 is damaged"):
+        index_of(bytes(data))
+
+
+def test_a_hard_link_is_the_file_it_links_to():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        content = tarfile.TarInfo("a.png")
+        content.size = 3
+        tar.addfile(content, io.BytesIO(b"123"))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    index = index_of(file.getvalue())
+    assert index.samples[0][1] == index.samples[1][1]
+    assert [key for key, _ in index.samples] == ["a", "b"]
+
+
+def test_what_can_not_be_read_in_place_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    with open(tmp_path / "a.bin", "r+b") as file:
+        file.truncate(1 << 20)
+    subprocess.run(["tar", "-C", tmp_path, "--sparse", "-cf", tmp_path / "a.tar", "a.bin"], check=True)
+    with pytest.raises(ValueError, match=r"member 'a\.bin' is stored as a sparse file"):
+        index_of((tmp_path / "a.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"not a readable tar .* compressed: unpack it"):
+        index_of(gzip.compress(create_tar([("a.txt", b"1")])))
 
 
 @pytest.mark.parametrize("size", [0, 100, 600, 1500, 3000])

@@ -50,8 +50,6 @@ from vla_foundry.storage.uri import (
     write_text,
 )
 
-# two empty blocks end a tar
-_END_BYTES = 1024
 _MAX_FAULTS = 5
 # members that may stand in for each other
 _IMAGE = re.compile(r"(?:(?:image_)?\d+\.)?(?:jpg|jpeg|png|webp)")
@@ -175,7 +173,7 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
                 index = index_shard(file)
             except ValueError as error:
                 raise ValueError(f"{shard}: {error}. Make the shard again, or take it away.") from None
-            if not ends_properly(file, index):
+            if not index.ends_properly:
                 raise ValueError(f"{shard}: the tar is cut off. Make the shard again, or take it away.")
             file.seek(0)
             digest = sha256_of(file)
@@ -291,7 +289,7 @@ def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
         yield f"it has {index.num_sequences:,} samples, and {entry.num_sequences:,} in the manifest"
     if expected.index is not None and expected.index != index:
         yield f"its index does not fit it{_first_difference(expected.index, index)}"
-    if not ends_properly(file, index):
+    if not index.ends_properly:
         yield "it has no end marker: the tar is cut off"
     if index.records is not None:
         yield from _record_faults(file, index.records, index.num_sequences, expected.vocab_size)
@@ -299,25 +297,6 @@ def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
         yield from _episode_faults(file, index.episodes)
     else:
         yield from _member_faults(index)
-
-
-def ends_properly(file: BinaryIO, index: ShardIndex) -> bool:
-    """True if the two empty blocks that end a tar follow its last sample, and what else it may hold."""
-    end = max((span.offset + span.size for span in _spans(index)), default=0)
-    last = file.seek(0, 2) - _END_BYTES
-    file.seek(max(last, 0))
-    return last >= end and not any(file.read())
-
-
-def _spans(index: ShardIndex) -> Iterator[MemberSpan]:
-    if index.records is not None:
-        yield from (index.records.tokens, index.records.document_ends, index.records.document_offsets)
-    for _, members in index.samples:
-        yield from members.values()
-    for episode in index.episodes:
-        yield from episode.members.values()
-        for frames in episode.frames.values():
-            yield from frames
 
 
 def _first_difference(said: ShardIndex, found: ShardIndex) -> str:

@@ -258,9 +258,10 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
                 content = tar.extractfile(member)
-                if content is None:
+                named = split_member_name(member.name)
+                if content is None or named is None:
                     continue
-                new, suffix = split_member_name(member.name)
+                new, suffix = named
                 if new != key and members:
                     yield key, members
                     members = {}
