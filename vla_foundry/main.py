@@ -8,7 +8,7 @@ from vla_foundry.config.command_line import errors_once, parse, print_notices, r
 from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.world import read_world, read_world_size
+from vla_foundry.world import follow_launcher, read_world, read_world_size
 
 PROG = "vla-foundry train"
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
         ValueError: an error that the user can fix; one line.
         FileNotFoundError: a file named in the config does not exist.
     """
+    follow_launcher()
     with errors_once():
         parsed = parse(TrainExperimentParams, argv, prog=PROG)
     with errors_once(on_each_node=True):

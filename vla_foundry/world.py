@@ -1,8 +1,13 @@
 """Read this process's rank and the number of processes from the launcher's environment, never from the config."""
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -20,6 +25,8 @@ _OPEN_MPI = _Launcher(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RA
 _SLURM = _Launcher("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
 # the first launcher found wins: torchrun may itself be started by Slurm or MPI
 _LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _SLURM)
+# after its agent died, a rank has this long to save a checkpoint
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_SAVE = 2.0, 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,34 @@ def read_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Read only the number of processes; needs no torch."""
     names = [launcher.world_size for launcher in _LAUNCHERS if launcher.world_size in environment]
     return _read_int(environment, names[0]) if names else 1
+
+
+def follow_launcher() -> None:
+    """Stop this process as SIGTERM does when torchrun's agent dies, which otherwise leaves its ranks behind.
+
+    A process that torchrun did not start has no parent to die with (nohup, tmux); mpirun and srun end their own.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch_ancestors, args=(_find_ancestors(),), daemon=True).start()
+
+
+def _watch_ancestors(before: list[int]) -> None:
+    while _find_ancestors() == before:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    # ranks that wait for a dead one never come to their checkpoint
+    time.sleep(_SECONDS_TO_SAVE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _find_ancestors() -> list[int]:
+    """Return the processes from this one's parent up to torchrun's agent, which does not have the rank's variables."""
+    pids = [os.getppid()]
+    with suppress(OSError, ValueError):
+        while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pids[-1]}/environ").read_bytes():
+            status = Path(f"/proc/{pids[-1]}/stat").read_text(encoding="utf-8")
+            pids.append(int(status.rpartition(")")[2].split()[1]))
+    return pids
 
 
 def read_ranks_per_node(world_size: int, environment: Mapping[str, str] = os.environ) -> int:

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, get_all_start_methods, get_context
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -242,6 +242,8 @@ _GRACE_SECONDS = 120.0
 # pipe size in bytes: a message that fits lets the worker continue without waiting for the trainer
 _PIPE_SIZE = 1 << 20
 _SERVER_MODULE = "vla_foundry.data.loader"
+# signals that reach the trainer's whole process group
+_SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def start_context() -> Any:
@@ -250,7 +252,14 @@ def start_context() -> Any:
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([_SERVER_MODULE])
-    forkserver.ensure_running()  # the server imports while the trainer creates the model
+    # a signal to the whole process group must not end these two before the trainer has saved, nor interrupt an import
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # starting the tracker unblocks two of them
+        forkserver.ensure_running()  # the server imports while the trainer creates the model
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -268,6 +277,17 @@ def prepare_process(environment: dict[str, str], worker: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer stops its workers itself
     signal.signal(signal.SIGTERM, _leave_later)
+    signal.signal(signal.SIGHUP, _leave_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
+    threading.Thread(target=_leave_with_trainer, daemon=True, name="leave-with-trainer").start()
+
+
+def _leave_with_trainer() -> None:
+    """End this process when its trainer dies, however it dies. PyTorch watches the parent, which is the fork server."""
+    trainer = parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def _leave_later(signal_number: int, frame: Any) -> None:

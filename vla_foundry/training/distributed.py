@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -81,8 +81,9 @@ def leave_process(code: int) -> NoReturn:
     After sharding, torch's threads sometimes abort the interpreter's shutdown, which the launcher would report as a
     failure.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -272,45 +273,59 @@ def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
     return result
 
 
-# exit code of a run that saved a checkpoint and stopped because of SIGTERM (128 + 15, as shells report it)
-EXIT_STOPPED = 143
+# each saves a checkpoint and ends the run with 128 + its number, as shells report it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignal:
-    """Listen for SIGTERM inside a `with` block, and stop all ranks after the same step."""
+    """Listen for SIGTERM, SIGINT and SIGHUP inside a `with` block, and stop all ranks after the same step.
+
+    A signal that was ignored when the run started stays ignored (nohup, jobs in the background). In a run of one
+    process, a second Ctrl-C interrupts at once.
+    """
 
     def __init__(self, world: World) -> None:
-        self._is_shared = world.world_size > 1
-        self._received = False
+        self._world = world
+        self._received = 0
         self._flag = torch.zeros(1)
         self._pending: dist.Work | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         if kind is None and self._pending is not None:
             self._pending.wait()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        is_alone = self._world.world_size == 1
+        if number == signal.SIGINT and self._received and is_alone:
+            raise KeyboardInterrupt
+        self._received = self._received or number
+        if number == signal.SIGINT and self._world.is_main:
+            again = " Ctrl-C again stops at once, without it." if is_alone else ""
+            # a handler may interrupt a print, which could not print a second time
+            with suppress(OSError):
+                os.write(2, f"\nSaving a checkpoint after this step.{again}\n".encode())
 
-    def poll(self) -> bool:
-        """Collective: call on every rank, once a step. Return whether to stop now.
+    def poll(self) -> int:
+        """Collective: call on every rank, once a step. Return the number of the signal to stop for now, or 0.
 
-        The signal reaches ranks at different moments. Each rank sends its flag and reads the sum from one step earlier:
-        hosts agree without waiting for each other, and the accelerator is not touched.
+        The signal reaches ranks at different moments. Each rank sends its own and reads the largest from one step
+        earlier: hosts agree without waiting for each other, and the accelerator is not touched.
         """
-        if not self._is_shared:
+        if self._world.world_size == 1:
             return self._received
-        stopping = False
+        number = 0
         if self._pending is not None:
             self._pending.wait()
-            stopping = bool(self._flag[0] > 0)
+            number = int(self._flag[0])
         self._flag = torch.tensor([float(self._received)])
-        self._pending = dist.all_reduce(self._flag, async_op=True)
-        return stopping
+        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        return number

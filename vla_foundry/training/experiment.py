@@ -19,7 +19,6 @@ from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
-    EXIT_STOPPED,
     broadcast_object,
     leave_process,
     main_rank_first,
@@ -43,7 +42,7 @@ def train(params: TrainExperimentParams, world: World) -> None:
 
     Raises:
         ValueError: the user can fix the problem; the message is one line.
-        SystemExit: code EXIT_STOPPED after SIGTERM; a checkpoint was saved.
+        SystemExit: code 128 + number after SIGTERM, SIGINT or SIGHUP; a checkpoint was saved.
     """
     logging.getLogger("vla_foundry").setLevel(params.log_level.upper() if world.is_main else logging.ERROR)
     # fail early if the schedule does not fit into the run
@@ -52,14 +51,14 @@ def train(params: TrainExperimentParams, world: World) -> None:
     folder = find_run_folder(params)
     with ExitStack() as stack:
         run = create_run(params, world, folder, stack)
-        finished = loop.train(run)
-    stop_process_group()
-    if run.sync is not None:
-        run.sync.close()
+        stopped_by = loop.train(run)
+        # the other ranks need not wait for the copies to remote storage that end this block
+        stop_process_group()
+    code = 128 + stopped_by if stopped_by else 0
     if world.world_size > 1:
-        leave_process(0 if finished else EXIT_STOPPED)
-    if not finished:
-        raise SystemExit(EXIT_STOPPED)
+        leave_process(code)
+    if code:
+        raise SystemExit(code)
 
 
 def find_run_folder(params: TrainExperimentParams) -> Path:
@@ -100,8 +99,11 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
+    sync = None
+    if params.remote_sync and world.is_main:
+        sync = stack.enter_context(RemoteSync(folder, params.remote_sync, log.say))
+    # before the copies end, so that they hold all that the log writes
     stack.callback(log.close)
-    sync = RemoteSync(folder, params.remote_sync, log.say) if params.remote_sync and world.is_main else None
     for notice in notices:
         log.say(f"note: {notice}")
     log.say(describe_run(params, world, state))

@@ -6,6 +6,7 @@ the number of ranks or padding.
 """
 
 import hashlib
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -57,11 +58,11 @@ class Run:
     sync: RemoteSync | None = None
 
 
-def train(run: Run) -> bool:
+def train(run: Run) -> int:
     """Collective: call on every rank. Train from `run.state.step` to the end of the budget.
 
     Returns:
-        True at the end of the budget, False if a signal stopped the run earlier; a checkpoint is saved either way.
+        0 at the end of the budget, else the number of the signal that stopped the run; it saves a checkpoint too.
 
     Raises:
         ValueError: the data ends early or is broken, or too many updates in a row were skipped.
@@ -89,11 +90,15 @@ def train(run: Run) -> bool:
                 is_due = is_validation_due(run, saves)
                 if is_due and not stopping:
                     validate(run)
-                save(run, is_validation_owed=is_due and stopping)
+                save(run, is_validation_owed=is_due and bool(stopping))
                 meter.restart()
             if stopping:
-                return False
-    return True
+                run.log.say(
+                    f"Stopped by {signal.Signals(stopping).name} after step {state.step} of {run.total_steps}. "
+                    "Continue with --resume auto."
+                )
+                return stopping
+    return 0
 
 
 def take_microbatches(source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:

@@ -127,12 +127,18 @@ def truncate_metrics(run_folder: Path, step: int) -> list[str]:
     return [f"{num_damaged} damaged lines of {path} were dropped."] if num_damaged else []
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the error, where rich would end the process."""
+        raise BrokenPipeError
+
+
 class Terminal:
     """Print lines to standard output, with a progress bar below them on a terminal."""
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+        self._console = _Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
         self._progress: Progress | None = None
         if self._console.is_terminal:
             columns = (
@@ -153,7 +159,11 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar."""
-        self._console.print(line)
+        try:
+            self._console.print(line)
+        except OSError:
+            # the terminal, pipe or disk that shows the lines is gone, but the run is not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Print metrics as a line."""

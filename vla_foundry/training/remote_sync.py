@@ -2,9 +2,11 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
-from vla_foundry.run_folder import COMPLETE_NAME, WRITING_PREFIX
+from vla_foundry.run_folder import COMPLETE_NAME
 from vla_foundry.storage.uri import join_uri, upload
 
 _STEP_PREFIX = "step_"
@@ -46,6 +48,19 @@ class RemoteSync:
         if self._error:
             raise ValueError(f"The run is done, but {self._target} lacks part of it: {self._error}")
 
+    def __enter__(self) -> "RemoteSync":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; after an error, which is what the user must see, warnings say what could not be copied."""
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            with suppress(ValueError):
+                self.close()
+
     def _work(self) -> None:
         is_last = False
         while not is_last:
@@ -66,10 +81,10 @@ class RemoteSync:
                     continue
                 upload(str(path), join_uri(self._target, name))
                 self._copied[name] = version
-            except FileNotFoundError:
-                # an old checkpoint that was deleted meanwhile
-                continue
             except Exception as error:  # storage clients may raise anything
+                if not path.exists():
+                    # an old checkpoint that was deleted meanwhile
+                    continue
                 self._error = f"{name} could not be copied ({' '.join(str(error).split())})"
                 self._say(f"warning: {self._target}: {self._error}; it will be tried again.")
                 return
@@ -77,8 +92,8 @@ class RemoteSync:
     def _list_files(self) -> list[Path]:
         """List every file except those being written; COMPLETE comes after every other file of its step folder."""
         paths = [path for path in self._run_folder.rglob("*") if path.is_file()]
-        paths = [path for path in paths if not any(part.startswith(WRITING_PREFIX) for part in path.parts)]
-        return sorted(paths, key=self._order)
+        names = {path: path.relative_to(self._run_folder).parts for path in paths}
+        return sorted((path for path in paths if not any(n.startswith(".") for n in names[path])), key=self._order)
 
     def _order(self, path: Path) -> tuple[tuple[str, ...], bool, Path]:
         folders = path.relative_to(self._run_folder).parts[:-1]

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,12 +238,12 @@ def test_a_validation_that_a_signal_cut_off_is_made_up_for(tiny, tmp_path: Path)
     straight = train_tiny(tiny, tmp_path / "1")
     run = tiny.create_run(tiny.create_params(tmp_path / "2"), World())
     run.handler.stop_at = 9 * 16  # in the step that ends with a checkpoint
-    assert not train(run)
+    assert train(run) == signal.SIGTERM
     run.log.close()
     checkpoint = find_checkpoint(run.folder)
     goes_on = tiny.create_run(run.params, World())
     goes_on.is_validation_owed = load_checkpoint(checkpoint, goes_on.state)["is_validation_owed"]
-    assert train(goes_on)
+    assert train(goes_on) == 0
     lines = run.log._sinks[0].lines + goes_on.log._sinks[0].lines
     assert [line["loss"] for line in lines] == [line["loss"] for line in straight["lines"]]
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 20]
