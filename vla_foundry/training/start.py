@@ -19,15 +19,20 @@ from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.policy import without_starts
 from vla_foundry.provenance import has_uncommitted_changes, read_git_commit, read_package_versions
+from vla_foundry.robotics.spec import SPEC_NAME
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
     CONFIG_NAME,
     METRICS_NAME,
     MODEL_CONFIG_NAME,
+    MODEL_FILES_FOLDER,
+    NORMALIZER_NAME,
+    PREPROCESSING_CONFIG_NAME,
     PROCESSOR_FOLDER,
     PROVENANCE_NAME,
     STATE_NAME,
+    STATISTICS_NAME,
     TOKENIZER_FOLDER,
     WRITING_PREFIX,
     find_checkpoint,
@@ -38,8 +43,15 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
+from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
+# what a start writes to a run folder, and what the run then logs there
+_START_FILES = frozenset((
+    CONFIG_NAME, MODEL_CONFIG_NAME, TOKENIZER_FOLDER, PROCESSOR_FOLDER, NORMALIZER_NAME, STATISTICS_NAME, SPEC_NAME,
+    PREPROCESSING_CONFIG_NAME, MODEL_FILES_FOLDER,
+))  # fmt: skip
+_LOG_FILES = frozenset((METRICS_NAME, PROVENANCE_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb"))
 # params that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
 
@@ -54,17 +66,19 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
         notify: called with one line for each damaged checkpoint that is skipped.
 
     Raises:
-        ValueError: the run's folder exists and resume is not set; or there is no usable checkpoint.
+        ValueError: the run's folder has checkpoints, or files of something else, and resume is not set; or there is no
+            usable checkpoint.
     """
     if params.resume not in (None, "auto"):
         raise ValueError(
             f"resume must be auto or null, got '{params.resume}'. To start from another run's checkpoint, "
             "use --model.resume_from_checkpoint."
         )
-    if params.resume is None and run_folder.is_dir() and any(run_folder.iterdir()):
+    if params.resume is None and list_step_folders(run_folder):
         raise ValueError(
-            f"The run folder {run_folder} exists. Continue it with --resume auto, or choose another --name."
+            f"The run folder {run_folder} has checkpoints. Continue it with --resume auto, or choose another --name."
         )
+    _clear_attempt(params, run_folder, notify)
     if params.resume == "auto":
         if list_step_folders(run_folder):
             return find_checkpoint(run_folder, notify=notify)
@@ -93,6 +107,25 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")
     return step_folder
+
+
+def _clear_attempt(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> None:
+    """Delete what an attempt that saved no checkpoint wrote, so that it neither blocks its name nor leaves its data."""
+    names = {path.name for path in run_folder.glob("*")}
+    if not names or list_step_folders(run_folder):
+        return
+    others = [f"{CHECKPOINTS_FOLDER}/{path.name}" for path in (run_folder / CHECKPOINTS_FOLDER).glob("*")]
+    strangers = sorted(names - _START_FILES - _LOG_FILES - {CHECKPOINTS_FOLDER}) + sorted(others)
+    if strangers and params.resume is None:
+        raise ValueError(
+            f"The folder {run_folder} holds {strangers[0]}, which is not part of a run. Choose another --name."
+        )
+    if not strangers and CONFIG_NAME in names:
+        notify(f"{run_folder} held an attempt without a checkpoint, which is replaced.")
+        # resume auto continues its logs
+        for name in sorted(names & (_START_FILES if params.resume else _START_FILES | _LOG_FILES)):
+            path = run_folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def remove_unfinished(run_folder: Path) -> None:

@@ -25,7 +25,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.training.experiment import train
-from vla_foundry.training.start import fetch_checkpoint, write_configs
+from vla_foundry.training.start import fetch_checkpoint, find_start, write_configs
 from vla_foundry.world import World
 
 _SCRIPT = Path(__file__).with_name("interrupted_runs.py")
@@ -156,7 +156,7 @@ def test_a_run_folder_is_never_overwritten(params: TrainExperimentParams) -> Non
     config = Path(params.save_path) / "run" / "config.yaml"
     before = config.read_bytes()
     longer = replace(params, total_train_samples=80)
-    with pytest.raises(ValueError, match=r"exists\. Continue it with --resume auto"):
+    with pytest.raises(ValueError, match=r"has checkpoints\. Continue it with --resume auto"):
         train(longer, World())
     assert config.read_bytes() == before
 
@@ -169,6 +169,38 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
+
+
+def test_an_attempt_without_a_checkpoint_leaves_its_name_free_and_nothing_of_its_data(
+    params: TrainExperimentParams, tmp_path: Path
+) -> None:
+    folder, notices = tmp_path / "run", []
+    for resume, kept in ((None, {"checkpoints", "provenance.json"}), ("auto", {"checkpoints", "metrics.jsonl"})):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("tokenizer", "checkpoints"):
+            (folder / name).mkdir(parents=True)
+        for name in ("config.yaml", "config_model.yaml", "stats.json", "metrics.jsonl", "provenance.json"):
+            (folder / name).touch()
+        assert find_start(replace(params, resume=resume), folder, notices.append) is None
+        left = {path.name for path in folder.iterdir()}
+        assert "tokenizer" not in left
+        assert "stats.json" not in left
+        assert ("metrics.jsonl" in left) == ("metrics.jsonl" in kept)
+    assert len(notices) == 2
+    assert "attempt without a checkpoint" in notices[0]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.tex", "checkpoints/checkpoint_5.pt"])
+def test_a_folder_of_something_else_is_neither_used_nor_cleared(
+    stranger: str, params: TrainExperimentParams, tmp_path: Path
+) -> None:
+    for name in ("config.yaml", "stats.json", stranger):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"holds {stranger}, which is not part of a run\. Choose another --name"):
+        find_start(replace(params, resume=None), tmp_path, print)
+    find_start(replace(params, resume="auto"), tmp_path, print)
+    assert (tmp_path / "stats.json").exists()
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_byte])
