@@ -14,18 +14,18 @@ single tile, first scales up to 2048 and then down.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap, resize_map
-from vla_foundry.images.processor import HUGGING_FACE, Processor, write_config
+from vla_foundry.images.processor import HUGGING_FACE, TOKEN_KEYS, Processor, write_config
 from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, ChatTokenizer, Turn
 
-# outputs of the image processor that describe the tiling and are not model inputs
-_NOT_INPUTS = ("rows", "cols", "pixel_attention_mask")
+# an input of SmolVLM and Idefics3 that says what is padding; our tiles have none
+_NOT_INPUTS = {"pixel_attention_mask"}
 
 
 def _tile_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
@@ -35,6 +35,10 @@ def _tile_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
         side = image_processor.max_image_size["longest_edge"]
         options["size"] = {"height": side, "width": side}
     return options
+
+
+def _crop_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
+    return {"crop_to_patches": split_images}
 
 
 def _no_options(image_processor: Any, split_images: bool) -> dict[str, Any]:
@@ -49,25 +53,29 @@ class Family:
     prompt_layout: str = "chat"
     # True if the beginning-of-sequence token comes after the images
     has_bos_after_images: bool = False
-    # mm_token_type_ids: 1 at image tokens; token_type_ids: 1 from the first answer on (attention is causal only there)
-    token_types: Literal["mm_token_type_ids", "token_type_ids"] | None = None
+    # token_type_ids are 1 from the first answer on (attention is causal only there); else they mark image tokens
+    marks_answers: bool = False
     # True if an unsplit image is only scaled, so that its pixel map follows from the two sizes
     is_plain_resize: bool = False
     # further options of the image processor: (image processor, split_images) -> options
     options: Callable[[Any, bool], dict[str, Any]] = field(default=_no_options)
 
 
-_QWEN = Family(token_types="mm_token_type_ids", is_plain_resize=True)
+_QWEN = Family(is_plain_resize=True)
 _TILES = Family(options=_tile_options, is_plain_resize=True)
+_PATCHES = Family(options=_crop_options)
 FAMILIES: dict[str, Family] = {
     "Qwen2VLProcessor": _QWEN,
     "Qwen2_5_VLProcessor": _QWEN,
     "Qwen3VLProcessor": _QWEN,
     "PaliGemmaProcessor": Family(
-        prompt_layout="plain", has_bos_after_images=True, token_types="token_type_ids", is_plain_resize=True
+        prompt_layout="plain", has_bos_after_images=True, marks_answers=True, is_plain_resize=True
     ),
     "SmolVLMProcessor": _TILES,
     "Idefics3Processor": _TILES,
+    "InternVLProcessor": _PATCHES,
+    "AyaVisionProcessor": _PATCHES,
+    "Cohere2VisionProcessor": _PATCHES,
 }
 
 
@@ -81,7 +89,8 @@ class HuggingFaceProcessor(Processor):
         split_images: cut images into tiles if the family does so (see the module docstring).
 
     Raises:
-        ValueError: the processor has no tokenizer or no image processor; also see `ChatTokenizer`.
+        ValueError: the processor has no tokenizer or no image processor, or gives images in a form that we cannot pass
+            on; also see `ChatTokenizer`.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class HuggingFaceProcessor(Processor):
                 )
         self.family = FAMILIES.get(name, Family())
         self.prompt_layout = prompt_layout or (CHAT_TEMPLATE if processor.chat_template else self.family.prompt_layout)
+        image_token_ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
         normalizes = processor.image_processor.do_normalize
         super().__init__(
             ChatTokenizer(
@@ -108,13 +118,63 @@ class HuggingFaceProcessor(Processor):
                 render=self._render if processor.chat_template else None,
                 image_marker=getattr(processor, "image_token", None) or IMAGE_MARKER,
             ),
-            image_token_id=getattr(processor, "image_token_id", None),
+            image_token_id=image_token_ids[0],
             image_mean=processor.image_processor.image_mean if normalizes else (0.0, 0.0, 0.0),
             image_std=processor.image_processor.image_std if normalizes else (1.0, 1.0, 1.0),
         )
         self.processor = processor
         self.processor_kwargs = dict(processor_kwargs or {})
         self.split_images = split_images
+        if self.image_token_id is not None and not self.family.marks_answers:
+            self._compare_with_original()
+
+    def _compare_with_original(self) -> None:
+        """Check that a prompt with two images of different sizes becomes what the processor itself makes of it.
+
+        Raises:
+            ValueError: it does not; images of this family cannot be passed on.
+        """
+        images = [torch.arange(3 * h * w).reshape(3, h, w).to(torch.uint8) for h, w in ((40, 56), (48, 32))]
+        turns = [Turn("user", f"{IMAGE_MARKER}{IMAGE_MARKER}a")]
+        name = type(self.processor).__name__
+        try:
+            shapes = {tuple(self._process_images([image])[0]["pixel_values"].shape[1:]) for image in images}
+            ours = self.encode(images, turns)
+            has_template = self.prompt_layout == CHAT_TEMPLATE
+            text = self._render(turns, True) if has_template else self.processor.image_token * 2
+            theirs = self.processor(images=[images], text=[text], **self._options(), return_tensors="pt")
+        except (
+            AssertionError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        else:
+            different = [key for key, value in theirs.items() if not self._is_same(key, value, ours)]
+            if len(shapes) > 1:
+                reason = "images of different sizes do not fit into one batch"
+            elif different:
+                reason = f"{different[0]} would not be the processor's own"
+            else:
+                return
+        raise ValueError(
+            f"data.processor: images of a {name} cannot be passed on ({reason}). Use a model of another family."
+        )
+
+    def _is_same(self, key: str, theirs: Tensor, ours: Mapping[str, Any]) -> bool:
+        if key in ("attention_mask", "labels", *_NOT_INPUTS):
+            return True
+        if key not in ours:
+            return False
+        if key in TOKEN_KEYS and self.prompt_layout != CHAT_TEMPLATE:  # only the number of image tokens is comparable
+            counts = [int((ids == self.image_token_id).sum()) for ids in (theirs, ours["input_ids"])]
+            return key != "input_ids" or counts[0] == counts[1]
+        return torch.equal(theirs.flatten().float(), ours[key].flatten().float())
 
     def encode(
         self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
@@ -127,10 +187,10 @@ class HuggingFaceProcessor(Processor):
             "target_mask": torch.tensor(mask, dtype=torch.bool),
             **inputs,
         }
-        if self.family.token_types == "mm_token_type_ids":
-            sample["mm_token_type_ids"] = (sample["input_ids"] == self.image_token_id).int()
-        elif self.family.token_types == "token_type_ids":
-            sample["token_type_ids"] = sample["target_mask"].int().cummax(0).values.int()
+        marks = sample["target_mask"].cummax(0).values if self.family.marks_answers else None
+        for key in ("mm_token_type_ids", "token_type_ids"):
+            if key in self.processor.model_input_names:
+                sample[key] = (sample["input_ids"] == self.image_token_id if marks is None else marks).int()
         return sample
 
     def save(self, folder: Path) -> None:
@@ -150,17 +210,9 @@ class HuggingFaceProcessor(Processor):
         """Return the model inputs from images, and the tokens that represent each image."""
         if not images:
             return {}, []
-        image_processor = self.processor.image_processor
-        options = self.family.options(image_processor, self.split_images) | self.processor_kwargs
-        processed = image_processor(
-            list(images),
-            **options,
-            do_rescale=False,
-            do_normalize=False,
-            input_data_format="channels_first",
-            return_tensors="pt",
-        )
-        inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
+        processed = self.processor.image_processor(list(images), **self._options(), return_tensors="pt")
+        names = set(self.processor.model_input_names) - _NOT_INPUTS
+        inputs = {key: value for key, value in processed.items() if key in names}
         pixel_values = inputs["pixel_values"]
         if pixel_values.ndim == 5:  # [1, N, 3, H, W]
             inputs["pixel_values"] = pixel_values = pixel_values.flatten(0, 1)
@@ -174,6 +226,10 @@ class HuggingFaceProcessor(Processor):
             tokens[-1] = [*tokens[-1], self.tokenizer.bos_token_id]
         return inputs, tokens
 
+    def _options(self) -> dict[str, Any]:
+        options = self.family.options(self.processor.image_processor, self.split_images) | self.processor_kwargs
+        return {**options, "do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
+
     def _rows_per_image(self, processed: Any, num_images: int) -> Tensor:
         """Return how many rows of pixel_values each image has: patches, tiles or one."""
         if "image_grid_thw" in processed:
@@ -181,7 +237,11 @@ class HuggingFaceProcessor(Processor):
         if "rows" in processed:
             tiles = torch.tensor(processed["rows"][0]) * torch.tensor(processed["cols"][0])
             return tiles + 1
-        return torch.ones(num_images, dtype=torch.int64)
+        if "num_patches" in processed:
+            return torch.as_tensor(processed["num_patches"])
+        return (
+            torch.as_tensor(processed["num_crops"]) + 1 if "num_crops" in processed else torch.ones(num_images).long()
+        )
 
     def _pixel_maps(self, images: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[PixelMap]:
         sources = [(image.shape[1], image.shape[2]) for image in images]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -134,6 +135,8 @@ def _next_inputs(inputs: dict[str, Any], new: Tensor, cache: Any, kept: list[int
     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     column = new.unsqueeze(1).to(input_ids.dtype)
     if cache is None:
+        types = {name: value for name, value in inputs.items() if name.endswith("token_type_ids")}
+        inputs = inputs | {name: F.pad(value[kept], (0, 1)) for name, value in types.items()}
         return {**inputs, "input_ids": torch.cat([input_ids, column], dim=1), "attention_mask": mask}
     return {"input_ids": column, "attention_mask": mask, "past_key_values": cache}
 

@@ -152,7 +152,8 @@ class VLMHF(HuggingFaceLanguageModel):
             grid = torch.tensor([[1, side, side]], device=device)
             features = self.model.base_model.get_image_features(torch.zeros(side**2, width, device=device), grid)
         else:
-            image = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+            size = config.image_size
+            image = torch.zeros(1, 3, *([size] * 2 if isinstance(size, int) else size), device=device)
             features = self.model.base_model.get_image_features(image.unsqueeze(0) if self.is_grouped else image)
         parts = [*features.pooler_output, *getattr(features, "deepstack_features", ())]
         return torch.stack([part.sum() for group in parts for part in _tensors(group)]).sum()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.essential import image_text_families
 from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.images.colors import normalize_images
 from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, load_processor
@@ -156,3 +157,23 @@ def test_what_is_no_processor_of_images_and_text_is_refused(tmp_path: Path, toke
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"data.processor"):
         load_hugging_face_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("llava_next", ""), ("llava_onevision", ""), ("pixtral", "images of different sizes do not fit into one batch")],
+)
+def test_families_whose_images_cannot_be_passed_on_are_refused_by_name(name: str, reason: str) -> None:
+    original = image_text_families.create_processor(name)
+    with pytest.raises(ValueError, match=rf"images of a {type(original).__name__} cannot be .*{reason}") as caught:
+        HuggingFaceProcessor(original)
+    assert "\n" not in str(caught.value)
+
+
+def test_gemma_marks_its_image_tokens() -> None:
+    processor = HuggingFaceProcessor(image_text_families.create_processor("gemma3"))
+    sample = processor.encode([torch.zeros(3, 30, 40, dtype=torch.uint8)], [Turn("user", "<image>What is it?")])
+    is_image = sample["input_ids"] == processor.tokenizer.image_token_id
+    assert int(is_image.sum()) == 4
+    assert sample["token_type_ids"].bool().tolist() == is_image.tolist()
+    assert "num_crops" not in sample

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.essential import image_text_families
 from vla_foundry.batch import IGNORE_INDEX
+from vla_foundry.images.colors import normalize_images
+from vla_foundry.images.processor import TOKEN_KEYS
+from vla_foundry.images.processor_hf import HuggingFaceProcessor
 from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model
+from vla_foundry.models.vlm_hf import VLMHF
 from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.vlm import VLMHFParams
+from vla_foundry.text.chat import Turn
 from vla_foundry.world import World
 
 SCRIPT = Path(__file__).with_name("image_text_run.py")
@@ -215,3 +221,47 @@ def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*nothing' cannot be loaded") as caught:
         create_model(VLMHFParams(hf_pretrained=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llava", "vipllava", "gemma3", "qwen2_vl", "qwen2_5_vl", "internvl", "aya_vision"])
+def test_published_families_give_their_own_loss_and_answers_for_images_of_two_sizes(name: str) -> None:
+    original = image_text_families.create_processor(name)
+    processor = HuggingFaceProcessor(original)
+    assert processor.image_token_id is not None
+    model = image_text_families.create_model(name, processor.image_token_id)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, *size), generator=generator).to(torch.uint8) for size in ((40, 40), (30, 50))]
+
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A red cube."}]}
+    messages = [{"role": "user", "content": parts}]
+    options = image_text_families.OWN_OPTIONS.get(name, {})
+
+    def call_original(*answers: Any) -> Any:
+        text = original.apply_chat_template([*messages, *answers], tokenize=False, add_generation_prompt=not answers)
+        return original(images=[images], text=[text], return_tensors="pt", **options)
+
+    turns = [Turn("user", "<image><image>Describe the image."), Turn("assistant", "A red cube.")]
+    wrapped = VLMHF(model)
+    ids, inputs, targets = read_inputs(processor, processor.encode(images, turns))
+    logits = model(**call_original(answer)).logits[:, : ids.shape[1]]
+    torch.testing.assert_close(wrapped(ids, **inputs).logits, logits, rtol=1e-4, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
+    torch.testing.assert_close(wrapped(ids, targets=targets, **inputs).sum, loss, rtol=1e-5, atol=1e-5)
+
+    ids, inputs, _ = read_inputs(processor, processor.encode(images, turns[:1]))
+    wanted = model.generate(**call_original(), max_new_tokens=5, do_sample=False, eos_token_id=None)[0, -5:].tolist()
+    for use_cache in (True, False):
+        found = generate(wrapped, ids, None, max_new_tokens=5, use_cache=use_cache, prompt_inputs=inputs)
+        assert found[0].tokens == wanted
+
+
+def read_inputs(processor: HuggingFaceProcessor, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any], Tensor]:
+    """Token ids, further inputs of the model and targets of a batch of one sample."""
+    pixels = normalize_images(sample["pixel_values"], processor.image_mean, processor.image_std)
+    inputs = {"pixel_values": pixels}
+    for key, value in sample.items():
+        if key not in ("input_ids", "target_mask", "pixel_values", "image_index", "pixel_maps"):
+            inputs[key] = value[None] if key in TOKEN_KEYS else value
+    targets = sample["input_ids"].long().roll(-1).masked_fill(~sample["target_mask"].roll(-1), IGNORE_INDEX)
+    return sample["input_ids"][None], inputs, targets[None]

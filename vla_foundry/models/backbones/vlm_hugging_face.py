@@ -101,8 +101,8 @@ def prepare_observation(params: VLMBackboneParams, batch: Batch, device: torch.d
         "token_mask": None if has_token or mask.all() else to_device(mask, device),
     }
     for name, value in batch.items():
-        if name == "mm_token_type_ids":
+        if name in ("mm_token_type_ids", "token_type_ids"):
             inputs[name] = to_device(extend_columns(value, width), device)
-        elif name not in NOT_INPUTS | _ROBOT_KEYS | {"token_type_ids"} and isinstance(value, Tensor):
+        elif name not in NOT_INPUTS | _ROBOT_KEYS and isinstance(value, Tensor):
             inputs[name] = to_device(value, device)
     return inputs
