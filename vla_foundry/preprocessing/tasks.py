@@ -176,15 +176,22 @@ def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[in
         ) from None
     is_ours = not ray.is_initialized()
     if is_ours and ray_address is None:
-        ray.init(
-            address="local",
-            num_cpus=num_workers or num_cores(),
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_workers or num_cores(),
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+        except Exception as error:  # the border of Ray's processes, whose failures are plain exceptions
+            ray.shutdown()
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"Ray does not start ({type(error).__name__}: {reason}). Give --num_workers 0 to work in this process."
+            ) from None
     elif is_ours:
         _check_reachable(str(ray_address))
         try:

@@ -82,10 +82,7 @@ def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
     Raises:
         ValueError: several cameras end in the name, or it is a depth camera.
     """
-    if name in spec.cameras:
-        found = [name]
-    else:
-        found = [camera for camera in spec.cameras if camera.rpartition(".")[2] == name]
+    found = match_camera(name, list(spec.cameras))
     if len(found) > 1:
         raise ValueError(
             f"data.camera_names: '{name}' can be {' or '.join(found)} of {origin}. Give the whole name of one."
@@ -93,6 +90,11 @@ def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
     if found and spec.cameras[found[0]].is_depth:
         raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, not images. Leave it out.")
     return found[0] if found else None
+
+
+def match_camera(name: str, cameras: Sequence[str]) -> list[str]:
+    """Return the camera of this name, or else those whose last part it is (`top` of `observation.images.top`)."""
+    return [name] if name in cameras else [camera for camera in cameras if camera.rpartition(".")[2] == name]
 
 
 def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_missing: bool) -> None:

@@ -96,6 +96,19 @@ def test_missing_cluster_is_one_line(tmp_path: Path):
     assert run.stdout.startswith("No Ray cluster answers at --ray_address 127.0.0.1:1: ")
 
 
+def test_a_ray_that_does_not_start_is_one_line():
+    code = (
+        "from vla_foundry.preprocessing.tasks import Task, run_tasks\n"
+        "task = Task(number=0, name='x', weight=1, payload=None)\n"
+        "try: list(run_tasks(print, [task], shared=0, title='t', num_workers=1, ray_address=None))\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "RAY_TMPDIR": "/proc/nowhere"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.startswith("Ray does not start (FileNotFoundError: ")
+    assert run.stdout.endswith("Give --num_workers 0 to work in this process.\n")
+
+
 def test_missing_ray_is_one_line():
     code = (
         "import sys; sys.modules['ray'] = None\n"

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -16,6 +16,7 @@ from vla_foundry.preprocessing.robotics.converters.converter import BaseRobotics
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import is_episode_id
 from vla_foundry.robotics.fields import PoseGroup, Window, is_relative_field
+from vla_foundry.robotics.fit import match_camera
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.robotics.windows import Windows, iterate_windows
 
@@ -36,6 +37,7 @@ _UNITS = {
 class Recipe:
     """What to make of every episode; sent to the workers."""
 
+    # with the whole names of cameras
     params: RoboticsPreprocessParams
     converter_class: type[BaseRoboticsConverter]
     # in the order of the dataset
@@ -95,13 +97,17 @@ def create_recipe(params: RoboticsPreprocessParams, converter: BaseRoboticsConve
             "another rate would make wrong. Convert without target_fps, or leave the field out."
         )
     known = converter.discover_cameras()
-    for name in params.camera_rotations or ():
-        if name not in known:
-            raise ValueError(unknown_name_message("camera_rotations: camera", name, list(known)))
+    cameras = known if params.camera_names is None else _find_cameras("camera_names", params.camera_names, known)
+    _check_distinct(cameras)
+    if params.camera_names is not None:
+        params = replace(params, camera_names=cameras)
+    if params.camera_rotations:
+        names = _find_cameras("camera_rotations", list(params.camera_rotations), known)
+        params = replace(params, camera_rotations=dict(zip(names, params.camera_rotations.values(), strict=True)))
     return Recipe(
         params=params,
         converter_class=type(converter),
-        cameras=_choose_cameras(params.camera_names, known),
+        cameras=tuple(cameras),
         fields=fields,
         pose_groups=groups,
         still_thresholds=_still_thresholds(params, fields),
@@ -137,18 +143,28 @@ def parse_threshold(text: str, *, where: str) -> float:
     return float(match[1]) * _UNITS.get(match[2], 1.0)
 
 
-def _choose_cameras(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    names = list(known if wanted is None else wanted)
+def _find_cameras(path: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the whole names of cameras, which may be given by their last part, as in training."""
+    cameras = []
     for name in names:
-        if name not in known:
-            raise ValueError(unknown_name_message("camera_names: camera", name, list(known)))
-    for name, count in Counter(name.lower() for name in names).items():
+        found = match_camera(name, known)
+        if not found:
+            raise ValueError(unknown_name_message(f"{path}: camera", name, list(known)))
+        if len(found) > 1:
+            raise ValueError(f"{path}: '{name}' can be {' or '.join(found)}. Give the whole name of one.")
+        cameras += found
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"{path} names a camera twice: {', '.join(cameras)}. Remove one.")
+    return cameras
+
+
+def _check_distinct(cameras: Sequence[str]) -> None:
+    for name, count in Counter(name.lower() for name in cameras).items():
         if count > 1:
             raise ValueError(
                 f"two cameras are named '{name}' but for upper and lower case, which shards do not distinguish. "
                 "Choose one with --camera_names."
             )
-    return tuple(names)
 
 
 def check_refs(refs: Iterable[EpisodeRef], max_episodes: int) -> list[EpisodeRef]:

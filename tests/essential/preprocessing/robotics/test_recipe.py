@@ -104,6 +104,24 @@ def test_cameras_are_checked_by_name(rig, params):
         create_recipe(unknown, create_converter(unknown))
 
 
+def test_the_last_part_of_a_camera_is_enough_as_in_training(params, rig, monkeypatch):
+    cameras = ["observation.images.front", "observation.images.wrist", "left.wrist"]
+    monkeypatch.setattr(rig.RigConverter, "discover_cameras", lambda self: cameras)
+    wanted = params(camera_names=["front", "left.wrist"], camera_rotations={"front": 1})
+    recipe = create_recipe(wanted, create_converter(wanted))
+    assert recipe.cameras == ("observation.images.front", "left.wrist")
+    # converters and workers see the whole names
+    assert recipe.params.camera_names == ["observation.images.front", "left.wrist"]
+    assert recipe.params.camera_rotations == {"observation.images.front": 1}
+    for names, message in (
+        (["wrist"], r"camera_names: 'wrist' can be observation\.images\.wrist or left\.wrist\. Give the whole name"),
+        (["front", "observation.images.front"], "camera_names names a camera twice"),
+        (["images.front"], r"camera_names: camera 'images\.front' is unknown\. Did you mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_recipe(params(camera_names=names), create_converter(params()))
+
+
 def test_cameras_that_differ_by_case_alone_are_refused(rig, params, monkeypatch):
     monkeypatch.setattr(rig.RigConverter, "discover_cameras", lambda self: ["Top", "top"])
     with pytest.raises(ValueError, match="two cameras are named 'top' but for upper and lower case"):

@@ -9,14 +9,16 @@ import itertools
 import json
 import math
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns, read_schema
-from vla_foundry.storage.uri import join_uri, list_visible, read_text
+from vla_foundry.storage.uri import exists, join_uri, list_visible, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CAMERA_TYPES = ("image", "video")
 _NUM_CHANNELS = (1, 3, 4)
 # features that say where a row belongs; those named next.* say how an episode ended
@@ -158,7 +160,10 @@ def read_info(root: str) -> DatasetInfo:
     try:
         values = json.loads(read_text(uri))
     except FileNotFoundError:
-        raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json.") from None
+        hint = ""
+        if _HUB_NAME.fullmatch(root) and not exists(root):
+            hint = f" The dataset of this name on the Hugging Face hub is hf://datasets/{root}."
+        raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json.{hint}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{uri} is not JSON ({error}).") from None
     if not isinstance(values, dict):

@@ -313,6 +313,24 @@ def test_joints_are_named_in_messages_the_spec_and_parts_of_features(
         create_converter(params_of(root, swapped)).describe_fields()
 
 
+def test_a_dataset_of_the_hub_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"lerobot/pusht is not a LeRobot .* hub is hf://datasets/lerobot/pusht\."):
+        create_converter(params_of("lerobot/pusht")).discover_episodes()
+    (tmp_path / "lerobot/pusht").mkdir(parents=True)
+    (tmp_path / "lerobot/pusht/notes.txt").write_text("here", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has no meta/info\.json\.$"):
+        create_converter(params_of("lerobot/pusht")).discover_episodes()
+
+
+def test_the_command_takes_the_last_part_of_a_camera(write: Any, tmp_path: Path, read_tars: Any) -> None:
+    words = ["robotics", "--type", "lerobot", "--source_episodes", str(write("v2-video"))]
+    words += ["--output_dir", str(tmp_path / "out"), "--num_workers", "0", "--future_lowdim_steps", "3"]
+    main([*words, "--camera_names", "[wrist]"])
+    names = {name for members in read_tars(tmp_path / "out").values() for name in members if name.endswith(".jpg")}
+    assert {name.rpartition(".0")[0] for name in names} == {"observation.images.wrist"}
+
+
 def test_hidden_files_are_no_tables(write: Any, tmp_path: Path, read_all: Any, add_hidden_files: Any) -> None:
     root = tmp_path / "set"
     shutil.copytree(write("v3-png"), root)
