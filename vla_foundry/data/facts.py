@@ -133,15 +133,15 @@ def _read_dataset(manifest: str, path: str, offline: bool, *, has_spec: bool) ->
     return DatasetFacts(
         manifest=manifest,
         num_samples=sum(entry.num_sequences for entry in entries),
-        provenance=_read_provenance(join_uri(folder, PROVENANCE_NAME)),
+        provenance=read_provenance(folder),
         tokenizer=_read_dataset_tokenizer(join_uri(folder, TOKENIZER_FOLDER)),
         robotics=read_spec(manifest) if has_spec else None,
     )
 
 
-def _read_provenance(location: str) -> dict[str, Any]:
-    """Return the `dataset` section of a dataset's provenance; {} if it has none."""
-    dataset = _read_json(location).get("dataset")
+def read_provenance(folder: str) -> dict[str, Any]:
+    """Return the `dataset` section of the provenance in a dataset's folder; {} if it has none."""
+    dataset = _read_json(join_uri(folder, PROVENANCE_NAME)).get("dataset")
     return dataset if isinstance(dataset, dict) else {}
 
 

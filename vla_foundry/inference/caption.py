@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model, load_run_processor
+from vla_foundry.inference.loading import (
+    choose_device,
+    find_end_tokens,
+    find_run_folder,
+    load_run_model,
+    load_run_processor,
+)
 from vla_foundry.params.commands.runs import CaptionParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
@@ -143,6 +149,8 @@ def answer(
     """
     from vla_foundry.inference.decoding import generate
 
+    end_token_ids = captioner.processor.stop_token_ids()
+    end_token_ids += find_end_tokens(captioner.model, captioner.processor.tokenizer)
     answers: list[str] = []
     for first in range(0, len(questions), batch_size):
         part = questions[first : first + batch_size]
@@ -155,7 +163,7 @@ def answer(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            end_token_ids=captioner.processor.stop_token_ids(),
+            end_token_ids=end_token_ids,
             seeds=[_seed_of(question, seed) for question in part],
             prompt_inputs=inputs,
         )

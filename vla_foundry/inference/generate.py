@@ -3,10 +3,11 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.inference.loading import choose_device, find_run_folder, load_run_model
+from vla_foundry.inference.loading import choose_device, find_end_tokens, find_run_folder, load_run_model
 from vla_foundry.params.commands.runs import GenerateParams
 from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.params.models.roles import LanguageModelParams, ModelParams
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
-    """Load a run's model and tokenizer on the requested device.
+def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any, list[int]]":
+    """Load a run's model on the requested device, its tokenizer, and the tokens that end a text.
 
     Raises:
         FileNotFoundError: the run does not exist or has no tokenizer.
@@ -35,19 +36,24 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any]":
         raise FileNotFoundError(f"{run_folder} holds no tokenizer. Name one with --tokenizer.")
 
     # import torch last, so that the errors above appear within a second
-    from vla_foundry.text.tokenizers import load_tokenizer
+    from vla_foundry.text.tokenizers import load_tokenizer, read_end_token_ids
 
     device = choose_device(params.device)
     tokenizer = load_tokenizer(tokenizer_name)
-    return load_run_model(model_params, run_folder, params.checkpoint, params.use_ema, device), tokenizer
+    model = load_run_model(model_params, run_folder, params.checkpoint, params.use_ema, device)
+    # documents may end with another token than the tokenizer's own
+    recorded = read_end_token_ids(tokenizer_name) if params.tokenizer is None else []
+    return model, tokenizer, [*find_end_tokens(model, tokenizer), *recorded]
 
 
-def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) -> list[str]:
+def generate_text(
+    model: "nn.Module", tokenizer: Any, params: GenerateParams, *, end_token_ids: Sequence[int]
+) -> list[str]:
     """Return the continuation of each prompt; note on standard error which ones reached the model's max_seq_len."""
     import torch
 
     from vla_foundry.inference.decoding import generate
-    from vla_foundry.text.tokenizers import pad_token_id_of
+    from vla_foundry.text.tokenizers import decode_continuation, pad_token_id_of
 
     prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in params.prompt]
     longest = max(len(prompt) for prompt in prompts)
@@ -63,7 +69,7 @@ def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) ->
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
-        end_token_ids=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        end_token_ids=end_token_ids,
         seeds=[_row_seed(params, row) for row in range(len(prompts))],
     )
     for number, continuation in enumerate(continuations, 1):
@@ -72,7 +78,10 @@ def generate_text(model: "nn.Module", tokenizer: Any, params: GenerateParams) ->
             sys.stderr.write(
                 f"Prompt {number} stopped after {len(continuation.tokens)} tokens, at model.max_seq_len ({limit}).\n"
             )
-    return [tokenizer.decode(continuation.tokens) for continuation in continuations]
+    return [
+        decode_continuation(tokenizer, prompt, continuation.tokens)
+        for prompt, continuation in zip(prompts, continuations, strict=True)
+    ]
 
 
 def _row_seed(params: GenerateParams, row: int) -> int:
@@ -103,6 +112,7 @@ def _gather_prompts(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Run `vla-foundry generate`: print each prompt with its continuation."""
     params = parse_command(GenerateParams, _gather_prompts(argv), prog="vla-foundry generate")
-    model, tokenizer = load_language_model(params)
-    for prompt, text in zip(params.prompt, generate_text(model, tokenizer, params), strict=True):
+    model, tokenizer, end_token_ids = load_language_model(params)
+    texts = generate_text(model, tokenizer, params, end_token_ids=end_token_ids)
+    for prompt, text in zip(params.prompt, texts, strict=True):
         sys.stdout.write(f"{prompt}{text}\n\n")

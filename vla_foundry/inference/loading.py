@@ -1,7 +1,7 @@
 """Find a run and load its model on the requested device."""
 
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import ModelParams
@@ -76,6 +76,19 @@ def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     """Return the params with Hugging Face parts read from the run's own copies of their files."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
     return with_model_files(params, files) if not is_remote(files) and exists(files) else params
+
+
+def find_end_tokens(model: "nn.Module", tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's own, and those that the model's published parts list.
+
+    A published model may have had another tokenizer, so its tokens count only if they are special tokens here.
+    """
+    from vla_foundry.text.tokenizers import as_token_ids
+
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    settings = [getattr(module, "generation_config", None) for module in model.modules()]
+    published = [token for found in settings for token in as_token_ids(getattr(found, "eos_token_id", None))]
+    return [*as_token_ids(tokenizer.eos_token_id), *(token for token in published if token in special)]
 
 
 def load_run_processor(run_folder: str) -> "Processor":

@@ -1,5 +1,6 @@
 """What all Hugging Face models share here: blocks, weights, token tables and fp32 buffers."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -42,8 +43,15 @@ class HuggingFaceModule(nn.Module):
         return find_blocks(self.model)
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture, so that a run loads without fetching the published model again."""
-        self.model.config.save_pretrained(folder)
+        """Write the architecture, so that a run loads without fetching the published model again.
+
+        The tokens that end a text come from the published generation settings, which may list several.
+        """
+        config, generation = self.model.config, getattr(self.model, "generation_config", None)
+        if generation is not None and generation.eos_token_id is not None:
+            config = copy.deepcopy(config)
+            config.eos_token_id = generation.eos_token_id
+        config.save_pretrained(folder)
 
     def token_tables(self) -> list[str]:
         """Return the names of the weights that have one row per token."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+# Hugging Face's file of generation settings; here only its tokens that end a text
+GENERATION_NAME = "generation_config.json"
 # names of the token that image features replace, for image-text tokenizers whose config does not state it
 _IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>")
 
@@ -138,6 +141,26 @@ def _read_if_there(folder: str | Path, name: str) -> str | None:
         return read_text(join_uri(str(folder), name))
     except FileNotFoundError:
         return None
+
+
+def read_end_token_ids(folder: str | Path) -> list[int]:
+    """Return the tokens that end a text according to a folder's generation_config.json; none without that file."""
+    return as_token_ids(json.loads(_read_if_there(folder, GENERATION_NAME) or "{}").get("eos_token_id"))
+
+
+def as_token_ids(value: int | list[int] | None) -> list[int]:
+    """Return an `eos_token_id` of Hugging Face, which may be a token, a list or missing, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def decode_continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Return the text that new tokens add to a prompt.
+
+    Tokenizers such as SentencePiece's drop the space that begins a text. So the new tokens are decoded after the
+    prompt, where their first space counts.
+    """
+    before, whole = (tokenizer.decode(list(ids)) for ids in (prompt, [*prompt, *new]))
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(list(new))
 
 
 def pad_token_id_of(tokenizer: "PreTrainedTokenizerFast") -> int:

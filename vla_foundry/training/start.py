@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vla_foundry.config.loading import dump_params, to_plain
+from vla_foundry.data.facts import read_provenance
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.text import TextDataParams
@@ -43,6 +44,7 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
+from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
@@ -265,7 +267,8 @@ def _describe_start(world: World, first_step: int) -> dict[str, Any]:
 def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
     """Copy data.tokenizer, else the tokenizer beside the first manifest, to the run: its folder must be self-contained.
 
-    Data with images saves its processor instead, which includes the tokenizer. Without a tokenizer nothing is copied.
+    The tokens that end the datasets' documents are recorded with it, for they need not be the tokenizer's own. Data
+    with images saves its processor instead, which includes the tokenizer. Without a tokenizer nothing is copied.
 
     Raises:
         FileNotFoundError: data.tokenizer names a remote folder that does not exist.
@@ -276,18 +279,25 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
             _save_processor(data, run_folder / PROCESSOR_FOLDER)
         return
     target = run_folder / TOKENIZER_FOLDER
-    if target.is_dir() or not isinstance(data, TextDataParams):
+    if not isinstance(data, TextDataParams):
         return
-    if data.tokenizer is None:
-        beside = join_uri(parent_uri(data.dataset_manifest[0]), TOKENIZER_FOLDER)
+    folders = [parent_uri(manifest) for manifest in data.dataset_manifest]
+    if target.is_dir():
+        pass
+    elif data.tokenizer is None:
         try:
-            _copy_folder(beside, target)
+            _copy_folder(join_uri(folders[0], TOKENIZER_FOLDER), target)
         except FileNotFoundError:
             return
     elif is_remote(data.tokenizer) or os.path.isdir(data.tokenizer):
         _copy_folder(data.tokenizer, target)
     else:
         _save_named(data.tokenizer, target)
+    found = [read_provenance(folder) for folder in folders]
+    ends = {facts["eos_token_id"] for facts in found if "eos_token_id" in facts}
+    known = read_end_token_ids(target)
+    if not ends <= set(known):
+        write_text(str(target / GENERATION_NAME), json.dumps({"eos_token_id": sorted({*known, *ends})}) + "\n")
 
 
 def _save_processor(data: ImageProcessorParams, target: Path) -> None:

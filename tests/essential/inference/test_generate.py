@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from vla_foundry.inference.decoding import Continuation, generate
 from vla_foundry.inference.generate import main
+from vla_foundry.inference.loading import find_end_tokens
 from vla_foundry.models import create_model
 from vla_foundry.models.transformer_hf import TransformerHF
 from vla_foundry.models.weights import find_tied_names
@@ -190,6 +191,31 @@ def test_averaged_weights_are_used_where_there_are_some(tmp_path: Path, capsys: 
     for flags, is_average in ([], True), (["--use_ema", "false"], False), (["--use_ema"], True):
         main([*words, *flags])
         assert capsys.readouterr().out == f"{texts[is_average]}\n\n"
+
+
+def test_generation_stops_at_the_tokens_that_end_the_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = create("native")
+    run = write_run(tmp_path, PARAMS, {MODEL_WEIGHTS_NAME: model})
+    tokens = generate(model, torch.tensor([create_tokenizer()("abc")["input_ids"]]), max_new_tokens=6)[0].tokens
+    first = tokens.index(tokens[3])
+    ends = {"eos_token_id": [tokens[3], 94]}
+    (run / "tokenizer" / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    main(["--checkpoint", str(run), "--prompt", "abc", "--max_new_tokens", "6", "--temperature", "0"])
+    assert capsys.readouterr().out == f"abc{create_tokenizer().decode(tokens[:first])}\n\n"
+
+
+def test_a_published_models_end_tokens_count_if_they_are_special_tokens_here(tmp_path: Path) -> None:
+    model = create("llama")
+    model.model.generation_config.eos_token_id = [1, 95]
+    model.save_files(tmp_path)
+    loaded = create_model(TransformerHFParams(hf_pretrained=str(tmp_path)), load_pretrained=False)
+    tokenizer = create_tokenizer()
+    assert find_end_tokens(loaded, tokenizer) == [94]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["Ġ"]})
+    assert find_end_tokens(loaded, tokenizer) == [94, 95]
+    assert find_end_tokens(create("native"), tokenizer) == [94]
 
 
 def test_a_notice_says_where_the_room_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vla_foundry.text.tokenizers import Vocabulary, load_tokenizer, pad_token_id_of, read_vocabulary
+from vla_foundry.text.tokenizers import (
+    Vocabulary,
+    decode_continuation,
+    load_tokenizer,
+    pad_token_id_of,
+    read_end_token_ids,
+    read_vocabulary,
+)
 
 
 def create_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -52,6 +59,27 @@ def test_rows_are_filled_with_padding_or_else_the_end(special: dict[str, str], e
     tokenizer = create_tokenizer(**special)
     assert pad_token_id_of(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
     assert pad_token_id_of(create_tokenizer()) == 0
+
+
+def test_a_continuation_keeps_its_first_space() -> None:
+    backend = Tokenizer(models.WordLevel({"▁red": 0, "▁block": 1, "s": 2, "<end>": 3}, unk_token="s"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    assert tokenizer.decode([0, 1]) == "red block"
+    assert decode_continuation(tokenizer, [0], [1, 2]) == " blocks"
+    assert decode_continuation(tokenizer, [0], [2]) == "s"
+    assert decode_continuation(tokenizer, [], [0]) == "red"
+    assert decode_continuation(tokenizer, [0], []) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"), [(None, []), ('{"eos_token_id": 3}', [3]), ('{"eos_token_id": [3, 7]}', [3, 7]), ("{}", [])]
+)
+def test_end_tokens_are_one_or_several(tmp_path: Path, content: str | None, ids: list[int]) -> None:
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
+    assert read_end_token_ids(tmp_path) == ids
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
