@@ -17,11 +17,15 @@ from vla_foundry.params import (
     TrainExperimentParams,
 )
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
-from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.action_heads import FlowTransformerParams
+from vla_foundry.params.models.backbones import CLIPBackboneParams, VLMBackboneParams, VLMFoundryBackboneParams
+from vla_foundry.params.models.policy import DiffusionPolicyParams
+from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTParams
-from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
 Write = Callable[[str, str], str]
 
@@ -198,3 +202,78 @@ def test_a_vlm_needs_the_tokenizer_of_its_language_model(tmp_path: Path) -> None
     assert resolve_with(replace(params(str(tmp_path / "same")), model=vlm)).notices == []
     with pytest.raises(ValueError, match=r"^The weights of \S*vlm and data\.tokenizer \S*other have different"):
         resolve_with(replace(params(str(tmp_path / "other")), model=vlm))
+
+
+def small_model(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+HEAD = FlowTransformerParams(transformer=TransformerParams(hidden_dim=16, n_layers=1, vocab_size=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transformer", r"^model\.vocab_size \(2\) is less than the 3 tokens of .*Use --model\.vocab_size 3 or more"),
+        ("transformer_hf", r"/model: vocab_size \(2\) is less than the 3 tokens of .*Use data of its own tokenizer"),
+        ("vlm", r"^model\.transformer\.vocab_size \(2\) is less than the 4 tokens of "),
+        ("vlm of hf", r"/model: vocab_size \(2\) is less than the 4 tokens of "),
+        ("vlm_hf", r"/model: vocab_size \(2\) is less than the 4 tokens of "),
+        (
+            "vlm_foundry_backbone",
+            r"^model\.vision_language_backbone\.vlm\.transformer\.vocab_size \(2\) is less than the 4 tokens of ",
+        ),
+        ("vlm_backbone", r"/model: vocab_size \(2\) is less than the 4 tokens of "),
+        ("clip_backbone", r"/model: vocab_size \(2\) is less than the 4 tokens of "),
+    ],
+)
+def test_a_token_table_smaller_than_the_tokenizer_is_known_when_a_config_is_resolved(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path / "tokenizer", VOCAB)
+    published = small_model(
+        tmp_path / "model", {"vocab_size": 2} if "hf" in name else {"text_config": {"vocab_size": 2}}
+    )
+    native = TransformerParams(vocab_size=2, hidden_dim=16, n_layers=1)
+    vit = ViTParams(hidden_dim=16, n_heads=2, patch_size=8, img_size=16)
+    vlm = VLMParams(vit=vit, transformer=native, vocab_size=2, image_token_id=3)
+    models: dict[str, Any] = {
+        "transformer": native,
+        "transformer_hf": TransformerHFParams(hf_pretrained=published),
+        "vlm": vlm,
+        "vlm of hf": replace(vlm, transformer=TransformerHFParams(hf_pretrained=published)),
+        "vlm_hf": VLMHFParams(hf_pretrained=published, vocab_size=2),
+        "vlm_foundry_backbone": VLMFoundryBackboneParams(vlm=vlm),
+        "vlm_backbone": VLMBackboneParams(hf_pretrained=published, vocab_size=2),
+        "clip_backbone": CLIPBackboneParams(hf_pretrained=published),
+    }
+    model, tokenizer = models[name], str(tmp_path / "tokenizer")
+    data: Any = ImageCaptionDataParams(tokenizer=tokenizer)
+    if name.startswith("transformer"):
+        data = TextDataParams(tokenizer=tokenizer)
+    elif "backbone" in name:
+        model = DiffusionPolicyParams(vision_language_backbone=model, action_head=HEAD)
+        data = RoboticsDataParams(tokenizer=tokenizer)
+    params = replace(PARAMS, model=model, data=replace(data, seq_len=16))
+    with pytest.raises(ValueError, match=message):
+        params.check(params, read_facts(params, 1), "")
+
+
+def test_a_token_table_that_grows_fits_the_tokenizer(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer", VOCAB)
+    published = small_model(tmp_path / "model", {"model_type": "smolvlm", "text_config": {"vocab_size": 2}})
+    params = replace(
+        PARAMS,
+        model=DiffusionPolicyParams(
+            vision_language_backbone=VLMBackboneParams(hf_pretrained=published), action_head=HEAD
+        ),
+        data=RoboticsDataParams(tokenizer=str(tmp_path / "tokenizer")),
+    )
+    facts, backbone = read_facts(params, 1), params.model.vision_language_backbone
+    vocab_size = backbone.derive(params, facts)["vocab_size"].value
+    assert vocab_size == 4
+    grown = replace(backbone, vocab_size=vocab_size)
+    assert grown.model_params().vocab_size == 4
+    assert grown.token_limits(facts).vocab_size == 64

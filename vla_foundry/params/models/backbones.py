@@ -104,15 +104,25 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
 class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
     """Any Hugging Face image-text model."""
 
+    # number of tokens; the token tables grow to it; null: that of the data's tokenizer
+    vocab_size: int | None = None
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Derive the number of tokens from the data's tokenizer."""
+        return self.model_params().derive(root, facts)
+
     def model_params(self) -> VLMHFParams:
         """Return the params of the wrapped model."""
         return VLMHFParams(
-            hf_pretrained=self.hf_pretrained, hf_load_weights=self.hf_load_weights, hf_new_weights=self.hf_new_weights
+            hf_pretrained=self.hf_pretrained,
+            hf_load_weights=self.hf_load_weights,
+            hf_new_weights=self.hf_new_weights,
+            vocab_size=self.vocab_size,
         )
 
     def token_limits(self, facts: Facts) -> TokenLimits:
-        """Return the limits in the published config."""
-        return self.published_limits(facts)
+        """Return the limits of the wrapped model."""
+        return self.model_params().token_limits(facts).below("vision_language_backbone")
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""
@@ -132,6 +142,10 @@ class CLIPBackboneParams(PublishedParams, BackboneParams):
     freeze_image_encoder: bool = False
     # legacy checkpoints: normalise the instruction before its projection, not after
     text_norm_before_projection: bool = field(default=False, metadata=LEGACY)
+
+    def token_limits(self, facts: Facts) -> TokenLimits:
+        """Return the number of tokens in the published config; none if it reads no text."""
+        return TokenLimits() if self.disable_text else replace(self.published_limits(facts), max_seq_len=None)
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""

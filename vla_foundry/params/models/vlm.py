@@ -65,10 +65,7 @@ class VLMParams(ModelParams):
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits of its language model, whose table grows to `vocab_size`."""
-        limits = self.transformer.token_limits(facts).below("transformer")
-        if self.vocab_size is None or limits.vocab_size is None or self.vocab_size <= limits.vocab_size:
-            return limits
-        return replace(limits, vocab_size=-(-self.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+        return _grow(self.transformer.token_limits(facts).below("transformer"), self.vocab_size)
 
     def image_inputs(self) -> ImageInputs:
         """Return the inputs of its image encoder."""
@@ -85,10 +82,7 @@ class VLMHFParams(PublishedParams, ModelParams):
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits in the published config; the token table grows to `vocab_size`."""
-        limits = self.published_limits(facts)
-        if None in (limits.vocab_size, self.vocab_size):
-            return limits
-        return replace(limits, vocab_size=max(limits.vocab_size or 0, self.vocab_size or 0))
+        return _grow(self.published_limits(facts), self.vocab_size)
 
     def image_inputs(self) -> ImageInputs:
         """Return the image inputs of the model's own processor."""
@@ -99,3 +93,10 @@ class VLMHFParams(PublishedParams, ModelParams):
         if self.vocab_size is not None or facts.tokenizer is None:
             return {}
         return {"vocab_size": Derived(facts.tokenizer.vocab_size, f"tokenizer {facts.tokenizer.name}")}
+
+
+def _grow(limits: TokenLimits, vocab_size: int | None) -> TokenLimits:
+    """Return the limits of a model whose token table grows to `vocab_size`."""
+    if vocab_size is None or limits.vocab_size is None or vocab_size <= limits.vocab_size:
+        return limits
+    return replace(limits, vocab_size=-(-vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE)
