@@ -1,4 +1,4 @@
-"""Decode JPEG, PNG and WebP files to images and depth, the same on every machine, and encode JPEG and PNG.
+"""Decode image files to images and depth, the same on every machine, and encode JPEG and PNG.
 
 torchvision's operator decodes JPEG where it exists, else Pillow does: both use libjpeg-turbo and give the same pixels,
 but Pillow takes 1.6 times as long. (torchvision deprecated its Python wrapper in 0.29, so it may disappear.) Decoding
@@ -7,7 +7,7 @@ at half size would save nothing, because most of the work is entropy decoding.
 - EXIF orientation is applied.
 - Grey, palette, CMYK and 16-bit pictures become 8-bit RGB (16 bits by rounding, v / 257).
 - Transparent pixels are composited over white.
-- An animation yields its first picture.
+- An animation, or a file of several pages, yields its first picture.
 
 A truncated or malformed file raises an error. A JPEG with altered compressed data may decode to wrong pixels, as with
 any decoder: shard checksums catch that.
@@ -31,7 +31,20 @@ Size = tuple[int, int]
 # larger pictures are refused before memory is allocated: 64 million pixels take 192 MB
 MAX_PIXELS = 1 << 26
 
-_JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP"
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# first bytes -> Pillow's name of the format; only these decoders ever see a file
+_FORMATS = {
+    _JPEG: "JPEG",
+    _PNG: "PNG",
+    b"RIFF": "WEBP",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"P5": "PPM",
+    b"P6": "PPM",
+    b"\0\0\0\x0cjP  ": "JPEG2000",
+}
 # what Pillow raises on broken bytes, found by fuzzing
 _PILLOW_ERRORS = (
     OSError,
@@ -74,7 +87,7 @@ def image_to_array(image: UInt8[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*
 
 
 def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
-    """Decode a JPEG, PNG or WebP file to RGB.
+    """Decode a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or JPEG 2000 file to RGB.
 
     Raises:
         ValueError: another format, a malformed or truncated file, or more than MAX_PIXELS pixels; one line.
@@ -115,14 +128,10 @@ def decode_depth(data: bytes) -> UInt16[Tensor, "H W"]:
 
 def _open(data: bytes) -> Image.Image:
     """Open and load a file of at most MAX_PIXELS pixels."""
-    if data.startswith(_JPEG):
-        kind = "JPEG"
-    elif data.startswith(_PNG):
-        kind = "PNG"
-    elif data[:4] == b"RIFF" and data[8:12] == _WEBP:
-        kind = "WEBP"
-    else:
-        raise ValueError(f"image of {len(data)} bytes is neither JPEG, PNG nor WebP (it begins with {data[:4]!r}).")
+    kind = next((kind for start, kind in _FORMATS.items() if data.startswith(start)), None)
+    if kind is None:
+        known = ", ".join(dict.fromkeys(_FORMATS.values()))
+        raise ValueError(f"image of {len(data)} bytes is none of {known} (it begins with {data[:4]!r}).")
     try:
         picture = Image.open(io.BytesIO(data), formats=[kind])
         size = (picture.height, picture.width)
@@ -167,8 +176,11 @@ def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
     transposition = _TRANSPOSITIONS.get(_read_orientation(picture.info.get("exif", b"")))
     if transposition is not None:
         picture = picture.transpose(transposition)
-    if picture.mode.startswith("I"):
-        grey = (np.array(picture).astype(np.uint32) + 128) // 257
+    if picture.mode.startswith(("I", "F")):
+        values = np.array(picture)
+        if picture.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("picture has fractions or more than 16 bits, of which nothing says what is white.")
+        grey = (values.astype(np.uint32) + 128) // 257
         return image_from_array(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2))
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
@@ -207,6 +219,11 @@ def is_upright(data: bytes) -> bool:
 def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95) -> bytes:
     """Encode an RGB image as JPEG (4:2:0) without metadata; `quality` is 1 .. 100."""
     return _encode(image_to_array(image), "JPEG", quality=quality, subsampling="4:2:0")
+
+
+def encode_png(image: UInt8[Tensor, "3 H W"]) -> bytes:
+    """Encode an RGB image as lossless PNG."""
+    return _encode(image_to_array(image), "PNG", compress_level=6)
 
 
 def encode_depth(depth: UInt16[Tensor, "H W"]) -> bytes:

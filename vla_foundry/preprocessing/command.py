@@ -3,10 +3,11 @@
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.schema import concrete_classes, field_types, is_list, options
 from vla_foundry.registry import unknown_name_message
 
 # what -> (module:class of its params, module:function, one line of help); a job is imported when it runs
@@ -37,19 +38,6 @@ JOBS = {
         "recordings of robots (LeRobot, HDF5, ...)",
     ),
 }
-_LIST_FLAGS = (
-    "--source",
-    "--special_tokens",
-    "--extra_keys",
-    "--source_episodes",
-    "--camera_names",
-    "--image_indices",
-    "--resize_images_size",
-    "--validation_episodes",
-    "--observation_keys",
-    "--action_keys",
-    "--data_discard_keys",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -70,9 +58,19 @@ def main(argv: list[str]) -> None:
         raise ValueError(unknown_name_message("preprocess", argv[0], sorted(JOBS)))
     params_name, target, _ = JOBS[argv[0]]
     params_class = _load(params_name)
-    words = join_list_flags(argv[1:], _LIST_FLAGS)
+    words = join_list_flags(argv[1:], _list_flags(params_class))
     params = parse_command(params_class, words, prog=f"vla-foundry preprocess {argv[0]}")
     _load(target)(params)
+
+
+def _list_flags(params_class: Any) -> set[str]:
+    """Return the flags that take a list, in any type of these params."""
+    return {
+        f"--{name}"
+        for member in concrete_classes(params_class)
+        for name, hint in field_types(member).items()
+        if any(is_list(option) for option in options(hint))
+    }
 
 
 def _load(target: str) -> Any:
@@ -80,7 +78,7 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def join_list_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+def join_list_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
     """Turn `--source A B --source C` into one flag with a list, `--source ["A", "B", "C"]`.
 
     A flag given one value that is a list already, or that includes a file, is left as it is.

@@ -1,20 +1,24 @@
 """The output folder of a job: resume it, refuse to mix two configurations, publish the dataset with its provenance.
 
-While a job runs, `_progress/plan.json` records everything that determines its output, and a task writes
-`_progress/task_<number>.json` once all its shards are in place. At the end provenance.json is written, then the
-manifest, and `_progress` is deleted: a folder with a manifest is complete.
+While a job runs, it holds a lock on the folder. `_progress/plan.json` records everything that determines its output,
+and a task writes `_progress/task_<number>.json` once all its shards are in place. At the end provenance.json is
+written, then the manifest, and `_progress` is deleted: a folder with a manifest is complete.
 """
 
 import hashlib
 import json
-import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import vla_foundry
+from vla_foundry.progress import say
 from vla_foundry.provenance import read_git_commit, read_package_versions
+from vla_foundry.run_folder import lock_folder
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, format_manifest, parse_manifest
 from vla_foundry.storage.uri import (
     absolute_uri,
@@ -46,8 +50,6 @@ _NUM_THREADS = 16
 # packages that may shape the bytes of a dataset
 _PACKAGES = ("av", "h5py", "numpy", "pillow", "pyarrow", "ray", "tokenizers", "torch", "torchvision", "transformers")
 
-State = Literal["new", "begun", "complete"]
-
 
 class OutputFolder:
     """Where a job writes its dataset.
@@ -63,19 +65,32 @@ class OutputFolder:
         self._flag = flag
         self.plan = json.loads(json.dumps(plan))
 
-    def begin(self, *, overwrite: bool) -> State:
-        """Look at what is there and make the folder ready.
+    @contextmanager
+    def begin(self, *, overwrite: bool) -> Iterator[dict[int, Any] | None]:
+        """Hold the folder for this process and make it ready.
 
         Args:
             overwrite: replace a dataset that was made, or begun, with another plan.
 
+        Yields:
+            Results of the tasks that an earlier run finished, {task number: result}; None: the dataset is complete.
+
         Raises:
-            ValueError: the folder holds something else, or a dataset of another plan; the message says what differs.
+            ValueError: another process holds the folder, or it holds something else, or a dataset of another plan; the
+                message says what differs.
         """
+        with hold_folder(self.uri, flag=self._flag):
+            is_complete = self._prepare(overwrite)
+            if is_complete:
+                say(f"{self.uri} is complete; nothing to do.")
+            yield None if is_complete else self._read_results()
+
+    def _prepare(self, overwrite: bool) -> bool:
+        """Look at what is there and make the folder ready; return whether the dataset is complete."""
         files = self._files()
         if not files:
             self._write_plan()
-            return "new"
+            return False
         found = self._found_plan(files)
         if found is None:
             example = min(files)
@@ -90,19 +105,17 @@ class OutputFolder:
         if differences:
             self._clear(files)
             self._write_plan()
-            return "new"
+            return False
         self._delete_temporaries()
         if MANIFEST_NAME in files:
             self._delete_progress(files)
-            return "complete"
-        return "begun"
+        return MANIFEST_NAME in files
 
-    def read_provenance(self) -> dict[str, Any]:
-        """The provenance of a complete dataset."""
-        return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME)))
+    def read_facts(self) -> dict[str, Any]:
+        """Return the facts of a complete dataset."""
+        return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME)))["dataset"]
 
-    def finished(self) -> dict[int, Any]:
-        """Results of the tasks that are done: {task number: result}."""
+    def _read_results(self) -> dict[int, Any]:
         prefix = f"{PROGRESS_FOLDER}/task_"
         names = [name for name in self._files() if name.startswith(prefix) and name.endswith(".json")]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -110,26 +123,43 @@ class OutputFolder:
         numbers = [int(name.removeprefix(prefix).removesuffix(".json")) for name in names]
         return {number: json.loads(text) for number, text in sorted(zip(numbers, texts, strict=True))}
 
-    def publish(self, entries: Iterable[ManifestEntry], provenance: str, files: Mapping[str, bytes]) -> None:
+    def publish(
+        self,
+        entries: Sequence[ManifestEntry],
+        *,
+        facts: Mapping[str, Any],
+        counts: Mapping[str, Any],
+        files: Mapping[str, bytes],
+    ) -> dict[str, Any]:
         """Write extra files, the provenance and last the manifest; then the progress files go.
 
         Args:
             entries: the lines of the manifest.
-            provenance: the text of provenance.json.
+            facts: what readers rely on (kind, vocab_size, ...); the numbers of samples, shards and bytes are added.
+            counts: what went in, came out and was skipped.
             files: {path within the folder: content}.
+
+        Returns:
+            All facts.
 
         Raises:
             ValueError: a shard that a task has written cannot be seen from here.
         """
-        entries = list(entries)
         self._check_visible(entries)
         for name, content in files.items():
             write_bytes(join_uri(self.uri, name), content)
-        write_text(join_uri(self.uri, PROVENANCE_NAME), provenance)
+        facts = {
+            **facts,
+            "num_sequences": sum(entry.num_sequences for entry in entries),
+            "num_shards": len(entries),
+            "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
+        }
+        write_text(join_uri(self.uri, PROVENANCE_NAME), format_provenance(self.plan, facts, counts))
         write_text(join_uri(self.uri, MANIFEST_NAME), format_manifest(entries))
         self._delete_progress(self._files())
+        return facts
 
-    def _check_visible(self, entries: list[ManifestEntry]) -> None:
+    def _check_visible(self, entries: Sequence[ManifestEntry]) -> None:
         sizes = self._files()
         for entry in entries:
             if sizes.get(f"{entry.shard}.tar") != entry.num_bytes:
@@ -139,7 +169,7 @@ class OutputFolder:
                 )
 
     def _files(self) -> dict[str, int]:
-        """{path within the folder: size}, hidden files left out, temporary ones among them."""
+        """Return {path within the folder: size} without hidden files, such as temporary ones."""
         try:
             return {name: size for name, size in list_relative(self.uri).items() if not is_hidden(name)}
         except FileNotFoundError:
@@ -171,12 +201,10 @@ class OutputFolder:
         self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != plan)
         delete(join_uri(self.uri, plan))
         if not is_remote(self.uri):
-            folder = os.path.join(os.path.expanduser(self.uri), PROGRESS_FOLDER)
-            if os.path.isdir(folder):
-                os.rmdir(folder)
+            shutil.rmtree(Path(absolute_uri(self.uri), PROGRESS_FOLDER), ignore_errors=True)
 
     def _clear(self, files: Mapping[str, int]) -> None:
-        """Delete a dataset. What is cut off half-way is known as ours by its plan, and is never taken for a dataset."""
+        """Delete a dataset. If this is interrupted, its plan still marks the folder as ours, and as no dataset."""
         self._delete_temporaries()
         plan = join_uri(PROGRESS_FOLDER, _PLAN_NAME)
         _write_json(join_uri(self.uri, plan), {"command": "deleting what was here before"})
@@ -196,11 +224,20 @@ class OutputFolder:
         self._delete_all(name for name in list_relative(self.uri) if _is_temporary(name))
 
 
-def check_apart(source: Sequence[str], output: str) -> None:
-    """Refuse an output folder within a source folder: a second run would read what the first one wrote.
+def hold_folder(uri: str, *, flag: str = "--output") -> AbstractContextManager[None]:
+    """Hold an output folder for this process; nobody can hold a folder in an object store.
 
     Raises:
-        ValueError: it lies there.
+        ValueError: another process holds it.
+    """
+    return nullcontext() if is_remote(uri) else lock_folder(Path(absolute_uri(uri)), what="output folder", flag=flag)
+
+
+def check_apart(source: Sequence[str], output: str) -> None:
+    """Refuse an output folder within a source folder: a second run would read the output of the first.
+
+    Raises:
+        ValueError: the output lies there.
     """
     for place in source:
         if absolute_uri(output).startswith(absolute_uri(place) + "/") or absolute_uri(output) == absolute_uri(place):
@@ -208,7 +245,7 @@ def check_apart(source: Sequence[str], output: str) -> None:
 
 
 def record_task(folder: str, number: int, result: Any) -> None:
-    """Note that a task is done; called by the task itself, when all its shards are in place."""
+    """Record that a task is done; the task itself calls this when all its shards are in place."""
     _write_json(join_uri(folder, PROGRESS_FOLDER, f"task_{number:06d}.json"), result)
 
 
@@ -239,7 +276,7 @@ def digest_of(values: Any) -> str:
 
 
 def read_versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that may shape the bytes of a dataset."""
+    """Return the versions of Python, of this package and of the packages that may shape the bytes of a dataset."""
     own = {"python": platform.python_version(), "vla_foundry": vla_foundry.__version__}
     return own | read_package_versions(_PACKAGES)
 

@@ -127,10 +127,39 @@ def test_a_file_cut_short_is_refused(jpeg_decoder: str, kind: str, share: float)
         decode_image(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("data", [b"", b"abc", b"GIF89a" + bytes(50), b"<html>not found</html>"])
+@pytest.mark.parametrize("data", [b"", b"abc", b"PK\3\4" + bytes(50), b"<html>not found</html>"])
 def test_other_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match="neither JPEG, PNG nor WebP"):
+    with pytest.raises(ValueError, match="is none of JPEG, PNG, WEBP, GIF, BMP"):
         decode_image(data)
+    with pytest.raises(ValueError, match=r"^GIF of 56 bytes is broken"):
+        decode_image(b"GIF89a" + bytes(50))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_other_kinds_decode_to_the_pixels_of_pillow(kind: str) -> None:
+    data = save(Image.fromarray(PICTURE), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
+    with pytest.raises(ValueError, match=f"^{kind} of .* bytes is broken: [^\n]+$"):
+        decode_image(data[: len(data) // 2])
+
+
+def test_only_the_first_page_of_a_tiff_is_read_and_fractions_are_refused() -> None:
+    pages = [Image.fromarray(PICTURE), Image.fromarray(255 - PICTURE)]
+    for kind in ("TIFF", "GIF"):
+        data = save(pages[0], kind, save_all=True, append_images=pages[1:])
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = image_to_array(decode_image(save(pages[0], "TIFF", exif=exif)))
+    np.testing.assert_array_equal(turned, np.rot90(PICTURE, -1))
+    grey = PICTURE[..., 0].astype(np.uint16) * 257
+    np.testing.assert_array_equal(
+        image_to_array(decode_image(save(Image.fromarray(grey), "TIFF")))[..., 1], PICTURE[..., 0]
+    )
+    with pytest.raises(ValueError, match="picture has fractions or more than 16 bits"):
+        decode_image(save(Image.fromarray(PICTURE[..., 0].astype(np.float32) / 255), "TIFF"))
 
 
 def _png_header(width: int, height: int) -> bytes:

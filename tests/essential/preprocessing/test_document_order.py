@@ -3,14 +3,15 @@
 import itertools
 from collections import Counter
 
+from vla_foundry.preprocessing.sources import SourceFile
 from vla_foundry.preprocessing.text import document_order as plan
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
-from vla_foundry.preprocessing.text.documents import Piece, Skipped, SourceFile, Tally
+from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, Skipped
 
 
 def create_files() -> list[SourceFile]:
-    jsonl = [SourceFile(uri=f"/{n}.jsonl", name=f"{n}", size=5_000_000, kind="jsonl", is_gzip=False) for n in range(3)]
-    txt = [SourceFile(uri=f"/{n}.txt", name=f"t{n}", size=100, kind="txt", is_gzip=False) for n in range(50)]
+    jsonl = [SourceFile(uri=f"/{n}.jsonl", name=f"{n}", size=5_000_000) for n in range(3)]
+    txt = [SourceFile(uri=f"/{n}.txt", name=f"t{n}", size=100) for n in range(50)]
     return jsonl + txt
 
 
@@ -42,7 +43,7 @@ def test_documents_are_shuffled_whole(monkeypatch):
         num_parts = 1 + number % 3 + 30 * (number == 20)  # document 20 is longer than the memory
         rows += [Piece(f"d{number}", part, "x" * 20, part == num_parts - 1) for part in range(num_parts)]
     rows.insert(7, Skipped("empty", "here"))
-    tally = Tally()
+    tally = DocumentTally()
     found = list(shuffled_documents(rows, tally, seed=3, task_number=5))
     assert Counter(found) == Counter(row for row in rows if isinstance(row, Piece))
     names = [piece.document for piece in found if piece.part == 0]
@@ -50,7 +51,7 @@ def test_documents_are_shuffled_whole(monkeypatch):
     for before, after in itertools.pairwise(found):
         assert after.part == (0 if before.is_last else before.part + 1)
         assert before.is_last or after.document == before.document
-    assert tally.num_documents == 60
-    assert tally.skipped == {"empty": 1}
-    assert found == list(shuffled_documents(rows, Tally(), seed=3, task_number=5))
-    assert found != list(shuffled_documents(rows, Tally(), seed=3, task_number=6))
+    assert tally.num_good == 60
+    assert tally.counts == {"empty": 1}
+    assert found == list(shuffled_documents(rows, DocumentTally(), seed=3, task_number=5))
+    assert found != list(shuffled_documents(rows, DocumentTally(), seed=3, task_number=6))

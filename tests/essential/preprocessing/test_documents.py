@@ -1,13 +1,18 @@
 """Every document of every kind of file is read once, whatever the division; what is not a document is named."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vla_foundry.preprocessing.sources import SourceFile
 from vla_foundry.preprocessing.text.documents import (
     Piece,
     Skipped,
@@ -22,11 +27,16 @@ TEXTS = ["first", "größer 日本語\nwith lines", "x" * 50, '{"json": 1}', " s
 
 def read_all(place: Path, num_parts: int = 1, *, max_bytes: int = 1000) -> list[Piece | Skipped]:
     rows: list[Piece | Skipped] = []
-    for file in list_sources([str(place)]).files:
+    for file in list_sources([str(place)])[0]:
         for part in range(num_parts):
             unit = Unit(file=file, part=part, num_parts=num_parts)
             rows += read_unit(unit, text_key="text", max_bytes=max_bytes)
     return rows
+
+
+def read_file(file: SourceFile, **settings: Any) -> list[Piece | Skipped]:
+    unit = Unit(file=file, part=0, num_parts=1)
+    return list(read_unit(unit, **{"text_key": "text", "max_bytes": 1000} | settings))
 
 
 def texts_of(rows: list[Piece | Skipped]) -> list[str]:
@@ -54,20 +64,63 @@ def test_every_row_is_in_one_part_of_a_parquet(tmp_path: Path, num_parts: int):
     assert [row.document for row in rows if isinstance(row, Piece)] == [f"0/a.parquet row {n}" for n in range(6)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
-def test_gzipped_files_hold_the_same_documents(tmp_path: Path, kind: str):
+PACK = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:100], data[100:])),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "txt"])
+def test_packed_files_hold_the_same_documents(tmp_path: Path, kind: str, packing: str):
     plain = tmp_path / "plain" / f"a.{kind}"
     plain.parent.mkdir()
-    if kind == "jsonl":
+    if kind.startswith("json"):
         plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     elif kind == "parquet":
         write_parquet(plain, TEXTS)
     else:
         plain.write_text("\n".join(TEXTS), encoding="utf-8")
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / f"a.{kind}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "packed" / f"a.{kind}.{packing}").write_bytes(PACK[packing](plain.read_bytes()))
     expected = ["\n".join(TEXTS)] if kind == "txt" else TEXTS
     assert texts_of(read_all(plain.parent)) == texts_of(read_all(tmp_path / "packed")) == expected
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_may_be_one_array(tmp_path: Path, num_parts: int, indent: int | None):
+    rows = [{"text": text} for text in TEXTS]
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf \n" + json.dumps(rows, indent=indent).encode())
+    found = read_all(tmp_path, num_parts)
+    assert texts_of(found) == TEXTS
+    assert [row.document for row in found if isinstance(row, Piece)][1] == "0/a.json item 1"
+    (tmp_path / "a.json").write_bytes(json.dumps(rows).encode()[:-9])
+    assert [row[:2] for row in read_all(tmp_path, num_parts)] == [("bad_json", "0/a.json item 0")]
+
+
+def test_text_may_lie_below_a_path_of_keys(tmp_path: Path):
+    rows = [
+        {"meta": {"text": "a", "n": 1}},
+        {"meta.text": "b"},
+        {"meta": None},
+        {"meta": "x"},
+        {"meta": {"text": None}},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pq.write_table(pa.table({"meta": [{"text": "c", "n": 1}, None, {"text": None, "n": 2}]}), tmp_path / "b.parquet")
+    found = [row for file in list_sources([str(tmp_path)])[0] for row in read_file(file, text_key="meta.text")]
+    assert [row.text for row in found if isinstance(row, Piece)] == ["a", "b", "c"]
+    reasons = [row.reason for row in found if isinstance(row, Skipped)]
+    assert reasons == ["missing_key", "missing_key", "null", "missing_key", "null"]
+
+
+def test_names_of_files_are_unicode_whatever_their_bytes(tmp_path: Path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_bytes(b"text")
+    [row] = read_all(tmp_path)
+    assert row[0] == "0/\\udcff.txt"
 
 
 def test_long_text_file_is_one_document_in_pieces(tmp_path: Path):
@@ -128,23 +181,24 @@ def test_unreadable_files_are_named_and_weighed(tmp_path: Path):
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip at all")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 is not enough PAR1")
+    (tmp_path / "cc.jsonl.zst").write_bytes(PACK["zst"](b'{"text": "x"}\n' * 9)[:-5])
     (tmp_path / "d.txt").write_bytes(b"abc \xff")
     write_parquet(tmp_path / "e.parquet", TEXTS * 500, row_group_size=3000)
     data = bytearray((tmp_path / "e.parquet").read_bytes())
     data[60:400] = bytes(340)
     (tmp_path / "e.parquet").write_bytes(data)
     skipped = [row for row in read_all(tmp_path) if isinstance(row, Skipped)]
-    assert [row.reason for row in skipped] == ["unreadable", "unreadable", "unreadable", "not_utf8", "unreadable"]
-    assert [row.where[:5] for row in skipped] == ["0/a.j", "0/b.j", "0/c.p", "0/d.t", "0/e.p"]
+    assert [row.reason for row in skipped] == [*["unreadable"] * 4, "not_utf8", "unreadable"]
+    assert [row.where[:5] for row in skipped] == ["0/a.j", "0/b.j", "0/c.p", "0/cc.", "0/d.t", "0/e.p"]
     assert all(row.num_bytes > 0 for row in skipped)
 
 
 def test_other_files_are_counted(tmp_path: Path):
     for name in ("a.txt", "b.md", "c.md", "d", "e.csv.gz"):
         (tmp_path / name).write_text("x", encoding="utf-8")
-    sources = list_sources([str(tmp_path)])
-    assert [file.name for file in sources.files] == ["0/a.txt"]
-    assert sources.ignored == {".md": 2, "(none)": 1, ".csv.gz": 1}
+    files, ignored = list_sources([str(tmp_path)])
+    assert [file.name for file in files] == ["0/a.txt"]
+    assert ignored == {".md": 2, "(none)": 1, ".csv.gz": 1}
 
 
 def test_hidden_files_are_no_sources(tmp_path: Path):
@@ -152,8 +206,8 @@ def test_hidden_files_are_no_sources(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\x16\7 text")
     for place in (tmp_path, tmp_path / "*.txt", tmp_path / "**/*"):
-        sources = list_sources([str(place)])
-        assert ([file.name for file in sources.files], sources.ignored) == (["0/a.txt"], {})
+        files, ignored = list_sources([str(place)])
+        assert ([file.name for file in files], ignored) == (["0/a.txt"], {})
 
 
 def test_places_without_text_are_errors(tmp_path: Path):
@@ -169,7 +223,7 @@ def test_places_without_text_are_errors(tmp_path: Path):
 
 def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    unit = Unit(file=list_sources([str(tmp_path)]).files[0], part=0, num_parts=1)
+    unit = Unit(file=list_sources([str(tmp_path)])[0][0], part=0, num_parts=1)
     (tmp_path / "a.txt").write_text("xy", encoding="utf-8")
     with pytest.raises(ValueError, match="has changed since it was listed"):
         list(read_unit(unit, text_key="text", max_bytes=100))

@@ -1,12 +1,18 @@
 """`preprocess image_caption` on real files, a real Ray cluster and a real HTTP server."""
 
+import bz2
 import functools
+import gzip
 import http.server
 import io
 import json
+import lzma
+import os
 import shutil
+import sys
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +23,11 @@ from PIL import Image
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.command import main
+from vla_foundry.preprocessing.image_caption import image_caption_job
 from vla_foundry.preprocessing.image_caption.image_caption_job import preprocess_image_caption
 from vla_foundry.preprocessing.image_caption.items import group_pairs, read_list
 from vla_foundry.preprocessing.manifest import main as manifest_main
+from vla_foundry.preprocessing.sources import SourceFile
 
 NUM_PAIRS = 30
 
@@ -53,6 +61,11 @@ def preprocess(source: Path | list[Path], output: Path, **values: Any) -> None:
     sources = [str(place) for place in (source if isinstance(source, list) else [source])]
     settings: dict[str, Any] = {"num_workers": 0, "samples_per_shard": 8} | values
     preprocess_image_caption(PreprocessImageCaptionParams(source=sources, output=str(output), **settings))
+
+
+def rows_of(path: Path, caption_key: str = "caption") -> list[Any]:
+    file = SourceFile(uri=str(path), name=path.name, size=path.stat().st_size)
+    return list(read_list(file, "url", caption_key, []))
 
 
 def read_samples(folder: Path) -> list[dict[str, bytes]]:
@@ -178,7 +191,7 @@ def test_lists_of_paths_of_any_kind_are_read(tmp_path: Path, ending: str) -> Non
     found = {(number_of(s, "png"), s["txt"].decode(), s["json"].decode()) for s in read_samples(tmp_path / "out")}
     assert found == {(n, f"number {n}", '{"who": "Ann"}') for n in range(3)}
     with pytest.raises(ValueError, match=r"no column 'alt'.*--caption_key"):
-        list(read_list(str(path), url_key="url", caption_key="alt", extra_keys=[]))
+        rows_of(path, caption_key="alt")
 
 
 def test_tab_separated_captions_have_no_quoting(tmp_path: Path) -> None:
@@ -186,20 +199,20 @@ def test_tab_separated_captions_have_no_quoting(tmp_path: Path) -> None:
     path = tmp_path / "list.tsv"
     lines = ["caption\turl", *(f"{caption}\t{number}.png" for number, caption in enumerate(captions)), ""]
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    rows = list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+    rows = rows_of(path)
     assert [(row.url, row.caption) for row in rows] == [(f"{n}.png", text) for n, text in enumerate(captions)]
     path.write_text("caption\turl\na\tcaption\t0.png\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.tsv line 2 has 3 cells, more than its 2 columns"):
-        list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+        rows_of(path)
 
 
 def test_long_cells_of_csv_lists_are_read_and_endless_ones_named(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text('caption,url\n"' + "long " * 40_000 + '",0.png\n', encoding="utf-8")
-    assert len(next(iter(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))).caption) == 200_000
+    assert len(rows_of(path)[0].caption) == 200_000
     path.write_text('caption,url\n"' + "x" * 11_000_000, encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.csv is not CSV after line 1 \(field larger than"):
-        list(read_list(str(path), url_key="url", caption_key="caption", extra_keys=[]))
+        rows_of(path)
 
 
 def test_a_list_of_missing_files_names_them(tmp_path: Path) -> None:
@@ -213,14 +226,14 @@ def test_a_list_of_missing_files_names_them(tmp_path: Path) -> None:
 
 
 def test_files_group_by_name_whatever_dots_are_in_it() -> None:
-    ignored: dict[str, int] = {}
+    ignored = Counter[str]()
     names = ("a.b.png", "a.b.txt", "c.image_1.jpg", "c.image_0.jpg", "c.json", "d.txt", "e")
-    items = group_pairs({name: f"/x/{name}" for name in names}, ignored)
+    items = group_pairs([SourceFile(uri=f"/x/{name}", name=name, size=1) for name in names], ignored)
     assert [(item.name, item.images, item.txt, item.json) for item in items] == [
         ("a.b", ("/x/a.b.png",), "/x/a.b.txt", None),
         ("c", ("/x/c.image_0.jpg", "/x/c.image_1.jpg"), None, "/x/c.json"),
     ]
-    assert ignored == {"(none)": 1, "txt": 1}
+    assert ignored == {"(none)": 1, ".txt": 1}
 
 
 def test_hidden_files_are_neither_read_nor_in_the_way(pairs: Path, tmp_path: Path) -> None:
@@ -241,6 +254,175 @@ def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: p
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"params.max_side None \(now 10\)"):
         preprocess(pairs, tmp_path / "out", max_side=10)
+
+
+def test_pictures_of_all_kinds_become_images_that_training_reads(tmp_path: Path) -> None:
+    for number, ending in enumerate(("gif", "BMP", "tiff", "tif", "jfif", "ppm")):
+        save_picture(tmp_path / "in" / f"{number}.{ending}", 40 * number)
+        (tmp_path / "in" / f"{number}.txt").write_text(f"number {40 * number}", encoding="utf-8")
+    preprocess(tmp_path / "in", tmp_path / "out")
+    samples = read_samples(tmp_path / "out")
+    suffixes = sorted(next(name for name in sample if name != "txt") for sample in samples)
+    assert suffixes == ["jpg", *["png"] * 5]
+    for sample in samples:
+        suffix = "png" if "png" in sample else "jpg"
+        assert abs(number_of(sample, suffix) - int(sample["txt"].decode().removeprefix("number "))) <= 2
+
+
+@pytest.mark.parametrize("ending", ["jsonl.zst", "csv.gz", "tsv.xz", "parquet.bz2"])
+def test_lists_may_be_packed(tmp_path: Path, ending: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind, packing = ending.split(".")
+    texts = {
+        "jsonl": b'{"url": "a.png", "caption": "one"}\n',
+        "csv": b"url,caption\na.png,one\n",
+        "tsv": b"url\tcaption\na.png\tone\n",
+    }
+    if kind == "parquet":
+        pq.write_table(pa.table({"url": ["a.png"], "caption": ["one"]}), tmp_path / "plain")
+        texts["parquet"] = (tmp_path / "plain").read_bytes()
+    pack = {"zst": lambda data: pa.compress(data, "zstd", asbytes=True), "gz": gzip.compress}
+    packed = (pack | {"xz": lzma.compress, "bz2": bz2.compress})[packing](texts[kind])
+    path = tmp_path / f"list.{ending}"
+    path.write_bytes(packed)
+    assert [(row.url, row.caption) for row in rows_of(path)] == [("a.png", "one")]
+    path.write_bytes(packed[:-6])
+    with pytest.raises(ValueError, match=rf"list\.{ending}: not valid {packing}"):
+        rows_of(path)
+
+
+def test_columns_of_a_list_may_lie_below_a_path_of_keys(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"url": "a.png", "text": {"en": "one", "de": "eins"}}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for ending in ("jsonl", "parquet"):
+        assert [row.caption for row in rows_of(tmp_path / f"a.{ending}", "text.en")] == ["one"]
+        with pytest.raises(ValueError, match=r"no column 'text\.fr', only url, text\."):
+            rows_of(tmp_path / f"a.{ending}", "text.fr")
+
+
+def test_rows_that_no_encoding_can_store_are_counted_and_never_changed(tmp_path: Path) -> None:
+    save_picture(tmp_path / "0.png", 0)
+    notes = ["a", "cut \ud83d", "fine", "fine"]
+    captions = ["fine", "fine", "cut \ud83d", "a \U0001f600"]
+    rows = [
+        json.dumps({"url": "0.png", "caption": caption, "note": [note]})
+        for caption, note in zip(captions, notes, strict=True)
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join([*rows, '{"url": "0.pn']), encoding="utf-8")
+    preprocess(tmp_path / "list.jsonl", tmp_path / "out", extra_keys=["note"], max_bad_fraction=0.7)
+    assert {sample["txt"].decode() for sample in read_samples(tmp_path / "out")} == {"fine", "a \U0001f600"}
+    report = read_report(tmp_path / "out")
+    assert report["failed"] == {"not Unicode": 2, "bad JSON": 1}
+    assert report["examples"]["not Unicode"] == ["list.jsonl row 1", "list.jsonl row 2"]
+    with pytest.raises(ValueError, match=r"3 of 5 images failed"):
+        preprocess(tmp_path / "list.jsonl", tmp_path / "few", extra_keys=["note"])
+    (tmp_path / "in").mkdir()
+    shutil.copy(tmp_path / "0.png", tmp_path / "in" / "0.png")
+    (tmp_path / "in" / "0.json").write_text(json.dumps({"caption": "cut \ud83d"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1 of 1 images failed \(1 not Unicode, as 0/0"):
+        preprocess(tmp_path / "in", tmp_path / "pairs")
+
+
+UVX = """#!{python}
+import io, json, os, sys, tarfile
+import pyarrow.parquet as pq
+from PIL import Image
+flags = dict(word[2:].split("=", 1) for word in sys.argv if word.startswith("--") and "=" in word)
+folder, size = flags["output_folder"], int(flags["number_sample_per_shard"])
+os.makedirs(folder, exist_ok=True)
+rows = []
+for name in sorted(os.listdir(flags["url_list"])):
+    rows += pq.read_table(flags["url_list"] + "/" + name).to_pylist()
+for number, first in enumerate(range(0, len(rows), size)):
+    if os.path.exists(f"{{folder}}/{{number:05d}}_stats.json"):
+        continue  # img2dataset keeps finished shards, too
+    part = rows[first : first + size]
+    with tarfile.open(f"{{folder}}/{{number:05d}}.tar", "w") as tar:
+        for row_number, row in enumerate(part):
+            picture = io.BytesIO()
+            Image.new("RGB", (16, 16)).save(picture, "PNG")
+            members = {{"png": picture.getvalue(), "txt": row["caption"].encode(), "json": json.dumps(row).encode()}}
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{{number:05d}}{{row_number:04d}}.{{suffix}}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with open(f"{{folder}}/{{number:05d}}_stats.json", "w") as file:
+        json.dump({{"status_dict": {{"success": len(part)}}}}, file)
+"""
+
+
+@pytest.fixture
+def uvx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for uvx that "downloads" made-up pictures, shard by shard as img2dataset does."""
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "bin" / "uvx"
+    path.parent.mkdir()
+    path.write_text(UVX.format(python=sys.executable), encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("change", ["list", "same_size", "caption_key", "samples_per_shard"])
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.usefixtures("uvx")
+def test_downloads_for_another_list_are_never_used(
+    tmp_path: Path, change: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, what: str, num_rows: int) -> Path:
+        lines = [f"http://made.up/{n}.png,{what} {n},{what} no. {n}" for n in range(num_rows)]
+        (tmp_path / name).write_text("\n".join(["url,caption,alt", *lines, ""]), encoding="utf-8")
+        return tmp_path / name
+
+    shared: dict[str, Any] = {"download_folder": str(tmp_path / "downloads")} if is_shared else {"overwrite": True}
+    settings = {"samples_per_shard": 4} | shared
+    cats = write("cats.csv", "cat", 6)
+    with monkeypatch.context() as patch:  # killed when the first list is downloaded
+
+        def stop(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(image_caption_job, "_run_tasks", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(cats, tmp_path / "first", **settings)
+    output = tmp_path / ("second" if is_shared else "first")
+    if change in ("list", "same_size"):
+        dogs = write("dogs.csv" if change == "list" else "cats.csv", "dog", 6)
+        preprocess(dogs, output, **settings)
+        expected = {f"dog {n}" for n in range(6)}
+    elif change == "caption_key":
+        preprocess(cats, output, caption_key="alt", **settings)
+        expected = {f"cat no. {n}" for n in range(6)}
+    else:
+        preprocess(cats, output, **settings | {"samples_per_shard": 5})
+        expected = {f"cat {n}" for n in range(6)}
+    assert sorted(sample["txt"].decode() for sample in read_samples(output)) == sorted(expected)
+
+
+@pytest.mark.usefixtures("uvx")
+def test_a_killed_job_goes_on_with_what_it_has_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"url": f"http://made.up/{n}.png", "caption": f"cat {n}"} for n in range(6)]
+    (tmp_path / "cats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run_tasks = image_caption_job._run_tasks
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_caption_job, "_run_tasks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(tmp_path / "cats.jsonl", tmp_path / "out")
+    tars = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.download").rglob("*.tar")}
+    assert tars
+
+    def check(*args: Any) -> Any:
+        assert {path: path.stat().st_mtime_ns for path in tars} == tars, "a finished download was made again"
+        return run_tasks(*args)
+
+    monkeypatch.setattr(image_caption_job, "_run_tasks", check)
+    preprocess(tmp_path / "cats.jsonl", tmp_path / "out")
+    assert read_report(tmp_path / "out")["samples"] == 6
+    assert not (tmp_path / "out.download").exists()
 
 
 @pytest.fixture

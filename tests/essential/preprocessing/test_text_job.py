@@ -174,13 +174,17 @@ def start_command(params: PreprocessTextParams, **environment: str) -> subproces
     return subprocess.Popen(COMMAND + words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
-    """Kill a process, uncatchably, as soon as something holds."""
+def wait_until(is_time: Callable[[], bool], process: subprocess.Popen) -> None:
     stop = time.monotonic() + 60
     while not is_time():
-        assert process.poll() is None, "the process ended before it could be killed"
+        assert process.poll() is None, "the process ended too early"
         assert time.monotonic() < stop
         time.sleep(0.001)
+
+
+def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
+    """Kill a process, uncatchably, as soon as something holds."""
+    wait_until(is_time, process)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
@@ -253,6 +257,22 @@ def test_missing_shard_of_a_complete_dataset_is_seen(params: PreprocessTextParam
     assert read_folder(Path(params.output)) == read_folder(expected)
 
 
+def test_one_process_at_a_time_writes_to_a_folder(params: PreprocessTextParams, expected: Path):
+    output = Path(params.output)
+    process = start_command(params)
+    try:
+        wait_until(lambda: (output.parent / f".{output.name}.lock").exists() and output.exists(), process)
+        os.kill(process.pid, signal.SIGSTOP)
+        message = f"The output folder {output} is in use by process {process.pid} on {socket.gethostname()}. "
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}Wait until .* choose another --output"):
+            preprocess_text(params)
+    finally:
+        process.kill()  # a dead owner holds nothing
+        process.wait()
+    preprocess_text(params)
+    assert read_folder(output) == read_folder(expected)
+
+
 def test_foreign_folder_is_never_touched(params: PreprocessTextParams):
     output = Path(params.output)
     output.mkdir()
@@ -322,7 +342,7 @@ def test_bad_rows_are_counted_and_bounded(
 def test_unreadable_file_stops_the_run_by_name(params: PreprocessTextParams, write_jsonl, tmp_path: Path):
     write_jsonl(tmp_path / "in" / "a.jsonl", [f"document {number}" for number in range(100)])
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(b"broken" * 300)
-    with pytest.raises(ValueError, match=r"of the text can not be read \(1 unreadable, as 0/b\.jsonl\.gz: not valid"):
+    with pytest.raises(ValueError, match=r"of the text cannot be read \(1 unreadable, as 0/b\.jsonl\.gz: not valid"):
         preprocess_text(replace(params, source=[str(tmp_path / "in")], max_bad_fraction=0.02))
 
 
@@ -360,12 +380,12 @@ def test_tokenizer_of_the_dataset_loads(expected: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seq_len": 0}, "seq_len must be 1 or more, got 0"),
-        ({"samples_per_shard": 0}, "samples_per_shard must be 1 or more, got 0"),
+        ({"seq_len": 0}, r"seq_len \(0\) must be at least 1"),
+        ({"samples_per_shard": 0}, r"samples_per_shard \(0\) must be at least 1"),
         ({"source": []}, "source is empty"),
-        ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
-        ({"max_bad_fraction": 1.5}, r"max_bad_fraction must be between 0 and 1, got 1\.5"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"num_workers": -1}, r"num_workers \(-1\) must be at least 0"),
+        ({"max_bad_fraction": 1.5}, r"max_bad_fraction \(1\.5\) must be at least 0 and at most 1"),
+        ({"seed": -1}, r"seed \(-1\) must be at least 0"),
     ],
 )
 def test_params_say_what_is_wrong(params: PreprocessTextParams, changes: dict, message: str):

@@ -81,7 +81,7 @@ def test_unfinished_folder_is_finished(params: TrainTokenizerParams):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 200}, r"vocab_size must be at least 260 \(256 bytes and 4 special tokens\), got 200"),
+        ({"vocab_size": 200}, r"vocab_size \(200\) must be at least 260: 256 bytes and 4 special tokens"),
         ({"special_tokens": ["<|pad|>"]}, "special tokens must differ"),
         ({"eos_token": ""}, "a special token is empty"),
     ],

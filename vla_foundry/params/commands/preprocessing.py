@@ -1,52 +1,48 @@
 """Params of `preprocess` for text, tokenizers and captioned images, and of `manifest`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Location
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobParams(BaseParams):
-    """What all preprocessing jobs share. The output depends on neither workers nor cluster; a killed run continues."""
+    """Shared by all preprocessing jobs. The output does not depend on workers or cluster; a killed run resumes."""
 
     # folder to write to, local or s3://
     output: Location
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
     # replace an output folder that was written or started with another configuration
     overwrite: bool = False
     # stop the run if more than this fraction of the rows, or of the bytes, is bad
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
 
     def __post_init__(self) -> None:
-        workers, fraction = self.num_workers, self.max_bad_fraction
-        _require(workers is None or workers >= 0, f"num_workers must be 0 or more, got {workers}.")
-        _require(0 <= fraction <= 1, f"max_bad_fraction must be between 0 and 1, got {fraction:g}.")
-        _require(bool(self.output), "output is empty. Name a folder to write to.")
+        super().__post_init__()
+        if not self.output:
+            raise ValueError("output is empty. Name a folder to write to.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextJobParams(JobParams):
     """A job that reads documents."""
 
-    # folders, patterns or files (.txt: one document each; .jsonl, .parquet: one a row; also .gz), local or s3://
+    # folders, patterns or files, local or s3://: .txt holds one document, .jsonl, .json and .parquet one per row; each
+    # may be packed: .gz, .zst, .bz2, .xz
     source: list[Location]
-    # key (.jsonl) or column (.parquet) that holds the text
+    # key (JSON) or column (.parquet) that holds the text; meta.text is a key within a key
     text_key: str = "text"
     # seed of the order of documents
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(bool(self.source), "source is empty. Name a folder, a pattern or a file with text.")
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
+        if not self.source:
+            raise ValueError("source is empty. Name a folder, a pattern or a file with text.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +54,9 @@ class PreprocessTextParams(TextJobParams):
     # token that ends a document; null: the tokenizer's own
     eos_token: str | None = None
     # a record holds this many tokens and one more, the last target
-    seq_len: int = 2048
+    seq_len: Count = 2048
     # most records in a shard
-    samples_per_shard: int = 8192
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.seq_len >= 1, f"seq_len must be 1 or more, got {self.seq_len}.")
-        _require(self.samples_per_shard >= 1, f"samples_per_shard must be 1 or more, got {self.samples_per_shard}.")
+    samples_per_shard: Count = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +64,21 @@ class PreprocessTextUntokenizedParams(TextJobParams):
     """Write documents as samples of raw text (modality `text_untokenized`)."""
 
     # most samples in a shard
-    samples_per_shard: int = 8192
+    samples_per_shard: Count = 8192
     # a longer document becomes several samples, bytes of UTF-8
-    max_sample_bytes: int = 8192
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.samples_per_shard >= 1, f"samples_per_shard must be 1 or more, got {self.samples_per_shard}.")
-        _require(self.max_sample_bytes >= 64, f"max_sample_bytes must be 64 or more, got {self.max_sample_bytes}.")
+    max_sample_bytes: Annotated[int, Bounds(least=64)] = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerParams(BaseParams):
     """Train a byte-level BPE tokenizer and save it as a Hugging Face fast tokenizer folder."""
 
-    # folders, patterns or files (.txt: one document each; .jsonl, .parquet: one a row; also .gz), local or s3://
+    # folders, patterns or files, local or s3://: .txt holds one document, .jsonl, .json and .parquet one per row; each
+    # may be packed: .gz, .zst, .bz2, .xz
     source: list[Location]
     # folder to write to, local or s3://
     output: Location
-    # key (.jsonl) or column (.parquet) that holds the text
+    # key (JSON) or column (.parquet) that holds the text; meta.text is a key within a key
     text_key: str = "text"
     # vocabulary size, including special tokens and the 256 bytes
     vocab_size: int = 4096
@@ -102,13 +89,13 @@ class TrainTokenizerParams(BaseParams):
     # further special tokens
     special_tokens: list[str] = field(default_factory=list)
     # train on about this much text, chosen by the seed; null: on all
-    max_bytes: int | None = 1_000_000_000
+    max_bytes: Count | None = 1_000_000_000
     # seed of the choice of text
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # replace a tokenizer that was trained with another configuration
     overwrite: bool = False
     # stop the run if more than this fraction of the rows, or of the bytes, is bad
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -116,20 +103,20 @@ class TrainTokenizerParams(BaseParams):
         return [self.eos_token, self.pad_token, *self.special_tokens]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         special = self.all_special_tokens
-        _require(bool(self.source), "source is empty. Name a folder, a pattern or a file with text.")
-        _require(all(special), "a special token is empty. Give each a name, such as <|endoftext|>.")
-        _require(len(set(special)) == len(special), f"special tokens must differ: {', '.join(special)}.")
         smallest = 256 + len(special)
-        _require(
-            self.vocab_size >= smallest,
-            f"vocab_size must be at least {smallest} (256 bytes and {len(special)} special tokens), "
-            f"got {self.vocab_size}.",
-        )
-        _require(self.max_bytes is None or self.max_bytes > 0, f"max_bytes must be above 0, got {self.max_bytes}.")
-        _require(
-            0 <= self.max_bad_fraction <= 1, f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction:g}."
-        )
+        if not self.source:
+            raise ValueError("source is empty. Name a folder, a pattern or a file with text.")
+        if not all(special):
+            raise ValueError("a special token is empty. Give each a name, such as <|endoftext|>.")
+        if len(set(special)) < len(special):
+            raise ValueError(f"special tokens must differ: {', '.join(special)}.")
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) must be at least {smallest}: 256 bytes and {len(special)} special "
+                "tokens."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +128,7 @@ class ManifestBuildParams(BaseParams):
     # replace a manifest that says something else
     overwrite: bool = False
     # tars processed in parallel
-    num_threads: int = 8
-
-    def __post_init__(self) -> None:
-        _require(self.num_threads >= 1, f"num_threads must be 1 or more, got {self.num_threads}.")
+    num_threads: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,17 +138,15 @@ class ManifestVerifyParams(BaseParams):
     # folder with a manifest, local or s3://
     folder: Location
     # tars processed in parallel
-    num_threads: int = 8
-
-    def __post_init__(self) -> None:
-        _require(self.num_threads >= 1, f"num_threads must be 1 or more, got {self.num_threads}.")
+    num_threads: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessImageCaptionParams(JobParams):
     """Write images and their captions as shards (modality `image_caption`)."""
 
-    # folders of pairs (a.png with a.txt or a.json), or lists (.parquet, .csv, .tsv, .jsonl) of URLs or paths
+    # folders of pairs (a.png with a.txt or a.json), or lists (.parquet, .csv, .tsv, .jsonl) of URLs or paths; images in
+    # other formats than JPEG, PNG and WebP (GIF, BMP, TIFF, ...) are stored as PNG
     source: list[Location]
     # column or key of a list that holds the URL, or the path of a file, relative to the list
     url_key: str = "url"
@@ -173,21 +155,21 @@ class PreprocessImageCaptionParams(JobParams):
     # further columns of a list to keep, in the sample's JSON
     extra_keys: list[str] = field(default_factory=list)
     # most samples in a shard
-    samples_per_shard: int = 2048
+    samples_per_shard: Count = 2048
     # larger images are scaled down to this longer side, pixels; null: image files are kept as they are
-    max_side: int | None = None
+    max_side: Count | None = None
     # quality of images that are scaled down, 1 .. 100
-    jpeg_quality: int = 95
+    jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
     # seed of the order of samples
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # stop the run if more than this fraction of the URLs cannot be downloaded
-    max_failed_downloads: float = 0.9
+    max_failed_downloads: Fraction = 0.9
     # seconds to wait for one download
-    download_timeout: int = 10
+    download_timeout: Count = 10
     # retries per download
-    download_retries: int = 2
+    download_retries: NonNegativeInt = 2
     # downloads at a time, in each of num_workers processes
-    download_threads: int = 32
+    download_threads: Count = 32
     # local folder for what is downloaded, until the shards are written; null: beside --output
     download_folder: Location | None = None
     # the package that `uvx` runs to download, in an environment of its own
@@ -197,14 +179,3 @@ class PreprocessImageCaptionParams(JobParams):
         super().__post_init__()
         if not self.source:
             raise ValueError("source is empty. Name a folder of images and captions, or a list of URLs or paths.")
-        for name in ("samples_per_shard", "download_timeout", "download_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if self.max_side is not None and self.max_side < 1:
-            raise ValueError(f"max_side must be 1 or more, got {self.max_side}.")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality must be 1 .. 100, got {self.jpeg_quality}.")
-        if self.seed < 0 or self.download_retries < 0:
-            raise ValueError(f"seed ({self.seed}) and download_retries ({self.download_retries}) must be 0 or more.")
-        if not 0 <= self.max_failed_downloads <= 1:
-            raise ValueError(f"max_failed_downloads must be between 0 and 1, got {self.max_failed_downloads:g}.")

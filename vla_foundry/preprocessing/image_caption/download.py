@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
-from vla_foundry.preprocessing.image_caption.items import DOWNLOAD, Failures, Row
+from vla_foundry.preprocessing.image_caption.items import DOWNLOAD, Row
+from vla_foundry.preprocessing.sources import Tally, import_pyarrow
 from vla_foundry.world import num_cores
 
 URL_COLUMN, CAPTION_COLUMN = "url", "caption"
@@ -28,6 +29,7 @@ class UrlList:
 
     Args:
         folder: the download folder.
+        extra_keys: further columns to keep.
     """
 
     def __init__(self, folder: Path, extra_keys: Sequence[str]) -> None:
@@ -35,36 +37,31 @@ class UrlList:
         self._extra_keys = tuple(extra_keys)
         self._held: list[dict[str, Any]] = []
         self._num_files = 0
-        self.num_rows = 0
 
     def add(self, row: Row) -> None:
         """Add one URL."""
         extra = {key: row.values.get(key) for key in self._extra_keys}
-        caption = row.caption if isinstance(row.caption, str) else ""
-        self._held.append({URL_COLUMN: row.url, CAPTION_COLUMN: caption, **extra})
-        self.num_rows += 1
+        self._held.append({URL_COLUMN: row.url, CAPTION_COLUMN: row.caption or "", **extra})
         if len(self._held) >= _ROWS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held."""
-        import pyarrow as pa
+        pa = import_pyarrow("a list of URLs")
         import pyarrow.parquet as pq
 
-        if not self._held:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{self._num_files:06d}.parquet"
-        pq.write_table(pa.Table.from_pylist(self._held), path)
-        self._num_files += 1
-        self._held = []
+        if self._held:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(self._held), self._folder / f"{self._num_files:06d}.parquet")
+            self._num_files += 1
+            self._held = []
 
 
 def download(params: PreprocessImageCaptionParams, folder: Path) -> None:
     """Run img2dataset over `folder/urls`.
 
     Raises:
-        ValueError: it cannot be run, or fails; one line with the last of what it said.
+        ValueError: it cannot be run, or fails; one line with the end of its output.
     """
     command = [*_runner(params.img2dataset), *_arguments(params, folder)]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "TQDM_DISABLE": "1"}
@@ -73,12 +70,12 @@ def download(params: PreprocessImageCaptionParams, folder: Path) -> None:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     lines = [line.strip() for line in log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
     if code != 0 or not list_tars(folder):
-        said = " / ".join(lines[-_NUM_LOG_LINES:])[-400:] or "it said nothing"
-        raise ValueError(f"img2dataset failed (exit code {code}): {said}. All of it is in {log}.")
+        said = " / ".join(lines[-_NUM_LOG_LINES:])[-400:] or "it printed nothing"
+        raise ValueError(f"img2dataset failed (exit code {code}): {said}. Its whole output is in {log}.")
 
 
 def _runner(package: str) -> list[str]:
-    """The command that runs img2dataset: uvx in an environment of its own."""
+    """Return the command that runs img2dataset: uvx in an environment of its own."""
     uvx = shutil.which("uvx")
     if uvx is None:
         raise ValueError(
@@ -113,34 +110,28 @@ def _arguments(params: PreprocessImageCaptionParams, folder: Path) -> list[str]:
 
 
 def list_tars(folder: Path) -> list[Path]:
-    """The downloaded tars, in order."""
+    """Return the downloaded tars, in order."""
     return sorted((folder / "tars").glob("*.tar"))
 
 
-def read_failures(folder: Path) -> Failures:
-    """Count the downloads and their failures by the reasons that img2dataset's statistics give.
-
-    Returns:
-        Failures, whose samples are the successful downloads.
-    """
-    failures = Failures()
+def read_failures(folder: Path) -> Tally:
+    """Count the downloads, and the failed ones by the reasons that img2dataset's statistics give."""
+    failures = Tally()
     for path in sorted((folder / "tars").glob("*_stats.json")):
         stats: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         reasons = {name: int(count) for name, count in stats.get("status_dict", {}).items()}
-        failures.num_samples += reasons.pop(_SUCCESS, 0)
-        if not reasons:
-            continue
-        examples = _read_examples(path.with_name(path.name.replace("_stats.json", ".parquet")))
+        failures.num_good += reasons.pop(_SUCCESS, 0)
+        examples = _read_examples(path.with_name(path.name.replace("_stats.json", ".parquet"))) if reasons else {}
         for reason, count in reasons.items():
-            names = examples.get(reason, ["(unknown URL)"])
-            failures.add(f"{DOWNLOAD}{reason}", names[0], count - len(names[1:]))
-            for name in names[1:]:
+            first, *others = examples.get(reason, ["(unknown URL)"])
+            failures.add(f"{DOWNLOAD}{reason}", first, count=count - len(others))
+            for name in others:
                 failures.add(f"{DOWNLOAD}{reason}", name)
     return failures
 
 
 def _read_examples(path: Path) -> dict[str, list[str]]:
-    """{reason: its first URLs} of one tar."""
+    """Return {reason: its first URLs} of one tar."""
     import pyarrow.parquet as pq
 
     if not path.is_file():

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionPara
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.items import (
     DOWNLOAD,
-    IMAGE_ENDINGS,
-    Failures,
+    NO_URL,
+    STORED_ENDINGS,
+    BadRow,
     Item,
     Sources,
     Unusable,
@@ -34,8 +36,9 @@ from vla_foundry.preprocessing.image_caption.items import (
     read_item,
     read_list,
 )
-from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, check_apart, format_provenance, record_task
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, check_apart, digest_of, hold_folder, record_task
 from vla_foundry.preprocessing.shard_writer import open_shard
+from vla_foundry.preprocessing.sources import Tally, say_ignored
 from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry, split_member_name
@@ -57,47 +60,52 @@ _PLAN_FIELDS = (
 
 
 def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
-    """Write images and captions as a dataset of modality `image_caption`, or go on where a killed run left off.
+    """Write images and captions as a dataset of modality `image_caption`, or resume where a killed run stopped.
 
     Raises:
         ValueError: the output folder will not do, too much of the source fails, or img2dataset cannot be run.
         FileNotFoundError: a source does not exist.
     """
     check_apart(params.source, params.output)
-    started = time.monotonic()
     sources = list_sources(params.source)
     values = {name: value for name, value in asdict(params).items() if name in _PLAN_FIELDS}
     plan = {"command": COMMAND, "version": PLAN_VERSION, "params": values, "source": sources.describe()}
     output = OutputFolder(params.output, plan)
-    state = output.begin(overwrite=params.overwrite)
-    if state == "complete":
-        say(f"{params.output} is complete; nothing to do.")
-        say(_summary(output.read_provenance()["dataset"]))
-        return
-    if sources.ignored:
-        endings = ", ".join(f"{count:,} {ending}" for ending, count in sorted(sources.ignored.items()))
-        say(f"files that belong to no image are left out: {endings}")
-    downloads = _download_folder(params)
-    failures = Failures()
-    items = list_items(params, sources, downloads, failures)
-    tars = _download(params, downloads, failures)
-    tasks = divide_into_tasks(params, items, tars)
-    results = _run_tasks(params, tasks, output.finished() if state == "begun" else {})
-    _publish(output, params, failures, results)
-    if downloads is not None:
-        shutil.rmtree(downloads, ignore_errors=True)
-    say(f"{time.monotonic() - started:.1f} s")
+    with output.begin(overwrite=params.overwrite) as done:
+        if done is None:
+            say(_summary(output.read_facts()))
+            return
+        started = time.monotonic()
+        say_ignored(sources.ignored, "belong to no image")
+        failures = Tally()
+        folder = _download_folder(params, output.plan)
+        with nullcontext() if folder is None else hold_folder(str(folder), flag="--download_folder"):
+            items = list_items(params, sources, folder, failures)
+            tars = _download(params, folder, failures)
+            results = _run_tasks(params, divide_into_tasks(params, items, tars), done)
+            _publish(output, params, failures, results)
+            if folder is not None:
+                shutil.rmtree(folder if params.download_folder else folder.parent, ignore_errors=True)
+        say(f"{time.monotonic() - started:.1f} s")
 
 
-def _download_folder(params: PreprocessImageCaptionParams) -> Path | None:
-    """Where downloads go; None where the output is remote and no folder was given."""
-    if params.download_folder is not None:
-        return Path(params.download_folder).expanduser().absolute() / "image_caption_download"
-    return None if is_remote(params.output) else Path(f"{absolute_uri(params.output)}.download")
+def _download_folder(params: PreprocessImageCaptionParams, plan: Mapping[str, Any]) -> Path | None:
+    """Return where downloads go; None if the output is remote and no folder was given.
+
+    Its name is a digest of all that the downloads depend on: what was downloaded for another list is never used.
+    """
+    if params.download_folder is None and is_remote(params.output):
+        return None
+    if params.download_folder is None:
+        parent = Path(f"{absolute_uri(params.output)}.download")
+    else:
+        parent = Path(absolute_uri(params.download_folder), "image_caption_download")
+    names = ("url_key", "caption_key", "extra_keys", "samples_per_shard")
+    return parent / digest_of([plan["source"], *(plan["params"][name] for name in names)])[:16]
 
 
 def list_items(
-    params: PreprocessImageCaptionParams, sources: Sources, downloads: Path | None, failures: Failures
+    params: PreprocessImageCaptionParams, sources: Sources, downloads: Path | None, failures: Tally
 ) -> list[Item]:
     """Return the pairs and the rows that are paths, and write the rows that are URLs to the download folder.
 
@@ -106,17 +114,17 @@ def list_items(
     """
     items = list(sources.pairs)
     urls = None
-    for uri in sources.lists:
-        for row in read_list(uri, url_key=params.url_key, caption_key=params.caption_key, extra_keys=params.extra_keys):
-            if isinstance(row, str):
-                failures.add("no URL", row)
+    for file in sources.lists:
+        for row in read_list(file, params.url_key, params.caption_key, params.extra_keys):
+            if isinstance(row, BadRow):
+                failures.add(row.reason, row.name)
             elif not is_download(row.url):
-                items.append(item_of_row(row, uri))
+                items.append(item_of_row(row, file.uri))
+            elif downloads is None:
+                raise ValueError(
+                    f"{file.uri} lists URLs and --output is remote: give --download_folder FOLDER on this machine."
+                )
             else:
-                if downloads is None:
-                    raise ValueError(
-                        f"{uri} lists URLs and --output is remote: give --download_folder FOLDER on this machine."
-                    )
                 urls = urls or UrlList(downloads, params.extra_keys)
                 urls.add(row)
     if urls is not None:
@@ -124,17 +132,32 @@ def list_items(
     return items
 
 
-def _download(params: PreprocessImageCaptionParams, downloads: Path | None, failures: Failures) -> list[Path]:
-    if downloads is None or not (downloads / "urls").is_dir():
+def _download(params: PreprocessImageCaptionParams, folder: Path | None, failures: Tally) -> list[Path]:
+    if folder is None or not (folder / "urls").is_dir():
         return []
-    say(f"downloading with {params.img2dataset} to {downloads}")
-    download(params, downloads)
-    found = read_failures(downloads)
-    found.check(params.max_failed_downloads, flag="--max_failed_downloads", downloads=True, is_final=True)
-    say(f"downloaded {found.num_samples:,} images; {found.counts.total():,} failed")
-    found.num_samples = 0  # they are counted when they are written
+    say(f"downloading with {params.img2dataset} to {folder}")
+    download(params, folder)
+    found = read_failures(folder)
+    flag = "--max_failed_downloads"
+    found.check(params.max_failed_downloads, flag=flag, what="downloads failed", is_judged=_is_download, is_final=True)
+    say(f"downloaded {found.num_good:,} images; {found.counts.total():,} failed")
+    found.num_good = 0  # they are counted when they are written
     failures.add_json(found.to_json())
-    return list_tars(downloads)
+    return list_tars(folder)
+
+
+def _is_download(reason: str) -> bool:
+    return reason.startswith(DOWNLOAD)
+
+
+def _check(failures: Tally, params: PreprocessImageCaptionParams, *, is_final: bool) -> None:
+    failures.check(
+        params.max_bad_fraction,
+        flag="--max_bad_fraction",
+        what="images failed",
+        is_judged=lambda reason: reason != NO_URL and not _is_download(reason),
+        is_final=is_final,
+    )
 
 
 def divide_into_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: Iterable[Path]) -> list[Task]:
@@ -155,13 +178,13 @@ def divide_into_tasks(params: PreprocessImageCaptionParams, items: list[Item], t
 
 def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: dict[int, Any]) -> list[dict[str, Any]]:
     """Run the tasks that are not done, and return the results of all in order."""
-    failures = Failures()
+    failures = Tally()
     for result in done.values():
         failures.add_json(result["failures"])
 
     def check(result: dict[str, Any]) -> None:
         failures.add_json(result["failures"])
-        failures.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=False)
+        _check(failures, params, is_final=False)
 
     shared = {
         "folder": absolute_uri(params.output),
@@ -187,7 +210,7 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)  # tasks share out the cores
-    failures = Failures()
+    failures = Tally()
     shard = f"shard_{task.number:06d}"
     made = (
         _samples_of_tar(shared, task.payload) if isinstance(task.payload, Path) else _samples_of(shared, task.payload)
@@ -199,9 +222,9 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     if first is not None:
         with open_shard(shared["folder"], shard) as writer:
             for members in itertools.chain([first], usable):
-                writer.add(f"{shard}_{failures.num_samples:06d}", members)
-                failures.num_samples += 1
-                num_images += sum(name.rpartition(".")[2] in IMAGE_ENDINGS for name in members)
+                writer.add(f"{shard}_{failures.num_good:06d}", members)
+                failures.num_good += 1
+                num_images += sum(name.rpartition(".")[2] in STORED_ENDINGS for name in members)
         assert writer.entry is not None, "open_shard sets the entry"
         entries.append(asdict(writer.entry))
     result = {"entries": entries, "failures": failures.to_json(), "images": num_images}
@@ -209,7 +232,7 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return result
 
 
-def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Failures) -> Iterator[dict[str, bytes]]:
+def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Tally) -> Iterator[dict[str, bytes]]:
     """Yield the members of the samples that could be made, and count the others."""
     for name, sample in made:
         if isinstance(sample, Unusable):
@@ -242,7 +265,7 @@ def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str
         try:
             url = json.loads(members.get("json", b"{}")).get("url")
             name = url if isinstance(url, str) else name
-            images = [members[suffix] for suffix in IMAGE_ENDINGS if suffix in members]
+            images = [members[suffix] for suffix in STORED_ENDINGS if suffix in members]
             texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")
             yield (
                 name,
@@ -274,13 +297,11 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _publish(
-    output: OutputFolder, params: PreprocessImageCaptionParams, failures: Failures, results: list[dict[str, Any]]
+    output: OutputFolder, params: PreprocessImageCaptionParams, failures: Tally, results: list[dict[str, Any]]
 ) -> None:
-    bad = Failures()
     for result in results:  # in order of the shards, so that examples do not depend on who was first
-        bad.add_json(result["failures"])
-    bad.check(params.max_bad_fraction, flag="--max_bad_fraction", downloads=False, is_final=True)
-    failures.add_json(bad.to_json())
+        failures.add_json(result["failures"])
+    _check(failures, params, is_final=True)
     entries = [ManifestEntry(**entry) for result in results for entry in result["entries"]]
     for line in failures.describe():
         say(line)
@@ -288,16 +309,12 @@ def _publish(
         raise ValueError("--source gave no sample: every image failed, for the reasons above.")
     facts = {
         "kind": "image_caption",
-        "num_sequences": sum(entry.num_sequences for entry in entries),
         "num_images": sum(result["images"] for result in results),
-        "num_shards": len(entries),
-        "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
         "num_failed": failures.counts.total(),
     }
-    report = json.dumps(failures.to_json(), indent=2, ensure_ascii=False) + "\n"
     counts = failures.to_json()
-    output.publish(entries, format_provenance(output.plan, facts, counts), {REPORT_NAME: report.encode("utf-8")})
-    say(_summary(facts))
+    report = json.dumps(counts, indent=2, ensure_ascii=False) + "\n"
+    say(_summary(output.publish(entries, facts=facts, counts=counts, files={REPORT_NAME: report.encode("utf-8")})))
 
 
 def _summary(facts: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Images with captions: find them in folders and lists, make the members of a sample, count failures by reason.
+"""Images with captions: find them in folders and lists, check them, make the members of a sample.
 
 Every image and caption is checked here, so that training can use what is written.
 """
@@ -9,23 +9,32 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vla_foundry.preprocessing.output import digest_of
-from vla_foundry.storage.uri import is_remote, join_uri, list_visible, open_input, parent_uri, read_bytes, read_text
+from vla_foundry.preprocessing.sources import (
+    PACKINGS,
+    SourceFile,
+    Unreadable,
+    describe_files,
+    list_source_files,
+    look_up,
+    open_parquet,
+    open_source,
+    read_json_rows,
+)
+from vla_foundry.shards import sha256_of
+from vla_foundry.storage.uri import is_remote, join_uri, name_of, open_input, parent_uri, read_bytes
 
-# begins the reasons that are not the user's to mend: links that are dead, or lead to something else
-DOWNLOAD = "download: "
-# names that are kept for each reason
-_MAX_EXAMPLES = 10
-# before this many are judged, a run is not stopped for its share of failures
-_MIN_JUDGED = 1000
+# reasons that are not the user's to mend: links that are missing, dead (the first part), or lead to something else
+NO_URL, DOWNLOAD = "no URL", "download: "
 # characters in a cell of a .csv list
 _LONGEST_CELL = 10_000_000
-LIST_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+LIST_KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson")
+# images of these kinds are stored as they are, the others as PNG
+STORED_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = (*STORED_ENDINGS, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")
 _TEXT_ENDINGS = ("txt", "json")
 # scene.image_0.png, scene.image_1.png, ...: several images of one sample
 _NUMBERED = re.compile(r"(.+)\.image_(\d+)")
@@ -44,69 +53,6 @@ class Unusable(ValueError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-class Failures:
-    """Counts that can be sent as JSON and added up."""
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count failures of one reason, one of which is named."""
-        self.counts[reason] += count
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _MAX_EXAMPLES:
-            examples.append(name)
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts as JSON values."""
-        return {
-            "samples": self.num_samples,
-            "failed": dict(sorted(self.counts.items())),
-            "examples": dict(sorted(self.examples.items())),
-        }
-
-    def add_json(self, values: dict[str, Any]) -> None:
-        """Add what another one gave as JSON values."""
-        self.num_samples += values["samples"]
-        self.counts.update(values["failed"])
-        for reason, examples in values["examples"].items():
-            mine = self.examples.setdefault(reason, [])
-            mine += examples[: _MAX_EXAMPLES - len(mine)]
-
-    def check(self, max_fraction: float, *, flag: str, downloads: bool, is_final: bool) -> None:
-        """Stop when too much has failed.
-
-        Args:
-            max_fraction: share that may fail.
-            flag: where the user sets that.
-            downloads: judge the failed downloads; else all other failures.
-            is_final: no more will come; few are enough to judge.
-
-        Raises:
-            ValueError: more has failed.
-        """
-        judged = {reason: n for reason, n in self.counts.items() if reason.startswith(DOWNLOAD) == downloads}
-        num_failed = sum(judged.values())
-        total = self.num_samples + num_failed
-        if num_failed > max_fraction * total and (is_final or total >= _MIN_JUDGED):
-            reasons = "; ".join(
-                f"{count:,} {reason}, as {self.examples[reason][0]}" for reason, count in Counter(judged).most_common(3)
-            )
-            raise ValueError(
-                f"{num_failed:,} of {total:,} images failed ({reasons}). Mend the source, or allow more than "
-                f"{flag} {max_fraction:g}."
-            )
-
-    def describe(self) -> list[str]:
-        """Lines that say what failed, and why."""
-        return [
-            f"failed: {count:,} {reason}: {', '.join(self.examples[reason][:3])}{', ...' if count > 3 else ''}"
-            for reason, count in sorted(self.counts.items())
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +79,19 @@ class Row:
     name: str
     # URL or path
     url: str
-    caption: Any
+    # None: it has none
+    caption: str | None
     # further columns
     values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRow:
+    """A row of a list that gives no sample."""
+
+    # list and row
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +101,18 @@ class Sources:
     # one per sample, in order of their names within each source
     pairs: list[Item]
     # lists of URLs or paths
-    lists: list[str]
-    # names and sizes of all files
-    listing: list[tuple[str, int]]
-    # files without a partner, and others
-    ignored: dict[str, int]
+    lists: list[SourceFile]
+    files: list[SourceFile]
+    # {ending: number of files} of those without a partner, and others
+    ignored: Counter[str]
 
     def describe(self) -> dict[str, Any]:
-        """What tells these sources from others."""
-        return {
-            "num_files": len(self.listing),
-            "num_bytes": sum(size for _, size in self.listing),
-            "listing_sha256": digest_of(self.listing),
-        }
+        """Return what tells these sources from others: names and sizes of all files, and the content of lists."""
+        digests = []
+        for file in self.lists:
+            with open_input(file.uri) as opened:
+                digests.append(sha256_of(opened))
+        return describe_files(self.files, digests)
 
 
 def list_sources(places: Sequence[str]) -> Sources:
@@ -165,65 +120,45 @@ def list_sources(places: Sequence[str]) -> Sources:
 
     Raises:
         FileNotFoundError: a place does not exist.
-        ValueError: a place has neither.
+        ValueError: a place has neither, or two places name the same file.
     """
     pairs: list[Item] = []
-    lists: list[str] = []
-    listing: list[tuple[str, int]] = []
-    ignored: dict[str, int] = {}
-    for number, place in enumerate(places):
-        sizes = list_visible(place)
-        base = _base_of(place)
-        names = {_name_in(uri, base, number): uri for uri in sizes}
-        listing += [(name, sizes[uri]) for name, uri in names.items()]
-        found = [uri for uri in sizes if uri.lower().endswith(LIST_ENDINGS)]
-        lists += found
-        new = group_pairs({name: uri for name, uri in names.items() if uri not in found}, ignored)
-        pairs += new
-        if not new and not found:
+    lists: list[SourceFile] = []
+    ignored: Counter[str] = Counter()
+    found = list_source_files(places)
+    for place, files in zip(places, found, strict=True):
+        new_lists = [file for file in files if file.kind in LIST_KINDS]
+        new_pairs = group_pairs((file for file in files if file.kind not in LIST_KINDS), ignored)
+        if not new_pairs and not new_lists:
             raise ValueError(
                 f"--source {place} has no images ({', '.join(IMAGE_ENDINGS)}) with captions (txt, json), and no list "
-                f"({', '.join(LIST_ENDINGS)})."
+                f"({', '.join(LIST_KINDS)}, or these packed as {', '.join(PACKINGS)})."
             )
-    return Sources(pairs=pairs, lists=lists, listing=listing, ignored=ignored)
+        pairs += new_pairs
+        lists += new_lists
+    return Sources(pairs=pairs, lists=lists, files=[file for files in found for file in files], ignored=ignored)
 
 
-def _base_of(place: str) -> str:
-    """The folder that names are relative to."""
-    text = place if is_remote(place) else os.path.expanduser(place)
-    fixed = re.split(r"[*?\[]", text, maxsplit=1)[0]
-    return (fixed.rstrip("/") if fixed == text else fixed.rpartition("/")[0]) + "/"
-
-
-def _name_in(uri: str, base: str, number: int) -> str:
-    inner = uri[len(base) :] if uri.startswith(base) else uri.rpartition("/")[2]
-    return f"{number}/{inner}"
-
-
-def group_pairs(names: dict[str, str], ignored: dict[str, int]) -> list[Item]:
+def group_pairs(files: Iterable[SourceFile], ignored: Counter[str]) -> list[Item]:
     """Group the files of a folder into samples by their names without ending.
 
     Args:
-        names: {name within the sources: uri}.
+        files: the files.
         ignored: gets the number of files by ending that belong to no image.
     """
     images: dict[str, list[tuple[int, str]]] = {}
     texts: dict[str, dict[str, str]] = {}
-    for name, uri in names.items():
-        stem, dot, ending = name.rpartition(".")
-        ending = ending.lower() if dot else "(none)"
-        if ending in IMAGE_ENDINGS:
+    for file in files:
+        stem = file.name.rpartition(".")[0]
+        if file.packing or file.kind not in (*IMAGE_ENDINGS, *_TEXT_ENDINGS):
+            ignored[file.ending] += 1
+        elif file.kind in _TEXT_ENDINGS:
+            texts.setdefault(stem, {})[file.kind] = file.uri
+        else:
             numbered = _NUMBERED.fullmatch(stem)
             key, number = (numbered[1], int(numbered[2])) if numbered else (stem, -1)
-            images.setdefault(key, []).append((number, uri))
-        elif ending in _TEXT_ENDINGS:
-            texts.setdefault(stem, {})[ending] = uri
-        else:
-            ignored[ending] = ignored.get(ending, 0) + 1
-    for stem, files in texts.items():
-        if stem not in images:
-            for ending in files:
-                ignored[ending] = ignored.get(ending, 0) + 1
+            images.setdefault(key, []).append((number, file.uri))
+    ignored.update(f".{ending}" for stem, files in texts.items() if stem not in images for ending in files)
     return [
         Item(
             name=key,
@@ -235,63 +170,90 @@ def group_pairs(names: dict[str, str], ignored: dict[str, int]) -> list[Item]:
     ]
 
 
-def read_list(uri: str, *, url_key: str, caption_key: str, extra_keys: Sequence[str]) -> Iterator[Row | str]:
-    """Read the rows of a list; a row without a URL is given as its name.
+def read_list(file: SourceFile, url_key: str, caption_key: str, extra_keys: Sequence[str]) -> Iterator[Row | BadRow]:
+    """Read the rows of a list.
+
+    Args:
+        file: the list.
+        url_key: column or key that holds the URL or path; or a path of keys, `image.url`.
+        caption_key: the same of the caption.
+        extra_keys: the same of further values.
 
     Raises:
         ValueError: the list cannot be read, or lacks a column.
     """
-    name = uri.rpartition("/")[2]
     wanted = (url_key, caption_key, *extra_keys)
     number = -1
-    for number, values in enumerate(_read_rows(uri, wanted)):
-        where = f"{name} row {number}"
-        missing = [key for key in wanted if key not in values]
-        if missing and number == 0:
-            known = ", ".join(map(str, values)) or "none"
-            raise ValueError(
-                f"{uri} has no column '{missing[0]}', only {known}. Name it with --url_key, --caption_key."
-            )
-        url = values.get(url_key)
-        if not isinstance(url, str) or not url.strip():
-            yield where
-            continue
-        extra = {key: values[key] for key in extra_keys if values.get(key) is not None}
-        yield Row(name=where, url=url.strip(), caption=values.get(caption_key), values=extra)
+    try:
+        for number, values in enumerate(_read_rows(file, wanted)):
+            if number == 0 and not isinstance(values, Exception):
+                _check_columns(file, wanted, values)
+            yield _row_of(f"{name_of(file.uri)} row {number}", values, url_key, caption_key, extra_keys)
+    except Unreadable as error:
+        raise ValueError(f"{file.uri}: {error}.") from None
     if number < 0:
-        raise ValueError(f"{uri} has no rows.")
+        raise ValueError(f"{file.uri} has no rows.")
 
 
-def _read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    ending = uri.lower().rpartition(".")[2]
-    if ending == "parquet":
-        yield from _read_parquet(uri, columns)
-    elif ending == "csv":
-        csv.field_size_limit(_LONGEST_CELL)
-        reader = csv.DictReader(io.StringIO(read_text(uri).removeprefix("\ufeff"), newline=""))
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise ValueError(f"{uri} is not CSV after line {reader.line_num} ({error}).") from None
-    elif ending == "tsv":
-        yield from _read_tsv(uri)
+def _check_columns(file: SourceFile, wanted: Sequence[str], row: Any) -> None:
+    missing = [key for key in wanted if look_up(row, key, _check_columns) is _check_columns]
+    if missing:
+        known = ", ".join(map(str, row)) if isinstance(row, dict) and row else "none"
+        raise ValueError(
+            f"{file.uri} has no column '{missing[0]}', only {known}. Name it with --url_key, --caption_key."
+        )
+
+
+def _row_of(name: str, values: Any, url_key: str, caption_key: str, extra_keys: Sequence[str]) -> Row | BadRow:
+    if isinstance(values, Exception):
+        return BadRow(name=name, reason="bad JSON")
+    url, caption = look_up(values, url_key), look_up(values, caption_key)
+    if not isinstance(url, str) or not url.strip():
+        return BadRow(name=name, reason=NO_URL)
+    extra = {key: value for key in extra_keys if (value := look_up(values, key)) is not None}
+    if not _is_unicode([url, caption, extra]):
+        return BadRow(name=name, reason="not Unicode")
+    return Row(name=name, url=url.strip(), caption=caption if isinstance(caption, str) else None, values=extra)
+
+
+def _is_unicode(values: Any) -> bool:
+    """False if a text holds half of a surrogate pair: no encoding can store it."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Any]:
+    """Read the rows of a list: each a dict, or the exception of a line that is not JSON."""
+    if file.kind == "parquet":
+        yield from _read_parquet(file, columns)
+    elif file.kind in ("csv", "tsv"):
+        newline = "" if file.kind == "csv" else "\n"
+        with open_source(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as lines:
+            try:
+                yield from (_read_csv if file.kind == "csv" else _read_tsv)(file.uri, lines)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file.uri} is not UTF-8 text ({error.reason}).") from None
     else:
-        with open_input(uri) as file:
-            for number, line in enumerate(file):
-                if not line.strip():
-                    continue
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{uri} line {number + 1} is not JSON ({error}).") from None
-                yield values if isinstance(values, dict) else {}
+        yield from (row for _, row in read_json_rows(file))
 
 
-def _read_tsv(uri: str) -> Iterator[dict[str, Any]]:
+def _read_csv(uri: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.DictReader(lines)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{uri} is not CSV after line {reader.line_num} ({error}).") from None
+
+
+def _read_tsv(uri: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Read tab-separated values, which have no quoting: a quotation mark is a character like any other."""
     names: list[str] = []
-    for number, line in enumerate(read_text(uri).removeprefix("\ufeff").split("\n"), start=1):
-        cells = line.removesuffix("\r").split("\t")
+    for number, line in enumerate(lines, start=1):
+        cells = line.removesuffix("\n").removesuffix("\r").split("\t")
         if not names:
             names = cells
         elif len(cells) > len(names):
@@ -303,27 +265,14 @@ def _read_tsv(uri: str) -> Iterator[dict[str, Any]]:
             yield dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
 
 
-def _read_parquet(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ValueError(
-            ".parquet needs pyarrow, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
-        ) from None
-    with open_input(uri) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            known = parquet.schema_arrow.names
-            missing = next((column for column in columns if column not in known), None)
-            if missing is not None:
-                raise ValueError(
-                    f"{uri} has no column '{missing}', only {', '.join(known)}. Name it with --url_key, --caption_key."
-                )
-            for batch in parquet.iter_batches(_PARQUET_ROWS, columns=list(columns), use_threads=False):
-                yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{uri} is not valid parquet: {' '.join(str(error).split())[:200]}") from None
+def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with open_parquet(file) as parquet:
+        paths = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
+        if not all(any(path == key or path.startswith(f"{key}.") for path in paths) for key in columns):
+            yield dict.fromkeys(parquet.schema_arrow.names)
+            return
+        for batch in parquet.iter_batches(_PARQUET_ROWS, columns=list(columns), use_threads=False):
+            yield from batch.to_pylist()
 
 
 def is_download(url: str) -> bool:
@@ -338,8 +287,7 @@ def item_of_row(row: Row, list_uri: str) -> Item:
         path = os.path.expanduser(path)
         if not os.path.isabs(path):
             path = join_uri(parent_uri(list_uri), path)
-    caption = row.caption if isinstance(row.caption, str) else None
-    return Item(name=row.name, images=(path,), caption=caption, values=row.values)
+    return Item(name=row.name, images=(path,), caption=row.caption, values=row.values)
 
 
 def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
@@ -352,7 +300,7 @@ def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_qualit
     txt = _read(item.txt) if item.txt is not None else None
     values = _read(item.json) if item.json is not None else None
     if item.caption is not None:
-        txt = item.caption.encode("utf-8", errors="replace")
+        txt = item.caption.encode("utf-8")
     if item.values:
         values = json.dumps(item.values, ensure_ascii=False, default=str).encode("utf-8")
     texts = create_texts(txt, values, caption_key=caption_key)
@@ -370,7 +318,7 @@ def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -
     """Return the text members: txt, stripped, and json, as it is.
 
     Raises:
-        Unusable: they say nothing about the image, or are no text.
+        Unusable: they say nothing about the image, or are not text.
     """
     members: dict[str, bytes] = {}
     caption = ""
@@ -380,6 +328,8 @@ def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -
             members["txt"] = caption.encode("utf-8")
     if values is not None:
         facts = _parse_object(_decode(values))
+        if not _is_unicode(facts):
+            raise Unusable("not Unicode")
         members["json"] = values
         caption = caption or _find_text(facts, caption_key)
     if not caption:
@@ -424,8 +374,8 @@ def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality
 
 
 def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tuple[str, bytes]:
-    """Decode an image, and scale it down if it is too large."""
-    from vla_foundry.images.codec import decode_image, encode_jpeg
+    """Decode an image; scale it down if it is too large, and store kinds that training does not read as PNG."""
+    from vla_foundry.images.codec import decode_image, encode_jpeg, encode_png
     from vla_foundry.images.geometry import resize_image
 
     try:
@@ -434,7 +384,8 @@ def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tup
         raise Unusable("bad image", str(error)) from None
     height, width = image.shape[1:]
     if max_side is None or max(height, width) <= max_side:
-        return _suffix_of(data), data
+        suffix = _suffix_of(data)
+        return (suffix, data) if suffix else ("png", encode_png(image))
     scale = max_side / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     small, _ = resize_image(image, size, method="resize_no_crop", interpolation="bicubic")
@@ -442,6 +393,9 @@ def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tup
 
 
 def _suffix_of(data: bytes) -> str:
+    """Return the ending of an image that is stored as it is; "" for other kinds."""
     if data.startswith(b"\x89PNG"):
         return "png"
-    return "jpg" if data.startswith(b"\xff\xd8") else "webp"
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "webp" if data.startswith(b"RIFF") else ""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
-from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, digest_of, format_provenance
+from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, digest_of
 from vla_foundry.preprocessing.robotics.converters.converter import EpisodeRef, create_converter
 from vla_foundry.preprocessing.robotics.episode_shards import ShardJob, statistics_name, write_episode_shard
 from vla_foundry.preprocessing.robotics.recipe import (
@@ -101,14 +101,16 @@ def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
 
 
 def _write_part(part: Part) -> None:
-    params, started = part.recipe.params, time.monotonic()
     output = OutputFolder(part.folder, _create_plan(part), flag="--output_dir")
-    state = output.begin(overwrite=params.overwrite)
-    if state == "complete":
-        say(f"{part.folder} is complete; nothing to do.")
-        say(_summary(output.read_provenance()["dataset"]))
-        return
-    done = output.finished() if state == "begun" else {}
+    with output.begin(overwrite=part.recipe.params.overwrite) as done:
+        if done is None:
+            say(_summary(output.read_facts()))
+        else:
+            _write_dataset(part, output, done)
+
+
+def _write_dataset(part: Part, output: OutputFolder, done: Mapping[int, Any]) -> None:
+    params, started = part.recipe.params, time.monotonic()
     with ray_cluster(params.num_workers, params.ray_address):
         written = _write_episodes(part, done)
         seconds = _add_seconds(written)
@@ -143,13 +145,10 @@ def _write_part(part: Part) -> None:
         "layout": params.layout,
         "num_episodes": counts["written"],
         "num_frames": counts["frames"],
-        "num_sequences": sum(entry.num_sequences for entry in entries),
-        "num_shards": len(entries),
-        "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
         "num_failed": counts["failed"],
     }
     encoded = {name: text.encode("utf-8") for name, text in files.items()}
-    output.publish(entries, format_provenance(output.plan, facts, counts), encoded)
+    facts = output.publish(entries, facts=facts, counts=counts, files=encoded)
     say(f"{part.folder}: {_summary(facts)}; {time.monotonic() - started:.1f} s")
 
 

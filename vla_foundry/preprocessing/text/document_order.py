@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from vla_foundry.preprocessing.sources import SourceFile
 from vla_foundry.preprocessing.tasks import Task
-from vla_foundry.preprocessing.text.documents import Piece, Skipped, SourceFile, Tally, Unit, split_files
+from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, Skipped, Unit, split_files
 
 # a task takes this many units where files can be divided, so that its documents come from several places
 _UNITS_PER_TASK = 8
@@ -51,7 +52,7 @@ def _task(number: int, units: Sequence[Unit], weight: int) -> Task:
 
 
 def shuffled_documents(
-    rows: Iterable[Piece | Skipped], tally: Tally, *, seed: int, task_number: int
+    rows: Iterable[Piece | Skipped], tally: DocumentTally, *, seed: int, task_number: int
 ) -> Iterator[Piece]:
     """Shuffle documents within stretches that fit in memory; the pieces of a document stay together, in order.
 
@@ -65,12 +66,12 @@ def shuffled_documents(
     size = stretch = 0
     for row in rows:
         if isinstance(row, Skipped):
-            tally.skip(row)
+            tally.add(row.reason, row.where, num_lost_bytes=row.num_bytes)
             continue
         if row.part == 0 or not documents:
             documents.append([])
         documents[-1].append(row)
-        tally.num_documents += row.is_last
+        tally.num_good += row.is_last
         size += len(row.text)
         if size >= _SHUFFLE_BYTES:
             yield from _permuted(documents, (seed, _SHUFFLE_DOCUMENTS, task_number, stretch))
@@ -82,7 +83,7 @@ def shuffled_documents(
 def _permuted(documents: list[list[Piece]], key: Sequence[int]) -> Iterator[Piece]:
     if not documents:
         return
-    # a document that goes on from the stretch before stays first, and one that goes on in the next stays last
+    # a document that continues from the last stretch stays first, and one that continues in the next stays last
     first = int(documents[0][0].part > 0)
     stop = len(documents) - int(not documents[-1][-1].is_last)
     order = np.arange(len(documents))

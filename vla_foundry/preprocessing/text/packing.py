@@ -92,7 +92,7 @@ class RecordPacker:
     def _records(self, tokens: np.ndarray, ends: np.ndarray, num_valid: int) -> Records:
         length = self._record_length
         num_records = len(tokens) // length
-        # a record ends what it holds of a document that goes on, too
+        # the end of a record is a boundary too, where a document continues in the next record
         stops = np.minimum(np.arange(1, num_records + 1) * length, num_valid)
         ends = np.union1d(ends, stops)
         record = (ends - 1) // length

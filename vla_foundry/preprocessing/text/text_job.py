@@ -17,11 +17,12 @@ from vla_foundry.params.commands.preprocessing import (
     PreprocessTextUntokenizedParams,
     TextJobParams,
 )
-from vla_foundry.preprocessing.output import OutputFolder, check_apart, format_provenance, record_task
+from vla_foundry.preprocessing.output import OutputFolder, check_apart, record_task
 from vla_foundry.preprocessing.shard_writer import write_shard
+from vla_foundry.preprocessing.sources import SourceFile, describe_files, say_ignored
 from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
-from vla_foundry.preprocessing.text.documents import Piece, Tally, list_sources, read_unit
+from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, list_sources, read_unit
 from vla_foundry.preprocessing.text.packing import RecordPacker, token_type, write_records
 from vla_foundry.preprocessing.text.tokenizer import create_encoder, read_tokenizer
 from vla_foundry.progress import say
@@ -70,84 +71,78 @@ def run_text_job(params: TextJobParams, job: TextJob) -> None:
         FileNotFoundError: a source does not exist.
     """
     check_apart(params.source, params.output)
-    sources = list_sources(params.source)
+    files, ignored = list_sources(params.source)
     values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *job.plan)}
-    plan = {"command": job.command, "version": PLAN_VERSION, "params": values, "source": sources.describe(), **job.plan}
+    source = describe_files(files)
+    plan = {"command": job.command, "version": PLAN_VERSION, "params": values, "source": source, **job.plan}
     output = OutputFolder(params.output, plan)
-    state = output.begin(overwrite=params.overwrite)
-    if state == "complete":
-        say(f"{params.output} is complete; nothing to do.")
-        _report(output.read_provenance()["dataset"])
-        return
-    if sources.ignored:
-        endings = ", ".join(f"{count:,} {ending}" for ending, count in sorted(sources.ignored.items()))
-        say(f"files that hold no text are left out: {endings}")
-    tasks = divide_into_tasks(sources.files, seed=params.seed, task_bytes=job.task_bytes)
-    start = time.monotonic()
-    results = _run_tasks(params, job, tasks, output.finished() if state == "begun" else {}, sources.weight)
-    _finish(output, sources.weight, results, params, job)
-    say(f"{sources.weight / 1e6:,.1f} MB in {time.monotonic() - start:.1f} s")
+    with output.begin(overwrite=params.overwrite) as done:
+        if done is None:
+            _report(output.read_facts())
+            return
+        say_ignored(ignored, "hold no text")
+        start = time.monotonic()
+        _publish(output, params, job, files, done)
+        say(f"{sum(file.weight for file in files) / 1e6:,.1f} MB in {time.monotonic() - start:.1f} s")
 
 
-def _run_tasks(
-    params: TextJobParams, job: TextJob, tasks: list[Task], done: dict[int, Any], num_bytes: int
-) -> list[dict[str, Any]]:
-    """Run the tasks that are not done, and return the results of all in order."""
-    tally = Tally()
+def _publish(
+    output: OutputFolder, params: TextJobParams, job: TextJob, files: list[SourceFile], done: dict[int, Any]
+) -> None:
+    """Run the tasks that are not done, add up the results of all, and publish the dataset."""
+    num_bytes = sum(file.weight for file in files)
+    running = DocumentTally()
     for result in done.values():
-        tally.add_json(result["tally"])
+        running.add_json(result["tally"])
 
     def check(result: dict[str, Any]) -> None:
-        tally.add_json(result["tally"])
-        tally.check(params.max_bad_fraction, num_bytes, is_final=False)
+        running.add_json(result["tally"])
+        running.check_source(params.max_bad_fraction, num_bytes, is_final=False)
 
-    folder = absolute_uri(params.output)
-    return run_unfinished(
+    results = run_unfinished(
         job.function,
-        tasks,
+        divide_into_tasks(files, seed=params.seed, task_bytes=job.task_bytes),
         done,
-        shared={**job.shared, "folder": folder, "seed": params.seed, "text_key": params.text_key},
+        shared={
+            **job.shared,
+            "folder": absolute_uri(params.output),
+            "seed": params.seed,
+            "text_key": params.text_key,
+        },
         title=job.command,
         noun="tasks",
         num_workers=params.num_workers,
         ray_address=params.ray_address,
         check=check,
     )
-
-
-def _finish(
-    output: OutputFolder, num_bytes: int, results: list[dict[str, Any]], params: TextJobParams, job: TextJob
-) -> None:
-    tally = Tally()
+    tally = DocumentTally()
     for result in results:  # in order of the tasks, so that examples do not depend on who was first
         tally.add_json(result["tally"])
-    tally.check(params.max_bad_fraction, num_bytes, is_final=True)
+    tally.check_source(params.max_bad_fraction, num_bytes, is_final=True)
     entries = [ManifestEntry(**entry) for result in results for entry in result["entries"]]
     if not entries:
         raise ValueError(f"--source has no documents: {'; '.join(tally.describe()) or 'no rows'}.")
     totals = {name: sum(result["totals"][name] for result in results) for name in results[0]["totals"]}
-    facts = {
-        **job.dataset,
-        "num_documents": tally.num_documents,
-        **totals,
-        "num_sequences": sum(entry.num_sequences for entry in entries),
-        "num_shards": len(entries),
-        "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
-    }
-    output.publish(entries, format_provenance(output.plan, facts, tally.to_json()), job.files)
+    facts = {**job.dataset, "num_documents": tally.num_good, **totals}
+    facts = output.publish(entries, facts=facts, counts=tally.to_json(), files=job.files)
     for line in tally.describe():
         say(line)
     _report(facts)
 
 
-def read_documents(shared: Mapping[str, Any], task: Task, tally: Tally, *, max_bytes: int) -> Iterator[Piece]:
+def read_documents(shared: Mapping[str, Any], task: Task, tally: DocumentTally, *, max_bytes: int) -> Iterator[Piece]:
     """Read and shuffle the documents of a task, in pieces of at most `max_bytes` bytes."""
     rows = (row for unit in task.payload for row in read_unit(unit, text_key=shared["text_key"], max_bytes=max_bytes))
     return shuffled_documents(rows, tally, seed=shared["seed"], task_number=task.number)
 
 
 def finish_task(
-    shared: Mapping[str, Any], task: Task, *, entries: list[ManifestEntry], tally: Tally, totals: Mapping[str, int]
+    shared: Mapping[str, Any],
+    task: Task,
+    *,
+    entries: list[ManifestEntry],
+    tally: DocumentTally,
+    totals: Mapping[str, int],
 ) -> dict[str, Any]:
     """Record that a task is done, and return its result.
 
@@ -211,7 +206,7 @@ def preprocess_text(params: PreprocessTextParams) -> None:
 
 def tokenize_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Tokenize and pack the documents of one task; a shard has at most samples_per_shard records, and at least half."""
-    tally = Tally()
+    tally = DocumentTally()
     most = shared["samples_per_shard"]
     packer = RecordPacker(shared["record_length"], shared["dtype"])
     entries: list[ManifestEntry] = []
@@ -286,7 +281,7 @@ def preprocess_text_untokenized(params: PreprocessTextUntokenizedParams) -> None
 
 def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Write the documents of one task."""
-    tally = Tally()
+    tally = DocumentTally()
     most = shared["samples_per_shard"]
     entries: list[ManifestEntry] = []
     held: list[Piece] = []

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
-from vla_foundry.preprocessing.output import check_apart, format_provenance, plan_differences
+from vla_foundry.preprocessing.output import check_apart, format_provenance, hold_folder, plan_differences
+from vla_foundry.preprocessing.sources import SourceFile, describe_files
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
-from vla_foundry.preprocessing.text.documents import Sources, Tally, list_sources, read_unit
+from vla_foundry.preprocessing.text.documents import DocumentTally, list_sources, read_unit
 from vla_foundry.progress import say, show_progress
 from vla_foundry.shards import PROVENANCE_NAME
 from vla_foundry.storage.uri import delete, exists, is_remote, join_uri, list_files, read_bytes, read_text, write_text
@@ -147,22 +148,27 @@ def train_tokenizer(params: TrainTokenizerParams) -> None:
         FileNotFoundError: a source does not exist.
     """
     check_apart(params.source, params.output)
-    sources = list_sources(params.source)
+    files, _ = list_sources(params.source)
     values = {name: value for name, value in asdict(params).items() if name not in _PLAIN_FIELDS}
-    plan = {"command": "preprocess tokenizer", "params": values, "source": sources.describe()}
-    if _is_complete(params, plan):
-        say(f"{params.output} is complete; nothing to do.")
-        return
-    tally = Tally()
-    tokenizer, num_bytes = _train(params, sources, tally)
-    tally.check(params.max_bad_fraction, sources.weight, is_final=True)
-    if not tally.num_documents:
+    plan = {"command": "preprocess tokenizer", "params": values, "source": describe_files(files)}
+    with hold_folder(params.output):
+        if _is_complete(params, plan):
+            say(f"{params.output} is complete; nothing to do.")
+        else:
+            _write_tokenizer(params, plan, files)
+
+
+def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: list[SourceFile]) -> None:
+    tally = DocumentTally()
+    tokenizer, num_bytes = _train(params, files, tally)
+    tally.check_source(params.max_bad_fraction, sum(file.weight for file in files), is_final=True)
+    if not tally.num_good:
         raise ValueError(f"--source has no documents: {'; '.join(tally.describe()) or 'no rows'}.")
     dataset = {
         "kind": "tokenizer",
         "vocab_size": tokenizer.get_vocab_size(),
         "eos_token_id": tokenizer.token_to_id(params.eos_token),
-        "num_documents": tally.num_documents,
+        "num_documents": tally.num_good,
         "num_bytes": num_bytes,
     }
     # what makes the folder a tokenizer comes last
@@ -173,7 +179,7 @@ def train_tokenizer(params: TrainTokenizerParams) -> None:
     for line in tally.describe():
         say(line)
     say(
-        f"{dataset['vocab_size']:,} tokens, trained on {tally.num_documents:,} documents, {num_bytes / 1e6:,.1f} MB"
+        f"{dataset['vocab_size']:,} tokens, trained on {tally.num_good:,} documents, {num_bytes / 1e6:,.1f} MB"
         + (f" (--max_bytes {params.max_bytes:,})" if num_bytes == params.max_bytes else "")
     )
     if dataset["vocab_size"] < params.vocab_size:
@@ -198,7 +204,7 @@ def _is_complete(params: TrainTokenizerParams, plan: dict[str, Any]) -> bool:
     return has_tokenizer and not differences
 
 
-def _train(params: TrainTokenizerParams, sources: Sources, tally: Tally) -> tuple[Any, int]:
+def _train(params: TrainTokenizerParams, files: list[SourceFile], tally: DocumentTally) -> tuple[Any, int]:
     """Return a trained `tokenizers.Tokenizer` and the bytes of text it was trained on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -213,13 +219,13 @@ def _train(params: TrainTokenizerParams, sources: Sources, tally: Tally) -> tupl
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    num_bytes = 0
+    num_bytes, total = 0, sum(file.weight for file in files)
 
     def texts() -> Iterator[str]:
         nonlocal num_bytes
-        most = params.max_bytes or sources.weight * 1000
-        with show_progress("preprocess tokenizer", min(most, sources.weight), 0) as advance:
-            for text in _read_texts(params, sources, tally):
+        most = params.max_bytes or total * 1000
+        with show_progress("preprocess tokenizer", min(most, total), 0) as advance:
+            for text in _read_texts(params, files, tally):
                 data = text.encode("utf-8")[: most - num_bytes]
                 yield data.decode("utf-8", errors="ignore")
                 num_bytes += len(data)
@@ -231,14 +237,15 @@ def _train(params: TrainTokenizerParams, sources: Sources, tally: Tally) -> tupl
     return tokenizer, num_bytes
 
 
-def _read_texts(params: TrainTokenizerParams, sources: Sources, tally: Tally) -> Iterator[str]:
-    for task in divide_into_tasks(sources.files, seed=params.seed, task_bytes=_TASK_BYTES):
+def _read_texts(params: TrainTokenizerParams, files: list[SourceFile], tally: DocumentTally) -> Iterator[str]:
+    total = sum(file.weight for file in files)
+    for task in divide_into_tasks(files, seed=params.seed, task_bytes=_TASK_BYTES):
         rows = (
             row for unit in task.payload for row in read_unit(unit, text_key=params.text_key, max_bytes=_PIECE_BYTES)
         )
         for piece in shuffled_documents(rows, tally, seed=params.seed, task_number=task.number):
             yield piece.text
-        tally.check(params.max_bad_fraction, sources.weight, is_final=False)
+        tally.check_source(params.max_bad_fraction, total, is_final=False)
 
 
 def _config(params: TrainTokenizerParams) -> dict[str, Any]:
