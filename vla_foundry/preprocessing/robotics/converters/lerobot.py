@@ -96,12 +96,13 @@ def _read_feature(info: DatasetInfo, name: str, column: object) -> np.ndarray:
         raise ValueError("is not among the features of meta/info.json")
     values = numbers_of(column, feature.width)
     declared = np.dtype(feature.dtype)
-    kinds = {"u": "i"}
-    if declared.kind in kinds.values() and values.dtype.kind == "f" and (values == values.round()).all():
-        values = values.astype(declared)  # pandas writes integers as floats where it once held null
-    if kinds.get(values.dtype.kind, values.dtype.kind) != kinds.get(declared.kind, declared.kind):
+    with np.errstate(invalid="ignore"):  # from NaN
+        converted = values.astype(declared)
+    # whole numbers may be stored as any type: pandas writes floats where a column once held null
+    is_right = values.dtype.kind == "f" if declared.kind == "f" else np.array_equal(converted, values)
+    if not is_right:
         raise ValueError(f"holds {values.dtype}, but meta/info.json says {feature.dtype}")
-    return values.astype(declared)
+    return converted
 
 
 def _check_counters(arrays: Mapping[str, np.ndarray], entry: EpisodeEntry, where: str) -> None:

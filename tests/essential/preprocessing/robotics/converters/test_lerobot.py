@@ -209,6 +209,22 @@ def test_whole_numbers_may_be_stored_as_floats(write: Any, tmp_path: Path, read_
     assert "column 'frame_index' holds float64, but meta/info.json says int64" in str(error)
 
 
+def test_numbers_that_the_declared_type_cannot_hold_are_no_field(write: Any, tmp_path: Path, read_all: Any) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v2-png"), root)
+    path = root / "data/chunk-000/episode_000000.parquet"
+    table = pq.read_table(path)
+    place, name = table.schema.get_field_index("observation.contact"), "observation.contact"
+    for value, is_read in ((1, True), (-1, False), (2, False)):
+        values = pa.array(np.full(len(table), value))
+        pq.write_table(table.set_column(place, name, values), path)
+        found = read_all(params_of(root))["set_episode_000000"]
+        if is_read:
+            assert found.fields[name].min() == 1
+        else:
+            assert f"column '{name}' holds int64, but meta/info.json says bool" in str(found)
+
+
 @pytest.mark.parametrize(
     ("columns", "index"),
     [
