@@ -7,8 +7,8 @@ from typing import Any
 from vla_foundry.config.command_line import errors_once, parse, print_notices, run_command
 from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
 from vla_foundry.data.facts import read_facts
-from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.world import follow_launcher, read_world, read_world_size
+from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
+from vla_foundry.world import follow_launcher, read_memory, read_world, read_world_size
 
 PROG = "vla-foundry train"
 
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
         resolved = resolve_known(parsed.params, facts)
     print_notices(parsed.notices + resolved.notices)
     if parsed.params.resolve_configs:
+        lack = find_lack_of_memory(resolved.params, facts.world_size, read_memory(facts.ranks_per_node))
+        print_notices([lack] if lack else [])
         # the flags that requested this output are not part of the run
         flags: dict[str, Any] = {"resolve_configs": False, "resolve_configs_path": None}
         shown = replace(resolved, params=replace(resolved.params, **flags))
@@ -43,7 +45,16 @@ def main(argv: list[str]) -> None:
 
     from vla_foundry.training.experiment import train
 
-    train(params, read_world(torch.cuda.device_count()))
+    world = read_world(torch.cuda.device_count())
+    if world.device == "cpu":
+        memory = read_memory(facts.ranks_per_node, may_use_gpu=False)
+    else:
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    with errors_once(on_each_node=True):
+        lack = find_lack_of_memory(params, facts.world_size, memory)
+        if lack is not None:
+            raise ValueError(lack)
+    train(params, world)
 
 
 if __name__ == "__main__":

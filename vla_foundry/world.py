@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -132,6 +133,25 @@ def _find(environment: Mapping[str, str], names: list[str]) -> str:
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_memory(ranks_per_node: int, *, may_use_gpu: bool = True) -> int | None:
+    """Return the memory of this machine for one rank, in bytes: of a GPU, else its share of the RAM. None: unknown."""
+    if (
+        may_use_gpu
+        and os.path.exists("/dev/nvidiactl")
+        and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    ):
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        with suppress(OSError, ValueError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
+            return max(int(line) for line in done.stdout.split()) * 2**20
+        return None
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")))
+    return min(limits) // ranks_per_node
 
 
 def _read_int(environment: Mapping[str, str], name: str) -> int:

@@ -52,6 +52,9 @@ class Bounds:
 
 
 Count = Annotated[int, Bounds(least=1)]
+# a length, size or number of parts; more than this is a typing error on any machine
+Size = Annotated[int, Bounds(least=1, most=1_000_000)]
+NumWorkers = Annotated[int, Bounds(least=0, most=1024)]
 NonNegativeInt = Annotated[int, Bounds(least=0)]
 NonNegative = Annotated[float, Bounds(least=0)]
 Positive = Annotated[float, Bounds(above=0)]

@@ -1,7 +1,7 @@
 """The root of the config tree: one training run, its budget in steps, and checks across sections."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 import vla_foundry.params.data  # noqa: F401
@@ -9,12 +9,16 @@ import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
 from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Unavailable
 from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.facts import Facts, TokenizerFacts
 from vla_foundry.params.hparams import HyperParams, count_decay_steps
+from vla_foundry.params.models.backbones import BackboneParams
 from vla_foundry.params.models.policy import with_model_files, without_starts
 from vla_foundry.params.models.roles import ModelParams
+from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.run_folder import CHECKPOINTS_FOLDER, MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
 from vla_foundry.storage.uri import join_uri, name_of, parent_uri
 
@@ -107,6 +111,7 @@ class TrainExperimentParams(BaseParams):
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the budget, the data and the model fit together."""
+        _check_weights(self)
         notices = _check_budget(self, facts)
         if not self.data.allow_multiple_epochs:
             _check_enough(self, facts)
@@ -320,3 +325,55 @@ def _compare_tokenizers(data: DataParams, used: dict[str, TokenizerFacts | None]
     if differences and not data.accept_contradictions:
         raise ValueError(f"{differences[0]} Or continue as is with --data.accept_contradictions true.")
     return differences + notices
+
+
+# more weights than any machine can hold
+_MOST_WEIGHTS = 10**14
+
+
+def _check_weights(params: TrainExperimentParams) -> None:
+    num_weights = sum(count_weights(params.model))
+    if num_weights > _MOST_WEIGHTS:
+        raise ValueError(
+            f"model has about {num_weights:.0e} weights, more than any machine can train. Lower its hidden_dim, "
+            "n_layers or vocab_size."
+        )
+
+
+def count_weights(model: BaseParams, *, is_frozen: bool = False) -> tuple[int, int]:
+    """Return how many weights of a model are trained, and how many frozen, at least: published parts do not count."""
+    is_frozen = is_frozen or (isinstance(model, ModelParams | BackboneParams) and model.freeze)
+    own = model.num_weights() if isinstance(model, TransformerParams | ViTParams) else 0
+    parts = [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
+    counts = [(0, own) if is_frozen else (own, 0), *(count_weights(part, is_frozen=is_frozen) for part in parts)]
+    return sum(trained for trained, _ in counts), sum(frozen for _, frozen in counts)
+
+
+def find_lack_of_memory(params: TrainExperimentParams, world_size: int, memory: int | None) -> str | None:
+    """Return one line that says how a run does not fit in memory, or None if it may fit.
+
+    Counts only what is certain: weights, gradients, the optimizer's two moments, the average, and block inputs.
+
+    Args:
+        memory: memory for one rank, bytes; None: unknown.
+    """
+    distributed = params.distributed
+    if memory is None or (distributed.fsdp and distributed.fsdp_cpu_offload):
+        return None
+    trained, frozen = count_weights(params.model)
+    width = {"pure_bf16": 2, "fp64": 8}.get(params.hparams.precision, 4)
+    needed = width * (trained * (4 + params.ema.enabled) + frozen) // (world_size if distributed.fsdp else 1)
+    rows, model = params.hparams.per_gpu_batch_size, params.model
+    kept = 0
+    if isinstance(params.data, TextDataParams) and isinstance(model, TransformerParams):
+        # bf16 or wider, even if activations are recomputed
+        kept = 2 * rows * params.data.seq_len * model.hidden_dim * model.n_layers
+    if needed + kept <= memory:
+        return None
+    sizes = {"weights": needed, "rows": kept, "all": needed + kept, "here": memory}
+    gib = {name: f"{size / 2**30:,.1f} GiB" for name, size in sizes.items()}
+    return (
+        f"One rank needs at least {gib['all']} ({gib['weights']} for {trained + frozen:,} weights with gradients and "
+        f"optimizer, {gib['rows']} for {rows} rows), but has {gib['here']} here. Use a smaller model or "
+        "hparams.per_gpu_batch_size, or --distributed.fsdp true on more ranks."
+    )

@@ -9,6 +9,8 @@ from vla_foundry.config.schema import BaseParams, Bounds, Count
 _FiniteNonNegative = Annotated[float, Bounds(least=0, below=math.inf)]
 _FinitePositive = Annotated[float, Bounds(above=0, below=math.inf)]
 _Multiplier = Annotated[float, Bounds(above=0, below=math.inf, fix="To keep a part unchanged, freeze it.")]
+# the plan of the data counts in 30 bits
+_Batch = Annotated[int, Bounds(least=1, below=2**30)]
 _Beta = Annotated[float, Bounds(least=0, below=1)]
 
 
@@ -19,9 +21,9 @@ class HyperParams(BaseParams):
     # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
     # samples per optimizer step over all ranks
-    global_batch_size: Count = 512
+    global_batch_size: _Batch = 512
     # samples per forward pass on one rank; gradient accumulation fills the global batch
-    per_gpu_batch_size: Count = 8
+    per_gpu_batch_size: _Batch = 8
     # seed of weights, data order and noise
     seed: int = 42
     # peak learning rate

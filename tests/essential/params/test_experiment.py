@@ -6,21 +6,34 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
+from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import format_resolved, resolve, resolve_known
 from vla_foundry.config.schema import Unavailable
 from vla_foundry.config.tree import Origin
 from vla_foundry.params import (
     DataParams,
+    DistributedParams,
+    EMAParams,
     HyperParams,
+    ModelParams,
     TrainExperimentParams,
     load_experiment_params_from_yaml,
+    load_params_from_yaml,
 )
 from vla_foundry.params.data.base import register_data_params
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
-from vla_foundry.params.experiment import accumulation_steps, checkpoint_steps, total_steps
+from vla_foundry.params.experiment import (
+    accumulation_steps,
+    checkpoint_steps,
+    count_weights,
+    find_lack_of_memory,
+    total_steps,
+)
 from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
+from vla_foundry.params.models.vlm import VLMParams
 
 Write = Callable[[str, str], str]
 
@@ -291,3 +304,59 @@ def test_every_field_of_every_section_has_a_comment_for_the_help() -> None:
 def test_a_name_too_long_for_a_file_system_is_refused() -> None:
     with pytest.raises(ValueError, match=r"name is 300 bytes long\. Use at most 200\."):
         replace(PARAMS, name="é" * 150)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data.num_workers 1e6", r"data\.num_workers \(1000000\) must be at least 0 and at most 1024"),
+        ("--model.n_layers 1e9", r"model\.n_layers \(1000000000\) must be at least 1 and at most 10000"),
+        ("--model.hidden_dim 1e12", r"model\.hidden_dim \(1000000000000\) must be at least 1 and at most 1000000"),
+        ("--model.vocab_size 1e12", r"model\.vocab_size \(1000000000000\) must be at least 0 and at most 100000000"),
+        ("--data.seq_len 1e10", r"data\.seq_len \(10000000000\) must be"),
+        ("--data.prefetch_factor 1e9", r"data\.prefetch_factor \(1000000000\) must be"),
+        ("--hparams.per_gpu_batch_size 1e10", r"hparams\.per_gpu_batch_size \(10000000000\) must be"),
+        ("--model.max_seq_len 1e9", r"model\.max_seq_len \(1000000000\) must be"),
+        (
+            "--model.n_layers 1e4 --model.hidden_dim 1e6 --model.n_heads 1e4",
+            r"model has about 1e\+17 weights, more than any machine can train",
+        ),
+    ],
+)
+def test_what_no_machine_can_hold_is_refused_when_the_config_is_resolved(words: str, message: str) -> None:
+    data = ["--data.type", "text", "--data.dataset_manifest", "a/manifest.jsonl", "--data.seq_len", "16"]
+    rest = ["--model.type", "transformer", "--total_train_samples", "512", "--hparams.warmup", "0.0", *words.split()]
+    with pytest.raises(ValueError, match=message) as caught:
+        resolve(parse(TrainExperimentParams, [*data, *rest], prog="train").params, FACTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_least_memory_of_a_run_is_that_of_weights_gradients_moments_and_rows() -> None:
+    weights = sum(count_weights(PARAMS.model))
+    per_weight, rows = 4 * 4 * weights, 2 * 4 * 16 * 96 * 8
+    assert find_lack_of_memory(PARAMS, 1, None) is None
+    assert find_lack_of_memory(PARAMS, 1, per_weight + rows) is None
+    lack = find_lack_of_memory(PARAMS, 1, per_weight + rows - 1)
+    assert lack is not None
+    assert lack.startswith("One rank needs at least ")
+    sharded = replace(PARAMS, distributed=DistributedParams(fsdp=True))
+    assert find_lack_of_memory(sharded, 8, per_weight // 8 + rows) is None
+    averaged = replace(PARAMS, ema=EMAParams(enabled=True))
+    assert find_lack_of_memory(averaged, 1, per_weight + rows) is not None
+    frozen = replace(PARAMS, model=replace(PARAMS.model, freeze=True))
+    assert find_lack_of_memory(frozen, 1, 4 * weights + rows) is None
+
+
+@pytest.mark.parametrize(
+    "preset", ["transformer_11m", "transformer_100m", "vlm_11m", "vit_tiny", "vit_paligemma", "transformer_tiny"]
+)
+def test_the_counted_weights_are_almost_those_of_the_model(preset: str) -> None:
+    from vla_foundry.models import create_model
+
+    params = load_params_from_yaml(ModelParams, f"config_presets/models/{preset}.yaml")
+    if isinstance(params, VLMParams):
+        params = replace(params, image_token_id=1)
+    with torch.device("meta"):
+        model = create_model(params, load_pretrained=False)
+    real = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.75 * real <= sum(count_weights(params)) <= real

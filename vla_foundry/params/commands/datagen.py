@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt, NumWorkers
 
-ImageSize = Annotated[int, Bounds(least=16)]
+ImageSize = Annotated[int, Bounds(least=16, most=100_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DemosParams(BaseParams):
     # seed of starts, noise and the choice of instructions; episode i of a task depends on this, the task and i alone
     seed: NonNegativeInt = 0
     # processes that record; 0: this one; null: one per core
-    num_workers: NonNegativeInt | None = None
+    num_workers: NumWorkers | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +72,7 @@ class ScenesParams(BaseParams):
     # seed of layouts; scene i depends on this and i alone
     seed: NonNegativeInt = 0
     # processes that draw; null: one per core
-    num_processes: Count | None = None
+    num_processes: Annotated[int, Bounds(least=1, most=1024)] | None = None
     # simulator that renders the scenes
     simulator: str = "metaworld"
     # tasks whose things are shown, in turn

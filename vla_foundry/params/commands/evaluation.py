@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Bounds, Count, Location, NonNegativeInt
+from vla_foundry.config.schema import Bounds, Count, Location, NonNegativeInt, Size
 from vla_foundry.params.commands.runs import InferenceParams
 
 # demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
@@ -45,15 +45,15 @@ class EvaluateParams(InferenceParams):
     images: Literal["own", "other_episode"] = "own"
     # episodes of a task that run in parallel and share a prediction batch; the grouping affects the last bits of
     # their numbers
-    batch_size: Count = 16
+    batch_size: Size = 16
     # simulator processes; they do not affect outcomes; null: one per core
-    num_workers: Count | None = None
+    num_workers: Annotated[int, Bounds(least=1, most=1024)] | None = None
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
     # camera of these pictures, for policies without images
     camera: str = "workspace"
     # width and height of these pictures in pixels, for policies without images
-    image_size: Annotated[int, Bounds(least=16)] = 64
+    image_size: Annotated[int, Bounds(least=16, most=100_000)] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +106,7 @@ class ActionErrorParams(InferenceParams):
     # held-out samples; null: all
     num_samples: Count | None = None
     # batch size
-    batch_size: Count = 64
+    batch_size: Size = 64
     # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: Count | None = None
     # seed of the order of samples

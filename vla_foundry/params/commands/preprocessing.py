@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt, NumWorkers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class JobParams(BaseParams):
     # folder to write to, local or s3://
     output: Location
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: NonNegativeInt | None = None
+    num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
     # replace an output folder that was written or started with another configuration

@@ -13,6 +13,7 @@ from vla_foundry.config.schema import (
     Location,
     NonNegative,
     NonNegativeInt,
+    NumWorkers,
     Positive,
     register_choice,
 )
@@ -98,7 +99,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     # seed of the order of episodes and samples, and of the validation split
     seed: NonNegativeInt = 0
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: NonNegativeInt | None = None
+    num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
     # replace an output folder that was written or started with another configuration
@@ -287,7 +288,7 @@ class StatsParams(BaseParams):
     # replace existing statistics
     overwrite: bool = False
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
-    num_workers: NonNegativeInt | None = None
+    num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
     ray_address: str | None = None
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, NonNegativeInt, Positive
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, NonNegativeInt, Positive, Size
 
 _Temperature = Annotated[float, Bounds(least=0, fix="0 takes the likeliest token.")]
 _Probability = Annotated[float, Bounds(above=0, most=1, fix="1 draws among all tokens.")]
@@ -75,7 +75,7 @@ class CaptionParams(SamplingParams):
     temperature: _Temperature = 0.0
     top_p: _Probability = 1.0
     # images at a time
-    batch_size: Count = 16
+    batch_size: Size = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,8 @@ from vla_foundry.config.schema import (
     Derived,
     Fraction,
     Location,
-    NonNegativeInt,
+    NumWorkers,
+    Size,
     register_choice,
 )
 from vla_foundry.params.facts import Facts
@@ -65,11 +66,11 @@ class DataParams(ChoiceParams):
     # repeat a dataset if the budget exceeds its size
     allow_multiple_epochs: bool = False
     # loader processes per rank; null: cores per rank on this node, at most 8; 0: load in the training process
-    num_workers: NonNegativeInt | None = None
+    num_workers: NumWorkers | None = None
     # microbatches each loader process prepares ahead
-    prefetch_factor: Count = 4
+    prefetch_factor: Size = 4
     # longest training sequence, tokens
-    seq_len: Count = 2048
+    seq_len: Annotated[int, Bounds(least=1, most=100_000_000)] = 2048
     # shuffle shards and samples; false: keep the manifest's order
     shuffle: bool = True
     # shuffle samples within blocks of shards that hold about this many samples

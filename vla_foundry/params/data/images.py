@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived, Fraction, Location, NonNegative, Positive
+from vla_foundry.config.schema import BaseParams, Bounds, Derived, Fraction, Location, NonNegative, Positive, Size
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
@@ -65,7 +65,7 @@ class RandomResizedCropParams(BaseParams):
     # aspect ratio of the crop, width / height, relative to the image's own
     ratio: tuple[Positive, Positive] = (0.9, 1.1)
     # height and width of the result, pixels; null: as in the image
-    size: tuple[Count, Count] | None = None
+    size: tuple[Size, Size] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,9 +126,9 @@ class ImageProcessorParams(BaseParams):
     # tokenizer of our own processor, by folder or name
     tokenizer: Location | None = None
     # side of our own processor's images, pixels; null: as in the model
-    image_size: int | None = None
+    image_size: Size | None = None
     # tokens per image of our own processor; null: as in the model
-    img_num_tokens: int | None = None
+    img_num_tokens: Size | None = None
     # how our own processor resizes images: centre crop, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # interpolation of resized pixels

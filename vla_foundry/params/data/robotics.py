@@ -4,9 +4,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Derived, Location, NonNegativeInt, Positive, Unavailable
+from vla_foundry.config.schema import (
+    BaseParams,
+    Bounds,
+    Count,
+    Derived,
+    Location,
+    NonNegativeInt,
+    Positive,
+    Size,
+    Unavailable,
+)
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.params.facts import DatasetFacts, Facts
@@ -19,6 +29,9 @@ from vla_foundry.text.chat import INSTRUCTION_PROMPTS, template_fields
 
 if TYPE_CHECKING:
     from vla_foundry.robotics.normalization import NormalizationRule
+
+
+_Steps = Annotated[int, Bounds(least=0, most=1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +77,9 @@ class NormalizationParams(BaseParams):
     # overrides by exact field name or glob pattern ("*__rot_6d")
     field_configs: dict[str, FieldNormalizationParams] = field(default_factory=dict)
     # steps before the anchor included in the statistics; null: as in the data
-    lowdim_past_timesteps: NonNegativeInt | None = None
+    lowdim_past_timesteps: _Steps | None = None
     # steps after the anchor included in the statistics; null: as in the data
-    lowdim_future_timesteps: NonNegativeInt | None = None
+    lowdim_future_timesteps: _Steps | None = None
 
     def rules(self, fields: Iterable[str], known_fields: Iterable[str]) -> dict[str, "NormalizationRule"]:
         """Return the rule of each field.
@@ -140,9 +153,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # fields that form poses: {name, position_key, rotation_key, ...}; null: as in the data
     pose_groups: list[dict[str, str]] | None = None
     # steps before the anchor; null: as in the data
-    lowdim_past_timesteps: NonNegativeInt | None = None
+    lowdim_past_timesteps: _Steps | None = None
     # steps after the anchor; null: as in the data
-    lowdim_future_timesteps: NonNegativeInt | None = None
+    lowdim_future_timesteps: _Steps | None = None
     # use instructions and a text processor; null: if the model takes text
     use_language: bool | None = None
     # kinds of instructions to draw from, one per sample; empty: none, the prompt has no words
@@ -150,7 +163,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # user turns, one drawn per sample; <image> marks where images go, {instruction} is the instruction
     prompts: list[str] = field(default_factory=lambda: list(INSTRUCTION_PROMPTS))
     # longest row of images and text, tokens; null: seq_len
-    max_text_seq_len: int | None = None
+    max_text_seq_len: Count | None = None
     # camera intrinsics, by array name in the data; "intrinsics.CAMERA" follows crops and resizing
     intrinsics_fields: list[str] = field(default_factory=list)
     # camera extrinsics, by array name in the data
@@ -166,9 +179,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
     # total width of action_fields; null: as in the data
-    action_dim: int | None = None
+    action_dim: Size | None = None
     # total width of proprioception_fields; null: as in the data
-    proprioception_dim: int | None = None
+    proprioception_dim: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

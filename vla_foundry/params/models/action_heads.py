@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Count, Derived, NonNegative, Positive
+from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Derived, NonNegative, Positive, Size
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
@@ -18,7 +18,7 @@ class NoiseParams(ChoiceParams):
     choice_path = "model.action_head.noise.type"
 
     # default number of sampling steps
-    num_inference_steps: Count = 10
+    num_inference_steps: Size = 10
 
 
 _Exponent = Annotated[float, Bounds(least=0.5)]
@@ -52,7 +52,7 @@ class DDPMParams(NoiseParams):
     # clamp the actions predicted at each sampling step, because early predictions are far off; null: no clamping
     clamp_range: tuple[float, float] | None = (-5.0, 5.0)
     # number of diffusion steps in training
-    num_timesteps: Count = 100
+    num_timesteps: Size = 100
     # variance schedule: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end
     beta_schedule: Literal["cosine", "linear"] = "cosine"
     # linear: variance of the first step
@@ -114,7 +114,7 @@ class DenoisingHeadParams(TransformerHeadParams):
     # each block); with adaLN-Zero or cross-attention, conditioning is encoded once for all sampling steps
     time_conditioning: Literal["concat", "add", "adaln_zero"] = "adaln_zero"
     # draws of noise and time per sample in each backbone pass
-    num_action_head_repeats: Count = 1
+    num_action_head_repeats: Size = 1
     # training only: standard deviation of noise added to noised actions and encoded proprioception
     input_noise_std: NonNegative = 0.0
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vla_foundry.config.schema import Count
+from vla_foundry.config.schema import Size
 from vla_foundry.params.models.action_heads import DDPMParams, DenoisingHeadParams, FlowParams, check_range
 from vla_foundry.params.models.roles import register_model_params
 
@@ -18,7 +18,7 @@ class LegacyFlowParams(FlowParams):
     # clamp noised actions to this range, in training and after each sampling step; null: no clamping
     clamp_range: tuple[float, float] | None = None
     # train only at this many times, t = 0, 1/n, ..., (n-1)/n; null: all times between 0 and 1
-    num_timesteps: Count | None = None
+    num_timesteps: Size | None = None
     # subtract this from the time that the head receives during sampling
     sampling_time_shift: float = 0.0
 

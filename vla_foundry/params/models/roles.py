@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from vla_foundry.config.schema import BaseParams, ChoiceParams, Location, register_choice
+from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, register_choice
 from vla_foundry.params.facts import Facts
 
 T = TypeVar("T", bound=type)
@@ -16,6 +16,8 @@ def register_model_params(name: str) -> Callable[[T], T]:
 
 
 _MODEL = "model."
+# number of blocks
+Depth = Annotated[int, Bounds(least=1, most=10_000)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, Count
+from vla_foundry.config.schema import LEGACY, Bounds, Size
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.roles import LanguageModelParams, PublishedParams, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import (
+    Depth,
+    LanguageModelParams,
+    PublishedParams,
+    TokenLimits,
+    register_model_params,
+)
 
 
 @register_model_params("transformer")
@@ -33,17 +39,17 @@ class TransformerParams(LanguageModelParams):
     # legacy checkpoints trained in bf16: round the rotary frequencies to bf16 as their training did
     rope_bf16_frequencies: bool = field(default=False, metadata=LEGACY)
     # model width
-    hidden_dim: Count = 96
+    hidden_dim: Size = 96
     # number of blocks
-    n_layers: Count = 8
+    n_layers: Depth = 8
     # query heads
-    n_heads: Count = 4
+    n_heads: Size = 4
     # key and value heads (grouped-query attention); null: as many as query heads
-    n_kv_heads: Count | None = None
+    n_kv_heads: Size | None = None
     # width of a head; null: hidden_dim / n_heads
-    head_dim: int | None = None
+    head_dim: Size | None = None
     # rows of the token embedding; 0: no embedding and no output head
-    vocab_size: Annotated[int, Bounds(least=0, fix="0 is a model without tokens.")] = 50432
+    vocab_size: Annotated[int, Bounds(least=0, most=100_000_000, fix="0 is a model without tokens.")] = 50432
     # normalise the token embeddings
     post_embed_norm: bool = False
     # epsilon of every norm
@@ -53,7 +59,7 @@ class TransformerParams(LanguageModelParams):
     # return logits in fp32
     cast_output_to_float32: bool = False
     # longest sequence, tokens
-    max_seq_len: Count = 2048
+    max_seq_len: Annotated[int, Bounds(least=1, most=100_000_000)] = 2048
     # each token sees only itself and earlier ones
     is_causal: bool = True
 
@@ -72,6 +78,15 @@ class TransformerParams(LanguageModelParams):
                 f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads}): "
                 f"each key head serves the same number of query heads."
             )
+
+    def num_weights(self) -> int:
+        """Return the number of weights, without norms and biases."""
+        head_dim = self.head_dim or self.hidden_dim // self.n_heads
+        heads = 2 * self.n_heads + 2 * (self.n_kv_heads or self.n_heads)
+        tables = 0 if not self.vocab_size else 1 if self.weight_tying else 2
+        # queries, keys, values and output; the feed-forward has 8 x hidden_dim^2 or a little more
+        block = self.hidden_dim * head_dim * heads + 8 * self.hidden_dim**2
+        return self.n_layers * block + tables * self.vocab_size * self.hidden_dim
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return its vocabulary size, longest sequence and number of blocks."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Bounds, Count, Location
-from vla_foundry.params.models.roles import ImageInputs, ModelParams, PublishedParams, register_model_params
+from vla_foundry.config.schema import Bounds, Location, Size
+from vla_foundry.params.models.roles import Depth, ImageInputs, ModelParams, PublishedParams, register_model_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class ImageEncoderParams(ModelParams):
     native_type = "vit"
 
     # side of the square of image tokens merged into one language-model token (pixel unshuffle)
-    projector_pixel_shuffle_factor: Count = 1
+    projector_pixel_shuffle_factor: Size = 1
 
     def tokens_after_projector(self, image_size: int | None, patch_size: int | None) -> ImageInputs:
         """Return the images it takes and the number of language-model tokens per image, if known.
@@ -40,17 +40,17 @@ class ViTParams(ImageEncoderParams):
     """The native vision transformer."""
 
     # model width
-    hidden_dim: Count = 768
+    hidden_dim: Size = 768
     # inner width of the feed-forward
-    inter_dim: Count = 3072
+    inter_dim: Size = 3072
     # side of a patch, pixels
-    patch_size: Count = 16
+    patch_size: Size = 16
     # side of an image, pixels; images of other sizes have their position embeddings interpolated
-    img_size: Count = 384
+    img_size: Size = 384
     # attention heads
-    n_heads: Count = 12
+    n_heads: Size = 12
     # number of blocks
-    n_layers: Count = 12
+    n_layers: Depth = 12
     # dropout probability after the embedding and in each branch of a block, in training
     dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     # epsilon of every norm
@@ -77,6 +77,11 @@ class ViTParams(ImageEncoderParams):
             raise ValueError("output 'class_token' needs a class token. Set cls_flag true, or output tokens.")
         self.image_inputs()
 
+    def num_weights(self) -> int:
+        """Return the number of weights, without norms, biases and position embeddings."""
+        block = 4 * self.hidden_dim**2 + 2 * self.hidden_dim * self.inter_dim
+        return self.n_layers * block + 3 * self.patch_size * self.hidden_dim
+
     def image_inputs(self) -> ImageInputs:
         """Return the encoder's image inputs."""
         return self.tokens_after_projector(self.img_size, self.patch_size)
@@ -90,9 +95,9 @@ class ViTHFParams(PublishedParams, ImageEncoderParams):
     # Hugging Face model name, hf://owner/name or folder; or timm:NAME
     hf_pretrained: Location
     # side of its images, pixels; null: as published, and data.image_size must be given
-    img_size: Count | None = None
+    img_size: Size | None = None
     # side of its patches, pixels; null: as published, and data.img_num_tokens must be given
-    patch_size: Count | None = None
+    patch_size: Size | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
