@@ -1,7 +1,8 @@
 """Generate tokens for a batch of prompts, each as if it were alone in the batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -53,67 +54,72 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or leaves no room for a token.
     """
-    if len(input_ids) > 1 and not getattr(model, "keeps_padding", True):
-        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return [
-            generate(
-                model,
-                input_ids[row : row + 1],
-                masks[row : row + 1],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                end_token_ids=end_token_ids,
-                seeds=[row if seeds is None else seeds[row]],
-                use_cache=use_cache,
-                prompt_inputs=prompt_inputs,
-            )[0]
-            for row in range(len(input_ids))
-        ]
-    input_ids, mask = _pad_left(input_ids, attention_mask)
-    limits = _token_limits(mask.sum(1).tolist(), getattr(model, "max_seq_len", None), max_new_tokens)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    seeds = range(len(input_ids)) if seeds is None else seeds
+    choose = partial(choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    # a model that cannot ignore padding gets one row at a time
+    num_rows = len(input_ids) if getattr(model, "keeps_padding", True) else 1
+    was_training, model = model.training, model.eval()
+    continuations: list[Continuation] = []
+    for first in range(0, len(input_ids), num_rows):
+        rows = slice(first, first + num_rows)
+        ids, real = _pad_left(input_ids[rows], mask[rows])
+        inputs = {"input_ids": ids, "attention_mask": real, **(prompt_inputs or {})}
+        limits = _token_limits(real.sum(1).tolist(), getattr(model, "max_seq_len", None), max_new_tokens)
+        continuations += _continue_rows(
+            model, inputs, limits, choose, end_token_ids=end_token_ids, seeds=seeds[rows], use_cache=use_cache
+        )
+    model.train(was_training)
+    return continuations
+
+
+def _continue_rows(
+    model: Any,
+    inputs: dict[str, Any],
+    limits: Sequence[tuple[int, _Stop]],
+    choose: Callable[..., Tensor],
+    *,
+    end_token_ids: Sequence[int],
+    seeds: Sequence[int],
+    use_cache: bool,
+) -> list[Continuation]:
+    """Continue rows together.
+
+    Args:
+        inputs: arguments of the model's first call; rows are padded on the left.
+        limits: most tokens of each row, and what stops it there.
+        choose: `choose_tokens` with its settings.
+    """
     alive = list(range(len(limits)))
-    seeds = alive if seeds is None else seeds
     tokens: list[list[int]] = [[] for _ in alive]
     stops: list[_Stop] = ["end" for _ in alive]
-    was_training, model = model.training, model.eval()
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, **(prompt_inputs or {})}
-    for step in range(max_new_tokens):
+    for step in range(max(limit for limit, _ in limits)):
         output = model.decode(**inputs, use_cache=use_cache, logits_to_keep=1)
-        new = choose_tokens(
-            output.logits[:, -1].float(),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seeds=[seeds[row] for row in alive],
-            step=step,
-        )
+        new = choose(output.logits[:, -1].float(), seeds=[seeds[row] for row in alive], step=step)
         kept = []
         for place, (row, token) in enumerate(zip(alive, new.tolist(), strict=True)):
             if token not in end_token_ids:
                 tokens[row].append(token)
-                if len(tokens[row]) < limits[row]:
+                if len(tokens[row]) < limits[row][0]:
                     kept.append(place)
                 else:
-                    stops[row] = "max_new_tokens" if limits[row] == max_new_tokens else "max_seq_len"
+                    stops[row] = limits[row][1]
         if not kept:
             break
         inputs = _next_inputs(inputs, new, output.past_key_values if use_cache else None, kept)
         alive = [alive[place] for place in kept]
-    model.train(was_training)
     return [Continuation(row, stop) for row, stop in zip(tokens, stops, strict=True)]
 
 
-def _pad_left(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pad_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move padding to the front, so that every row ends with its prompt; drop columns that are all padding."""
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
     order = mask.argsort(dim=1, stable=True)
     longest = max(1, int(mask.sum(1).max()))
     return input_ids.gather(1, order)[:, -longest:], mask.gather(1, order)[:, -longest:]
 
 
-def _token_limits(lengths: list[int], max_seq_len: int | None, max_new_tokens: int) -> list[int]:
+def _token_limits(lengths: list[int], max_seq_len: int | None, max_new_tokens: int) -> list[tuple[int, _Stop]]:
+    """Return the most tokens that each row may get, and what stops it there."""
     for length in lengths:
         if length == 0:
             raise ValueError("A prompt has no tokens. Give it at least one.")
@@ -121,7 +127,12 @@ def _token_limits(lengths: list[int], max_seq_len: int | None, max_new_tokens: i
             raise ValueError(
                 f"A prompt of {length} tokens leaves no room in model.max_seq_len ({max_seq_len}). Shorten it."
             )
-    return [max_new_tokens if max_seq_len is None else min(max_new_tokens, max_seq_len - n) for n in lengths]
+    return [
+        (max_new_tokens, "max_new_tokens")
+        if max_seq_len is None or max_new_tokens <= max_seq_len - length
+        else (max_seq_len - length, "max_seq_len")
+        for length in lengths
+    ]
 
 
 def _next_inputs(inputs: dict[str, Any], new: Tensor, cache: Any, kept: list[int]) -> dict[str, Any]:
