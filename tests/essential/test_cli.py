@@ -97,7 +97,7 @@ ERRORS = [
         r"hparams\.global_batch_size \(64\) must be a multiple of num_ranks \(1\) x hparams\.per_gpu_batch_size \(24\) "
         r"= 24\. Use 48 or 72\.$",
     ),
-    (["--hparams.per_gpu_batch_size", "0"], r"hparams\.per_gpu_batch_size \(0\) must be at least 1\."),
+    (["--hparams.per_gpu_batch_size", "0"], r"hparams\.per_gpu_batch_size \(0\) must be at least 1 and"),
     # lists of different lengths
     (
         ["--data.dataset_manifest", "a/manifest.jsonl,b/manifest.jsonl", "--data.dataset_weighting", "[1]"],
