@@ -345,7 +345,10 @@ def test_what_can_not_be_is_said_in_one_line(create_tiny: Create, create_documen
         ({"n_heads": 4, "n_kv_heads": 3}, r"n_kv_heads \(3\) must divide n_heads \(4\)"),
         ({"head_dim": 7}, r"head_dim \(7\) must be even"),
         ({"n_layers": 0}, r"n_layers \(0\) must be at least 1"),
-        ({"vocab_size": -1}, r"vocab_size \(-1\) must be at least 0 and at most 100000000\. 0 is a model without tokens"),
+        (
+            {"vocab_size": -1},
+            r"vocab_size \(-1\) must be at least 0 and at most 100000000\. 0 is a model without tokens",
+        ),
     ],
 )
 def test_params_that_fit_no_model_are_refused(changes: dict[str, Any], message: str) -> None:
