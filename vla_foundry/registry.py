@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,3 +83,19 @@ class Registry(Generic[T]):
                     names = self._line.findall(file.read_text(encoding="utf-8"))
                     self._modules.update(dict.fromkeys(names, module))
         return self._modules
+
+
+def import_lazily(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the `__getattr__` and `__dir__` of a package whose public names are imported when they are first used.
+
+    Args:
+        modules: public name -> module that defines it.
+    """
+
+    def get_attribute(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    # notebooks complete from this list
+    return get_attribute, lambda: sorted(vars(sys.modules[package]).keys() | modules.keys())

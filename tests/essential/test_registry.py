@@ -176,3 +176,13 @@ def test_a_name_is_registered_once() -> None:
     assert registry.names() == ["one"]
     with pytest.raises(ValueError, match=r"^a\.thing 'one' is registered twice\. Choose another name\.$"):
         registry.register("one")(2)
+
+
+@pytest.mark.parametrize("name", ["data", "inference", "models", "params", "robotics"])
+def test_a_lazy_package_lists_its_public_names_for_completion(name: str) -> None:
+    code = f"import sys, vla_foundry.{name} as package\n"
+    code += "assert set(package.__all__) <= set(dir(package))\n"
+    code += "assert 'torch' not in sys.modules\n"
+    code += "assert all(getattr(package, name) is not None for name in package.__all__)\n"
+    code += "assert not hasattr(package, 'nothing')\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,7 +1,8 @@
 """Run trained models: generate text and captions, and run policies in closed loop."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vla_foundry.registry import import_lazily
 
 if TYPE_CHECKING:
     from vla_foundry.inference.observations import RobotObservation
@@ -9,10 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy", "RobotObservation"]
 
-_MODULES = {"Policy": "vla_foundry.inference.policy", "RobotObservation": "vla_foundry.inference.observations"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+__getattr__, __dir__ = import_lazily(
+    __name__,
+    {"Policy": "vla_foundry.inference.policy", "RobotObservation": "vla_foundry.inference.observations"},
+)

@@ -1,9 +1,9 @@
 """All config dataclasses; importing them does not import torch."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import vla_foundry.params.migrations  # noqa: F401  (old names load in whatever part of params is used)
+from vla_foundry.registry import import_lazily
 
 if TYPE_CHECKING:
     from vla_foundry.config.loading import dump_params
@@ -32,23 +32,19 @@ __all__ = [
     "register_model_params",
 ]
 
-# public name -> module that defines it; imported when the name is used
-_MODULES = {
-    "DataParams": "vla_foundry.params.data.base",
-    "DistributedParams": "vla_foundry.params.distributed",
-    "EMAParams": "vla_foundry.params.ema",
-    "HyperParams": "vla_foundry.params.hparams",
-    "ModelParams": "vla_foundry.params.models.roles",
-    "TrainExperimentParams": "vla_foundry.params.experiment",
-    "dump_params": "vla_foundry.config.loading",
-    "load_experiment_params_from_yaml": "vla_foundry.params.experiment",
-    "load_params_from_yaml": "vla_foundry.params.experiment",
-    "register_data_params": "vla_foundry.params.data.base",
-    "register_model_params": "vla_foundry.params.models.roles",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+__getattr__, __dir__ = import_lazily(
+    __name__,
+    {
+        "DataParams": "vla_foundry.params.data.base",
+        "DistributedParams": "vla_foundry.params.distributed",
+        "EMAParams": "vla_foundry.params.ema",
+        "HyperParams": "vla_foundry.params.hparams",
+        "ModelParams": "vla_foundry.params.models.roles",
+        "TrainExperimentParams": "vla_foundry.params.experiment",
+        "dump_params": "vla_foundry.config.loading",
+        "load_experiment_params_from_yaml": "vla_foundry.params.experiment",
+        "load_params_from_yaml": "vla_foundry.params.experiment",
+        "register_data_params": "vla_foundry.params.data.base",
+        "register_model_params": "vla_foundry.params.models.roles",
+    },
+)
