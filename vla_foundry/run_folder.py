@@ -58,7 +58,8 @@ _STEP_PATTERN = re.compile(r"step_(\d+)")
 def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
     """Hold an output folder for this process: two commands that write to it would overwrite each other's files.
 
-    The lock is on the file `.<name>.lock` beside the folder. It ends with the process that holds it, however it ends.
+    The lock is on the file `.<name>.lock` beside the folder, or in it where only the folder is writable (a mount). It
+    ends with the process that holds it, however it ends.
 
     Args:
         folder: the folder; it need not exist.
@@ -69,7 +70,8 @@ def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
         ValueError: another process holds the folder; the message names the process and its host.
     """
     whole = folder.resolve()
-    path = whole.parent / f".{whole.name}.lock"
+    is_beside = not whole.exists() or os.access(whole.parent, os.W_OK)
+    path = (whole.parent if is_beside else whole) / f".{whole.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:

@@ -119,3 +119,12 @@ def test_a_run_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_pa
     owner.stdout.close()
     with lock_folder(run, what="run folder", flag="--name"):
         assert not run.exists()
+
+
+def test_a_mounted_folder_is_locked_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with lock_folder(mount, what="output folder", flag="--output"):
+        assert [path.name for path in tmp_path.rglob("*.lock")] == [".mount.lock"]
+        assert (mount / ".mount.lock").exists()
