@@ -5,7 +5,7 @@ import os
 import sys
 
 _COMMANDS = {
-    "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun vla_foundry/main.py ...)"),
+    "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
     "data": ("vla_foundry.viz.inspection:main", "inspect data: draw a sample as training gets it"),

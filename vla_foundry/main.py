@@ -1,14 +1,18 @@
-"""Train one model: `vla-foundry train ...`, or for several processes `torchrun vla_foundry/main.py ...`."""
+"""Train one model: `vla-foundry train ...`, or for several processes `torchrun -m vla_foundry.main ...`."""
 
+import os
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from vla_foundry.config.command_line import errors_once, parse, print_notices, run_command
+from vla_foundry.config.command_line import Parsed, errors_once, parse, print_notices, run_command
 from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
-from vla_foundry.world import follow_launcher, read_memory, read_world, read_world_size
+from vla_foundry.storage.uri import write_text
+from vla_foundry.world import follow_launcher, is_first_process, is_launched, read_memory, read_world, read_world_size
 
 PROG = "vla-foundry train"
 
@@ -26,6 +30,23 @@ def main(argv: list[str]) -> None:
     follow_launcher()
     with errors_once():
         parsed = parse(TrainExperimentParams, argv, prog=PROG)
+    try:
+        run(parsed)
+    except (ValueError, OSError) as error:
+        if is_launched() and is_first_process() and not parsed.params.resolve_configs:
+            record_failure(parsed.params, error)
+        raise
+
+
+def record_failure(params: TrainExperimentParams, error: Exception) -> None:
+    """Write an error to <save_path>/.failed/<name>.log: the report of a launcher buries the line that is printed."""
+    now = time.strftime("%Y_%m_%d-%H_%M_%S")
+    with suppress(OSError):
+        write_text(os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {error}\n")
+
+
+def run(parsed: Parsed) -> None:
+    """Resolve the params of a command line, and train."""
     with errors_once(on_each_node=True):
         facts = read_facts(parsed.params, read_world_size(), offline=parsed.params.resolve_configs)
         resolved = resolve_known(parsed.params, facts)
@@ -40,6 +61,11 @@ def main(argv: list[str]) -> None:
         print_resolved(shown, origins, parsed.params.resolve_configs_path)
         return
     params = require_resolved(resolved)
+    if is_first_process():
+        from vla_foundry.training.metrics import wants_wandb
+
+        # an error here comes before torch is imported and before anything is written
+        wants_wandb(params)
 
     import torch
 

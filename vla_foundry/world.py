@@ -120,6 +120,11 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> str:
     return _find(environment, [launcher.rank for launcher in _LAUNCHERS]) or "0"
 
 
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if a launcher started this process (torchrun, Open MPI or Slurm)."""
+    return any(launcher.world_size in environment for launcher in _LAUNCHERS)
+
+
 def is_first_process(*, on_node: bool = False, environment: Mapping[str, str] = os.environ) -> bool:
     """True unless the launcher says that another process is the first, among all or on this machine."""
     names = [launcher.local_rank if on_node else launcher.rank for launcher in _LAUNCHERS]

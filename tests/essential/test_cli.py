@@ -313,3 +313,33 @@ def test_only_the_first_process_tells_of_an_error_and_all_exit_with_2(workplace:
         assert result.stdout == ""
         expected = "error: hparams.global_batch_size (64) must be a multiple of num_ranks (2) x "
         assert result.stderr.startswith(expected) if rank == "0" else result.stderr == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_missing_wandb_credentials_are_one_line_before_anything_is_made(
+    run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """The first rank says it, on its screen and in a file, since torchrun buries what is printed."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(workplace / "none"))
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("vla_foundry.training.experiment.train", lambda params, world: None)
+    words = [
+        "--config_path",
+        "job.yaml",
+        "--data.dataset_manifest",
+        "[a/manifest.jsonl]",
+        "--hparams.per_gpu_batch_size",
+        "8",
+    ]
+    code, _, err = run("train", *words, "--wandb", "true", "--save_path", "runs", "--name", "x")
+    log = workplace / "runs" / ".failed" / "x.log"
+    if rank == "1":
+        assert (code, err, log.exists()) == (0, "", False)
+        return
+    assert code == 2
+    assert re.fullmatch(r"error: wandb is true, but .*\n", err)
+    assert err.removeprefix("error: ") in log.read_text(encoding="utf-8")
+    assert [path.name for path in log.parent.parent.iterdir()] == [".failed"]

@@ -63,7 +63,7 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
     Raises:
         ValueError: sections do not fit together, as far as that is known.
     """
-    derivation = _Derivation(sources={}, unresolved={}, facts=facts)
+    derivation = _Derivation(sources={}, unresolved={}, notices=[], facts=facts)
     order = params.derivation_order
     for name in order:
         # a section's second pass may fill values that its first left open
@@ -71,7 +71,8 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
             del derivation.unresolved[path]
         params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
     params = derivation.fill(params, params.derive(params, facts), "")
-    notices = [line for name in dict.fromkeys(order) for line in _check(getattr(params, name), params, facts, name)]
+    notices = [*derivation.notices]
+    notices += [line for name in dict.fromkeys(order) for line in _check(getattr(params, name), params, facts, name)]
     notices += params.check(params, facts, "")
     return Resolved(params=params, sources=derivation.sources, unresolved=derivation.unresolved, notices=notices)
 
@@ -82,6 +83,8 @@ class _Derivation:
 
     sources: dict[str, str]
     unresolved: dict[str, str]
+    # lines for the user
+    notices: list[str]
     facts: Any
 
     def derive_section(self, section: Any, root: Any, path: str) -> Any:
@@ -102,6 +105,7 @@ class _Derivation:
             else:
                 values[name] = item.value
                 self.sources[full] = item.source
+                self.notices.extend([item.notice] if item.notice else [])
         return replace(section, **values) if values else section
 
 

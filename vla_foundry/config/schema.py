@@ -80,6 +80,8 @@ class Derived:
     value: Any | Unavailable
     # what it follows from, for "resolved from ..."
     source: str
+    # a line for the user; empty: none
+    notice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

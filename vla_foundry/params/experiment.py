@@ -193,9 +193,12 @@ def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
     batch = params.hparams.global_batch_size
     steps = total_steps(params)
     if steps == 0:
+        unit = facts.world_size * params.hparams.per_gpu_batch_size
+        largest = params.total_train_samples // unit * unit
+        other = f", or --hparams.global_batch_size {largest}" if largest else ""
         raise ValueError(
             f"total_train_samples ({params.total_train_samples}) is less than one global batch "
-            f"(hparams.global_batch_size {batch}). Raise the one or lower the other."
+            f"(hparams.global_batch_size {batch}). Use --total_train_samples {batch}{other}."
         )
     count_decay_steps(params.hparams, steps)
     notices = []

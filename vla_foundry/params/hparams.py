@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived
 
+_WARMUP_STEPS = 1000
 _FiniteNonNegative = Annotated[float, Bounds(least=0, below=math.inf)]
 _FinitePositive = Annotated[float, Bounds(above=0, below=math.inf)]
 _Multiplier = Annotated[float, Bounds(above=0, below=math.inf, fix="To keep a part unchanged, freeze it.")]
@@ -32,8 +33,8 @@ class HyperParams(BaseParams):
     lr_multipliers: dict[str, _Multiplier] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
-    # warm-up: steps, or a fraction of all steps if below 1
-    warmup: _FiniteNonNegative = 1000.0
+    # warm-up: steps, or a fraction of all steps if below 1; null: 1000 steps, but at most a tenth of the run
+    warmup: _FiniteNonNegative | None = None
     # final decay of warmup_constant_decay: steps, or a fraction of all steps if below 1
     decay: _FiniteNonNegative = 0.3
     # learning rate at the end of the schedule
@@ -66,10 +67,31 @@ class HyperParams(BaseParams):
         if self.lr_cooldown_end > self.lr:
             raise ValueError(f"lr_cooldown_end ({self.lr_cooldown_end}) must not be above lr ({self.lr}).")
 
+    def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
+        """Derive a warm-up that fits into the run."""
+        if self.warmup is not None:
+            return {}
+        budget = {"total_train_samples": Derived(root.total_train_samples, "")} | root.derive(root, facts)
+        samples = budget["total_train_samples"].value
+        if not isinstance(samples, int):
+            return {"warmup": Derived(samples, "")}
+        total_steps = samples // self.global_batch_size
+        steps = count_warmup_steps(self, total_steps)
+        source = f"the smaller of {_WARMUP_STEPS} steps and a tenth of the run's {total_steps}"
+        notice = f"hparams.warmup is {steps} steps, a tenth of the run." if steps < _WARMUP_STEPS else ""
+        return {"warmup": Derived(float(steps), source, notice)}
+
 
 def count_steps(value: float, total_steps: int) -> int:
     """Convert `hparams.warmup` or `hparams.decay` to steps; a value below 1 is a fraction of all steps."""
     return int(value * total_steps) if value < 1 else int(value)
+
+
+def count_warmup_steps(params: HyperParams, total_steps: int) -> int:
+    """Return the number of steps over which the learning rate rises."""
+    if params.warmup is None:
+        return min(_WARMUP_STEPS, total_steps // 10)
+    return count_steps(params.warmup, total_steps)
 
 
 def count_decay_steps(params: HyperParams, total_steps: int) -> int:
@@ -78,7 +100,7 @@ def count_decay_steps(params: HyperParams, total_steps: int) -> int:
     Raises:
         ValueError: warm-up and decay do not fit into the run.
     """
-    warmup_steps = count_steps(params.warmup, total_steps)
+    warmup_steps = count_warmup_steps(params, total_steps)
     if warmup_steps > total_steps:
         raise ValueError(
             f"hparams.warmup ({params.warmup:g}) is {warmup_steps} steps, more than the run's {total_steps}. "

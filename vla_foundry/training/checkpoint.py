@@ -280,6 +280,8 @@ def _read_scalars(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "total_steps": len(state.schedule),
+        # of the last update
+        "lr": float(state.lr),
         "counters": {name: int(value) for name, value in vars(state.counters).items()},
         "optimizer": {"steps": steps, "groups": groups},
     }

@@ -1,6 +1,7 @@
 """Set up one training run from its params, run it, and leave its folder complete."""
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -94,6 +95,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         saved = load_checkpoint(checkpoint, state)
         is_validation_owed = saved["is_validation_owed"]
         notices += [f"continues from {checkpoint} after step {state.step}.", *saved["notices"]]
+        notices += describe_jump(state, saved)
         notices += check_data(params, loader, saved["data"])
     notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state, loader))
     log = create_metric_log(
@@ -184,6 +186,24 @@ def cast_parameters(model: nn.Module, precision: str) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+
+
+def describe_jump(state: TrainState, saved: dict[str, Any]) -> list[str]:
+    """Describe how the learning rate jumps if the budget changed: its schedule always covers the whole budget.
+
+    Args:
+        saved: the contents of state.json.
+    """
+    before, total_steps, num_updates = saved.get("lr"), len(state.schedule), int(state.counters.updates)
+    if before is None or saved["total_steps"] == total_steps or num_updates >= total_steps:
+        return []
+    after = float(state.schedule[num_updates])
+    if math.isclose(before, after, rel_tol=0.01):
+        return []
+    return [
+        f"the learning rate jumps from {before:.3g} at step {state.step} to {after:.3g} at step {state.step + 1}, "
+        f"because its schedule now covers {total_steps} steps, not {saved['total_steps']}."
+    ]
 
 
 def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[str, Any]) -> list[str]:

@@ -226,16 +226,21 @@ class Wandb:
         if not run_id.isalnum():
             run_id = uuid.uuid4().hex[:8]
             write_text(str(id_file), run_id)
-        self._run = wandb.init(
-            id=run_id,
-            resume="allow",
-            project=params.wandb_project_name,
-            entity=params.wandb_entity,
-            name=run_folder.name,
-            tags=params.wandb_tags,
-            dir=str(run_folder),
-            config=to_plain(params),
-        )
+        try:
+            self._run = wandb.init(
+                id=run_id,
+                resume="allow",
+                project=params.wandb_project_name,
+                entity=params.wandb_entity,
+                name=run_folder.name,
+                tags=params.wandb_tags,
+                dir=str(run_folder),
+                config=to_plain(params),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"Weights & Biases: {error}. Run `wandb login`, set WANDB_MODE=offline, or give --wandb false."
+            ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vla_foundry.params.hparams import HyperParams, count_decay_steps, count_steps
+from vla_foundry.params.hparams import HyperParams, count_decay_steps, count_warmup_steps
 
 
 def learning_rates(params: HyperParams, total_steps: int) -> np.ndarray:
@@ -15,7 +15,7 @@ def learning_rates(params: HyperParams, total_steps: int) -> np.ndarray:
         ValueError: warm-up and decay do not fit into the run.
     """
     steps = np.arange(total_steps)
-    warmup_steps = count_steps(params.warmup, total_steps)
+    warmup_steps = count_warmup_steps(params, total_steps)
     decay_steps = count_decay_steps(params, total_steps)
     decay_start = total_steps - decay_steps
     warming = np.minimum((steps + 1) / max(warmup_steps, 1), 1.0)

@@ -360,3 +360,21 @@ def test_the_counted_weights_are_almost_those_of_the_model(preset: str) -> None:
         model = create_model(params, load_pretrained=False)
     real = sum(parameter.numel() for parameter in model.parameters())
     assert 0.75 * real <= sum(count_weights(params)) <= real
+
+
+@pytest.mark.parametrize(("num_steps", "warmup"), [(5, 0), (400, 40), (9_999, 999), (50_000, 1000)])
+def test_a_warm_up_that_is_not_set_fits_into_the_run(num_steps: int, warmup: int) -> None:
+    params = replace(PARAMS, hparams=replace(PARAMS.hparams, warmup=None), total_train_samples=8 * num_steps)
+    facts = replace(FACTS, datasets=(dataset(num_samples=8 * num_steps),))
+    for given in (params, replace(params, total_train_samples=None, num_epochs=1)):
+        resolved = resolve_known(given, facts)
+        assert resolved.params.hparams.warmup == warmup
+        notice = [f"hparams.warmup is {warmup} steps, a tenth of the run."] if warmup < 1000 else []
+        assert [line for line in resolved.notices if "warmup" in line] == notice
+
+
+def test_a_budget_below_the_batch_names_the_nearest_values() -> None:
+    with pytest.raises(ValueError, match=r"Use --total_train_samples 8, or --hparams\.global_batch_size 4\.$"):
+        resolve(replace(PARAMS, total_train_samples=7), FACTS)
+    with pytest.raises(ValueError, match=r"Use --total_train_samples 8\.$"):
+        resolve(replace(PARAMS, total_train_samples=3), FACTS)

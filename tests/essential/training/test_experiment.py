@@ -25,6 +25,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.training.experiment import train
+from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import fetch_checkpoint, find_start, write_configs
 from vla_foundry.world import World
 
@@ -400,3 +401,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_run_resumes(
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
     train(resumed, World())
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_longer_budget_says_how_the_learning_rate_jumps(
+    params: TrainExperimentParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(params, World())
+    capsys.readouterr()
+    longer = replace(params, total_train_samples=96, data=replace(params.data, allow_multiple_epochs=True))
+    train(replace(longer, resume="auto"), World())
+    line = (
+        "the learning rate jumps from 0 at step 6 to {:.3g} at step 7, because its schedule now covers 12 steps, not 6."
+    )
+    assert f"note: {line.format(learning_rates(params.hparams, 12)[6])}" in capsys.readouterr().out
