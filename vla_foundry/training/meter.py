@@ -120,7 +120,9 @@ class Meter:
         This is the only place where the host waits for the device.
         """
         names = sorted(self._log_sums)
-        host = [self._samples, self._tokens, self._flops, self._waited, self._dropped.total(), self._padding]
+        read_at = time.perf_counter()
+        elapsed = read_at - self._started
+        host = [self._samples, self._tokens, self._flops, self._waited, elapsed, self._dropped.total(), self._padding]
         local = [torch.tensor(host, dtype=torch.float64, device=self._world.device)]
         local += [self._log_sums[name].double().reshape(1) for name in names]
         counters = state.counters
@@ -129,13 +131,14 @@ class Meter:
         values = torch.cat([all_reduce(torch.cat(local)), *same]).tolist()
         counters.longest_row.copy_(counters.skipped_in_row)
 
-        samples, tokens, flops, waited, dropped, padding = values[:6]
-        logs = dict(zip(names, values[6:], strict=False))
-        loss, norm, updated, lr, skipped, targets, longest = values[6 + len(names) :]
+        samples, tokens, flops, waited, elapsed, dropped, padding = values[:7]
+        logs = dict(zip(names, values[7:], strict=False))
+        loss, norm, updated, lr, skipped, targets, longest = values[7 + len(names) :]
         self.longest_skipped_row = int(longest)
         count = logs.pop("count")
-        seconds = time.perf_counter() - self._started
         ranks = self._world.world_size
+        # ranks start their first interval at different times: take the mean
+        seconds = elapsed / ranks + time.perf_counter() - read_at
         metrics: dict[str, Any] = {
             # means over the steps that updated the weights
             "loss": loss / updated if updated else None,

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.transformer import TransformerParams
-from vla_foundry.training.meter import count_tokens, peak_flops
+from vla_foundry.training.meter import Meter, StepResult, count_tokens, peak_flops
 from vla_foundry.training.metrics import (
     WANDB_ID_NAME,
     MetricsFile,
@@ -21,6 +23,8 @@ from vla_foundry.training.metrics import (
     truncate_metrics,
     wants_wandb,
 )
+from vla_foundry.training.state import create_train_state
+from vla_foundry.world import World
 
 PARAMS = TrainExperimentParams(name="run", data=TextDataParams(), model=TransformerParams())
 
@@ -136,3 +140,18 @@ def test_tokens_are_those_that_enter_the_model() -> None:
     assert count_tokens({"input_ids": torch.zeros(0, 9)}) == (0, 0)
     assert count_tokens({"actions": torch.zeros(3, 9)}) == (0, 0)
     assert peak_flops("cpu") is None
+
+
+def test_the_wait_for_data_is_a_share_though_ranks_start_at_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    hparams, zero = HyperParams(warmup=0.1), torch.zeros(())
+    state = create_train_state(model, model, hparams=hparams, ema=EMAParams(), total_steps=10)
+    meter = Meter(world=World(world_size=2), flops_per_token=None, uses_bf16=False)
+    meter.add_data([], 0.0)
+    meter.add_step(StepResult(loss=zero, grad_norm=zero, updated=zero, log_sums={"count": zero}))
+    # the other rank has waited for 10 s when this one has only begun
+    others = torch.tensor([0, 0, 0, 10, 10, 0, 0, 0], dtype=torch.float64)
+    monkeypatch.setattr("vla_foundry.training.meter.all_reduce", lambda values: values + others)
+    metrics = meter.read(state)
+    assert 0.9 < metrics["data_wait_share"] <= 1
+    assert 5 <= metrics["step_seconds"] < 6
