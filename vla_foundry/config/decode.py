@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
@@ -60,6 +60,8 @@ def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
     annotated = schema.annotated_types(cls)
     values = {}
     for key, node in tree.children.items():
+        if _is_reset(schema.fields_by_name(cls)[key], hints[key], node):
+            continue
         value = _decode_field(hints[key], node, decoding, _join(path, key))
         values[key] = schema.map_annotated(
             annotated.get(key), value, _expand_home, f"{node.origin.prefix}{_join(path, key)}"
@@ -232,6 +234,13 @@ def _find_text(tree: Node, key: str) -> str | None:
     if isinstance(tree, Leaf) and is_null(tree.value):
         return "null"
     return text_of(tree) or str(to_value(tree))
+
+
+def _is_reset(item: Field, hint: Any, node: Node) -> bool:
+    """Return whether a null resets a list or mapping to its default: these are never null themselves."""
+    is_null_leaf = isinstance(node, Leaf) and is_null(node.value)
+    can_reset = item.default_factory is not MISSING and schema.section_class(hint) is None
+    return is_null_leaf and can_reset and type(None) not in schema.options(hint)
 
 
 def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:

@@ -95,7 +95,7 @@ class DataParams(ChoiceParams):
                 if entries and len(entries) != len(manifests):
                     raise ValueError(
                         f"{name} has {len(entries)} entries and {prefix}dataset_manifest has {len(manifests)}. "
-                        f"Give one for each manifest, or leave {name} out."
+                        f"Give one for each manifest, or leave {name} out (null)."
                     )
             self._check_modalities(f"{prefix}dataset_modality", getattr(self, f"{prefix}dataset_modality"))
 

@@ -205,7 +205,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         if self.dataset_statistics and len(self.dataset_statistics) != count:
             raise ValueError(
                 f"dataset_statistics has {len(self.dataset_statistics)} entries and dataset_manifest has {count}. "
-                "Give one for each manifest, or leave it out."
+                "Give one for each manifest, or leave it out (null)."
             )
         self.parse_groups()
 
