@@ -1,5 +1,7 @@
 """Load, save and describe tokenizers; only loading one imports transformers."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, read_text
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -44,6 +47,37 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         for file in list_files(name):
             download(file, os.path.join(copy, file.removeprefix(name).strip("/")))
         return _load(copy, name)
+
+
+@functools.lru_cache(maxsize=1)
+def create_encoder(definition: str) -> "Tokenizer":
+    """Create the encoder of documents, in preprocessing and in training: it reads no control token out of a text.
+
+    A text that holds the words "<|endoftext|>" does not end there.
+
+    Args:
+        definition: content of tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(definition)
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def read_definition(name: str) -> str:
+    """Return the content of a tokenizer's tokenizer.json, by the names that `load_tokenizer` takes.
+
+    Raises:
+        FileNotFoundError: see `load_tokenizer`.
+        ValueError: see `load_tokenizer`.
+    """
+    if not _is_hub_name(name) and (is_remote(name) or os.path.isdir(os.path.expanduser(name))):
+        with contextlib.suppress(FileNotFoundError):
+            return read_text(join_uri(name, TOKENIZER_NAME))
+    return load_tokenizer(name).backend_tokenizer.to_str()
 
 
 @dataclass(frozen=True, kw_only=True)

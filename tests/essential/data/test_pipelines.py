@@ -15,11 +15,12 @@ from vla_foundry.batch import Batch, Documents
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.pipelines.stages import Pipeline, Rows, WebDatasetStage
 from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline, create_text_batch
-from vla_foundry.data.pipelines.text_untokenized import TextUntokenizedPipeline, pack, split_document
+from vla_foundry.data.pipelines.text_untokenized import TextUntokenizedPipeline, decode_text, pack, split_document
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.shards import parse_manifest
+from vla_foundry.text.tokenizers import create_encoder, load_tokenizer
 
 
 def create_rows(manifests: Sequence[Path], positions: Sequence[int], *, global_batch_size: int = 4) -> Rows:
@@ -279,6 +280,31 @@ def test_bad_texts_are_replaced(
     batch = read(TextUntokenizedPipeline(TextDataParams(seq_len=64, tokenizer=tokenizer)), rows)
     assert len(documents_of(batch)[0]) == 5
     assert rows.drops.counts.total() == 1
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n", " "])
+def test_json_is_read_as_json_whatever_stands_before_it(before: str) -> None:
+    assert decode_text({"json": f'{before}{{"text": "red block"}}'.encode()})["text"] == "red block"
+    assert decode_text({"json": f'{before}"red block"'.encode()})["text"] == "red block"
+    for other in ('["red block"]', '{"txt": "red block"}'):
+        with pytest.raises(ValueError, match="its JSON has no key 'text' with a string"):
+            decode_text({"json": (before + other).encode()})
+    for plain in ('"Stop!" it said', "[1] is cited", "12"):
+        assert decode_text({"json": plain.encode()})["text"] == plain
+    assert decode_text({"txt": "\ufeffred {block}".encode()})["text"] == "red {block}"
+
+
+def test_words_of_control_tokens_stay_words(tmp_path: Path, write_samples: Callable, tokenizer: str) -> None:
+    text = "a <|endoftext|> b"
+    assert load_tokenizer(tokenizer).eos_token == "<|endoftext|>"
+    manifest = write_samples(tmp_path / "d", [[text_members(text, "json")]])
+    params = TextDataParams(seq_len=64, tokenizer=tokenizer)
+    (document,) = documents_of(read(TextUntokenizedPipeline(params), create_rows([manifest], [0])))
+    encoder = create_encoder(
+        (Path(tokenizer) / "tokenizer.json").read_text(encoding="utf-8")
+    )  # that of `preprocess text`
+    assert document == [*encoder.encode(text, add_special_tokens=False).ids, EOS]
+    assert document.count(EOS) == 1
 
 
 def test_text_that_would_fill_the_memory_is_refused_with_the_fix(

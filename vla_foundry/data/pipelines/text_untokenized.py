@@ -19,6 +19,7 @@ from vla_foundry.data.pipelines.text import create_padding_batch, create_text_ba
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.text.tokenizers import create_encoder, load_tokenizer, read_definition
 
 TEXT_SUFFIXES = ("json", "txt")
 ROW_MULTIPLE = 64
@@ -31,22 +32,31 @@ _SPARE_CHOICES = 3
 
 
 def decode_text(sample: Sample) -> Sample:
-    """Decode a sample's text: "text" in a JSON object, or the whole member if it does not begin with "{".
+    """Decode a sample's text: "text" in a JSON object, a JSON string, or a member that is not JSON, as it is.
 
-    An object with `"is_last": false` is part of a document that continues in another sample.
+    An object with `"is_last": false` is part of a document that continues in another sample. A byte order mark is not
+    text.
 
     Raises:
-        ValueError: the member is missing, is not UTF-8, or is not such an object.
+        ValueError: the member is missing, is not UTF-8, or is JSON of another kind.
     """
     suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in sample), None)
     if suffix is None:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         raise ValueError(f"it has no member {' or '.join(TEXT_SUFFIXES)} with text, only {members or 'none'}")
-    text = sample[suffix].decode("utf-8")
-    if suffix != "json" or not text.startswith("{"):
+    text = sample[suffix].decode("utf-8-sig")
+    start = text.lstrip()[:1]
+    if suffix != "json" or start not in ("{", "[", '"'):
         return {**sample, "text": text}
-    values = json.loads(text)
-    if not isinstance(values.get("text"), str):
+    try:
+        values = json.loads(text)
+    except ValueError:
+        if start == "{":
+            raise
+        return {**sample, "text": text}  # a text that begins with a quotation or a bracket
+    if isinstance(values, str):
+        values = {"text": values}
+    if not isinstance(values, dict) or not isinstance(values.get("text"), str):
         raise ValueError("its JSON has no key 'text' with a string")
     return {**sample, "text": values["text"], "is_last": values.get("is_last", True) is not False}
 
@@ -65,11 +75,12 @@ class Tokenize:
 
     def __init__(self, tokenizer: str) -> None:
         self.name = tokenizer
-        self._tokenizer: Any = None
+        self._encoder: Any = None
+        self._end: int | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without the tokenizer, so that each loader process loads its own."""
-        return {"name": self.name, "_tokenizer": None}
+        return {"name": self.name, "_encoder": None, "_end": None}
 
     def load(self) -> None:
         """Load the tokenizer now.
@@ -77,18 +88,15 @@ class Tokenize:
         Raises:
             ValueError: the tokenizer has no end-of-sequence token.
         """
-        from vla_foundry.text.tokenizers import load_tokenizer
-
-        self._tokenizer = load_tokenizer(self.name)
-        if self._tokenizer.eos_token_id is None:
+        self._encoder = create_encoder(read_definition(self.name))
+        self._end = load_tokenizer(self.name).eos_token_id
+        if self._end is None:
             raise ValueError(f"data.tokenizer '{self.name}' has no end-of-sequence token. Choose one that has.")
 
     def __call__(self, sample: Sample) -> Sample:
-        """Tokenize the sample's text."""
-        tokens = self._tokenizer(sample["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        end = [self._tokenizer.eos_token_id] if sample.get("is_last", True) else []
+        """Tokenize the sample's text as `preprocess text` does."""
+        tokens = self._encoder.encode(sample["text"], add_special_tokens=False).ids
+        end = [self._end] if sample.get("is_last", True) else []
         return {**sample, "input_ids": np.asarray([*tokens, *end], dtype=np.int32)}
 
 

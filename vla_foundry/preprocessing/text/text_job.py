@@ -24,10 +24,11 @@ from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, list_sources, read_unit
 from vla_foundry.preprocessing.text.packing import RecordPacker, token_type, write_records
-from vla_foundry.preprocessing.text.tokenizer import create_encoder, read_tokenizer
+from vla_foundry.preprocessing.text.tokenizer import read_tokenizer
 from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry
 from vla_foundry.storage.uri import absolute_uri
+from vla_foundry.text.tokenizers import create_encoder
 
 # raised when the same plan would give other bytes than it gave before
 PLAN_VERSION = 1

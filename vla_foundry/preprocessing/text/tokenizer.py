@@ -4,7 +4,6 @@ A dataset keeps a copy of the Hugging Face folder, and tasks encode with its tok
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -21,9 +20,8 @@ from vla_foundry.preprocessing.text.documents import DocumentTally, list_sources
 from vla_foundry.progress import say, show_progress
 from vla_foundry.shards import PROVENANCE_NAME
 from vla_foundry.storage.uri import delete, exists, is_remote, join_uri, list_files, read_bytes, read_text, write_text
+from vla_foundry.text.tokenizers import CONFIG_NAME, TOKENIZER_NAME, create_encoder
 
-TOKENIZER_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
 # what a tokenizer's folder may hold beside these
 _OTHER_NAMES = (
     "added_tokens.json",
@@ -121,21 +119,6 @@ def _find_eos_token(files: dict[str, bytes]) -> str | None:
         if isinstance(token, str):
             return token
     return None
-
-
-@functools.lru_cache(maxsize=1)
-def create_encoder(definition: str) -> Any:
-    """Create a `tokenizers.Tokenizer` that encodes whole texts, and reads no special token out of them.
-
-    A text that holds the words "<|endoftext|>" does not end there.
-    """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(definition)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def train_tokenizer(params: TrainTokenizerParams) -> None:
