@@ -38,7 +38,7 @@ class Candidate:
 
     name: str
     # cameras of observations
-    cameras: tuple[str, ...] = ()
+    cameras: tuple[str, ...]
     # camera of the contact sheet
     picture_camera: str
     # width and height of all pictures, pixels
@@ -53,12 +53,16 @@ def create_baseline(params: EvaluateParams) -> Candidate:
     """Return the baseline that `params.policy` names."""
 
     def create_actor(facts: RobotFacts) -> Actor:
+        if facts.camera_fault is not None:
+            raise ValueError(facts.camera_fault)
         if params.policy == "random":
             return RandomActor(facts.action_dim, params.seed)
         return (ExpertActor if params.policy == "expert" else NullActor)(facts.action_dim)
 
     return Candidate(
         name=params.name or params.policy,
+        # baselines need no images; naming the camera makes the simulator check it
+        cameras=(params.camera,) if params.num_pictured else (),
         picture_camera=params.camera,
         image_size=params.image_size,
         settings={},

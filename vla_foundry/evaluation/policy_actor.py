@@ -28,7 +28,7 @@ def load_candidate(params: EvaluateParams) -> Candidate:
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: it is not a policy, or its pictures are not squares of one size.
+        ValueError: it is not a policy.
     """
     assert params.checkpoint is not None
     policy = Policy.from_run(
@@ -39,16 +39,25 @@ def load_candidate(params: EvaluateParams) -> Candidate:
         num_inference_steps=params.num_inference_steps,
     )
     sizes = {camera.original_size or camera.size for camera in policy.spec.cameras.values()}
-    if len(sizes) > 1 or any(width != height for width, height in sizes):
-        raise ValueError(
-            f"The policy's cameras have pictures of {sorted(sizes)}; simulators render squares of one size."
-        )
     cameras = tuple(name.rpartition(".")[2] for name in policy.spec.cameras)
     image_size = next(iter(sizes))[0] if sizes else params.image_size
 
+    does_not_fit = f"The policy of {params.checkpoint} does not fit simulator '{params.simulator}'."
+
     def create_actor(facts: RobotFacts) -> Actor:
-        policy.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
-        layout = create_action_layout(facts, policy.action_fields)
+        faults = [] if facts.camera_fault is None else [facts.camera_fault]
+        if len(sizes) > 1 or any(width != height for width, height in sizes):
+            faults.append(
+                f"Its cameras {', '.join(cameras)} have pictures of {sorted(sizes)}, but simulators render squares of "
+                "one size."
+            )
+        try:
+            policy.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
+            layout = create_action_layout(facts, policy.action_fields)
+        except ValueError as error:
+            raise ValueError(" ".join([does_not_fit, *faults, str(error)])) from None
+        if faults:
+            raise ValueError(" ".join([does_not_fit, *faults]))
         return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=params.images == "other_episode")
 
     return Candidate(
@@ -149,7 +158,8 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
     fields[STATE] = FieldDescription(shape=(sum(len(parts) for parts in facts.field_names.values()),))
     fields[ACTION] = FieldDescription(shape=(facts.action_dim,), role="action")
     fields |= {f"{ACTION}.{name}": replace(part, role="action") for name, part in facts.action_parts.items()}
-    size = (image_size, image_size)
+    # a simulator renders any size, so the size is not compared
+    camera = CameraDescription(size=(image_size, image_size), original_size=None)
     return DatasetSpec(
         layout="episodes",
         fps=float(facts.fps),
@@ -157,7 +167,7 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
         future_lowdim_steps=0,
         image_indices=(0,),
         padding_strategy="copy",
-        cameras={f"{IMAGES}.{name}": CameraDescription(size=size, original_size=size) for name in cameras},
+        cameras={f"{IMAGES}.{name}": camera for name in cameras},
         fields=fields,
     )
 

@@ -45,6 +45,8 @@ class RobotFacts:
     action_parts: dict[str, FieldDescription]
     field_names: dict[str, tuple[str, ...]]
     instruction: str
+    # why the simulator cannot render the cameras; None: it can
+    camera_fault: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,8 +97,16 @@ class RolloutWorker:
             return Failure(message=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
     def describe(self, slot: int, *, task: str) -> RobotFacts:
-        """Describe the robot of a task."""
-        simulator = self._open(slot, task).simulator
+        """Describe the robot of a task, even if the simulator lacks the cameras."""
+        camera_fault = None
+        try:
+            simulator = self._open(slot, task).simulator
+        except ValueError as error:
+            if not self.setup.cameras:
+                raise
+            camera_fault = str(error)
+            simulator = create_simulator(self.setup.simulator, task, cameras=(), image_size=self.setup.image_size)
+            simulator.close()
         return RobotFacts(
             robot=simulator.robot,
             fps=simulator.fps,
@@ -104,6 +114,7 @@ class RolloutWorker:
             action_parts=dict(simulator.action_parts),
             field_names=dict(simulator.field_names),
             instruction=simulator.instruction,
+            camera_fault=camera_fault,
         )
 
     def begin(self, number: int, *, task: str, seed: int, pictures: str | None = None) -> Reply:

@@ -176,6 +176,7 @@ def test_random_actions_fill_their_range() -> None:
     [
         ({"tasks": ["medium"]}, r"toy task 'medium' is unknown"),
         ({"simulator": "toys"}, r"simulator 'toys' is unknown. Did you mean 'toy'"),
+        ({"camera": "back"}, r"toy camera 'back' is unknown. Registered: front"),
     ],
 )
 def test_unknown_names_are_told_before_anything_is_written(

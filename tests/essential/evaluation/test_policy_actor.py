@@ -182,3 +182,14 @@ def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None
     finally:
         spec.write_text(text, encoding="utf-8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_simulator_with_other_cameras_and_actions_is_refused_with_both(run: Path, tmp_path: Path) -> None:
+    message = (
+        r"The policy of .*toy_run does not fit simulator 'other_toy'\. toy camera 'front' is unknown\. "
+        r"Registered: top\. .* has no field 'action\.gripper', which the policy was trained on; "
+        r"it has action, action\.speed, observation"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(create_params(run, tmp_path / "out", simulator="other_toy"))
+    assert not (tmp_path / "out").exists()

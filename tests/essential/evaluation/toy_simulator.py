@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import FieldDescription, GripperRange
 from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
 
@@ -25,10 +26,14 @@ class Toy(Simulator):
     }
     field_names = {"place": ("x",), "opening": ("opening",)}
     max_steps = 24
+    camera = "front"
 
     def __init__(self, task: str, *, cameras: Sequence[str], image_size: int) -> None:
         if task not in ("easy", "hard", "breaks", "dies"):
             raise ValueError(f"toy task '{task}' is unknown.")
+        for camera in cameras:
+            if camera != self.camera:
+                raise ValueError(unknown_name_message("toy camera", camera, [self.camera]))
         self.task, self.cameras, self.image_size = task, tuple(cameras), image_size
 
     def reset(self, seed: int) -> Observation:
@@ -73,3 +78,11 @@ class Toy(Simulator):
 
     def close(self) -> None:
         pass
+
+
+@register_simulator("other_toy")
+class OtherToy(Toy):
+    """The same world with another camera and another kind of action."""
+
+    camera = "top"
+    action_parts = {"speed": FieldDescription(shape=(2,), unit="cm")}
