@@ -23,6 +23,9 @@ from vla_foundry.config.values import decode_value
 from vla_foundry.config.words import Words, flags_to_tree, split_words
 from vla_foundry.config.yaml_source import load_mapping
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.run_folder import CHECKPOINTS_FOLDER, MODEL_CONFIG_NAME
+from vla_foundry.shards import MANIFEST_NAME
+from vla_foundry.storage.uri import is_remote
 from vla_foundry.world import is_first_process, read_rank
 
 P = TypeVar("P")
@@ -108,16 +111,37 @@ def parse(cls: Any, argv: list[str], *, prog: str, positional: tuple[str, ...] =
     tree = load_mapping(files[0]) if files else Branch({}, COMMAND_LINE)
     node = tree.children.get(PLUGINS_FLAG)
     file_plugins = _plugin_names(node)
-    import_plugins(file_plugins, "" if node is None else str(node.origin))
+    if node is not None and _came_with_data(node.origin.source):
+        check_file_plugins(tree)
+    else:
+        import_plugins(file_plugins, "" if node is None else str(node.origin))
     if words.help_topic is not None:
         sys.stdout.write(format_help(cls, prog, words.help_topic, positional))
         raise SystemExit(0)
     given = _command_line_tree(cls, words, positional)
+    tree, given = _check_section_plugins(tree), _check_section_plugins(given)
     if plugins:
         # the run saves every plug-in that was imported
         names = [Scalar(name) for name in dict.fromkeys((*file_plugins, *plugins))]
         given = merge(given, Branch({PLUGINS_FLAG: Leaf(names, COMMAND_LINE)}, COMMAND_LINE))
     return decode_tree(cls, merge(tree, given))
+
+
+def _came_with_data(source: str) -> bool:
+    """Return whether a config file is remote, or lies in the folder of a run or a dataset."""
+    folder = os.path.dirname(source) or "."
+    marks = (MODEL_CONFIG_NAME, CHECKPOINTS_FOLDER, MANIFEST_NAME)
+    return is_remote(source) or any(os.path.exists(os.path.join(folder, mark)) for mark in marks)
+
+
+def _check_section_plugins(tree: Branch) -> Branch:
+    """Check and drop the plug-ins of included sections: a saved config_model.yaml names them."""
+    children = dict(tree.children)
+    for name, child in children.items():
+        if isinstance(child, Branch) and PLUGINS_FLAG in child.children:
+            check_file_plugins(child)
+            children[name] = without(child, PLUGINS_FLAG)
+    return replace(tree, children=children)
 
 
 def _is_switch(cls: Any, name: str) -> bool:

@@ -201,3 +201,31 @@ def test_a_dataset_without_its_modality_says_how_to_add_it() -> None:
     words = ["--data.type", "text", "--model.type", "transformer", "--data.dataset_modality", "[text]"]
     with pytest.raises(ValueError, match=r"Give one for each manifest, or leave dataset_modality out \(null\)\."):
         parse(TrainExperimentParams, [*words, "--data.dataset_manifest", "[a,b]"], prog="train")
+
+
+@pytest.mark.parametrize("mark", ["config_model.yaml", "checkpoints", "manifest.jsonl"])
+@pytest.mark.parametrize("way", ["config_path", "included", "section"])
+def test_plugins_of_a_config_that_came_with_data_are_imported_only_if_the_user_names_them(
+    way: str, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"data_plugin_{way}_{mark.partition('.')[0]}"
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')", encoding="utf-8")
+    (tmp_path / mark).touch()
+    section = f"plugins: [{name}]\ntype: transformer\n"
+    (tmp_path / "config.yaml").write_text(f"plugins: [{name}]\nmodel: {{type: transformer}}\n", encoding="utf-8")
+    (tmp_path / "model.yaml").write_text(section, encoding="utf-8")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.yaml").write_text("include: ../config.yaml\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    words = {
+        "config_path": ["--config_path", "config.yaml"],
+        "included": ["--config_path", "job/job.yaml"],
+        "section": ["--model", "include model.yaml"],
+    }[way]
+    with pytest.raises(ValueError, match=rf":1: the plug-in {name} is code, and is imported only if you name it too"):
+        parse(TrainExperimentParams, [*words, "--data.type", "text"], prog="train")
+    (tmp_path / f"{name}.py").write_text("", encoding="utf-8")
+    params = parse(TrainExperimentParams, [*words, "--data.type", "text", "--plugins", name], prog="train").params
+    assert params.plugins == [name]
+    assert params.model.type == "transformer"
