@@ -163,9 +163,8 @@ def find_row_images(entry: EpisodeEntry, camera: str, feature: Feature) -> Camer
 def _check_size(size: tuple[int, int], feature: Feature, where: str) -> None:
     if size not in feature.image_sizes:
         said = " or ".join(f"{width} x {height}" for width, height in feature.image_sizes)
-        hint = (
-            " It is shown rotated: correct the shape, or store it upright." if size[::-1] in feature.image_sizes else ""
-        )
+        is_turned = size[::-1] in feature.image_sizes
+        hint = " If EXIF or its display rotation turns it, correct the shape there." if is_turned else ""
         raise ValueError(f"{where} is {size[0]} x {size[1]} pixels, but meta/info.json says {said}.{hint}")
 
 

@@ -41,6 +41,8 @@ class Feature:
     names: tuple[str, ...] = ()
     # a video that holds depth
     is_depth_video: bool = False
+    # images: the names list the width before the height
+    is_width_first: bool = False
 
     @property
     def is_camera(self) -> bool:
@@ -68,7 +70,8 @@ class Feature:
         """
         first, second, third = self.shape
         sizes = [(second, first)] if third in _NUM_CHANNELS or first not in _NUM_CHANNELS else []
-        return sizes + ([(third, second)] if first in _NUM_CHANNELS else [])
+        sizes += [(third, second)] if first in _NUM_CHANNELS else []
+        return [(height, width) for width, height in sizes] if self.is_width_first else sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +208,7 @@ def _parse_feature(value: dict[str, Any]) -> Feature:
         dtype=str(value["dtype"]),
         shape=shape,
         names=tuple(names) if len(names) == math.prod(shape) else (),
+        is_width_first=[name[:1].lower() for name in names if name[:1].lower() in ("w", "h")] == ["w", "h"],
         is_depth_video=bool(details.get("video.is_depth_map")),
     )
 

@@ -153,6 +153,9 @@ def test_a_task_may_hold_any_separator_of_lines_but_the_newline(
     assert spoken
 
 
+WIDTH_FIRST = ["width", "height", "channel"]
+
+
 def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change meta/info.json."""
     path = root / "meta/info.json"
@@ -162,7 +165,7 @@ def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [None, ["c", "h", "w"], ["rgb", "height", "width"], [["channels", "h", "w"]], {"a": "x"}]
+    "names", [None, ["c", "h", "w"], ["rgb", "height", "width"], [["channels", "h", "w"]], {"a": "x"}, WIDTH_FIRST]
 )
 @pytest.mark.parametrize("is_first", [False, True])
 def test_images_may_be_declared_with_their_channels_first_or_last_under_any_names(
@@ -173,7 +176,8 @@ def test_images_may_be_declared_with_their_channels_first_or_last_under_any_name
 
     def redeclare(info: dict[str, Any]) -> None:
         for camera, (height, width) in recordings.CAMERAS.items():
-            shape = [3, height, width] if is_first else [height, width, 3]
+            sizes = [width, height] if names == WIDTH_FIRST else [height, width]
+            shape = [3, *sizes] if is_first else [*sizes, 3]
             info["features"][camera] |= {"names": names, "shape": shape}
 
     edit_info(root, redeclare)
