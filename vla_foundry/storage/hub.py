@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import IncompleteDownload, compile_pattern, is_pattern, replace_file
 
 _READ_SIZE = 4 << 20
 
@@ -85,7 +85,7 @@ class HubStorage:
             ):
                 shutil.copyfileobj(source, target, _READ_SIZE)
             if os.path.getsize(temporary) != size:
-                raise ValueError(f"{uri} changed while it was being read. Run again.")
+                raise IncompleteDownload(f"{uri} is truncated: {os.path.getsize(temporary)} of {size} bytes arrived.")
 
     def upload(self, path: str, uri: str) -> None:
         if not os.path.isfile(path):

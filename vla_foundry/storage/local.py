@@ -17,6 +17,10 @@ TEMPORARY_SUFFIX = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class IncompleteDownload(ValueError):
+    """A copy does not have the size of its source, so it is worth another try."""
+
+
 def _local(path: str) -> str:
     return os.path.expanduser(path)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import IncompleteDownload, compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20
@@ -40,11 +40,11 @@ def _create_client(pid: int, environment: tuple[str | None, ...]) -> Any:
         raise ValueError("s3:// needs boto3, which is not installed: uv pip install 'vla-foundry[aws]'") from None
     settings: dict[str, Any] = {
         "connect_timeout": 10,
-        "read_timeout": 60,
+        "read_timeout": 30,
         "max_pool_connections": 32,
     }
     if "AWS_MAX_ATTEMPTS" not in os.environ:
-        settings["retries"] = {"mode": "standard", "total_max_attempts": 8}
+        settings["retries"] = {"mode": "standard", "total_max_attempts": 6}
     if os.environ.get("VLA_FOUNDRY_S3_ANONYMOUS") == "1":
         settings["signature_version"] = botocore.UNSIGNED
     try:
@@ -71,7 +71,7 @@ def _split(uri: str) -> tuple[str, str]:
 @contextmanager
 def _named_errors(uri: str) -> Iterator[None]:
     """Turn boto3's errors into FileNotFoundError or a one-line ValueError that names `uri`."""
-    from boto3.exceptions import S3UploadFailedError
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
     try:
@@ -90,7 +90,7 @@ def _named_errors(uri: str) -> Iterator[None]:
         if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
             raise ValueError(f"{uri}: access is denied ({code}). Check the AWS credentials.") from None
         raise ValueError(f"{uri}: the store returned {_one_line(error)}") from None
-    except (BotoCoreError, S3UploadFailedError) as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise ValueError(f"{uri}: {_one_line(error)}") from None
 
 
@@ -156,7 +156,7 @@ class S3Storage:
             with _named_errors(uri):
                 client.download_file(bucket, key, temporary, Config=_transfer_config())
             if os.path.getsize(temporary) != size:
-                raise ValueError(f"{uri} changed while it was being read. Run again.")
+                raise IncompleteDownload(f"{uri} is truncated: {os.path.getsize(temporary)} of {size} bytes arrived.")
 
     def upload(self, path: str, uri: str) -> None:
         if not os.path.isfile(path):

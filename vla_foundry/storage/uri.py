@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from vla_foundry.storage.local import LocalStorage
+from vla_foundry.storage.local import IncompleteDownload, LocalStorage
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
@@ -213,8 +213,12 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
 
 
 def download(uri: str, path: str) -> None:
-    """Copy `uri` to a local path; create folders."""
-    _storage_of(uri).download(uri, path)
+    """Copy `uri` to a local path; create folders. A truncated copy is tried once more."""
+    storage = _storage_of(uri)
+    try:
+        storage.download(uri, path)
+    except IncompleteDownload:
+        storage.download(uri, path)
 
 
 def upload(path: str, uri: str) -> None:

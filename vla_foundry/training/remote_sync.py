@@ -1,6 +1,7 @@
 """Copy the run folder to remote storage after each checkpoint, in a background thread."""
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from vla_foundry.run_folder import COMPLETE_NAME
 from vla_foundry.storage.uri import join_uri, upload
 
 _STEP_PREFIX = "step_"
+# at the end of a run, a file may take this long, and as long as a slow connection takes for its bytes
+_PATIENCE_SECONDS, _SLOWEST_BYTES_PER_SECOND = 120.0, 1e6
 
 
 class RemoteSync:
@@ -29,6 +32,8 @@ class RemoteSync:
         self._wanted = threading.Event()
         self._closing = False
         self._error = ""
+        # the file being copied, and when to give up waiting for it
+        self._current = ("", 0.0)
         self._thread = threading.Thread(target=self._work, name="remote-sync", daemon=True)
         self._thread.start()
 
@@ -37,14 +42,19 @@ class RemoteSync:
         self._wanted.set()
 
     def close(self) -> None:
-        """Copy the remaining files and wait until they are copied.
+        """Copy the remaining files and wait until they are copied, or until the storage hangs.
 
         Raises:
             ValueError: a file could not be copied.
         """
         self._closing = True
         self._wanted.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            name, deadline = self._current
+            if name and time.monotonic() > deadline:
+                self._error = f"{name} could not be copied (no answer; gave up)"
+                break
         if self._error:
             raise ValueError(f"The run is done, but {self._target} lacks part of it: {self._error}")
 
@@ -79,6 +89,8 @@ class RemoteSync:
                 version = (status.st_size, status.st_mtime_ns)
                 if self._copied.get(name) == version:
                     continue
+                patience = _PATIENCE_SECONDS + status.st_size / _SLOWEST_BYTES_PER_SECOND
+                self._current = (name, time.monotonic() + patience)
                 upload(str(path), join_uri(self._target, name))
                 self._copied[name] = version
             except Exception as error:  # storage clients may raise anything
@@ -88,6 +100,8 @@ class RemoteSync:
                 self._error = f"{name} could not be copied ({' '.join(str(error).split())})"
                 self._say(f"warning: {self._target}: {self._error}; it will be tried again.")
                 return
+            finally:
+                self._current = ("", 0.0)
 
     def _list_files(self) -> list[Path]:
         """List every file except those being written; COMPLETE comes after every other file of its step folder."""

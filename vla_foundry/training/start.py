@@ -169,11 +169,16 @@ def fetch_checkpoint(
     for mark in marks:
         final = run_folder / CHECKPOINTS_FOLDER / mark.rpartition("/")[2]
         aside = final.with_name(WRITING_PREFIX + final.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        for file in files:
-            if file.startswith(f"{mark}/"):
-                download(file, str(aside / file.removeprefix(f"{mark}/")))
-        fault = find_fault(aside)
+        fault: str | None = None
+        # bytes that were damaged on their way are right the second time
+        for _ in range(2):
+            shutil.rmtree(aside, ignore_errors=True)
+            for file in files:
+                if file.startswith(f"{mark}/"):
+                    download(file, str(aside / file.removeprefix(f"{mark}/")))
+            fault = find_fault(aside)
+            if fault is None:
+                break
         if fault is not None:
             shutil.rmtree(aside)
             faults.append(f"Checkpoint {mark} is not usable: {fault}.")

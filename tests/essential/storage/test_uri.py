@@ -332,3 +332,53 @@ def test_hub_files_are_listed_read_and_downloaded(tmp_path: Path):
 def test_hub_offline_is_said():
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         uri.read_bytes("hf://datasets/owner/repo/x.txt")
+
+
+class _TruncatingHandler(BaseHTTPRequestHandler):
+    """An object store whose first answers are cut: their length is that of the rest, or is not what follows."""
+
+    content = os.urandom(5000)
+    num_cut = 0
+    says_whole_length = False
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _send_head(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self._send_head(len(self.content))
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        body = self.content[:1000] if cls.num_cut else self.content
+        cls.num_cut = max(cls.num_cut - 1, 0)
+        self._send_head(len(self.content) if cls.says_whole_length else len(body))
+        self.wfile.write(body)
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("says_whole_length", [False, True])
+def test_a_truncated_download_is_tried_again_and_said_if_it_stays_so(
+    says_whole_length: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("boto3")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _TruncatingHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(_TruncatingHandler, "says_whole_length", says_whole_length)
+    monkeypatch.setattr(_TruncatingHandler, "num_cut", 1)
+    uri.download("s3://bucket/x", str(tmp_path / "x"))
+    assert (tmp_path / "x").read_bytes() == _TruncatingHandler.content
+    monkeypatch.setattr(_TruncatingHandler, "num_cut", 1000)
+    with pytest.raises(ValueError, match=r"^s3://bucket/x\b[^\n]+$"):
+        uri.download("s3://bucket/x", str(tmp_path / "y"))
+    assert os.listdir(tmp_path) == ["x"]
+    server.shutdown()
+    server.server_close()

@@ -51,3 +51,34 @@ def test_complete_is_copied_after_all_files_of_its_step(tmp_path: Path, monkeypa
     sync.close()
     names = ["model.safetensors", "training_state/a.safetensors", "COMPLETE"]
     assert copied == [f"{step}/{name}" for step in ("step_00000001", "step_00000002") for name in names]
+
+
+def test_a_storage_that_hangs_is_given_up_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}", encoding="utf-8")
+    hanging = threading.Event()
+    monkeypatch.setattr(remote_sync, "upload", lambda path, target: hanging.wait(60))
+    monkeypatch.setattr(remote_sync, "_PATIENCE_SECONDS", 0.2)
+    sync = RemoteSync(tmp_path / "run", str(tmp_path / "remote"), print)
+    with pytest.raises(
+        ValueError, match=r"lacks part of it: metrics\.jsonl could not be copied \(no answer; gave up\)"
+    ):
+        sync.close()
+    hanging.set()
+
+
+def test_a_storage_that_is_missing_is_not_taken_for_a_deleted_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}", encoding="utf-8")
+
+    def fail(path: str, target: str) -> None:
+        raise FileNotFoundError(f"{target} does not exist.")
+
+    monkeypatch.setattr(remote_sync, "upload", fail)
+    with (
+        pytest.raises(ValueError, match="lacks part of it"),
+        RemoteSync(tmp_path / "run", "s3://missing", print) as sync,
+    ):
+        sync.request()
