@@ -162,7 +162,7 @@ def _check_distinct(cameras: Sequence[str]) -> None:
     for name, count in Counter(name.lower() for name in cameras).items():
         if count > 1:
             raise ValueError(
-                f"two cameras are named '{name}' but for upper and lower case, which shards do not distinguish. "
+                f"two cameras named '{name}' differ only in upper and lower case, which shards do not distinguish. "
                 "Choose one with --camera_names."
             )
 

@@ -115,7 +115,7 @@ def create_spec(recipe: Recipe, report: Report) -> DatasetSpec:
     for episode in report.written:
         if episode["fps"] != first["fps"]:
             raise ValueError(
-                f"episode {episode['episode']} has {episode['fps']:g} frames a second, {first['episode']} "
+                f"episode {episode['episode']} has {episode['fps']:g} frames per second, {first['episode']} "
                 f"{first['fps']:g}. Bring them to one rate: --target_fps {min(episode['fps'], first['fps']):g}."
             )
     for name in recipe.cameras:

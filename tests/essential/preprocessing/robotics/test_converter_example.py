@@ -1,6 +1,8 @@
 """The converter that the docstring of converters/converter.py shows runs, named by --plugins, as it says."""
 
 import importlib
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -69,3 +71,11 @@ def test_the_help_lists_the_kinds_of_recordings_with_their_own_flags(example, ca
     assert {"hdf5", "lerobot", "npz_folder"} <= set(kinds.split())
     assert "--type npz_folder: Folders of .npz files." in text
     assert "unit of the state and of the action (rad)" in text
+
+
+def test_the_interface_needs_no_torch() -> None:
+    # processes that record demonstrations import it
+    code = (
+        "import sys, vla_foundry.preprocessing.robotics, vla_foundry.datagen.demos; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -124,7 +124,7 @@ def test_the_last_part_of_a_camera_is_enough_as_in_training(params, rig, monkeyp
 
 def test_cameras_that_differ_by_case_alone_are_refused(rig, params, monkeypatch):
     monkeypatch.setattr(rig.RigConverter, "discover_cameras", lambda self: ["Top", "top"])
-    with pytest.raises(ValueError, match="two cameras are named 'top' but for upper and lower case"):
+    with pytest.raises(ValueError, match="two cameras named 'top' differ only in upper and lower case"):
         create_recipe(params(), create_converter(params()))
 
 

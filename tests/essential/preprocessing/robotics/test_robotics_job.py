@@ -281,7 +281,7 @@ def test_episodes_of_different_rates_are_refused(tmp_path, write_episodes, prepr
     write_episodes(tmp_path / "raw", [12])
     arrays = write_episodes(tmp_path / "other", [12, 12], fps=20.0)
     np.savez(tmp_path / "raw" / "run_1.npz", **arrays["run_1"])
-    with pytest.raises(ValueError, match=r"20 frames a second.*--target_fps 10"):
+    with pytest.raises(ValueError, match=r"20 frames per second.*--target_fps 10"):
         preprocess(tmp_path / "raw", tmp_path / "out")
     preprocess(tmp_path / "raw", tmp_path / "resampled", target_fps=10.0)
     assert verify_dataset(str(tmp_path / "resampled")) == []

@@ -73,7 +73,6 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.images.codec import decode_depth, decode_image
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.registry import Registry
 from vla_foundry.robotics.episode_blocks import InstructionSpan
@@ -130,6 +129,8 @@ def decode_frame(frames: CameraFrames, number: int, image: np.ndarray | bytes) -
     Raises:
         ValueError: the image is broken, or has another size or type; one line that names its origin and `number`.
     """
+    from vla_foundry.images.codec import decode_depth, decode_image  # torch: recording demonstrations goes without
+
     where = f"{frames}: image {number}"
     if isinstance(image, bytes):
         try:

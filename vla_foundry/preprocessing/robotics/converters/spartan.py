@@ -167,7 +167,7 @@ class SpartanConverter(BaseRoboticsConverter):
         return dict(self._fields)
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
-        """Return the pose groups of the action config, except those of which the recordings have no field."""
+        """Return the pose groups of the action config, except those whose fields are all missing."""
         path = self.params.action_fields_config_path
         groups = []
         for group in parse_pose_groups(self._action_fields.pose_groups, f"{path}: pose_groups"):
