@@ -1,7 +1,7 @@
 """`vla-foundry manifest build|verify DIR`: list and index the shards of a folder, or check them against their manifest.
 
-`verify` finds what is wrong with each shard and prints one line per fault: its tar, the members of its samples, its
-token records, its episodes.
+`verify` prints one line for each fault of a shard: in its tar, the members of its samples, its token records, its
+episodes.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,7 +51,7 @@ from vla_foundry.storage.uri import (
 )
 
 _MAX_FAULTS = 5
-# members that may stand in for each other
+# members that may replace each other
 _IMAGE = re.compile(r"(?:(?:image_)?\d+\.)?(?:jpg|jpeg|png|webp)")
 # a captioned image has at least one of them
 _CAPTIONS = frozenset({"txt", "json"})
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
         argv: `build` or `verify`, the folder, flags.
 
     Raises:
-        ValueError: what the user can fix; faults of a dataset, which are printed before.
-        FileNotFoundError: there is no such folder, or it has no manifest.
+        ValueError: what the user can fix; a dataset has faults, which are printed first.
+        FileNotFoundError: the folder does not exist, or has no manifest.
     """
     what = argv[0] if argv else "--help"
     if what in ("--help", "-h"):
@@ -109,7 +109,7 @@ def _read_manifest(folder: str) -> list[ManifestEntry]:
 
 
 def _list_tars(folder: str) -> dict[str, int]:
-    """{name of a shard: bytes of its tar} of all tars below a folder, without hidden ones (._x.tar of macOS)."""
+    """Return {name of a shard: bytes of its tar} of all tars below a folder, without hidden ones (._x.tar of macOS)."""
     return {
         name.removesuffix(".tar"): size
         for name, size in list_relative(folder).items()
@@ -119,7 +119,7 @@ def _list_tars(folder: str) -> dict[str, int]:
 
 @contextmanager
 def _open_tar(folder: str, shard: str) -> Iterator[BinaryIO]:
-    """Open a tar for reading all of it; a remote one is copied first."""
+    """Open a tar to read it whole; a remote one is copied first."""
     uri = join_uri(folder, f"{shard}.tar")
     if not is_remote(uri):
         with open_input(uri) as file:
@@ -152,14 +152,14 @@ def _over_shards(
 def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8) -> tuple[list[ManifestEntry], bool]:
     """Index every tar below a folder and write the indexes and the manifest.
 
-    A manifest that is there already keeps its order, and gains what it lacks.
+    An existing manifest keeps its order, and missing values are added.
 
     Returns:
-        The manifest, and whether it was written (False: it said all this already).
+        The manifest, and whether it was written (False: nothing changed).
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no tars, a tar cannot be read, or a manifest is there that says something else.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder has no tars, a tar cannot be read, or the existing manifest says something else.
     """
     tars = _list_tars(folder)
     if not tars:
@@ -172,9 +172,9 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
             try:
                 index = index_shard(file)
             except ValueError as error:
-                raise ValueError(f"{shard}: {error}. Make the shard again, or take it away.") from None
+                raise ValueError(f"{shard}: {error}. Recreate or remove the shard.") from None
             if not index.ends_properly:
-                raise ValueError(f"{shard}: the tar is cut off. Make the shard again, or take it away.")
+                raise ValueError(f"{shard}: the tar is cut off. Recreate or remove the shard.")
             file.seek(0)
             digest = sha256_of(file)
         entry = ManifestEntry(shard=shard, num_sequences=index.num_sequences, num_bytes=index.num_bytes, sha256=digest)
@@ -187,7 +187,7 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
 
     missing = sorted(set(said) - set(tars))
     if missing:
-        raise ValueError(f"{name} lists shard '{missing[0]}', which is not there. Replace it with --overwrite true.")
+        raise ValueError(f"{name} lists shard '{missing[0]}', which does not exist. Replace it with --overwrite true.")
     found = {entry.shard: entry for entry in _over_shards(describe, tars, title="index", num_threads=num_threads)}
     entries = [found[shard] for shard in said or found]
     if entries == list(said.values()):
@@ -197,7 +197,7 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
 
 
 def _check_agrees(name: str, said: ManifestEntry | None, found: ManifestEntry) -> None:
-    """Refuse to change what a manifest says; what it leaves open may be filled in."""
+    """Refuse to change what a manifest says; missing values may be added."""
     if said is None:
         raise ValueError(f"{name} does not list shard '{found.shard}'. Replace it with --overwrite true.")
     for field, value in asdict(said).items():
@@ -211,11 +211,11 @@ def _check_agrees(name: str, said: ManifestEntry | None, found: ManifestEntry) -
 def verify_dataset(folder: str, *, num_threads: int = 8) -> list[str]:
     """Check every shard of a dataset; one line for each fault.
 
-    Checked are: shards that are missing, or not listed; size, SHA-256 and number of samples against the manifest; the
-    index against the tar; tars that are cut off; samples with other members than the rest of the shard; token records.
+    It checks for missing and unlisted shards; size, SHA-256 and number of samples against the manifest; the index
+    against the tar; truncated tars; samples with other members than the rest of the shard; token records.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no manifest.
+        FileNotFoundError: the folder does not exist, or has no manifest.
         ValueError: the manifest cannot be read.
     """
     entries = _read_manifest(folder)
@@ -232,9 +232,8 @@ def verify_dataset(folder: str, *, num_threads: int = 8) -> list[str]:
             pass  # foreign shards have none
         except ValueError as error:
             faults.append(str(error))
-        expected = ShardExpectation(entry=listed[shard], index=index, vocab_size=vocab_size)
         with _open_tar(folder, shard) as file:
-            faults += find_faults(file, expected)
+            faults += find_faults(file, listed[shard], said=index, vocab_size=vocab_size)
         return [f"{shard}: {fault}" for fault in faults]
 
     present = {shard: tars[shard] for shard in listed if shard in tars}
@@ -253,25 +252,17 @@ def _read_vocab_size(folder: str) -> int | None:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardExpectation:
-    """What is said about a shard elsewhere."""
-
-    entry: ManifestEntry
-    # the index beside it; None: there is none
-    index: ShardIndex | None
-    # tokens must be below this; None: not known
-    vocab_size: int | None
-
-
-def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
-    """Compare an open tar with what is said about it, and with itself.
+def find_faults(
+    file: BinaryIO, entry: ManifestEntry, *, said: ShardIndex | None = None, vocab_size: int | None = None
+) -> Iterator[str]:
+    """Check an open tar against its manifest and its index, and for what is wrong within it.
 
     Args:
         file: the tar, seekable.
-        expected: what its manifest and its index say.
+        entry: its line of the manifest.
+        said: the index beside it, if any.
+        vocab_size: tokens must be below this; None: unknown.
     """
-    entry = expected.entry
     num_bytes = file.seek(0, 2)
     if entry.num_bytes is not None and num_bytes != entry.num_bytes:
         yield f"it has {num_bytes:,} bytes, and {entry.num_bytes:,} in the manifest"
@@ -287,16 +278,17 @@ def find_faults(file: BinaryIO, expected: ShardExpectation) -> Iterator[str]:
         return
     if index.num_sequences != entry.num_sequences:
         yield f"it has {index.num_sequences:,} samples, and {entry.num_sequences:,} in the manifest"
-    if expected.index is not None and expected.index != index:
-        yield f"its index does not fit it{_first_difference(expected.index, index)}"
+    if said is not None and said != index:
+        yield f"its index does not fit it{_first_difference(said, index)}"
     if not index.ends_properly:
         yield "it has no end marker: the tar is cut off"
     if index.records is not None:
-        yield from _record_faults(file, index.records, index.num_sequences, expected.vocab_size)
-    elif index.episodes:
-        yield from _episode_faults(file, index.episodes)
+        faults = list(_record_faults(file, index.records, index.num_sequences, vocab_size))
     else:
-        yield from _member_faults(index)
+        faults = _episode_faults(file, index.episodes) if index.episodes else _member_faults(index)
+    yield from faults[:_MAX_FAULTS]
+    if len(faults) > _MAX_FAULTS:
+        yield f"{len(faults) - _MAX_FAULTS:,} more faults of this kind"
 
 
 def _first_difference(said: ShardIndex, found: ShardIndex) -> str:
@@ -314,11 +306,11 @@ def _first_difference(said: ShardIndex, found: ShardIndex) -> str:
     return ""
 
 
-def _episode_faults(file: BinaryIO, episodes: tuple[EpisodeSpans, ...]) -> Iterator[str]:
-    """Episodes that stand twice, lack their arrays, have empty or foreign members, or arrays of another length."""
+def _episode_faults(file: BinaryIO, episodes: tuple[EpisodeSpans, ...]) -> list[str]:
+    """Find episodes that appear twice, lack arrays, have empty or foreign members, or arrays of another length."""
     faults = []
     counts = Counter(episode.key for episode in episodes)
-    faults += [f"episode '{key}' stands {count} times" for key, count in counts.items() if count > 1]
+    faults += [f"episode '{key}' appears {count} times" for key, count in counts.items() if count > 1]
     for episode in episodes:
         spans = [*episode.members.values(), *(span for frames in episode.frames.values() for span in frames)]
         num_empty = sum(1 for span in spans if not span.size)
@@ -330,9 +322,7 @@ def _episode_faults(file: BinaryIO, episodes: tuple[EpisodeSpans, ...]) -> Itera
             faults.append(f"episode '{episode.key}' has no member .{LOWDIM_SUFFIX}")
         elif not num_empty:
             faults += _array_faults(file, episode)
-    yield from faults[:_MAX_FAULTS]
-    if len(faults) > _MAX_FAULTS:
-        yield f"{len(faults) - _MAX_FAULTS:,} more faults of this kind"
+    return faults
 
 
 def _array_faults(file: BinaryIO, episode: EpisodeSpans) -> Iterator[str]:
@@ -356,8 +346,8 @@ def _array_faults(file: BinaryIO, episode: EpisodeSpans) -> Iterator[str]:
         yield f"the arrays and cameras of episode '{episode.key}' have different lengths: {sorted(lengths)}"
 
 
-def _member_faults(index: ShardIndex) -> Iterator[str]:
-    """Samples that lack, or add, a member beside most samples of the shard; keys that stand twice; empty members."""
+def _member_faults(index: ShardIndex) -> list[str]:
+    """Find samples with fewer or more members than most samples of the shard, repeated keys, and empty members."""
     kinds = [frozenset("image" if _IMAGE.fullmatch(name) else name for name in members) for _, members in index.samples]
     faults = []
     if kinds:
@@ -369,16 +359,14 @@ def _member_faults(index: ShardIndex) -> Iterator[str]:
                 f"sample '{key}' has a member .{name} that others lack" for name in sorted(kind - usual - either)
             ]
     counts = Counter(key for key, _ in index.samples)
-    faults += [f"sample key '{key}' stands {count} times" for key, count in counts.items() if count > 1]
+    faults += [f"sample key '{key}' appears {count} times" for key, count in counts.items() if count > 1]
     faults += [
         f"member '{key}.{suffix}' is empty"
         for key, members in index.samples
         for suffix, span in members.items()
         if not span.size
     ]
-    yield from faults[:_MAX_FAULTS]
-    if len(faults) > _MAX_FAULTS:
-        yield f"{len(faults) - _MAX_FAULTS:,} more faults of this kind"
+    return faults
 
 
 def _record_faults(file: BinaryIO, records: TokenRecords, num_records: int, vocab_size: int | None) -> Iterator[str]:

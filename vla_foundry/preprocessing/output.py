@@ -52,11 +52,11 @@ _PACKAGES = ("av", "h5py", "numpy", "pillow", "pyarrow", "ray", "tokenizers", "t
 
 
 class OutputFolder:
-    """Where a job writes its dataset.
+    """The folder that a job writes its dataset to.
 
     Args:
         uri: local or s3://.
-        plan: all that determines the bytes of the dataset, as JSON values.
+        plan: everything that determines the bytes of the dataset, as JSON values.
         flag: how the user names the folder, for messages.
     """
 
@@ -196,7 +196,7 @@ class OutputFolder:
             list(pool.map(lambda name: delete(join_uri(self.uri, name)), names))
 
     def _delete_progress(self, files: Iterable[str]) -> None:
-        # the plan last: without it, what is left could not be told from foreign files
+        # the plan last: without it, the rest would be taken for foreign files
         plan = f"{PROGRESS_FOLDER}/{_PLAN_NAME}"
         self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != plan)
         delete(join_uri(self.uri, plan))

@@ -1,7 +1,7 @@
 """Write shards: WebDataset tars whose bytes depend only on their content, each with an index beside it.
 
 webdataset's own TarWriter does not fit: it sorts the members of a sample, ignores its `format` argument, and opens the
-tar as a stream, so that a failed episode could not be taken back.
+tar as a stream, so that a failed episode could not be removed again.
 """
 
 import io
@@ -39,7 +39,7 @@ class ShardWriter:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Take back all that was added within the block if it ends by an error."""
+        """Remove all that the block added if it raises."""
         start = self._tar.offset
         try:
             yield
@@ -54,7 +54,7 @@ class ShardWriter:
 def open_shard(folder: str, shard: str) -> Iterator[ShardWriter]:
     """Open `<folder>/<shard>.tar` for writing; it and then its index appear when the block ends without an error.
 
-    Afterwards the writer's `entry` is the shard's line for the manifest.
+    The writer's `entry`, the shard's line for the manifest, is set at the end.
     """
     with open_output(join_uri(folder, f"{shard}.tar")) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:

@@ -54,24 +54,24 @@ class SourceFile:
 
     @property
     def ending(self) -> str:
-        """All endings that say what it holds, in lower case: `.jsonl.gz`, `.txt`; "(none)"."""
+        """Its kind and packing as endings: `.jsonl.gz`, `.txt`; "(none)" without any."""
         return "".join(f".{part}" for part in (self.kind, self.packing) if part) or "(none)"
 
     @property
     def packing(self) -> str:
-        """How it is packed: one of PACKINGS, or "" if it is not."""
+        """One of PACKINGS; "" if it is not packed."""
         last = name_of(self.uri).lower().rpartition(".")[2]
         return last if last in PACKINGS else ""
 
     @property
     def kind(self) -> str:
-        """What it holds, packed or not: the last other ending in lower case; "" without one."""
+        """Its ending in lower case, before the one of the packing: `jsonl` for a.JSONL.gz; "" without one."""
         stem = name_of(self.uri).lower().removesuffix(f".{self.packing}")
         return stem.rpartition(".")[2] if "." in stem else ""
 
     @property
     def weight(self) -> int:
-        """About how many bytes of text it holds; for dividing the work, not for the result."""
+        """Roughly how many bytes of text it holds; it divides the work and does not affect the result."""
         return self.size * (3 if self.packing else 2 if self.kind == "parquet" else 1)
 
 
@@ -91,7 +91,7 @@ def list_source_files(places: Sequence[str]) -> list[list[SourceFile]]:
             if uri in seen:
                 raise ValueError(f"--source names {uri} twice. Name each file once.")
             inner = uri[len(base) :] if uri.startswith(base) else name_of(uri)
-            # bytes of a file name that are not UTF-8
+            # escape the bytes of a file name that are not UTF-8
             inner = inner.encode("utf-8", "backslashreplace").decode()
             files.append(SourceFile(uri=uri, name=f"{number}/{inner}", size=size))
         seen.update(file.uri for file in files)
@@ -100,7 +100,7 @@ def list_source_files(places: Sequence[str]) -> list[list[SourceFile]]:
 
 
 def describe_files(files: Sequence[SourceFile], digests: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what tells these files from others: their names and sizes, and digests of contents."""
+    """Return a fingerprint of files: their names and sizes, and digests of contents."""
     listing: list[Any] = [[file.name, file.size] for file in files]
     return {
         "num_files": len(files),
@@ -110,7 +110,7 @@ def describe_files(files: Sequence[SourceFile], digests: Iterable[str] = ()) -> 
 
 
 def say_ignored(ignored: Counter[str], why: str) -> None:
-    """Print how many files of which ending a job leaves out."""
+    """Print how many files of each ending a job leaves out."""
     if ignored:
         endings = ", ".join(f"{count:,} {ending}" for ending, count in sorted(ignored.items()))
         say(f"files that {why} are left out: {endings}")
@@ -155,7 +155,7 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
 
 @contextmanager
 def _unreadable(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Raise errors of a decoder as Unreadable: some raise OSError too, but without a number of the system."""
+    """Raise a decoder's errors as Unreadable. Some decoders raise OSError, but without an errno."""
     try:
         yield
     except (OSError, *errors) as error:
@@ -168,7 +168,7 @@ def import_pyarrow(what: str) -> Any:
     """Import pyarrow.
 
     Raises:
-        ValueError: it is not installed; the message names `what` needs it.
+        ValueError: it is not installed; the message says `what` needs it.
     """
     try:
         import pyarrow
@@ -230,7 +230,7 @@ def look_up(row: Any, key: str, default: Any = None) -> Any:
 
 
 class Tally:
-    """Counts samples, and what gave none by reason, with the first names of each; tallies add up as JSON."""
+    """Counts samples, and failures by reason with the first names of each. Tallies travel and add up as JSON."""
 
     # names of the two in JSON
     good: ClassVar[str] = "samples"
@@ -244,7 +244,7 @@ class Tally:
         self.num_lost_bytes = 0
 
     def add(self, reason: str, name: str, *, count: int = 1, num_lost_bytes: int = 0) -> None:
-        """Count what gave no sample, one of which is named."""
+        """Count failures of one reason, and name one of them."""
         self.counts[reason] += count
         self.num_lost_bytes += num_lost_bytes
         self._name(reason, [name])
@@ -277,9 +277,9 @@ class Tally:
         Args:
             max_fraction: share that may be bad.
             flag: where the user sets that.
-            what: what is judged, and the verdict: "rows are bad".
-            is_judged: whether a reason counts.
-            is_final: no more will come; few are enough to judge.
+            what: subject and verb of the message, such as "rows are bad".
+            is_judged: whether failures of a reason count.
+            is_final: no more samples will come, so that a few are enough to judge.
 
         Raises:
             ValueError: more is bad.
@@ -296,10 +296,10 @@ class Tally:
             f"{count:,} {reason}, as {self.examples[reason][0]}"
             for reason, count in sorted(judged.most_common(_NUM_SHOWN))
         )
-        return ValueError(f"{what} ({reasons}). Mend the source, or allow more than {limit}.")
+        return ValueError(f"{what} ({reasons}). Fix the source, or allow more than {limit}.")
 
     def describe(self) -> list[str]:
-        """Return lines that say how much gave no sample, and why."""
+        """Return one line for each reason."""
         return [
             f"{self.bad} {count:,} {reason}: {', '.join(self.examples[reason][:_NUM_SHOWN])}"
             + (", ..." if count > _NUM_SHOWN else "")

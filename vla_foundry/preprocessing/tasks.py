@@ -15,7 +15,7 @@ from vla_foundry.world import num_cores
 _ATTEMPTS = 3
 _OBJECT_STORE_BYTES = 512 << 20
 _CONNECT_SECONDS = 10.0
-# errors that the user must mend: running the task again would not help
+# errors that the user must fix: a retry would not help
 _USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Task:
     name: str
     # how much work it is, in any unit that is the same for all tasks of the job (bytes of input, frames)
     weight: int
-    # what the function is given; picklable
+    # picklable argument of the function
     payload: Any
 
 
@@ -47,27 +47,28 @@ def run_tasks(
 ) -> Iterator[tuple[Task, Any]]:
     """Call `function(shared, task)` for every task and yield (task, result) as they finish, in any order.
 
-    The number of tasks under way is bounded. A task that fails is run again, twice at most; ValueError,
-    FileNotFoundError and PermissionError are not tried again.
+    The number of tasks under way is bounded. A failed task is retried at most twice; ValueError, FileNotFoundError and
+    PermissionError are not retried.
 
     Args:
-        function: at the top level of a module; must bear to be run again after it died half-way.
+        function: at the top level of a module; it may run again after dying half-way.
         tasks: the work units.
         shared: what all tasks need; sent to each node once.
         title: name of the job on the progress line.
         num_workers: tasks at a time; 0: in this process, without Ray; None: one per core.
         ray_address: address of a cluster to join; None: Ray on this machine only.
-        done_weight: weight of the work that an earlier run has done, for the progress line.
+        done_weight: weight of the work that an earlier run did, for the progress line.
 
     Raises:
         ValueError: a task failed for good; the message holds its name.
     """
     total = done_weight + sum(task.weight for task in tasks)
-    run = _run_here(function, tasks, shared) if num_workers == 0 else None
     with show_progress(title, total, done_weight) as advance:
-        if run is None and tasks:
+        if num_workers == 0 or not tasks:
+            run = _run_here(function, tasks, shared)
+        else:
             run = _run_on_ray(function, tasks, shared, num_workers, ray_address)
-        for task, result in run or ():
+        for task, result in run:
             advance(task.weight)
             yield task, result
 
@@ -95,7 +96,7 @@ def run_unfinished(
         The results of all tasks, in order.
     """
     if done:
-        say(f"going on: {len(done):,} of {len(tasks):,} {noun} are done")
+        say(f"resuming: {len(done):,} of {len(tasks):,} {noun} are done")
     results = dict(done)
     for task, result in run_tasks(
         function,
@@ -112,31 +113,32 @@ def run_unfinished(
     return [results[task.number] for task in tasks]
 
 
-def _failure(task: Task, error: BaseException) -> ValueError:
-    text = " ".join(str(error).split())[:300]
-    return ValueError(f"'{task.name}' failed {_ATTEMPTS} times, the last time with {type(error).__name__}: {text}")
+def _note_failure(task: Task, attempt: int, error: BaseException) -> None:
+    """Log that a task failed, and stop the job after the last attempt."""
+    _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
+    if attempt == _ATTEMPTS:
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"'{task.name}' failed {_ATTEMPTS} times, the last time with {type(error).__name__}: {text}"
+        ) from error
 
 
 def _run_here(function: Callable[[Any, Task], Any], tasks: Sequence[Task], shared: Any) -> Iterator[tuple[Task, Any]]:
     for task in tasks:
-        yield task, _try_here(function, task, shared)
-
-
-def _try_here(function: Callable[[Any, Task], Any], task: Task, shared: Any) -> Any:
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return function(shared, task)
-        except _USER_ERRORS:
-            raise
-        except Exception as error:  # the border of a task: its name is said, and it is counted
-            _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
-            if attempt == _ATTEMPTS:
-                raise _failure(task, error) from error
-    raise AssertionError("the last attempt returns or raises")
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                result = function(shared, task)
+            except _USER_ERRORS:
+                raise
+            except Exception as error:  # a task is a process border: it is named, and its failures are counted
+                _note_failure(task, attempt, error)
+            else:
+                yield task, result
+                break
 
 
 def _check_reachable(ray_address: str) -> None:
-    """Fail at once where nothing listens: Ray would try for a quarter of an hour.
+    """Fail at once if nothing listens: Ray would retry for a quarter of an hour.
 
     Raises:
         ValueError: nothing answers at host:port.
@@ -152,10 +154,10 @@ def _check_reachable(ray_address: str) -> None:
 
 @contextmanager
 def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
-    """Join or start Ray, and yield the number of tasks to keep under way; what was started is ended.
+    """Join or start Ray, and yield the number of tasks to keep under way; shut down what this started.
 
-    `run_tasks` does so itself; a job that calls it several times does so around them all, which saves the seconds that
-    Ray takes to start. Nothing is started for num_workers 0.
+    `run_tasks` does so itself. A job that calls it several times wraps all calls, so that Ray starts once. Nothing is
+    started for num_workers 0.
 
     Raises:
         ValueError: Ray is not installed, or no cluster answers at `ray_address`.
@@ -236,9 +238,7 @@ def _run_on_ray(
                     continue
                 if isinstance(error, _USER_ERRORS):
                     raise error
-                _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
-                if attempt == _ATTEMPTS:
-                    raise _failure(task, error) from error
+                _note_failure(task, attempt, error)
                 under_way[remote.remote(function, shared_ref, task)] = (task, attempt + 1)
         finally:
             for reference in under_way:

@@ -76,7 +76,7 @@ def test_build_fills_in_what_a_manifest_leaves_open(foreign: Path):
     [
         ([("00001", 512), ("00002", 7), ("shards/00000", 5)], r"num_sequences 512 of shard '00001', which has 6\."),
         ([("00001", 6), ("00002", 7)], "does not list shard 'shards/00000'"),
-        ([("00001", 6), ("00002", 7), ("shards/00000", 5), ("x", 1)], "lists shard 'x', which is not there"),
+        ([("00001", 6), ("00002", 7), ("shards/00000", 5), ("x", 1)], "lists shard 'x', which does not exist"),
     ],
 )
 def test_build_refuses_to_replace_a_differing_manifest(foreign: Path, lines: list, message: str):

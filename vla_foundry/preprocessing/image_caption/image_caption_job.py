@@ -1,7 +1,7 @@
 """`vla-foundry preprocess image_caption`: find images and captions, download URLs, write checked shards.
 
 A task writes one shard: either a stretch of the shuffled pairs and paths, or one downloaded tar. Each image is decoded
-once, so anything that training could not use is found here, named and counted. `report.json` gives the number of
+once, so anything that training could not use is found, named and counted here. `report.json` gives the number of
 failures by reason, and the first names of each.
 """
 
@@ -45,7 +45,7 @@ from vla_foundry.shards import ManifestEntry, split_member_name
 from vla_foundry.storage.uri import absolute_uri, is_remote
 
 COMMAND = "preprocess image_caption"
-# raised when the same plan would give other bytes than it gave before
+# raise it when the same plan gives other bytes than before
 PLAN_VERSION = 1
 # params that shape the output's bytes
 _PLAN_FIELDS = (
@@ -259,7 +259,7 @@ def _samples_of(shared: Mapping[str, Any], items: Iterable[Item]) -> Iterator[tu
 
 
 def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
-    """Read what img2dataset has written: an image, its caption and what is known about it."""
+    """Read what img2dataset wrote: images, captions and what is known about them."""
     for key, members in _read_tar(path):
         name = f"{path.stem}/{key}"
         try:

@@ -1,4 +1,4 @@
-"""The order of documents, a pure function of the files, their sizes and a seed: which task reads them, shuffled how."""
+"""Divide documents into tasks and shuffle them: a pure function of the files, their sizes and a seed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,7 +8,7 @@ from vla_foundry.preprocessing.sources import SourceFile
 from vla_foundry.preprocessing.tasks import Task
 from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, Skipped, Unit, split_files
 
-# a task takes this many units where files can be divided, so that its documents come from several places
+# units per task where files can be divided, so that a task's documents come from several places
 _UNITS_PER_TASK = 8
 _MIN_UNIT_BYTES = 16 << 10
 _MAX_TASK_BYTES = 256 << 20

@@ -1,4 +1,4 @@
-"""Pack token streams into records of one length, and write them as a shard; all by whole arrays."""
+"""Pack token streams into records of one length with array operations, and write them as a shard."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ TokenType = Literal["uint16", "uint32"]
 
 
 def token_type(vocab_size: int) -> TokenType:
-    """The narrowest type that holds every token of a vocabulary."""
+    """Return the narrowest type that holds every token of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 

@@ -30,7 +30,7 @@ from vla_foundry.shards import ManifestEntry
 from vla_foundry.storage.uri import absolute_uri
 from vla_foundry.text.tokenizers import create_encoder
 
-# raised when the same plan would give other bytes than it gave before
+# raise it when the same plan gives other bytes than before
 PLAN_VERSION = 1
 # params that do not shape the output
 _PLAIN_FIELDS = ("source", "output", "num_workers", "ray_address", "overwrite", "max_bad_fraction")
@@ -38,25 +38,25 @@ _PLAIN_FIELDS = ("source", "output", "num_workers", "ray_address", "overwrite", 
 _PIECE_BYTES = 256 << 10
 # text that is encoded in one call
 _BATCH_CHARACTERS = 1 << 20
-# about how many bytes of text make a token; only sets the size of a task
+# rough number of bytes of text per token; it only sets the size of a task
 _BYTES_PER_TOKEN = 3
-# about how long a document is, bytes; only sets the size of a task
+# rough length of a document, bytes; it only sets the size of a task
 _DOCUMENT_BYTES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextJob:
-    """What one kind of job over documents does, and what it makes."""
+    """One kind of job over documents."""
 
     # as the user types it
     command: str
     # (shared, task) -> the result of `finish_task`
     function: Callable[[Any, Task], Any]
-    # what the function needs; `folder`, `seed` and `text_key` are added
+    # arguments of the function; `folder`, `seed` and `text_key` are added
     shared: Mapping[str, Any]
     # about how many bytes of text a task takes
     task_bytes: int
-    # what else determines the output's bytes, beside params and source; stands for params of the same name
+    # what else determines the output's bytes besides params and source; it replaces params of the same name
     plan: Mapping[str, Any]
     # facts for the provenance; counts are added
     dataset: Mapping[str, Any]
@@ -160,7 +160,7 @@ def finish_task(
 
 
 def shard_name(task: Task, number: int) -> str:
-    """Name of the number-th shard of a task."""
+    """Return the name of a task's shard."""
     return f"shard_{task.number:06d}_{number:03d}"
 
 
@@ -222,7 +222,7 @@ def tokenize_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
     for tokens, document_ends in _encode(pieces, shared["tokenizer"], shared["eos_token_id"]):
         packer.add(tokens, document_ends)
         num_tokens += len(tokens)
-        while packer.num_full_records >= 2 * most:  # what is left still fills a shard
+        while packer.num_full_records >= 2 * most:  # the rest still fills a shard
             write(most)
     if packer.num_records > most:
         write(packer.num_records // 2)
@@ -294,7 +294,7 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
     for piece in read_documents(shared, task, tally, max_bytes=shared["max_sample_bytes"]):
         held.append(piece)
-        if len(held) == 2 * most:  # what is left still fills a shard
+        if len(held) == 2 * most:  # the rest still fills a shard
             write(most)
     if len(held) > most:
         write((len(held) + 1) // 2)

@@ -154,7 +154,7 @@ def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: 
         "num_documents": tally.num_good,
         "num_bytes": num_bytes,
     }
-    # what makes the folder a tokenizer comes last
+    # tokenizer.json makes the folder a tokenizer, so it comes last
     delete(join_uri(params.output, TOKENIZER_NAME))
     write_text(join_uri(params.output, PROVENANCE_NAME), format_provenance(plan, dataset, tally.to_json()))
     write_text(join_uri(params.output, CONFIG_NAME), json.dumps(_config(params), indent=2) + "\n")
@@ -166,11 +166,11 @@ def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: 
         + (f" (--max_bytes {params.max_bytes:,})" if num_bytes == params.max_bytes else "")
     )
     if dataset["vocab_size"] < params.vocab_size:
-        say(f"the text gives no more than {dataset['vocab_size']:,} of the {params.vocab_size:,} tokens asked for")
+        say(f"the text yields only {dataset['vocab_size']:,} of the {params.vocab_size:,} tokens asked for")
 
 
 def _is_complete(params: TrainTokenizerParams, plan: dict[str, Any]) -> bool:
-    """Look at the output folder; True if this very tokenizer is there."""
+    """Return whether the output folder holds this very tokenizer."""
     has_tokenizer = exists(join_uri(params.output, TOKENIZER_NAME))
     if not exists(join_uri(params.output, PROVENANCE_NAME)):
         if exists(params.output) and not params.overwrite:

@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.manifest import ShardExpectation, find_faults
+from vla_foundry.preprocessing.manifest import find_faults
 from vla_foundry.robotics.episode_blocks import EpisodeCamera, EpisodeInfo, format_arrays, format_episode
 from vla_foundry.shards import ManifestEntry
 
@@ -31,7 +31,7 @@ def faults_of(members: list[tuple[str, bytes]], num_sequences: int = 2) -> list[
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
         entry = ManifestEntry(shard="s", num_sequences=num_sequences)
-        return list(find_faults(cast(BinaryIO, file), ShardExpectation(entry=entry, index=None, vocab_size=None)))
+        return list(find_faults(cast(BinaryIO, file), entry))
 
 
 def test_a_whole_shard_has_no_faults():
@@ -64,7 +64,7 @@ def test_missing_arrays_and_episodes_that_stand_twice_are_named():
     assert faults_of(members) == ["episode 'a' has no member .lowdim.npz"]
     other = [(f"b{name[1:]}", content) for name, content in WHOLE.items()]
     twice = [*WHOLE.items(), *other, *WHOLE.items()]
-    assert faults_of(twice, num_sequences=6) == ["episode 'a' stands 2 times"]
+    assert faults_of(twice, num_sequences=6) == ["episode 'a' appears 2 times"]
 
 
 def test_the_manifest_counts_anchors():
