@@ -19,6 +19,7 @@
 A step folder is written as `.writing_step_...` and renamed once all of it is on disk.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -26,7 +27,7 @@ import posixpath
 import re
 import socket
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ STATE_NAME = "state.json"
 COMPLETE_NAME = "COMPLETE"
 WRITING_PREFIX = ".writing_"
 
+# errors of file systems on which nothing can be locked (some network and FUSE mounts)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _STEP_PATTERN = re.compile(r"step_(\d+)")
 
 
@@ -59,7 +62,7 @@ def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
     """Hold an output folder for this process: two commands that write to it would overwrite each other's files.
 
     The lock is on the file `.<name>.lock` beside the folder, or in it where only the folder is writable (a mount). It
-    ends with the process that holds it, however it ends.
+    ends with the process that holds it, however it ends. A file system without locks gives none.
 
     Args:
         folder: the folder; it need not exist.
@@ -76,15 +79,17 @@ def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"The {what} {folder} is in use by {file.read().strip() or 'another process'}. "
-                f"Wait until that process ends, or choose another {flag}."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.seek(0)
+                raise ValueError(
+                    f"The {what} {folder} is in use by {file.read().strip() or 'another process'}. "
+                    f"Wait until that process ends, or choose another {flag}."
+                ) from None
+        # unbuffered, because a full disk must not fail here: the name only makes the message better
+        with suppress(OSError):
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -1,5 +1,7 @@
 """Which checkpoint of a run folder is taken, and what is said of the damaged ones."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import re
@@ -128,3 +130,12 @@ def test_a_mounted_folder_is_locked_within(tmp_path: Path, monkeypatch: pytest.M
     with lock_folder(mount, what="output folder", flag="--output"):
         assert [path.name for path in tmp_path.rglob("*.lock")] == [".mount.lock"]
         assert (mount / ".mount.lock").exists()
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_folder(tmp_path / "run", what="run folder", flag="--name"):
+        assert (tmp_path / ".run.lock").exists()

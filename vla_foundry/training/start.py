@@ -113,7 +113,7 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
 
 def _clear_attempt(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> None:
     """Delete what an attempt that saved no checkpoint wrote, so that it neither blocks its name nor leaves its data."""
-    names = {path.name for path in run_folder.glob("*")}
+    names = {path.name for path in run_folder.glob("*") if not path.name.startswith(".")}
     if not names or list_step_folders(run_folder):
         return
     others = [f"{CHECKPOINTS_FOLDER}/{path.name}" for path in (run_folder / CHECKPOINTS_FOLDER).glob("*")]
