@@ -72,6 +72,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     has_spec = isinstance(data, RoboticsDataParams)
     specs = (_find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
+    run = next((spec for spec in specs if spec is not None), None)
     return Facts(
         world_size=world_size,
         ranks_per_node=read_ranks_per_node(world_size),
@@ -86,7 +87,9 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         tokenizer=tokenizer,
         weights_tokenizers={name: _read_kept_tokenizer(name) for name in weights if not is_remote(name) or not offline},
         started_from=started_from,
-        started_from_robotics=next((spec for spec in specs if spec is not None), None),
+        started_from_robotics=run,
+        started_from_normalization=None if run is None else _read_run_normalization(run.name),
+        normalization=_read_normalization(data, offline) if isinstance(data, RoboticsDataParams) else None,
         checkpoint_models=_read_checkpoint_models(params.model, offline),
         model_configs=_read_model_configs(params.model),
     )
@@ -101,6 +104,38 @@ def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
         if exists(location):
             return NamedSpec(folder, parse_spec(read_text(location), location))
     return None
+
+
+def _read_run_normalization(folder: str) -> dict[str, Any] | None:
+    """Return how a run normalizes each field, or None if it keeps no normalizer."""
+    from vla_foundry.data.robotics import load_normalizer
+
+    try:
+        return load_normalizer(folder).state()["fields"]
+    except FileNotFoundError:
+        return None
+
+
+def _read_normalization(data: RoboticsDataParams, offline: bool) -> dict[str, Any] | None:
+    """Return how the statistics of the training data normalize each field, or None if they are out of reach.
+
+    Raises:
+        FileNotFoundError: a dataset has no statistics.
+        ValueError: the statistics lack a field, a step or percentiles.
+    """
+    from vla_foundry.data.robotics import complete_params, create_normalization, read_specs
+
+    if not data.dataset_manifest or (
+        offline and any(map(is_remote, (*data.dataset_manifest, *data.dataset_statistics)))
+    ):
+        return None
+    try:
+        specs = read_specs(data.dataset_manifest)
+        return create_normalization(complete_params(data), specs).normalizer.state()["fields"]
+    except FileNotFoundError:
+        if offline:
+            return None
+        raise
 
 
 def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:

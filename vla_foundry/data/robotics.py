@@ -140,7 +140,10 @@ def _create(
     columns: tuple[tuple[str, tuple[str, ...]], ...],
 ) -> Normalization:
     merged = merge_statistics([_read(file) for file in files], shares=shares)
-    normalizer = RoboticsNormalizer.create(merged, dict(rules), window=window, names=dict(columns))
+    try:
+        normalizer = RoboticsNormalizer.create(merged, dict(rules), window=window, names=dict(columns))
+    except ValueError as error:
+        raise ValueError(f"data.normalization: {error}") from None
     return Normalization(normalizer, merged)
 
 

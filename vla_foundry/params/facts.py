@@ -62,5 +62,9 @@ class Facts:
     model_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # dataset spec of that run's robot data, and the run's folder
     started_from_robotics: NamedSpec | None = None
+    # field -> how that run normalizes it (RoboticsNormalizer.state); None: the run keeps no normalizer
+    started_from_normalization: dict[str, Any] | None = None
+    # field -> how the data's statistics normalize it; None: unknown
+    normalization: dict[str, Any] | None = None
     # checkpoint of a model part -> params of the model trained in its run
     checkpoint_models: dict[str, Any] = field(default_factory=dict)

@@ -7,13 +7,16 @@ Everything is matched by name, and every contradiction is one line. A camera who
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, absolute_field, is_relative_field
 from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, NamedSpec
+from vla_foundry.run_folder import STATISTICS_NAME
 
+# centers and scales that differ by at most this share of the scale are the same: statistics are stored as decimals
+_SAME_SHARE = 1e-4
 # columns of published poses: xyz and the 6D rotation
 _POSITION_WIDTH, _ROTATION_WIDTH = 3, 6
 
@@ -266,6 +269,40 @@ def find_contradictions(
                 f"{', '.join(other.names)} in {second.name}. Put those of one into the order of the other."
             )
     return found
+
+
+def find_changed_normalization(run: str, known: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Return how the numbers of fields differ between a run and the data that its model continues on; one line each.
+
+    Args:
+        run: folder of the run.
+        known, fields: {field: its normalization (RoboticsNormalizer.state)} of the run and of the data.
+    """
+    found = []
+    for name in sorted(fields.keys() & known.keys()):
+        before, now = known[name], fields[name]
+        changed = ("rule", before["rule"], now["rule"]) if before["rule"] != now["rule"] else _find_changed(before, now)
+        if changed is not None:
+            key, one, other = changed
+            found.append(
+                f"field '{name}' is normalized with {key} {_say(one)} in {run}, and {_say(other)} by the data's "
+                f"statistics: the model's numbers would mean something else. Use the run's data.normalization and, for "
+                f"each dataset, --data.dataset_statistics {run}/{STATISTICS_NAME}."
+            )
+    return found
+
+
+def _find_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """Return (key, before, now) of the first number that differs by more than rounding; steps are aligned by anchor."""
+    shift = (before["anchor_index"] or 0) - (now["anchor_index"] or 0)
+    for step, scales in enumerate(before["scale"]):
+        if not 0 <= step - shift < len(now["scale"]):
+            continue
+        for key in ("center", "scale"):
+            for one, other, unit in zip(before[key][step], now[key][step - shift], scales, strict=False):
+                if abs(one - other) > _SAME_SHARE * unit:
+                    return key, one, other
+    return None
 
 
 def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[str]:

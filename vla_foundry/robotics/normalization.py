@@ -306,7 +306,15 @@ def _create_scale(
         if anchor_index is None:
             raise ValueError("its statistics do not say which step is the anchor, which scope per_timestep needs.")
         stored = Window(anchor_index, statistics.num_steps - 1 - anchor_index)
-        steps = stored.crop(window or stored)
+        window = window or stored
+        if window.past > stored.past or window.future > stored.future:
+            raise ValueError(
+                f"its statistics cover {stored.past} past and {stored.future} future steps, not {window.past} and "
+                f"{window.future}. Use --data.lowdim_past_timesteps {min(window.past, stored.past)} and "
+                f"--data.lowdim_future_timesteps {min(window.future, stored.future)}, or "
+                "--data.normalization.scope global, or preprocess with more steps."
+            )
+        steps = stored.crop(window)
         if not statistics.count[steps].all():
             empty = int(np.flatnonzero(statistics.count[steps] == 0)[0]) + steps.start - anchor_index
             raise ValueError(f"its statistics hold no values {empty} steps from the anchor. Use a smaller window.")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vla_foundry.config.command_line import parse
-from vla_foundry.config.resolve import resolve
+from vla_foundry.config.resolve import resolve, resolve_known
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.params import TrainExperimentParams, load_experiment_params_from_yaml
@@ -72,7 +72,35 @@ def test_a_policy_trains_and_goes_on(
     words += ["--total_train_samples", "20", "--resume", "auto"]
     params = parse(TrainExperimentParams, words, prog="train").params
     train(resolve(params, read_facts(params, 1)), World())
-    words += ["--data.camera_names", "[wrist, Scene.Left]", "--model.resume_from_checkpoint", str(run)]
-    params = parse(TrainExperimentParams, words, prog="train").params
+    words += ["--model.resume_from_checkpoint", str(run)]
+    params = parse(TrainExperimentParams, [*words, "--data.camera_names", "[wrist, Scene.Left]"], prog="train").params
     with pytest.raises(ValueError, match=r"which was trained on Scene\.Left, wrist\. Use that order"):
         resolve(params, read_facts(params, 1))
+    check_statistics(words, run, create_recording, write_robot_data, tmp_path)
+
+
+def check_statistics(words: list[str], run: Path, create_recording: Any, write_robot_data: Any, folder: Path) -> None:
+    """A policy continues on other statistics than those it learned by only if this is accepted."""
+    manifest = write_robot_data(folder / "other", [create_recording(number, 6) for number in range(5, 8)])
+    words = [*words, "--name", "tuned", "--data.dataset_manifest", str(manifest)]
+
+    def notices(*more: str) -> list[str]:
+        params = parse(TrainExperimentParams, [*words, *more], prog="train").params
+        return resolve_known(params, read_facts(params, 1)).notices
+
+    with pytest.raises(
+        ValueError, match=r"is normalized with center .* in .*runs/policy, and .*--data\.dataset_statist"
+    ):
+        notices()
+    assert "is normalized with center" in " ".join(notices("--data.accept_contradictions", "true"))
+    assert "normalize" not in " ".join(notices("--data.dataset_statistics", f"[{run / 'stats.json'}]"))
+    (run / "normalizer.json").rename(run / "hidden.json")
+    assert "keeps no normalizer.json, so its statistics are not compared" in " ".join(notices())
+    (run / "hidden.json").rename(run / "normalizer.json")
+    with pytest.raises(
+        ValueError, match=r"data\.normalization: field .* cover 1 past and 3 future .* not 1 and 200\. Use"
+    ):
+        notices("--data.normalization.scope", "per_timestep", "--data.lowdim_future_timesteps", "200")
+    (manifest.parent / "stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data\.dataset_statistics: there is no .*stats\.json\. Make it with"):
+        notices()

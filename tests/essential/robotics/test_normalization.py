@@ -162,7 +162,7 @@ def test_a_smaller_window_takes_the_statistics_of_its_steps() -> None:
     whole = normalizer(scope="per_timestep").normalize(values, "xyz")
     # past = 0 must not fall back to all the past there is
     np.testing.assert_array_equal(small.normalize(values[:, 2:5], "xyz"), whole[:, 2:5])
-    with pytest.raises(ValueError, match=r"field 'xyz': the window asked for \(3 past"):
+    with pytest.raises(ValueError, match=r"field 'xyz': its statistics cover 2 past and 3 future steps, not 3 and 2"):
         normalizer(window=Window(3, 2), scope="per_timestep")
 
 

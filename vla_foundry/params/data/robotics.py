@@ -24,7 +24,7 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics import fit as fit
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
 from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, NamedSpec
-from vla_foundry.run_folder import STATISTICS_NAME
+from vla_foundry.run_folder import NORMALIZER_NAME, STATISTICS_NAME
 from vla_foundry.text.chat import INSTRUCTION_PROMPTS, template_fields
 
 if TYPE_CHECKING:
@@ -338,7 +338,29 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         datasets = [item for item in (*facts.datasets, *facts.val_datasets)]
         if not any(item.robotics is None or isinstance(item.robotics, Unavailable) for item in datasets):
             notices += self.check_specs(_specs_of(datasets), facts.started_from_robotics)
+        # numbers matter only where all of the policy continues, not its backbone alone
+        if root.model.resume_from_checkpoint is not None:
+            notices += self._compare_normalization(facts)
         return notices
+
+    def _compare_normalization(self, facts: Facts) -> list[str]:
+        """Compare the data's normalization with that of the run that the policy starts from.
+
+        Returns:
+            Accepted differences, and what cannot be compared.
+
+        Raises:
+            ValueError: a difference is not accepted.
+        """
+        run, known = facts.started_from_robotics, facts.started_from_normalization
+        if run is None or facts.normalization is None:
+            return []
+        if known is None:
+            return [f"{run.name} keeps no {NORMALIZER_NAME}, so its statistics are not compared with the data's."]
+        found = fit.find_changed_normalization(run.name, known, facts.normalization)
+        if found and not self.accept_contradictions:
+            raise ValueError(f"{found[0]} Or continue as is with --data.accept_contradictions true.")
+        return found
 
     def check_specs(self, datasets: Sequence[NamedSpec], run: NamedSpec | None = None) -> list[str]:
         """Check every dataset against these params, against the others, and against the run a model starts from.
