@@ -63,15 +63,17 @@ _PILLOW_ERRORS = (
 )
 # torchvision.io.ImageReadMode.RGB
 _RGB_MODE = 3
-_ORIENTATION = 0x0112
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# start of a JPEG segment of EXIF data; the tag of the orientation, and the type of 32-bit values
+_EXIF, _ORIENTATION, _EXIF_LONG = b"Exif\0\0", 0x0112, 4
+# EXIF orientation -> how to turn pixels (3, H, W) upright
+_TURNS: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda image: image.flip(-1),
+    3: lambda image: image.flip(-1, -2),
+    4: lambda image: image.flip(-2),
+    5: lambda image: image.mT,
+    6: lambda image: image.mT.flip(-1),
+    7: lambda image: image.mT.flip(-1, -2),
+    8: lambda image: image.mT.flip(-2),
 }
 
 
@@ -95,12 +97,14 @@ def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
     decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
     if decode_jpeg is None:
         return _image_of(_open(data))
-    _check_size(_read_jpeg_size(data))
+    size, orientation = _read_jpeg_header(data)
+    _check_size(size)
     try:
-        # torch needs writable memory, hence the bytearray
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, True)
+        # torch needs writable memory, hence the bytearray; the operator looks for EXIF data in the first segment only
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, False)
     except RuntimeError as error:
         raise _broken("JPEG", data, str(error).splitlines()[0].rpartition(", ")[2]) from None
+    return _turn_upright(pixels, orientation)
 
 
 @lru_cache(maxsize=1)
@@ -152,30 +156,42 @@ def _check_size(size: Size) -> None:
         raise ValueError(f"image of {size[1]} x {size[0]} pixels is too large: the limit is {MAX_PIXELS} pixels.")
 
 
-def _read_jpeg_size(data: bytes) -> Size:
-    """Read the size from the frame header, without decoding."""
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            break
+def _read_jpeg_header(data: bytes) -> tuple[Size, int]:
+    """Return the size and the EXIF orientation from the segments before the pixels, in any order."""
+    position, size, orientation = 2, None, 1
+    while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
             position += 1 if marker == 0xFF else 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return height, width
-        elif marker in (0xD9, 0xDA):  # end of image, or pixels without a frame
+            continue
+        if marker in (0xD9, 0xDA):  # end of image, or pixels
             break
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    raise _broken("JPEG", data, "it has no frame header")
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        if is_frame and size is None and position + 9 <= len(data):
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            size = (height, width)
+        elif marker == 0xE1 and orientation == 1 and data.startswith(_EXIF, position + 4):
+            orientation = _read_orientation(data[position + 4 : end])
+        position = end
+    if size is None:
+        raise _broken("JPEG", data, "it has no frame header")
+    return size, orientation
 
 
 def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
     """Rotate a loaded picture upright and convert it to 8-bit RGB."""
-    transposition = _TRANSPOSITIONS.get(_read_orientation(picture.info.get("exif", b"")))
-    if transposition is not None:
-        picture = picture.transpose(transposition)
+    return _turn_upright(_convert_to_rgb(picture), _read_orientation(picture.info.get("exif", b"")))
+
+
+def _turn_upright(image: UInt8[Tensor, "3 _ _"], orientation: int) -> UInt8[Tensor, "3 _ _"]:
+    if orientation not in _TURNS:
+        return image
+    # channels stay last in memory
+    return _TURNS[orientation](image).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+def _convert_to_rgb(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
     if picture.mode.startswith(("I", "F")):
         values = np.array(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
@@ -191,7 +207,7 @@ def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
 
 def _read_orientation(exif: bytes) -> int:
     """Return the EXIF orientation, 1 (upright) without one; broken EXIF data is ignored."""
-    start = 6 if exif.startswith(b"Exif\0\0") else 0
+    start = len(_EXIF) if exif.startswith(_EXIF) else 0
     byte_order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
     if byte_order is None:
         return 1
@@ -199,9 +215,10 @@ def _read_orientation(exif: bytes) -> int:
         (directory,) = struct.unpack_from(f"{byte_order}I", exif, start + 4)
         (num_entries,) = struct.unpack_from(f"{byte_order}H", exif, start + directory)
         for number in range(num_entries):
-            tag, _, _, value = struct.unpack_from(f"{byte_order}HHIH", exif, start + directory + 2 + 12 * number)
+            entry = start + directory + 2 + 12 * number
+            tag, kind = struct.unpack_from(f"{byte_order}HH", exif, entry)
             if tag == _ORIENTATION:
-                return value
+                return struct.unpack_from(byte_order + ("I" if kind == _EXIF_LONG else "H"), exif, entry + 8)[0]
     except struct.error:
         pass
     return 1
@@ -213,7 +230,7 @@ def is_upright(data: bytes) -> bool:
         exif = Image.open(io.BytesIO(data)).info.get("exif", b"")
     except _PILLOW_ERRORS:
         return False
-    return _read_orientation(exif) not in _TRANSPOSITIONS
+    return _read_orientation(exif) not in _TURNS
 
 
 def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95) -> bytes:

@@ -17,6 +17,7 @@ from vla_foundry.images.codec import (
     encode_jpeg,
     image_from_array,
     image_to_array,
+    is_upright,
 )
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
@@ -62,6 +63,30 @@ def test_lossless_files_keep_every_pixel(kind: str) -> None:
     image = decode_image(data)
     np.testing.assert_array_equal(image_to_array(image), PICTURE)
     assert image.permute(1, 2, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_exif_orientation_is_found_behind_other_segments(jpeg_decoder: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain = save(Image.fromarray(PICTURE), "JPEG")
+    segment = exif.tobytes()
+
+    def app(number: int, content: bytes) -> bytes:
+        return bytes([0xFF, 0xE0 + number]) + (len(content) + 2).to_bytes(2, "big") + content
+
+    xmp, comment = app(1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), b"\xff\xfe\0\4hi"
+    expected = ORIENTED[orientation](image_to_array(decode_image(plain)))
+    for before in (xmp, comment, app(2, b"ICC_PROFILE\0\1\1" + bytes(64)), xmp + comment + b"\xff"):
+        data = plain[:2] + before + app(1, segment) + plain[2:]
+        np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
+        assert is_upright(data) is (orientation == 1)
+    # behind the frame header, too, and as a 32-bit number
+    start = plain.index(b"\xff\xc0")
+    frame_end = start + 2 + int.from_bytes(plain[start + 2 : start + 4], "big")
+    wide = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\4\0\0\0\1" + orientation.to_bytes(4, "big") + bytes(4)
+    data = plain[:frame_end] + app(1, wide) + plain[frame_end:]
+    np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
 
 
 @pytest.mark.parametrize("orientation", ORIENTED)
