@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vla_foundry.config.command_line import parse
@@ -22,8 +23,10 @@ from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
+from vla_foundry.robotics.statistics_format import format_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.relative_to(preset_root()) for path in preset_root().rglob("*.yaml"))
@@ -77,7 +80,7 @@ def save_vlm(folder: Path) -> None:
 
 
 def save_spec(folder: Path, data: RoboticsDataParams) -> None:
-    """Say that a dataset has the fields that the params ask for."""
+    """Say that a dataset has the fields that the params ask for, and their statistics."""
     names = {name.removesuffix("_relative") for name in (*data.action_fields, *data.proprioception_fields)}
     poses = [name for name in names if name.endswith("__xyz")]
     spec = DatasetSpec(
@@ -95,6 +98,11 @@ def save_spec(folder: Path, data: RoboticsDataParams) -> None:
         language_types=("original", "randomized", "verbose", "alternative"),
     )
     (folder / "robotics.json").write_text(format_spec(spec), encoding="utf-8")
+    statistics = StatisticsAccumulator(anchor_index=1)
+    for name in (*data.action_fields, *data.proprioception_fields):
+        width = spec.fields[name.removesuffix("_relative")].width
+        statistics.update({name: np.random.default_rng(0).normal(size=(4, 16, width))})
+    (folder / "stats.json").write_text(format_statistics(statistics.finish()), encoding="utf-8")
 
 
 def test_the_presets_there_are() -> None:
