@@ -58,12 +58,9 @@ class Policy:
         open_loop_steps: int | None = None,
         num_inference_steps: int | None = None,
     ) -> None:
-        num_predicted = files.window_spec.window.future + 1
-        if open_loop_steps is not None and not 1 <= open_loop_steps <= num_predicted:
-            raise ValueError(f"open_loop_steps ({open_loop_steps}) must be 1 .. {num_predicted}, the predicted steps.")
         self.model = model
         self.spec = files.spec
-        self.open_loop_steps = open_loop_steps or (num_predicted + 1) // 2
+        self.open_loop_steps = files.choose_open_loop_steps(open_loop_steps)
         self.num_inference_steps = num_inference_steps
         self._files = files
         self._handler: Any = RoboticsBatchHandler(files.params)

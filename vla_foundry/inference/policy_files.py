@@ -1,7 +1,6 @@
 """Read a policy's run folder: params, normalization, cameras and fields."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,29 +65,39 @@ class PolicyFiles:
     def check_robot(self, robot: NamedSpec) -> None:
         """See Policy.check_robot."""
         known = robot.spec
-        for camera in self.cameras:
-            name = find_name(camera.name, list(known.cameras))
-            if name is None and not self.data.pad_missing_images:
-                raise ValueError(_describe_missing("camera", camera.name, robot.name, known.cameras))
+        names = (*self.window_spec.observed, *self.window_spec.commanded)
+        missing = [name for name in names if name not in known.fields]
+        found = {camera: find_name(camera.name, list(known.cameras)) for camera in self.cameras}
+        blind = [] if self.data.pad_missing_images else [camera.name for camera in self.cameras if not found[camera]]
+        lacks = [
+            f"no {kind} {' or '.join(map(repr, absent))} (it has {', '.join(sorted(has)) or 'none'})"
+            for kind, absent, has in (("camera", blind, known.cameras), ("field", missing, known.fields))
+            if absent
+        ]
+        if lacks:
+            raise ValueError(f"{robot.name} has {' and '.join(lacks)}, which the policy was trained on.")
+        for camera, name in found.items():
             size = None if name is None else known.cameras[name].original_size
             if size is not None and camera.original_size not in (None, size):
                 raise ValueError(
                     f"camera '{camera.name}' of {robot.name} gives images of {size}, but the policy was trained on "
                     f"{camera.original_size}. Give images of that size."
                 )
-        names = (*self.window_spec.observed, *self.window_spec.commanded)
-        for field in names:
-            if field not in known.fields:
-                raise ValueError(_describe_missing("field", field, robot.name, known.fields))
         both = {name: (self.spec.fields[name], known.fields[name]) for name in names if name in self.spec.fields}
-        found = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
-        if found:
-            raise ValueError(found[0])
+        contradictions = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
+        if contradictions:
+            raise ValueError(contradictions[0])
 
+    def choose_open_loop_steps(self, steps: int | None) -> int:
+        """Return how many actions of each chunk to execute; None: half of them, rounded up.
 
-def _describe_missing(kind: str, name: str, robot: str, known: Iterable[str]) -> str:
-    has = ", ".join(sorted(known)) or "none"
-    return f"{robot} has no {kind} '{name}', which the policy was trained on; it has {has}. Use a policy that fits it."
+        Raises:
+            ValueError: the model predicts fewer.
+        """
+        num_predicted = self.window_spec.window.future + 1
+        if steps is not None and not 1 <= steps <= num_predicted:
+            raise ValueError(f"open_loop_steps ({steps}) must be 1 .. {num_predicted}, the predicted steps.")
+        return steps or (num_predicted + 1) // 2
 
 
 def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyFiles:

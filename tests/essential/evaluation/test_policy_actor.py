@@ -187,8 +187,8 @@ def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None
 def test_a_simulator_with_other_cameras_and_actions_is_refused_with_both(run: Path, tmp_path: Path) -> None:
     message = (
         r"The policy of .*toy_run does not fit simulator 'other_toy'\. toy camera 'front' is unknown\. "
-        r"Registered: top\. .* has no field 'action\.gripper', which the policy was trained on; "
-        r"it has action, action\.speed, observation"
+        r"Registered: top\. .* has no field 'action\.gripper' or 'action\.step' "
+        r"\(it has action, action\.speed, observation.*\), which the policy was trained on\."
     )
     with pytest.raises(ValueError, match=message):
         evaluate(create_params(run, tmp_path / "out", simulator="other_toy"))

@@ -241,11 +241,14 @@ def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
     turned = dataclasses.replace(own.fields[GRIPPER], gripper=GripperRange(open=0.0, closed=1.0))
     for changes, message in (
         ({"fps": 20.0}, r"has 10 frames a second and the arm 20"),
-        ({"cameras": {}}, r"the arm has no camera 'rig\.front', which the policy was trained on; it has none"),
+        (
+            {"cameras": {}},
+            r"the arm has no camera 'rig\.front' or 'rig\.wrist' \(it has none\), which the policy was trained on",
+        ),
         ({"fields": {**same.fields, GRIPPER: turned}}, r"its gripper is"),
         (
             {"fields": {name: same.fields[name] for name in same.fields if name != GRIPPER}},
-            r"the arm has no field '.*hand', which the policy was trained on; it has robot__",
+            r"the arm has no field '.*hand' \(it has robot__.*\), which the policy was trained on",
         ),
     ):
         with pytest.raises(ValueError, match=message):
