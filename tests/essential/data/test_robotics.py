@@ -1,5 +1,6 @@
 """The normalizer of a run: statistics of several datasets, and what it takes to have none."""
 
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -201,3 +202,28 @@ def test_a_run_does_not_go_on_with_another_normalizer(
     with pytest.raises(ValueError, match=r"data\.dataset_statistics or data\.normalization are not those that"):
         save_robotics_files(create_params(manifest), tmp_path / "run")
     save_robotics_files(create_params(manifest, accept_changed_data=True), tmp_path / "run")
+
+
+def test_statistics_that_lack_steps_are_an_error_of_the_config(
+    tmp_path: Path, create_recording: Create, write_robot_data: Write, create_params: Params, monkeypatch
+) -> None:
+    from vla_foundry.main import main
+
+    manifest = write_robot_data(tmp_path / "a", [create_recording(0)], window=(1, 3))
+    words = ["--data.type", "robotics", "--data.dataset_manifest", str(manifest), "--total_train_samples", "512"]
+    words += ["--data.action_fields", f"[{GRIPPER}]", "--data.image_size", "16", "--hparams.warmup", "0.0"]
+    words += ["--model.type", "diffusion_policy", "--model.vision_language_backbone.type", "vit_backbone"]
+    words += [
+        "--model.vision_language_backbone.vit.img_size",
+        "16",
+        "--data.allow_multiple_epochs",
+    ]
+    words += ["--data.normalization.scope", "per_timestep", "--resolve_configs"]
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    main(words)
+    message = r"the window asked for \(1 past, 200 future steps\) is larger than the stored one \(1 past, 3 future\)"
+    with pytest.raises(ValueError, match=message):
+        main([*words, "--data.lowdim_future_timesteps", "200"])
+    (tmp_path / "a" / "stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^data\.dataset_statistics: there is no .*stats\.json\. Make it with"):
+        main(words)
