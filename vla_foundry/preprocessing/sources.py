@@ -153,6 +153,18 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
             yield pq.ParquetFile(cast(BinaryIO, unpacked) if file.packing else source)
 
 
+def check_unique(uri: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a table in which a wanted column (or the column that a path of keys starts in) is there twice.
+
+    Raises:
+        ValueError: it is.
+    """
+    for key in wanted:
+        column = key if key in columns else key.partition(".")[0]
+        if columns.count(column) > 1:
+            raise ValueError(f"{uri} has {columns.count(column)} columns named '{column}'. Rename all but one.")
+
+
 @contextmanager
 def _unreadable(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Raise a decoder's errors as Unreadable. Some decoders raise OSError, but without an errno."""

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vla_foundry.data.pipelines.image_caption import CreateTurns
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.command import main
 from vla_foundry.preprocessing.image_caption import image_caption_job
@@ -252,6 +253,61 @@ def test_hidden_files_are_neither_read_nor_in_the_way(pairs: Path, tmp_path: Pat
     preprocess(pairs, tmp_path / "out")
     assert read_report(tmp_path / "out")["samples"] == NUM_PAIRS + 1
     assert not read_report(tmp_path / "out")["failed"]
+
+
+def test_images_of_one_name_are_counted_and_not_made_one_sample(tmp_path: Path) -> None:
+    for number, name in enumerate(["cat.jpg", "cat.png", "two.image_0.jpg", "two.image_1.jpg", "one.png"]):
+        save_picture(tmp_path / "in" / name, number)
+    for name in ("cat", "two", "one"):
+        (tmp_path / "in" / f"{name}.txt").write_text(f"it is {name}", encoding="utf-8")
+    preprocess(tmp_path / "in", tmp_path / "out", max_bad_fraction=0.5)
+    assert sorted(sample["txt"].decode() for sample in read_samples(tmp_path / "out")) == ["it is one", "it is two"]
+    assert read_report(tmp_path / "out")["failed"] == {"several images of one name": 1}
+
+
+def test_a_caption_is_kept_beside_json_that_says_nothing(tmp_path: Path) -> None:
+    for number, text in enumerate(["[1, 2]", "{broken", '"a text"']):
+        save_picture(tmp_path / "in" / f"{number}.png", number)
+        (tmp_path / "in" / f"{number}.txt").write_text("a cat", encoding="utf-8")
+        (tmp_path / "in" / f"{number}.json").write_text(text, encoding="utf-8")
+    preprocess(tmp_path / "in", tmp_path / "out")
+    samples = read_samples(tmp_path / "out")
+    assert [(sample["txt"], "json" in sample) for sample in samples] == [(b"a cat", False)] * 3
+
+
+@pytest.mark.parametrize("is_list_file", [True, False])
+def test_of_a_list_of_captions_training_draws_one_or_all_become_samples(tmp_path: Path, is_list_file: bool) -> None:
+    captions = ["a cat", "a red cat", "an animal"]
+    save_picture(tmp_path / "in" / "0.png", 0)
+    name = "list.jsonl" if is_list_file else "0.json"
+    (tmp_path / "in" / name).write_text(json.dumps({"url": "0.png", "caption": captions}), encoding="utf-8")
+    source = tmp_path / "in" / name if is_list_file else tmp_path / "in"
+    preprocess(source, tmp_path / "drawn")
+    (sample,) = read_samples(tmp_path / "drawn")
+    assert "txt" not in sample
+    assert json.loads(sample["json"])["caption"] == captions
+    create_turns = CreateTurns(["Describe."], None)
+    drawn = [create_turns({**sample, "__seed__": 1, "__position__": n})["turns"][-1].content for n in range(20)]
+    assert set(drawn) == set(captions)
+    assert drawn == [create_turns({**sample, "__seed__": 1, "__position__": n})["turns"][-1].content for n in range(20)]
+
+    preprocess(source, tmp_path / "all", all_captions=True)
+    assert sorted(sample["txt"].decode() for sample in read_samples(tmp_path / "all")) == captions
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, ending: str) -> None:
+    save_picture(tmp_path / "0.png", 0)
+    path = tmp_path / f"list.{ending}"
+    if ending == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        arrays = [pa.array(["0.png"]), pa.array(["a"]), pa.array(["b"])]
+        pq.write_table(pa.Table.from_arrays(arrays, names=["url", "caption", "caption"]), path)
+    else:
+        lines = [["url", "caption", "caption"], ["0.png", "a", "b"]]
+        path.write_text("\n".join(("," if ending == "csv" else "\t").join(line) for line in lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 2 columns named 'caption'. Rename all but one"):
+        preprocess(path, tmp_path / "out")
 
 
 def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

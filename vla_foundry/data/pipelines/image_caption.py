@@ -34,6 +34,7 @@ from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, ImageTextProce
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.randomness import draw_index
 from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
 from vla_foundry.text.tokenizers import load_tokenizer
 
@@ -57,7 +58,8 @@ class CreateTurns:
 
     Args:
         prompts: templates of the user turn that the caption answers; one is drawn per sample.
-        caption_key: key of the caption in the JSON; None: the text member, or else the key "caption".
+        caption_key: key of the caption in the JSON; None: the text member, or else the key "caption". Of a list of
+            captions one is drawn.
     """
 
     def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
@@ -85,6 +87,9 @@ class CreateTurns:
                 raise Dropped("no caption", "its conversation has no answer")
             return {**sample, "turns": turns}
         caption = self._find_caption(sample, values)
+        if isinstance(caption, list) and caption:
+            seed, position = sample["__seed__"], sample["__position__"]
+            caption = caption[draw_index(len(caption), seed=seed, position=position, purpose="caption")]
         if not isinstance(caption, str) or not caption.strip():
             raise Dropped("no caption", f"it has no text under {self.caption_key or 'txt or caption'}")
         turns = create_caption_turns(

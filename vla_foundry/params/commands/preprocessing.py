@@ -152,6 +152,9 @@ class PreprocessImageCaptionParams(JobParams):
     url_key: str = "url"
     # column or key that holds the caption, in a list or in a pair's JSON
     caption_key: str = "caption"
+    # write a sample for each caption of an image that has a list of them; false: training draws one whenever it reads
+    # the sample (of URLs the first is kept)
+    all_captions: bool = False
     # further columns of a list to keep, in the sample's JSON
     extra_keys: list[str] = field(default_factory=list)
     # most samples in a shard

@@ -41,7 +41,8 @@ class UrlList:
     def add(self, row: Row) -> None:
         """Add one URL."""
         extra = {key: row.values.get(key) for key in self._extra_keys}
-        self._held.append({URL_COLUMN: row.url, CAPTION_COLUMN: row.caption or "", **extra})
+        caption = row.caption or next(iter(row.values.get("caption", ())), "")  # of a list the first
+        self._held.append({URL_COLUMN: row.url, CAPTION_COLUMN: caption, **extra})
         if len(self._held) >= _ROWS_PER_FILE:
             self.flush()
 

@@ -30,6 +30,7 @@ from vla_foundry.preprocessing.image_caption.items import (
     Unusable,
     create_images,
     create_texts,
+    expand_captions,
     is_download,
     item_of_row,
     list_sources,
@@ -69,6 +70,8 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     check_apart(params.source, params.output)
     sources = list_sources(params.source)
     values = {name: value for name, value in asdict(params).items() if name in _PLAN_FIELDS}
+    if params.all_captions:  # outputs from before the option keep their plan
+        values["all_captions"] = True
     plan = {"command": COMMAND, "version": PLAN_VERSION, "params": values, "source": sources.describe()}
     output = OutputFolder(params.output, plan)
     with output.begin(overwrite=params.overwrite) as done:
@@ -191,6 +194,7 @@ def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: di
         "caption_key": params.caption_key,
         "max_side": params.max_side,
         "jpeg_quality": params.jpeg_quality,
+        "all_captions": params.all_captions,
     }
     return run_unfinished(
         write_task,
@@ -243,17 +247,12 @@ def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Ta
 
 
 def _samples_of(shared: Mapping[str, Any], items: Iterable[Item]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
+    options = {key: shared[key] for key in ("caption_key", "max_side", "jpeg_quality")}
     for item in items:
         try:
-            yield (
-                item.name,
-                read_item(
-                    item,
-                    caption_key=shared["caption_key"],
-                    max_side=shared["max_side"],
-                    jpeg_quality=shared["jpeg_quality"],
-                ),
-            )
+            members = read_item(item, **options)
+            samples = expand_captions(members, shared["caption_key"]) if shared["all_captions"] else [members]
+            yield from ((item.name, sample) for sample in samples)
         except Unusable as error:
             yield item.name, error
 

@@ -17,6 +17,7 @@ from vla_foundry.preprocessing.sources import (
     PACKINGS,
     SourceFile,
     Unreadable,
+    check_unique,
     describe_files,
     list_source_files,
     look_up,
@@ -213,7 +214,13 @@ def _row_of(name: str, values: Any, url_key: str, caption_key: str, extra_keys: 
     extra = {key: value for key in extra_keys if (value := look_up(values, key)) is not None}
     if not _is_unicode([url, caption, extra]):
         return BadRow(name=name, reason="not Unicode")
+    if _is_list_of_captions(caption):  # training draws one of them
+        extra["caption"] = caption
     return Row(name=name, url=url.strip(), caption=caption if isinstance(caption, str) else None, values=extra)
+
+
+def _is_list_of_captions(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
 
 
 def _is_unicode(values: Any) -> bool:
@@ -233,29 +240,31 @@ def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Any]:
         newline = "" if file.kind == "csv" else "\n"
         with open_source(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as lines:
             try:
-                yield from (_read_csv if file.kind == "csv" else _read_tsv)(file.uri, lines)
+                yield from (_read_csv if file.kind == "csv" else _read_tsv)(file.uri, lines, columns)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file.uri} is not UTF-8 text ({error.reason}).") from None
     else:
         yield from (row for _, row in read_json_rows(file))
 
 
-def _read_csv(uri: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _read_csv(uri: str, lines: Iterable[str], wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(lines)
     try:
+        check_unique(uri, list(reader.fieldnames or ()), wanted)
         yield from reader
     except csv.Error as error:
         raise ValueError(f"{uri} is not CSV after line {reader.line_num} ({error}).") from None
 
 
-def _read_tsv(uri: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _read_tsv(uri: str, lines: Iterable[str], wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Read tab-separated values, which have no quoting: a quotation mark is a character like any other."""
     names: list[str] = []
     for number, line in enumerate(lines, start=1):
         cells = line.removesuffix("\n").removesuffix("\r").split("\t")
         if not names:
             names = cells
+            check_unique(uri, names, wanted)
         elif len(cells) > len(names):
             raise ValueError(
                 f"{uri} line {number} has {len(cells)} cells, more than its {len(names)} columns. "
@@ -267,6 +276,7 @@ def _read_tsv(uri: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     with open_parquet(file) as parquet:
+        check_unique(file.uri, parquet.schema_arrow.names, columns)
         paths = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
         if not all(any(path == key or path.startswith(f"{key}.") for path in paths) for key in columns):
             yield dict.fromkeys(parquet.schema_arrow.names)
@@ -294,8 +304,12 @@ def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_qualit
     """Read the files of an item and return the members of its sample.
 
     Raises:
-        Unusable: a file cannot be read, an image cannot be decoded, or there is no caption.
+        Unusable: a file cannot be read, an image cannot be decoded, there is no caption, or several images have one
+            name.
     """
+    numbers = [_NUMBERED.fullmatch(name_of(uri).rpartition(".")[0]) for uri in item.images]
+    if len(numbers) > 1 and len({number[2] if number else "" for number in numbers} - {""}) < len(numbers):
+        raise Unusable("several images of one name", ", ".join(name_of(uri) for uri in item.images))
     images = [_read(uri) for uri in item.images]
     txt = _read(item.txt) if item.txt is not None else None
     values = _read(item.json) if item.json is not None else None
@@ -303,7 +317,8 @@ def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_qualit
         txt = item.caption.encode("utf-8")
     if item.values:
         values = json.dumps(item.values, ensure_ascii=False, default=str).encode("utf-8")
-    texts = create_texts(txt, values, caption_key=caption_key)
+    in_list = item.txt is None and item.json is None
+    texts = create_texts(txt, values, caption_key="caption" if in_list and "caption" in item.values else caption_key)
     return {**create_images(images, max_side=max_side, jpeg_quality=jpeg_quality), **texts}
 
 
@@ -315,7 +330,7 @@ def _read(uri: str) -> bytes:
 
 
 def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -> dict[str, bytes]:
-    """Return the text members: txt, stripped, and json, as it is.
+    """Return the text members: txt, stripped, and json, as it is; JSON that is no object is left out beside a caption.
 
     Raises:
         Unusable: they say nothing about the image, or are not text.
@@ -328,10 +343,13 @@ def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -
             members["txt"] = caption.encode("utf-8")
     if values is not None:
         facts = _parse_object(_decode(values))
+        if facts is None and not caption:
+            raise Unusable("bad JSON")
         if not _is_unicode(facts):
             raise Unusable("not Unicode")
-        members["json"] = values
-        caption = caption or _find_text(facts, caption_key)
+        if facts is not None:
+            members["json"] = values
+            caption = caption or _find_text(facts, caption_key)
     if not caption:
         raise Unusable("no caption")
     return members
@@ -344,21 +362,31 @@ def _decode(data: bytes) -> str:
         raise Unusable("caption is not UTF-8", f"byte {error.start}") from None
 
 
-def _parse_object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> dict[str, Any] | None:
     try:
         values = json.loads(text)
     except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise Unusable("bad JSON")
-    return values
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _find_text(values: Mapping[str, Any], caption_key: str) -> str:
     if any(isinstance(values.get(key), list) and values[key] for key in _CONVERSATION_KEYS):
         return "conversation"
     caption = values.get(caption_key)
+    if _is_list_of_captions(caption):
+        return caption[0]
     return caption.strip() if isinstance(caption, str) else ""
+
+
+def expand_captions(members: dict[str, bytes], caption_key: str) -> Iterator[dict[str, bytes]]:
+    """Yield a sample for each caption of a sample whose JSON lists several, else the sample itself."""
+    values = json.loads(members.get("json", b"{}"))
+    captions = values.get(caption_key, values.get("caption"))
+    if "txt" in members or not _is_list_of_captions(captions):
+        yield members
+    else:
+        yield from ({**members, "txt": caption.strip().encode("utf-8")} for caption in captions)
 
 
 def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
