@@ -374,7 +374,7 @@ def _find_text(values: Mapping[str, Any], caption_key: str) -> str:
     if any(isinstance(values.get(key), list) and values[key] for key in _CONVERSATION_KEYS):
         return "conversation"
     caption = values.get(caption_key)
-    if _is_list_of_captions(caption):
+    if isinstance(caption, list) and _is_list_of_captions(caption):
         return caption[0]
     return caption.strip() if isinstance(caption, str) else ""
 
