@@ -44,7 +44,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     past_lowdim_steps: NonNegativeInt = 1
     # steps after the anchor
     future_lowdim_steps: NonNegativeInt = 14
-    # cameras to store, in this order; null: all
+    # cameras to store, in this order, by name or by its last part; null: all
     camera_names: list[str] | None = None
     # skip episodes that lack a camera; false: they fail
     skip_episodes_missing_cameras: bool = False
