@@ -1,4 +1,4 @@
-"""The matrix products that a computation makes, and how long they take alone: the floor of its time."""
+"""Record the matrix products of a computation and time them alone, as a lower bound of its time."""
 
 import math
 import time
@@ -14,7 +14,7 @@ Product = tuple[int, int, int, int, torch.dtype]
 
 
 class RecordProducts(TorchDispatchMode):
-    """Counts the products made inside this context, backward included; attention and convolutions as products."""
+    """Counts matrix products inside this context, backward included; attention and convolutions count as products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class RecordProducts(TorchDispatchMode):
     def _add_attention(self, queries: torch.Tensor, keys: torch.Tensor, *, forward: bool) -> None:
         B, H, T, K = queries.shape
         S = keys.shape[2]
-        # scores and what they weigh; backward makes the scores again, and two gradients of each product
+        # scores, and their product with the values; backward recomputes the scores and has two gradients per product
         self.products[(B * H, T, K, S, queries.dtype)] += 1 if forward else 3
         self.products[(B * H, T, S, K, queries.dtype)] += 1 if forward else 2
 
@@ -54,19 +54,19 @@ class RecordProducts(TorchDispatchMode):
         self.products[(1, places, math.prod(weight.shape[1:]), weight.shape[0], weight.dtype)] += 1
 
     def num_flops(self) -> float:
-        """Operations of all products."""
+        """Return the operations of all products."""
         return sum(2.0 * count * math.prod(product[:4]) for product, count in self.products.items())
 
 
 def record(function: Callable[[], Any]) -> RecordProducts:
-    """Run a function and return the products it made."""
+    """Run a function and return its products."""
     with RecordProducts() as recorded:
         function()
     return recorded
 
 
 def time_products(recorded: RecordProducts, device: str = "cpu") -> float:
-    """Seconds that the products take one after the other, on operands that are there."""
+    """Return the seconds that the products take one after the other, on operands created before."""
     operands = {
         product: (
             torch.randn(batch, rows, inner, device=device).to(dtype),
@@ -91,7 +91,7 @@ def time_products(recorded: RecordProducts, device: str = "cpu") -> float:
 
 
 def measure_matmul_rate(dtype: torch.dtype, device: str = "cpu", side: int = 1024) -> float:
-    """Operations a second of one large square product: says how fast the machine is."""
+    """Return the operations per second of one large square product, as a measure of the machine."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):

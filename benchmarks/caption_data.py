@@ -1,4 +1,4 @@
-"""Captioned pictures for benchmarks: shards of JPEG files with captions of realistic lengths, and a tokenizer."""
+"""Write captioned pictures for benchmarks: shards of JPEG files with captions of realistic length, and a tokenizer."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from vla_foundry.shards import format_manifest
 
 VOCAB_SIZE = 4096
 SAMPLES_PER_SHARD = 256
-# of a detailed caption, in words, which are tokens here
+# length of a detailed caption in words, which are tokens here
 MEAN_WORDS, STD_WORDS = 60, 20
 
 
@@ -46,7 +46,7 @@ def write_caption_data(folder: Path, *, num_samples: int, image_size: int, quali
 
 
 def draw_picture(rng: np.random.Generator, size: int, quality: int) -> bytes:
-    """Draw smooth shapes with some noise: about as many bytes as a photograph of this size."""
+    """Draw smooth shapes with some noise; the file is about as large as that of a photograph of this size."""
     coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     pixels = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)

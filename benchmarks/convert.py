@@ -1,11 +1,11 @@
-"""Measure `preprocess robotics`: camera frames/s per core, and bytes written, beside a bare decode + encode loop.
+"""Measure `preprocess robotics`: camera frames/s per core and bytes written, next to a bare decode + encode loop.
 
     python benchmarks/convert.py [--num_steps 4000] [--num_workers 4] [--repeats 3]
 
 Writes its own recordings to a temporary folder (episodes of 200 steps, two cameras of 256 px as JPEG, 20 numbers of
-state and 20 of actions with a pose), then alternates the bare loop and both layouts in the same Ray workers and prints
-one JSON object: medians, ratios to the bare loop, bytes. The bare loop decodes each frame, encodes it again and writes
-it to a file; the job does so too, and besides makes windows, statistics of 16 steps, shards and their checksums.
+state and 20 of actions with a pose). Then it alternates the bare loop and both layouts in the same Ray workers and
+prints one JSON object: medians, ratios to the bare loop, bytes. The bare loop decodes each frame, encodes it again and
+writes it to a file. The job also creates windows, statistics of 16 steps, shards and their checksums.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from vla_foundry.images.codec import decode_image, encode_jpeg, image_to_array
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams, register_converter_params
 from vla_foundry.preprocessing.robotics import BaseRoboticsConverter, register_converter
-from vla_foundry.preprocessing.robotics.converters.converter import Episode, EpisodeRef
+from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames, Episode, EpisodeRef
 from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.robotics.fields import PoseGroup
@@ -52,39 +52,28 @@ class BenchmarkParams(RoboticsPreprocessParams):
     """Episodes as .npz files with JPEG files in them."""
 
 
-class DecodedFrames:
-    """JPEG files of a recording, which are decoded one by one and not kept as they are."""
-
-    size = (SIZE, SIZE)
-    is_depth = False
-
-    def __init__(self, files: list[bytes]) -> None:
-        self._files = files
-        self.num_frames = len(files)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (image_to_array(decode_image(data)) for data in self._files)
-
-    def encoded(self) -> Iterator[bytes] | None:
-        """None, so that the job has the work of the bare loop."""
-        return None
+def create_frames(files: list[bytes]) -> CameraFrames:
+    """Return the frames of JPEG files as pixels, so that the job encodes them again, as the bare loop does."""
+    return CameraFrames(
+        read=lambda: (image_to_array(decode_image(data)) for data in files), size=(SIZE, SIZE), num_frames=len(files)
+    )
 
 
 @register_converter("benchmark")
 class BenchmarkConverter(BaseRoboticsConverter):
-    """Reads what `write_recordings` wrote."""
+    """Reads the files of `write_recordings`."""
 
     def discover_episodes(self) -> list[EpisodeRef]:
-        """One a file."""
+        """Return one episode per file."""
         paths = sorted(Path(self.params.source_episodes[0]).glob("*.npz"))
         return [EpisodeRef(path.stem, str(path), None, EPISODE_LENGTH) for path in paths]
 
     def discover_cameras(self) -> list[str]:
-        """Both."""
+        """Return both cameras."""
         return list(CAMERAS)
 
     def describe_fields(self) -> dict[str, FieldDescription]:
-        """State and action: a pose, and the rest."""
+        """Return state and action: a pose, and other numbers."""
         roles: Any = {"state": "observation", "action": "action"}
         return {
             f"{what}_{part}": FieldDescription(shape=(width,), role=role)
@@ -93,7 +82,7 @@ class BenchmarkConverter(BaseRoboticsConverter):
         }
 
     def pose_groups(self) -> tuple[PoseGroup, ...]:
-        """The pose of the action."""
+        """Return the pose of the action."""
         return (POSE,)
 
     def read_episode(self, ref: EpisodeRef) -> Episode:
@@ -105,12 +94,12 @@ class BenchmarkConverter(BaseRoboticsConverter):
             fps=FPS,
             timestamps=np.arange(EPISODE_LENGTH) / FPS,
             fields={name: arrays[name] for name in self.describe_fields()},
-            cameras={name: DecodedFrames(split_files(arrays, name)) for name in CAMERAS},
+            cameras={name: create_frames(split_files(arrays, name)) for name in CAMERAS},
         )
 
 
 def split_files(arrays: dict[str, np.ndarray], camera: str) -> list[bytes]:
-    """The JPEG files of a camera."""
+    """Return the JPEG files of a camera."""
     ends = np.cumsum(arrays[f"{camera}_sizes"])
     data = arrays[camera].tobytes()
     return [data[start:end] for start, end in itertools.pairwise([0, *ends.tolist()])]

@@ -1,8 +1,8 @@
-"""Tokens per second of a whole optimizer step of an LLM preset, against plain PyTorch and Hugging Face's Llama.
+"""Measure tokens per second of an LLM preset's optimizer step, against plain PyTorch and Hugging Face's Llama.
 
 All sides run in this process, with the same sizes, dtype, threads, batch and fused AdamW, one after the other in each
 round; the order of the sides alternates. Prints one JSON object: medians over rounds, and the medians of the ratios
-within a round, which a busy machine disturbs less than the speeds themselves.
+within a round, which a busy machine disturbs less than the speeds.
 
     uv run python benchmarks/llm_train.py --steps 4 --rounds 5
 """
@@ -31,7 +31,7 @@ Step = Callable[[], None]
 
 
 def create_our_step(params: TransformerParams, hparams: HyperParams, data: DataParams, tokens: Tensor) -> Step:
-    """The step of the training loop, as the trainer calls it."""
+    """Return the step of the training loop, as the trainer calls it."""
     model = create_model(params)
     state = create_train_state(model, model, hparams=hparams, ema=root(params, hparams, data).ema, total_steps=10_000)
     handler = create_batch_handler(root(params, hparams, data))
@@ -43,14 +43,14 @@ def create_our_step(params: TransformerParams, hparams: HyperParams, data: DataP
 
 
 def root(params: TransformerParams, hparams: HyperParams, data: DataParams) -> TrainExperimentParams:
-    """The config tree around the sections that matter here."""
+    """Return the config tree around the sections that matter here."""
     return TrainExperimentParams(model=params, data=data, hparams=hparams, total_train_samples=80_000)
 
 
 def create_other_step(
     model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], hparams: HyperParams, tokens: Tensor
 ) -> Step:
-    """A plain loop: forward, backward, fused AdamW."""
+    """Return a plain step: forward, backward, fused AdamW."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=hparams.lr, betas=(hparams.beta1, hparams.beta2), weight_decay=hparams.wd, fused=True
     )
@@ -67,7 +67,7 @@ def create_other_step(
 
 
 def create_plain_step(params: TransformerParams, hparams: HyperParams, tokens: Tensor) -> Step:
-    """torch.nn modules and dense cross-entropy."""
+    """Return a step of torch.nn modules and dense cross-entropy."""
     model = PlainTransformer(
         vocab_size=params.vocab_size,
         width=params.hidden_dim,
@@ -80,7 +80,7 @@ def create_plain_step(params: TransformerParams, hparams: HyperParams, tokens: T
 
 
 def create_llama_step(params: TransformerParams, hparams: HyperParams, tokens: Tensor) -> Step:
-    """Hugging Face's Llama of the same sizes, with its own loss."""
+    """Return a step of Hugging Face's Llama of the same sizes, with its own loss."""
     config = LlamaConfig(
         vocab_size=params.vocab_size,
         hidden_size=params.hidden_dim,

@@ -1,10 +1,10 @@
-"""Measure the caption loader: samples/s of one process on JPEG files with captions, beside a raw decode loop.
+"""Measure the caption loader: samples/s of one process on JPEG files with captions, next to a raw decode loop.
 
     python benchmarks/loader_caption.py [--image_size 224] [--batch_size 32] [--repeats 5]
 
-Writes its own data to a temporary folder and alternates the readers. The raw loop reads the same files in the same
-order, decodes them with the same decoder, and makes nothing else; a second one also tokenizes the captions. Prints one
-JSON object: medians in samples/s, and the medians of the ratios to the raw loop within a round.
+Writes its own data to a temporary folder and alternates the readers. The raw loop only reads the same files in the same
+order and decodes them with the same decoder; a second one also tokenizes the captions. Prints one JSON object: medians
+in samples/s, and the medians of the ratios to the raw loop within a round.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--num_batches", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    # the raw loop would else decode on one core while others wait
+    # all readers decode on one core
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def create_readers(folder: Path, arguments: argparse.Namespace) -> dict[str, Reader]:
-    """Return what is measured: name -> start reading from the beginning."""
+    """Return the readers to measure: name -> start reading from the beginning."""
 
     def start(num_workers: int) -> Reader:
         params = ImageCaptionDataParams(

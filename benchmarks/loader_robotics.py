@@ -1,12 +1,12 @@
-"""Measure the robotics loader: samples/s of one core for both layouts, beside a bare JPEG decode loop.
+"""Measure the robotics loader: samples/s of one core for both layouts, next to a bare JPEG decode loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loader_robotics.py [--num_samples 64] [--repeats 7]
 
 A sample has 8 images of 256 px (4 cameras at 2 times) and a window of 16 steps of 20 action and 20 proprioception
-dimensions, relative poses among them. Made-up episodes are written to a temporary folder in both layouts. The bare loop
-decodes the very same files, read into memory before, and does nothing else. Readers take turns, and one JSON object is
-printed: the median of each in samples per second of processor time, and the median over the rounds of its ratio to the
-bare loop of that round. (On a busy machine caches and memory are shared too: run it alone.)
+dimensions, including relative poses. Synthetic episodes are written to a temporary folder in both layouts. The bare
+loop only decodes the same files, read into memory before. Readers take turns. Prints one JSON object: the median of
+each reader in samples per second of processor time, and the median over the rounds of its ratio to the bare loop of that
+round. Run it on an idle machine: caches and memory bandwidth are shared.
 """
 
 import argparse
@@ -88,12 +88,12 @@ def main() -> None:
 
 
 def create_readers(folder: Path, num_samples: int) -> dict[str, Callable[[], None]]:
-    """Write the data and return what is measured: each call reads `num_samples` samples."""
+    """Write the data and return the readers to measure: each call reads `num_samples` samples."""
     rng = np.random.default_rng(0)
     episodes = [draw_episode(rng) for _ in range(NUM_EPISODES)]
     files = [image for _, frames in episodes for images in frames.values() for image in images]
     num_images = num_samples * len(CAMERAS) * len(IMAGE_INDICES)
-    # in an order that the processor's caches do not know, as the loader reads them
+    # in random order, as the loader reads them, so that the processor's caches do not help
     order = rng.integers(0, len(files), num_images).tolist()
 
     def decode() -> None:
@@ -115,7 +115,7 @@ def create_readers(folder: Path, num_samples: int) -> dict[str, Callable[[], Non
 
 
 def start_loader(folder: Path, num_samples: int, **options: Any) -> Callable[[], None]:
-    """Return a function that reads samples on and on, in this process."""
+    """Return a function that reads the next samples, in this process."""
     params = RoboticsDataParams(
         dataset_manifest=[str(folder / "manifest.jsonl")],
         action_fields=[*(f"{name}_relative" for name in POSES), *(name.format("action") for name in GRIPPERS)],
@@ -138,7 +138,7 @@ def start_loader(folder: Path, num_samples: int, **options: Any) -> Callable[[],
 
 
 def draw_episode(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], dict[str, list[bytes]]]:
-    """Return the fields and the JPEG frames of a made-up episode; as large as camera frames of quality 95 are."""
+    """Return the fields and the JPEG frames of a synthetic episode, of the size of camera frames of quality 95."""
     fields: dict[str, np.ndarray] = {}
     for name in (*POSES, *(name.replace("action", "actual") for name in POSES)):
         if name.endswith("xyz"):

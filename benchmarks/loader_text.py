@@ -1,10 +1,10 @@
-"""Measure the text loader: tokens/s of one process on tokenized shards, beside a bare memory-map copy.
+"""Measure the text loader: tokens/s of one process on tokenized shards, next to a bare memory-map copy.
 
     python benchmarks/loader_text.py [--seq_len 2048] [--batch_size 32] [--repeats 5]
 
 Writes its own data (about 270 MB of tokenized shards and a little gzipped JSON) to a temporary folder, reads it once to
 fill the page cache, then alternates the readers and prints one JSON object: the median of each in million tokens/s, and
-its ratio to the bare copy, which gathers the same rows in the same order into int32 and makes nothing else.
+its ratio to the bare copy, which only gathers the same rows in the same order into int32.
 """
 
 import argparse
@@ -75,7 +75,7 @@ Reader = tuple[Callable[[], Iterator], float]
 
 
 def create_readers(folder: Path, seq_len: int, batch_size: int) -> dict[str, Reader]:
-    """Return what is measured: name -> (start reading from the beginning, share of the batches to read)."""
+    """Return the readers to measure: name -> (start reading from the beginning, share of the batches to read)."""
 
     def start(manifests: list[Path], num_workers: int) -> Callable[[], Iterator]:
         params = TextDataParams(

@@ -1,8 +1,8 @@
-"""The policy that vla_train.py and vla_infer.py measure, and batches for it.
+"""Create the policy that vla_train.py and vla_infer.py measure, and batches for it.
 
 The reference configuration: a vision-language model of transformer_11m and vit_tiny (224 pixels, patch 14: 256 tokens
-an image), 2 images and 32 tokens of text, its last 4 layers at the observation token; a head like transformer_tiny,
-not causal, for 16 steps of 20 dimensions, with 2 x 20 numbers of proprioception.
+per image) with 2 images and 32 tokens of text, whose last 4 layers condition the head at the observation token; a head
+like transformer_tiny, not causal, for 16 steps of 20 dimensions, with 2 x 20 numbers of proprioception.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ NUM_TEXT, NUM_STEPS, NUM_PAST, WIDTH = 32, 16, 1, 20
 
 
 def create_params(preset: str, *, repeats: int, time_conditioning: str, precision: str) -> TrainExperimentParams:
-    """Params of the policy and of a step on it."""
+    """Return params of the policy and of a training step."""
     model = load_params_from_yaml(ModelParams, preset)
     assert isinstance(model, DiffusionPolicyParams)
     backbone, head = model.vision_language_backbone, model.action_head
@@ -48,13 +48,13 @@ def create_params(preset: str, *, repeats: int, time_conditioning: str, precisio
 
 
 def create_policy(params: TrainExperimentParams) -> tuple[Any, Any]:
-    """The model and its batch handler."""
+    """Return the model and its batch handler."""
     torch.manual_seed(0)
     return create_model(params.model), create_batch_handler(params)
 
 
 def create_batch(params: TrainExperimentParams, *, num_samples: int, num_views: int) -> Batch:
-    """Samples of random images, text, proprioception and actions."""
+    """Return samples of random images, text, proprioception and actions."""
     inputs = params.model.image_inputs()
     assert inputs.image_size is not None
     assert inputs.img_num_tokens is not None

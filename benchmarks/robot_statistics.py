@@ -1,4 +1,4 @@
-"""Time of `vla-foundry stats` on made-up recordings of a robot with two arms: 80 columns, half of them relative poses.
+"""Time `vla-foundry stats` on synthetic recordings of a robot with two arms: 80 columns, half of them relative poses.
 
 Usage: python benchmarks/robot_statistics.py [--frames 1000000] [--workers 4] [--folder DIR]
 """
@@ -25,7 +25,7 @@ SIDES = ("left", "right")
 
 
 def create_fields(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """An episode: measured and commanded poses and grippers of two arms."""
+    """Return an episode: measured and commanded poses and grippers of two arms."""
     fields = {}
     for source in ("actual", "action"):
         for side in SIDES:

@@ -1,8 +1,9 @@
-"""Latency of sampling a chunk of actions, with and without keys and values of conditioning kept over the steps.
+"""Measure the latency of sampling a chunk of actions, with and without caching the conditioning's keys and values.
 
-From the uint8 images of one observation to actions, at batch 1. `kept` is false with time_conditioning concat, whose
-conditioning is told the time, so that it is encoded again at every step. `share_of_floor` is the time of the products
-that it makes, run alone, over the median. Prints one JSON object.
+From the uint8 images of one observation to actions, at batch 1. `kept` says whether keys and values are cached over the
+sampling steps: not with time_conditioning concat, where the conditioning depends on the time and is encoded again at
+every step. `share_of_floor` is the time of the computation's matrix products alone, over the median. Prints one JSON
+object.
 
     uv run python benchmarks/vla_infer.py --rounds 20
 """
@@ -21,7 +22,7 @@ from vla_foundry.params import TrainExperimentParams
 
 
 def measure(params: TrainExperimentParams, *, views: int, steps: int, rounds: int, batch_size: int) -> dict[str, float]:
-    """Time one call of the policy, and the products in it."""
+    """Time one call of the policy, and its matrix products alone."""
     model, handler = create_policy(params)
     model.eval()
     batch = create_batch(params, num_samples=batch_size, num_views=views)

@@ -1,7 +1,7 @@
-"""Samples and draws per second of a whole optimizer step of a policy, against bare matrix products of its shapes.
+"""Measure samples and draws per second of a policy's optimizer step, against bare matrix products of its shapes.
 
-The step is that of the training loop: images normalised, forward, backward, clipping, AdamW. `share_of_floor` is the
-time of the products that the step makes, run alone, over the step's own. Prints one JSON object.
+The step is that of the training loop: normalise images, forward, backward, clip, AdamW. `share_of_floor` is the time of
+the step's matrix products alone, over that of the step. Prints one JSON object.
 
     uv run python benchmarks/vla_train.py --steps 4 --rounds 3
 """
@@ -22,7 +22,7 @@ from vla_foundry.world import World
 
 
 def measure(params: TrainExperimentParams, *, batch_size: int, views: int, steps: int, rounds: int) -> dict[str, float]:
-    """Time a step, and the products in it."""
+    """Time a step, and its matrix products alone."""
     model, handler = create_policy(params)
     model.train()
     state = create_train_state(model, model, hparams=params.hparams, ema=params.ema, total_steps=10_000)

@@ -1,7 +1,7 @@
-"""Samples per second of a whole optimizer step of a VLM preset: captions packed into rows, against padded rows.
+"""Measure samples per second of a VLM preset's optimizer step: captions packed into rows, against padded rows.
 
 Both sides run in this process on the same samples (64 image tokens and captions of 60 +- 20 words), one after the other
-in each round, in alternating order. Prints one JSON object: medians over rounds, the share of padding, and the medians
+in each round, in alternating order. Prints one JSON object: medians over rounds, the share of padding, and the median
 of the ratios within a round.
 
     uv run python benchmarks/vlm_train.py --steps 2 --rounds 5
@@ -34,7 +34,7 @@ IMAGE_TOKEN_ID = 4096
 
 
 def create_batch(folder: Path, *, pack: bool, seq_len: int, num_samples: int, model: VLMParams) -> Batch:
-    """The first batch of the data, packed or padded."""
+    """Return the first batch of the data, packed or padded."""
     images = model.image_inputs()
     params = ImageCaptionDataParams(
         dataset_manifest=[str(folder / "train" / "manifest.jsonl")],
@@ -51,7 +51,7 @@ def create_batch(folder: Path, *, pack: bool, seq_len: int, num_samples: int, mo
 
 
 def create_step(params: VLMParams, hparams: HyperParams, batch: Batch) -> Callable[[], None]:
-    """The step of the training loop, as the trainer calls it."""
+    """Return the step of the training loop, as the trainer calls it."""
     data = ImageCaptionDataParams(tokenizer="none", dataset_manifest=["none"])
     root = TrainExperimentParams(model=params, data=data, hparams=hparams, total_train_samples=80_000)
     model = create_model(params)
@@ -61,7 +61,7 @@ def create_step(params: VLMParams, hparams: HyperParams, batch: Batch) -> Callab
 
 
 def padding_share(batch: Batch) -> float:
-    """Share of the tokens of a batch that are padding."""
+    """Return the share of a batch's tokens that is padding."""
     documents = batch["documents"]
     return float(documents.lengths[documents.is_padding].sum() / documents.lengths.sum())
 

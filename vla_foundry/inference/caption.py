@@ -145,7 +145,7 @@ def answer(
     """Answer each question as if it were alone in the batch.
 
     Raises:
-        ValueError: as `encode_question`, or a prompt leaves no room for an answer.
+        ValueError: see `encode_question`; or a prompt leaves no room for an answer.
     """
     from vla_foundry.inference.decoding import generate
 

@@ -33,7 +33,7 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any, list[i
         )
     tokenizer_name = params.tokenizer or join_uri(run_folder, TOKENIZER_FOLDER)
     if params.tokenizer is None and not exists(tokenizer_name):
-        raise FileNotFoundError(f"{run_folder} holds no tokenizer. Name one with --tokenizer.")
+        raise FileNotFoundError(f"{run_folder} has no tokenizer. Name one with --tokenizer.")
 
     # import torch last, so that the errors above appear within a second
     from vla_foundry.text.tokenizers import load_tokenizer, read_end_token_ids

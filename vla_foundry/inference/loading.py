@@ -28,7 +28,9 @@ def find_run_folder(checkpoint: str) -> str:
     for folder in run_folder_candidates(checkpoint):
         if exists(join_uri(folder, MODEL_CONFIG_NAME)):
             return folder
-    raise FileNotFoundError(f"checkpoint {checkpoint} lies in no run folder: there is no {MODEL_CONFIG_NAME} above it.")
+    raise FileNotFoundError(
+        f"checkpoint {checkpoint} is not in a run folder: there is no {MODEL_CONFIG_NAME} above it."
+    )
 
 
 def choose_device(name: str) -> "torch.device":
@@ -44,7 +46,7 @@ def choose_device(name: str) -> "torch.device":
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
+            f"device '{name}' does not exist: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
         )
     return device
 
@@ -102,7 +104,7 @@ def load_run_processor(run_folder: str) -> "Processor":
 
     folder = join_uri(run_folder, PROCESSOR_FOLDER)
     if not exists(folder):
-        raise FileNotFoundError(f"{run_folder} holds no processor: there is no {PROCESSOR_FOLDER} in it.")
+        raise FileNotFoundError(f"{run_folder} has no processor: it has no folder {PROCESSOR_FOLDER}.")
     if not is_remote(folder):
         return load_processor(folder)
     with tempfile.TemporaryDirectory(prefix="vla_foundry_processor_") as copy:

@@ -239,7 +239,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         main([*words, str(run), "--device", "abc"])
     with pytest.raises(ValueError, match=r"top_p \(1\.5\) must be above 0"):
         main([*words, str(run), "--top_p", "1.5"])
-    with pytest.raises(ValueError, match=r"device 'cuda:99' is not there"):
+    with pytest.raises(ValueError, match=r"device 'cuda:99' does not exist"):
         main([*words, str(run), "--device", "cuda:99"])
     (run / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
