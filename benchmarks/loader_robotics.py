@@ -5,8 +5,8 @@
 A sample has 8 images of 256 px (4 cameras at 2 times) and a window of 16 steps of 20 action and 20 proprioception
 dimensions, including relative poses. Synthetic episodes are written to a temporary folder in both layouts. The bare
 loop only decodes the same files, read into memory before. Readers take turns. Prints one JSON object: the median of
-each reader in samples per second of processor time, and the median over the rounds of its ratio to the bare loop of that
-round. Run it on an idle machine: caches and memory bandwidth are shared.
+each reader in samples per second of processor time, and the median over the rounds of its ratio to that round's bare
+loop. Run it on an idle machine: caches and memory bandwidth are shared.
 """
 
 import argparse
