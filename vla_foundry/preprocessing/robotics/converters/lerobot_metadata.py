@@ -217,10 +217,13 @@ def _column_names(names: Any) -> list[str]:
     """Flatten the names of a feature: a list, {group: list}, {name: column}, or these within each other."""
     if isinstance(names, str):
         return [names]
-    if isinstance(names, Mapping) and all(isinstance(column, int | float) for column in names.values()):
+    if not isinstance(names, Mapping):
+        return [name for part in names for name in _column_names(part)] if isinstance(names, list) else []
+    if all(isinstance(column, int | float) for column in names.values()):
         return [str(name) for name in sorted(names, key=lambda name: names[name])]
-    parts = names.values() if isinstance(names, Mapping) else names if isinstance(names, list) else ()
-    return [name for part in parts for name in _column_names(part)]
+    pairs = [(group, name) for group, part in names.items() for name in _column_names(part)]
+    is_unique = len({name for _, name in pairs}) == len(pairs)
+    return [name if is_unique else f"{group}.{name}" for group, name in pairs]
 
 
 def _read_tasks(info: DatasetInfo) -> dict[int, str]:

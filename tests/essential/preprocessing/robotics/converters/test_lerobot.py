@@ -295,6 +295,10 @@ JOINTS = [f"joint_{number}" for number in range(7)] + ["gripper"]
         ({"motors": JOINTS}, JOINTS),
         ({"arm": JOINTS[:7], "hand": ["gripper"]}, JOINTS),
         ({name: 7 - place for place, name in enumerate(JOINTS)}, JOINTS[::-1]),
+        (
+            {side: JOINTS[:4] for side in ("left", "right")},
+            [f"{side}.{name}" for side in ("left", "right") for name in JOINTS[:4]],
+        ),
         (JOINTS[:3], []),
         (None, []),
     ],
