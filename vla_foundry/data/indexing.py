@@ -1,11 +1,12 @@
-"""Load a shard's index from the file beside it, or build it on first use and save it."""
+"""Load a shard's index and check its bytes on first use; remember both in files."""
 
 import hashlib
 import logging
 import os
+from functools import lru_cache
 from typing import BinaryIO
 
-from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index
+from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index, sha256_of
 from vla_foundry.storage.uri import read_text, write_text
 
 _BLOCK = 512
@@ -13,9 +14,49 @@ _logger = logging.getLogger(__name__)
 
 
 def user_cache_folder() -> str:
-    """Return this user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Return this user's cache folder; it may not exist, or be impossible to write."""
+    home = os.path.expanduser("~")
+    # a user without a home: writing there fails, as it does in a home that is read-only
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join("/nonexistent" if home == "~" else home, ".cache")
     return os.path.join(root, "vla_foundry")
+
+
+def _cache_file(path: str, folder: str, suffix: str) -> str:
+    """Return the file of the user's cache about a local file."""
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
+    return os.path.join(user_cache_folder(), folder, digest + suffix)
+
+
+def _write_to_cache(place: str, text: str) -> None:
+    try:
+        write_text(place, text)
+    except OSError as error:
+        _say_once(
+            f"{user_cache_folder()} cannot be written ({error.strerror}): what was found out about shards is kept in "
+            "memory only. Set XDG_CACHE_HOME to a folder that can be written."
+        )
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    _logger.warning("%s", line)
+
+
+def is_intact(file: BinaryIO, path: str, sha256: str) -> bool:
+    """Check a local shard's SHA-256. The result is kept in the user's cache until the file changes."""
+    status = os.fstat(file.fileno())
+    state = f"{sha256} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    place = _cache_file(path, "checksums", ".txt")
+    try:
+        known = read_text(place).partition("\n")
+        if known[0] == state:
+            return known[2] == "intact"
+    except (OSError, ValueError):
+        pass  # not known yet
+    file.seek(0)
+    found = sha256_of(file) == sha256
+    _write_to_cache(place, f"{state}\n{'intact' if found else 'damaged'}")
+    return found
 
 
 def index_name(tar_name: str) -> str:
@@ -36,9 +77,7 @@ def load_index(file: BinaryIO, path: str) -> ShardIndex:
     Raises:
         ValueError: the file is not a readable tar.
     """
-    beside = index_name(path)
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
-    cached = os.path.join(user_cache_folder(), "indexes", f"{digest}.index.json")
+    beside, cached = index_name(path), _cache_file(path, "indexes", ".index.json")
     for candidate in (beside, cached):
         index = _read_fitting(file, candidate)
         if index is not None:
@@ -52,7 +91,7 @@ def load_index(file: BinaryIO, path: str) -> ShardIndex:
     try:
         write_text(beside, text)
     except OSError:  # a read-only folder
-        write_text(cached, text)
+        _write_to_cache(cached, text)
     return index
 
 

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +11,29 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 
 from vla_foundry.data.cache import RemoteShard, ShardCache
-from vla_foundry.data.indexing import index_name, load_index
+from vla_foundry.data.indexing import index_name, is_intact, load_index
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
 from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
 from vla_foundry.storage.npz import NpzFile, ReadRange
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
 
-# shards that a process keeps open; each costs a file descriptor or a memory map, plus its index
+# most shards that a process keeps open; each costs a file descriptor, plus its index
 _MAX_OPEN_SHARDS = 256
 # episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
+
+
+class Dropped(ValueError):
+    """Raised for a sample that is dropped.
+
+    Args:
+        reason: a few words; dropped samples are counted by reason.
+        detail: specifics of this sample.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +127,8 @@ class SampleShard:
         self.uri = uri
         members = [(suffix, span) for _, spans in index.samples for suffix, span in spans.items()]
         self._keys = [key for key, _ in index.samples]
+        firsts = {key: row for row, key in reversed(list(enumerate(self._keys)))}
+        self._repeated = {row for row, key in enumerate(self._keys) if firsts[key] != row}
         self._starts = np.cumsum([0] + [len(spans) for _, spans in index.samples])
         self._suffixes = sorted({suffix for suffix, _ in members})
         numbers = {suffix: number for number, suffix in enumerate(self._suffixes)}
@@ -134,12 +150,19 @@ class SampleShard:
         """Return a sample's content: {member suffix: bytes}.
 
         Raises:
+            Dropped: an earlier sample of the shard has the same key.
             ValueError: the file is cut off within a member.
         """
         return {suffix: self.read_member(member) for suffix, member in self.members(row).items()}
 
     def members(self, row: int) -> dict[str, int]:
-        """Return a sample's members: {lower-case suffix: member number for `read_member`}."""
+        """Return a sample's members: {lower-case suffix: member number for `read_member`}.
+
+        Raises:
+            Dropped: an earlier sample of the shard has the same key.
+        """
+        if row in self._repeated:
+            raise Dropped("repeated key", f"an earlier sample of the shard has the key '{self._keys[row]}' too")
         members = range(self._starts[row], self._starts[row + 1])
         return {self._suffixes[self._suffix_numbers[member]]: member for member in members}
 
@@ -168,11 +191,13 @@ class EpisodeShard:
         uri: name of the shard, for messages.
         file: the open tar; may be closed afterwards.
         index: the shard's index.
+        is_checked: the tar's checksum was compared; False: check each array of an episode before its first use.
     """
 
-    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
+    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex, *, is_checked: bool) -> None:
         self._descriptor = os.dup(file.fileno())
         self.uri = uri
+        self._is_checked = is_checked
         self._keys = [episode.key for episode in index.episodes]
         self._members = [episode.members for episode in index.episodes]
         self._starts = np.cumsum([0] + [len(episode.anchors) for episode in index.episodes])
@@ -216,7 +241,10 @@ class EpisodeShard:
                     raise ValueError(f"episode '{key}' has no member '{suffix}'")
             span = members[EPISODE_SUFFIX]
             info = parse_episode(_read_span(self._descriptor, span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
-            opened = OpenEpisode(info, NpzFile(self._range_reader(members[LOWDIM_SUFFIX]), members[LOWDIM_SUFFIX].size))
+            arrays = NpzFile(self._range_reader(members[LOWDIM_SUFFIX]), members[LOWDIM_SUFFIX].size)
+            for name in () if self._is_checked else arrays.names:
+                arrays.read(name)
+            opened = OpenEpisode(info, arrays)
             self._open[number] = opened
             if len(self._open) > _MAX_OPEN_EPISODES:
                 self._open.popitem(last=False)
@@ -266,6 +294,8 @@ class ShardReader:
         self.datasets = tuple(datasets)
         self.cache = cache
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        # (dataset, shard): whether its bytes are those of the manifest
+        self._intact: dict[tuple[int, int], bool] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without open files, so that loader processes open their own."""
@@ -276,14 +306,15 @@ class ShardReader:
 
         Raises:
             FileNotFoundError: the tar does not exist.
+            Dropped: the tar has another checksum than in its manifest, so none of its samples is used.
             ValueError: the tar contradicts its manifest.
         """
         opened = self._open.get((dataset, shard))
         if opened is None:
+            while len(self._open) >= _max_open_shards():
+                self._open.popitem(last=False)
             opened = self._open_anew(dataset, shard)
             self._open[dataset, shard] = opened
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
         else:
             self._open.move_to_end((dataset, shard))
         return opened
@@ -297,11 +328,25 @@ class ShardReader:
             file, path = _open_local(uri, dataset.manifest)
         with file:
             _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
+            sha256 = dataset.entries[shard].sha256
+            if sha256 is not None and not dataset.is_remote:  # a remote shard is checked when it is downloaded
+                if (number, shard) not in self._intact:
+                    self._intact[number, shard] = is_intact(file, path, sha256)
+                if not self._intact[number, shard]:
+                    raise Dropped("damaged shard", f"its bytes have another SHA-256 than in {dataset.manifest}")
             index = load_index(file, path)
             _check_count(dataset, shard, index.num_sequences)
             if index.records is not None:
                 return TokenShard(uri, file, index.records, index.num_sequences)
-            return EpisodeShard(uri, file, index) if index.episodes else SampleShard(uri, file, index)
+            if index.episodes:
+                return EpisodeShard(uri, file, index, is_checked=sha256 is not None)
+            return SampleShard(uri, file, index)
+
+
+def _max_open_shards() -> int:
+    """Return how many shards may be open, at most half of the files that this process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN_SHARDS if limit < 0 else max(1, min(_MAX_OPEN_SHARDS, limit // 2))
 
 
 def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:

@@ -145,6 +145,8 @@ class NpzFile:
             if len(head) < start + 10 or len(head) < start + _header_end(name, head[start:]):
                 head = head[:start] + self._read_range(entry.offset + start, entry.size)
             header, skip = _parse_header(name, head[start:])
+            if skip + math.prod(header.shape) * header.dtype.itemsize > entry.size:
+                raise ValueError(f"array '{name}' of {entry.size} bytes cannot have the shape {header.shape}")
             self._headers[name] = header, entry.offset + start + skip
         return self._headers[name]
 

@@ -249,13 +249,14 @@ def test_bad_samples_are_replaced_and_counted_by_reason(
         {"png": encode_picture(1)},
         {"png": encode_picture(1), "txt": b"cube " * 200},
         {"png": encode_picture(1), "json": b"[1]"},
+        {"png": encode_picture(1), "txt": bytes(12)},
     ]
-    rows = create_rows(write_samples(tmp_path / "d", [bad + good]), range(5))
+    rows = create_rows(write_samples(tmp_path / "d", [bad + good]), range(6))
     pipeline = ImageCaptionPipeline(create_params(tokenizer_folder))
     batch = pipeline.create_batch(rows)
-    assert len(batch["pixel_values"]) == 5
+    assert len(batch["pixel_values"]) == 6
     counts = dict(rows.drops.counts)
-    for reason in ("bad image", "no image", "no caption", "too long", "CreateTurns: ValueError"):
+    for reason in ("bad image", "no image", "no caption", "too long", "CreateTurns: ValueError", "damaged text"):
         assert counts[reason] >= 1
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,54 @@ def test_without_document_masks_only_padding_and_place_zero_are_no_targets(
     batch = read(TextPipeline(TextDataParams(seq_len=8, mask_documents=False)), create_rows([manifest], [0, 1]))
     assert "documents" not in batch
     assert [np.flatnonzero(row).tolist() for row in batch["target_mask"]] == [list(range(1, 9)), list(range(1, 7))]
+
+
+def test_a_batch_of_many_shards_opens_few_files_at_a_time(
+    tmp_path: Path, write_records: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may open only so many files: macOS gives 256."""
+    rows = create_rows([write_records(tmp_path / "d", [1] * 60, 9)], range(60))
+    num_open = [len(os.listdir("/proc/self/fd"))]
+    real_open = ShardReader.open
+
+    def count(reader: ShardReader, dataset: int, shard: int) -> Any:
+        num_open.append(len(os.listdir("/proc/self/fd")))
+        return real_open(reader, dataset, shard)
+
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (20, 20))
+    monkeypatch.setattr(ShardReader, "open", count)
+    batch = TextPipeline(TextDataParams(seq_len=8)).create_batch(rows)
+    assert batch["input_ids"][:, 0].tolist() == list(range(60))
+    assert max(num_open) <= num_open[0] + 12
+
+
+def test_token_ids_beyond_the_vocabulary_are_dropped_and_named(tmp_path: Path, write_records: Callable) -> None:
+    manifest = write_records(tmp_path / "d", [8], 9)  # record n holds n ... n + 8
+    rows = create_rows([manifest], [0, 1, 2])
+    batch = read(TextPipeline(TextDataParams(seq_len=8, vocab_size=10)), rows)
+    assert batch["input_ids"].max() < 10
+    assert batch["input_ids"][:2, 0].tolist() == [0, 1]
+    assert set(rows.drops.counts) == {"unknown token"}
+    assert "is not one of the model's 10" in rows.drops.last
+    assert str(manifest.with_name("shard_000000.tar")) in rows.drops.last
+
+
+def test_ids_of_32_bits_do_not_wrap(tmp_path: Path, write_records: Callable) -> None:
+    rows = create_rows([write_records(tmp_path / "d", [1], 9, dtype="uint32", first_token=2**31)], [0])
+    with pytest.raises(ValueError, match=r"9 samples in a row .*unknown token: token 2147483656 is not"):
+        read(TextPipeline(TextDataParams(seq_len=8)), rows)
+
+
+def test_samples_of_a_damaged_shard_are_replaced_and_counted(tmp_path: Path, write_records: Callable) -> None:
+    manifest = write_records(tmp_path / "d", [4, 4], 9, with_checksums=True)
+    tar = tmp_path / "d" / "shard_000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"num_sequences", b"num_sequencez"))
+    rows = create_rows([manifest], range(8))
+    batch = read(TextPipeline(TextDataParams(seq_len=8)), rows)
+    assert batch["input_ids"][4:, 0].tolist() == [4, 5, 6, 7]
+    assert (batch["input_ids"][:4, 0] >= 4).all()
+    assert set(rows.drops.counts) == {"damaged shard"}
+    assert rows.drops.last.startswith(str(tar))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,11 +1,14 @@
 """Indexed access to shards on disk."""
 
+import io
 import json
 import os
 import pickle
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,8 +16,8 @@ import pytest
 from vla_foundry.data import reader as reader_module
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
-from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
-from vla_foundry.shards import parse_manifest
+from vla_foundry.data.reader import Dataset, Dropped, SampleShard, ShardReader, TokenShard
+from vla_foundry.shards import parse_manifest, sha256_of
 
 
 def open_reader(manifest: Path) -> ShardReader:
@@ -88,6 +91,72 @@ def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(
         open_reader(manifest).open(0, 0)
         assert not list(manifest.parent.glob("*.index.json"))
         assert len(list((own_user_cache / "indexes").iterdir())) == 1
+
+
+def test_a_damaged_shard_is_found_at_its_first_use_and_remembered(
+    tmp_path: Path, write_records: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_records(tmp_path / "d", [4, 4], 9, with_checksums=True)
+    tar = tmp_path / "d" / "shard_000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[content.index(np.arange(4, 13, dtype="<u2").tobytes()) + 3] ^= 1
+    tar.write_bytes(content)
+    hashed: list[str] = []
+
+    def count(file: BinaryIO) -> str:
+        hashed.append(file.name)
+        return sha256_of(file)
+
+    monkeypatch.setattr("vla_foundry.data.indexing.sha256_of", count)
+    for _ in range(2):  # the second reader is that of another process
+        reader = open_reader(manifest)
+        assert isinstance(reader.open(0, 0), TokenShard)
+        for _ in range(2):
+            with pytest.raises(Dropped, match="another SHA-256 than in"):
+                reader.open(0, 1)
+    assert len(hashed) == 2
+    tar.write_bytes(write_records(tmp_path / "e", [4, 4], 9).with_name(tar.name).read_bytes())
+    assert isinstance(open_reader(manifest).open(0, 1), TokenShard)  # it was copied again
+
+
+def test_the_user_cache_may_be_impossible_to_write(
+    tmp_path: Path, write_samples: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = write_samples(tmp_path / "d", [[{"txt": b"a"}]])
+
+    def refuse(uri: str, text: str) -> None:
+        raise PermissionError(13, "Permission denied", uri)
+
+    monkeypatch.setattr("vla_foundry.data.indexing.write_text", refuse)
+    for _ in range(2):
+        opened = open_reader(manifest).open(0, 0)
+        assert isinstance(opened, SampleShard)
+        assert opened.read(0) == {"txt": b"a"}
+    assert caplog.text.count("Set XDG_CACHE_HOME to a folder that can be written.") == 1
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert user_cache_folder() == "/nonexistent/.cache/vla_foundry"
+
+
+def test_a_key_that_comes_again_is_dropped(tmp_path: Path, write_samples: Callable) -> None:
+    manifest = write_samples(tmp_path / "d", [[{"txt": b"a"}, {"txt": b"b"}]])
+    tar = tmp_path / "d" / "shard_000000.tar"
+    names = {f"{0:04d}{row:028x}.txt": f"{name}.txt" for row, name in enumerate("xx")}
+    with tarfile.open(tar) as old:
+        contents = [(names[member.name], old.extractfile(member).read()) for member in old]  # pyright: ignore[reportOptionalMemberAccess]
+    with tarfile.open(tar, "w") as new:
+        for name, content in contents:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            new.addfile(info, io.BytesIO(content))
+    opened = open_reader(manifest).open(0, 0)
+    assert isinstance(opened, SampleShard)
+    assert opened.read(0) == {"txt": b"a"}
+    with pytest.raises(Dropped, match="an earlier sample of the shard has the key 'x' too"):
+        opened.read(1)
 
 
 @pytest.mark.parametrize("change", ["size", "members", "damage"])

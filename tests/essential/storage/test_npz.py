@@ -64,6 +64,13 @@ def test_rows_of_a_stored_array_are_read_without_the_others() -> None:
     assert sum(num_read) < 10_000
 
 
+def test_a_shape_beyond_the_array_is_refused_instead_of_reading_its_neighbour() -> None:
+    content = write_npz({"a": np.zeros((100, 7)), "b": np.ones((100, 7))}, is_packed=False)
+    content = content.replace(b"'shape': (100, 7)", b"'shape': (110, 7)", 1)
+    with pytest.raises(ValueError, match=r"array 'a' of \d+ bytes cannot have the shape \(110, 7\)"):
+        NpzFile.from_bytes(content).read_rows("a", 99, 105)
+
+
 def test_python_objects_are_refused() -> None:
     buffer = io.BytesIO()
     np.savez(buffer, values=np.asarray([{"a": 1}], dtype=object))

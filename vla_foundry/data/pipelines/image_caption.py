@@ -27,7 +27,7 @@ import torch
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, check_text, register_pipeline
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
@@ -83,6 +83,7 @@ class CreateTurns:
         conversation = next((values[key] for key in _CONVERSATION_KEYS if values.get(key)), None)
         if conversation is not None:
             turns = _place_in_first(parse_conversations(conversation), num_images)
+            check_text("".join(turn.content for turn in turns))
             if not any(turn.role == "assistant" for turn in turns):
                 raise Dropped("no caption", "its conversation has no answer")
             return {**sample, "turns": turns}
@@ -93,7 +94,7 @@ class CreateTurns:
         if not isinstance(caption, str) or not caption.strip():
             raise Dropped("no caption", f"it has no text under {self.caption_key or 'txt or caption'}")
         turns = create_caption_turns(
-            caption,
+            check_text(caption),
             self.prompts,
             num_images=num_images,
             seed=sample["__seed__"],

@@ -209,6 +209,8 @@ class ChooseInstruction:
                 kinds = ", ".join(self.types)
                 raise Dropped("no instruction", f"it has no instruction of the types {kinds}, but {known}")
             chosen = found[draw_index(len(found), seed=seed, position=position, purpose="robotics.instruction")]
+            if "\0" in chosen:
+                raise Dropped("damaged text", "its instruction has NUL characters")
         num_images, fields = len(window.images), {"instruction": chosen}
         turn = create_user_turn(self.prompts, fields, num_images=num_images, seed=seed, position=position)
         return {**sample, "instruction": chosen, "turns": [turn]}

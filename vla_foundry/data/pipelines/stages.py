@@ -19,7 +19,7 @@ import numpy as np
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.plan import Location, SamplePlan
-from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard
+from vla_foundry.data.reader import Dropped, SampleShard, Shard, ShardReader, TokenShard
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.registry import Registry
 
@@ -30,19 +30,6 @@ ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
 # replacements to try for one bad sample before the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
-
-
-class Dropped(ValueError):
-    """Raised by a stage that drops a sample.
-
-    Args:
-        reason: a few words; dropped samples are counted by reason.
-        detail: specifics of this sample.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 class BatchStage(ABC):
@@ -150,10 +137,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def open_shards(self) -> list[Shard]:
-        """Return the open shard of each row."""
-        datasets, shards = self.location.dataset.tolist(), self.location.shard.tolist()
-        return [self.reader.open(dataset, shard) for dataset, shard in zip(datasets, shards, strict=True)]
+    def open(self, number: int) -> Shard:
+        """Return the open shard of a row. Do not keep it: a process can open only so many files.
+
+        Raises:
+            Dropped: the shard is damaged.
+        """
+        return self.reader.open(int(self.location.dataset[number]), int(self.location.shard[number]))
 
     def read_samples(
         self, stages: Sequence[Stage], numbers: Iterable[int] | None = None, *, read: ReadContent | None = None
@@ -198,7 +188,11 @@ class Rows:
     def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
         """Return the input of the first stage, and where it was read from."""
         dataset, shard, row = (int(array[place]) for array in location[:3])
-        opened, key = self.reader.open(dataset, shard), f"record {row}"
+        key = f"record {row}"
+        try:
+            opened = self.reader.open(dataset, shard)
+        except Dropped as error:
+            return _describe_failure(error, "read"), self.reader.datasets[dataset].shard_uri(shard)
         try:
             key = key if isinstance(opened, TokenShard) else opened.key(row)
             draws = {
@@ -232,6 +226,17 @@ def read_record(shard: TokenShard, row: int) -> Sample:
         "input_ids": shard.tokens[row].astype(np.int32),
         "document_ends": shard.document_ends[first:end].astype(np.int64),
     }
+
+
+def check_text(text: str) -> str:
+    """Return a sample's text.
+
+    Raises:
+        Dropped: it holds NUL characters, as damaged files do.
+    """
+    if "\0" in text:
+        raise Dropped("damaged text", f"its text has {text.count(chr(0))} NUL characters")
+    return text
 
 
 def name_of_stage(stage: Stage) -> str:

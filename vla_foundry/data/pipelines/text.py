@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.data.pipelines.stages import Pipeline, Rows, Sample, Stage, register_pipeline
-from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
+from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.reader import SampleShard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 
@@ -60,6 +60,7 @@ class TextPipeline(Pipeline):
     def __init__(self, params: TextDataParams, stages: Sequence[Stage] = DEFAULT_STAGES) -> None:
         self.row_length = params.seq_len + 1
         self.mask_documents = params.mask_documents
+        self.vocab_size = min(params.vocab_size or _MAX_TOKEN + 1, _MAX_TOKEN + 1)
         self.stages = tuple(stages)
 
     def check(self, reader: ShardReader) -> None:
@@ -68,11 +69,15 @@ class TextPipeline(Pipeline):
             if dataset.is_remote:
                 length = read_remote_record_length(dataset)
             else:
-                length = self._first_length(reader.open(number, 0))
+                length = self._first_length(reader, number)
             if length is not None:
                 self._check_length(length, dataset.manifest)
 
-    def _first_length(self, shard: Shard) -> int | None:
+    def _first_length(self, reader: ShardReader, dataset: int) -> int | None:
+        try:
+            shard = reader.open(dataset, 0)
+        except Dropped:
+            return None  # a damaged shard is handled when it is read
         if isinstance(shard, TokenShard):
             return shard.record_length
         if not isinstance(shard, SampleShard) or len(shard) == 0 or self.stages != DEFAULT_STAGES:
@@ -80,7 +85,7 @@ class TextPipeline(Pipeline):
         try:
             return len(require_tokens(decode_json_tokens(dict(shard.read(0))))["input_ids"])
         except (ValueError, OSError, EOFError):
-            return None  # a broken sample is handled when it is read
+            return None  # a broken sample likewise
 
     def _check_length(self, length: int, where: str) -> None:
         if length != self.row_length:
@@ -91,11 +96,15 @@ class TextPipeline(Pipeline):
 
     def create_batch(self, rows: Rows) -> Batch:
         """See Pipeline."""
-        shards = rows.open_shards()
-        input_ids = np.empty((len(rows), self.row_length), dtype=np.int32)
+        input_ids = np.zeros((len(rows), self.row_length), dtype=np.int32)
         ends: list[np.ndarray | None] = [None] * len(rows)
         others = []
-        for number, (shard, row) in enumerate(zip(shards, rows.location.row.tolist(), strict=True)):
+        for number, row in enumerate(rows.location.row.tolist()):
+            try:
+                shard = rows.open(number)
+            except Dropped:
+                others.append(number)
+                continue
             if not isinstance(shard, TokenShard) or self.stages != DEFAULT_STAGES:
                 others.append(number)
                 continue
@@ -103,17 +112,22 @@ class TextPipeline(Pipeline):
                 self._check_length(shard.record_length, shard.uri)
             input_ids[number] = shard.tokens[row]
             offsets = shard.document_offsets
-            ends[number] = shard.document_ends[int(offsets[row]) : int(offsets[row + 1])]
+            ends[number] = shard.document_ends[int(offsets[row]) : int(offsets[row + 1])].copy()
+        others = sorted({*others, *np.flatnonzero((input_ids.view(np.uint32) >= self.vocab_size).any(axis=1)).tolist()})
         if others:
-            samples = rows.read_samples((*self.stages, self._require_length), others)
+            samples = rows.read_samples((*self.stages, self._check_tokens), others)
             for number, sample in zip(others, samples, strict=True):
                 input_ids[number] = sample["input_ids"]
                 ends[number] = sample.get("document_ends")
         return create_text_batch(input_ids, ends, mask_documents=self.mask_documents)
 
-    def _require_length(self, sample: Sample) -> Sample:
-        if len(sample["input_ids"]) != self.row_length:
-            raise ValueError(f"{len(sample['input_ids'])} tokens, not data.seq_len + 1 = {self.row_length}")
+    def _check_tokens(self, sample: Sample) -> Sample:
+        ids = sample["input_ids"]
+        if len(ids) != self.row_length:
+            raise ValueError(f"{len(ids)} tokens, not data.seq_len + 1 = {self.row_length}")
+        highest = int(ids.view(np.uint32).max())
+        if highest >= self.vocab_size:
+            raise Dropped("unknown token", f"token {highest} is not one of the model's {self.vocab_size}")
         return sample
 
     def create_empty_batch(self) -> Batch:

@@ -62,8 +62,8 @@ def decode_text(sample: Sample) -> Sample:
 
 
 def drop_empty(sample: Sample) -> Sample | None:
-    """Drop a sample without text."""
-    return sample if sample["text"].strip() else None
+    """Drop a sample without text; NUL characters alone are what is left of a damaged file."""
+    return sample if sample["text"].strip().strip("\0") else None
 
 
 class Tokenize:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.config.schema import Derived, Location
+from vla_foundry.config.schema import Count, Derived, Location
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.facts import Facts
 
@@ -19,17 +19,22 @@ class TextDataParams(DataParams):
     mask_documents: bool = True
     # tokenizer of the text (name or folder); saved with the run and checked against the model
     tokenizer: Location | None = None
+    # drop records with token ids that are not below this; null: the rows of the model's token table
+    vocab_size: Count | None = None
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer named here."""
         return self.tokenizer
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """Also derive the tokenizer from a dataset's folder."""
+        """Also derive the tokenizer from a dataset's folder, and the limit of token ids from the model."""
         derived = super().derive(root, facts)
         found = next((dataset.tokenizer for dataset in facts.datasets if dataset.tokenizer is not None), None)
         if self.tokenizer is None and found is not None:
             derived["tokenizer"] = Derived(found.name, "the dataset's folder")
+        known = root.model.token_limits(facts).vocab_size
+        if self.vocab_size is None and known is not None:
+            derived["vocab_size"] = Derived(known, "the model")
         return derived
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
