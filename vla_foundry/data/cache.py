@@ -42,6 +42,10 @@ class RemoteShard:
     sha256: str | None = None
 
 
+class DamagedShardError(ValueError):
+    """The bytes of a remote shard have another checksum than in its manifest."""
+
+
 class ShardCache:
     """Downloads and keeps remote shards.
 
@@ -60,7 +64,8 @@ class ShardCache:
 
         Raises:
             FileNotFoundError: the remote file does not exist.
-            ValueError: two downloads did not match the manifest, or the shard is larger than the cache.
+            DamagedShardError: two downloads had another checksum than in the manifest.
+            ValueError: two downloads failed, or the shard is larger than the cache.
         """
         for _ in range(_MAX_OPEN_ATTEMPTS):
             self.fetch(shard)
@@ -113,16 +118,17 @@ class ShardCache:
                 os.makedirs(part_folder)
                 with open(os.path.join(part_folder, "room"), "wb") as room:
                     room.truncate(num_bytes)  # takes no disk space, but other processes count it
-            download(shard.uri, part)
-            fault = _find_fault(part, num_bytes, shard.sha256)
-            if fault:
-                _logger.warning("%s %s; it is downloaded once more.", shard.uri, fault)
-                download(shard.uri, part)
-                fault = _find_fault(part, num_bytes, shard.sha256)
-            if fault:
-                raise ValueError(
-                    f"{shard.uri} {fault}. Upload it again, or write its manifest with `vla-foundry manifest build`."
-                )
+            for is_last in (False, True):
+                try:
+                    download(shard.uri, part)
+                    _check_download(part, shard, num_bytes)
+                    break
+                except FileNotFoundError:
+                    raise
+                except (OSError, ValueError) as error:
+                    if is_last:
+                        raise
+                    _logger.warning("%s It is downloaded once more.", error)
             os.replace(part, path)
         finally:
             shutil.rmtree(part_folder, ignore_errors=True)
@@ -237,13 +243,13 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _find_fault(path: str, num_bytes: int, sha256: str | None) -> str | None:
+def _check_download(path: str, shard: RemoteShard, num_bytes: int) -> None:
+    fix = "Upload it again, or write its manifest with `vla-foundry manifest build`."
     size = os.path.getsize(path)
     if size != num_bytes:
-        return f"has {size} bytes, not {num_bytes}"
-    if sha256 is not None:
+        raise ValueError(f"{shard.uri} has {size} bytes, not {num_bytes}. {fix}")
+    if shard.sha256 is not None:
         with open(path, "rb") as file:
             found = sha256_of(file)
-        if found != sha256:
-            return f"has SHA-256 {found[:12]}..., not {sha256[:12]}..."
-    return None
+        if found != shard.sha256:
+            raise DamagedShardError(f"{shard.uri} has SHA-256 {found[:12]}..., not {shard.sha256[:12]}.... {fix}")

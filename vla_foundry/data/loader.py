@@ -91,6 +91,8 @@ class DataLoader:
         self._num_read = 0
         self._num_dropped = 0
         self._iterator: Any = None
+        # the global batch that `_iterator` begins at, until `microbatches` takes it over
+        self._started: int | None = None
         cache_params = params.dataset_cache
         folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
         cache = ShardCache(os.path.abspath(os.path.expanduser(folder)), int(cache_params.cache_size_gb * 1e9))
@@ -106,7 +108,7 @@ class DataLoader:
             collate_fn=_return_unchanged,
             num_workers=num_workers,
             pin_memory=world.device.startswith("cuda"),
-            multiprocessing_context=start_context() if num_workers else None,
+            multiprocessing_context=start_context(pipeline) if num_workers else None,
             prefetch_factor=max(2, -(-params.prefetch_factor // group_size)) if num_workers else None,
             persistent_workers=num_workers > 0 and split == "train",  # idle validation workers would waste memory
             worker_init_fn=functools.partial(prepare_process, dict(os.environ)) if num_workers else None,
@@ -135,6 +137,18 @@ class DataLoader:
         """
         check_description(saved_description, self.describe())
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's microbatches from the beginning; see `microbatches`."""
+        return self.microbatches(0)
+
+    def start(self, first_global_batch: int) -> None:
+        """Start the worker processes, so that they load while the caller prepares what will take the microbatches."""
+        self._groups.start = self._schedule.first_microbatch(first_global_batch)
+        self._iterator = None  # ends an unfinished validation
+        self._iterator = iter(self._torch_loader)
+        widen_pipe(self._iterator)
+        self._started = first_global_batch
+
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]:
         """Yield this rank's microbatches, starting at the first one of a global batch. One iterator at a time.
 
@@ -144,10 +158,9 @@ class DataLoader:
         Raises:
             ValueError: training needs a second epoch without data.allow_multiple_epochs, or data cannot be read.
         """
-        self._groups.start = self._schedule.first_microbatch(first_global_batch)
-        self._iterator = None  # ends an unfinished validation
-        iterator = self._iterator = iter(self._torch_loader)
-        widen_pipe(iterator)
+        if self._started != first_global_batch:
+            self.start(first_global_batch)
+        iterator, self._started = self._iterator, None
         while True:
             try:
                 messages = next(iterator)
@@ -187,17 +200,18 @@ class DataLoader:
     def close(self) -> None:
         """Stop the worker processes."""
         iterator, self._iterator, self._torch_loader._iterator = self._iterator, None, None
+        self._started = None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
 
 def create_dataloader(
     params: DataParams,
-    world: World,
+    world: World | None = None,
     *,
-    global_batch_size: int,
-    per_gpu_batch_size: int,
-    seed: int,
+    global_batch_size: int | None = None,
+    per_gpu_batch_size: int = 1,
+    seed: int | None = None,
     split: Split = "train",
     total_samples: int | None = None,
     pipeline: Pipeline | None = None,
@@ -206,10 +220,10 @@ def create_dataloader(
 
     Args:
         params: the data params.
-        world: this rank.
-        global_batch_size: samples per step over all ranks.
+        world: this rank; None: one process.
+        global_batch_size: samples per step over all ranks; None: one microbatch per rank.
         per_gpu_batch_size: samples per microbatch.
-        seed: seed of the sample order.
+        seed: seed of the sample order; None: data.seed, or else 0.
         split: "train", or "validation" for the val_ lists, read in manifest order.
         total_samples: number of validation samples; None: all. Training ignores it.
         pipeline: makes batches, for example with your own stages; None: the pipeline registered for the modality.
@@ -218,6 +232,9 @@ def create_dataloader(
         FileNotFoundError: a manifest or a shard is missing.
         ValueError: params, manifests and shards contradict each other.
     """
+    world = world or World()
+    global_batch_size = global_batch_size or world.world_size * per_gpu_batch_size
+    seed = params.seed or 0 if seed is None else seed
     _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
     datasets, weights = _read_datasets(params, "" if is_training else "val_")

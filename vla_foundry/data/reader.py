@@ -10,7 +10,7 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
-from vla_foundry.data.cache import RemoteShard, ShardCache
+from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
 from vla_foundry.data.indexing import index_name, is_intact, load_index
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
 from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
@@ -321,19 +321,24 @@ class ShardReader:
 
     def _open_anew(self, number: int, shard: int) -> Shard:
         dataset, uri = self.datasets[number], self.datasets[number].shard_uri(shard)
+        if not self._intact.get((number, shard), True):
+            raise Dropped("damaged shard", f"its bytes have another SHA-256 than in {dataset.manifest}")
         if dataset.is_remote:
-            file, path = self.cache.open(dataset.remote_shard(shard))
+            try:
+                file, path = self.cache.open(dataset.remote_shard(shard))
+            except DamagedShardError as error:
+                self._intact[number, shard] = False
+                raise Dropped("damaged shard", str(error)) from None
             _fetch_index(uri, path)
         else:
             file, path = _open_local(uri, dataset.manifest)
         with file:
             _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
             sha256 = dataset.entries[shard].sha256
-            if sha256 is not None and not dataset.is_remote:  # a remote shard is checked when it is downloaded
-                if (number, shard) not in self._intact:
-                    self._intact[number, shard] = is_intact(file, path, sha256)
+            if sha256 is not None and not dataset.is_remote and (number, shard) not in self._intact:
+                self._intact[number, shard] = is_intact(file, path, sha256)
                 if not self._intact[number, shard]:
-                    raise Dropped("damaged shard", f"its bytes have another SHA-256 than in {dataset.manifest}")
+                    return self._open_anew(number, shard)
             index = load_index(file, path)
             _check_count(dataset, shard, index.num_sequences)
             if index.records is not None:

@@ -13,9 +13,10 @@ import fcntl
 import math
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process, resource_tracker
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -241,25 +242,20 @@ class Microbatches(torch.utils.data.Dataset):
 _GRACE_SECONDS = 120.0
 # pipe size in bytes: a message that fits lets the worker continue without waiting for the trainer
 _PIPE_SIZE = 1 << 20
-_SERVER_MODULE = "vla_foundry.data.loader"
+# what the server imports for its workers, where this process has needed it to check the pipeline
+_SHARED_MODULES = ("transformers.models.auto.tokenization_auto", "transformers.models.auto.processing_auto")
 # signals that reach the trainer's whole process group
 _SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def start_context() -> Any:
+def start_context(pipeline: Pipeline) -> Any:
     """Return the context that forks workers from a server, which imports PyTorch once and has no threads."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload([_SERVER_MODULE])
-    # a signal to the whole process group must not end these two before the trainer has saved, nor interrupt an import
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
-    try:
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # starting the tracker unblocks two of them
-        forkserver.ensure_running()  # the server imports while the trainer creates the model
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    shared = [name for name in _SHARED_MODULES if name in sys.modules]
+    context.set_forkserver_preload(["vla_foundry.data.loader", type(pipeline).__module__, *shared])
+    forkserver.ensure_running()  # the server imports while the trainer creates the model
     return context
 
 

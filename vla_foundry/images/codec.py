@@ -18,6 +18,8 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,10 +111,17 @@ def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
 
 @lru_cache(maxsize=1)
 def _jpeg_operator() -> Callable[[Tensor, int, bool], Tensor] | None:
-    """Return torchvision's decoder (encoded bytes, colour mode, apply EXIF orientation), or None if it has none."""
-    import torchvision.io
+    """Return torchvision's decoder (encoded bytes, colour mode, apply EXIF orientation), or None if it has none.
 
-    assert torchvision.io is not None  # the import registers the operator
+    Only its library is loaded: importing torchvision imports all its models, which takes seconds.
+    """
+    package = find_spec("torchvision")
+    for folder in (package.submodule_search_locations or []) if package is not None else []:
+        for library in sorted(Path(folder).glob("image*.so")):
+            try:
+                torch.ops.load_library(library)
+            except OSError:
+                continue  # built for another torch, or its own libraries are missing
     return getattr(torch.ops.image, "decode_jpeg", None)
 
 

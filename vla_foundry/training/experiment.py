@@ -15,7 +15,7 @@ from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
-from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_folder
+from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
@@ -89,6 +89,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     main_rank_first(world, lambda: remove_unfinished(folder))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
     loader, validation_loader = create_loaders(params, world, stack)
+    loader.start(0 if checkpoint is None else read_step(checkpoint))  # it loads while the model is made
     state = create_state(params, world, is_restored=checkpoint is not None)
     is_validation_owed = False
     if checkpoint is not None:

@@ -104,6 +104,35 @@ def test_damage_on_the_way_is_mended_by_a_second_download(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("fault", [ValueError("a.tar: Max Retries Exceeded"), ConnectionResetError("reset"), None])
+def test_a_download_that_breaks_off_is_tried_again(
+    tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch, fault: Exception | None
+) -> None:
+    shard = put(f"{s3_folder}/a.tar", b"x" * 1000, checksum=None)
+    real_download, calls = cache_module.download, []
+
+    def break_first(uri: str, path: str) -> None:
+        calls.append(uri)
+        real_download(uri, path)
+        if len(calls) == 1:
+            os.truncate(path, 400)
+            if fault is not None:
+                raise fault
+
+    monkeypatch.setattr(cache_module, "download", break_first)
+    assert read(ShardCache(str(tmp_path / "cache"), 10_000), shard) == b"x" * 1000
+    assert len(calls) == 2
+
+
+def test_retries_of_the_store_that_run_out_are_one_line() -> None:
+    from boto3.exceptions import RetriesExceededError
+
+    from vla_foundry.storage import s3
+
+    with pytest.raises(ValueError, match=r"^s3://a/b: Max Retries Exceeded"), s3._named_errors("s3://a/b"):
+        raise RetriesExceededError(OSError("cut off"), "Max Retries Exceeded")
+
+
 def test_dataset_written_anew_is_not_read_from_old_bytes(tmp_path: Path, s3_folder: str) -> None:
     cache = ShardCache(str(tmp_path / "cache"), 10_000)
     assert read(cache, put(f"{s3_folder}/a.tar", b"x" * 1000)) == b"x" * 1000

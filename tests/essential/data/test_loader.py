@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def take(loader: DataLoader, count: int, first_global_batch: int = 0) -> list[Ba
 def records(batches: list[Batch]) -> list[int]:
     """The number of each record, in order."""
     return [int(token) for batch in batches for token in batch["input_ids"][:, 0]]
+
+
+def test_params_are_enough_and_a_loader_is_iterable(dataset: Path) -> None:
+    params = TextDataParams(dataset_manifest=[str(dataset)], seq_len=8, num_workers=0)
+    with closing(create_dataloader(params)) as loader:
+        assert len(records(list(itertools.islice(loader, 3)))) == 3
+        assert next(iter(loader))["positions"].tolist() == [0]
+
+
+def test_processes_that_were_started_early_load_the_same(loaders: Loaders, dataset: Path) -> None:
+    expected = [records(take(loaders.create(dataset), 6, first)) for first in (0, 3)]
+    loader = loaders.create(dataset, num_workers=1)
+    for started in (0, 3):  # the second start was for another batch
+        loader.start(started)
+        assert [records(take(loader, 6, first)) for first in (0, 3)] == expected
 
 
 def test_batch_keeps_its_spec(loaders: Loaders, dataset: Path) -> None:
