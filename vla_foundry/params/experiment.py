@@ -235,17 +235,18 @@ def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
 def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts) -> None:
     """Check that rows are as long as tokenized records, and fit the model."""
     limits = params.model.token_limits(facts)
-    longest, path = limits.max_seq_len, f"{limits.source}max_seq_len"
+    longest, is_own = limits.max_seq_len, limits.source.startswith("model.")
+    path = f"{limits.source}{'max_seq_len' if is_own else 'number of positions'}"
     modalities = (*data.dataset_modality, *data.val_dataset_modality)
     for dataset, modality in zip((*facts.datasets, *facts.val_datasets), modalities, strict=False):
         made = dataset.provenance.get("seq_len")
         if modality != "text" or not isinstance(made, int):
             continue
         if longest is not None and made > longest:
+            fix = f"Use --data.seq_len {made} --{path} {made}, or preprocess" if is_own else "Preprocess"
             raise ValueError(
                 f"data.seq_len must be {made}, the length of the records of {dataset.manifest}, but {path} is "
-                f"{longest}. Use --data.seq_len {made} --{path} {made}, or preprocess the data again with --seq_len "
-                f"{longest}."
+                f"{longest}. {fix} the data again with --seq_len {longest}."
             )
         if made != data.seq_len:
             raise ValueError(
@@ -253,9 +254,9 @@ def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts
                 f"Use --data.seq_len {made}, or preprocess the data again."
             )
     if longest is not None and data.seq_len > longest:
+        fix = f"raise {path}" if is_own else "choose a model with more positions"
         raise ValueError(
-            f"data.seq_len ({data.seq_len}) is more than {path} ({longest}). "
-            f"Use --data.seq_len {longest}, or raise {path}."
+            f"data.seq_len ({data.seq_len}) is more than {path} ({longest}). Use --data.seq_len {longest}, or {fix}."
         )
 
 

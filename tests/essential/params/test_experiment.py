@@ -166,7 +166,12 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
         (
             replace(PARAMS, model=TransformerHFParams(hf_pretrained="gpt2")),
             replace(FACTS, model_configs={"gpt2": {"n_positions": 8}}),
-            r"^data\.seq_len \(16\) is more than gpt2: max_seq_len \(8\)\. Use --data\.seq_len 8",
+            r"^data\.seq_len \(16\) is more than gpt2: number of positions \(8\)\. Use --data\.seq_len 8",
+        ),
+        (
+            replace(PARAMS, model=TransformerHFParams(hf_pretrained="o")),
+            replace(FACTS, model_configs={"o": {"model_type": "opt", "max_position_embeddings": 8}}),
+            r"^data\.seq_len \(16\) is more than o: number of positions \(8\)\. .* or choose a model with more positions",
         ),
         (
             PARAMS,

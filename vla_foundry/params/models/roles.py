@@ -20,6 +20,13 @@ _MODEL = "model."
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
 
 
+# architectures with a table of positions, which has one row per position
+_LEARNED_POSITIONS = {
+    *("bart", "bert", "bert-generation", "biogpt", "blenderbot", "blenderbot-small", "camembert", "data2vec-text"),
+    *("electra", "ernie", "mbart", "megatron-bert", "mvp", "opt", "plbart", "roberta", "trocr", "xlm-roberta"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenLimits:
     """Which tokens a model can take."""
@@ -105,8 +112,9 @@ class PublishedParams(BaseParams):
         layers = (text.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
         return TokenLimits(
             vocab_size=text.get("vocab_size"),
-            # longer sequences than max_position_embeddings work where positions are rotary, than n_positions never
-            max_seq_len=text.get("n_positions"),
+            # longer sequences than max_position_embeddings work where positions are rotary
+            max_seq_len=text.get("n_positions")
+            or (text.get("max_position_embeddings") if text.get("model_type") in _LEARNED_POSITIONS else None),
             num_layers=next((count for count in layers if isinstance(count, int)), None),
             source=f"{self.hf_pretrained}: ",
         )
