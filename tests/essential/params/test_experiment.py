@@ -171,7 +171,7 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
         (
             replace(PARAMS, model=TransformerHFParams(hf_pretrained="o")),
             replace(FACTS, model_configs={"o": {"model_type": "opt", "max_position_embeddings": 8}}),
-            r"^data\.seq_len \(16\) is more than o: number of positions \(8\)\. .* or choose a model with more positions",
+            r"^data\.seq_len \(16\) is more than o: number of positions \(8\)\. .* a model with more positions",
         ),
         (
             PARAMS,
