@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the co
 os.environ["WANDB_MODE"] = "offline"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--bare`, for an environment with a part of the dependencies, such as a GPU machine's own."""
+    parser.addoption("--bare", action="store_true", help="skip tests that need packages which are not installed")
+
+
+class _BareModule(pytest.Module):
+    def _getobj(self) -> Any:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            missing = re.search("No module named .*", str(error))
+            if missing is None:
+                raise
+            pytest.skip(missing[0], allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module | None:
+    """With --bare, skip a test file that imports a missing package."""
+    return _BareModule.from_parent(parent, path=module_path) if parent.config.getoption("--bare") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With --bare, skip a test or fixture that imports a missing package."""
+    if call.excinfo is not None and call.excinfo.errisinstance(ModuleNotFoundError) and item.config.getoption("--bare"):
+        skipped = pytest.skip.Exception(str(call.excinfo.value)).with_traceback(call.excinfo.tb)
+        call.excinfo = pytest.ExceptionInfo.from_exception(skipped)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -64,6 +63,8 @@ def create_recording() -> Callable[..., Recording]:
     def create(
         number: int, num_frames: int = 9, *, cameras: dict[str, tuple[int, int]] = CAMERAS, quality: int = 90
     ) -> Recording:
+        from PIL import Image
+
         rng = np.random.default_rng(number)
         fields: dict[str, np.ndarray] = {}
         for source in ("actual", "action"):
@@ -183,6 +184,8 @@ def _sample_members(
 
 
 def _size_of(image: bytes) -> list[int]:
+    from PIL import Image
+
     return list(Image.open(io.BytesIO(image)).size)
 
 

@@ -202,7 +202,7 @@ def select_states(
         ValueError: the model has fewer blocks.
     """
     if num_states >= len(hidden_states):
-        raise ValueError(f"The last {num_states} layers are asked for, but the model has {len(hidden_states) - 1}.")
+        raise ValueError(f"The last {num_states} layers are requested, but the model has {len(hidden_states) - 1}.")
     states = list(hidden_states[-num_states:])
     if at is None:
         return states

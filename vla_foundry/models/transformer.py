@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         """
         num_blocks = len(self.layers)
         if num_states > num_blocks:
-            raise ValueError(f"The last {num_states} layers are asked for, but the model has {num_blocks}.")
+            raise ValueError(f"The last {num_states} layers are requested, but the model has {num_blocks}.")
         rows = self._arrange(inputs_embeds, None, documents, sees_ahead)
         states: list[Tensor] = []
         for i, x in enumerate(self._run_blocks(self._norm_embeds(inputs_embeds), rows, at=at), start=1):

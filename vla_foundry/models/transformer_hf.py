@@ -197,7 +197,7 @@ class TransformerHF(HuggingFaceLanguageModel):
             logits_to_keep=logits_to_keep,
             **self._arrange(given, attention_mask, documents, sees_ahead, past_key_values),
         )
-        # some architectures have no such cache: rows are computed anew for each token
+        # some architectures have no such cache: rows are recomputed for each token
         cache = getattr(output, "past_key_values", None) if self.keeps_cache else None
         return LanguageModelOutput(output.logits, getattr(output, "hidden_states", None), cache)
 
