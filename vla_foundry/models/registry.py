@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from vla_foundry.registry import Registry
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vla_foundry.params.models.roles import ModelParams
 
 
+@runtime_checkable
 class BatchHandler(Protocol):
     """Turns a batch (see batch.py) into the model's forward arguments."""
 
