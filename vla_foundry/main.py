@@ -9,7 +9,7 @@ from typing import Any
 
 from vla_foundry.config.command_line import Parsed, errors_once, parse, print_notices, run_command
 from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
-from vla_foundry.data.facts import check_statistics, read_facts
+from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
 from vla_foundry.storage.uri import write_text
 from vla_foundry.world import follow_launcher, is_first_process, is_launched, read_memory, read_world, read_world_size
@@ -50,7 +50,6 @@ def run(parsed: Parsed) -> None:
     with errors_once(on_each_node=True):
         facts = read_facts(parsed.params, read_world_size(), offline=parsed.params.resolve_configs)
         resolved = resolve_known(parsed.params, facts)
-        check_statistics(resolved.params.data, facts, offline=parsed.params.resolve_configs)
     print_notices(parsed.notices + resolved.notices)
     if parsed.params.resolve_configs:
         lack = find_lack_of_memory(resolved.params, facts.world_size, read_memory(facts.ranks_per_node))

@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 from vla_foundry.config.schema import BaseParams, Unavailable
-from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
@@ -18,7 +17,7 @@ from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParam
 from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import ModelParams, PublishedParams
 from vla_foundry.params.models.vit import ImageEncoderParams
-from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, NamedSpec, parse_spec, read_spec
+from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import (
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
@@ -94,24 +93,6 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         checkpoint_models=_read_checkpoint_models(params.model, offline),
         model_configs=_read_model_configs(params.model),
     )
-
-
-def check_statistics(data: DataParams, facts: Facts, *, offline: bool = False) -> None:
-    """Check that the statistics of robot data hold what resolved params normalize, if they can be read here.
-
-    Raises:
-        FileNotFoundError: a dataset has no statistics.
-        ValueError: statistics lack a field, a step or percentiles.
-    """
-    if not isinstance(data, RoboticsDataParams) or data.robot_window() is None:
-        return
-    specs = [
-        NamedSpec(item.manifest, item.robotics) for item in facts.datasets if isinstance(item.robotics, DatasetSpec)
-    ]
-    if len(specs) == len(facts.datasets) and not (offline and any(map(is_remote, data.dataset_statistics))):
-        from vla_foundry.data.robotics import create_normalization
-
-        create_normalization(data, specs)
 
 
 def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:

@@ -155,7 +155,7 @@ def test_a_window_longer_than_the_action_head_is_an_error_of_the_config(words: t
 
 def test_a_run_of_another_model_is_an_error(run: Path) -> None:
     (run / "config_model.yaml").write_text(dump_params(VLM.transformer), encoding="utf-8")
-    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run))
+    params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run), "--total_train_samples", "512")
     with pytest.raises(ValueError, match=r"resume_from_checkpoint \(.*\) is of type transformer, not vlm"):
         resolve_known(params, read_facts(params, 1))
     (run / "config_model.yaml").unlink()
