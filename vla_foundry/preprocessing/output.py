@@ -46,6 +46,7 @@ _OWN_FILES = (
     "processing_metadata.json",
 )
 _PLAN_NAME = "plan.json"
+_INPUTS_KEY = "inputs"
 _NUM_THREADS = 16
 # packages that may shape the bytes of a dataset
 _PACKAGES = ("av", "h5py", "numpy", "pillow", "pyarrow", "ray", "tokenizers", "torch", "torchvision", "transformers")
@@ -58,11 +59,13 @@ class OutputFolder:
         uri: local or s3://.
         plan: everything that determines the bytes of the dataset, as JSON values.
         flag: how the user names the folder, for messages.
+        inputs: fingerprint of the source files on this machine; results of tasks are kept only while it stays the same.
     """
 
-    def __init__(self, uri: str, plan: Mapping[str, Any], *, flag: str = "--output") -> None:
+    def __init__(self, uri: str, plan: Mapping[str, Any], *, flag: str = "--output", inputs: str | None = None) -> None:
         self.uri = uri
         self._flag = flag
+        self._inputs = inputs
         self.plan = json.loads(json.dumps(plan))
 
     @contextmanager
@@ -95,7 +98,9 @@ class OutputFolder:
         if found is None:
             example = min(files)
             raise ValueError(f"{self._flag} {self.uri} holds other files ('{example}', ...). Choose an empty folder.")
+        is_modified = found.pop(_INPUTS_KEY, self._inputs) != self._inputs
         differences = plan_differences(found, self.plan) or self._missing_shards(files)
+        differences += ["source files that were modified since then"] if is_modified else []
         if differences and not overwrite:
             verb = "was made" if MANIFEST_NAME in files else "was begun"
             raise ValueError(
@@ -189,7 +194,7 @@ class OutputFolder:
         return [f"{name}, which is now missing or cut" for name in names]
 
     def _write_plan(self) -> None:
-        _write_json(join_uri(self.uri, PROGRESS_FOLDER, _PLAN_NAME), self.plan)
+        _write_json(join_uri(self.uri, PROGRESS_FOLDER, _PLAN_NAME), {**self.plan, _INPUTS_KEY: self._inputs})
 
     def _delete_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
 import zlib
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 
 from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.progress import say
-from vla_foundry.storage.uri import folder_of_names, list_visible, name_of, open_input
+from vla_foundry.storage.uri import folder_of_names, is_remote, list_visible, name_of, open_input
 
 _BLOCK_BYTES = 8 << 20
 # names that are kept for each reason, and how many of them are printed
@@ -107,6 +108,11 @@ def describe_files(files: Sequence[SourceFile], digests: Iterable[str] = ()) -> 
         "num_bytes": sum(file.size for file in files),
         "listing_sha256": digest_of([*listing, *digests]),
     }
+
+
+def digest_of_times(files: Iterable[SourceFile]) -> str:
+    """Return a fingerprint of the times when local files were modified: an edited file may keep its size."""
+    return digest_of([os.stat(file.uri).st_mtime_ns for file in files if not is_remote(file.uri)])
 
 
 def say_ignored(ignored: Counter[str], why: str) -> None:

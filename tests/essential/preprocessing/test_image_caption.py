@@ -166,13 +166,15 @@ def test_failures_are_reported_by_reason_and_bounded(pairs: Path, tmp_path: Path
     save_picture(pairs / "alone.png", 1)
     (pairs / "cut.png").write_bytes((pairs / "both.v2.image_0.png").read_bytes()[:-40])
     (pairs / "cut.txt").write_text("a cut picture", encoding="utf-8")
+    save_picture(pairs / "zeros.png", 1)
+    (pairs / "zeros.txt").write_bytes(bytes(20))
     save_picture(pairs / "list.png", 1)
     (pairs / "list.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"3 of 34 images failed \(1 .*--max_bad_fraction 0.01"):
+    with pytest.raises(ValueError, match=r"4 of 35 images failed \(1 .*--max_bad_fraction 0.01"):
         preprocess(pairs, tmp_path / "out")
     preprocess(pairs, tmp_path / "out", max_bad_fraction=0.2)
     report = read_report(tmp_path / "out")
-    assert report["failed"] == {"bad JSON": 1, "bad image": 1, "no caption": 1}
+    assert report["failed"] == {"NUL bytes in the caption": 1, "bad JSON": 1, "bad image": 1, "no caption": 1}
     assert report["samples"] == NUM_PAIRS + 1
     assert report["examples"]["no caption"] == ["0/alone"]
     assert report["examples"]["bad image"][0].startswith("0/cut (PNG of ")

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from vla_foundry.params.commands.preprocessing import PreprocessTextParams, PreprocessTextUntokenizedParams
 from vla_foundry.preprocessing.manifest import verify_dataset
+from vla_foundry.preprocessing.text import text_job
 from vla_foundry.preprocessing.text.text_job import preprocess_text, preprocess_text_untokenized
 from vla_foundry.storage import uri
 
@@ -246,6 +247,28 @@ def test_changed_source_is_refused(params: PreprocessTextParams, write_jsonl, tm
     write_jsonl(tmp_path / "in" / "b.jsonl", ["three"])
     with pytest.raises(ValueError, match=r"source\.num_files 1 \(now 2\)"):
         preprocess_text(params)
+
+
+def test_results_of_files_that_were_edited_since_are_not_kept(
+    params: PreprocessTextParams, write_jsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    params = replace(params, source=[str(tmp_path / "in")])
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", ["a cat", "a dog"])
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_job, "run_unfinished", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess_text(params)
+    os.utime(write_jsonl(path, ["a cow", "a pig"]), ns=(0, 1))
+    with pytest.raises(ValueError, match=r"was begun with source files that were modified since then\. .*--overwrite"):
+        preprocess_text(params)
+    preprocess_text(replace(params, overwrite=True))
+    assert sorted(read_documents(Path(params.output))) == ["a cow", "a pig"]
+    os.utime(path, ns=(0, 2))
+    preprocess_text(params)  # complete: another machine may have other times
 
 
 def test_missing_shard_of_a_complete_dataset_is_seen(params: PreprocessTextParams, expected: Path):

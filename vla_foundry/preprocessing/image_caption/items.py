@@ -352,6 +352,8 @@ def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -
             caption = caption or _find_text(facts, caption_key)
     if not caption:
         raise Unusable("no caption")
+    if "\0" in caption:
+        raise Unusable("NUL bytes in the caption")
     return members
 
 
