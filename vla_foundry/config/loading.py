@@ -10,7 +10,7 @@ from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, check_file_plu
 from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY, Branch
 from vla_foundry.config.values import is_ambiguous
-from vla_foundry.config.yaml_source import load_mapping
+from vla_foundry.config.yaml_source import SEPARATORS, load_mapping
 
 P = TypeVar("P")
 
@@ -96,7 +96,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if is_ambiguous(text) else None)
+        style = '"' if any(mark in text for mark in SEPARATORS) else "'" if is_ambiguous(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)

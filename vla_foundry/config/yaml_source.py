@@ -26,6 +26,10 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _KNOWN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
 _NULL_WORDS = frozenset(("", "~", "null", "Null", "NULL"))
+# YAML 1.1 folds these like line breaks, in quoted text too; YAML 1.2 and our reader keep them as they are
+SEPARATORS = "\x85\u2028\u2029"
+_STAND_INS = "\U0010fd85\U0010fd28\U0010fd29"
+_HIDE, _SHOW = str.maketrans(SEPARATORS, _STAND_INS), str.maketrans(_STAND_INS, SEPARATORS)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -122,7 +126,7 @@ def _read(location: str) -> str:
 
 def _parse(text: str, source: str, folder: str | None, chain: tuple[str, ...]) -> Node:
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text.translate(_HIDE), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark and folder is not None else None
         raise ValueError(f"{Origin(source, line)}: not valid YAML: {error.problem or error.context}.") from None
@@ -204,4 +208,4 @@ def _scalar(node: Any) -> Scalar | None:
     # a plain scalar has no style; `!!str null` is text although it has no quotes
     is_text = node.tag == f"{_STANDARD_TAG}str" and node.value in _NULL_WORDS
     quoted = bool(node.style) or is_text
-    return None if not quoted and node.value in _NULL_WORDS else Scalar(node.value, quoted=quoted)
+    return None if not quoted and node.value in _NULL_WORDS else Scalar(node.value.translate(_SHOW), quoted=quoted)

@@ -76,7 +76,7 @@ class Tokenize:
     def __init__(self, tokenizer: str) -> None:
         self.name = tokenizer
         self._encoder: Any = None
-        self._end: int | None = None
+        self._end: Any = None
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without the tokenizer, so that each loader process loads its own."""

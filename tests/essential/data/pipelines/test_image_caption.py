@@ -20,6 +20,7 @@ from vla_foundry.data.pipelines.stages import Rows
 from vla_foundry.data.plan import SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.images.codec import decode_image
+from vla_foundry.params import dump_params, load_params_from_yaml
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import (
     ColorJitterParams,
@@ -199,6 +200,16 @@ def test_one_sample_a_row_is_filled_up_to_a_bucket(
     assert batch["token_type_ids"].shape == batch["input_ids"].shape
     for row, (_, mask) in enumerate(segments):  # attention is causal from the first answer on
         assert batch["token_type_ids"][row].tolist()[: len(mask)] == [int(is_target) for is_target in mask]
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_a_prompt_keeps_its_separators_in_a_saved_config_and_on_the_command_line(tmp_path: Path, mark: str) -> None:
+    prompts = [f"<image>a{mark}b", f"<image> {mark}  c {mark}"]
+    params = ImageCaptionDataParams(prompts=prompts)
+    (tmp_path / "data.yaml").write_text(dump_params(params), encoding="utf-8")
+    assert load_params_from_yaml(ImageCaptionDataParams, str(tmp_path / "data.yaml")).prompts == prompts
+    (tmp_path / "own.yaml").write_text(f"prompts: [{prompts[0]}, '{prompts[1]}']\n", encoding="utf-8")
+    assert load_params_from_yaml(ImageCaptionDataParams, str(tmp_path / "own.yaml")).prompts == prompts
 
 
 def test_captions_come_from_text_json_or_a_named_key(
