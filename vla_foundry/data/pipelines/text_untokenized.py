@@ -89,9 +89,10 @@ class Tokenize:
             ValueError: the tokenizer has no end-of-sequence token.
         """
         self._encoder = create_encoder(read_definition(self.name))
-        self._end = load_tokenizer(self.name).eos_token_id
-        if self._end is None:
+        end = load_tokenizer(self.name).eos_token_id
+        if not isinstance(end, int):
             raise ValueError(f"data.tokenizer '{self.name}' has no end-of-sequence token. Choose one that has.")
+        self._end = end
 
     def __call__(self, sample: Sample) -> Sample:
         """Tokenize the sample's text as `preprocess text` does."""
