@@ -35,6 +35,7 @@ _UNPACKERS: dict[str, Callable[[BinaryIO], Any]] = {
     "bz2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
     "zst": _open_zstd,
+    "zstd": _open_zstd,
 }
 PACKINGS = tuple(_UNPACKERS)
 

@@ -140,7 +140,9 @@ def read_unit(unit: Unit, *, text_key: str, max_bytes: int) -> Iterator[Piece | 
         if unit.file.kind == "txt":
             yield from _read_txt(unit, max_bytes)
         else:
-            for place, row in (_read_parquet if unit.file.kind == "parquet" else _read_json)(unit, text_key):
+            is_parquet = unit.file.kind == "parquet"
+            rows = _read_parquet(unit, text_key) if is_parquet else read_json_rows(unit.file, unit.part, unit.num_parts)
+            for place, row in rows:
                 yield from _pieces_of_row(row, f"{unit.file.name} {place}", text_key, max_bytes)
     except Unreadable as error:
         yield Skipped("unreadable", f"{unit.file.name}: {error}", unit.weight)
@@ -185,10 +187,6 @@ def _read_long_txt(unit: Unit, max_bytes: int) -> Iterator[Piece | Skipped]:
                 yield Piece(unit.file.name, part, piece.decode(), is_last)
                 part += 1
             data = held + block
-
-
-def _read_json(unit: Unit, text_key: str) -> Iterator[tuple[str, Any]]:
-    return read_json_rows(unit.file, unit.part, unit.num_parts)
 
 
 def _read_parquet(unit: Unit, text_key: str) -> Iterator[tuple[str, Any]]:

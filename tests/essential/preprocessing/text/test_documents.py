@@ -68,6 +68,7 @@ PACK = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
+    "zstd": lambda data: pa.compress(data, "zstd", asbytes=True),
     "zst": lambda data: b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:100], data[100:])),
 }
 
