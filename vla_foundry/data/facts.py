@@ -7,20 +7,24 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
+import yaml
+
 from vla_foundry.config.schema import BaseParams, Unavailable
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
+from vla_foundry.params.facts import DatasetFacts, Facts, ImageFacts, TokenizerFacts
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import with_model_files
-from vla_foundry.params.models.roles import ModelParams, PublishedParams
+from vla_foundry.params.models.roles import LanguageModelParams, ModelParams, PublishedParams
 from vla_foundry.params.models.vit import ImageEncoderParams
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
 from vla_foundry.run_folder import (
+    CONFIG_NAME,
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
+    PROCESSOR_CONFIG_NAME,
     PROCESSOR_FOLDER,
     TOKENIZER_FOLDER,
     run_folder_candidates,
@@ -32,6 +36,9 @@ from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.world import read_ranks_per_node
 
+# parts of a model that see no tokens, and no images
+_WITHOUT_TOKENS = (ImageEncoderParams, ViTBackboneParams, ActionHeadParams)
+_WITHOUT_IMAGES = (LanguageModelParams, ActionHeadParams)
 # folders of a run that hold a tokenizer, the fuller one first
 _KEPT = (PROCESSOR_FOLDER, TOKENIZER_FOLDER)
 # owner/name on the Hugging Face hub, or a legacy name without an owner
@@ -66,9 +73,11 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
             image_token_id=tokenizer.vocab_size,
             vocabulary=vocabulary,
         )
-    weights = _list_token_weights(params.model)
-    if params.resume is not None and params.name is not None:
-        weights.append(join_uri(params.save_path, params.name))
+    resumed = [] if params.resume is None or params.name is None else [join_uri(params.save_path, params.name)]
+    weights = _list_weights(params.model, besides=_WITHOUT_TOKENS) + resumed
+    image_weights: list[str] = []
+    if isinstance(data, ImageProcessorParams):
+        image_weights = _list_weights(params.model, besides=_WITHOUT_IMAGES) + resumed
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     has_spec = isinstance(data, RoboticsDataParams)
     specs = (_find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
@@ -86,6 +95,8 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         ),
         tokenizer=tokenizer,
         weights_tokenizers={name: _read_kept_tokenizer(name) for name in weights if not is_remote(name) or not offline},
+        images=None if name is None or not isinstance(data, ImageProcessorParams) else _read_images(name),
+        weights_images={name: _read_kept_images(name) for name in image_weights if not is_remote(name) or not offline},
         started_from=started_from,
         started_from_robotics=run,
         started_from_normalization=None if run is None else _read_run_normalization(run.name),
@@ -216,15 +227,40 @@ def _read_kept_tokenizer(checkpoint: str) -> TokenizerFacts | None:
     return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
 
-def _list_token_weights(model: BaseParams) -> list[str]:
-    """Return the checkpoints and local published models that the weights behind a model's tokens come from."""
-    if isinstance(model, ImageEncoderParams | ViTBackboneParams | ActionHeadParams):
+def _read_images(name: str) -> ImageFacts | None:
+    """Return how a processor prepares images, from its folder or the hub's cache; None: unknown."""
+    for file in (PROCESSOR_CONFIG_NAME, "processor_config.json", "preprocessor_config.json"):
+        is_hub_name = not os.path.isdir(name) and _HUB_NAME.fullmatch(name) is not None
+        path = find_cached(name, file) if is_hub_name else join_uri(name, file)
+        found = None if path is None else ImageFacts.from_config(_read_json(path))
+        if found is not None:
+            return found
+    return None
+
+
+def _read_kept_images(checkpoint: str) -> ImageFacts | None:
+    """Return how the images of a checkpoint or a published model were prepared; None: unknown."""
+    for folder in run_folder_candidates(checkpoint):
+        if exists(join_uri(folder, MODEL_CONFIG_NAME)):
+            kept = _read_images(join_uri(folder, PROCESSOR_FOLDER))
+            config = join_uri(folder, CONFIG_NAME)
+            if kept is None and exists(config):
+                # without text, a run has no processor, and the data's params say all of it
+                data = (yaml.safe_load(read_text(config)) or {}).get("data")
+                kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
+            return kept
+    return _read_images(checkpoint)
+
+
+def _list_weights(model: BaseParams, *, besides: tuple[type, ...]) -> list[str]:
+    """Return the checkpoints and local published models that weights come from, except those of some types of parts."""
+    if isinstance(model, besides):
         return []
     if isinstance(model, ModelParams | BackboneParams) and model.resume_from_checkpoint is not None:
         return [model.resume_from_checkpoint]
     is_published = isinstance(model, PublishedParams) and model.hf_load_weights and os.path.isdir(model.hf_pretrained)
     own = [model.hf_pretrained] if isinstance(model, PublishedParams) and is_published else []
-    return own + [name for part in _parts(model) for name in _list_token_weights(part)]
+    return own + [name for part in _parts(model) for name in _list_weights(part, besides=besides)]
 
 
 def _read_model_configs(model: BaseParams) -> dict[str, dict[str, Any]]:

@@ -27,10 +27,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vla_foundry.images.geometry import Interpolation, PixelMap, ResizeMethod, resize_image
+from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
 from vla_foundry.text.chat import IMAGE_MARKER, ChatTokenizer, Turn
 from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of
 
-CONFIG_FILE = "config_processor.json"
 TOKEN_KEYS = ("input_ids", "target_mask", "token_type_ids", "mm_token_type_ids")
 NATIVE, HUGGING_FACE = "native", "hugging_face"
 
@@ -182,7 +182,7 @@ def add_image_token(tokenizer: Any) -> int:
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write `config_processor.json`, which says which processor this is."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / PROCESSOR_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_processor(folder: str | Path) -> Processor:
@@ -192,7 +192,7 @@ def load_processor(folder: str | Path) -> Processor:
         FileNotFoundError: the folder has no `config_processor.json`.
         ValueError: the file is malformed.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = Path(folder) / PROCESSOR_CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not the folder of a processor.")
     config = json.loads(path.read_text(encoding="utf-8"))

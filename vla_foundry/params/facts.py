@@ -1,11 +1,15 @@
 """Facts about the machine and the data that values are derived from, besides the params."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vla_foundry.config.schema import Unavailable
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.text.tokenizers import Vocabulary
+
+# means and standard deviations of colours that differ by less are the same, rounded
+_SAME_COLOR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,51 @@ class TokenizerFacts:
     image_token_id: int | None = None
     # what its ids mean; None: unknown
     vocabulary: Vocabulary | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """How an image processor prepares images."""
+
+    # subtracted from red, green and blue in 0 .. 1, which are then divided by `std`
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    # (height, width) of its images; None: it varies
+    size: tuple[int, ...] | None = None
+    # side of its patches, pixels; None: it does not cut patches
+    patch_size: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ImageFacts | None":
+        """Read our own processor's config or a Hugging Face image processor's; None: it is neither."""
+        config = config.get("image_processor", config)
+        if "image_mean" not in config or "image_std" not in config:
+            return None
+        size = config.get("image_size") or (config.get("crop_size") if config.get("do_center_crop", True) else None)
+        size = size or config.get("size")
+        if isinstance(size, Mapping):
+            size = (size["height"], size["width"]) if {"height", "width"} <= size.keys() else None
+        is_normalized = config.get("do_normalize", True)
+        return cls(
+            mean=tuple(config["image_mean"]) if is_normalized else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if is_normalized else (1.0, 1.0, 1.0),
+            size=(size, size) if isinstance(size, int) else None if size is None else tuple(size),
+            patch_size=config.get("patch_size"),
+        )
+
+    def find_difference(self, other: "ImageFacts") -> tuple[str, Any, Any] | None:
+        """Return (what, its value here, its value there) of the first difference beyond rounding, or None."""
+        for key in ("mean", "std", "size", "patch_size"):
+            own, others = getattr(self, key), getattr(other, key)
+            if key in ("mean", "std"):
+                is_same = len(own) == len(others) and all(
+                    abs(a - b) < _SAME_COLOR for a, b in zip(own, others, strict=True)
+                )
+            else:
+                is_same = None in (own, others) or own == others
+            if not is_same:
+                return key, own, others
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +105,10 @@ class Facts:
     tokenizer: TokenizerFacts | None = None
     # checkpoint or published model that provides weights for tokens -> the tokenizer kept with it; None: it keeps none
     weights_tokenizers: dict[str, TokenizerFacts | None] = field(default_factory=dict)
+    # how the processor that the data names prepares images; None: it names none, or the files are out of reach
+    images: ImageFacts | None = None
+    # checkpoint or published model that provides weights for images -> its image processor; None: it keeps none
+    weights_images: dict[str, ImageFacts | None] = field(default_factory=dict)
     # processor/ or tokenizer/ of that run, if data with images names neither
     started_from: TokenizerFacts | None = None
     # published model -> its config.json, as far as it is on this machine

@@ -24,7 +24,7 @@ from vla_foundry.params.models.action_heads import FlowTransformerParams
 from vla_foundry.params.models.backbones import CLIPBackboneParams, VLMBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
-from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
 Write = Callable[[str, str], str]
@@ -199,7 +199,8 @@ def test_a_vlm_needs_the_tokenizer_of_its_language_model(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=rf"^The weights of {run} and data\.tokenizer \S*other have different tokeni"):
         resolve_with(params(str(tmp_path / "other")))
     vlm = replace(model, resume_from_checkpoint=write_run(tmp_path / "vlm", VOCAB | {"<image>": 3}, kept="processor"))
-    assert resolve_with(replace(params(str(tmp_path / "same")), model=vlm)).notices == []
+    (notice,) = resolve_with(replace(params(str(tmp_path / "same")), model=vlm)).notices
+    assert notice == f"{tmp_path / 'vlm'} keeps no image processor, so it is not compared with the data's."
     with pytest.raises(ValueError, match=r"^The weights of \S*vlm and data\.tokenizer \S*other have different"):
         resolve_with(replace(params(str(tmp_path / "other")), model=vlm))
 
@@ -277,3 +278,47 @@ def test_a_token_table_that_grows_fits_the_tokenizer(tmp_path: Path) -> None:
     grown = replace(backbone, vocab_size=vocab_size)
     assert grown.model_params().vocab_size == 4
     assert grown.token_limits(facts).vocab_size == 64
+
+
+def test_images_prepared_otherwise_than_for_the_weights_are_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer", VOCAB)
+    run, published = tmp_path / "run", tmp_path / "clip"
+    (run / "processor").mkdir(parents=True)
+    published.mkdir()
+    (run / "config_model.yaml").write_text("type: vlm\n", encoding="utf-8")
+    config = {"type": "native", "image_size": [16, 16], "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    processor = run / "processor" / "config_processor.json"
+    vit = ViTParams(hidden_dim=16, n_heads=2, patch_size=8, img_size=16)
+    vlm = VLMParams(vit=vit, transformer=TransformerParams(max_seq_len=16, vocab_size=100))
+    data = ImageCaptionDataParams(tokenizer=str(tmp_path / "tokenizer"), image_size=16, seq_len=16)
+
+    def compare(model: Any, **values: Any) -> list[str]:
+        changed = replace(data, **values)
+        facts = read_facts(replace(PARAMS, model=model, data=changed), 1)
+        return changed.compare_images(facts, "data", is_accepted=changed.accept_contradictions)
+
+    started = replace(vlm, resume_from_checkpoint=str(run))
+    assert "keeps no image processor, so it is not compared" in compare(started)[0]
+    for key, value, message in (
+        (
+            "image_mean",
+            [0.48, 0.45, 0.4],
+            r"images of mean \[0\.48, .*, but data gives \[0\.5, .* --data\.image_mean",
+        ),
+        ("image_size", [32, 32], r"images of size \[32, 32\], but data gives \[16, 16\]\. Use --data\.image_size 32\."),
+    ):
+        processor.write_text(json.dumps(config), encoding="utf-8")
+        assert compare(started) == []
+        processor.write_text(json.dumps(config | {key: value}), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            compare(started)
+        assert len(compare(started, accept_contradictions=True)) == 1
+    # text weights see no images; a published encoder has a processor of its own
+    assert compare(replace(vlm, transformer=replace(vlm.transformer, resume_from_checkpoint=str(run)))) == []
+    hf = {"crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 18}, "image_std": [0.5, 0.5, 0.27]}
+    (published / "preprocessor_config.json").write_text(json.dumps(hf | {"image_mean": [0.5] * 3}), encoding="utf-8")
+    (published / "config.json").write_text("{}", encoding="utf-8")
+    encoded = replace(vlm, vit=ViTHFParams(hf_pretrained=str(published)))
+    with pytest.raises(ValueError, match=r"images of std \[0\.5, 0\.5, 0\.27\], but data gives"):
+        compare(encoded)
+    assert compare(encoded, image_std=(0.5, 0.5, 0.27)) == []

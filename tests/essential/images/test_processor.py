@@ -13,12 +13,12 @@ from PIL import Image
 from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.images.codec import decode_image, image_from_array, image_to_array
 from vla_foundry.images.processor import (
-    CONFIG_FILE,
     ImageTextProcessor,
     add_image_token,
     load_processor,
 )
 from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
 from vla_foundry.text.chat import Turn, create_caption_turns
 
 TURNS = [Turn("user", "<image>What does this image show?"), Turn("assistant", "A red cube lies on a green table.")]
@@ -106,9 +106,9 @@ def test_inference_sees_what_training_saw(processor: ImageTextProcessor, create_
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{CONFIG_FILE} is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{PROCESSOR_CONFIG_NAME} is missing"):
         load_processor(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text('{"type": "other"}', encoding="utf-8")
+    (tmp_path / PROCESSOR_CONFIG_NAME).write_text('{"type": "other"}', encoding="utf-8")
     with pytest.raises(ValueError, match="is of type 'other', which must be native or hugging_face"):
         load_processor(tmp_path)
 

@@ -10,9 +10,10 @@ import torch
 from tests.essential import image_text_families
 from vla_foundry.data.pipelines.image_caption import create_image_processor
 from vla_foundry.images.colors import normalize_images
-from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, load_processor
+from vla_foundry.images.processor import TOKEN_KEYS, load_processor
 from vla_foundry.images.processor_hf import HuggingFaceProcessor, load_hugging_face_processor
 from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
 from vla_foundry.text.chat import Turn
 
 # the original PaliGemma processor, asked for tensors, uses them in a way that numpy deprecates
@@ -134,7 +135,7 @@ def test_images_are_split_where_that_is_asked_for_as_the_original_does(
 def test_a_saved_processor_gives_the_same_bits(folder: Path, images: list[torch.Tensor], tmp_path: Path) -> None:
     first = create_image_processor(ImageProcessorParams(processor=str(folder), prompt_layout="plain"))
     first.save(tmp_path)
-    assert (tmp_path / CONFIG_FILE).is_file()
+    assert (tmp_path / PROCESSOR_CONFIG_NAME).is_file()
     second = load_processor(tmp_path)
     ours, theirs = first.encode(images, TURNS), second.encode(images, TURNS)
     assert ours.keys() == theirs.keys()

@@ -30,11 +30,12 @@ from vla_foundry.data.pipelines.augment import add_images
 from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, check_text, register_pipeline
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
-from vla_foundry.images.processor import CONFIG_FILE, TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
+from vla_foundry.images.processor import TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.randomness import draw_index
+from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
 from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
 from vla_foundry.text.tokenizers import load_tokenizer
 
@@ -196,7 +197,7 @@ def create_image_processor(params: ImageProcessorParams) -> Processor:
             unknown.
     """
     if params.processor is not None:
-        if (Path(params.processor) / CONFIG_FILE).is_file():
+        if (Path(params.processor) / PROCESSOR_CONFIG_NAME).is_file():
             return load_processor(params.processor)
         from vla_foundry.images.processor_hf import load_hugging_face_processor
 

@@ -48,6 +48,7 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
         notices = super().check(root, facts, path)
         model = root.model.image_inputs()
         self.check_processor(model, path, seq_len=self.seq_len)
+        notices += self.compare_images(facts, path, is_accepted=self.accept_contradictions)
         if self.pack and not model.takes_packed_rows:
             raise ValueError(
                 f"{path}.pack is true, but model.type {root.model.type} takes one sample a row. Leave it out."

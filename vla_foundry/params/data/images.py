@@ -4,12 +4,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from vla_foundry.config.schema import BaseParams, Bounds, Derived, Fraction, Location, NonNegative, Positive, Size
-from vla_foundry.params.facts import Facts
+from vla_foundry.params.facts import Facts, ImageFacts
 from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 _Hue = Annotated[float, Bounds(least=-0.5, most=0.5)]
 _Share = Annotated[float, Bounds(above=0, most=1)]
+
+
+def _list(value: Any) -> Any:
+    return [round(number, 6) for number in value] if isinstance(value, tuple) else value
 
 
 def _check_ascending(name: str, limits: tuple[float, float]) -> None:
@@ -169,6 +173,37 @@ class ImageProcessorParams(BaseParams):
                 if getattr(self, name) is None and getattr(model, name) is not None:
                     derived[name] = Derived(getattr(model, name), "the model")
         return derived
+
+    def compare_images(self, facts: Facts, path: str, *, is_accepted: bool) -> list[str]:
+        """Compare how images are prepared here with how those were that the model's weights learned by.
+
+        Returns:
+            Accepted differences, and what cannot be compared.
+
+        Raises:
+            ValueError: a difference is not accepted.
+        """
+        own = facts.images
+        if self.processor is None:
+            size = None if self.image_size is None else (self.image_size, self.image_size)
+            own = ImageFacts(mean=self.image_mean, std=self.image_std, size=size)
+        if own is None:
+            return []
+        notices, differences = [], []
+        for name, known in facts.weights_images.items():
+            found = None if known is None else known.find_difference(own)
+            if known is None:
+                notices.append(f"{name} keeps no image processor, so it is not compared with the data's.")
+            elif found is not None:
+                key, theirs, ours = (_list(value) for value in found)
+                fix = f"Use --{path}.image_{key} {theirs[0] if key == 'size' else theirs}."
+                differences.append(
+                    f"The weights of {name} were trained on images of {key} {theirs}, but {path} gives {ours}. "
+                    + (fix if self.processor is None else "Use the processor that they were trained with.")
+                )
+        if differences and not is_accepted:
+            raise ValueError(f"{differences[0]} Or continue as is with --{path}.accept_contradictions true.")
+        return differences + notices
 
     def check_processor(self, model: ImageInputs, path: str, *, seq_len: int, num_images: int = 1) -> None:
         """Check that a processor is given and that our own one fits the model and the row length.

@@ -338,6 +338,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         datasets = [item for item in (*facts.datasets, *facts.val_datasets)]
         if not any(item.robotics is None or isinstance(item.robotics, Unavailable) for item in datasets):
             notices += self.check_specs(_specs_of(datasets), facts.started_from_robotics)
+        notices += self.compare_images(facts, path, is_accepted=self.accept_contradictions)
         # numbers matter only where all of the policy continues, not its backbone alone
         if root.model.resume_from_checkpoint is not None:
             notices += self._compare_normalization(facts)
