@@ -185,6 +185,7 @@ class Microbatches(torch.utils.data.Dataset):
         self._located: dict[int, tuple[np.ndarray, Location]] = {}
         self._look_ahead: LookAhead | None = None
         self._ahead: list[tuple[int, int]] = []
+        self._is_remote = any(dataset.is_remote for dataset in reader.datasets)
 
     def __getitems__(self, numbers: range) -> list[Message | Failure]:
         """Return microbatches, up to the first failure."""
@@ -199,7 +200,7 @@ class Microbatches(torch.utils.data.Dataset):
 
     def _create_message(self, number: int) -> Message:
         positions, location = self._locate(number)
-        if any(dataset.is_remote for dataset in self._reader.datasets) and len(positions):
+        if self._is_remote and len(positions):
             self._fetch_ahead(int(positions[0]))
         rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training)
         batch = self._pipeline.create_batch(rows) if len(rows) else self._pipeline.create_empty_batch()
