@@ -313,13 +313,13 @@ class ShardReader:
         if opened is None:
             while len(self._open) >= _max_open_shards():
                 self._open.popitem(last=False)
-            opened = self._open_anew(dataset, shard)
+            opened = self._open_shard(dataset, shard)
             self._open[dataset, shard] = opened
         else:
             self._open.move_to_end((dataset, shard))
         return opened
 
-    def _open_anew(self, number: int, shard: int) -> Shard:
+    def _open_shard(self, number: int, shard: int) -> Shard:
         dataset, uri = self.datasets[number], self.datasets[number].shard_uri(shard)
         if not self._intact.get((number, shard), True):
             raise Dropped("damaged shard", f"its bytes have another SHA-256 than in {dataset.manifest}")
@@ -338,7 +338,7 @@ class ShardReader:
             if sha256 is not None and not dataset.is_remote and (number, shard) not in self._intact:
                 self._intact[number, shard] = is_intact(file, path, sha256)
                 if not self._intact[number, shard]:
-                    return self._open_anew(number, shard)
+                    return self._open_shard(number, shard)
             index = load_index(file, path)
             _check_count(dataset, shard, index.num_sequences)
             if index.records is not None:
@@ -385,7 +385,7 @@ def _check_count(dataset: Dataset, shard: int, num_sequences: int) -> None:
     if expected != num_sequences:
         raise ValueError(
             f"{dataset.shard_uri(shard)} holds {num_sequences} samples, but {dataset.manifest} says {expected}. "
-            f"Write the manifest anew with `vla-foundry manifest build {parent_uri(dataset.manifest)}`."
+            f"Write the manifest again with `vla-foundry manifest build {parent_uri(dataset.manifest)}`."
         )
 
 

@@ -180,7 +180,7 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
     if before is not None and json.dumps(before, indent=1) + "\n" != state and not params.accept_changed_data:
         raise ValueError(
             f"data.dataset_statistics or data.normalization are not those that {kept_state} was made from, so the "
-            "model's numbers would mean something else. Restore them, start another run, or go on with "
+            "model's numbers would mean something else. Restore them, start another run, or continue with "
             "--data.accept_changed_data true."
         )
     write_text(str(kept_state), state)

@@ -139,7 +139,7 @@ def place_images(content: str, num_images: int) -> str:
         return IMAGE_MARKER * num_images + content
     if num_markers == 1:
         return content.replace(IMAGE_MARKER, IMAGE_MARKER * num_images)
-    raise ValueError(f"prompt {content!r} has {num_markers} times <image>, but the sample has {num_images} images.")
+    raise ValueError(f"prompt {content!r} has <image> {num_markers} times, but the sample has {num_images} images.")
 
 
 def create_user_turn(
@@ -320,7 +320,7 @@ class ChatTokenizer:
             prompt_layout != CHAT_TEMPLATE or (render is None and not tokenizer.chat_template)
         ):
             choices = ", ".join([*PROMPT_LAYOUTS, *([CHAT_TEMPLATE] if tokenizer.chat_template else [])])
-            raise ValueError(f"data.prompt_layout '{prompt_layout}' is not there for this tokenizer. Use {choices}.")
+            raise ValueError(f"data.prompt_layout '{prompt_layout}' is unknown for this tokenizer. Use {choices}.")
 
     def stop_token_ids(self) -> list[int]:
         """Return the tokens that end an answer, beginning with the one that ends supervised answers."""
@@ -378,9 +378,9 @@ class ChatTokenizer:
                 if found := self._control.search(piece):
                     raise ValueError(f"a text has the control token {found.group()!r} of the tokenizer")
         if num_markers != num_images:
-            raise ValueError(f"the turns have {num_markers} times {IMAGE_MARKER}, but there are {num_images} images")
+            raise ValueError(f"the turns have {IMAGE_MARKER} {num_markers} times, but there are {num_images} images")
         if not turns or not any(turn.role == "user" for turn in turns):
-            raise ValueError("the turns have none of a user")
+            raise ValueError("no turn is the user's")
 
     def _end_of_control(self, text: str, start: int) -> int | None:
         found = self._control.search(text, start)

@@ -150,13 +150,13 @@ def test_answers_are_cut_at_the_length_and_prompts_are_not() -> None:
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([Turn("user", "What?"), Turn("assistant", "A mug.")], "have 0 times <image>, but there are 1 images"),
-        ([Turn("user", "<image><image>"), Turn("assistant", "A.")], "have 2 times <image>, but there are 1 images"),
+        ([Turn("user", "What?"), Turn("assistant", "A mug.")], "have <image> 0 times, but there are 1 images"),
+        ([Turn("user", "<image><image>"), Turn("assistant", "A.")], "have <image> 2 times, but there are 1 images"),
         ([Turn("user", "<image>"), Turn("assistant", "  ")], "an answer is empty"),
         ([Turn("user", "What?"), Turn("assistant", "<image>")], "an answer has an image"),
         ([Turn("user", "<image>Hi<eos>"), Turn("assistant", "A.")], "has the control token '<eos>'"),
         ([Turn("user", "<image>"), Turn("assistant", "A<|im_end|>B")], r"has the control token '<\|im_end\|>'"),
-        ([Turn("assistant", "A.")], "have 0 times"),
+        ([Turn("assistant", "A.")], "have <image> 0 times"),
     ],
 )
 def test_turns_that_would_mislead_are_refused(turns: list[Turn], message: str) -> None:
@@ -166,9 +166,9 @@ def test_turns_that_would_mislead_are_refused(turns: list[Turn], message: str) -
 
 
 def test_an_unknown_layout_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"prompt_layout 'chatty' is not there .* Use chat, plain, caption\."):
+    with pytest.raises(ValueError, match=r"prompt_layout 'chatty' is unknown .* Use chat, plain, caption\."):
         ChatTokenizer(byte_level(), prompt_layout="chatty")
-    with pytest.raises(ValueError, match="prompt_layout 'chat_template' is not there for this tokenizer"):
+    with pytest.raises(ValueError, match="prompt_layout 'chat_template' is unknown for this tokenizer"):
         ChatTokenizer(byte_level(), prompt_layout="chat_template")
 
 

@@ -54,7 +54,7 @@ def test_every_image_gets_a_place(content: str, num_images: int, expected: str) 
 
 
 def test_more_markers_than_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="has 2 times <image>, but the sample has 3 images"):
+    with pytest.raises(ValueError, match="has <image> 2 times, but the sample has 3 images"):
         place_images("<image><image>", 3)
 
 

@@ -116,7 +116,7 @@ def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:
         return turns
     first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
-        raise ValueError("its conversation has no turn of a user")
+        raise ValueError("its conversation has no user turn")
     turns[first] = Turn("user", place_images(turns[first].content, num_images))
     return turns
 
