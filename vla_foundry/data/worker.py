@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -256,7 +256,14 @@ def start_context(pipeline: Pipeline) -> Any:
     context = get_context("forkserver")
     shared = [name for name in _SHARED_MODULES if name in sys.modules]
     context.set_forkserver_preload(["vla_foundry.data.loader", type(pipeline).__module__, *shared])
-    forkserver.ensure_running()  # the server imports while the trainer creates the model
+    # a signal to the whole process group must not end these two before the trainer has saved, nor interrupt an import
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # starting the tracker unblocks two of them
+        forkserver.ensure_running()  # the server imports while the trainer creates the model
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
