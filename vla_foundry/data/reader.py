@@ -241,9 +241,8 @@ class EpisodeShard:
                     raise ValueError(f"episode '{key}' has no member '{suffix}'")
             span = members[EPISODE_SUFFIX]
             info = parse_episode(_read_span(self._descriptor, span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
-            arrays = NpzFile(self._range_reader(members[LOWDIM_SUFFIX]), members[LOWDIM_SUFFIX].size)
-            for name in () if self._is_checked else arrays.names:
-                arrays.read(name)
+            stored = members[LOWDIM_SUFFIX]
+            arrays = NpzFile(self._range_reader(stored), stored.size, is_checked=self._is_checked)
             opened = OpenEpisode(info, arrays)
             self._open[number] = opened
             if len(self._open) > _MAX_OPEN_EPISODES:

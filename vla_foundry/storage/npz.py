@@ -57,16 +57,19 @@ class NpzFile:
     Args:
         read: reads a byte range of the file.
         size: size of the file in bytes.
+        is_checked: the file's own checksum was compared; False: an array is checked before its first rows are read.
 
     Raises:
         ValueError: the file is not a complete .npz.
     """
 
-    def __init__(self, read: ReadRange, size: int) -> None:
+    def __init__(self, read: ReadRange, size: int, *, is_checked: bool = True) -> None:
         self._read_range = read
+        self._is_checked = is_checked
         self._entries = _read_directory(read, size)
         # (header, where the values begin) of stored arrays
         self._headers: dict[str, tuple[_Header, int]] = {}
+        self._checked: set[str] = set()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NpzFile":
@@ -109,6 +112,9 @@ class NpzFile:
         entry = self._find(name)
         if entry.method != _STORED:
             return self._rows_of(name, self.read(name), first, end)
+        if not self._is_checked and name not in self._checked:
+            self.read(name)
+            self._checked.add(name)
         header, start = self._read_header(name, entry)
         if header.is_fortran or not header.shape:
             return self._rows_of(name, self.read(name), first, end)

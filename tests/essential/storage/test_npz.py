@@ -100,3 +100,18 @@ def test_what_is_no_npz_is_said() -> None:
     for content in (b"", b"PK\5\6", b"x" * 100):
         with pytest.raises(ValueError, match=r"truncated or not an \.npz"):
             NpzFile.from_bytes(content)
+
+
+def test_an_unchecked_file_checks_an_array_before_its_first_rows() -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, good=np.arange(12.0).reshape(6, 2), bad=np.arange(12.0).reshape(6, 2))
+    content = bytearray(buffer.getvalue())
+    place = content.rindex(np.float64(11.0).tobytes())  # the last row of `bad`
+    content[place] ^= 1
+    read = lambda offset, size: bytes(content[offset : offset + size])  # noqa: E731
+    assert NpzFile(read, len(content)).read_rows("bad", 0, 2).tolist() == [[0, 1], [2, 3]]
+    unchecked = NpzFile(read, len(content), is_checked=False)
+    assert unchecked.read_rows("good", 0, 2).tolist() == [[0, 1], [2, 3]]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="array 'bad' is damaged: its checksum differs"):
+            unchecked.read_rows("bad", 0, 2)
