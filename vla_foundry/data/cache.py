@@ -198,6 +198,8 @@ class LookAhead:
         self._wanted: list[RemoteShard] = []
         self._room = 0
         self._changed = threading.Condition()
+        # held while a shard is taken
+        self._order = threading.Lock()
         self._is_closed = False
         for _ in range(_NUM_LOOK_AHEAD_THREADS):
             threading.Thread(target=self._work, daemon=True, name="look-ahead").start()
@@ -216,24 +218,31 @@ class LookAhead:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while True:
+        while not self._is_closed:
+            try:
+                shard = self._take()
+                if shard is not None:
+                    self._cache.fetch(shard, wait=False)
+            except (OSError, ValueError) as error:
+                _logger.info("Look-ahead: %s", error)
+                time.sleep(1)
+
+    def _take(self) -> RemoteShard | None:
+        """Wait for the next shard that has room; None if the room is used up. Room goes to the most urgent first."""
+        with self._order:
             with self._changed:
                 while not self._wanted and not self._is_closed:
                     self._changed.wait()
                 if self._is_closed:
-                    return
+                    return None
                 shard = self._wanted.pop(0)
-            try:
-                num_bytes = self._cache.size(shard)
-                with self._changed:
-                    self._room -= num_bytes
-                    if self._room < 0:
-                        self._wanted.clear()
-                        continue
-                self._cache.fetch(shard, wait=False)
-            except (OSError, ValueError) as error:
-                _logger.info("Look-ahead: %s", error)
-                time.sleep(1)
+            num_bytes = self._cache.size(shard)
+            with self._changed:
+                self._room -= num_bytes
+                if self._room < 0:
+                    self._wanted.clear()
+                    return None
+            return shard
 
 
 def _status(path: str) -> os.stat_result | None:
