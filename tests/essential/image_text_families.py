@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.essential.byte_level import train_tokenizer
 
 _SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>", "<|vision_start|>", "<|vision_end|>",
@@ -49,16 +50,9 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _create_tokenizer(**extra: str) -> Any:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["Describe the image. A red cube lies on a green table."] * 3, trainer)
+    texts = ["Describe the image. A red cube lies on a green table."] * 3
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": "<|im_start|>"}
-    return hf.PreTrainedTokenizerFast(tokenizer_object=backend, **names, extra_special_tokens=extra)
+    return train_tokenizer(400, texts, _SPECIAL, **names, extra_special_tokens=extra)
 
 
 def create_processor(name: str) -> Any:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from tests.essential.byte_level import train_tokenizer
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.params.data.robotics import RoboticsDataParams
@@ -269,18 +268,8 @@ def write_robot_data() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer: every byte is a token."""
-    backend = Tokenizer(models.BPE(vocab={}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=257,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["a"], trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    train_tokenizer(257, ["a"], ["<|endoftext|>"], eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+from tests.essential.byte_level import train_tokenizer
 
 SENTENCES = [
     "Describe the image. What does this image show? A red cube lies on a green table.",
@@ -30,19 +31,7 @@ SMOL = (
 
 def create_tokenizer(special: list[str], **names: str) -> Any:
     """Train a byte-level BPE of 400 tokens, with `special` tokens on top."""
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(SENTENCES * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return train_tokenizer(400, SENTENCES * 3, special, **names)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.essential.byte_level import train_tokenizer
 from vla_foundry.cli import main
 from vla_foundry.data.pipelines.image_caption import ImageCaptionPipeline
 from vla_foundry.images.processor import load_processor
@@ -54,19 +54,8 @@ def flags(section: str, values: str) -> str:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([caption_of(*key) for key in PICTURES] * 3 + ["User: Describe. Assistant:"], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    texts = [caption_of(*key) for key in PICTURES] * 3 + ["User: Describe. Assistant:"]
+    train_tokenizer(320, texts, ["<|endoftext|>"], eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from tests.essential.byte_level import train_tokenizer
 from vla_foundry.text.chat import ChatTokenizer, Turn
 
 TEXT = ["User: What lies on the table? Assistant: A red mug, left of the gripper.", "Describe the image. Colour?"]
@@ -23,19 +24,7 @@ CHATML = (
 
 def byte_level(**names: str) -> Any:
     """A byte-level BPE, as `preprocess tokenizer` trains it."""
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=350,
-        special_tokens=["<eos>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXT * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "<eos>", **names})
+    return train_tokenizer(350, TEXT * 3, ["<eos>", "<|im_start|>", "<|im_end|>"], **{"eos_token": "<eos>", **names})
 
 
 def sentence_piece() -> Any:
