@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vla_foundry.config.command_line import parse
+from vla_foundry.config.command_line import Parsed, parse
 from vla_foundry.config.loading import dump_params
 from vla_foundry.config.resolve import resolve
 from vla_foundry.config.yaml_source import preset_root
@@ -208,3 +209,15 @@ def test_an_installed_package_finds_its_own_presets(tmp_path: Path, manifest: st
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"hidden_dim: 64 +# config_presets/models/transformer_tiny\.yaml", result.stdout)
+
+
+def test_a_config_file_is_found_in_the_working_directory_and_then_among_the_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parse_train: Callable[..., Parsed]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("hparams/adamw_wsd.yaml", "config_presets/hparams/adamw_wsd.yaml")
+    for name in (*names, f"vla_foundry/{names[1]}"):
+        assert parse_train("--hparams", f"include {name}").params.hparams.decay == 0.2
+    (tmp_path / "hparams").mkdir()
+    (tmp_path / "hparams" / "adamw_wsd.yaml").write_text("decay: 0.7\n", encoding="utf-8")
+    assert parse_train("--hparams", f"include {names[0]}").params.hparams.decay == 0.7

@@ -1,5 +1,6 @@
 """Weights are loaded whole or not at all, from every kind of checkpoint, without running what a file holds."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vla_foundry.batch import IGNORE_INDEX, LossOutput
+from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.models.transformer import Transformer
 from vla_foundry.models.weights import find_tied_names, has_ema
+from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, EMA_WEIGHTS_NAME, MODEL_WEIGHTS_NAME, step_folder_name
 
@@ -194,3 +198,220 @@ def test_create_model_starts_from_a_checkpoint_and_freezes(tmp_path: Path) -> No
     frozen: Callable[[torch.nn.Module], set[bool]] = lambda model: {p.requires_grad for p in model.parameters()}  # noqa: E731
     assert frozen(create(freeze=True)) == {False}
     assert frozen(create()) == {True}
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Published:
+    """The checkpoint with what was recorded of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.outputs = load_file(folder / "outputs.safetensors")
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+    def load(self, **changes: Any) -> Any:
+        params = load_params_from_yaml(ModelParams, str(self.folder / "config_model.yaml"))
+        model = create_model(dataclasses.replace(params, **changes))
+        load_model_checkpoint(model, self.folder)
+        return model.eval()
+
+
+@pytest.fixture
+def published(shared_data: Path) -> Published:
+    return Published(shared_data / "parity" / "transformer_base")
+
+
+def mean_loss(output: LossOutput) -> Tensor:
+    return output.sum / output.count
+
+
+@pytest.mark.shared_data
+def test_logits_and_hidden_states(published: Published) -> None:
+    model, states = published.load(), []
+    for block in model.blocks():
+        block.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+    output = model(input_ids=published.inputs["input_ids"], output_hidden_states=True)
+    torch.testing.assert_close(output.logits, published.outputs["logits"], **CLOSE)
+    # what was recorded is each block's own output; ours are the same but for the last, which is taken after the norm
+    for i, state in enumerate(states):
+        torch.testing.assert_close(state, published.outputs[f"hidden_{i}"], **CLOSE)
+    for i in (1, 2):
+        torch.testing.assert_close(output.hidden_states[i], published.outputs[f"hidden_{i - 1}"], **CLOSE)
+    torch.testing.assert_close(output.hidden_states[3], model.norm(published.outputs["hidden_2"]), **CLOSE)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(published: Published, use_cache: bool) -> None:
+    expected = published.outputs["greedy_tokens_cache" if use_cache else "greedy_tokens_nocache"]
+    prompts = published.inputs["input_ids"][:2]
+    length = next(n for n in range(32, 0, -1) if torch.equal(expected[:, :n], prompts[:, :n]))
+    assert 0 < length < 21
+    made = generate(published.load(), prompts[:, :length], max_new_tokens=21 - length, use_cache=use_cache)
+    assert [row.tokens for row in made] == expected[:, length:].tolist()
+
+
+@pytest.mark.shared_data
+def test_left_padded_rows_with_a_cache(published: Published) -> None:
+    mask = published.inputs["attention_mask_leftpad"]
+    output = published.load().decode(published.inputs["input_ids"], mask)
+    is_real = mask.bool()
+    # Only the difference of two positions enters a logit, so that it does not matter that padding took positions when
+    # these were recorded; the rotated keys of the padded row differ for it, those of the others do not.
+    expected = published.outputs["logits_attnmask_use_cache"]
+    torch.testing.assert_close(output.logits[is_real], expected[is_real], **CLOSE)
+    keys, values = output.past_key_values.layers[0].keys[:, :32], output.past_key_values.layers[0].values[:, :32]
+    full = is_real.all(1)
+    torch.testing.assert_close(keys[full], published.outputs["kv0_k"][full], **CLOSE)
+    torch.testing.assert_close(values[full], published.outputs["kv0_v"][full], **CLOSE)
+    torch.testing.assert_close(values[1, :26], published.outputs["kv0_v"][1, 6:], **CLOSE)
+
+
+@pytest.mark.shared_data
+def test_losses_and_gradients(published: Published) -> None:
+    model, ids, targets = published.load(), published.inputs["input_ids"], published.inputs["targets"]
+    ignored = published.inputs["loss_mask_True_is_ignored"]
+    loss = mean_loss(model(input_ids=ids, targets=targets))
+    masked = model(input_ids=ids, targets=targets.masked_fill(ignored, IGNORE_INDEX))
+    assert loss.item() == pytest.approx(published.meta["loss"], rel=1e-6)
+    assert mean_loss(masked).item() == pytest.approx(published.meta["loss_masked"], rel=1e-6)
+    with_z = model(input_ids=ids, targets=targets, z_loss_coefficient=1e-3)
+    assert mean_loss(with_z).item() == pytest.approx(published.meta["loss_zloss_1e-3"], rel=1e-6)
+    # the recorded masked z-loss is averaged over masked places too, which ours is not
+    all_z = (with_z.logs["z_loss"] / with_z.count).item()
+    assert mean_loss(masked).item() + all_z == pytest.approx(published.meta["loss_zloss_masked_1e-3"], rel=1e-6)
+    loss.backward()
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert norms == pytest.approx(published.meta["grad_norms"], rel=1e-4)
+
+
+@pytest.mark.shared_data
+def test_training_five_steps(published: Published) -> None:
+    model, ids, targets = published.load(), published.inputs["input_ids"], published.inputs["targets"]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": gains, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    losses = []
+    for step in range(5):
+        loss = mean_loss(model(input_ids=ids, targets=targets))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+    assert losses == pytest.approx(published.meta["train_losses_5steps"], rel=1e-5)
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, published.outputs["logits_after_5steps"], rtol=1e-3, atol=1e-4
+    )
+
+
+def learning_rate(step: int) -> float:
+    """Warm-up over 2 steps, then a cosine over 33."""
+    if step < 2:
+        return 1e-2 * (step + 1) / 2
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 2) / 31)).item()) * 1e-2
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("rounds_frequencies", [True, False])
+def test_bf16_compute(published: Published, rounds_frequencies: bool) -> None:
+    model = published.load(rope_bf16_frequencies=rounds_frequencies)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=published.inputs["input_ids"]).logits.float()
+    difference = (logits - published.outputs["logits_bf16_autocast"]).abs()
+    # bf16 has 8 bits; the logits reach 3
+    assert difference.max() < 0.08
+    assert difference.mean() < 0.01
+
+
+VLM_CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class PublishedVLM:
+    """The checkpoint with what was recorded of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.outputs = load_file(folder / "outputs.safetensors")
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.model: Any = create_model(load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")))
+        load_model_checkpoint(self.model, folder)
+        self.model.eval()
+
+
+@pytest.fixture(scope="module")
+def published_vlm(shared_data: Path) -> PublishedVLM:
+    return PublishedVLM(shared_data / "parity" / "vlm_ps2")
+
+
+@pytest.mark.shared_data
+def test_image_tokens(published_vlm: PublishedVLM) -> None:
+    pixels = published_vlm.inputs["pixel_values"]
+    torch.testing.assert_close(published_vlm.model.vit(pixels), published_vlm.outputs["vit"], **VLM_CLOSE)
+    torch.testing.assert_close(
+        published_vlm.model.encode_images(pixels), published_vlm.outputs["projected"], **VLM_CLOSE
+    )
+
+
+@pytest.mark.shared_data
+def test_logits_and_hidden_states_of_a_vlm(published_vlm: PublishedVLM) -> None:
+    states: list[torch.Tensor] = []
+    hook = published_vlm.model.transformer.layers[-1].register_forward_hook(lambda _m, _i, out: states.append(out))
+    inputs = {"input_ids": published_vlm.inputs["input_ids"], "pixel_values": published_vlm.inputs["pixel_values"]}
+    logits = published_vlm.model(**inputs).logits
+    hook.remove()
+    torch.testing.assert_close(logits, published_vlm.outputs["logits"], **VLM_CLOSE)
+    # what was recorded is the last block's own output, before the norm
+    torch.testing.assert_close(states[0], published_vlm.outputs["hidden_last"], **VLM_CLOSE)
+    # padding behind a row changes nothing in front of it
+    mask = published_vlm.inputs["attention_mask"]
+    masked = published_vlm.model(**inputs, attention_mask=mask).logits
+    is_real = mask.bool()
+    torch.testing.assert_close(masked[is_real], published_vlm.outputs["logits"][is_real], **VLM_CLOSE)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("layout", ["5d", "flat4d"])
+def test_two_images_a_sample(published_vlm: PublishedVLM, layout: str) -> None:
+    pixels = published_vlm.inputs["pixel_values_2img_5d"]
+    pixels = pixels if layout == "5d" else pixels.flatten(0, 1)
+    logits = published_vlm.model(input_ids=published_vlm.inputs["input_ids_2img"], pixel_values=pixels).logits
+    torch.testing.assert_close(logits, published_vlm.outputs[f"logits_2img_{layout}"], **VLM_CLOSE)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens_of_a_vlm(published_vlm: PublishedVLM, use_cache: bool) -> None:
+    expected, prompt = published_vlm.outputs["greedy_tokens"][0], published_vlm.inputs["input_ids"][0]
+    length = next(n for n in range(len(expected), 0, -1) if torch.equal(expected[:n], prompt[:n]))
+    assert 20 < length < 38
+    made = generate(
+        published_vlm.model,
+        prompt[None, :length],
+        max_new_tokens=38 - length,
+        use_cache=use_cache,
+        prompt_inputs={"pixel_values": published_vlm.inputs["pixel_values"][:1]},
+    )
+    assert made[0].tokens == expected[length:].tolist()
+
+
+@pytest.mark.shared_data
+def test_loss_and_gradients_of_a_vlm(published_vlm: PublishedVLM) -> None:
+    targets = published_vlm.inputs["targets"]
+    ignored = (targets == published_vlm.meta["pad_token_id"]) | (targets == published_vlm.meta["image_token_id"])
+    output = published_vlm.model(
+        input_ids=published_vlm.inputs["input_ids"],
+        pixel_values=published_vlm.inputs["pixel_values"],
+        targets=targets.masked_fill(ignored, IGNORE_INDEX),
+    )
+    loss = output.sum / output.count
+    assert loss.item() == pytest.approx(published_vlm.meta["loss_masked"], rel=1e-6)
+    loss.backward()
+    norms = {name: parameter.grad.norm().item() for name, parameter in published_vlm.model.named_parameters()}
+    assert norms == pytest.approx(published_vlm.meta["grad_norms"], rel=1e-5)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.essential.robot_data import create_recording as create_recording
+from tests.essential.robot_data import tokenizer_folder as tokenizer_folder
+from tests.essential.robot_data import write_robot_data as write_robot_data
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve, resolve_known
 from vla_foundry.data.facts import read_facts
