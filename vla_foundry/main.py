@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from vla_foundry.config.command_line import Parsed, errors_once, parse, print_notices, run_command
+from vla_foundry.config.command_line import Parsed, describe_error, errors_once, parse, print_notices, run_command
 from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
@@ -38,11 +38,13 @@ def main(argv: list[str]) -> None:
         raise
 
 
-def record_failure(params: TrainExperimentParams, error: Exception) -> None:
+def record_failure(params: TrainExperimentParams, error: ValueError | OSError) -> None:
     """Write an error to <save_path>/.failed/<name>.log: the report of a launcher buries the line that is printed."""
     now = time.strftime("%Y_%m_%d-%H_%M_%S")
     with suppress(OSError):
-        write_text(os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {error}\n")
+        write_text(
+            os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {describe_error(error)}\n"
+        )
 
 
 def run(parsed: Parsed) -> None:

@@ -267,7 +267,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if is_debug or isinstance(error, BrokenPipeError):
             raise
         where = "" if is_first_process() else f"process {read_rank()}: "
-        line = f"error: {where}{' '.join(_message(error).split()) or repr(error)}"
+        line = f"error: {where}{describe_error(error)}"
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{line}\n")
         _tell_launcher(line)
@@ -284,14 +284,15 @@ def _tell_launcher(line: str) -> None:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
-def _message(error: ValueError | OSError) -> str:
-    if not isinstance(error, OSError) or error.filename is None:
-        return str(error)
-    message = f"{error.filename}: {error.strerror}."
-    if error.errno == errno.ENOSPC:
-        folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
-        message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
-    return message
+def describe_error(error: ValueError | OSError) -> str:
+    """Describe an error that the user can fix in one line; a full disk with the space that is left."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
+        if error.errno == errno.ENOSPC:
+            folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
+            message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
+    return " ".join(message.split()) or repr(error)
 
 
 def unknown_command_message(name: str, known: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Read any sample or record by (dataset, shard, row), without reading the samples before it."""
 
-import mmap
+import errno
 import os
 import resource
 from collections import OrderedDict
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
 from vla_foundry.data.indexing import index_name, is_intact, load_index
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
 from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
+from vla_foundry.storage.local import name_errors
 from vla_foundry.storage.npz import NpzFile, ReadRange
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
 
@@ -62,7 +64,9 @@ class Dataset:
 
 
 class TokenShard:
-    """A shard of tokenized records, mapped into memory.
+    """A shard of tokenized records, read record by record.
+
+    It is not mapped into memory: a read error in mapped memory ends the process with SIGBUS, which names nothing.
 
     Args:
         uri: name of the shard, for messages.
@@ -75,29 +79,28 @@ class TokenShard:
     """
 
     def __init__(self, uri: str, file: BinaryIO, records: TokenRecords, num_records: int) -> None:
+        self._descriptor = os.dup(file.fileno())
         self.uri = uri
         self.record_length = records.record_length
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-        def view(offset: int, size: int, dtype: str) -> np.ndarray:
-            item_size = np.dtype(dtype).itemsize
-            if size % item_size or offset + size > len(memory):
+        self._num_records = num_records
+        self._records = records
+        self._token_type = np.dtype({"uint16": "<u2", "uint32": "<u4"}[records.dtype])
+        for span, item_size in (
+            (records.tokens, self._token_type.itemsize),
+            (records.document_offsets, 8),
+            (records.document_ends, 4),
+        ):
+            if span.size % item_size or span.offset + span.size > os.fstat(self._descriptor).st_size:
                 raise ValueError(f"{uri}: its records are cut off. Make the dataset again.")
-            return np.frombuffer(memory, dtype=dtype, count=size // item_size, offset=offset)
-
-        dtype = {"uint16": "<u2", "uint32": "<u4"}[records.dtype]
-        tokens = view(records.tokens.offset, records.tokens.size, dtype)
-        # uint16 or uint32 (N, record_length)
-        self.tokens = tokens[: num_records * self.record_length].reshape(-1, self.record_length)
-        # uint32 (num_documents,), uint64 (N + 1,); see shards.TokenRecords
-        self.document_ends = view(records.document_ends.offset, records.document_ends.size, "<u4")
-        self.document_offsets = view(records.document_offsets.offset, records.document_offsets.size, "<u8")
-        if not self._is_consistent(num_records):
+        if not self._is_consistent():
             raise ValueError(f"{uri}: its document boundaries do not fit its {num_records} records. Make it again.")
 
-    def _is_consistent(self, num_records: int) -> bool:
-        offsets, ends = self.document_offsets.astype(np.int64), self.document_ends.astype(np.int64)
-        if len(self.tokens) != num_records or len(offsets) != num_records + 1:
+    def _is_consistent(self) -> bool:
+        spans = self._records
+        offsets = self._read(spans.document_offsets, 0, spans.document_offsets.size // 8, "<u8").astype(np.int64)
+        ends = self._read(spans.document_ends, 0, spans.document_ends.size // 4, "<u4").astype(np.int64)
+        num_tokens = spans.tokens.size // self._token_type.itemsize
+        if num_tokens < self._num_records * self.record_length or len(offsets) != self._num_records + 1:
             return False
         if offsets[0] != 0 or offsets[-1] != len(ends) or (np.diff(offsets) < 1).any():
             return False
@@ -106,7 +109,25 @@ class TokenShard:
         return len(ends) == 0 or bool(lengths.min() > 0 and ends.max() <= self.record_length)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self._num_records
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a record: its tokens, uint16 or uint32 [T], and its documents' ends, uint32; see TokenRecords.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        spans, length = self._records, self.record_length
+        tokens = self._read(spans.tokens, row * length, length, self._token_type)
+        first, end = self._read(spans.document_offsets, row, 2, "<u8").tolist()
+        return tokens, self._read(spans.document_ends, first, end - first, "<u4")
+
+    def _read(self, span: MemberSpan, first: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+        size = np.dtype(dtype).itemsize
+        return np.frombuffer(_read_span(self._descriptor, span.offset + first * size, count * size), dtype)
 
 
 class SampleShard:
@@ -151,7 +172,7 @@ class SampleShard:
 
         Raises:
             Dropped: an earlier sample of the shard has the same key.
-            ValueError: the file is cut off within a member.
+            OSError: the file cannot be read.
         """
         return {suffix: self.read_member(member) for suffix, member in self.members(row).items()}
 
@@ -170,7 +191,7 @@ class SampleShard:
         """Return the content of one member.
 
         Raises:
-            ValueError: the file is cut off within the member.
+            OSError: the file cannot be read.
         """
         return _read_span(self._descriptor, int(self._offsets[member]), int(self._sizes[member]))
 
@@ -255,7 +276,7 @@ class EpisodeShard:
         """Return the bytes of a camera's image file at a frame, or None if the episode lacks the camera.
 
         Raises:
-            ValueError: the file is cut off within the image.
+            OSError: the file cannot be read.
         """
         spans = self._frames[number].get(camera)
         if spans is None:
@@ -265,7 +286,7 @@ class EpisodeShard:
 
     def _range_reader(self, span: MemberSpan) -> ReadRange:
         descriptor = self._descriptor
-        return lambda offset, size: os.pread(descriptor, min(size, span.size - offset), span.offset + offset)
+        return lambda offset, size: _read_span(descriptor, span.offset + offset, max(0, min(size, span.size - offset)))
 
 
 def _read_span(descriptor: int, offset: int, size: int) -> bytes:
@@ -273,7 +294,7 @@ def _read_span(descriptor: int, offset: int, size: int) -> bytes:
     while len(content) < size:  # one read returns at most 2 GiB
         more = os.pread(descriptor, size - len(content), offset + len(content))
         if not more:
-            raise ValueError("the file is cut off")
+            raise OSError(errno.EIO, "the file is cut off")
         content += more
     return content
 
@@ -306,13 +327,15 @@ class ShardReader:
         Raises:
             FileNotFoundError: the tar does not exist.
             Dropped: the tar has another checksum than in its manifest, so none of its samples is used.
+            OSError: it cannot be read; the error names it.
             ValueError: the tar contradicts its manifest.
         """
         opened = self._open.get((dataset, shard))
         if opened is None:
             while len(self._open) >= _max_open_shards():
                 self._open.popitem(last=False)
-            opened = self._open_shard(dataset, shard)
+            with name_errors(self.datasets[dataset].shard_uri(shard)):
+                opened = self._open_shard(dataset, shard)
             self._open[dataset, shard] = opened
         else:
             self._open.move_to_end((dataset, shard))

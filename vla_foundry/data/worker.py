@@ -24,6 +24,7 @@ import torch
 import torch.utils.data
 
 from vla_foundry.batch import Batch
+from vla_foundry.config.command_line import describe_error
 from vla_foundry.data.cache import LookAhead
 from vla_foundry.data.pipelines.stages import Pipeline, Rows
 from vla_foundry.data.plan import Location, SamplePlan
@@ -194,7 +195,7 @@ class Microbatches(torch.utils.data.Dataset):
             try:
                 messages.append(self._create_message(number))
             except (ValueError, OSError) as error:
-                messages.append(Failure(" ".join(str(error).split())))
+                messages.append(Failure(describe_error(error)))
                 break
         return messages
 

@@ -1,5 +1,6 @@
 """The loader: the same samples for any number of ranks, processes and restarts."""
 
+import errno
 import itertools
 import json
 import os
@@ -232,6 +233,57 @@ def test_shard_that_vanishes_is_one_line(loaders: Loaders, dataset: Path, num_wo
     with pytest.raises(ValueError, match=r"^Shard .*shard_000004\.tar, which .* lists, is missing\.$") as caught:
         take(loaders.create(dataset, num_workers=num_workers), 50)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("kind", ["records", "samples"])
+def test_shard_that_is_cut_off_while_it_is_read_is_named_with_the_row(
+    loaders: Loaders,
+    tmp_path: Path,
+    write_records: Callable,
+    write_samples: Callable,
+    json_tokens: Callable,
+    *,
+    kind: str,
+    num_workers: int,
+) -> None:
+    if kind == "records":
+        manifest = write_records(tmp_path / "d", [4000], 9)
+    else:
+        manifest = write_samples(tmp_path / "d", [[json_tokens(range(9))] * 600])
+    stream = loaders.create(manifest, num_workers=num_workers).microbatches(0)
+    next(stream)
+    os.truncate(tmp_path / "d" / "shard_000000.tar", 2000)
+    message = r"^\S*shard_000000\.tar: the file is cut off \(while reading (record \d+|[0-9a-f]{32})\)\.$"
+    with pytest.raises(ValueError, match=message):
+        list(itertools.islice(stream, 2000))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_that_cannot_be_opened_is_named(loaders: Loaders, dataset: Path, num_workers: int) -> None:
+    shard = dataset.parent / "shard_000004.tar"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(ValueError, match=rf"^{shard}: Is a directory\.$"):
+        take(loaders.create(dataset, num_workers=num_workers), 50)
+
+
+@pytest.mark.parametrize("call", ["read", "pread"])
+def test_read_error_of_the_disk_is_named_and_drops_nothing(
+    loaders: Loaders, dataset: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    stream = loaders.create(dataset).microbatches(0)
+    next(stream)
+
+    def fail(*arguments: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if call == "pread":
+        monkeypatch.setattr(os, "pread", fail)
+    else:
+        monkeypatch.setattr("vla_foundry.data.reader.load_index", fail)
+    with pytest.raises(ValueError, match=r"shard_\d+\.tar: Input/output error( \(while reading record \d+\))?\.$"):
+        list(itertools.islice(stream, 2000))
 
 
 def test_manifest_with_wrong_counts_is_refused_before_training(

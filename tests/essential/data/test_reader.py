@@ -43,9 +43,9 @@ def test_records_and_their_documents_are_read(tmp_path: Path, write_records: Cal
     for shard, row, number in ((1, 0, 2), (0, 0, 0), (0, 1, 1)):
         opened = reader.open(0, shard)
         assert isinstance(opened, TokenShard)
-        assert opened.tokens[row].tolist() == list(range(first + number, first + number + 9))
-        begin, end = opened.document_offsets[row : row + 2].tolist()
-        assert opened.document_ends[begin:end].tolist() == documents[number]
+        tokens, ends = opened.read(row)
+        assert tokens.tolist() == list(range(first + number, first + number + 9))
+        assert ends.tolist() == documents[number]
 
 
 def test_samples_are_read_in_any_order(tmp_path: Path, write_samples: Callable) -> None:
@@ -246,7 +246,7 @@ def test_gathering_records_is_fast(tmp_path: Path, write_records: Callable) -> N
         for place, number in enumerate(order.tolist()):
             opened = reader.open(0, number // 256)
             assert isinstance(opened, TokenShard)
-            out[place] = opened.tokens[number % 256]
+            out[place] = opened.read(number % 256)[0]
         seconds.append(time.perf_counter() - start)
     assert np.array_equal(out[:, 0], order)
     assert min(seconds) < 0.5  # 4 M tokens/s; gzipped JSON lists take longer

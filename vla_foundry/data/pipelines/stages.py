@@ -156,6 +156,7 @@ class Rows:
             read: reads the input of the first stage; None: `read_content`, which reads all members.
 
         Raises:
+            OSError: a shard cannot be read; the error names it, and the sample.
             ValueError: too many consecutive samples were bad, or a shard contradicts its manifest.
         """
         order = list(range(len(self)) if numbers is None else numbers)
@@ -202,6 +203,11 @@ class Rows:
             }
             sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
             return sample, f"{opened.uri} {key}"
+        except OSError as error:
+            if error.errno is None:  # a decoder's
+                return _describe_failure(error, "read"), f"{opened.uri} {key}"
+            # the disk's, not the sample's: which samples are dropped must not depend on it
+            raise OSError(error.errno, f"{error.strerror} (while reading {key})", opened.uri) from error
         except Exception as error:  # a broken sample must not end the run: count it
             return _describe_failure(error, "read"), f"{opened.uri} {key}"
 
@@ -221,11 +227,8 @@ def read_content(dataset: int, shard: Shard, row: int) -> Sample:
 
 def read_record(shard: TokenShard, row: int) -> Sample:
     """Return a tokenized record as a sample: `input_ids` int32 [T] and `document_ends` int64."""
-    first, end = shard.document_offsets[row : row + 2].tolist()
-    return {
-        "input_ids": shard.tokens[row].astype(np.int32),
-        "document_ends": shard.document_ends[first:end].astype(np.int64),
-    }
+    tokens, ends = shard.read(row)
+    return {"input_ids": tokens.astype(np.int32), "document_ends": ends.astype(np.int64)}
 
 
 def check_text(text: str) -> str:

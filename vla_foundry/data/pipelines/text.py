@@ -110,9 +110,10 @@ class TextPipeline(Pipeline):
                 continue
             if shard.record_length != self.row_length:
                 self._check_length(shard.record_length, shard.uri)
-            input_ids[number] = shard.tokens[row]
-            offsets = shard.document_offsets
-            ends[number] = shard.document_ends[int(offsets[row]) : int(offsets[row + 1])].copy()
+            try:
+                input_ids[number], ends[number] = shard.read(row)
+            except OSError:
+                others.append(number)  # tried once more below, and named
         others = sorted({*others, *np.flatnonzero((input_ids.view(np.uint32) >= self.vocab_size).any(axis=1)).tolist()})
         if others:
             samples = rows.read_samples((*self.stages, self._check_tokens), others)
