@@ -79,8 +79,8 @@ class Processor(ABC):
         """Return the text of an answer, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer."""
+    def stop_token_ids(self) -> list[int | tuple[int, ...]]:
+        """Return the tokens that end an answer, see `ChatTokenizer.stop_token_ids`."""
         return self._turns.stop_token_ids()
 
 

@@ -19,7 +19,7 @@ _Stop: TypeAlias = Literal["end", "max_new_tokens", "max_seq_len"]
 class Continuation:
     """The tokens generated for one prompt."""
 
-    # the new tokens, without the end token
+    # the new tokens, without those that ended them
     tokens: list[int]
     # an end token was drawn, max_new_tokens were generated, or the model's max_seq_len was reached
     stopped_by: _Stop
@@ -35,7 +35,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    end_token_ids: Sequence[int] = (),
+    end_token_ids: Sequence[int | tuple[int, ...]] = (),
     seeds: Sequence[int] | None = None,
     use_cache: bool = True,
     prompt_inputs: Mapping[str, Any] | None = None,
@@ -47,6 +47,7 @@ def generate(
     Args:
         model: a language model with `decode`; runs in evaluation mode; its previous mode is restored.
         attention_mask: 1 for the tokens of a prompt, 0 for padding, at any position.
+        end_token_ids: tokens that end a row, or tuples of tokens that do so together.
         seeds: one per row, for temperature > 0; default 0, 1, ...
         use_cache: use a KV cache; False recomputes whole rows for each token.
         prompt_inputs: further arguments of the model's first call, such as images.
@@ -79,7 +80,7 @@ def _continue_rows(
     limits: Sequence[tuple[int, _Stop]],
     choose: Callable[..., Tensor],
     *,
-    end_token_ids: Sequence[int],
+    end_token_ids: Sequence[int | tuple[int, ...]],
     seeds: Sequence[int],
     use_cache: bool,
 ) -> list[Continuation]:
@@ -90,6 +91,7 @@ def _continue_rows(
         limits: most tokens of each row, and what stops it there.
         choose: `choose_tokens` with its settings.
     """
+    ends = [[end] if isinstance(end, int) else list(end) for end in end_token_ids]
     alive = list(range(len(limits)))
     tokens: list[list[int]] = [[] for _ in alive]
     stops: list[_Stop] = ["end" for _ in alive]
@@ -98,12 +100,14 @@ def _continue_rows(
         new = choose(output.logits[:, -1].float(), seeds=[seeds[row] for row in alive], step=step)
         kept = []
         for place, (row, token) in enumerate(zip(alive, new.tolist(), strict=True)):
-            if token not in end_token_ids:
-                tokens[row].append(token)
-                if len(tokens[row]) < limits[row][0]:
-                    kept.append(place)
-                else:
-                    stops[row] = limits[row][1]
+            tokens[row].append(token)
+            end = next((end for end in ends if tokens[row][-len(end) :] == end), None)
+            if end is not None:
+                del tokens[row][-len(end) :]
+            elif len(tokens[row]) < limits[row][0]:
+                kept.append(place)
+            else:
+                stops[row] = limits[row][1]
         if not kept:
             break
         inputs = _next_inputs(inputs, new, output.past_key_values if use_cache else None, kept)

@@ -83,14 +83,16 @@ def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
 def find_end_tokens(model: "nn.Module", tokenizer: Any) -> list[int]:
     """Return the tokens that end a text: the tokenizer's own, and those that the model's published parts list.
 
-    A published model may have had another tokenizer, so its tokens count only if they are special tokens here.
+    A published model may have had another tokenizer, so its tokens count only if they are added tokens here.
     """
     from vla_foundry.text.tokenizers import as_token_ids
 
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     settings = [getattr(module, "generation_config", None) for module in model.modules()]
     published = [token for found in settings for token in as_token_ids(getattr(found, "eos_token_id", None))]
-    return [*as_token_ids(tokenizer.eos_token_id), *(token for token in published if token in special)]
+    return [
+        *as_token_ids(tokenizer.eos_token_id),
+        *(token for token in published if token in tokenizer.added_tokens_decoder),
+    ]
 
 
 def load_run_processor(run_folder: str) -> "Processor":

@@ -7,7 +7,7 @@ target are known exactly, and a prompt has the same ids whether its answer follo
 
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,16 +33,6 @@ INSTRUCTION_PROMPTS: tuple[str, ...] = ("<image>{instruction}",)
 
 # stands for an answer when a chat template is rendered to see what it writes around one
 _PLACEHOLDER = "Placeholder"
-
-# speaker names in third-party conversation files
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
 
 
 class Turn(NamedTuple):
@@ -178,44 +168,6 @@ def create_caption_turns(
     return [user, Turn("assistant", caption)]
 
 
-def parse_conversations(value: Any) -> list[Turn]:
-    """Parse a `conversations` (or `messages`) list into turns, in any of the common forms.
-
-    Each turn is `{"from": "human" | "gpt" | "system", "value": text}` or `{"role": ..., "content": text or parts}`,
-    with parts `{"type": "text", "text": ...}` and `{"type": "image"}`.
-
-    Raises:
-        ValueError: the value is not such a list; the message names the turn.
-    """
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"its conversations must be a list of turns, got {type(value).__name__}")
-    return [_parse_turn(item, number) for number, item in enumerate(value)]
-
-
-def _parse_turn(item: Any, number: int) -> Turn:
-    if not isinstance(item, dict):
-        raise ValueError(f"turn {number} of its conversations must be an object, got {type(item).__name__}")
-    speaker = item.get("role", item.get("from"))
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise ValueError(f"turn {number} of its conversations has the unknown role {speaker!r}")
-    content = item.get("content", item.get("value"))
-    if isinstance(content, list):
-        content = "".join(_parse_part(part, number) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"turn {number} of its conversations has no text")
-    return Turn(role, content)
-
-
-def _parse_part(part: Any, number: int) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind in ("image", "image_url"):
-        return IMAGE_MARKER
-    raise ValueError(f"turn {number} of its conversations has a part that is neither text nor an image")
-
-
 def layout_segments(turns: Sequence[Turn], layout: PromptLayout) -> list[Segment]:
     """Format turns in a layout; if the last turn is the user's, add the text that introduces an answer."""
     segments: list[Segment] = []
@@ -232,22 +184,31 @@ def layout_segments(turns: Sequence[Turn], layout: PromptLayout) -> list[Segment
     return segments
 
 
-def chat_template_segments(
-    turns: Sequence[Turn], render: Callable[[Sequence[Turn], bool], str], end_of: Callable[[str, int], int | None]
-) -> list[Segment]:
+class TurnEnd(NamedTuple):
+    """What a chat template writes after an answer to end the turn."""
+
+    # "" if it writes nothing that a model could stop at
+    text: str
+    # the added token of the tokenizer that it ends with; "": none, it is plain text
+    token: str = ""
+
+
+def chat_template_segments(turns: Sequence[Turn], render: Render, find_end: Callable[[str], TurnEnd]) -> list[Segment]:
     """Format turns with a tokenizer's chat template.
 
-    An answer is everything that the template writes after its prompt, up to and including the token that ends the turn:
-    exactly what a model must generate. Where its text ends is known from rendering a placeholder in its place; the
-    answer itself is never searched for, because its words may also occur in the token that ends the turn.
+    An answer is everything that the template writes after its prompt, up to and including the end of the turn: exactly
+    what a model must generate. Where its text ends is known from rendering a placeholder in its place; the answer
+    itself is never searched for, because its words may also occur in the end of the turn. An end in plain text is a
+    segment of its own, so that its tokens do not depend on the answer.
 
     Args:
         turns: turns that alternate as the template requires.
         render: formats the first turns; the second argument says whether to add the prompt for the next answer.
-        end_of: returns the end of the first control token in a text at or after a position, or None.
+        find_end: returns the turn's end from the text that the template writes after an answer.
 
     Raises:
-        ValueError: the template rewrites earlier turns or drops answers, so that answers cannot be located.
+        ValueError: the template rewrites earlier turns or drops answers, so that answers cannot be located; or a text
+            holds the end of a turn.
     """
     segments: list[Segment] = []
     done = ""
@@ -265,11 +226,16 @@ def chat_template_segments(
                 "the tokenizer's chat template does not write an answer right after the prompt for it. "
                 "Use a prompt_layout such as chat instead of chat_template."
             )
-        content_end = len(lead + content)
-        end = end_of(answer, content_end)
+        end = find_end(tail)
+        mark = end.token or end.text.strip()
+        if mark and any(mark in each.content for each in (turns if end.token else [turn])):
+            raise ValueError(f"a text has {mark!r}, which ends a turn")
         segments.append(Segment(prompt[len(done) :], is_target=False))
-        segments.append(Segment(answer[: end or content_end], is_target=True, ends_turn=end is None))
-        segments.append(Segment(answer[end or content_end :], is_target=False))
+        if end.token or not mark:
+            segments.append(Segment(lead + content + end.text, is_target=True, ends_turn=not mark))
+        else:
+            segments += [Segment(lead + content, is_target=True), Segment(end.text, is_target=True)]
+        segments.append(Segment(tail[len(end.text) :], is_target=False))
         done = whole
     if turns[-1].role != "assistant":
         prompt = render(turns, True)
@@ -305,7 +271,11 @@ class ChatTokenizer:
         self._render = render or self._render_text
         self._image_marker = image_marker if self._layout is None else IMAGE_MARKER
         self._cache: dict[tuple[str, bool], list[int]] = {}
-        self._control = _control_pattern(tokenizer)
+        # tokens that in user text would steer the model, and all that may end a turn
+        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+        special = dict.fromkeys(tokenizer.all_special_tokens, True)
+        self._control = _any_of(token for token, is_special in (added | special).items() if is_special)
+        self._ends = self._control, _any_of(token for token in added if token.strip())
         # called directly, because its wrapper takes three times as long; the wrapper resets these at every call
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
@@ -322,11 +292,16 @@ class ChatTokenizer:
             choices = ", ".join([*PROMPT_LAYOUTS, *([CHAT_TEMPLATE] if tokenizer.chat_template else [])])
             raise ValueError(f"data.prompt_layout '{prompt_layout}' is unknown for this tokenizer. Use {choices}.")
 
-    def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer, beginning with the one that ends supervised answers."""
-        ids, mask = self.encode([Turn("user", "a"), Turn("assistant", "a")], [])
-        last = [token for token, is_target in zip(ids, mask, strict=True) if is_target][-1]
-        return list(dict.fromkeys([last, self.tokenizer.eos_token_id]))
+    def stop_token_ids(self) -> list[int | tuple[int, ...]]:
+        """Return the tokens that end an answer, beginning with what ends supervised answers.
+
+        An end that a chat template writes in plain text is a tuple of its tokens.
+        """
+        last = self._segments([Turn("user", "a"), Turn("assistant", "a")])[-1]
+        ids = [] if last.ends_turn else self._tokenize(last.text, True, False)
+        if len(ids) > 1 and ids[-1] not in self.tokenizer.added_tokens_decoder:
+            return [tuple(ids), self.tokenizer.eos_token_id]
+        return list(dict.fromkeys([*ids[-1:], self.tokenizer.eos_token_id]))
 
     def encode(
         self, turns: Sequence[Turn], image_tokens: Sequence[Sequence[int]], *, max_tokens: int | None = None
@@ -346,13 +321,9 @@ class ChatTokenizer:
                 token of the tokenizer, or images and prompts leave no room for an answer within `max_tokens`.
         """
         self._check_turns(turns, len(image_tokens))
-        if self._layout is not None:
-            segments = layout_segments(turns, self._layout)
-        else:
-            segments = chat_template_segments(turns, self._render, self._end_of_control)
         ids, mask = list(self._begin), [False] * len(self._begin)
         remaining = iter(image_tokens)
-        for segment in _join_prompts(segments):
+        for segment in _join_prompts(self._segments(turns)):
             for number, text in enumerate(segment.text.split(self._image_marker)):
                 new = list(next(remaining)) if number else []
                 mask += [False] * len(new)
@@ -382,9 +353,23 @@ class ChatTokenizer:
         if not turns or not any(turn.role == "user" for turn in turns):
             raise ValueError("no turn is the user's")
 
-    def _end_of_control(self, text: str, start: int) -> int | None:
-        found = self._control.search(text, start)
-        return found.end() if found else None
+    def _segments(self, turns: Sequence[Turn]) -> list[Segment]:
+        if self._layout is not None:
+            return layout_segments(turns, self._layout)
+        return chat_template_segments(turns, self._render, self._find_end)
+
+    def _find_end(self, tail: str) -> TurnEnd:
+        """Return the end of a turn: up to the first special token, else up to the first added one, else all words.
+
+        A beginning-of-sequence token begins the next turn.
+        """
+        begin = self.tokenizer.bos_token
+        if begin and begin != self.tokenizer.eos_token:
+            tail = tail.partition(begin)[0]
+        for pattern in self._ends:
+            if found := pattern.search(tail):
+                return TurnEnd(tail[: found.end()], found.group())
+        return TurnEnd(tail.rstrip())
 
     def _render_text(self, turns: Sequence[Turn], announces: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -404,11 +389,9 @@ class ChatTokenizer:
         return ids
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Match control tokens, which in user text would steer the model."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in control))
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Match the longest of these tokens; nothing if there are none."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def _join_prompts(segments: Sequence[Segment]) -> list[Segment]:

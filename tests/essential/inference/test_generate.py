@@ -98,6 +98,13 @@ def test_generation_follows_the_likeliest_tokens_of_whole_rows() -> None:
         tokens.append(token)
 
 
+def test_several_tokens_end_a_row_together() -> None:
+    model, prompt = create("native"), torch.tensor([PROMPTS[0]])
+    tokens = generate(model, prompt, max_new_tokens=8, temperature=1.0)[0].tokens
+    made = generate(model, prompt, max_new_tokens=8, temperature=1.0, end_token_ids=[(96, 96), tuple(tokens[3:6])])
+    assert made == [Continuation(tokens[:3], "end")]
+
+
 def test_rows_stop_at_the_longest_sequence_each_at_its_own_time() -> None:
     model = create("native")
     ids, mask = pad([[5] * 36, [6] * 38], "left")

@@ -13,12 +13,12 @@ from vla_foundry.text.chat import (
     ChatTokenizer,
     Segment,
     Turn,
+    TurnEnd,
     chat_template_segments,
     create_caption_turns,
     create_user_turn,
     fill_template,
     layout_segments,
-    parse_conversations,
     place_images,
 )
 
@@ -81,39 +81,6 @@ def test_an_empty_caption_is_refused() -> None:
         create_caption_turns(" \n", seed=0, position=0)
 
 
-def test_conversations_are_read_in_all_their_forms() -> None:
-    expected = [Turn("system", "Be short."), Turn("user", "<image>\nWhat?"), Turn("assistant", "A mug.")]
-    llava = [
-        {"from": "system", "value": "Be short."},
-        {"from": "human", "value": "<image>\nWhat?"},
-        {"from": "gpt", "value": "A mug."},
-    ]
-    messages = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A mug."}]},
-    ]
-    assert parse_conversations(llava) == expected
-    assert parse_conversations(messages) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("hello", "must be a list of turns, got str"),
-        ([], "must be a list of turns"),
-        (["hello"], "turn 0 of its conversations must be an object, got str"),
-        ([{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}], "turn 1 .* unknown role 'robot'"),
-        ([{"role": ["user"], "content": "a"}], "unknown role"),
-        ([{"role": "user"}], "turn 0 of its conversations has no text"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "neither text nor an image"),
-    ],
-)
-def test_other_conversations_are_refused(value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_conversations(value)
-
-
 def test_the_chat_layout_supervises_answers_and_their_ends_alone() -> None:
     turns = [
         Turn("system", "Be short."),
@@ -140,9 +107,9 @@ def test_the_prompt_at_inference_is_the_beginning_of_what_was_trained_on(layout:
     assert trained[len(prompt) :] == [Segment(PROMPT_LAYOUTS[layout].answer + "Red.", is_target=True, ends_turn=True)]
 
 
-def end_of_control(text: str, start: int) -> int | None:
-    found = re.compile(r"<\|\w+\|>").search(text, start)
-    return found.end() if found else None
+def find_end(tail: str) -> TurnEnd:
+    found = re.search(r"<\|\w+\|>", tail)
+    return TurnEnd(tail[: found.end()], found.group()) if found else TurnEnd("")
 
 
 def test_a_chat_template_that_thinks_first_has_its_thoughts_supervised() -> None:
@@ -153,7 +120,7 @@ def test_a_chat_template_that_thinks_first_has_its_thoughts_supervised() -> None
             text += f"<|start|>{turn.role}\n{thoughts}{turn.content}<|end|>\n"
         return text + ("<|start|>assistant\n<think>\n" if announces else "")
 
-    segments = chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, end_of_control)
+    segments = chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, find_end)
     assert segments == [
         Segment("<|start|>user\nWhat?<|end|>\n<|start|>assistant\n<think>\n", is_target=False),
         Segment("\n</think>\n\nA mug.<|end|>", is_target=True),
@@ -164,7 +131,7 @@ def test_a_chat_template_without_an_end_of_turn_gets_the_end_of_sequence() -> No
     def render(turns, announces: bool) -> str:
         return "".join(f"[{turn.role}] {turn.content}\n" for turn in turns) + ("[assistant] " if announces else "")
 
-    segments = chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, end_of_control)
+    segments = chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, find_end)
     assert segments[1] == Segment("A mug.", is_target=True, ends_turn=True)
 
 
@@ -173,7 +140,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
         return f"{len(turns)} turns: " + "".join(turn.content for turn in turns)
 
     with pytest.raises(ValueError, match="does not write an answer right after the prompt"):
-        chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, end_of_control)
+        chat_template_segments([Turn("user", "What?"), Turn("assistant", "A mug.")], render, find_end)
 
 
 TEXT = ["User: What lies on the table? Assistant: A red mug, left of the gripper.", "Describe the image. Colour?"]
@@ -260,6 +227,29 @@ def test_an_answer_made_of_letters_of_the_end_token_is_supervised_once(end: str)
         # twice the same answer: the first one is not taken for the second
         twice = [Turn("user", "Which?"), Turn("assistant", answer)] * 2
         assert supervised(encoder, twice, []) == [answer + end] * 2
+
+
+@pytest.mark.parametrize(
+    ("end", "added", "stop"),
+    [("<|stop|>", True, "<|stop|>"), ("</s>", True, "</s>"), (" ## end\n##", False, None), ("q", False, "q")],
+)
+def test_a_turn_ends_where_the_template_ends_it(end: str, added: bool, stop: str | None) -> None:
+    from transformers import AddedToken
+
+    tokenizer = byte_level(bos_token="<|im_start|>")
+    if added:
+        tokenizer.add_tokens([AddedToken(end, special=False), AddedToken("  ", special=False)])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", end).replace("\n{% endfor", "<|im_start|>  \n{% endfor")
+    encoder = ChatTokenizer(tokenizer, prompt_layout="chat_template")
+    tokens = tuple(tokenizer.encode(end, add_special_tokens=False))
+    first = encoder.stop_token_ids()[0]
+    assert first == (tokens if stop is None else tokenizer.convert_tokens_to_ids(stop))
+    for answer in ("a", "s", "end", "d  ", "#"):
+        ids, mask = encoder.encode([Turn("user", "Which?"), Turn("assistant", answer)], [])
+        targets = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
+        assert targets == [*tokenizer.encode(answer, add_special_tokens=False), *tokens]
+    with pytest.raises(ValueError, match=r"a text has .* which ends a turn"):
+        encoder.encode([Turn("user", "a"), Turn("assistant", f"a{end}b")], [])
 
 
 def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:

@@ -16,7 +16,6 @@ samples of the microbatch. A sample that does not fit into a row is dropped, or 
 prompts are never cut.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,13 +35,13 @@ from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
-from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, parse_conversations, place_images
+from vla_foundry.text.captions import Unusable, read_texts
+from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, place_images
 from vla_foundry.text.tokenizers import load_tokenizer
 
 # row length - 1 is a multiple of this: few enough lengths for compiled models, and little padding
 ROW_MULTIPLE = 16
 _IMAGE_SUFFIX = re.compile(r"(?:(?:image_)?(\d+)\.)?(?:jpe?g|png|webp)")
-_CONVERSATION_KEYS = ("conversations", "messages")
 _CAPTION_KEY = "caption"
 # keys of `encode` that are not simply concatenated along their first dimension
 _OWN_KEYS = (*TOKEN_KEYS, "image_index", "pixel_maps")
@@ -60,7 +59,7 @@ class CreateTurns:
     Args:
         prompts: templates of the user turn that the caption answers; one is drawn per sample.
         caption_key: key of the caption in the JSON; None: the text member, or else the key "caption". Of a list of
-            captions one is drawn.
+            captions, one that can be trained on is drawn.
     """
 
     def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
@@ -71,43 +70,35 @@ class CreateTurns:
         """Create the turns.
 
         Raises:
-            Dropped: the sample has no image or no text.
-            ValueError: the text or conversation is malformed.
+            Dropped: the sample has no image, or no text that can be trained on.
+            ValueError: prompt and sample do not fit together.
         """
         num_images = len(find_images(sample))
         if not num_images:
             members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
             raise Dropped("no image", f"its members are {members or 'none'}")
-        values = json.loads(sample["json"]) if "json" in sample else {}
-        if not isinstance(values, dict):
-            raise ValueError("its JSON is not an object")
-        conversation = next((values[key] for key in _CONVERSATION_KEYS if values.get(key)), None)
-        if conversation is not None:
-            turns = _place_in_first(parse_conversations(conversation), num_images)
-            check_text("".join(turn.content for turn in turns))
-            if not any(turn.role == "assistant" for turn in turns):
-                raise Dropped("no caption", "its conversation has no answer")
-            return {**sample, "turns": turns}
-        caption = self._find_caption(sample, values)
-        if isinstance(caption, list) and caption:
-            seed, position = sample["__seed__"], sample["__position__"]
-            caption = caption[draw_index(len(caption), seed=seed, position=position, purpose="caption")]
-        if not isinstance(caption, str) or not caption.strip():
-            raise Dropped("no caption", f"it has no text under {self.caption_key or 'txt or caption'}")
+        txt = sample.get("txt") if self.caption_key is None else None
+        try:
+            texts = read_texts(txt, sample.get("json"), key=self.caption_key or _CAPTION_KEY)
+        except Unusable as error:
+            place = f"it has no usable text under {self.caption_key or 'txt or caption'}"
+            raise Dropped(error.reason, str(error) or place) from None
+        if texts.conversation:
+            return {**sample, "turns": _place_in_first(texts.conversation, num_images)}
+        seed, position = sample["__seed__"], sample["__position__"]
+        number = 0
+        if len(texts.captions) > 1:
+            number = draw_index(len(texts.captions), seed=seed, position=position, purpose="caption")
         turns = create_caption_turns(
-            check_text(caption),
+            texts.captions[number],
             self.prompts,
             num_images=num_images,
-            seed=sample["__seed__"],
-            position=sample["__position__"],
-            fields={name: value for name, value in values.items() if isinstance(value, str)},
+            seed=seed,
+            position=position,
+            fields={name: value for name, value in (texts.values or {}).items() if isinstance(value, str)},
         )
+        check_text(turns[0].content)
         return {**sample, "turns": turns}
-
-    def _find_caption(self, sample: Sample, values: Mapping[str, Any]) -> Any:
-        if self.caption_key is not None:
-            return values.get(self.caption_key)
-        return sample["txt"].decode("utf-8") if "txt" in sample else values.get(_CAPTION_KEY)
 
 
 def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:

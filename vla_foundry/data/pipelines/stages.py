@@ -235,10 +235,23 @@ def check_text(text: str) -> str:
     """Return a sample's text.
 
     Raises:
-        Dropped: it holds NUL characters, as damaged files do.
+        Dropped: it holds NUL characters, as damaged files do, or see `check_unicode`.
     """
     if "\0" in text:
         raise Dropped("damaged text", f"its text has {text.count(chr(0))} NUL characters")
+    return check_unicode(text)
+
+
+def check_unicode(text: str) -> str:
+    """Return a sample's text.
+
+    Raises:
+        Dropped: it holds half of a surrogate pair, which JSON can spell and no encoding can store.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Dropped("not Unicode", f"character {error.start} of its text is half of a surrogate pair") from None
     return text
 
 

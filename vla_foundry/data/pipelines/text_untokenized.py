@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.batch import Batch
-from vla_foundry.data.pipelines.stages import Pipeline, Rows, Sample, Stage, register_pipeline
+from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, check_unicode, register_pipeline
 from vla_foundry.data.pipelines.text import create_padding_batch, create_text_batch
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
@@ -32,13 +32,14 @@ _SPARE_CHOICES = 3
 
 
 def decode_text(sample: Sample) -> Sample:
-    """Decode a sample's text: "text" in a JSON object, a JSON string, or a member that is not JSON, as it is.
+    """Decode a sample's text: "text" in a JSON object, a JSON string, or any other text, as it is.
 
     An object with `"is_last": false` is part of a document that continues in another sample. A byte order mark is not
     text.
 
     Raises:
-        ValueError: the member is missing, is not UTF-8, or is JSON of another kind.
+        Dropped: the text is not Unicode, or the JSON is broken or of another kind.
+        ValueError: the member is missing or is not UTF-8.
     """
     suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in sample), None)
     if suffix is None:
@@ -50,15 +51,18 @@ def decode_text(sample: Sample) -> Sample:
         return {**sample, "text": text}
     try:
         values = json.loads(text)
-    except ValueError:
+    except RecursionError:
+        raise Dropped("bad JSON", "it is nested too deeply") from None
+    except ValueError as error:
         if start == "{":
-            raise
+            raise Dropped("bad JSON", str(error)) from None
         return {**sample, "text": text}  # a text that begins with a quotation or a bracket
     if isinstance(values, str):
         values = {"text": values}
     if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-        raise ValueError("its JSON has no key 'text' with a string")
-    return {**sample, "text": values["text"], "is_last": values.get("is_last", True) is not False}
+        raise Dropped("no text", "its JSON has no key 'text' with a string")
+    text = check_unicode(values["text"])
+    return {**sample, "text": text, "is_last": values.get("is_last", True) is not False}
 
 
 def drop_empty(sample: Sample) -> Sample | None:

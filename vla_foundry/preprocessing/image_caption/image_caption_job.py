@@ -27,10 +27,8 @@ from vla_foundry.preprocessing.image_caption.items import (
     BadRow,
     Item,
     Sources,
-    Unusable,
     create_images,
     create_texts,
-    expand_captions,
     is_download,
     item_of_row,
     list_sources,
@@ -44,6 +42,7 @@ from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry, split_member_name
 from vla_foundry.storage.uri import absolute_uri, is_remote
+from vla_foundry.text.captions import Unusable
 
 COMMAND = "preprocess image_caption"
 # raise it when the same plan gives other bytes than before
@@ -247,12 +246,10 @@ def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Ta
 
 
 def _samples_of(shared: Mapping[str, Any], items: Iterable[Item]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
-    options = {key: shared[key] for key in ("caption_key", "max_side", "jpeg_quality")}
+    options = {key: shared[key] for key in ("caption_key", "max_side", "jpeg_quality", "all_captions")}
     for item in items:
         try:
-            members = read_item(item, **options)
-            samples = expand_captions(members, shared["caption_key"]) if shared["all_captions"] else [members]
-            yield from ((item.name, sample) for sample in samples)
+            yield from ((item.name, sample) for sample in read_item(item, **options))
         except Unusable as error:
             yield item.name, error
 
@@ -265,7 +262,7 @@ def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str
             url = json.loads(members.get("json", b"{}")).get("url")
             name = url if isinstance(url, str) else name
             images = [members[suffix] for suffix in STORED_ENDINGS if suffix in members]
-            texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")
+            texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")[0]
             yield (
                 name,
                 {**create_images(images, max_side=shared["max_side"], jpeg_quality=shared["jpeg_quality"]), **texts},

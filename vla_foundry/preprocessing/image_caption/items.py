@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from vla_foundry.preprocessing.sources import (
 )
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.uri import is_remote, join_uri, name_of, open_input, parent_uri, read_bytes
+from vla_foundry.text.captions import Unusable, find_captions, read_texts
 
 # reasons that are not the user's to mend: links that are missing, dead (the first part), or lead to something else
 NO_URL, DOWNLOAD = "no URL", "download: "
@@ -40,20 +41,6 @@ _TEXT_ENDINGS = ("txt", "json")
 # scene.image_0.png, scene.image_1.png, ...: several images of one sample
 _NUMBERED = re.compile(r"(.+)\.image_(\d+)")
 _PARQUET_ROWS = 4096
-_CONVERSATION_KEYS = ("conversations", "messages")
-
-
-class Unusable(ValueError):
-    """Raised for an image and caption that make no sample.
-
-    Args:
-        reason: a few words that failures are counted by.
-        detail: what is particular about this one.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,15 +199,12 @@ def _row_of(name: str, values: Any, url_key: str, caption_key: str, extra_keys: 
     if not isinstance(url, str) or not url.strip():
         return BadRow(name=name, reason=NO_URL)
     extra = {key: value for key in extra_keys if (value := look_up(values, key)) is not None}
+    if isinstance(caption, list) and find_captions(caption):  # training draws one of them
+        extra["caption"] = find_captions(caption)
+    caption = caption if isinstance(caption, str) else None
     if not _is_unicode([url, caption, extra]):
         return BadRow(name=name, reason="not Unicode")
-    if _is_list_of_captions(caption):  # training draws one of them
-        extra["caption"] = caption
-    return Row(name=name, url=url.strip(), caption=caption if isinstance(caption, str) else None, values=extra)
-
-
-def _is_list_of_captions(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
+    return Row(name=name, url=url.strip(), caption=caption, values=extra)
 
 
 def _is_unicode(values: Any) -> bool:
@@ -300,8 +284,10 @@ def item_of_row(row: Row, list_uri: str) -> Item:
     return Item(name=row.name, images=(path,), caption=row.caption, values=row.values)
 
 
-def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
-    """Read the files of an item and return the members of its sample.
+def read_item(
+    item: Item, *, caption_key: str, max_side: int | None, jpeg_quality: int, all_captions: bool = False
+) -> list[dict[str, bytes]]:
+    """Read the files of an item and return the members of its sample; with `all_captions`, of one for each caption.
 
     Raises:
         Unusable: a file cannot be read, an image cannot be decoded, there is no caption, or several images have one
@@ -318,8 +304,10 @@ def read_item(item: Item, *, caption_key: str, max_side: int | None, jpeg_qualit
     if item.values:
         values = json.dumps(item.values, ensure_ascii=False, default=str).encode("utf-8")
     in_list = item.txt is None and item.json is None
-    texts = create_texts(txt, values, caption_key="caption" if in_list and "caption" in item.values else caption_key)
-    return {**create_images(images, max_side=max_side, jpeg_quality=jpeg_quality), **texts}
+    key = "caption" if in_list and "caption" in item.values else caption_key
+    texts = create_texts(txt, values, caption_key=key, all_captions=all_captions)
+    members = create_images(images, max_side=max_side, jpeg_quality=jpeg_quality)
+    return [{**members, **each} for each in texts]
 
 
 def _read(uri: str) -> bytes:
@@ -329,66 +317,24 @@ def _read(uri: str) -> bytes:
         raise Unusable("missing file", f"{uri}: {type(error).__name__}") from None
 
 
-def create_texts(txt: bytes | None, values: bytes | None, *, caption_key: str) -> dict[str, bytes]:
-    """Return the text members: txt, stripped, and json, as it is; JSON that is no object is left out beside a caption.
+def create_texts(
+    txt: bytes | None, values: bytes | None, *, caption_key: str, all_captions: bool = False
+) -> list[dict[str, bytes]]:
+    """Return the text members: txt, stripped, and json, as it is; see `read_texts` for what is left out.
+
+    With `all_captions`, return them once for each caption of a list in the JSON, with that caption as txt.
 
     Raises:
         Unusable: they say nothing about the image, or are not text.
     """
-    members: dict[str, bytes] = {}
-    caption = ""
-    if txt is not None:
-        caption = _decode(txt).strip()
-        if caption:
-            members["txt"] = caption.encode("utf-8")
-    if values is not None:
-        facts = _parse_object(_decode(values))
-        if facts is None and not caption:
-            raise Unusable("bad JSON")
-        if not _is_unicode(facts):
-            raise Unusable("not Unicode")
-        if facts is not None:
-            members["json"] = values
-            caption = caption or _find_text(facts, caption_key)
-    if not caption:
-        raise Unusable("no caption")
-    if "\0" in caption:
-        raise Unusable("NUL bytes in the caption")
-    return members
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Unusable("caption is not UTF-8", f"byte {error.start}") from None
-
-
-def _parse_object(text: str) -> dict[str, Any] | None:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _find_text(values: Mapping[str, Any], caption_key: str) -> str:
-    if any(isinstance(values.get(key), list) and values[key] for key in _CONVERSATION_KEYS):
-        return "conversation"
-    caption = values.get(caption_key)
-    if isinstance(caption, list) and _is_list_of_captions(caption):
-        return caption[0]
-    return caption.strip() if isinstance(caption, str) else ""
-
-
-def expand_captions(members: dict[str, bytes], caption_key: str) -> Iterator[dict[str, bytes]]:
-    """Yield a sample for each caption of a sample whose JSON lists several, else the sample itself."""
-    values = json.loads(members.get("json", b"{}"))
-    captions = values.get(caption_key, values.get("caption"))
-    if "txt" in members or not _is_list_of_captions(captions):
-        yield members
-    else:
-        yield from ({**members, "txt": caption.strip().encode("utf-8")} for caption in captions)
+    texts = read_texts(txt, values, key=caption_key)
+    members = {} if texts.values is None or values is None else {"json": values}
+    has_list = isinstance((texts.values or {}).get(caption_key), list)
+    if texts.is_txt:
+        return [{"txt": texts.captions[0].encode("utf-8"), **members}]
+    if all_captions and has_list and not texts.conversation:
+        return [{**members, "txt": caption.encode("utf-8")} for caption in texts.captions]
+    return [members]
 
 
 def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:

@@ -250,14 +250,29 @@ def test_bad_samples_are_replaced_and_counted_by_reason(
         {"png": encode_picture(1), "txt": b"cube " * 200},
         {"png": encode_picture(1), "json": b"[1]"},
         {"png": encode_picture(1), "txt": bytes(12)},
+        {"png": encode_picture(1), "json": rb'{"caption": "\ud83d"}'},
     ]
-    rows = create_rows(write_samples(tmp_path / "d", [bad + good]), range(6))
+    rows = create_rows(write_samples(tmp_path / "d", [bad + good]), range(7))
     pipeline = ImageCaptionPipeline(create_params(tokenizer_folder))
     batch = pipeline.create_batch(rows)
-    assert len(batch["pixel_values"]) == 6
-    counts = dict(rows.drops.counts)
-    for reason in ("bad image", "no image", "no caption", "too long", "CreateTurns: ValueError", "damaged text"):
-        assert counts[reason] >= 1
+    assert len(batch["pixel_values"]) == 7
+    reasons = {"bad image", "no image", "no caption", "too long", "bad JSON", "NUL bytes in the caption", "not Unicode"}
+    assert set(rows.drops.counts) == reasons
+
+
+def test_captions_are_found_wherever_they_are(tmp_path: Path, tokenizer_folder: Path, write_samples: Callable) -> None:
+    picture = {"png": encode_picture(1)}
+    samples = [
+        picture | {"txt": b"a cube", "json": b"[1]"},
+        picture | {"txt": b"\xef\xbb\xbfa mug"},
+        picture | {"txt": b" \n", "json": b'{"caption": "a lamp"}'},
+        picture | {"json": b'{"caption": ["", null, "a shade", 3]}'},
+    ]
+    pipeline = ImageCaptionPipeline(create_params(tokenizer_folder))
+    for number, caption in enumerate(["a cube", "a mug", "a lamp", "a shade"]):
+        rows = create_rows(write_samples(tmp_path / str(number), [samples[number : number + 1]]), [0])
+        assert decode_answers(pipeline, pipeline.create_batch(rows)) == [f" {caption}<|endoftext|>"]
+        assert not rows.drops.counts
 
 
 def test_long_answers_are_cut_only_if_asked_for_and_images_never(

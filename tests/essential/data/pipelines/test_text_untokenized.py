@@ -12,6 +12,7 @@ from tests.essential.text_rows import create_rows, lengths_by_row, read
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.text import TextPipeline
 from vla_foundry.data.pipelines.text_untokenized import TextUntokenizedPipeline, decode_text, pack, split_document
+from vla_foundry.data.reader import Dropped
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.text.tokenizers import create_encoder, load_tokenizer
 
@@ -119,6 +120,10 @@ def test_json_is_read_as_json_whatever_stands_before_it(before: str) -> None:
     for plain in ('"Stop!" it said', "[1] is cited", "12"):
         assert decode_text({"json": plain.encode()})["text"] == plain
     assert decode_text({"txt": "\ufeffred {block}".encode()})["text"] == "red {block}"
+    for content, reason in ((rb'{"text": "red \ud800"}', "not Unicode"), (b'{"text": ' + b"[" * 100_000, "bad JSON")):
+        with pytest.raises(Dropped) as dropped:
+            decode_text({"json": content})
+        assert dropped.value.reason == reason
 
 
 def test_words_of_control_tokens_stay_words(tmp_path: Path, write_samples: Callable, tokenizer: str) -> None:

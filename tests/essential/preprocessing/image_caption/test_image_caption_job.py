@@ -282,12 +282,13 @@ def test_of_a_list_of_captions_training_draws_one_or_all_become_samples(tmp_path
     captions = ["a cat", "a red cat", "an animal"]
     save_picture(tmp_path / "in" / "0.png", 0)
     name = "list.jsonl" if is_list_file else "0.json"
-    (tmp_path / "in" / name).write_text(json.dumps({"url": "0.png", "caption": captions}), encoding="utf-8")
+    listed = ["", *captions, None, " "]
+    (tmp_path / "in" / name).write_text(json.dumps({"url": "0.png", "caption": listed}), encoding="utf-8")
     source = tmp_path / "in" / name if is_list_file else tmp_path / "in"
     preprocess(source, tmp_path / "drawn")
     (sample,) = read_samples(tmp_path / "drawn")
     assert "txt" not in sample
-    assert json.loads(sample["json"])["caption"] == captions
+    assert json.loads(sample["json"])["caption"] == (captions if is_list_file else listed)
     create_turns = CreateTurns(["Describe."], None)
     drawn = [create_turns({**sample, "__seed__": 1, "__position__": n})["turns"][-1].content for n in range(20)]
     assert set(drawn) == set(captions)
