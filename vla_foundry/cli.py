@@ -2,7 +2,11 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
 
 _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
@@ -41,6 +45,29 @@ distributed and ema (vla-foundry train --help hparams; vla-foundry train --help 
 """
 
 
+def leave_on_interrupt() -> None:
+    """Make Ctrl-C end this process with code 130 and without a traceback, for the time of the imports.
+
+    An import that KeyboardInterrupt interrupts prints one, or goes on with half a library. Ctrl-C stays ignored where
+    it was (jobs in the background).
+    """
+    _replace_handler(signal.default_int_handler, _leave)
+
+
+def raise_on_interrupt() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt again: there is work that must be put in order."""
+    _replace_handler(_leave, signal.default_int_handler)
+
+
+def _replace_handler(before: object, after: Callable[[int, FrameType | None], object]) -> None:
+    if signal.getsignal(signal.SIGINT) is before and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, after)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
 def usage() -> str:
     """Return the text of `vla-foundry --help`."""
     return _USAGE.format(commands="\n".join(f"  {name:<18} {what}" for name, (_, what) in _COMMANDS.items()))
@@ -61,9 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage())
         return
-    from vla_foundry.config.command_line import run_command
+    leave_on_interrupt()
+    try:
+        from vla_foundry.config.command_line import run_command
 
-    run_command(_dispatch, words)
+        run_command(_dispatch, words)
+    finally:
+        raise_on_interrupt()
 
 
 def _dispatch(words: list[str]) -> None:
@@ -72,7 +103,10 @@ def _dispatch(words: list[str]) -> None:
 
         raise ValueError(unknown_command_message(words[0], list(_COMMANDS)))
     module, _, function = _COMMANDS[words[0]][0].partition(":")
-    getattr(importlib.import_module(module), function)(words[1:])
+    command = getattr(importlib.import_module(module), function)
+    if words[0] != "train":  # which imports more, and then raises itself
+        raise_on_interrupt()
+    command(words[1:])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """Train one model: `vla-foundry train ...`, or for several processes `torchrun -m vla_foundry.main ...`."""
 
+from vla_foundry.cli import leave_on_interrupt, raise_on_interrupt
+
+if __name__ == "__main__":
+    leave_on_interrupt()
+
 import os
 import sys
 import time
@@ -82,6 +87,7 @@ def run(parsed: Parsed) -> None:
         lack = find_lack_of_memory(params, facts.world_size, memory)
         if lack is not None:
             raise ValueError(lack)
+    raise_on_interrupt()
     train(params, world)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -343,3 +344,43 @@ def test_missing_wandb_credentials_are_one_line_before_anything_is_made(
     assert re.fullmatch(r"error: wandb is true, but .*\n", err)
     assert err.removeprefix("error: ") in log.read_text(encoding="utf-8")
     assert [path.name for path in log.parent.parent.iterdir()] == [".failed"]
+
+
+INTERRUPT = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+module = sys.argv.pop(1)
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("module", ["vla_foundry.config", "yaml", "torch"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from vla_foundry.cli import main; main(['train', *sys.argv[1:]])",
+        "import runpy; runpy.run_module('vla_foundry.main', run_name='__main__', alter_sys=True)",
+    ],
+)
+def test_an_interrupt_while_modules_are_imported_prints_nothing(workplace: Path, start: str, module: str) -> None:
+    words = ["--config_path", "job.yaml", "--data.dataset_manifest", "a/manifest.jsonl"]
+    command = [sys.executable, "-c", INTERRUPT + start, module, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=workplace)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_command_leaves_the_handler_of_interrupts_as_it_was(run: Run, before: object) -> None:
+    original = signal.signal(signal.SIGINT, before)  # pyright: ignore[reportArgumentType]
+    try:
+        run("no-command")
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, original)
