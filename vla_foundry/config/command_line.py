@@ -249,9 +249,18 @@ def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
         tree = without(tree, PLUGINS_FLAG)
     decoding = Decoding(root=cls)
     params = decode(cls, tree, decoding, path)
-    ignored = [f"{key} ({reason})" for key, reason in decoding.ignored.items()]
-    notices = decoding.notices + ([f"without effect: {', '.join(ignored)}."] if ignored else [])
-    return Parsed(params=params, origins=decoding.origins, notices=notices)
+    return Parsed(params=params, origins=decoding.origins, notices=decoding.notices + _migration_notice(decoding))
+
+
+def _migration_notice(decoding: Decoding) -> list[str]:
+    """Return the line that says what the migrations table changed; none if nothing."""
+    parts = [f"{old} is called {new} now" for old, new in decoding.renamed.items()]
+    if decoding.implied:
+        values = ", ".join(f"{key} is {value}" for key, value in decoding.implied.items())
+        parts.append(f"as in the earlier implementation, {values}")
+    if decoding.ignored:
+        parts.append(f"without effect: {', '.join(f'{key} ({why})' for key, why in decoding.ignored.items())}")
+    return [f"{'; '.join(parts)}."] if parts else []
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:

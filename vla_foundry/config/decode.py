@@ -2,12 +2,13 @@
 
 import os
 import re
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, replace
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
 from vla_foundry.config.schema import ChoiceParams, Retyped, migrations_of
 from vla_foundry.config.tree import (
+    COMMAND_LINE,
     DEFAULT,
     TYPE_KEY,
     Branch,
@@ -15,13 +16,15 @@ from vla_foundry.config.tree import (
     Node,
     Origin,
     Scalar,
+    merge,
+    place,
     text_of,
     to_node,
     to_value,
     without,
 )
 from vla_foundry.config.values import as_list, decode_value
-from vla_foundry.config.yaml_source import is_null, load_config
+from vla_foundry.config.yaml_source import PRESETS, is_null, load_config, parse_inline
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, run_folder_candidates
 from vla_foundry.storage.uri import is_remote
@@ -39,6 +42,10 @@ class Decoding:
     notices: list[str] = field(default_factory=list)
     # config path of each key that no longer has an effect -> why
     ignored: dict[str, str] = field(default_factory=dict)
+    # old config path -> new one
+    renamed: dict[str, str] = field(default_factory=dict)
+    # config path -> value that an old mapping implies
+    implied: dict[str, str] = field(default_factory=dict)
 
 
 def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
@@ -149,7 +156,7 @@ def _find_retyped(role: type, name: str, tree: Branch) -> tuple[str, str] | None
         retyped = migration.retyped.get(name, Retyped(to=name))
         for keys, is_new in ((retyped.when, True), (retyped.unless, False)):
             for key, values in keys.items():
-                value = _find_text(tree, key)
+                value = find_text(tree, key)
                 if value is not None and (value.lower() in values) == is_new:
                     return retyped.to, key
     return None
@@ -201,31 +208,82 @@ def _drop_superseded(role: Any, name: str, branch: Branch, path: str) -> tuple[B
 def _migrate(cls: type, tree: Branch, decoding: Decoding, path: str) -> Branch:
     """Apply the migrations table to the keys and values of one mapping."""
     known = schema.field_types(cls)
-    children = dict(tree.children)
     for migration in migrations_of(cls):
-        for old in children.keys() & (migration.ignored.keys() - known.keys()):
-            decoding.ignored[_join(path, old)] = migration.ignored[old]
-            del children[old]
-        for old in children.keys() & (migration.renamed.keys() - known.keys()):
-            new = migration.renamed[old]
-            if new in children:
-                raise ValueError(
-                    f"{children[old].origin.prefix}{_join(path, old)} is the old name of {_join(path, new)}, "
-                    "and both are given. Remove the old one."
-                )
-            children[new] = children.pop(old)
-            decoding.notices.append(f"{_join(path, old)} is called {_join(path, new)} now.")
-        for key in children.keys() & migration.values.keys():
-            origin, text = children[key].origin, _find_text(Branch(children, tree.origin), key)
-            if text in migration.values[key]:
-                del children[key]
-                new_value = migration.values[key][text]
-                if new_value is not None:
-                    children[key] = Leaf(Scalar(new_value), origin)
-    return Branch(children, tree.origin)
+        implied = {} if migration.implied is None else migration.implied(tree, path)
+        for old in migration.ignored:
+            tree, node = (tree, None) if old in known else _take(tree, old)
+            if node is not None:
+                decoding.ignored[_join(path, old)] = migration.ignored[old]
+        for old, new in migration.renamed.items():
+            tree, node = (tree, None) if old in known else _take(tree, old)
+            if node is not None:
+                moved = place(tuple(new.split(".")), node)
+                tree = _combine(tree, moved, path, (_join(path, new), _join(path, old)))
+                decoding.renamed[_join(path, old)] = _join(path, new)
+        tree = _imply(tree, implied, decoding, path)
+        tree = _replace_values(tree, migration.values)
+    return tree
 
 
-def _find_text(tree: Node, key: str) -> str | None:
+def _take(tree: Branch, key: str) -> tuple[Branch, Node | None]:
+    """Take the value at a dotted key out of a tree; None if there is none."""
+    name, _, rest = key.partition(".")
+    node = tree.children.get(name)
+    if rest and isinstance(node, Branch):
+        inner, found = _take(node, rest)
+        return replace(tree, children={**tree.children, name: inner}), found
+    return (tree, None) if node is None or rest else (without(tree, name), node)
+
+
+def _combine(tree: Any, moved: Any, path: str, names: tuple[str, str]) -> Any:
+    """Add what was given under an old name; of two values for a key, the command line's wins, and a preset's loses.
+
+    Args:
+        names: the new and the old config path of what was moved.
+
+    Raises:
+        ValueError: both names are given in files, or both on the command line.
+    """
+    if isinstance(tree, Branch) and isinstance(moved, Branch):
+        joined = {
+            key: _combine(tree.children[key], node, _join(path, key), names) if key in tree.children else node
+            for key, node in moved.children.items()
+        }
+        return replace(tree, children={**tree.children, **joined})
+    # presets have no old names
+    ranks = [(node.origin == COMMAND_LINE) - node.origin.source.startswith(PRESETS) for node in (tree, moved)]
+    if ranks[0] == max(ranks[1], 0) and to_value(tree) != to_value(moved):
+        old = path.replace(*names, 1)
+        raise ValueError(
+            f"{moved.origin.prefix}{old} is the old name of {path}, and both are given. Remove the old one."
+        )
+    return tree if ranks[0] > max(ranks[1], 0) else moved
+
+
+def _imply(tree: Node, implied: dict[str, Any], decoding: Decoding, path: str) -> Branch:
+    """Add the values that an old mapping implies where it gives none."""
+    for key, value in implied.items():
+        if find_text(tree, key) is None:
+            is_text = isinstance(value, str)
+            node = to_node(to_value(parse_inline(value)), Origin("the earlier implementation")) if is_text else value
+            tree = merge(tree, place(tuple(key.split(".")), node), path)
+            decoding.implied[_join(path, key)] = value if is_text else f"that of {node.origin.source}"
+    assert isinstance(tree, Branch)
+    return tree
+
+
+def _replace_values(tree: Branch, values: dict[str, dict[str, str | None]]) -> Branch:
+    children = dict(tree.children)
+    for key in children.keys() & values.keys():
+        text = find_text(tree, key)
+        if text in values[key]:
+            origin, new_value = children.pop(key).origin, values[key][text]
+            if new_value is not None:
+                children[key] = Leaf(Scalar(new_value), origin)
+    return replace(tree, children=children)
+
+
+def find_text(tree: Node, key: str) -> str | None:
     """Return the text that a branch holds at a dotted key; None if it holds nothing there."""
     for name in key.split("."):
         if not isinstance(tree, Branch) or name not in tree.children:

@@ -190,10 +190,12 @@ class Retyped:
 class Migration:
     """What changed in one config dataclass."""
 
-    # old key -> new key
+    # old key -> new key; a dotted new key is in a section below
     renamed: dict[str, str] = field(default_factory=dict)
-    # old key -> why it no longer has an effect
+    # old key, which may be dotted -> why it no longer has an effect
     ignored: dict[str, str] = field(default_factory=dict)
+    # (mapping as given, its config path) -> values that an old mapping implies, by new dotted key: a tree, or YAML text
+    implied: Callable[[Any, str], dict[str, Any]] | None = None
     # key -> {old value as text: new value as text; None: the default}
     values: dict[str, dict[str, str | None]] = field(default_factory=dict)
     # roles only: old type -> new type
@@ -347,8 +349,14 @@ def lookup(cls: Any, path: str) -> list[Any]:
 def _step(hint: Any, key: str) -> list[Any]:
     section, value_type = section_class(hint), dict_value_type(hint)
     if section is not None:
-        types = [field_types(member) for member in concrete_classes(section)]
-        return [str] * (key == "type" and is_role(section)) + [known[key] for known in types if key in known]
+        found = [str] * (key == "type" and is_role(section))
+        for member in concrete_classes(section):
+            if key in field_types(member):
+                found.append(field_types(member)[key])
+                continue
+            new_keys = [migration.renamed[key] for migration in migrations_of(member) if key in migration.renamed]
+            found += [hint for new_key in new_keys for hint in lookup(member, new_key)]
+        return found
     return [value_type or Any] if value_type is not None or hint is Any else []
 
 

@@ -20,7 +20,9 @@ from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Sc
 from vla_foundry.storage.uri import is_remote, read_text
 
 INCLUDE_KEY = "include"
-_PRESET_PREFIXES = ("vla_foundry/config_presets/", "config_presets/")
+# how the name of a preset begins
+PRESETS = "config_presets/"
+_PRESET_PREFIXES = (f"vla_foundry/{PRESETS}", PRESETS)
 _INCLUDE_TAG = "!include"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _STANDARD_TAG = "tag:yaml.org,2002:"
@@ -43,7 +45,7 @@ def preset_root() -> Path:
 def _display_name(location: str) -> str:
     """Return a config file as a user would name it: presets begin with `config_presets/`."""
     root = f"{preset_root()}{os.sep}"
-    return f"config_presets/{location.removeprefix(root)}" if location.startswith(root) else location
+    return f"{PRESETS}{location.removeprefix(root)}" if location.startswith(root) else location
 
 
 def find_config(name: str, folder: str | None = None) -> str:

@@ -19,24 +19,6 @@ from vla_foundry.params.models.roles import ModelParams
 
 _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")
-# keys of every model section that do not affect what it computes
-_COMMON = {"type", "freeze", *_STARTS}
-# keys of a policy's head that keep their names
-_HEAD_KEYS = ("num_action_head_repeats", "input_noise_std")
-_POLICY_KEYS = {
-    *("vision_language_backbone", "transformer", "noise_scheduler", "action_dim", "proprioception_dim"),
-    *("use_flow_matching_scheduler", "use_diffusers_scheduler", "diffusion_step_conditioning", *_HEAD_KEYS),
-}
-# keys of a backbone that keep their names
-_BACKBONE_KEYS = {
-    "vlm_foundry_backbone": ("num_vlm_layers_to_use", "freeze"),
-    "vlm_backbone": ("num_vlm_layers_to_use", "freeze", "hf_pretrained"),
-    "clip_backbone": ("freeze", "hf_pretrained", "disable_text", "freeze_text_encoder", "freeze_image_encoder"),
-    "vit_backbone": ("freeze",),
-}
-_NOISE_KEYS = {"num_timesteps", "clamp_range", "beta_start", "beta_end"}
-# unused keys of flow matching
-_UNUSED_NOISE_KEYS = {"beta_start": "flow matching has no betas", "beta_end": "flow matching has no betas"}
 # precisions that rounded attention keys, and with them the rotary frequencies, to bf16
 _BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
 # the processor `simple_vlm` and the tokenizer it used
@@ -86,120 +68,26 @@ def translate(source: Source, params: ImportParams, *, has_bf16_tables: bool) ->
 def _decode(cls: Any, values: dict[str, Any], path: str) -> tuple[Any, list[str]]:
     decoding = Decoding(root=cls)
     decoded = decode(cls, parse_inline(dump_value(values)), decoding, path)
+    renamed = [f"{old} is called {new} now." for old, new in decoding.renamed.items()]
     ignored = [f"{key} is left out: {reason}." for key, reason in decoding.ignored.items()]
-    return decoded, [*decoding.notices, *sorted(ignored)]
+    implied = [f"parity: {key} is {value}" for key, value in decoding.implied.items()]
+    return decoded, [*decoding.notices, *renamed, *sorted(ignored), *implied]
 
 
 def _translate_model(source: Source, params: ImportParams, has_bf16_tables: bool) -> tuple[dict[str, Any], list[str]]:
-    old, lines = source.model_config, []
+    model, lines = source.model_config, []
     vlm = read_vlm_config(source, params.vlm_source)
-    model = old
-    if old.get("type") == _POLICY:
-        lines += _check_policy(old)
-        vlm_model = None if vlm is None else _without_starts(vlm, "model.vision_language_backbone.vlm", [])
-        model = translate_policy(old, vlm_model)
-        lines += _parity_lines(model)
+    if model.get("type") == _POLICY:
+        if model.get("freeze"):
+            lines.append("model.freeze is left out: nothing is trained in a run that is complete.")
+        model = {key: value for key, value in model.items() if key != "freeze"}
+        if vlm is not None:
+            backbone = {**model["vision_language_backbone"], "vlm": vlm}
+            backbone.pop("vlm_experiment_dir", None)
+            model["vision_language_backbone"] = backbone
     model = _without_starts(model, "model", lines)
     is_rounded = has_bf16_tables or source.precision in _BF16_PRECISIONS
     return (_round_frequencies(model, "model", lines, source.precision) if is_rounded else model), lines
-
-
-def _check_policy(old: Mapping[str, Any]) -> list[str]:
-    """Check that every key of a policy's config is known, because the translation reads only known keys.
-
-    Returns:
-        One line for each key that has no counterpart.
-    """
-    backbone = old.get("vision_language_backbone") or {}
-    sections = [("model", old, _POLICY_KEYS), ("model.noise_scheduler", old.get("noise_scheduler") or {}, _NOISE_KEYS)]
-    if backbone.get("type") in _BACKBONE_KEYS.keys() - {"vit_backbone"}:
-        # a vit_backbone has the keys of an image encoder, which are checked there
-        known = {*_BACKBONE_KEYS[backbone["type"]], "vlm_experiment_dir"}
-        sections.append(("model.vision_language_backbone", backbone, known))
-    for path, values, known in sections:
-        for key in values:
-            if key not in known | _COMMON:
-                raise ValueError(f"{path}.{key} is unknown. Known here: {', '.join(sorted(known | _COMMON))}.")
-    lines = ["model.freeze is left out: nothing is trained in a run that is complete."] if old.get("freeze") else []
-    noise = old.get("noise_scheduler") or {}
-    return lines + [
-        f"model.noise_scheduler.{key} is left out: {why}."
-        for key, why in _UNUSED_NOISE_KEYS.items()
-        if key in noise and old.get("use_flow_matching_scheduler")
-    ]
-
-
-def translate_policy(config: dict[str, Any], vlm_config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the model section of an earlier policy as plain keys and values of DiffusionPolicyParams.
-
-    Args:
-        config: a config_model.yaml of type diffusion_policy.
-        vlm_config: model config of the vision-language model it started from, for a vlm_foundry_backbone.
-
-    Raises:
-        ValueError: its noise process never worked in the earlier implementation.
-    """
-    if config.get("use_diffusers_scheduler"):
-        raise ValueError("use_diffusers_scheduler: such policies could never be trained. Import another one.")
-    old_noise = config["noise_scheduler"]
-    num_times = old_noise["num_timesteps"]
-    noise = {"num_timesteps": num_times, "clamp_range": old_noise["clamp_range"]}
-    if config.get("use_flow_matching_scheduler"):
-        noise |= {"type": "flow", "sampling_time_shift": 1 / num_times}
-    else:
-        noise |= {"type": "legacy_ddpm", "target": "velocity", "beta_schedule": "linear"}
-        noise |= {key: old_noise[key] for key in ("beta_start", "beta_end") if key in old_noise}
-    head = {
-        "type": "flow_transformer" if noise["type"] == "flow" else "legacy_ddpm_transformer",
-        "transformer": {**config["transformer"], "vocab_size": 0},
-        "time_conditioning": config["diffusion_step_conditioning"],
-        "time_encoding": "table",
-        "final_norm": False,
-        "noise": noise,
-        **{key: config[key] for key in _HEAD_KEYS if config.get(key) is not None},
-    }
-    return {
-        "type": "diffusion_policy",
-        "vision_language_backbone": _translate_backbone(config["vision_language_backbone"], vlm_config),
-        "action_head": head,
-        "action_dim": config["action_dim"],
-        "proprioception_dim": config["proprioception_dim"],
-    }
-
-
-def _translate_backbone(old: dict[str, Any], vlm_config: dict[str, Any] | None) -> dict[str, Any]:
-    kind = old["type"]
-    if kind not in _BACKBONE_KEYS:
-        raise ValueError(f"vision_language_backbone.type '{kind}' is not one of {', '.join(_BACKBONE_KEYS)}.")
-    new = {"type": kind, **{key: old[key] for key in _BACKBONE_KEYS[kind] if key in old}}
-    if kind == "vlm_foundry_backbone":
-        if vlm_config is None:
-            raise ValueError(
-                "A vlm_foundry_backbone needs the config of the vision-language model it was started from."
-            )
-        new |= {"vlm": vlm_config, "final_norm": False}
-    elif kind == "clip_backbone":
-        new["text_norm_before_projection"] = True
-    elif kind == "vit_backbone":
-        new["vit"] = {key: value for key, value in old.items() if key not in _COMMON}
-    return new
-
-
-def _parity_lines(model: Mapping[str, Any]) -> list[str]:
-    """Return one line for each field that is set to reproduce the original numerics."""
-    backbone, head = model["vision_language_backbone"], model["action_head"]
-    noise = head["noise"]
-    switches = {
-        "action_head.final_norm": head["final_norm"],
-        "action_head.time_encoding": head["time_encoding"],
-        "action_head.noise.num_timesteps": noise["num_timesteps"],
-        "action_head.noise.clamp_range": noise["clamp_range"],
-        "action_head.noise.sampling_time_shift": noise.get("sampling_time_shift"),
-        "action_head.noise.target": noise.get("target"),
-        "vision_language_backbone.final_norm": backbone.get("final_norm"),
-        "vision_language_backbone.text_norm_before_projection": backbone.get("text_norm_before_projection"),
-    }
-    return [f"parity: model.{name} is {dump_inline(value)}" for name, value in switches.items() if value is not None]
 
 
 def _without_starts(section: Any, path: str, lines: list[str]) -> Any:

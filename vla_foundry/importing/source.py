@@ -6,7 +6,6 @@ checkpoints/checkpoint_N.pt {state_dict, global_step, ...}; ema_N.pt {ema_state_
 stats.json, config_normalizer.yaml, config_processor.yaml, preprocessing_config.yaml   robot data
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from vla_foundry.params.migrations import vlm_config_places
 from vla_foundry.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME
-from vla_foundry.storage.uri import is_remote, join_uri, list_files, name_of, parent_uri, read_text
+from vla_foundry.storage.uri import join_uri, list_files, name_of, read_text
 
-_VLM_CONFIG_NAME = "vlm_config_model.yaml"
 _WEIGHTS = re.compile(r"(checkpoint|ema)_(\d+)\.pt")
 
 
@@ -108,18 +107,11 @@ def read_vlm_config(source: Source, given: str | None) -> dict[str, Any] | None:
 
 
 def _vlm_places(source: Source, backbone: dict[str, Any], given: str | None) -> Iterator[str]:
-    if given is not None:
+    if given is None:
+        names = (backbone.get(key) for key in ("vlm_experiment_dir", "resume_from_checkpoint"))
+        yield from vlm_config_places(source.folder, *names)
+    else:
         yield given if given.endswith((".yaml", ".yml")) else join_uri(given, MODEL_CONFIG_NAME)
-        return
-    yield join_uri(source.folder, _VLM_CONFIG_NAME)
-    start = backbone.get("resume_from_checkpoint")
-    for folder in (backbone.get("vlm_experiment_dir"), None if start is None else parent_uri(parent_uri(start))):
-        if not folder:
-            continue
-        # names in a config are relative to the run's folder or to the original working directory
-        if not is_remote(folder) and not is_remote(source.folder):
-            yield os.path.normpath(os.path.join(source.folder, folder, MODEL_CONFIG_NAME))
-        yield join_uri(folder, MODEL_CONFIG_NAME)
 
 
 def _find_weights(folder: str, checkpoint: int | None) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from vla_foundry.models import create_model
+from vla_foundry.models.policy import LEFT_OUT
 from vla_foundry.models.registry import save_model_files
-from vla_foundry.models.weights import Entry, load_model_checkpoint, read_pt, strip_wrapper_names
+from vla_foundry.models.weights import load_model_checkpoint, read_pt, strip_wrapper_names
 from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.run_folder import (
@@ -27,21 +27,6 @@ from vla_foundry.training.checkpoint import write_weights
 from vla_foundry.training.distributed import named_persistent_buffers
 
 _ROTARY_TABLE = ".inv_freq"
-_BACKBONE = "vision_language_backbone._model."
-# modules of a policy's head, by the first part of their names
-_HEAD = {
-    *("time_encoding", "output_layer", "action_encode", "condition_encode", "proprioception_encode", "transformer"),
-}
-# tensors of a policy that we leave out: name prefix -> reason
-_LEFT_OUT = {
-    "transformer.embeddings.": "the action head reads no tokens",
-    "transformer.output.": "the action head writes no tokens",
-    "transformer.norm.": "the action head's last state was read before this norm",
-    "sinusoidal_position_": "this table is computed",
-    "scheduler.": "constants of the noise process are computed",
-}
-_TOKEN_TABLES = ("embeddings.weight", "embed_tokens.weight")
-_OUTPUT_HEADS = ("output.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +70,7 @@ def read_weights_facts(path: Path, ema_path: Path | None) -> StoredWeights:
 
 def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
     """Return one line for each kind of tensor that the model has no place for."""
-    reasons = _LEFT_OUT if isinstance(params, RobotPolicyParams) else {}
+    reasons = LEFT_OUT if isinstance(params, RobotPolicyParams) else {}
     groups = {reason: [name for name in stored.names if name.startswith(mark)] for mark, reason in reasons.items()}
     groups["rotary tables are computed"] = [name for name in stored.names if name.endswith(_ROTARY_TABLE)]
     return [
@@ -106,14 +91,13 @@ def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeigh
     Raises:
         ValueError: names or shapes differ from the model's.
     """
-    translate = translate_weights if isinstance(params, RobotPolicyParams) else None
     model: Any = create_model(params, load_pretrained=False)
     folder = run_folder / CHECKPOINTS_FOLDER / step_folder_name(stored.step)
     folder.mkdir(parents=True)
     files: dict[str, tuple[int, str]] = {}
     for name, path in ((MODEL_WEIGHTS_NAME, stored.path), (EMA_WEIGHTS_NAME, stored.ema_path)):
         if path is not None:
-            load_model_checkpoint(model, path, translate=translate)
+            load_model_checkpoint(model, path)
             tensors = {**dict(model.named_parameters()), **named_persistent_buffers(model)}
             files[name] = write_weights(folder / name, tensors, is_main=True)
     with (folder / COMPLETE_NAME).open("w", encoding="utf-8") as file:
@@ -124,30 +108,3 @@ def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeigh
     count = sum(parameter.numel() for parameter in model.parameters())
     save_model_files(model, run_folder / MODEL_FILES_FOLDER)
     return count
-
-
-def translate_weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return the entries of a policy's checkpoint under our names.
-
-    The observation token was the last row of the token tables; here it is a separate parameter.
-    """
-    has_token = not any("text_projection" in name for name in entries)
-    found: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        if name.startswith(_BACKBONE):
-            inner = name.removeprefix(_BACKBONE)
-            new = f"vision_language_backbone.model.{inner}"
-            is_table = inner.endswith(_TOKEN_TABLES) and "vision" not in inner and "vit." not in inner
-            if has_token and (is_table or inner.endswith(_OUTPUT_HEADS)):
-                if is_table:
-                    found["vision_language_backbone.observation_token"] = Entry(
-                        torch.Size(entry.shape[1:]), lambda e=entry: e.read()[-1]
-                    )
-                others = torch.Size((entry.shape[0] - 1, *entry.shape[1:]))
-                entry = Entry(others, lambda e=entry: e.read()[:-1])
-            found[new] = entry
-        elif name.startswith(tuple(_LEFT_OUT)):
-            continue
-        else:
-            found[f"action_head.{name}" if name.partition(".")[0] in _HEAD else name] = entry
-    return found

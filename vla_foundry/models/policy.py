@@ -7,6 +7,7 @@ actions      = action head.sample(conditioning, window)
 The head of the paper is in action_heads/flow_transformer.py.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,25 @@ from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, H
 from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
 from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.models.registry import register_batch_handler, register_model
+from vla_foundry.models.weights import Entry
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.policy import RobotPolicyParams
+
+# in checkpoints of the earlier implementation: the backbone, and the head's modules by the first part of their names
+_OLD_BACKBONE = "vision_language_backbone._model."
+_OLD_HEAD = {
+    *("time_encoding", "output_layer", "action_encode", "condition_encode", "proprioception_encode", "transformer"),
+}
+# tensors of these checkpoints that are not loaded: name prefix -> reason
+LEFT_OUT = {
+    "transformer.embeddings.": "the action head reads no tokens",
+    "transformer.output.": "the action head writes no tokens",
+    "transformer.norm.": "the action head's last state was read before this norm",
+    "sinusoidal_position_": "this table is computed",
+    "scheduler.": "constants of the noise process are computed",
+}
+_TOKEN_TABLES = ("embeddings.weight", "embed_tokens.weight")
+_OUTPUT_HEADS = ("output.weight", "lm_head.weight")
 
 
 class RobotPolicy(nn.Module):
@@ -111,6 +129,31 @@ class RobotPolicy(nn.Module):
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return the backbone's FLOPs; the head is not counted because its tokens are not part of a row."""
         return self.vision_language_backbone.num_flops_per_token(seq_len)
+
+    @staticmethod
+    def translate_weights(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return a checkpoint's entries under our names, if the earlier implementation wrote it; else as they are.
+
+        The observation token was the last row of the token tables; here it is a separate parameter.
+        """
+        has_token = not any("text_projection" in name for name in entries)
+        found: dict[str, Entry] = {}
+        for name, entry in entries.items():
+            if name.startswith(_OLD_BACKBONE):
+                inner = name.removeprefix(_OLD_BACKBONE)
+                new = f"vision_language_backbone.model.{inner}"
+                is_table = inner.endswith(_TOKEN_TABLES) and "vision" not in inner and "vit." not in inner
+                if has_token and (is_table or inner.endswith(_OUTPUT_HEADS)):
+                    if is_table:
+                        found["vision_language_backbone.observation_token"] = Entry(
+                            torch.Size(entry.shape[1:]), lambda e=entry: e.read()[-1]
+                        )
+                    others = torch.Size((entry.shape[0] - 1, *entry.shape[1:]))
+                    entry = Entry(others, lambda e=entry: e.read()[:-1])
+                found[new] = entry
+            elif not name.startswith(tuple(LEFT_OUT)):
+                found[f"action_head.{name}" if name.partition(".")[0] in _OLD_HEAD else name] = entry
+        return found
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture of the Hugging Face parts; with_model_files reads it."""

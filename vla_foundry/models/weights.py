@@ -30,24 +30,23 @@ _STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
 _NUM_NAMED = 3
 
 
-def load_model_checkpoint(
-    model: nn.Module, path: str | Path, *, use_ema: bool = False, translate: "Translate | None" = None
-) -> None:
+def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = False) -> None:
     """Load all weights of a checkpoint into `model`, in place; every name and shape must fit.
 
-    Values are converted to the model's dtypes. For tied names, the file needs to hold only one of them.
+    Values are converted to the model's dtypes. For tied names, the file needs to hold only one of them. A model that
+    had other names before translates them in its method `translate_weights`.
 
     Args:
         path: a run folder (its newest complete checkpoint), a step folder, a .safetensors or a .pt file; local, s3://
             or hf://.
         use_ema: load the averaged weights, if `path` is a folder.
-        translate: maps the file's entries to the model's names; None: the names already match.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: it cannot be read, or its names and shapes differ from the model's.
     """
     with open_checkpoint(path, use_ema=use_ema) as entries:
+        translate: Any = getattr(model, "translate_weights", None)
         _load(model, entries if translate is None else translate(entries), str(path))
 
 
@@ -176,9 +175,6 @@ class Entry(NamedTuple):
 
     shape: torch.Size
     read: Callable[[], Tensor]
-
-
-Translate = Callable[[Mapping[str, Entry]], Mapping[str, Entry]]
 
 
 def _is_file_name(name: str) -> bool:

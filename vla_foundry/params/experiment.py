@@ -19,7 +19,7 @@ from vla_foundry.params.models.policy import with_model_files, without_starts
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
-from vla_foundry.run_folder import CHECKPOINTS_FOLDER, MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
+from vla_foundry.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME, MODEL_FILES_FOLDER
 from vla_foundry.storage.uri import join_uri, name_of, parent_uri
 
 P = TypeVar("P")
@@ -129,7 +129,7 @@ def load_params_from_yaml(cls: type[P], path: str) -> P:
 
     Args:
         cls: a config dataclass, or a role such as ModelParams. From a whole run's config.yaml, load its section. A
-            run's config_model.yaml describes its architecture; what it started from may be gone.
+            run's config describes its architecture; what it started from may be gone.
         path: the file: a path, s3:// or hf://.
 
     Raises:
@@ -140,7 +140,7 @@ def load_params_from_yaml(cls: type[P], path: str) -> P:
     folder = parent_uri(path)
     if (
         isinstance(params, ModelParams)
-        and name_of(path) == MODEL_CONFIG_NAME
+        and name_of(path) in (CONFIG_NAME, MODEL_CONFIG_NAME)
         and os.path.isdir(join_uri(folder, CHECKPOINTS_FOLDER))
     ):
         params = with_model_files(

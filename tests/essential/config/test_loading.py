@@ -42,7 +42,7 @@ register_migrations(
 def test_a_renamed_key_is_read_with_a_notice_and_one_without_effect_is_named(write: Write) -> None:
     parsed = read_params(JobParams, write("job.yaml", "title: a\nspeed: 3\n"))
     assert parsed.params == JobParams(name="a")
-    assert parsed.notices == ["title is called name now.", "without effect: speed (it never had an effect)."]
+    assert parsed.notices == ["title is called name now; without effect: speed (it never had an effect)."]
     assert load_params(JobParams, write("job.yaml", "name: null\n")) == JobParams()
     with pytest.raises(ValueError, match=r"job\.yaml:1: title is the old name of name, and both are given"):
         load_params(JobParams, write("job.yaml", "title: a\nname: b\n"))

@@ -13,7 +13,6 @@ import yaml
 from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.loading import dump_value
 from vla_foundry.config.yaml_source import parse_inline
-from vla_foundry.importing.configs import translate_policy
 from vla_foundry.models import create_model
 from vla_foundry.params import ModelParams
 
@@ -161,7 +160,9 @@ def create_policy_config() -> dict[str, Any]:
 def save_policy(folder: Path, config: dict[str, Any]) -> None:
     """Save a policy with new weights, by the names that the earlier implementation had."""
     torch.manual_seed(0)
-    params = create_params(ModelParams, translate_policy(config, VLM))
+    backbone = {key: value for key, value in config["vision_language_backbone"].items() if key != "vlm_experiment_dir"}
+    backbone |= {"vlm": VLM, "resume_from_checkpoint": None}
+    params = create_params(ModelParams, {**config, "vision_language_backbone": backbone})
     state: dict[str, torch.Tensor] = {}
     weights = create_model(params, load_pretrained=False).state_dict()
     token = weights.pop("vision_language_backbone.observation_token")

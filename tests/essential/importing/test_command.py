@@ -125,7 +125,7 @@ def test_weights_that_are_not_understood_leave_nothing(
     ("name", "text", "message"),
     [
         ("language_source", "num_experts: 8", r"config_model\.yaml: model\.num_experts is unknown for model\.type"),
-        ("policy_source", "guidance: 2.0", r"config_model\.yaml: model\.guidance is unknown\. Known here: "),
+        ("policy_source", "guidance: 2.0", r"config_model\.yaml: model\.guidance is unknown for model\.type"),
         ("language_source", "n_heads: [", r"config_model\.yaml is not valid YAML"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vla_foundry.config.command_line import parse
 from vla_foundry.config.loading import read_params
 from vla_foundry.params import (
     DataParams,
@@ -15,8 +17,12 @@ from vla_foundry.params import (
     load_experiment_params_from_yaml,
     load_params_from_yaml,
 )
+from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.models.legacy import LegacyDDPMParams, LegacyFlowParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
+from vla_foundry.params.models.vit import ViTParams
+from vla_foundry.params.models.vlm import VLMParams
 
 Write = Callable[[str, str], str]
 
@@ -130,3 +136,241 @@ def test_every_value_survives_being_saved_and_loaded(write: Write) -> None:
         hparams=HyperParams(lr=1.2345678901234567e-5, warmup=0.1, grad_clip_norm=1e20),
     )
     assert load_experiment_params_from_yaml(write("config.yaml", dump_params(params))) == params
+
+
+# the policy sections of the earlier implementation's presets
+EARLIER_NOISE = "noise_scheduler: {num_timesteps: 1000, beta_start: 0.0001, beta_end: 0.02, clamp_range: [-3.0, 3.0]}"
+EARLIER_POLICIES = {
+    "vla_diffusion_11m": f"""
+type: diffusion_policy
+vision_language_backbone: {{type: vlm_backbone, hf_pretrained: HuggingFaceTB/SmolVLM2-256M-Video-Instruct,
+  num_vlm_layers_to_use: 1}}
+transformer: {{<<: !include config_presets/models/transformer_tiny.yaml, is_causal: false}}
+{EARLIER_NOISE}
+use_flow_matching_scheduler: true
+""",
+    "vla_diffusion_1b": f"""
+type: diffusion_policy
+vision_language_backbone: {{type: vlm_foundry_backbone, num_vlm_layers_to_use: 4}}
+transformer: {{<<: !include config_presets/models/transformer_100m.yaml, is_causal: false}}
+{EARLIER_NOISE}
+use_flow_matching_scheduler: true
+""",
+    "vla_smolvlm_foundry_backbone": """
+type: diffusion_policy
+num_action_head_repeats: 8
+input_noise_std: 0.05
+diffusion_step_conditioning: add
+vision_language_backbone: {type: vlm_foundry_backbone, num_vlm_layers_to_use: 4}
+transformer: {<<: !include config_presets/models/transformer_410m.yaml, vocab_size: 0}
+noise_scheduler: {num_timesteps: 1000, clamp_range: [-1.5, 1.5]}
+use_flow_matching_scheduler: true
+""",
+    # no type of the backbone, and of the noise only the range
+    "lbm_hparams_4cams": """
+type: diffusion_policy
+input_noise_std: 0.05
+vision_language_backbone: {hf_pretrained: openai/clip-vit-base-patch32, disable_text: false,
+  freeze_text_encoder: false, freeze_image_encoder: false}
+transformer: {<<: !include config_presets/models/transformer_410m.yaml, is_causal: true}
+noise_scheduler: {clamp_range: [-1.5, 1.5]}
+use_flow_matching_scheduler: true
+""",
+    # a preset of ours below
+    "diffusion_policy_bellpepper": """
+<<: !include config_presets/models/diffusion_policy.yaml
+vision_language_backbone: {freeze_text_encoder: true}
+transformer: {is_causal: true}
+noise_scheduler: {clamp_range: [-2, 2]}
+""",
+}
+
+
+@pytest.mark.parametrize("name", EARLIER_POLICIES)
+def test_an_earlier_policy_preset_trains_what_it_trained(write: Write, name: str) -> None:
+    parsed = read_params(ModelParams, write("model.yaml", EARLIER_POLICIES[name]))
+    head, backbone = parsed.params.action_head, parsed.params.vision_language_backbone
+    assert (head.type, head.time_encoding, head.final_norm) == ("legacy_flow_transformer", "table", False)
+    assert (head.conditioning, head.transformer.vocab_size, head.noise.num_timesteps) == ("tokens", 0, 1000)
+    assert head.time_conditioning == ("add" if "smolvlm" in name else "concat")
+    assert (head.num_action_head_repeats, head.input_noise_std) == {
+        "vla_smolvlm_foundry_backbone": (8, 0.05),
+        "lbm_hparams_4cams": (1, 0.05),
+    }.get(name, (1, 0.0))
+    assert head.transformer.is_causal == (name[:13] != "vla_diffusion")
+    expected_range = {"diff": (-2.0, 2.0), "vla_d": (-3.0, 3.0)}
+    assert head.noise.clamp_range == next((r for n, r in expected_range.items() if name.startswith(n)), (-1.5, 1.5))
+    assert getattr(backbone, "final_norm", False) is False
+    assert getattr(backbone, "text_norm_before_projection", True) is True
+    (notice,) = parsed.notices
+    assert (
+        "transformer is called action_head.transformer now; noise_scheduler is called action_head.noise now" in notice
+    )
+
+
+def parse_train(*words: str) -> Any:
+    return parse(TrainExperimentParams, ["--data.type", "text", *words], prog="train")
+
+
+def earlier_flags(values: dict[str, object]) -> list[str]:
+    return [word for flag, value in values.items() for word in (f"--model.{flag}", str(value))]
+
+
+# every flag that a policy of the earlier implementation had, besides those that its sections still have
+EARLIER_FLAGS = {
+    **{f"transformer.{key}": value for key, value in {
+        "type": "transformer", "freeze": False, "resume_from_checkpoint": "null", "resume_weights_only": False,
+        "norm_type": "rms_norm", "ffn_type": "gelu", "qk_norm": True, "positional_embedding_type": "none",
+        "attn_name": "auto", "hidden_dim": 64, "n_layers": 3, "n_heads": 2, "vocab_size": 50432,
+        "post_embed_norm": True, "norm_eps": 1e-6, "weight_tying": True, "cast_output_to_float32": True,
+        "max_seq_len": 99, "is_causal": False}.items()},
+    **{f"noise_scheduler.{key}": value for key, value in {
+        "type": "noise_scheduler", "freeze": False, "resume_from_checkpoint": "null", "resume_weights_only": False,
+        "num_timesteps": 50, "beta_start": 0.001, "beta_end": 0.01, "clamp_range": "[-2, 2]"}.items()},
+    "use_diffusers_scheduler": False,
+    "input_noise_std": 0.05,
+    "diffusion_step_conditioning": "add",
+    "num_action_head_repeats": 4,
+}  # fmt: skip
+EARLIER_VIT = {
+    "type": "vit_backbone", "freeze": True, "resume_from_checkpoint": "null", "resume_weights_only": False,
+    "pretrained": "null", "interpolation_mode": "bilinear", "hidden_dim": 32, "inter_dim": 48, "patch_size": 8,
+    "img_size": 64, "n_heads": 2, "dropout": 0.1, "n_layers": 3, "ln_eps": 1e-5, "cls_flag": True,
+    "projector_pixel_shuffle_factor": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("uses_flow", [True, False])
+def test_every_flag_of_an_earlier_policy_is_understood(uses_flow: bool) -> None:
+    vit = {f"vision_language_backbone.{key}": value for key, value in EARLIER_VIT.items()}
+    words = earlier_flags({**EARLIER_FLAGS, **vit, "use_flow_matching_scheduler": uses_flow})
+    parsed = parse_train("--model.type", "diffusion_policy", *words)
+    head, backbone = parsed.params.model.action_head, parsed.params.model.vision_language_backbone
+    assert head.transformer == TransformerParams(
+        norm_type="rms_norm", ffn_type="gelu", qk_norm=True, positional_embedding_type="none", hidden_dim=64,
+        n_layers=3, n_heads=2, vocab_size=0, post_embed_norm=True, norm_eps=1e-6, weight_tying=True,
+        cast_output_to_float32=True, max_seq_len=99, is_causal=False,
+    )  # fmt: skip
+    assert (head.input_noise_std, head.time_conditioning, head.num_action_head_repeats) == (0.05, "add", 4)
+    assert backbone.freeze
+    assert backbone.vit == ViTParams(
+        interpolation_mode="bilinear", hidden_dim=32, inter_dim=48, patch_size=8, img_size=64, n_heads=2, dropout=0.1,
+        n_layers=3, ln_eps=1e-5, cls_flag=True, projector_pixel_shuffle_factor=2,
+    )  # fmt: skip
+    noise = {"num_timesteps": 50, "clamp_range": (-2.0, 2.0)}
+    assert head.noise == (
+        LegacyFlowParams(**noise, sampling_time_shift=0.02)
+        if uses_flow
+        else LegacyDDPMParams(**noise, target="velocity", beta_schedule="linear", beta_start=0.001, beta_end=0.01)
+    )
+    assert len(parsed.notices) == 1
+
+
+def test_old_and_new_names_of_one_value(write: Write) -> None:
+    policy = write("policy.yaml", EARLIER_POLICIES["vla_smolvlm_foundry_backbone"])
+    include = ("--model", f"include {policy}")
+    # the command line overrides a file, whatever names they use
+    for flag in ("transformer.hidden_dim", "action_head.transformer.hidden_dim"):
+        assert parse_train(*include, f"--model.{flag}", "512").params.model.action_head.transformer.hidden_dim == 512
+    times = parse_train(*include, "--model.action_head.noise.num_timesteps", "50").params.model.action_head.noise
+    assert (times.num_timesteps, times.sampling_time_shift) == (50, 0.02)
+    noise = write("noise.yaml", "num_timesteps: 20\n")
+    head = parse_train(*include, "--model.noise_scheduler", f"include {noise}").params.model.action_head
+    assert (head.noise.num_timesteps, head.noise.sampling_time_shift) == (20, 0.05)
+    preset = ("--model", "include vla_foundry/config_presets/models/diffusion_policy.yaml")
+    larger = ("--model.transformer", "include vla_foundry/config_presets/models/transformer_410m.yaml")
+    head = parse_train(*preset, *larger, "--model.transformer.n_layers", "2").params.model.action_head
+    assert (head.transformer.hidden_dim, head.transformer.n_layers, head.transformer.is_causal) == (1024, 2, False)
+    two = ("--model.transformer.n_layers", "2", "--model.action_head.transformer.n_layers", "3")
+    with pytest.raises(ValueError, match=r"model\.transformer\.n_layers is the old name of model\.action_head\.trans"):
+        parse_train(*include, *two)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("use_diffusers_scheduler", "true"),
+            r"use_diffusers_scheduler: such policies could never be trained\. Set it",
+        ),
+        (("use_flow_matching_scheduler", "maybe"), r"use_flow_matching_scheduler must be true or false, got 'maybe'"),
+        (("transformer.hidden_dims", "4"), r"model\.action_head\.transformer\.hidden_dims is unknown"),
+        (("noise_scheduler.num_timesteps", "0"), r"action_head\.noise\.num_timesteps \(0\) must be at least 1"),
+        (
+            ("noise_scheduler.num_timesteps", "many"),
+            r"action_head\.noise\.num_timesteps must be a whole number or null, got",
+        ),
+        (("noise_scheduler", "5"), r"model\.action_head\.noise must be a mapping of keys, got '5'"),
+        (("vision_language_backbone.type", "unet"), r"vision_language_backbone\.type 'unet' is unknown"),
+        (("vision_language_backbone.vlm_experiment_dir", "nowhere"), r"vlm_experiment_dir: there is no nowhere/config"),
+    ],
+)
+def test_an_earlier_policy_that_cannot_be_meant(write: Write, words: tuple[str, str], message: str) -> None:
+    policy = write("policy.yaml", EARLIER_POLICIES["vla_diffusion_1b"])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        parse_train("--model", f"include {policy}", f"--model.{words[0]}", words[1])
+    head = ("--model.action_head.type", "ddpm_transformer", "--model.use_flow_matching_scheduler", "true")
+    with pytest.raises(ValueError, match=r"use_flow_matching_scheduler contradicts model\.action_head\.type 'ddpm_tr"):
+        parse_train("--model.type", "diffusion_policy", *head)
+
+
+def test_a_policy_finds_its_vision_language_model(write: Write) -> None:
+    vlm = "type: vlm\nprocessor: null\nimage_token_id: 7\nfreeze: true\nvit: {type: vit, freeze: true}\n"
+    vlm += "transformer: {type: transformer, n_layers: %d, resume_from_checkpoint: s3://b/llm/checkpoints/c.pt}\n"
+    policy = EARLIER_POLICIES["vla_diffusion_1b"].replace("_use: 4", "_use: 4, vlm_experiment_dir: %s")
+    write("vlm/config_model.yaml", vlm % 5)
+    path = write("run/config_model.yaml", policy % "../vlm")
+    found: Any = load_params_from_yaml(ModelParams, path)
+    assert found.vision_language_backbone.vlm == VLMParams(
+        vit=ViTParams(), transformer=TransformerParams(n_layers=5), image_token_id=7
+    )
+    # a published policy has it beside
+    write("run/vlm_config_model.yaml", vlm % 6)
+    for given in ("null", "s3://someone/vlm"):
+        found = load_params_from_yaml(ModelParams, write("run/config_model.yaml", policy % given))
+        assert found.vision_language_backbone.vlm.transformer.n_layers == 6
+    given = ("--model.vision_language_backbone.vlm_experiment_dir", str(Path(path).parents[1] / "vlm"))
+    params = parse_train("--model", f"include {write('other/policy.yaml', policy % 'null')}", *given).params
+    assert params.model.vision_language_backbone.vlm.transformer.n_layers == 5
+
+
+def test_an_earlier_preprocessing_config_is_read(write: Write) -> None:
+    text = """
+type: lerobot
+source_episodes: [a]
+output_dir: b
+output_dir_fixed_path: s3://your-bucket/your-path/vla_foundry_datasets_fixed/
+auto_tag: true
+skip_git_tagging: false
+ray_num_cpus: null
+db_logging: false
+image_resizing_method: RESIZE_FIT
+camera_rotations: null
+observation_keys: [observation.state]
+"""
+    parsed = read_params(RoboticsPreprocessParams, write("preprocessing_config.yaml", text))
+    assert parsed.params.image_resizing_method == "resize_fit"
+    (notice,) = parsed.notices
+    for name in ("output_dir_fixed_path", "auto_tag", "skip_git_tagging", "ray_num_cpus", "db_logging"):
+        assert f"{name} (" in notice
+
+
+# the commands of the paper
+MANIFEST = ["--data.dataset_manifest", '["s3://B/P/manifest.jsonl"]', "--data.dataset_weighting", "[1.0]"]
+BUDGET = ["--total_train_samples", "14_000_000", "--num_checkpoints", "5", "--hparams.per_gpu_batch_size"]
+
+
+def test_the_commands_of_the_paper() -> None:
+    words = ["--model", "include vla_foundry/config_presets/models/vlm_3b.yaml"]
+    words += ["--model.vit", "include vla_foundry/config_presets/models/vit_paligemma.yaml"]
+    words += ["--data.type", "image_caption", "--data.processor", "google/paligemma-3b-pt-224", *MANIFEST]
+    words += ["--data.dataset_modality", '["image_caption"]', "--data.img_num_tokens", "256", *BUDGET, "2"]
+    words += ["--hparams.global_batch_size", "64", "--remote_sync", "s3://B/P/run"]
+    vlm = parse(TrainExperimentParams, words, prog="train").params
+    assert (vlm.model.transformer.hidden_dim, vlm.model.vit.hidden_dim, vlm.remote_sync) == (2048, 1152, "s3://B/P/run")
+    words = ["--model.type", "transformer", "--model", "include vla_foundry/config_presets/models/transformer_11m.yaml"]
+    words += ["--distributed.fsdp", "True", "--data.type", "text", *MANIFEST, "--data.dataset_modality", '["text"]']
+    words += ["--data.seq_len", "2048", *BUDGET, "8", "--hparams.global_batch_size", "512"]
+    llm: Any = parse(TrainExperimentParams, words, prog="train").params
+    assert (llm.model, llm.distributed.fsdp, llm.data.dataset_weighting) == (TransformerParams(), True, [1.0])
+    assert llm.data.dataset_manifest == ["s3://B/P/manifest.jsonl"]
