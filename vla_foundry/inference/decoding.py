@@ -45,7 +45,8 @@ def generate(
     A finished row leaves the batch, so it costs no further computation.
 
     Args:
-        model: a language model with `decode`; runs in evaluation mode; its previous mode is restored.
+        model: a language model with `decode`; runs in evaluation mode; its previous mode is restored. Its
+            `image_token_id`, if it has one, stands for an image and is never generated.
         attention_mask: 1 for the tokens of a prompt, 0 for padding, at any position.
         end_token_ids: tokens that end a row, or tuples of tokens that do so together.
         seeds: one per row, for temperature > 0; default 0, 1, ...
@@ -92,12 +93,17 @@ def _continue_rows(
         choose: `choose_tokens` with its settings.
     """
     ends = [[end] if isinstance(end, int) else list(end) for end in end_token_ids]
+    image_token_id: int | None = getattr(model, "image_token_id", None)
     alive = list(range(len(limits)))
     tokens: list[list[int]] = [[] for _ in alive]
     stops: list[_Stop] = ["end" for _ in alive]
     for step in range(max(limit for limit, _ in limits)):
         output = model.decode(**inputs, use_cache=use_cache, logits_to_keep=1)
-        new = choose(output.logits[:, -1].float(), seeds=[seeds[row] for row in alive], step=step)
+        logits = output.logits[:, -1].float()
+        if image_token_id is not None:
+            # the token may have no row in the table
+            logits[:, image_token_id : image_token_id + 1] = -torch.inf
+        new = choose(logits, seeds=[seeds[row] for row in alive], step=step)
         kept = []
         for place, (row, token) in enumerate(zip(alive, new.tolist(), strict=True)):
             tokens[row].append(token)

@@ -45,7 +45,8 @@ class VLMHF(HuggingFaceLanguageModel):
         self.takes_prompt_types = config.model_type == "paligemma"
         # positions with height and width (multimodal rotary embedding)
         self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
-        self.image_token_id: int = getattr(config, "image_token_id", None) or config.image_token_index
+        image_token_id = getattr(config, "image_token_id", None)
+        self.image_token_id: int = config.image_token_index if image_token_id is None else image_token_id
 
     def forward(
         self,

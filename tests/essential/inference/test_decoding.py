@@ -1,10 +1,13 @@
 """Draws follow the asked-for distribution, and each row's stream is its own."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from vla_foundry.inference.decoding import choose_tokens
+from vla_foundry.batch import LanguageModelOutput
+from vla_foundry.inference.decoding import choose_tokens, generate
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0])
 
@@ -59,3 +62,25 @@ def test_draws_differ_by_seed_and_step() -> None:
     assert len(draws) == 12
     again = choose_tokens(logits, seeds=[2**64 - 1], step=2, **options)
     assert int(again[0]) in draws
+
+
+class Mute(torch.nn.Module):
+    """A model that finds its image token the likeliest, whatever it reads."""
+
+    def __init__(self, image_token_id: int) -> None:
+        super().__init__()
+        self.image_token_id = image_token_id
+
+    def decode(self, input_ids: Tensor, **_inputs: Any) -> LanguageModelOutput:
+        logits = torch.tensor([0.0, 1.0, 2.0, 3.0]).index_fill(0, torch.tensor([self.image_token_id % 4]), 9.0)
+        return LanguageModelOutput(logits.expand(len(input_ids), 1, 4), None, None)
+
+
+# the last one has no row in the table
+@pytest.mark.parametrize(("image_token_id", "expected"), [(1, 3), (3, 2), (0, 3), (4, 0)])
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_the_image_token_is_never_generated(image_token_id: int, expected: int, temperature: float) -> None:
+    rows = generate(
+        Mute(image_token_id), torch.ones(2, 3).long(), max_new_tokens=3, temperature=temperature, use_cache=False
+    )
+    assert [row.tokens for row in rows] == [[expected] * 3] * 2
