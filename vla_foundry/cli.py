@@ -2,11 +2,9 @@
 
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable
-from types import FrameType
+
+from vla_foundry.world import leave_on_interrupt, raise_on_interrupt
 
 _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
@@ -43,29 +41,6 @@ commands (vla-foundry COMMAND --help says more):
 A command takes --config_path FILE and --section.field VALUE; sections of `train` are data, model, hparams,
 distributed and ema (vla-foundry train --help hparams; vla-foundry train --help model.type=transformer).
 """
-
-
-def leave_on_interrupt() -> None:
-    """Make Ctrl-C end this process with code 130 and without a traceback, for the time of the imports.
-
-    An import that KeyboardInterrupt interrupts prints one, or goes on with half a library. Ctrl-C stays ignored where
-    it was (jobs in the background).
-    """
-    _replace_handler(signal.default_int_handler, _leave)
-
-
-def raise_on_interrupt() -> None:
-    """Make Ctrl-C raise KeyboardInterrupt again: there is work that must be put in order."""
-    _replace_handler(_leave, signal.default_int_handler)
-
-
-def _replace_handler(before: object, after: Callable[[int, FrameType | None], object]) -> None:
-    if signal.getsignal(signal.SIGINT) is before and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, after)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(128 + number)
 
 
 def usage() -> str:

@@ -1,6 +1,6 @@
 """Train one model: `vla-foundry train ...`, or for several processes `torchrun -m vla_foundry.main ...`."""
 
-from vla_foundry.cli import leave_on_interrupt, raise_on_interrupt
+from vla_foundry.world import leave_on_interrupt, raise_on_interrupt
 
 if __name__ == "__main__":
     leave_on_interrupt()

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 
@@ -79,6 +80,29 @@ def read_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Read only the number of processes; needs no torch."""
     names = [launcher.world_size for launcher in _LAUNCHERS if launcher.world_size in environment]
     return _read_int(environment, names[0]) if names else 1
+
+
+def leave_on_interrupt() -> None:
+    """Make Ctrl-C end this process with code 130 and without a traceback, for the time of the imports.
+
+    An import that KeyboardInterrupt interrupts prints one, or goes on with half a library. Ctrl-C stays ignored where
+    it was (jobs in the background).
+    """
+    _replace_handler(signal.default_int_handler, _leave)
+
+
+def raise_on_interrupt() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt again: there is work that must be put in order."""
+    _replace_handler(_leave, signal.default_int_handler)
+
+
+def _replace_handler(before: object, after: Callable[[int, FrameType | None], object]) -> None:
+    if signal.getsignal(signal.SIGINT) is before and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, after)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 def follow_launcher() -> None:
