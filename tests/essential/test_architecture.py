@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
     {"registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
+    {"parsing"},
 ]
 # (importer, imported) within one layer
 ALLOWED_SIDEWAYS = {
@@ -49,6 +50,7 @@ TORCH_FREE = (
     "params/",
     "storage/",
     "shards.py",
+    "parsing.py",
     "registry.py",
     "world.py",
     "progress.py",
