@@ -34,7 +34,7 @@ from vla_foundry.data.worker import (
 )
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.shards import parse_manifest
-from vla_foundry.storage.uri import is_remote, read_text
+from vla_foundry.storage.uri import absolute_uri, read_text
 from vla_foundry.world import World
 
 Split: TypeAlias = Literal["train", "validation"]
@@ -95,7 +95,7 @@ class DataLoader:
         self._started: int | None = None
         cache_params = params.dataset_cache
         folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
-        cache = ShardCache(os.path.abspath(os.path.expanduser(folder)), int(cache_params.cache_size_gb * 1e9))
+        cache = ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9))
         reader = ShardReader(datasets, cache)
         pipeline.check(reader)
         self._pipeline = pipeline
@@ -289,7 +289,7 @@ def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[lis
         raise ValueError(f"data.{prefix}dataset_modality must be the same for all datasets of a run, got {modalities}.")
     datasets = []
     for name, modality in zip(names, modalities, strict=True):
-        manifest = name if is_remote(name) else os.path.abspath(os.path.expanduser(name))
+        manifest = absolute_uri(name)
         entries = parse_manifest(read_text(manifest), manifest)
         datasets.append(Dataset(manifest=manifest, modality=modality, entries=tuple(entries)))
     return datasets, weights

@@ -353,7 +353,7 @@ class ShardReader:
                 raise Dropped("damaged shard", str(error)) from None
             _fetch_index(uri, path)
         else:
-            file, path = _open_local(uri, dataset.manifest)
+            file, path = _open_local(uri, dataset.manifest), uri
         with file:
             _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
             sha256 = dataset.entries[shard].sha256
@@ -376,10 +376,9 @@ def _max_open_shards() -> int:
     return _MAX_OPEN_SHARDS if limit < 0 else max(1, min(_MAX_OPEN_SHARDS, limit // 2))
 
 
-def _open_local(path: str, manifest: str) -> tuple[BinaryIO, str]:
-    path = os.path.expanduser(path)
+def _open_local(path: str, manifest: str) -> BinaryIO:
     try:
-        return open(path, "rb"), path
+        return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"Shard {path}, which {manifest} lists, is missing.") from None
 

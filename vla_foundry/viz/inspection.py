@@ -10,7 +10,6 @@ import sys
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate, islice
-from pathlib import Path
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.config.resolve import resolve
@@ -29,7 +28,7 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, parse_manifest
-from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
+from vla_foundry.storage.uri import absolute_uri, exists, join_uri, parent_uri, read_text
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
@@ -77,8 +76,7 @@ def inspect_data(params: InspectParams) -> list[str]:
         manifest = params.dataset
         if not manifest.endswith(".jsonl"):
             manifest = join_uri(manifest, MANIFEST_NAME)
-        if not is_remote(manifest):
-            manifest = os.path.abspath(os.path.expanduser(manifest))
+        manifest = absolute_uri(manifest)
         spec = _read_spec(manifest)
         if spec is None:
             return show_stored_sample(manifest, params.sample, params.output)
@@ -122,7 +120,7 @@ def read_training_sample(training: str, number: int) -> RobotSample:
         ValueError: the run is not trained on robot data, or its config does not fit the data.
         FileNotFoundError: the config, or a file that it names, does not exist.
     """
-    path = join_uri(training, CONFIG_NAME) if Path(os.path.expanduser(training)).is_dir() else training
+    path = join_uri(training, CONFIG_NAME) if os.path.isdir(training) else training
     params = load_experiment_params_from_yaml(path)
     params = resolve(params, read_facts(params, 1))
     data = params.data

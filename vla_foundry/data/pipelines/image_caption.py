@@ -138,13 +138,21 @@ class Encode:
         params: the processor params.
         max_tokens: most tokens in a sample.
         truncate_answers: truncate the last answer of a longer sample instead of dropping the sample.
+        processor: the processor; None: load the one that the params describe.
     """
 
-    def __init__(self, params: ImageProcessorParams, *, max_tokens: int, truncate_answers: bool) -> None:
+    def __init__(
+        self,
+        params: ImageProcessorParams,
+        *,
+        max_tokens: int,
+        truncate_answers: bool = False,
+        processor: Processor | None = None,
+    ) -> None:
         self.params = params
         self.max_tokens = max_tokens
         self.truncate_answers = truncate_answers
-        self._processor: Processor | None = None
+        self._processor = processor
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without the processor, so that each loader process loads its own."""

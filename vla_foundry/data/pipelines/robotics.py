@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, create_image_processor, join_samples
+from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, Encode, join_samples
 from vla_foundry.data.pipelines.stages import BatchStage, Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import complete_params, create_normalization, read_specs, save_robotics_files
@@ -248,7 +248,7 @@ class PrepareCameraImages:
         return {**add_images(sample, files, self.augmentation), "image_mask": mask}
 
 
-class EncodeRobot:
+class EncodeRobot(Encode):
     """A stage: `images` and `turns` -> `inputs`, and `intrinsics` for the pixels the model gets.
 
     Args:
@@ -257,24 +257,13 @@ class EncodeRobot:
     """
 
     def __init__(self, params: RoboticsDataParams, processor: Processor | None = None) -> None:
+        super().__init__(params, max_tokens=params.max_text_seq_len or params.seq_len, processor=processor)
         self.params = params
-        self.max_tokens = params.max_text_seq_len or params.seq_len
         self.camera_names = params.camera_names or []
-        self._processor = processor
 
-    def __getstate__(self) -> dict[str, object]:
-        """Pickle without the processor, so that each loader process loads its own."""
-        return {**self.__dict__, "_processor": None}
-
-    def load(self) -> Processor | None:
-        """Return the processor, loading it on first use; None without language.
-
-        Raises:
-            ValueError: the processor cannot be loaded.
-        """
-        if self._processor is None and self.params.use_language:
-            self._processor = create_image_processor(self.params)
-        return self._processor
+    def processor(self) -> Processor | None:
+        """Return the processor, loading it on first use; None without language."""
+        return self.load() if self.params.use_language else None
 
     def __call__(self, sample: Sample) -> Sample:
         """Encode the sample.
@@ -283,7 +272,7 @@ class EncodeRobot:
             Dropped: the row is too long.
             ValueError: the sample cannot be encoded.
         """
-        processor = self.load()
+        processor = self.processor()
         if processor is None:
             encoded = resize_images(sample["images"], self.params)
         else:
@@ -357,7 +346,7 @@ class RoboticsPipeline(Pipeline):
 
     def check(self, reader: ShardReader) -> None:
         """See Pipeline. Load the processor, and check the params against the specs of the datasets."""
-        self.encode.load()
+        self.encode.processor()
         datasets = read_specs([dataset.manifest for dataset in reader.datasets])
         self.params.check_specs(datasets)
         self.read = ReadWindow([self.params.create_window_spec(dataset) for dataset in datasets])
@@ -372,7 +361,7 @@ class RoboticsPipeline(Pipeline):
 
     def create_empty_batch(self) -> Batch:
         """See Pipeline. The batch has one sample with black images, whose steps are all padding."""
-        window, num_images, processor = self.params.window, len(self.params.image_names), self.encode.load()
+        window, num_images, processor = self.params.window, len(self.params.image_names), self.encode.processor()
         black = [torch.zeros((3, 8, 8), dtype=torch.uint8)] * num_images
         turns = [Turn("user", IMAGE_MARKER * num_images + "a")]
         num_actions, num_observed = self.actions.transform.select.width, self.proprioception.transform.select.width
@@ -405,7 +394,7 @@ class RoboticsPipeline(Pipeline):
         return self._join([sample])
 
     def _join(self, samples: Sequence[Sample]) -> Batch:
-        return join_robot_samples(samples, self.encode.load(), self.params)
+        return join_robot_samples(samples, self.encode.processor(), self.params)
 
 
 def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, params: RoboticsDataParams) -> Batch:

@@ -228,4 +228,4 @@ def _show_path(path: str, roots: Sequence[str]) -> str:
 
 
 def _show_root(path: str) -> str:
-    return path if is_remote(path) or not os.path.isabs(os.path.expanduser(path)) else name_of(path)
+    return path if is_remote(path) or not os.path.isabs(path) else name_of(path)

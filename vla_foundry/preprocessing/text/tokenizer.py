@@ -86,7 +86,7 @@ def read_tokenizer(name_or_folder: str, *, eos_token: str | None = None) -> Toke
 
 
 def _is_folder(name: str) -> bool:
-    return is_remote(name) or os.path.isdir(os.path.expanduser(name))
+    return is_remote(name) or os.path.isdir(name)
 
 
 def _read_folder(folder: str) -> dict[str, bytes]:
