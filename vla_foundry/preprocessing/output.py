@@ -59,7 +59,7 @@ class OutputFolder:
         uri: local or s3://.
         plan: everything that determines the bytes of the dataset, as JSON values.
         flag: how the user names the folder, for messages.
-        inputs: fingerprint of the source files on this machine; results of tasks are kept only while it stays the same.
+        inputs: fingerprint of the versions of the source files; results of tasks are kept only while it stays the same.
     """
 
     def __init__(self, uri: str, plan: Mapping[str, Any], *, flag: str = "--output", inputs: str | None = None) -> None:

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import shutil
 import tempfile
 import zlib
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 
 from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.progress import say
-from vla_foundry.storage.uri import folder_of_names, is_remote, list_visible, name_of, open_input
+from vla_foundry.storage.uri import folder_of_names, list_visible, name_of, open_input
 
 _BLOCK_BYTES = 8 << 20
 # names that are kept for each reason, and how many of them are printed
@@ -53,6 +52,8 @@ class SourceFile:
     name: str
     # bytes
     size: int
+    # see storage.local.Listed
+    version: int | str = 0
 
     @property
     def ending(self) -> str:
@@ -89,13 +90,13 @@ def list_source_files(places: Sequence[str]) -> list[list[SourceFile]]:
     for number, place in enumerate(places):
         base = folder_of_names(place)
         files = []
-        for uri, size in list_visible(place).items():
+        for uri, listed in list_visible(place).items():
             if uri in seen:
                 raise ValueError(f"--source names {uri} twice. Name each file once.")
             inner = uri[len(base) :] if uri.startswith(base) else name_of(uri)
             # escape the bytes of a file name that are not UTF-8
             inner = inner.encode("utf-8", "backslashreplace").decode()
-            files.append(SourceFile(uri=uri, name=f"{number}/{inner}", size=size))
+            files.append(SourceFile(uri=uri, name=f"{number}/{inner}", size=listed.size, version=listed.version))
         seen.update(file.uri for file in files)
         found.append(files)
     return found
@@ -111,9 +112,9 @@ def describe_files(files: Sequence[SourceFile], digests: Iterable[str] = ()) -> 
     }
 
 
-def digest_of_times(files: Iterable[SourceFile]) -> str:
-    """Return a fingerprint of the times when local files were modified: an edited file may keep its size."""
-    return digest_of([os.stat(file.uri).st_mtime_ns for file in files if not is_remote(file.uri)])
+def digest_of_versions(files: Iterable[SourceFile]) -> str:
+    """Return a fingerprint of the files' versions: an edited file may keep its size."""
+    return digest_of([file.version for file in files])
 
 
 def say_ignored(ignored: Counter[str], why: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import IncompleteDownload, compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
 
 _READ_SIZE = 4 << 20
 
@@ -58,7 +58,7 @@ class HubStorage:
             raise FileNotFoundError(f"{uri} is not a file.")
         return info["size"]
 
-    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+    def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         file_system = _file_system()
         with _named_errors(folder_or_glob):
             if is_pattern(folder_or_glob):
@@ -67,10 +67,14 @@ class HubStorage:
                 found = {name: info for name, info in found.items() if matches(f"hf://{name}")}
             else:
                 found = file_system.find(folder_or_glob, detail=True)
-        sizes = {f"hf://{name}": info["size"] for name, info in found.items() if info["type"] == "file"}
-        if not sizes:
+        files = {
+            f"hf://{name}": Listed(info["size"], info.get("blob_id") or info.get("xet_hash") or "")
+            for name, info in found.items()
+            if info["type"] == "file"
+        }
+        if not files:
             raise FileNotFoundError(f"Nothing found at {folder_or_glob}.")
-        return sizes
+        return files
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         self._commit(uri, data)

@@ -9,12 +9,21 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # suffix of unfinished files; they may be deleted when no writer is alive
 TEMPORARY_SUFFIX = ".tmp"
 # only writing can fail with these
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Listed(NamedTuple):
+    """A file in a listing."""
+
+    # bytes
+    size: int
+    # changes with the content: the time of the last change (ns), or what a store computes from the content
+    version: int | str
 
 
 class IncompleteDownload(ValueError):
@@ -115,7 +124,7 @@ class LocalStorage:
             raise FileNotFoundError(f"{uri} is not a file.")
         return os.path.getsize(path)
 
-    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+    def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         path = _local(folder_or_glob)
         if os.path.isfile(path):
             names = [path]
@@ -127,7 +136,7 @@ class LocalStorage:
                 raise FileNotFoundError(f"No file matches {folder_or_glob}.")
         else:
             raise FileNotFoundError(f"{folder_or_glob} is neither a file nor a folder.")
-        return {name: os.path.getsize(name) for name in names}
+        return {name: Listed(status.st_size, status.st_mtime_ns) for name in names for status in [os.stat(name)]}
 
     @contextmanager
     def open_output(self, uri: str) -> Iterator[BinaryIO]:

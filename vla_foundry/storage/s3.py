@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import IncompleteDownload, compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20
@@ -120,27 +120,27 @@ class S3Storage:
     def size_of(self, uri: str) -> int:
         return self._head(uri)[0]
 
-    def list_sizes(self, folder_or_glob: str) -> dict[str, int]:
+    def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         bucket, key = _split(folder_or_glob)
         if is_pattern(key):
             prefix, matches = compile_pattern(key)
-            sizes = {name: size for name, size in self._list(bucket, prefix, folder_or_glob) if matches(name)}
+            found = {name: listed for name, listed in self._list(bucket, prefix, folder_or_glob) if matches(name)}
         else:
             prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
-            sizes = dict(self._list(bucket, prefix, folder_or_glob))
-        if not sizes and key:
-            sizes = {key: self.size_of(folder_or_glob)}
-        if not sizes:
+            found = dict(self._list(bucket, prefix, folder_or_glob))
+        if not found and key:
+            found = {key: Listed(*self._head(folder_or_glob))}
+        if not found:
             raise FileNotFoundError(f"Nothing found at {folder_or_glob}.")
-        return {f"s3://{bucket}/{name}": size for name, size in sizes.items()}
+        return {f"s3://{bucket}/{name}": listed for name, listed in found.items()}
 
-    def _list(self, bucket: str, prefix: str, uri: str) -> Iterator[tuple[str, int]]:
+    def _list(self, bucket: str, prefix: str, uri: str) -> Iterator[tuple[str, Listed]]:
         client = _client()
         with _named_errors(uri):
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
                     if not item["Key"].endswith("/"):  # such a key only marks a folder
-                        yield item["Key"], item["Size"]
+                        yield item["Key"], Listed(item["Size"], item["ETag"])
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         bucket, key = _split(uri)

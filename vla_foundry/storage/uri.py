@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from vla_foundry.storage.local import IncompleteDownload, LocalStorage
+from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
@@ -25,7 +25,7 @@ class Storage(Protocol):
     def open_input(self, uri: str) -> BinaryIO: ...
     def read_range(self, uri: str, offset: int, size: int) -> bytes: ...
     def size_of(self, uri: str) -> int: ...
-    def list_sizes(self, folder_or_glob: str) -> dict[str, int]: ...
+    def list_entries(self, folder_or_glob: str) -> dict[str, Listed]: ...
     def write_bytes(self, uri: str, data: bytes) -> None: ...
     def download(self, uri: str, path: str) -> None: ...
     def upload(self, path: str, uri: str) -> None: ...
@@ -151,15 +151,19 @@ def list_sizes(folder_or_glob: str) -> dict[str, int]:
         folder_or_glob: a folder (all files below it), a pattern (`*` within a folder level, `**` over levels, `?`,
             `[...]`), or one file. Without a match, FileNotFoundError.
     """
-    return dict(sorted(_storage_of(folder_or_glob).list_sizes(folder_or_glob).items()))
+    return {uri: listed.size for uri, listed in _list(folder_or_glob)}
 
 
-def list_visible(folder_or_glob: str) -> dict[str, int]:
+def _list(folder_or_glob: str) -> list[tuple[str, Listed]]:
+    return sorted(_storage_of(folder_or_glob).list_entries(folder_or_glob).items())
+
+
+def list_visible(folder_or_glob: str) -> dict[str, Listed]:
     """List files like list_sizes, without hidden ones (see is_hidden) below the folder; a file named itself counts."""
     base = folder_of_names(folder_or_glob)
     return {
-        uri: size
-        for uri, size in list_sizes(folder_or_glob).items()
+        uri: listed
+        for uri, listed in _list(folder_or_glob)
         if not (uri.startswith(base) and is_hidden(uri[len(base) :]))
     }
 

@@ -54,6 +54,7 @@ class RemoteSync:
             name, deadline = self._current
             if name and time.monotonic() > deadline:
                 self._error = f"{name} could not be copied (no answer; gave up)"
+                self._say = lambda line: None  # what the thread still hears comes too late
                 break
         if self._error:
             raise ValueError(f"The run is done, but {self._target} lacks part of it: {self._error}")

@@ -116,6 +116,17 @@ def test_listing_is_sorted_and_holds_sizes(base: str):
         names("nope*")
 
 
+def test_a_file_that_is_edited_gets_another_version_though_its_size_stays(base: str):
+    name = uri.join_uri(base, "folder", "a.csv")
+    versions = []
+    for content in (b"one", b"two"):
+        uri.write_bytes(name, content)
+        (listed,) = uri.list_visible(uri.join_uri(base, "folder")).values()
+        assert uri.list_visible(name) == {name: listed}
+        versions.append(listed.version)
+    assert versions[0] != versions[1]
+
+
 def test_large_file_goes_up_and_comes_down(base: str, tmp_path: Path):
     source = tmp_path / "source.bin"
     source.write_bytes(os.urandom(1 << 20) * 34)  # two multipart parts and a bit

@@ -37,7 +37,7 @@ from vla_foundry.preprocessing.image_caption.items import (
 )
 from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, check_apart, digest_of, hold_folder, record_task
 from vla_foundry.preprocessing.shard_writer import open_shard
-from vla_foundry.preprocessing.sources import Tally, digest_of_times, say_ignored
+from vla_foundry.preprocessing.sources import Tally, digest_of_versions, say_ignored
 from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.shards import ManifestEntry, split_member_name
@@ -72,7 +72,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     if params.all_captions:  # outputs from before the option keep their plan
         values["all_captions"] = True
     plan = {"command": COMMAND, "version": PLAN_VERSION, "params": values, "source": sources.describe()}
-    output = OutputFolder(params.output, plan, inputs=digest_of_times(sources.files))
+    output = OutputFolder(params.output, plan, inputs=digest_of_versions(sources.files))
     with output.begin(overwrite=params.overwrite) as done:
         if done is None:
             say(_summary(output.read_facts()))

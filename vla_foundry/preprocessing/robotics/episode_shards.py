@@ -59,6 +59,8 @@ class ShardJob:
     recipe: Recipe
     # output folder
     folder: str
+    # fingerprint of the versions of the source files
+    versions: str = ""
 
     def episode_shard(self, number: int) -> str:
         """Return the name of a task's shard of episodes, within the folder: a file of the dataset, or of _progress."""
@@ -95,7 +97,8 @@ def write_episode_shard(job: ShardJob, task: Task) -> dict[str, Any]:
     """Write one shard of episodes and its statistics; see _try_episode for what is reported of each episode.
 
     Returns:
-        {"entry": line of the manifest or None, "episodes": [...], "seconds": {stage: seconds}}, recorded as done.
+        {"entry": line of the manifest or None, "episodes": [...], "seconds": {stage: seconds}, "versions": those of the
+        job}, recorded as done.
     """
     recipe, clock, shard = job.recipe, Clock(), job.episode_shard(task.number)
     converter = recipe.converter_class(recipe.params)
@@ -116,7 +119,8 @@ def write_episode_shard(job: ShardJob, task: Task) -> dict[str, Any]:
         with clock.measure("statistics"):
             counted = format_arrays(pack_statistics(accumulator.finish()))
             write_bytes(join_uri(job.folder, statistics_name(task.number)), counted)
-    result = {"entry": None if entry is None else asdict(entry), "episodes": episodes, "seconds": clock.seconds}
+    made = {"seconds": clock.seconds, "versions": job.versions}
+    result = {"entry": None if entry is None else asdict(entry), "episodes": episodes, **made}
     record_task(job.folder, task.number, result)
     return result
 

@@ -65,8 +65,9 @@ class Part:
     name: str
     refs: list[EpisodeRef]
     recipe: Recipe
-    # fingerprint of the source files
+    # fingerprints of the source files, and of their versions
     source: dict[str, Any]
+    versions: str
 
     @property
     def folder(self) -> str:
@@ -76,7 +77,7 @@ class Part:
     @property
     def job(self) -> ShardJob:
         """What the tasks share."""
-        return ShardJob(recipe=self.recipe, folder=self.folder)
+        return ShardJob(recipe=self.recipe, folder=self.folder, versions=self.versions)
 
 
 def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
@@ -90,9 +91,10 @@ def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
     converter = create_converter(params)
     refs = check_refs(converter.discover_episodes(), params.max_episodes_to_process)
     recipe = create_recipe(params, converter)
-    source = converter.describe_source()
+    source, versions = converter.describe_source(), converter.digest_versions()
     parts = [
-        Part(name=name, refs=part, recipe=recipe, source=source) for name, part in split_refs(refs, params).items()
+        Part(name=name, refs=part, recipe=recipe, source=source, versions=versions)
+        for name, part in split_refs(refs, params).items()
     ]
     for part in parts:
         if part.name and exists(join_uri(params.output_dir, MANIFEST_NAME)):
@@ -111,6 +113,9 @@ def _write_part(part: Part) -> None:
 
 def _write_dataset(part: Part, output: OutputFolder, done: Mapping[int, Any]) -> None:
     params, started = part.recipe.params, time.monotonic()
+    if any(_is_outdated(part, result) for result in done.values()):
+        say("Source files were modified since the job was begun: what was made of them is made again.")
+        done = {number: result for number, result in done.items() if not _is_outdated(part, result)}
     with ray_cluster(params.num_workers, params.ray_address):
         written = _write_episodes(part, done)
         seconds = _add_seconds(written)
@@ -150,6 +155,10 @@ def _write_dataset(part: Part, output: OutputFolder, done: Mapping[int, Any]) ->
     encoded = {name: text.encode("utf-8") for name, text in files.items()}
     facts = output.publish(entries, facts=facts, counts=counts, files=encoded)
     say(f"{part.folder}: {_summary(facts)}; {time.monotonic() - started:.1f} s")
+
+
+def _is_outdated(part: Part, result: Mapping[str, Any]) -> bool:
+    return result.get("versions", part.versions) != part.versions
 
 
 def _create_plan(part: Part) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def write_sample_shard(job: ShardJob, task: Task) -> dict[str, Any]:
     """Write one shard of samples; the payload is (name of the shard, samples).
 
     Returns:
-        {"entry": line of the manifest, "plan": digest of its samples, "seconds": {stage: seconds}}, recorded as done.
+        {"entry": line of the manifest, "plan": digest of its samples, "seconds": {stage: seconds}, "versions": those of
+        the job}, recorded as done.
     """
     clock, (name, samples) = Clock(), task.payload
 
@@ -70,7 +71,8 @@ def write_sample_shard(job: ShardJob, task: Task) -> dict[str, Any]:
 
     with clock.measure("samples"):
         entry = write_shard(job.folder, name, map(create, samples))
-    result = {"entry": asdict(entry), "plan": digest_of(samples), "seconds": clock.seconds}
+    made = {"seconds": clock.seconds, "versions": job.versions}
+    result = {"entry": asdict(entry), "plan": digest_of(samples), **made}
     record_task(job.folder, task.number, result)
     return result
 

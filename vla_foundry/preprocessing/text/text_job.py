@@ -19,7 +19,7 @@ from vla_foundry.params.commands.preprocessing import (
 )
 from vla_foundry.preprocessing.output import OutputFolder, check_apart, record_task
 from vla_foundry.preprocessing.shard_writer import write_shard
-from vla_foundry.preprocessing.sources import SourceFile, describe_files, digest_of_times, say_ignored
+from vla_foundry.preprocessing.sources import SourceFile, describe_files, digest_of_versions, say_ignored
 from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.documents import DocumentTally, Piece, list_sources, read_unit
@@ -76,7 +76,7 @@ def run_text_job(params: TextJobParams, job: TextJob) -> None:
     values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *job.plan)}
     source = describe_files(files)
     plan = {"command": job.command, "version": PLAN_VERSION, "params": values, "source": source, **job.plan}
-    output = OutputFolder(params.output, plan, inputs=digest_of_times(files))
+    output = OutputFolder(params.output, plan, inputs=digest_of_versions(files))
     with output.begin(overwrite=params.overwrite) as done:
         if done is None:
             _report(output.read_facts())

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vla_foundry.images.geometry import ImageOperations
+from vla_foundry.preprocessing.robotics import robotics_job
 from vla_foundry.preprocessing.robotics.converters.converter import ArrayFrames, CameraFrames, create_converter
 from vla_foundry.preprocessing.robotics.episode_shards import (
     ShardJob,
@@ -134,6 +135,28 @@ def test_what_failed_is_tried_again_when_it_was_mended(tmp_path, write_episodes,
     fresh = preprocess(tmp_path / "raw", tmp_path / "fresh", layout="samples")
     for path in fresh.glob("*.tar"):
         assert (mended / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["episodes", "samples"])
+def test_what_was_made_of_files_that_were_edited_since_is_made_again(
+    layout, tmp_path, write_episodes, preprocess, monkeypatch, capsys
+):
+    episodes = write_episodes(tmp_path / "raw", [12, 12])
+    with monkeypatch.context() as patch:
+        patch.setattr(robotics_job.OutputFolder, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(tmp_path / "raw", tmp_path / "out", layout=layout)
+    edited = {name: values + 1 if values.dtype == np.float32 else values for name, values in episodes["run_0"].items()}
+    np.savez(tmp_path / "raw" / "run_0.npz", **edited)  # the same size
+    resumed = preprocess(tmp_path / "raw", tmp_path / "out", layout=layout)
+    assert "Source files were modified since the job was begun" in capsys.readouterr().out
+    fresh = preprocess(tmp_path / "raw", tmp_path / "fresh", layout=layout)
+    for path in fresh.glob("*.tar"):
+        assert (resumed / path.name).read_bytes() == path.read_bytes()
+
+
+def interrupt(*arguments: object, **named: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_dataset_without_samples_is_refused(tmp_path, write_episodes, preprocess):

@@ -74,6 +74,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
+from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.registry import Registry
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup
@@ -241,11 +242,16 @@ class BaseRoboticsConverter(abc.ABC):
         """Return a fingerprint of the source: number and bytes of all files, and a digest of their names and sizes."""
         digest, num_files, num_bytes = hashlib.sha256(), 0, 0
         for source in self.params.source_episodes:
-            for path, size in list_visible(source).items():
+            for path, (size, _) in list_visible(source).items():
                 inside = path[len(source.rstrip("/")) :].lstrip("/") or name_of(path)
                 digest.update(f"{inside}\0{size}\n".encode())
                 num_files, num_bytes = num_files + 1, num_bytes + size
         return {"num_files": num_files, "num_bytes": num_bytes, "digest": digest.hexdigest()}
+
+    def digest_versions(self) -> str:
+        """Return a fingerprint of the versions of all source files: an edited file may keep its size."""
+        found = [list_visible(source).values() for source in self.params.source_episodes]
+        return digest_of([listed.version for files in found for listed in files])
 
 
 def create_converter(params: RoboticsPreprocessParams) -> BaseRoboticsConverter:
