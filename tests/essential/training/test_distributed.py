@@ -171,7 +171,7 @@ def start(manifest: Path, tmp_path: Path) -> Iterator[Start]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
+                preexec_fn=lambda: set_signals(ignored),
                 text=True,
             )
         processes.append(process)
@@ -185,6 +185,12 @@ def start(manifest: Path, tmp_path: Path) -> Iterator[Start]:
         os.kill(pid, signal.SIGKILL)
     for process in processes:
         process.wait()
+
+
+def set_signals(ignored: tuple[signal.Signals, ...]) -> None:
+    """Ignore only these, whatever this process ignores because it runs under nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -66,6 +66,7 @@ def test_credentials_are_a_key_or_an_entry_in_netrc(tmp_path: Path) -> None:
 
 
 def test_wandb_is_on_when_told_or_when_its_credentials_are_there(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     nothing = {"NETRC": str(tmp_path / "none")}
     key = {**nothing, "WANDB_API_KEY": "x"}
     assert not wants_wandb(PARAMS, nothing)
