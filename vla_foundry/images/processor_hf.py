@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vla_foundry.images.geometry import PixelMap, resize_map
 from vla_foundry.images.processor import HUGGING_FACE, TOKEN_KEYS, Processor, write_config
+from vla_foundry.storage.hub import loading_published
 from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, ChatTokenizer, Turn
 
 # an input of SmolVLM and Idefics3 that says what is padding; our tiles have none
@@ -286,8 +287,6 @@ def load_hugging_face_processor(name: str, **options: Any) -> HuggingFaceProcess
     """
     from transformers import AutoProcessor
 
-    try:
+    with loading_published(f"data.processor '{name}'"):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ImportError) as error:
-        raise ValueError(f"data.processor '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return HuggingFaceProcessor(processor, **options)

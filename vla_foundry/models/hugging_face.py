@@ -1,7 +1,9 @@
 """What all Hugging Face models share here: blocks, weights, token tables and fp32 buffers."""
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,15 +11,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
 from vla_foundry.params.models.roles import PublishedParams
+from vla_foundry.storage.hub import loading_published
+from vla_foundry.world import is_first_process
 
+# tables that older files hold and models compute
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|h\.\d+\.attn\.bias)$")
+# names shown in a message
+_NUM_NAMED = 3
 # settings under which logits are not hidden @ head.T, and the value that turns each off
 _HEAD_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
@@ -234,23 +242,39 @@ def load_published_model(
     """
     name = params.hf_pretrained.removeprefix("hf://")
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
-    try:
+    is_part = config is not None
+    verbosity = logging.get_verbosity()
+    with loading_published(f"{key} '{params.hf_pretrained}'"):
         config = config or AutoConfig.from_pretrained(name)
         if not (load_pretrained and params.hf_load_weights):
             return auto_class.from_config(config, **options)
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = auto_class.from_pretrained(name, config=config, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{key} '{params.hf_pretrained}' cannot be loaded: {reason}") from error
+        logging.set_verbosity_error()  # its table of tensors is what is said below
+        try:
+            model, report = auto_class.from_pretrained(name, config=config, **options)
+        finally:
+            logging.set_verbosity(verbosity)
+    unknown = _find_unknown(model, report["unexpected_keys"], is_part=is_part)
     shapes = {key: f" (has shape {tuple(found)}, needs {tuple(own)})" for key, found, own in report["mismatched_keys"]}
     absent = {key: "" for key in sorted(report["missing_keys"]) if is_needed(model, key)} | shapes
     lost = [key for key in absent if not any(fnmatchcase(key, pattern) for pattern in params.hf_new_weights)]
     if lost:
-        unknown = sorted(report["unexpected_keys"])
         raise ValueError(
             f"{key} '{params.hf_pretrained}': {len(lost)} weights are missing, such as {lost[0]}{absent[lost[0]]}"
             + (f"; {len(unknown)} have unknown names, such as {unknown[0]}" if unknown else "")
             + f". To start them with new values, name them in {key.removesuffix('pretrained')}new_weights."
         )
+    if unknown and is_first_process():
+        sys.stderr.write(
+            f"note: {key} '{params.hf_pretrained}': {len(unknown)} tensors that a {type(model).__name__} has no place "
+            f"for are left out: {', '.join(unknown[:_NUM_NAMED])}" + (", ...\n" if len(unknown) > _NUM_NAMED else "\n")
+        )
     return model
+
+
+def _find_unknown(model: PreTrainedModel, unexpected: Iterable[str], *, is_part: bool) -> list[str]:
+    """Return the stored tensors that a model should have a place for; of a part, only those of its own modules."""
+    own = {name.partition(".")[0] for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    found = {key: key.removeprefix(prefix).partition(".")[0] for key in unexpected if not _COMPUTED.search(key)}
+    return sorted(key for key, first in found.items() if first in own or not is_part)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, load_published_model
 from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.vit import ViTHFParams
+from vla_foundry.storage.hub import loading_published
 
 TIMM_PREFIX = "timm:"
 
@@ -148,14 +149,11 @@ def create_vit_hf(params: ViTHFParams, load_pretrained: bool = True) -> ViTHF:
     if params.hf_pretrained.startswith(TIMM_PREFIX):
         return _create_timm(params, load_pretrained and params.hf_load_weights)
     key = "model.vit.hf_pretrained"
-    try:
+    with loading_published(f"{key} '{params.hf_pretrained}'"):
         config = _vision_config(AutoConfig.from_pretrained(params.hf_pretrained.removeprefix("hf://")))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{key} '{params.hf_pretrained}' cannot be loaded as an image encoder: {reason}") from error
-    image_size = params.img_size or _pair(getattr(config, "image_size", None) or 224)[0]
-    patch = params.patch_size or getattr(config, "patch_size", None)
-    num_patches = (image_size // _pair(patch)[0]) ** 2 if patch is not None else 1 << 60
+        image_size = params.img_size or _pair(getattr(config, "image_size", None) or 224)[0]
+        patch = params.patch_size or getattr(config, "patch_size", None)
+        num_patches = (image_size // _pair(patch)[0]) ** 2 if patch is not None else 1 << 60
     model = load_published_model(
         AutoModel,
         params,
@@ -185,10 +183,7 @@ def _create_timm(params: ViTHFParams, loads: bool) -> ViTHF:
         ) from None
     name = params.hf_pretrained.removeprefix(TIMM_PREFIX)
     size: dict[str, Any] = {} if params.img_size is None else {"img_size": params.img_size}
-    try:
+    with loading_published(f"model.vit.hf_pretrained '{params.hf_pretrained}'"):
         model: Any = timm.create_model(name, pretrained=loads, num_classes=0, **size)
-    except (OSError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model.vit.hf_pretrained '{params.hf_pretrained}' cannot be loaded: {reason}") from error
     image_size = params.img_size or model.default_cfg["input_size"][-1]
     return _wrap(model.train(), image_size, None)

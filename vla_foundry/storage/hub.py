@@ -38,6 +38,23 @@ def _named_errors(uri: str) -> Iterator[None]:
         raise ValueError(f"{uri} cannot be reached: {' '.join(str(error).split())}") from None
 
 
+@contextmanager
+def loading_published(what: str) -> Iterator[None]:
+    """Turn all that Hugging Face's libraries raise about missing, broken or unknown files into a one-line ValueError.
+
+    Args:
+        what: the message's subject, such as "model.hf_pretrained 'owner/name'".
+    """
+    try:
+        yield
+    except Exception as error:  # the border to libraries, which may raise anything: tokenizers raises Exception itself
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+        if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+            reason = f"one of its files is not as expected ({type(error).__name__}: {reason})."
+        raise ValueError(f"{what} cannot be loaded: {reason}") from error
+
+
 class HubStorage:
     """See vla_foundry.storage.uri.Storage."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, read_text
 
 if TYPE_CHECKING:
@@ -212,13 +213,8 @@ def _is_hub_name(name: str) -> bool:
 def _load(location: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with loading_published(f"Tokenizer '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"Tokenizer '{name}' is neither a tokenizer's folder nor a name that is known: {reason}"
-        ) from None
     if not tokenizer.is_fast:
         raise ValueError(f"Tokenizer '{name}' has no fast form ({TOKENIZER_NAME}). Choose another.")
     return tokenizer

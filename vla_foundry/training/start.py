@@ -42,6 +42,7 @@ from vla_foundry.run_folder import (
     read_side_file,
     read_step,
 )
+from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids
@@ -324,10 +325,7 @@ def _copy_folder(source: str, target: Path) -> None:
 def _save_named(name: str, target: Path) -> None:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from None
+    with loading_published(f"data.tokenizer '{name}'"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     with replace_folder(target) as aside:
         tokenizer.save_pretrained(str(aside))

@@ -294,6 +294,31 @@ def test_published_weights_that_are_not_all_there_are_named(fault: str, tmp_path
     assert torch.equal(model.state_dict()["model.model.norm.weight"], tensors["model.norm.weight"])
 
 
+def test_published_weights_that_have_no_place_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_original("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    load(str(tmp_path))
+    assert "note: " not in capsys.readouterr().err
+    extra = {name.replace("layers.1", "layers.2"): each for name, each in tensors.items() if "layers.1.mlp" in name}
+    save_file(tensors | {f"{name}.2": each.clone() for name, each in extra.items()}, file, metadata={"format": "pt"})
+    load(str(tmp_path))
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("note: "))
+    assert "LlamaForCausalLM has no place for are left out: model.layers.2.mlp.down_proj.weight" in note
+
+
+@pytest.mark.parametrize(
+    "index", ["{}", "[]", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}']
+)
+def test_a_broken_index_of_weights_is_an_error_of_one_line(index: str, tmp_path: Path) -> None:
+    create_original("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model\.hf_pretrained '.*' cannot be loaded: one of its files is") as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_weights_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     create_original("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -19,6 +19,7 @@ from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shu
 from vla_foundry.preprocessing.text.documents import DocumentTally, list_sources, read_unit
 from vla_foundry.progress import say, show_progress
 from vla_foundry.shards import PROVENANCE_NAME
+from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.uri import delete, exists, is_remote, join_uri, list_files, read_bytes, read_text, write_text
 from vla_foundry.text.tokenizers import CONFIG_NAME, TOKENIZER_NAME, create_encoder
 
@@ -100,11 +101,8 @@ def _read_folder(folder: str) -> dict[str, bytes]:
 def _read_by_transformers(name: str) -> dict[str, bytes]:
     from transformers import AutoTokenizer
 
-    try:
+    with loading_published(f"--tokenizer '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--tokenizer '{name}' is neither a tokenizer's folder nor a known name: {reason}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"--tokenizer '{name}' has no fast form ({TOKENIZER_NAME}). Choose another tokenizer.")
     with tempfile.TemporaryDirectory() as folder:
