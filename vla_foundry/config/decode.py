@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, replace
 from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
+from vla_foundry.config.help import nearest_path
 from vla_foundry.config.schema import ChoiceParams, Retyped, migrations_of
 from vla_foundry.config.tree import (
     COMMAND_LINE,
@@ -355,7 +356,7 @@ def _unknown_key(cls: Any, key: Any, node: Node, decoding: Decoding, path: str) 
         if others:
             return ValueError(f"{message}; {', '.join(others)} has it (--{_join(path, TYPE_KEY)} {others[0]}).")
     siblings = [_join(path, name) for name in schema.field_types(cls)]
-    nearest = schema.nearest_path(decoding.root, full, siblings)
+    nearest = nearest_path(decoding.root, full, siblings)
     hint = f"Did you mean {nearest}?" if nearest else f"Known here: {', '.join(siblings[:12])}"
     return ValueError(f"{message}. {hint}{', ...' if not nearest and len(siblings) > 12 else '' if nearest else '.'}")
 

@@ -1,5 +1,6 @@
-"""Format `--help`: an overview of a command, and the flags of a section or of a type on demand."""
+"""Format `--help`: a command's overview, a section's or type's flags; and find the path that a mistyped one meant."""
 
+import difflib
 from dataclasses import MISSING, Field
 from typing import Any
 
@@ -9,6 +10,8 @@ from vla_foundry.config.tree import TYPE_KEY
 from vla_foundry.registry import unknown_name_message
 
 _WIDTH = 38
+# a slot may hold its own type; nobody types a deeper path than this
+_MAX_DEPTH = 6
 
 
 def format_help(cls: Any, prog: str, topic: str, positional: tuple[str, ...] = ()) -> str:
@@ -73,7 +76,8 @@ def _summary(cls: Any) -> str:
 
 def _leaf_line(cls: Any, name: str, flag: str) -> str:
     comment = schema.field_comments(cls).get(name, "")
-    tail = f"{comment}{' ' if comment else ''}({_default(schema.fields_by_name(cls)[name])})"
+    ranges = schema.ranges(schema.annotated_types(cls)[name])
+    tail = f"{comment}{' ' if comment else ''}({'; '.join([_default(schema.fields_by_name(cls)[name]), *ranges])})"
     return _columns(f"{flag} {schema.describe_type(schema.field_types(cls)[name])}", tail)
 
 
@@ -110,7 +114,7 @@ def _format_topic(cls: Any, topic: str) -> str:
                 lines.append(_leaf_line(member, leaf, f"--{path}"))
     if not lines:
         names = list(schema.field_types(cls))
-        nearest = schema.nearest_path(cls, path, names)
+        nearest = nearest_path(cls, path, names)
         hint = f" Did you mean --help {nearest}?" if nearest else ""
         raise ValueError(f"There is no help on '{topic}'.{hint} Topics: {', '.join(names)}, SECTION.type=NAME.")
     return "\n".join(dict.fromkeys(lines)) + "\n"
@@ -134,3 +138,46 @@ def _section_lines(cls: Any, path: str) -> list[str]:
         else:
             lines += [f"  {line}" for line in _section_lines(section, f"{path}.{name}")]
     return lines
+
+
+def _leaf_owners(cls: Any, depth: int = 0) -> dict[str, type]:
+    """Return every dotted path that can be set below a class, over all types of its roles, with its dataclass."""
+    owners: dict[str, type] = {}
+    for member in schema.concrete_classes(cls):
+        for name, hint in schema.field_types(member).items():
+            section = schema.section_class(hint)
+            if section is None or depth == _MAX_DEPTH:
+                owners.setdefault(name, member)
+            else:
+                below = _leaf_owners(section, depth + 1)
+                owners |= {f"{name}.{path}": owner for path, owner in below.items() if f"{name}.{path}" not in owners}
+    return owners | ({"type": cls} if schema.is_role(cls) else {})
+
+
+def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
+    """Return the path, or "one or another", that a user who typed the unknown `wanted` may have meant.
+
+    Args:
+        root: the class of the whole config.
+        wanted: the dotted path as typed.
+        siblings: dotted paths of the fields beside the unknown one; they are tried first.
+    """
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.75)
+    if near:
+        return near[0]
+    owners = _leaf_owners(root)
+    name = wanted.rpartition(".")[2]
+    same_name = [path for path in owners if path.rpartition(".")[2] == name]
+    if same_name:
+        depth = min(path.count(".") for path in same_name)
+        return " or ".join([path for path in same_name if path.count(".") == depth][:3])
+    near = difflib.get_close_matches(wanted, [*siblings, *owners], n=1, cutoff=0.7)
+    if near:
+        return near[0]
+    last_names = {path.rpartition(".")[2]: path for path in reversed(owners)}
+    near = difflib.get_close_matches(name, list(last_names), n=1, cutoff=0.7)
+    if near:
+        return last_names[near[0]]
+    comments = {path: schema.field_comments(owner).get(path.rpartition(".")[2], "") for path, owner in owners.items()}
+    described = [path for path, comment in comments.items() if name.replace("_", " ") in comment]
+    return min(described, key=lambda path: len(comments[path]), default=None) if "_" in name else None

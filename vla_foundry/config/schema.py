@@ -1,11 +1,12 @@
 """Describe config dataclasses: their fields and comments, number ranges, roles with types, and migrations."""
 
 import ast
-import difflib
 import functools
 import inspect
 import itertools
+import math
 import operator
+import re
 import textwrap
 import types
 from collections.abc import Callable
@@ -19,13 +20,13 @@ P = TypeVar("P", bound=type)
 # metadata of a field that only legacy checkpoints need: --help leaves it out
 LEGACY = {"is_legacy": True}
 
-# a slot may hold its own type; nobody types a deeper path than this
-_MAX_DEPTH = 6
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The range of a number, as an annotation of its type: `Annotated[int, Bounds(least=1)]`. NaN is never in it."""
+    """The range of a number, as an annotation of its type: `Annotated[int, Bounds(least=1)]`.
+
+    NaN is never in it. An infinity is, if it is one of the ends; whole numbers have 64 bits.
+    """
 
     least: int | float | None = None
     above: int | float | None = None
@@ -34,34 +35,60 @@ class Bounds:
     # sentence that ends the message
     fix: str = ""
 
-    def check(self, value: int | float, name: str) -> None:
-        """Check that `value` lies in the range.
-
-        Raises:
-            ValueError: it does not; the message begins with `name`.
-        """
+    def _limits(self) -> list[tuple[str, int | float, Callable[[Any, Any], bool]]]:
         limits = (
             ("at least", self.least, operator.ge),
             ("above", self.above, operator.gt),
             ("at most", self.most, operator.le),
             ("below", self.below, operator.lt),
         )
-        if not all(is_met(value, limit) for _, limit, is_met in limits if limit is not None):
-            wanted = " and ".join(f"{words} {limit}" for words, limit, _ in limits if limit is not None)
-            raise ValueError(f"{name} ({str(value).removesuffix('.0')}) must be {wanted}. {self.fix}".strip())
+        return [(words, limit, is_met) for words, limit, is_met in limits if limit is not None]
+
+    def __str__(self) -> str:
+        return " and ".join(f"{words} {limit}" for words, limit, _ in self._limits())
+
+    def check(self, value: int | float, name: str) -> None:
+        """Check that `value` lies in the range.
+
+        Raises:
+            ValueError: it does not; the message begins with `name`.
+        """
+        limits = self._limits()
+        largest = 2**63 if isinstance(value, int) else math.inf
+        is_number = -largest < value < largest or value in (self.least, self.most)
+        if is_number and all(is_met(value, limit) for _, limit, is_met in limits):
+            return
+        wanted = [str(self)] if limits else []
+        if not is_number and len(limits) < 2:
+            wanted.append("within 64 bits" if isinstance(value, int) else "finite")
+        raise ValueError(f"{name} ({str(value).removesuffix('.0')}) must be {' and '.join(wanted)}. {self.fix}".strip())
 
 
 Count = Annotated[int, Bounds(least=1)]
 # a length, size or number of parts; more than this is a typing error on any machine
 Size = Annotated[int, Bounds(least=1, most=1_000_000)]
+# like a size, but there may be none
+Steps = Annotated[int, Bounds(least=0, most=1_000_000)]
+NumTokens = Annotated[int, Bounds(least=1, most=100_000_000)]
+# a frame relative to the anchor
+ImageIndex = Annotated[int, Bounds(least=-1_000_000, most=1_000_000)]
+FPS = Annotated[float, Bounds(above=0, most=1_000_000)]
 NumWorkers = Annotated[int, Bounds(least=0, most=1024)]
+NumThreads = Annotated[int, Bounds(least=1, most=1024)]
+Int = Annotated[int, Bounds()]
 NonNegativeInt = Annotated[int, Bounds(least=0)]
+Finite = Annotated[float, Bounds()]
 NonNegative = Annotated[float, Bounds(least=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Fraction = Annotated[float, Bounds(least=0, most=1)]
-# annotation of a path or URI that the user gives: parsing expands a leading ~
+Epsilon = Annotated[float, Bounds(above=0, most=1)]
+# annotation of a name, which is printed in a line and may become a file's name
+ONE_LINE = "one line"
+Name = Annotated[str, ONE_LINE]
+# annotation of a path or URI that the user gives, on one line too: parsing expands a leading ~
 EXPANDED = "~ is expanded"
 Location = Annotated[str, EXPANDED]
+_NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -88,8 +115,8 @@ class Derived:
 class BaseParams:
     """Base of every config dataclass.
 
-    `__post_init__` checks the class's own fields: here their `Bounds`, in subclasses what else holds. A message begins
-    with the name of a field, and the engine prepends the config path.
+    `__post_init__` checks the class's own fields: here the ranges of numbers and the characters of texts, in subclasses
+    what else holds. A message begins with the name of a field, and the engine prepends the config path.
     """
 
     # root of a config only: its sections in the order in which they are derived; a section may appear twice
@@ -97,7 +124,7 @@ class BaseParams:
 
     def __post_init__(self) -> None:
         for name, hint in annotated_types(type(self)).items():
-            map_annotated(hint, getattr(self, name), _check_bounds, name)
+            map_annotated(hint, getattr(self, name), _check_value, name)
 
     def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
         """Return this section's derived fields, each with its value and source.
@@ -125,10 +152,20 @@ class BaseParams:
         return []
 
 
-def _check_bounds(value: Any, bounds: Any, name: str) -> Any:
-    if isinstance(bounds, Bounds) and value is not None:
-        bounds.check(value, name)
+def _check_value(value: Any, annotation: Any, name: str) -> Any:
+    if isinstance(value, str):
+        _check_text(value, name, is_line=annotation in (ONE_LINE, EXPANDED))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        (annotation if isinstance(annotation, Bounds) else Bounds()).check(value, name)
     return value
+
+
+def _check_text(text: str, name: str, *, is_line: bool) -> None:
+    found = _NOT_IN_A_LINE.search(text) if is_line else None
+    wrong = found[0] if found else next((char for char in text if char == "\0" or "\ud800" <= char <= "\udfff"), None)
+    if wrong is not None:
+        kind = "not UTF-8" if wrong >= "\ud800" else "a control character"
+        raise ValueError(f"{name} holds {wrong!r}, {kind}, in {text[:80]!r}. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +261,21 @@ def field_types(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def annotated_types(cls: type) -> dict[str, Any]:
-    """Return the types of the fields that are annotated, or hold something annotated."""
+    """Return the type of each field of a dataclass, in order and with annotations."""
     hints = get_type_hints(cls, include_extras=True)
-    return {name: hints[name] for name, plain in field_types(cls).items() if hints[name] != plain}
+    return {item.name: hints[item.name] for item in fields(cls)}
 
 
 def map_annotated(hint: Any, value: Any, change: Callable[[Any, Any, str], Any], name: str) -> Any:
-    """Return `value` after `change(part, annotation, name)` of each part whose type is annotated."""
+    """Return `value` after `change(part, annotation, name)` of each part; without an annotation, it is None."""
+    if hint is Any and isinstance(value, list | dict):
+        hint = list[Any] if isinstance(value, list) else dict[str, Any]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         for annotation in arguments[1:]:
             value = change(value, annotation, name)
+    elif hint in (int, float, str, Any):
+        value = change(value, None, name)
     elif origin in (Union, types.UnionType):
         for option in arguments:
             value = map_annotated(option, value, change, name)
@@ -243,8 +284,19 @@ def map_annotated(hint: Any, value: Any, change: Callable[[Any, Any, str], Any],
         parts = zip(hints, value, strict=False)
         return type(value)(map_annotated(*part, change, f"{name}[{index}]") for index, part in enumerate(parts))
     elif origin is dict and isinstance(value, dict):
-        return {key: map_annotated(arguments[1], item, change, f"{name}.{key}") for key, item in value.items()}
+        return {
+            map_annotated(arguments[0], key, change, name): map_annotated(arguments[1], item, change, f"{name}.{key}")
+            for key, item in value.items()
+        }
     return value
+
+
+def ranges(hint: Any) -> list[str]:
+    """Return the ranges of the numbers in a type, in words, each once."""
+    if isinstance(hint, Bounds):
+        return [str(hint)] if str(hint) else []
+    parts = hint.__metadata__ if get_origin(hint) is Annotated else get_args(hint)
+    return list(dict.fromkeys(words for part in parts for words in ranges(part)))
 
 
 @functools.cache
@@ -358,49 +410,6 @@ def _step(hint: Any, key: str) -> list[Any]:
             found += [hint for new_key in new_keys for hint in lookup(member, new_key)]
         return found
     return [value_type or Any] if value_type is not None or hint is Any else []
-
-
-def _leaf_owners(cls: Any, depth: int = 0) -> dict[str, type]:
-    """Return every dotted path that can be set below a class, over all types of its roles, with its dataclass."""
-    owners: dict[str, type] = {}
-    for member in concrete_classes(cls):
-        for name, hint in field_types(member).items():
-            section = section_class(hint)
-            if section is None or depth == _MAX_DEPTH:
-                owners.setdefault(name, member)
-            else:
-                below = _leaf_owners(section, depth + 1)
-                owners |= {f"{name}.{path}": owner for path, owner in below.items() if f"{name}.{path}" not in owners}
-    return owners | ({"type": cls} if is_role(cls) else {})
-
-
-def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
-    """Return the path, or "one or another", that a user who typed the unknown `wanted` may have meant.
-
-    Args:
-        root: the class of the whole config.
-        wanted: the dotted path as typed.
-        siblings: dotted paths of the fields beside the unknown one; they are tried first.
-    """
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.75)
-    if near:
-        return near[0]
-    owners = _leaf_owners(root)
-    name = wanted.rpartition(".")[2]
-    same_name = [path for path in owners if path.rpartition(".")[2] == name]
-    if same_name:
-        depth = min(path.count(".") for path in same_name)
-        return " or ".join([path for path in same_name if path.count(".") == depth][:3])
-    near = difflib.get_close_matches(wanted, [*siblings, *owners], n=1, cutoff=0.7)
-    if near:
-        return near[0]
-    last_names = {path.rpartition(".")[2]: path for path in reversed(owners)}
-    near = difflib.get_close_matches(name, list(last_names), n=1, cutoff=0.7)
-    if near:
-        return last_names[near[0]]
-    comments = {path: field_comments(owner).get(path.rpartition(".")[2], "") for path, owner in owners.items()}
-    described = [path for path, comment in comments.items() if name.replace("_", " ") in comment]
-    return min(described, key=lambda path: len(comments[path]), default=None) if "_" in name else None
 
 
 def describe_type(hint: Any) -> str:

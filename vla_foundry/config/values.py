@@ -12,7 +12,8 @@ from vla_foundry.config.tree import COMMAND_LINE, Origin, Scalar, Value, to_valu
 from vla_foundry.config.yaml_source import is_null, parse_inline
 from vla_foundry.registry import unknown_name_message
 
-_INT = re.compile(r"[+-]?\d[\d_]*")
+# Python refuses to convert thousands of digits
+_INT = re.compile(r"[+-]?\d[\d_]{0,999}")
 _FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d+)?")
 _SPECIAL_FLOATS = {"inf": math.inf, "+inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -58,7 +59,9 @@ def _wrong_type(hint: Any, value: Value, path: str, origin: Origin) -> ValueErro
     if value is True:
         return ValueError(f"{origin.prefix}{path} needs a value: {describe_type(hint)}.")
     wanted = " or ".join(dict.fromkeys(_must_be(option) for option in options(hint)))
-    shown = "null" if is_null(value) else f"'{value.text}'" if isinstance(value, Scalar) else _show(value)
+    if isinstance(value, Scalar) and abs(_decode_float(value.text) or 0) >= _LARGEST_INT:
+        wanted = wanted.replace(_MUST_BE[int], f"{_MUST_BE[int]} below 10^18")
+    shown = "null" if is_null(value) else f"'{_show(value)}'" if isinstance(value, Scalar) else _show(value)
     return ValueError(f"{origin.prefix}{path} must be {wanted}, got {shown}.")
 
 
@@ -73,7 +76,7 @@ def _must_be(hint: Any) -> str:
 
 
 def _show(value: Value) -> str:
-    text = str(_plain(value))
+    text = value.text if isinstance(value, Scalar) else str(_plain(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -1,9 +1,10 @@
 """How the model is spread over processes. Rank, world size and device are not here: see world.py."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import BaseParams, Bounds, Name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,14 @@ class DistributedParams(BaseParams):
     fsdp_reshard_after_forward: bool = False
     # process-group backends; auto: gloo on the CPU, and NCCL beside it on GPUs
     dist_backend: Literal["auto", "gloo", "nccl"] = "auto"
-    # rendezvous of torch.distributed
-    dist_url: str = "env://"
+    # rendezvous of torch.distributed: env://, tcp://HOST:PORT, or file:///PATH on a file system that all ranks share
+    dist_url: Name = "env://"
     # seconds after which a collective that does not return ends the run
-    timeout_s: float = 1800.0
+    timeout_s: Annotated[float, Bounds(least=1, most=10**7)] = 1800.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"env://|tcp://[^/]+:\d{1,5}(/?\?.*)?|file:///.+", self.dist_url):
+            raise ValueError(f"dist_url '{self.dist_url}' must be env://, tcp://HOST:PORT or file:///PATH.")
+        if self.fsdp_cpu_offload and not self.fsdp:
+            raise ValueError("fsdp_cpu_offload is true, but only FSDP offloads. Set fsdp true, or leave it out.")

@@ -1,9 +1,12 @@
 """Exponential moving average of the weights."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import BaseParams, Fraction
+from vla_foundry.config.schema import BaseParams, Bounds, Fraction, NonNegativeInt
+
+# a decay of 1 never takes in new weights
+_Decay = Annotated[float, Bounds(least=0, below=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,15 +18,15 @@ class EMAParams(BaseParams):
     # vanilla: decay alpha; ema: the decay grows as 1 - (1 + step / inv_gamma)^-power
     type: Literal["vanilla", "ema"] = "ema"
     # decay of vanilla
-    alpha: Fraction = 0.999
+    alpha: _Decay = 0.999
     # steps during which the average copies the weights
-    update_after_step: int = 0
+    update_after_step: NonNegativeInt = 0
     # time scale of the growth of ema's decay, steps
-    inv_gamma: float = 1.0
+    inv_gamma: Annotated[float, Bounds(above=0, most=10**12)] = 1.0
     # exponent of the growth of ema's decay
-    power: float = 0.75
+    power: Annotated[float, Bounds(above=0, most=100)] = 0.75
     # smallest decay of ema
-    min_value: Fraction = 0.0
+    min_value: _Decay = 0.0
     # largest decay of ema
     max_value: Fraction = 0.9999
 
@@ -31,7 +34,3 @@ class EMAParams(BaseParams):
         super().__post_init__()
         if self.min_value > self.max_value:
             raise ValueError(f"min_value ({self.min_value}) must not be above max_value ({self.max_value}).")
-        if self.inv_gamma <= 0 or self.update_after_step < 0:
-            raise ValueError(
-                f"inv_gamma ({self.inv_gamma}) must be above 0 and update_after_step ({self.update_after_step}) >= 0."
-            )

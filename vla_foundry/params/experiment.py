@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import vla_foundry.params.data  # noqa: F401
 import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
-from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Unavailable
+from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Name, Unavailable
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.distributed import DistributedParams
@@ -34,13 +34,13 @@ class TrainExperimentParams(BaseParams):
     derivation_order = ("hparams", "distributed", "ema", "model", "data", "model")
 
     # modules to import first; they register your own models, data types and so on
-    plugins: list[str] = field(default_factory=list)
+    plugins: list[Name] = field(default_factory=list)
     # name of the run and its folder; null: built from date, model, learning rate and batch size
-    name: str | None = None
+    name: Name | None = None
     # folder that holds run folders
     save_path: Location = "experiments"
     # auto: resume from the newest checkpoint of the run with this name, if any; null: start a new run
-    resume: str | None = None
+    resume: Name | None = None
     # s3:// folder to copy the run folder to after each checkpoint
     remote_sync: Location | None = None
     # print the resolved config with the origin of each value, and stop
@@ -50,11 +50,11 @@ class TrainExperimentParams(BaseParams):
     # log to Weights & Biases; null: only if credentials are found
     wandb: bool | None = None
     # W&B entity; null: the W&B default
-    wandb_entity: str | None = None
+    wandb_entity: Name | None = None
     # W&B project
-    wandb_project_name: str = "vla_foundry"
+    wandb_project_name: Name = "vla_foundry"
     # W&B tags
-    wandb_tags: list[str] = field(default_factory=list)
+    wandb_tags: list[Name] = field(default_factory=list)
     # write TensorBoard files to the run folder
     tensorboard: bool = False
     # steps between log lines

@@ -1,15 +1,15 @@
 """Hyper-parameters of the optimization: batch sizes, learning rate, optimizer, precision."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived, Epsilon, Int
 
 _WARMUP_STEPS = 1000
-_FiniteNonNegative = Annotated[float, Bounds(least=0, below=math.inf)]
-_FinitePositive = Annotated[float, Bounds(above=0, below=math.inf)]
-_Multiplier = Annotated[float, Bounds(above=0, below=math.inf, fix="To keep a part unchanged, freeze it.")]
+# a learning rate or weight; more than this is a typing error
+_Rate = Annotated[float, Bounds(least=0, most=1000)]
+_Multiplier = Annotated[float, Bounds(above=0, most=1000, fix="To keep a part unchanged, freeze it.")]
+_StepsOrFraction = Annotated[float, Bounds(least=0, most=10**12)]
 # the plan of the data counts in 30 bits
 _Batch = Annotated[int, Bounds(least=1, below=2**30)]
 _Beta = Annotated[float, Bounds(least=0, below=1)]
@@ -26,33 +26,33 @@ class HyperParams(BaseParams):
     # samples per forward pass on one rank; gradient accumulation fills the global batch
     per_gpu_batch_size: _Batch = 8
     # seed of weights, data order and noise
-    seed: int = 42
+    seed: Int = 42
     # peak learning rate
-    lr: _FinitePositive = 1e-4
+    lr: Annotated[float, Bounds(above=0, most=1000)] = 1e-4
     # learning-rate factors by prefix of weight names: {vit: 0.1}
     lr_multipliers: dict[str, _Multiplier] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
     # warm-up: steps, or a fraction of all steps if below 1; null: 1000 steps, but at most a tenth of the run
-    warmup: _FiniteNonNegative | None = None
+    warmup: _StepsOrFraction | None = None
     # final decay of warmup_constant_decay: steps, or a fraction of all steps if below 1
-    decay: _FiniteNonNegative = 0.3
+    decay: _StepsOrFraction = 0.3
     # learning rate at the end of the schedule
-    lr_cooldown_end: _FiniteNonNegative = 0.0
+    lr_cooldown_end: _Rate = 0.0
     # lower bound of the cosine schedule
-    force_min_lr: _FiniteNonNegative = 0.0
+    force_min_lr: _Rate = 0.0
     # optimizer
     optimizer: Literal["adamw"] = "adamw"
     # decoupled weight decay, on matrices only
-    wd: _FiniteNonNegative = 0.01
+    wd: _Rate = 0.01
     # AdamW beta 1
     beta1: _Beta = 0.9
     # AdamW beta 2
     beta2: _Beta = 0.95
     # AdamW epsilon
-    eps: float = 1e-8
+    eps: Epsilon = 1e-8
     # weight of mean(logsumexp(logits)^2) in a language model's loss
-    z_loss_coefficient: _FiniteNonNegative = 0.0
+    z_loss_coefficient: _Rate = 0.0
     # largest global gradient norm; null: not clipped
     grad_clip_norm: Annotated[float, Bounds(above=0, fix="null does not clip.")] | None = None
     # recompute each block's activations in the backward pass
@@ -64,8 +64,15 @@ class HyperParams(BaseParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr_cooldown_end > self.lr:
-            raise ValueError(f"lr_cooldown_end ({self.lr_cooldown_end}) must not be above lr ({self.lr}).")
+        for name in ("lr_cooldown_end", "force_min_lr"):
+            if getattr(self, name) > self.lr:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be above lr ({self.lr}).")
+        shares = (self.warmup or 0.0, self.decay)
+        if self.lr_scheduler == "warmup_constant_decay" and max(shares) < 1 and round(sum(shares), 9) > 1:
+            raise ValueError(
+                f"decay ({self.decay:g}) and warmup ({self.warmup:g}) are fractions of the run, and must be at most 1 "
+                "together. Lower one of them."
+            )
 
     def derive(self, root: Any, facts: Any) -> dict[str, Derived]:
         """Derive a warm-up that fits into the run."""

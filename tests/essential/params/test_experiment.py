@@ -323,12 +323,16 @@ def test_a_name_too_long_for_a_file_system_is_refused() -> None:
         ("--hparams.per_gpu_batch_size 1e10", r"hparams\.per_gpu_batch_size \(10000000000\) must be"),
         ("--model.max_seq_len 1e9", r"model\.max_seq_len \(1000000000\) must be"),
         (
+            "--model.resume_weights_only true",
+            r"model\.resume_weights_only is true, but there is no checkpoint\. G",
+        ),
+        (
             "--model.n_layers 1e4 --model.hidden_dim 1e6 --model.n_heads 1e4",
             r"model has about 1e\+17 weights, more than any machine can train",
         ),
     ],
 )
-def test_what_no_machine_can_hold_is_refused_when_the_config_is_resolved(words: str, message: str) -> None:
+def test_what_no_run_can_hold_or_do_is_refused_when_the_config_is_resolved(words: str, message: str) -> None:
     data = ["--data.type", "text", "--data.dataset_manifest", "a/manifest.jsonl", "--data.seq_len", "16"]
     rest = ["--model.type", "transformer", "--total_train_samples", "512", "--hparams.warmup", "0.0", *words.split()]
     with pytest.raises(ValueError, match=message) as caught:

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt, NumWorkers
+from vla_foundry.config.schema import (
+    BaseParams,
+    Bounds,
+    Count,
+    Fraction,
+    Location,
+    Name,
+    NonNegativeInt,
+    NumThreads,
+    NumWorkers,
+    Size,
+)
 
 ImageSize = Annotated[int, Bounds(least=16, most=100_000)]
 
@@ -13,15 +24,15 @@ class DemosParams(BaseParams):
     """Record demonstrations as a LeRobot dataset (v3.0). Output does not depend on processes; killed runs resume."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
-    tasks: list[str]
+    tasks: list[Name]
     # local folder to write to
     output_dir: Location
     # successful demonstrations of each task
     episodes: Count = 50
     # simulator with scripted experts
-    simulator: str = "metaworld"
+    simulator: Name = "metaworld"
     # cameras to record
-    cameras: list[str] = field(default_factory=lambda: ["workspace"])
+    cameras: list[Name] = field(default_factory=lambda: ["workspace"])
     # width and height of an image, pixels
     image_size: ImageSize = 64
     # store images as mp4 (small, lossy) instead of PNG
@@ -29,7 +40,7 @@ class DemosParams(BaseParams):
     # standard deviation of the noise added to executed actions (largest action: 1); the expert's actions are recorded
     action_noise: Fraction = 0.2
     # attempts at an episode, each from a different start, until its expert succeeds
-    max_attempts: Count = 10
+    max_attempts: Size = 10
     # seed of starts, noise and the choice of instructions; episode i of a task depends on this, the task and i alone
     seed: NonNegativeInt = 0
     # processes that record; 0: this one; null: one per core
@@ -72,13 +83,13 @@ class ScenesParams(BaseParams):
     # seed of layouts; scene i depends on this and i alone
     seed: NonNegativeInt = 0
     # processes that draw; null: one per core
-    num_processes: Annotated[int, Bounds(least=1, most=1024)] | None = None
+    num_processes: NumThreads | None = None
     # simulator that renders the scenes
-    simulator: str = "metaworld"
+    simulator: Name = "metaworld"
     # tasks whose things are shown, in turn
-    tasks: list[str] = field(default_factory=lambda: list(_TASKS))
+    tasks: list[Name] = field(default_factory=lambda: list(_TASKS))
     # camera to render
-    camera: str = "workspace"
+    camera: Name = "workspace"
 
     def __post_init__(self) -> None:
         super().__post_init__()

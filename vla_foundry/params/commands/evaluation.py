@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-from vla_foundry.config.schema import Bounds, Count, Location, NonNegativeInt, Size
+from vla_foundry.config.schema import Count, Location, Name, NonNegativeInt, NumThreads, Size
+from vla_foundry.params.commands.datagen import ImageSize
 from vla_foundry.params.commands.runs import InferenceParams
 
 # demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
@@ -16,7 +17,7 @@ class EvaluateParams(InferenceParams):
     """Run a policy in a simulator and count its successes. A killed run resumes when started again."""
 
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
-    tasks: list[str]
+    tasks: list[Name]
     # local folder; results go to <output>/<name>/<task>/rollouts/<time>/results.json
     output: Location
     # run folder (its newest checkpoint) or step folder; not with another policy
@@ -24,19 +25,19 @@ class EvaluateParams(InferenceParams):
     # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
     # name of the policy in the results; null: the run's name, or the value of `policy`
-    name: str | None = None
+    name: Name | None = None
     # simulator
-    simulator: str = "metaworld"
+    simulator: Name = "metaworld"
     # seeds of the starts, first:end; demonstrations use seeds from 1,000,000 on
     episodes: str = "0:50"
     # planned rollouts per task, written to the results before the first; null: as in `episodes`
-    max_sample_size: int | None = None
+    max_sample_size: Count | None = None
     # control steps after which an episode fails; null: the simulator's limit
     max_steps: Count | None = None
     # executed actions per predicted chunk; null: half of them
     open_loop_steps: Count | None = None
     # sampling steps from noise to actions; null: as in the model's params
-    num_inference_steps: Count | None = None
+    num_inference_steps: Size | None = None
     # seed of the policy's noise, besides the seed of the episode
     seed: NonNegativeInt = 0
     # instructions that replace a task's own, by task: {drawer-open-v3: close the drawer}
@@ -47,13 +48,13 @@ class EvaluateParams(InferenceParams):
     # their numbers
     batch_size: Size = 16
     # simulator processes; they do not affect outcomes; null: one per core
-    num_workers: Annotated[int, Bounds(least=1, most=1024)] | None = None
+    num_workers: NumThreads | None = None
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
     # camera of these pictures, for policies without images
-    camera: str = "workspace"
+    camera: Name = "workspace"
     # width and height of these pictures in pixels, for policies without images
-    image_size: Annotated[int, Bounds(least=16, most=100_000)] = 64
+    image_size: ImageSize = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +88,7 @@ class EvaluateParams(InferenceParams):
     @property
     def seeds(self) -> range:
         """Return the seeds of the starts."""
-        match = re.fullmatch(r"(\d+):(\d+)", self.episodes)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.episodes)
         if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(f"episodes must be first:end, such as 0:50, got '{self.episodes}'.")
         if int(match[2]) > FIRST_DEMO_SEED:
@@ -108,6 +109,6 @@ class ActionErrorParams(InferenceParams):
     # batch size
     batch_size: Size = 64
     # sampling steps from noise to actions; null: as in the model's params
-    num_inference_steps: Count | None = None
+    num_inference_steps: Size | None = None
     # seed of the order of samples
     seed: NonNegativeInt = 0

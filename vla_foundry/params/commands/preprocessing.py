@@ -3,7 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Fraction, Location, NonNegativeInt, NumWorkers
+from vla_foundry.config.schema import (
+    BaseParams,
+    Bounds,
+    Count,
+    Fraction,
+    Location,
+    Name,
+    NonNegativeInt,
+    NumThreads,
+    NumTokens,
+    NumWorkers,
+    Size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +27,7 @@ class JobParams(BaseParams):
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
-    ray_address: str | None = None
+    ray_address: Name | None = None
     # replace an output folder that was written or started with another configuration
     overwrite: bool = False
     # stop the run if more than this fraction of the rows, or of the bytes, is bad
@@ -54,7 +66,7 @@ class PreprocessTextParams(TextJobParams):
     # token that ends a document; null: the tokenizer's own
     eos_token: str | None = None
     # a record holds this many tokens and one more, the last target
-    seq_len: Count = 2048
+    seq_len: NumTokens = 2048
     # most records in a shard
     samples_per_shard: Count = 8192
 
@@ -81,7 +93,7 @@ class TrainTokenizerParams(BaseParams):
     # key (JSON) or column (.parquet) that holds the text; meta.text is a key within a key
     text_key: str = "text"
     # vocabulary size, including special tokens and the 256 bytes
-    vocab_size: int = 4096
+    vocab_size: NumTokens = 4096
     # token that ends a document
     eos_token: str = "<|endoftext|>"
     # padding token
@@ -128,7 +140,7 @@ class ManifestBuildParams(BaseParams):
     # replace a manifest that says something else
     overwrite: bool = False
     # tars processed in parallel
-    num_threads: Count = 8
+    num_threads: NumThreads = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class ManifestVerifyParams(BaseParams):
     # folder with a manifest, local or s3://
     folder: Location
     # tars processed in parallel
-    num_threads: Count = 8
+    num_threads: NumThreads = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,23 +172,23 @@ class PreprocessImageCaptionParams(JobParams):
     # most samples in a shard
     samples_per_shard: Count = 2048
     # larger images are scaled down to this longer side, pixels; null: image files are kept as they are
-    max_side: Count | None = None
-    # quality of images that are scaled down, 1 .. 100
+    max_side: Size | None = None
+    # quality of images that are scaled down
     jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
     # seed of the order of samples
     seed: NonNegativeInt = 0
     # stop the run if more than this fraction of the URLs cannot be downloaded
     max_failed_downloads: Fraction = 0.9
     # seconds to wait for one download
-    download_timeout: Count = 10
+    download_timeout: Annotated[int, Bounds(least=1, most=86_400)] = 10
     # retries per download
-    download_retries: NonNegativeInt = 2
+    download_retries: Annotated[int, Bounds(least=0, most=1000)] = 2
     # downloads at a time, in each of num_workers processes
-    download_threads: Count = 32
+    download_threads: NumThreads = 32
     # local folder for what is downloaded, until the shards are written; null: beside --output
     download_folder: Location | None = None
     # the package that `uvx` runs to download, in an environment of its own
-    img2dataset: str = "img2dataset==1.47.0"
+    img2dataset: Name = "img2dataset==1.47.0"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,21 +5,28 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from vla_foundry.config.schema import (
+    FPS,
     BaseParams,
     Bounds,
     ChoiceParams,
     Count,
+    Finite,
     Fraction,
+    ImageIndex,
     Location,
+    Name,
     NonNegative,
     NonNegativeInt,
     NumWorkers,
     Positive,
+    Size,
+    Steps,
     register_choice,
 )
 from vla_foundry.robotics.spec import Representation, Role
 
 T = TypeVar("T", bound=type)
+_QuarterTurns = Annotated[int, Bounds(least=-4, most=4)]
 
 
 def register_converter_params(name: str) -> Callable[[T], T]:
@@ -41,21 +48,21 @@ class RoboticsPreprocessParams(ChoiceParams):
     # episodes: store each frame once and build windows when loading; samples: store each sample whole
     layout: Literal["episodes", "samples"] = "episodes"
     # steps before the anchor, in statistics and in the windows that layout samples stores
-    past_lowdim_steps: NonNegativeInt = 1
+    past_lowdim_steps: Steps = 1
     # steps after the anchor
-    future_lowdim_steps: NonNegativeInt = 14
+    future_lowdim_steps: Steps = 14
     # cameras to store, in this order, by name or by its last part; null: all
     camera_names: list[str] | None = None
     # skip episodes that lack a camera; false: they fail
     skip_episodes_missing_cameras: bool = False
     # image frames relative to the anchor
-    image_indices: list[int] = field(default_factory=lambda: [-1, 0])
+    image_indices: list[ImageIndex] = field(default_factory=lambda: [-1, 0])
     # every stride-th frame is an anchor
     stride: Count = 1
     # skip anchors whose window starts more than this many steps before the episode's first frame
-    max_padding_left: NonNegativeInt = 1
+    max_padding_left: Steps = 1
     # skip anchors whose window ends more than this many steps after the last frame
-    max_padding_right: NonNegativeInt = 7
+    max_padding_right: Steps = 7
     # fill steps outside the episode with the nearest frame, zeros, or mirrored frames
     padding_strategy: Literal["copy", "zero", "reflect"] = "copy"
     # skip windows in which nothing moves
@@ -67,7 +74,7 @@ class RoboticsPreprocessParams(ChoiceParams):
     # still_threshold
     still_thresholds: dict[str, str] = field(default_factory=dict)
     # resample every episode to this rate, frames per second; null: as recorded
-    target_fps: Positive | None = None
+    target_fps: FPS | None = None
     # without target_fps: how far a frame may be from its time, in frames
     timestamp_tolerance: NonNegative = 0.5
     # most samples in a shard of layout samples
@@ -89,19 +96,19 @@ class RoboticsPreprocessParams(ChoiceParams):
     # hold out these episodes too, by id or pattern ("pick_*")
     validation_episodes: list[str] = field(default_factory=list)
     # [width, height] of stored images; null: as recorded
-    resize_images_size: list[int] | None = None
+    resize_images_size: list[Size] | None = None
     # centre crop, distort, or pad with black
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # quarter turns clockwise by camera, before resizing: {wrist: 1}; null: none
-    camera_rotations: dict[str, int] | None = None
-    # 1 to 100
+    camera_rotations: dict[str, _QuarterTurns] | None = None
+    # quality of stored JPEG images
     jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
     # seed of the order of episodes and samples, and of the validation split
     seed: NonNegativeInt = 0
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
-    ray_address: str | None = None
+    ray_address: Name | None = None
     # replace an output folder that was written or started with another configuration
     overwrite: bool = False
 
@@ -116,7 +123,7 @@ class RoboticsPreprocessParams(ChoiceParams):
         if self.camera_names is not None and len({name.lower() for name in self.camera_names}) < len(self.camera_names):
             raise ValueError(f"camera_names {self.camera_names} must differ, in lower case too.")
         size = self.resize_images_size
-        if size is not None and (len(size) != 2 or min(size) < 1):
+        if size is not None and len(size) != 2:
             raise ValueError(f"resize_images_size {size} must be [width, height], pixels.")
 
 
@@ -125,9 +132,9 @@ class GripperParams(BaseParams):
     """The values of a gripper's two ends."""
 
     # value of the open gripper, in the field's unit
-    open: float
+    open: Finite
     # value of the closed gripper
-    closed: float
+    closed: Finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +144,7 @@ class FieldParams(BaseParams):
     # column of a LeRobot dataset, or path within an episode of an HDF5 file; null: the field's own name
     source: str | None = None
     # [first, end) of the source's columns; null: all
-    columns: tuple[int, int] | None = None
+    columns: tuple[Steps, Steps] | None = None
     # null: action for names like `action...` and `robot__action__...`, else observation
     role: Role | None = None
     # unit of every column: m, rad, N, ...
@@ -154,7 +161,8 @@ class FieldParams(BaseParams):
     is_discrete: bool = False
 
     def __post_init__(self) -> None:
-        if self.columns is not None and not 0 <= self.columns[0] < self.columns[1]:
+        super().__post_init__()
+        if self.columns is not None and not self.columns[0] < self.columns[1]:
             raise ValueError(f"columns {list(self.columns)} must be [first, end) with 0 <= first < end.")
         if self.representation == "relative":
             raise ValueError("representation must be absolute or delta: relative fields are made from pose_groups.")
@@ -188,7 +196,7 @@ class FieldMapParams(BaseParams):
     # HDF5: pattern of the groups that each hold an episode; "/": the file holds one
     episodes: str = "/"
     # HDF5: frames per second, or where to find it: group@attribute, or group@attribute:key.of.its.JSON
-    fps: float | str | None = None
+    fps: FPS | str | None = None
     # HDF5: where to find the instruction, in the same notation; null: none
     instruction: str | None = None
 
@@ -199,8 +207,6 @@ class FieldMapParams(BaseParams):
         any_camera = self.cameras.get("*")
         if any_camera is not None and not (any_camera.source or "").endswith("/*"):
             raise ValueError(f"cameras: the source of '*' ({any_camera.source}) must be a group followed by /*.")
-        if isinstance(self.fps, float) and not self.fps > 0:
-            raise ValueError(f"fps ({self.fps:g}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +216,12 @@ class ActionFieldsParams(BaseParams):
     # fields, in the order of their columns
     action_key_fields: list[str]
     # end column of each field, exclusive
-    action_index_fields: list[int]
+    action_index_fields: list[Size]
     # fields that form poses; ignored where a recording lacks the fields
     pose_groups: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names, ends = self.action_key_fields, self.action_index_fields
         if len(names) != len(ends) or len(set(names)) < len(names):
             raise ValueError(
@@ -222,7 +229,7 @@ class ActionFieldsParams(BaseParams):
                 f"({len(ends)})."
             )
         if any(end <= start for start, end in zip([0, *ends], ends, strict=False)):
-            raise ValueError(f"action_index_fields {ends} must be above 0 and ascend.")
+            raise ValueError(f"action_index_fields {ends} must ascend.")
 
 
 @register_converter_params("lerobot")
@@ -244,7 +251,7 @@ class SpartanParams(RoboticsPreprocessParams):
     """Raw LBM recordings: folders with `episode_<n>/processed/` at any depth."""
 
     # frames per second; the recordings do not store it
-    fps: Positive = 10.0
+    fps: FPS = 10.0
     # YAML file that cuts actions.npz into fields and groups fields into poses
     action_fields_config_path: Location = "config_presets/action_fields/lbm.yaml"
     # YAML file with `language_dict: {task: {original: [...], randomized: [...]}}`; null: as recorded
@@ -264,7 +271,7 @@ class HDF5Params(RoboticsPreprocessParams):
     # field_maps/libero.yaml, field_maps/aloha.yaml
     field_map: Location
     # frames per second; null: as in the field map
-    fps: Positive | None = None
+    fps: FPS | None = None
     # instruction of every episode; null: as in the field map
     instruction: str | None = None
 
@@ -278,9 +285,9 @@ class StatsParams(BaseParams):
     # datasets, or stats.json files, whose statistics to merge; the shards of `folder` are not read
     merge: list[Location] = field(default_factory=list)
     # steps before the anchor; null: as the dataset was preprocessed
-    past_lowdim_steps: NonNegativeInt | None = None
+    past_lowdim_steps: Steps | None = None
     # steps after the anchor; null: as the dataset was preprocessed
-    future_lowdim_steps: NonNegativeInt | None = None
+    future_lowdim_steps: Steps | None = None
     # another file to write, for --data.dataset_statistics
     output: Location | None = None
     # merge even if datasets contradict each other about a field or have different rates
@@ -290,7 +297,7 @@ class StatsParams(BaseParams):
     # parallel tasks; null: one per core; 0: no Ray, run tasks one by one in this process
     num_workers: NumWorkers | None = None
     # Ray cluster to run on ("auto", host:port); null: this machine
-    ray_address: str | None = None
+    ray_address: Name | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

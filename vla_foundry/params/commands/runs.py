@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, NonNegativeInt, Positive, Size
+from vla_foundry.config.schema import FPS, BaseParams, Bounds, Location, Name, NonNegativeInt, Size
 
-_Temperature = Annotated[float, Bounds(least=0, fix="0 takes the likeliest token.")]
+_Temperature = Annotated[float, Bounds(least=0, most=1000, fix="0 takes the likeliest token.")]
 _Probability = Annotated[float, Bounds(above=0, most=1, fix="1 draws among all tokens.")]
 
 
@@ -17,7 +17,7 @@ class InferenceParams(BaseParams):
     # seed of everything random
     seed: NonNegativeInt = 0
     # cpu, cuda or cuda:N; auto: a GPU if available
-    device: str = "auto"
+    device: Name = "auto"
     # use the averaged weights; null: if the checkpoint has them
     use_ema: bool | None = None
 
@@ -34,7 +34,7 @@ class SamplingParams(InferenceParams):
     # run folder (its newest checkpoint) or step folder; local, s3:// or hf://
     checkpoint: Location
     # longest answer, tokens
-    max_new_tokens: Count
+    max_new_tokens: Size
     # sampling temperature; 0: always the likeliest token; 1: the model's distribution; higher: more varied
     temperature: _Temperature
     # draw among the k likeliest tokens; 0: among all
@@ -49,7 +49,7 @@ class GenerateParams(SamplingParams):
 
     # text to continue; give the flag several times for several prompts
     prompt: list[str] = field(default_factory=list)
-    max_new_tokens: Count = 64
+    max_new_tokens: Size = 64
     temperature: _Temperature = 0.8
     top_p: _Probability = 0.95
     # tokenizer (name or folder); null: the one in the run folder
@@ -71,7 +71,7 @@ class CaptionParams(SamplingParams):
     together: bool = False
     # question; <image> marks where images go, otherwise they come first; null: the run's first prompt
     prompt: str | None = None
-    max_new_tokens: Count = 128
+    max_new_tokens: Size = 128
     temperature: _Temperature = 0.0
     top_p: _Probability = 1.0
     # images at a time
@@ -100,7 +100,7 @@ class ImportParams(BaseParams):
     # processor (name or folder) to keep with the run; null: the one its config names
     processor: Location | None = None
     # control rate of a policy, frames per second; null: unknown (the earlier files do not store it)
-    fps: Positive | None = None
+    fps: FPS | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +140,7 @@ class QuickstartParams(BaseParams):
     """From raw data to a language model, a vision-language model and a robot policy, on this machine."""
 
     # stages to run, in order
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[Name] = field(default_factory=lambda: list(STAGES))
     # output folder; a second run resumes from its contents
     output_dir: Location = "quickstart_output"
     # also evaluate the policy with pictures of other episodes, with the wrong instruction, and trained from scratch
@@ -151,6 +151,7 @@ class QuickstartParams(BaseParams):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"stages '{unknown[0]}' is unknown. Choose from: {', '.join(STAGES)}.")

@@ -1,6 +1,5 @@
 """The base class of all data params."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -12,8 +11,11 @@ from vla_foundry.config.schema import (
     Count,
     Derived,
     Fraction,
+    Int,
     Location,
+    NumTokens,
     NumWorkers,
+    Positive,
     Size,
     register_choice,
 )
@@ -22,7 +24,6 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
 
 _MOST_WORKERS = 8
-_Weight = Annotated[float, Bounds(above=0, below=math.inf)]
 
 T = TypeVar("T", bound=type)
 
@@ -39,7 +40,7 @@ class DatasetCacheParams(BaseParams):
     # folder of the cache; null: the user's cache folder
     cache_dir: Location | None = None
     # largest size of the cache, gigabytes
-    cache_size_gb: float = 100.0
+    cache_size_gb: Annotated[float, Bounds(above=0, most=10**9)] = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,13 @@ class DataParams(ChoiceParams):
     # modality of each dataset
     dataset_modality: list[str] = field(default_factory=list)
     # relative weight of each dataset in every batch; any positive numbers
-    dataset_weighting: list[_Weight] = field(default_factory=list)
+    dataset_weighting: list[Positive] = field(default_factory=list)
     # manifests of the validation data
     val_dataset_manifest: list[Location] = field(default_factory=list)
     # modality of each validation dataset
     val_dataset_modality: list[str] = field(default_factory=list)
     # relative weight of each validation dataset
-    val_dataset_weighting: list[_Weight] = field(default_factory=list)
+    val_dataset_weighting: list[Positive] = field(default_factory=list)
     # repeat a dataset if the budget exceeds its size
     allow_multiple_epochs: bool = False
     # loader processes per rank; null: cores per rank on this node, at most 8; 0: load in the training process
@@ -70,13 +71,13 @@ class DataParams(ChoiceParams):
     # microbatches each loader process prepares ahead
     prefetch_factor: Size = 4
     # longest training sequence, tokens
-    seq_len: Annotated[int, Bounds(least=1, most=100_000_000)] = 2048
+    seq_len: NumTokens = 2048
     # shuffle shards and samples; false: keep the manifest's order
     shuffle: bool = True
     # shuffle samples within blocks of shards that hold about this many samples
     shuffle_buffer_size: Count = 200_000
     # seed of the sample order; null: hparams.seed
-    seed: int | None = None
+    seed: Int | None = None
     # stop the run if more than this fraction of samples is broken or dropped
     max_bad_fraction: Fraction = 0.01
     # continue even if the order of the data has changed since the checkpoint

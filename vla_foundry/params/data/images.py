@@ -3,13 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Derived, Fraction, Location, NonNegative, Positive, Size
+from vla_foundry.config.schema import BaseParams, Bounds, Derived, Fraction, Location, Size
 from vla_foundry.params.facts import Facts, ImageFacts
 from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
 
 _Hue = Annotated[float, Bounds(least=-0.5, most=0.5)]
 _Share = Annotated[float, Bounds(above=0, most=1)]
+_Strength = Annotated[float, Bounds(least=0, most=1000)]
+_Ratio = Annotated[float, Bounds(above=0, most=1000)]
+_Pixels = Annotated[int, Bounds(above=0, most=1_000_000)]
+_PixelsOrShare = Annotated[float, Bounds(above=0, most=1_000_000)]
 
 
 def _list(value: Any) -> Any:
@@ -28,12 +32,12 @@ class ColorJitterParams(BaseParams):
     # on or off
     enabled: bool = False
     # multiply brightness by a factor within 1 - x .. 1 + x
-    brightness: NonNegative = 0.2
+    brightness: _Strength = 0.2
     # multiply contrast by a factor within 1 - x .. 1 + x
-    contrast: NonNegative = 0.4
+    contrast: _Strength = 0.4
     # multiply saturation by a factor within 1 - x .. 1 + x
-    saturation: NonNegative = 0.2
-    # shift hue by an amount in this range, in turns of the colour wheel; within -0.5 .. 0.5
+    saturation: _Strength = 0.2
+    # shift hue by an amount in this range, in turns of the colour wheel
     hue: tuple[_Hue, _Hue] = (-0.05, 0.05)
 
     def __post_init__(self) -> None:
@@ -48,13 +52,14 @@ class CropParams(BaseParams):
     # on or off
     enabled: bool = False
     # height and width: pixels, or fractions of the image if both are 1 or less
-    shape: tuple[int, int] | tuple[float, float] = (224, 224)
+    shape: tuple[_Pixels, _Pixels] | tuple[_PixelsOrShare, _PixelsOrShare] = (224, 224)
     # random: anywhere; center: in the middle
     mode: Literal["random", "center"] = "random"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         are_pixels = all(side > 1 and side == int(side) for side in self.shape)
-        if not are_pixels and not all(0 < side <= 1 for side in self.shape):
+        if not are_pixels and max(self.shape) > 1:
             raise ValueError(f"shape must be two whole numbers of pixels or two fractions, got {list(self.shape)}.")
 
 
@@ -67,7 +72,7 @@ class RandomResizedCropParams(BaseParams):
     # area of the crop, as a fraction of the image
     scale: tuple[_Share, _Share] = (0.8, 1.0)
     # aspect ratio of the crop, width / height, relative to the image's own
-    ratio: tuple[Positive, Positive] = (0.9, 1.1)
+    ratio: tuple[_Ratio, _Ratio] = (0.9, 1.1)
     # height and width of the result, pixels; null: as in the image
     size: tuple[Size, Size] | None = None
 
@@ -101,6 +106,7 @@ class ImageAugmentationParams(BaseParams):
     horizontal_flip: HorizontalFlipParams = field(default_factory=HorizontalFlipParams)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.crop.enabled and self.random_resized_crop.enabled:
             raise ValueError(
                 "crop and random_resized_crop are both enabled: each chooses the crop. Enable one of them."
@@ -138,9 +144,9 @@ class ImageProcessorParams(BaseParams):
     # interpolation of resized pixels
     image_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     # our own processor: mean subtracted from red, green and blue in 0 .. 1, on the device
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[Fraction, Fraction, Fraction] = (0.5, 0.5, 0.5)
     # our own processor: standard deviation that they are then divided by
-    image_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    image_std: tuple[_Ratio, _Ratio, _Ratio] = (0.5, 0.5, 0.5)
     # prompt layout: chat, plain, caption, or chat_template (the tokenizer's); null: the processor's own
     prompt_layout: str | None = None
 

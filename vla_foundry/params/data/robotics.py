@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vla_foundry.config.schema import (
     BaseParams,
-    Bounds,
-    Count,
     Derived,
+    ImageIndex,
     Location,
-    NonNegativeInt,
+    NumTokens,
     Positive,
     Size,
+    Steps,
     Unavailable,
 )
 from vla_foundry.params.data.base import DataParams, register_data_params
@@ -29,9 +29,6 @@ from vla_foundry.text.chat import INSTRUCTION_PROMPTS, template_fields
 
 if TYPE_CHECKING:
     from vla_foundry.robotics.normalization import NormalizationRule
-
-
-_Steps = Annotated[int, Bounds(least=0, most=1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +74,9 @@ class NormalizationParams(BaseParams):
     # overrides by exact field name or glob pattern ("*__rot_6d")
     field_configs: dict[str, FieldNormalizationParams] = field(default_factory=dict)
     # steps before the anchor included in the statistics; null: as in the data
-    lowdim_past_timesteps: _Steps | None = None
+    lowdim_past_timesteps: Steps | None = None
     # steps after the anchor included in the statistics; null: as in the data
-    lowdim_future_timesteps: _Steps | None = None
+    lowdim_future_timesteps: Steps | None = None
 
     def rules(self, fields: Iterable[str], known_fields: Iterable[str]) -> dict[str, "NormalizationRule"]:
         """Return the rule of each field.
@@ -139,7 +136,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # cameras in the model's order; null: all colour cameras, on which the datasets must agree
     camera_names: list[str] | None = None
     # image frames relative to the anchor, ascending; null: as in the data
-    image_indices: list[int] | None = None
+    image_indices: list[ImageIndex] | None = None
     # replace missing images with black ones; false: a missing image is an error
     pad_missing_images: bool = False
     # hide these black images from the model
@@ -153,9 +150,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # fields that form poses: {name, position_key, rotation_key, ...}; null: as in the data
     pose_groups: list[dict[str, str]] | None = None
     # steps before the anchor; null: as in the data
-    lowdim_past_timesteps: _Steps | None = None
+    lowdim_past_timesteps: Steps | None = None
     # steps after the anchor; null: as in the data
-    lowdim_future_timesteps: _Steps | None = None
+    lowdim_future_timesteps: Steps | None = None
     # use instructions and a text processor; null: if the model takes text
     use_language: bool | None = None
     # kinds of instructions to draw from, one per sample; empty: none, the prompt has no words
@@ -163,7 +160,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # user turns, one drawn per sample; <image> marks where images go, {instruction} is the instruction
     prompts: list[str] = field(default_factory=lambda: list(INSTRUCTION_PROMPTS))
     # longest row of images and text, tokens; null: seq_len
-    max_text_seq_len: Count | None = None
+    max_text_seq_len: NumTokens | None = None
     # camera intrinsics, by array name in the data; "intrinsics.CAMERA" follows crops and resizing
     intrinsics_fields: list[str] = field(default_factory=list)
     # camera extrinsics, by array name in the data
@@ -181,7 +178,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     # total width of action_fields; null: as in the data
     action_dim: Size | None = None
     # total width of proprioception_fields; null: as in the data
-    proprioception_dim: NonNegativeInt | None = None
+    proprioception_dim: Steps | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

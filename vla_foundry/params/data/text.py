@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vla_foundry.config.schema import Count, Derived, Location
+from vla_foundry.config.schema import Derived, Location, NumTokens
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.facts import Facts
 
@@ -20,7 +20,7 @@ class TextDataParams(DataParams):
     # tokenizer of the text (name or folder); saved with the run and checked against the model
     tokenizer: Location | None = None
     # drop records with token ids that are not below this; null: the rows of the model's token table
-    vocab_size: Count | None = None
+    vocab_size: NumTokens | None = None
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer named here."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Derived, NonNegative, Positive, Size
+from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Derived, Finite, Size
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
@@ -21,7 +21,9 @@ class NoiseParams(ChoiceParams):
     num_inference_steps: Size = 10
 
 
-_Exponent = Annotated[float, Bounds(least=0.5)]
+_Exponent = Annotated[float, Bounds(least=0.5, most=1000)]
+# the sigmoid of more is 0 or 1
+_Logit = Annotated[float, Bounds(least=-30, most=30)]
 _Variance = Annotated[float, Bounds(above=0, below=1)]
 
 
@@ -37,9 +39,9 @@ class FlowParams(NoiseParams):
     # beta: exponent b
     beta_b: _Exponent = 1.0
     # logit_normal: mean of log(t / (1-t)); above 0 prefers noise
-    logit_mean: float = 0.0
+    logit_mean: _Logit = 0.0
     # logit_normal: its standard deviation
-    logit_std: Positive = 1.0
+    logit_std: Annotated[float, Bounds(above=0, most=30)] = 1.0
     # integrator of the velocity from noise to actions; heun runs the head twice per step
     solver: Literal["euler", "heun"] = "euler"
 
@@ -50,7 +52,7 @@ class DDPMParams(NoiseParams):
     """Denoising diffusion: trained to predict the noise (Ho et al. 2020), sampled by DDIM (Song et al. 2021)."""
 
     # clamp the actions predicted at each sampling step, because early predictions are far off; null: no clamping
-    clamp_range: tuple[float, float] | None = (-5.0, 5.0)
+    clamp_range: tuple[Finite, Finite] | None = (-5.0, 5.0)
     # number of diffusion steps in training
     num_timesteps: Size = 100
     # variance schedule: cosine (Nichol and Dhariwal 2021), or linear from beta_start to beta_end
@@ -116,7 +118,7 @@ class DenoisingHeadParams(TransformerHeadParams):
     # draws of noise and time per sample in each backbone pass
     num_action_head_repeats: Size = 1
     # training only: standard deviation of noise added to noised actions and encoded proprioception
-    input_noise_std: NonNegative = 0.0
+    input_noise_std: Annotated[float, Bounds(least=0, most=1000)] = 0.0
 
     def count_tokens(self, window: Window, *, has_proprioception: bool) -> int:
         """Return the least length of the head's sequence; its conditioning may be longer than one token."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vla_foundry.config.schema import LEGACY, ChoiceParams, Count, Derived, Location, Unavailable
+from vla_foundry.config.schema import LEGACY, ChoiceParams, Derived, Location, NumTokens, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.roles import ImageInputs, PublishedParams, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import Depth, ImageInputs, PublishedParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vit import ImageEncoderParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 
@@ -40,7 +40,7 @@ class LanguageBackboneParams(BackboneParams):
     # what the head sees: an observation token after the text, or every token (prefix)
     conditioning: Literal["observation_token", "prefix"] = "observation_token"
     # number of last layers whose hidden states are concatenated
-    num_vlm_layers_to_use: Count = 4
+    num_vlm_layers_to_use: Depth = 4
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the language model has as many layers as the head reads."""
@@ -105,7 +105,7 @@ class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
     """Any Hugging Face image-text model."""
 
     # number of tokens; the token tables grow to it; null: that of the data's tokenizer
-    vocab_size: int | None = None
+    vocab_size: NumTokens | None = None
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the number of tokens from the data's tokenizer."""

@@ -1,9 +1,9 @@
 """Params of heads that only legacy checkpoints need; the importer and older configs select them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Size
+from vla_foundry.config.schema import Bounds, Finite, Size
 from vla_foundry.params.models.action_heads import DDPMParams, DenoisingHeadParams, FlowParams, check_range
 from vla_foundry.params.models.roles import register_model_params
 
@@ -16,11 +16,11 @@ class LegacyFlowParams(FlowParams):
     is_offered = False
 
     # clamp noised actions to this range, in training and after each sampling step; null: no clamping
-    clamp_range: tuple[float, float] | None = None
+    clamp_range: tuple[Finite, Finite] | None = None
     # train only at this many times, t = 0, 1/n, ..., (n-1)/n; null: all times between 0 and 1
     num_timesteps: Size | None = None
     # subtract this from the time that the head receives during sampling
-    sampling_time_shift: float = 0.0
+    sampling_time_shift: Annotated[float, Bounds(least=-1, most=1)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

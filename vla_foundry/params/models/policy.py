@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from vla_foundry.config.schema import BaseParams, Derived, Unavailable
+from vla_foundry.config.schema import BaseParams, Derived, Size, Steps, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams, TransformerHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
@@ -24,9 +24,9 @@ class RobotPolicyParams(ModelParams):
     # predicts actions from the backbone's output
     action_head: ActionHeadParams
     # width of an action; null: as in the data
-    action_dim: int | None = None
+    action_dim: Size | None = None
     # width of a step of proprioception; 0: none; null: as in the data
-    proprioception_dim: int | None = None
+    proprioception_dim: Steps | None = None
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Derive the widths of actions and proprioception from the data."""
@@ -40,6 +40,7 @@ class RobotPolicyParams(ModelParams):
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that action and proprioception widths agree between data and model, and that a window fits the head."""
+        notices = super().check(root, facts, path)
         for name, found in root.data.robot_widths().items():
             own = getattr(self, name)
             if None not in (own, found) and own != found:
@@ -56,7 +57,7 @@ class RobotPolicyParams(ModelParams):
                     f"{tokens} tokens that {window.past} + 1 + {window.future} steps need. Raise it, or lower "
                     "data.lowdim_past_timesteps or data.lowdim_future_timesteps."
                 )
-        return []
+        return notices
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the backbone's token limits."""

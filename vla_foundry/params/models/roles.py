@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, register_choice
 from vla_foundry.params.facts import Facts
@@ -76,6 +76,15 @@ class ModelParams(ChoiceParams):
     resume_weights_only: bool = False
     # freeze the weights
     freeze: bool = False
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that a model that takes weights alone names them; for a part of a model the key has no effect."""
+        if self is root.model and self.resume_weights_only and self.resume_from_checkpoint is None:
+            raise ValueError(
+                f"{path}.resume_weights_only is true, but there is no checkpoint. Give --{path}.resume_from_checkpoint "
+                f"RUN, or leave {path}.resume_weights_only out."
+            )
+        return []
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return which tokens this model can take; a model that wraps a language model forwards its limits."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, Size
+from vla_foundry.config.schema import LEGACY, Bounds, Epsilon, NumTokens, Size
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import (
     Depth,
@@ -35,7 +35,7 @@ class TransformerParams(LanguageModelParams):
     # rotary (tables always fp32), or none; rotary_float32 also rotates in fp32
     positional_embedding_type: Literal["rotary", "rotary_float32", "none"] = "rotary"
     # base of the rotary frequencies
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Bounds(least=1, most=10**15)] = 10000.0
     # legacy checkpoints trained in bf16: round the rotary frequencies to bf16 as their training did
     rope_bf16_frequencies: bool = field(default=False, metadata=LEGACY)
     # model width
@@ -53,13 +53,13 @@ class TransformerParams(LanguageModelParams):
     # normalise the token embeddings
     post_embed_norm: bool = False
     # epsilon of every norm
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     # share one matrix between the token embedding and the output head
     weight_tying: bool = False
     # return logits in fp32
     cast_output_to_float32: bool = False
     # longest sequence, tokens
-    max_seq_len: Annotated[int, Bounds(least=1, most=100_000_000)] = 2048
+    max_seq_len: NumTokens = 2048
     # each token sees only itself and earlier ones
     is_causal: bool = True
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Bounds, Location, Size
+from vla_foundry.config.schema import Bounds, Epsilon, Location, Size
 from vla_foundry.params.models.roles import Depth, ImageInputs, ModelParams, PublishedParams, register_model_params
 
 
@@ -54,7 +54,7 @@ class ViTParams(ImageEncoderParams):
     # dropout probability after the embedding and in each branch of a block, in training
     dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     # epsilon of every norm
-    ln_eps: float = 1e-6
+    ln_eps: Epsilon = 1e-6
     # put a class token in front of the patches; a language model does not see it
     cls_flag: bool = False
     # what the encoder returns: all tokens, the class token first (B, 1 + patches, D); or the class token alone (B, D),

@@ -1,9 +1,9 @@
 """Params of vision-language models: built from an image encoder and a language model, or taken from Hugging Face."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import Derived, Unavailable
+from vla_foundry.config.schema import Bounds, Derived, NumTokens, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import (
     ImageInputs,
@@ -29,9 +29,9 @@ class VLMParams(ModelParams):
     # language model
     transformer: LanguageModelParams
     # token replaced by image features; null: the image token of the data's processor
-    image_token_id: int | None = None
+    image_token_id: Annotated[int, Bounds(least=0, below=100_000_000)] | None = None
     # number of tokens; the token tables grow to it; null: that of the data's tokenizer
-    vocab_size: int | None = None
+    vocab_size: NumTokens | None = None
     # whether neighbouring image tokens see only earlier ones (causal) or each other (bidirectional)
     image_attention: Literal["causal", "bidirectional"] = "causal"
 
@@ -55,13 +55,14 @@ class VLMParams(ModelParams):
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the image token matches the data's."""
+        notices = super().check(root, facts, path)
         given = facts.tokenizer.image_token_id if facts.tokenizer is not None else None
         if None not in (given, self.image_token_id) and given != self.image_token_id:
             raise ValueError(
                 f"{path}.image_token_id ({self.image_token_id}) must be the data's image token ({given}). "
                 f"Leave {path}.image_token_id out."
             )
-        return []
+        return notices
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits of its language model, whose table grows to `vocab_size`."""
@@ -78,7 +79,7 @@ class VLMHFParams(PublishedParams, ModelParams):
     """Any Hugging Face image-text model (AutoModelForImageTextToText)."""
 
     # number of tokens; the token tables grow to it; null: as published
-    vocab_size: int | None = None
+    vocab_size: NumTokens | None = None
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits in the published config; the token table grows to `vocab_size`."""

@@ -15,11 +15,11 @@ from vla_foundry.params.data.images import (
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (ColorJitterParams, {"contrast": -0.1}, r"contrast \(-0.1\) must be at least 0\."),
+        (ColorJitterParams, {"contrast": -0.1}, r"contrast \(-0.1\) must be at least 0 and at most 1000\."),
         (ColorJitterParams, {"hue": (-0.6, 0.1)}, r"hue\[0\] \(-0.6\) must be at least -0.5 and at most 0.5\."),
         (ColorJitterParams, {"hue": (0.2, 0.1)}, r"hue must be \[low, high\], got \[0.2, 0.1\]"),
         (CropParams, {"shape": (224.0, 0.5)}, r"shape must be two whole numbers .* got \[224.0, 0.5\]\."),
-        (CropParams, {"shape": (0.0, 0.5)}, "shape must be"),
+        (CropParams, {"shape": (0.0, 0.5)}, r"shape\[0\] \(0\) must be above 0"),
         (CropParams, {"shape": (100.5, 100.5)}, "shape must be"),
         (RandomResizedCropParams, {"scale": (0.0, 0.5)}, r"scale\[0\] \(0\) must be above 0 and at most 1"),
         (RandomResizedCropParams, {"scale": (0.5, 1.5)}, r"scale\[1\] \(1.5\) must be above 0 and at most 1"),
