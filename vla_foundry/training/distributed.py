@@ -134,10 +134,12 @@ def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams,
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(world.device)
+    # only memory that a GPU copies from can be pinned; without one, the host is where parameters are anyway
+    offload = CPUOffloadPolicy(pin_memory=world.device.startswith("cuda"))
     options: dict[str, Any] = {
         "mesh": init_device_mesh(torch.device(world.device).type, (world.world_size,), mesh_dim_names=("shard",)),
         "reshard_after_forward": params.fsdp_reshard_after_forward,
-        "offload_policy": CPUOffloadPolicy() if params.fsdp_cpu_offload else OffloadPolicy(),
+        "offload_policy": offload if params.fsdp_cpu_offload else OffloadPolicy(),
         "ignored_params": scalars,
     }
     for block in blocks:

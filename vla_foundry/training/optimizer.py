@@ -147,7 +147,11 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     if sharded:
         norm = get_total_norm(sharded)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return (
+        norms[0]
+        if len(norms) == 1
+        else torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
+    )
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:

@@ -30,6 +30,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "distributed__fsdp_reshard_after_forward": True,
         "hparams__grad_checkpointing": True,
     },
+    "fsdp, offloaded": {"distributed__fsdp": True, "distributed__fsdp_cpu_offload": True},
     "ddp, single precision": {"hparams__precision": "fp32"},
     "fsdp, single precision": {"distributed__fsdp": True, "hparams__precision": "fp32"},
     "ddp, a spoiled microbatch of one rank": {"spoiled": [16 * 4 + 2]},
