@@ -12,17 +12,16 @@ num_bytes, sha256 and the index.
 import hashlib
 import json
 import re
-import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, BinaryIO, Literal
 
+from vla_foundry.tars import find_files
+
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
 INDEX_VERSION = 1
-# first bytes of gzip, bzip2, xz and zstd
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")
 # members that WebDataset skips, and how it splits the names of the others
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 _SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)
@@ -198,17 +197,20 @@ def index_shard(file: BinaryIO) -> ShardIndex:
         file: the tar, seekable, at its beginning.
 
     Raises:
-        ValueError: the file is not a readable tar.
+        ValueError: the file is not a readable tar, or a member of a sample cannot be read.
     """
     samples: list[tuple[str, dict[str, MemberSpan]]] = []
-    members, ends_properly = _read_headers(file)
+    files, ends_properly = find_files(file)
     num_bytes = file.seek(0, 2)
-    for name, span in members:
-        if span.offset + span.size > num_bytes:
-            raise ValueError(f"member '{name}' is cut off")
+    for name, content in files:
         key, suffix = split_member_name(name) or (None, "")
         if key is None:
             continue
+        if isinstance(content, str):
+            raise ValueError(f"member {name!r} {content}")
+        span = MemberSpan(offset=content[0], size=content[1])
+        if span.offset + span.size > num_bytes:
+            raise ValueError(f"member {name!r} is cut off")
         if not samples or samples[-1][0] != key or suffix in samples[-1][1]:
             samples.append((key, {}))
         samples[-1][1][suffix] = span
@@ -221,55 +223,6 @@ def index_shard(file: BinaryIO) -> ShardIndex:
     else:
         index = ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
     return replace(index, ends_properly=ends_properly)
-
-
-def _read_headers(file: BinaryIO) -> tuple[list[tuple[str, MemberSpan]], bool]:
-    """Return the files in a tar, and whether it ends with an empty block.
-
-    A hard link stands for the file it links to. Archives that were appended with `cat` are read too.
-    """
-    members: dict[str, MemberSpan] = {}
-    found: list[tuple[str, MemberSpan]] = []
-    start, block = 0, b""
-    while start is not None:
-        file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.issparse():
-                        raise ValueError(f"member '{member.name}' is stored as a sparse file. Pack it without --sparse")
-                    if member.islnk() and member.linkname not in members:
-                        raise ValueError(f"member '{member.name}' links to '{member.linkname}', which is not before it")
-                    if member.islnk():
-                        members[member.name] = members[member.linkname]
-                    elif member.isfile():
-                        members[member.name] = MemberSpan(offset=member.offset_data, size=member.size)
-                    else:
-                        continue
-                    found.append((member.name, members[member.name]))
-                end = tar.offset
-        except tarfile.TarError as error:
-            file.seek(0)
-            packed = ", but compressed: unpack it" if file.read(4).startswith(_COMPRESSED) else ""
-            raise ValueError(f"not a readable tar ({error}){packed}") from None
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-        if block.strip(b"\0"):
-            raise ValueError(f"not a readable tar (the header at byte {end} is damaged or cut off)")
-        start = _find_next_archive(file)
-    return found, len(block) == tarfile.BLOCKSIZE
-
-
-def _find_next_archive(file: BinaryIO) -> int | None:
-    """Return where the next archive begins after empty blocks; None at the end of the file, or before other bytes."""
-    while block := file.read(tarfile.BLOCKSIZE):
-        if block.strip(b"\0"):
-            try:
-                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.TarError:
-                return None
-            return file.tell() - tarfile.BLOCKSIZE
-    return None
 
 
 def format_records_info(*, dtype: str, record_length: int, num_sequences: int) -> str:

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
     {"registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
-    {"parsing"},
+    {"parsing", "tars"},
 ]
 # (importer, imported) within one layer
 ALLOWED_SIDEWAYS = {
@@ -51,6 +51,7 @@ TORCH_FREE = (
     "storage/",
     "shards.py",
     "parsing.py",
+    "tars.py",
     "registry.py",
     "world.py",
     "progress.py",

@@ -13,6 +13,7 @@ import pytest
 
 from vla_foundry.shards import (
     ManifestEntry,
+    MemberSpan,
     ShardIndex,
     format_index,
     format_manifest,
@@ -186,18 +187,99 @@ def test_a_damaged_header_is_an_error_not_the_end():
         index_of(bytes(data))
 
 
-def test_a_hard_link_is_the_file_it_links_to():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        content = tarfile.TarInfo("a.png")
-        content.size = 3
-        tar.addfile(content, io.BytesIO(b"123"))
-        link = tarfile.TarInfo("b.png")
-        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
-        tar.addfile(link)
-    index = index_of(file.getvalue())
-    assert index.samples[0][1] == index.samples[1][1]
-    assert [key for key, _ in index.samples] == ["a", "b"]
+_LONG = "d/" * 60 + "x" * 90 + ".txt"
+
+
+def run_tar(folder: Path, *arguments: str) -> None:
+    subprocess.run(["tar", *arguments], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--format=gnu"],
+        ["--format=oldgnu"],
+        ["--format=posix"],
+        ["--format=posix", "--sparse", "--pax-option=comment=x"],
+        ["--format=gnu", "--listed-incremental=snapshot"],
+        ["--format=posix", "--label=x"],
+    ],
+)
+def test_samples_are_what_tar_extracts(tmp_path: Path, options: list[str]):
+    (tmp_path / _LONG).parent.mkdir(parents=True)
+    for name, text in (("d/a.txt", "one"), (_LONG, "long" * 300), ("d/e.txt", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "d/b.txt").hardlink_to(tmp_path / "d/a.txt")
+    (tmp_path / "d/d/c.txt").symlink_to("../b.txt")
+    (tmp_path / "d/d/chain.txt").symlink_to("c.txt")
+    (tmp_path / "d/folder.d").symlink_to("d")
+    run_tar(tmp_path, *options, "-cf", "a.tar", "d")
+    run_tar(tmp_path, "-cf", "b.tar", "--transform=s,^d/a,b,", "d/a.txt")
+    # 100 zeros: what follows is not aligned
+    data = (tmp_path / "a.tar").read_bytes() + bytes(100) + (tmp_path / "b.tar").read_bytes()
+    for archive in ("a.tar", "b.tar"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        run_tar(tmp_path, "-C", "x", "-xf", archive)
+    extracted = {str(path.relative_to(tmp_path / "x")): path.read_bytes() for path in (tmp_path / "x").rglob("*.txt")}
+    spans = spans_of(index_of(data))
+    assert {name: data[span.offset : span.offset + span.size] for name, span in spans.items()} == extracted
+    assert len(spans) == 7
+
+
+def spans_of(index: ShardIndex) -> dict[str, MemberSpan]:
+    return {f"{key}.{suffix}": span for key, members in index.samples for suffix, span in members.items()}
+
+
+def create_link(name: str, target: str, kind: bytes = tarfile.LNKTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_hard_link_names_its_file_in_any_spelling():
+    data = create_tar([("./a.txt", b"1")])[:1024] + create_link("b.txt", "a.txt") + create_link("./c.txt", "/b.txt")
+    assert [span.offset for span in spans_of(index_of(data)).values()] == [512] * 3
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (create_link("b.txt", "c.txt"), "member 'b.txt' links to 'c.txt', which is not before it"),
+        (create_link("b.txt", "b.txt"), "member 'b.txt' links to 'b.txt', which is not before it"),
+        (
+            create_link("b.txt", "../a.txt", tarfile.SYMTYPE),
+            r"member 'b.txt' links to '\.\./a.txt', which is not in the",
+        ),
+        (create_link("b.txt", "b.txt", tarfile.SYMTYPE), "member 'b.txt' is a symbolic link to itself"),
+        (create_link("b.txt", "", tarfile.FIFOTYPE), "member 'b.txt' is a device or a pipe"),
+        (create_link("b.txt", "", b"M"), "member 'b.txt' continues a file of another volume"),
+    ],
+)
+def test_members_that_can_not_be_read_are_named_if_they_belong_to_samples(member: bytes, message: str):
+    first = create_tar([("a.txt", b"1")])
+    with pytest.raises(ValueError, match=message):
+        index_of(first[:1024] + member + bytes(1024))
+    unsampled = tarfile.TarInfo.frombuf(member, "utf-8", "strict")
+    unsampled.name = "b_txt"
+    assert index_of(first[:1024] + unsampled.tobuf(tarfile.GNU_FORMAT) + bytes(1024)).num_sequences == 1
+
+
+def test_members_of_unknown_types_are_files():
+    member = tarfile.TarInfo("a.txt")
+    member.size, member.type = 3, b"Z"
+    data = member.tobuf(tarfile.GNU_FORMAT) + b"123".ljust(512, b"\0") + bytes(1024)
+    assert [span.size for span in spans_of(index_of(data)).values()] == [3]
+
+
+@pytest.mark.parametrize(
+    "follows",
+    [b"junk" + create_tar([("b.txt", b"2")]), create_tar([("b.txt", b"2")])[:300], gzip.compress(b"x")],
+    ids=["behind other bytes", "cut off", "compressed"],
+)
+def test_an_archive_that_follows_and_can_not_be_read_is_an_error(follows: bytes):
+    first = create_tar([("a.txt", b"1")])
+    with pytest.raises(ValueError, match=f"another archive follows at byte {len(first)}"):
+        index_of(first + follows)
 
 
 def test_what_can_not_be_read_in_place_is_refused_by_name(tmp_path: Path):

@@ -3,13 +3,13 @@
 import hashlib
 import logging
 import os
+import tarfile
 from functools import lru_cache
 from typing import BinaryIO
 
 from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index, sha256_of
 from vla_foundry.storage.uri import read_text, write_text
 
-_BLOCK = 512
 _logger = logging.getLogger(__name__)
 
 
@@ -123,10 +123,8 @@ def _fits(file: BinaryIO, index: ShardIndex) -> bool:
 
 
 def _has_header(file: BinaryIO, span: MemberSpan) -> bool:
-    header = os.pread(file.fileno(), _BLOCK, max(span.offset - _BLOCK, 0))
-    size = header[124:136].rstrip(b"\0 ")
-    if header[257:262] != b"ustar":
+    header = os.pread(file.fileno(), tarfile.BLOCKSIZE, max(span.offset - tarfile.BLOCKSIZE, 0))
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == span.size
+    except tarfile.TarError:
         return False
-    if not size.isdigit():  # tar writes sizes of 8 GiB and above in binary
-        return True
-    return int(size, 8) == span.size

@@ -8,7 +8,6 @@ failures by reason, and the first names of each.
 import itertools
 import json
 import shutil
-import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -40,7 +39,7 @@ from vla_foundry.preprocessing.shard_writer import open_shard
 from vla_foundry.preprocessing.sources import Tally, digest_of_versions, say_ignored
 from vla_foundry.preprocessing.tasks import Task, run_unfinished
 from vla_foundry.progress import say
-from vla_foundry.shards import ManifestEntry, split_member_name
+from vla_foundry.shards import ManifestEntry, index_shard
 from vla_foundry.storage.uri import absolute_uri, is_remote
 from vla_foundry.text.captions import Unusable
 
@@ -272,24 +271,17 @@ def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str
 
 
 def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    key, members = "", dict[str, bytes]()
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                named = split_member_name(member.name)
-                if content is None or named is None:
-                    continue
-                new, suffix = named
-                if new != key and members:
-                    yield key, members
-                    members = {}
-                key = new
-                members[suffix] = content.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is broken ({error}). Delete it with its _stats.json, and run again.") from None
-    if members:
-        yield key, members
+    with open(path, "rb") as file:
+        try:
+            samples = index_shard(file).samples
+        except ValueError as error:
+            raise ValueError(f"{path} is broken ({error}). Delete it with its _stats.json, and run again.") from None
+        for key, spans in samples:
+            members = dict[str, bytes]()
+            for suffix, span in spans.items():
+                file.seek(span.offset)
+                members[suffix] = file.read(span.size)
+            yield key, members
 
 
 def _publish(
