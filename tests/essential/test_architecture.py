@@ -64,6 +64,12 @@ MAX_LINES = 450
 MAX_FILES = 15
 MAX_FUNCTION_LINES = 60
 
+# test files about more than one module
+WHOLE_HOUSE = {
+    *("test_architecture.py", "test_end_to_end.py", "test_plugins.py", "test_presets.py"),
+    "compatibility/test_compatibility.py",
+}
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -119,6 +125,13 @@ def test_files_and_functions_stay_short(path: Path) -> None:
             assert node.end_lineno is not None
             size = node.end_lineno - node.lineno + 1
             assert size <= MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name} has {size} lines"
+
+
+def test_every_test_file_mirrors_a_module() -> None:
+    tests = Path(__file__).parent
+    names = {file.relative_to(tests).as_posix() for file in tests.rglob("test_*.py")} - WHOLE_HOUSE
+    modules = {file.relative_to(PACKAGE).with_name(f"test_{file.name}").as_posix() for file in FILES}
+    assert names <= modules, f"no module for {sorted(names - modules)}"
 
 
 @pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=str)
