@@ -18,7 +18,6 @@ from vla_foundry.images.codec import is_upright
 from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import PROGRESS_FOLDER, record_task
-from vla_foundry.preprocessing.robotics.anchors import Anchors, choose_anchors
 from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
     CameraFrames,
@@ -27,7 +26,7 @@ from vla_foundry.preprocessing.robotics.converters.converter import (
     decode_frame,
 )
 from vla_foundry.preprocessing.robotics.episode_checks import Left, check_episode
-from vla_foundry.preprocessing.robotics.recipe import Recipe
+from vla_foundry.preprocessing.robotics.recipe import Anchors, Recipe, choose_anchors
 from vla_foundry.preprocessing.robotics.resampling import resample_episode
 from vla_foundry.preprocessing.shard_writer import ShardWriter, open_shard
 from vla_foundry.preprocessing.tasks import Task
