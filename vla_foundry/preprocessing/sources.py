@@ -161,6 +161,22 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
             yield pq.ParquetFile(cast(BinaryIO, unpacked) if file.packing else source)
 
 
+def rows_of(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Yield the rows of a batch of parquet; an exception for a row with a text that is not UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = (_row_of(batch.slice(row, 1)) for row in range(batch.num_rows))
+    yield from rows
+
+
+def _row_of(batch: Any) -> dict[str, Any] | UnicodeDecodeError:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
+
+
 def check_unique(uri: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
     """Refuse a table in which a wanted column (or the column that a path of keys starts in) is there twice.
 

@@ -6,10 +6,19 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
+
+
+@pytest.fixture(scope="session")
+def texts_not_utf8() -> Any:
+    """An Arrow array of two texts, the second of which holds half of a surrogate pair, as Java writes it."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"cut \xed\xa0\xbd"]).buffers())
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from vla_foundry.preprocessing.sources import (
     open_parquet,
     open_source,
     read_json_rows,
+    rows_of,
 )
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.uri import is_remote, join_uri, name_of, open_input, parent_uri, read_bytes
@@ -194,7 +195,7 @@ def _check_columns(file: SourceFile, wanted: Sequence[str], row: Any) -> None:
 
 def _row_of(name: str, values: Any, url_key: str, caption_key: str, extra_keys: Sequence[str]) -> Row | BadRow:
     if isinstance(values, Exception):
-        return BadRow(name=name, reason="bad JSON")
+        return BadRow(name=name, reason="not Unicode" if isinstance(values, UnicodeDecodeError) else "bad JSON")
     url, caption = look_up(values, url_key), look_up(values, caption_key)
     if not isinstance(url, str) or not url.strip():
         return BadRow(name=name, reason=NO_URL)
@@ -258,7 +259,7 @@ def _read_tsv(uri: str, lines: Iterable[str], wanted: Sequence[str]) -> Iterator
             yield dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
 
 
-def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     with open_parquet(file) as parquet:
         check_unique(file.uri, parquet.schema_arrow.names, columns)
         paths = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
@@ -266,7 +267,7 @@ def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str
             yield dict.fromkeys(parquet.schema_arrow.names)
             return
         for batch in parquet.iter_batches(_PARQUET_ROWS, columns=list(columns), use_threads=False):
-            yield from batch.to_pylist()
+            yield from rows_of(batch)
 
 
 def is_download(url: str) -> bool:

@@ -17,6 +17,7 @@ from vla_foundry.preprocessing.sources import (
     open_parquet,
     open_source,
     read_json_rows,
+    rows_of,
 )
 
 KINDS = ("txt", "jsonl", "ndjson", "json", "parquet")
@@ -197,7 +198,7 @@ def _read_parquet(unit: Unit, text_key: str) -> Iterator[tuple[str, Any]]:
         row = sum(metadata.row_group(number).num_rows for number in range(first))
         groups = list(range(first, stop))
         for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[text_key], use_threads=False):
-            for values in batch.to_pylist():
+            for values in rows_of(batch):
                 yield f"row {row}", values
                 row += 1
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -367,6 +369,14 @@ def test_columns_of_a_list_may_lie_below_a_path_of_keys(tmp_path: Path) -> None:
         assert [row.caption for row in rows_of(tmp_path / f"a.{ending}", "text.en")] == ["one"]
         with pytest.raises(ValueError, match=r"no column 'text\.fr', only url, text\."):
             rows_of(tmp_path / f"a.{ending}", "text.fr")
+
+
+def test_a_parquet_row_that_is_not_utf8_is_counted(tmp_path: Path, texts_not_utf8: pa.Array) -> None:
+    save_picture(tmp_path / "0.png", 0)
+    pq.write_table(pa.table({"url": ["0.png"] * 2, "caption": texts_not_utf8}), tmp_path / "list.parquet")
+    preprocess(tmp_path / "list.parquet", tmp_path / "out", max_bad_fraction=0.5)
+    assert [sample["txt"] for sample in read_samples(tmp_path / "out")] == [b"good"]
+    assert read_report(tmp_path / "out")["examples"]["not Unicode"] == ["list.parquet row 1"]
 
 
 def test_rows_that_no_encoding_can_store_are_counted_and_never_changed(tmp_path: Path) -> None:

@@ -177,6 +177,15 @@ def test_parquet_rows_that_are_no_documents_are_named(tmp_path: Path):
     assert reasons == ["null", "empty", "not_a_string", "not_a_string", "missing_key", "missing_key", "missing_key"]
 
 
+def test_a_parquet_row_that_is_not_utf8_is_named_and_costs_no_other(tmp_path: Path, texts_not_utf8: pa.Array):
+    pq.write_table(pa.table({"text": texts_not_utf8}), tmp_path / "a.parquet")
+    good, bad = read_all(tmp_path)
+    assert isinstance(good, Piece)
+    assert good.text == "good"
+    assert isinstance(bad, Skipped)
+    assert (bad.reason, bad.where) == ("not_utf8", "0/a.parquet row 1")
+
+
 def test_unreadable_files_are_named_and_weighed(tmp_path: Path):
     packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2000).encode())
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])

@@ -52,13 +52,21 @@ def read_columns(uri: str, columns: Sequence[str] | None = None) -> dict[str, li
         columns: the columns to read; None: all.
 
     Raises:
-        ValueError: the file is missing or broken, or lacks a column.
+        ValueError: the file is missing or broken, lacks a column, or has a text that is not UTF-8.
     """
     with _open_parquet(uri) as parquet:
         names = parquet.schema_arrow.names if columns is None else list(columns)
         _require_columns(uri, names, parquet.schema_arrow)
         table = parquet.read(columns=names, use_threads=False)
-        return {name: table.column(name).to_pylist() for name in names}
+        return {name: list(_values(f"{uri} row {{row}}: '{name}'", table.column(name))) for name in names}
+
+
+def _values(where: str, column: "pa.ChunkedArray") -> Iterator[Any]:
+    for row, value in enumerate(column):
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            raise ValueError(f"{where.format(row=row)} is not UTF-8 text.") from None
 
 
 def read_schema(uri: str) -> "pa.Schema":

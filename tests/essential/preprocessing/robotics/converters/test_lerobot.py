@@ -256,6 +256,14 @@ def test_a_table_of_tasks_may_have_other_columns(
     assert spoken == set(recordings.TASKS)
 
 
+def test_a_task_that_is_not_utf8_is_named(write: Any, tmp_path: Path, texts_not_utf8: pa.Array) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(write("v3-png"), root)
+    pq.write_table(pa.table({"task_index": [0, 1], "task": texts_not_utf8}), root / "meta/tasks.parquet")
+    with pytest.raises(ValueError, match=r"meta/tasks\.parquet row 1: 'task' is not UTF-8 text\."):
+        create_converter(params_of(root)).discover_episodes()
+
+
 def test_names_may_have_dots_and_spaces(
     write: Any, recordings: ModuleType, tmp_path: Path, preprocess_with: Any, read_tars: Any
 ) -> None:
