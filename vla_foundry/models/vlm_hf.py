@@ -45,8 +45,14 @@ class VLMHF(HuggingFaceLanguageModel):
         self.takes_prompt_types = config.model_type == "paligemma"
         # positions with height and width (multimodal rotary embedding)
         self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
-        image_token_id = getattr(config, "image_token_id", None)
-        self.image_token_id: int = config.image_token_index if image_token_id is None else image_token_id
+        tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+        image_token_id = next((token for token in tokens if token is not None), None)
+        if image_token_id is None:
+            raise ValueError(
+                f"model.hf_pretrained: {type(model).__name__} has no token that stands for an image in its text. Use a "
+                "model that has one, such as Qwen3-VL, PaliGemma or SmolVLM2."
+            )
+        self.image_token_id: int = image_token_id
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GitConfig, GitForCausalLM, PreTrainedModel
 
 from tests.essential import image_text_families
 from vla_foundry.batch import IGNORE_INDEX
@@ -138,7 +138,9 @@ def test_greedy_tokens_of_a_padded_batch_are_those_of_the_originals_own_loop(
     )
     for row, length in enumerate(lengths):
         own = sample.own(slice(row, row + 1), length)
-        expected = original.generate(**own, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        expected = original.generate(
+            **own, max_new_tokens=5, do_sample=False, eos_token_id=None, suppress_tokens=[model.image_token_id]
+        )
         assert rows[row].tokens == expected[0, length:].tolist()
 
 
@@ -265,3 +267,10 @@ def read_inputs(processor: HuggingFaceProcessor, sample: dict[str, Any]) -> tupl
             inputs[key] = value[None] if key in TOKEN_KEYS else value
     targets = sample["input_ids"].long().roll(-1).masked_fill(~sample["target_mask"].roll(-1), IGNORE_INDEX)
     return sample["input_ids"][None], inputs, targets[None]
+
+
+def test_a_model_without_an_image_token_is_refused_by_name() -> None:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = GitConfig(**size, vocab_size=110, vision_config={**size, "image_size": 28, "patch_size": 7})
+    with pytest.raises(ValueError, match="GitForCausalLM has no token that stands for an image in its text"):
+        VLMHF(GitForCausalLM(config))
