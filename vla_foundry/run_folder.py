@@ -19,17 +19,20 @@
 A step folder is written as `.writing_step_...` and renamed once all of it is on disk.
 """
 
-import errno
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vla_foundry.shards import sha256_of
 
@@ -53,17 +56,55 @@ STATE_NAME = "state.json"
 COMPLETE_NAME = "COMPLETE"
 WRITING_PREFIX = ".writing_"
 
-# errors of file systems on which nothing can be locked (some network and FUSE mounts)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_logger = logging.getLogger(__name__)
 _STEP_PATTERN = re.compile(r"step_(\d+)")
+
+
+@contextmanager
+def hold_lock(path: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
+    """Lock a file, which is created; the lock ends with the process that holds it, however it ends.
+
+    Where the file system has no locks (some network and FUSE mounts), a file in this machine's temporary folder is
+    locked in its place, and a notice says so.
+
+    Yields:
+        The open file; None if another process holds the lock and `wait` is False.
+    """
+    with path.open("a+", encoding="utf-8") as file, ExitStack() as stack:
+        try:
+            is_mine = _lock(file, wait)
+        except OSError as error:
+            _say_once(
+                f"{path.parent} cannot be locked ({error.strerror}): a second process that uses it is noticed on this "
+                "machine only."
+            )
+            name = f"vla_foundry_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.lock"
+            is_mine = True
+            with suppress(OSError):  # another user's
+                is_mine = _lock(
+                    stack.enter_context(Path(tempfile.gettempdir(), name).open("a", encoding="utf-8")), wait
+                )
+        yield file if is_mine else None
+
+
+def _lock(file: TextIO, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    _logger.warning("%s", line)
 
 
 @contextmanager
 def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
     """Hold an output folder for this process: two commands that write to it would overwrite each other's files.
 
-    The lock is on the file `.<name>.lock` beside the folder, or in it where only the folder is writable (a mount). It
-    ends with the process that holds it, however it ends. A file system without locks gives none.
+    The lock is on the file `.<name>.lock` beside the folder, or in it where only the folder is writable (a mount).
 
     Args:
         folder: the folder; it need not exist.
@@ -77,16 +118,12 @@ def lock_folder(folder: Path, *, what: str, flag: str) -> Iterator[None]:
     is_beside = not whole.exists() or os.access(whole.parent, os.W_OK)
     path = (whole.parent if is_beside else whole) / f".{whole.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.seek(0)
-                raise ValueError(
-                    f"The {what} {folder} is in use by {file.read().strip() or 'another process'}. "
-                    f"Wait until that process ends, or choose another {flag}."
-                ) from None
+    with hold_lock(path) as file:
+        if file is None:
+            owner = path.read_text(encoding="utf-8").strip() or "another process"
+            raise ValueError(
+                f"The {what} {folder} is in use by {owner}. Wait until that process ends, or choose another {flag}."
+            )
         # unbuffered, because a full disk must not fail here: the name only makes the message better
         with suppress(OSError):
             os.truncate(file.fileno(), 0)

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -132,10 +134,27 @@ def test_a_mounted_folder_is_locked_within(tmp_path: Path, monkeypatch: pytest.M
         assert (mount / ".mount.lock").exists()
 
 
-def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_on_a_file_system_without_locks_only_this_machine_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    local = tmp_path / "tmp"
+    local.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(local))
+    flock = fcntl.flock
+
+    def refuse(file: TextIO, operation: int) -> None:
+        if not file.name.startswith(str(local)):
+            raise OSError(number, os.strerror(number))
+        flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with lock_folder(tmp_path / "run", what="run folder", flag="--name"):
-        assert (tmp_path / ".run.lock").exists()
+    for _ in range(2):  # the second after the first has ended
+        with lock_folder(tmp_path / "run", what="run folder", flag="--name"):
+            second = lock_folder(tmp_path / "run", what="run folder", flag="--name")
+            with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"), second:
+                pass
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path} cannot be locked ({os.strerror(number)}): a second process that uses it is noticed on this "
+        "machine only."
+    ]

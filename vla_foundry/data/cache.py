@@ -10,7 +10,6 @@ out, the least recently opened shards are deleted. A reader that still has one o
 freed when the reader closes it.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,9 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from vla_foundry.data.indexing import index_name
+from vla_foundry.run_folder import hold_lock
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.uri import download, size_of
 
@@ -177,13 +178,8 @@ class ShardCache:
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold a cache lock. Yield False, without the lock, if `wait` is False and another process holds it."""
         os.makedirs(os.path.join(self.folder, "locks"), exist_ok=True)
-        with open(os.path.join(self.folder, "locks", name), "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_mine = True
-            except BlockingIOError:
-                is_mine = False
-            yield is_mine  # closing the file releases the lock
+        with hold_lock(Path(self.folder, "locks", name), wait=wait) as file:
+            yield file is not None
 
 
 class LookAhead:
