@@ -4,7 +4,8 @@ torchvision's operator decodes JPEG where it exists, else Pillow does: both use 
 but Pillow takes 1.6 times as long. (torchvision deprecated its Python wrapper in 0.29, so it may disappear.) Decoding
 at half size would save nothing, because most of the work is entropy decoding.
 
-- EXIF orientation is applied.
+- The orientation is applied as Pillow's `exif_transpose` does: that of EXIF data, in a PNG also of a text chunk with
+  EXIF data; without one, that of XMP data.
 - Grey, palette, CMYK and 16-bit pictures become 8-bit RGB (16 bits by rounding, v / 257).
 - Transparent pixels are composited over white.
 - An animation, or a file of several pages, yields its first picture.
@@ -14,6 +15,7 @@ any decoder: shard checksums catch that.
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -65,9 +67,11 @@ _PILLOW_ERRORS = (
 )
 # torchvision.io.ImageReadMode.RGB
 _RGB_MODE = 3
-# start of a JPEG segment of EXIF data; the tag of the orientation, and the type of 32-bit values
-_EXIF, _ORIENTATION, _EXIF_LONG = b"Exif\0\0", 0x0112, 4
-# EXIF orientation -> how to turn pixels (3, H, W) upright
+# start of a JPEG's EXIF and XMP segments; the tag of the orientation, and the numbers it may be
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_ORIENTATION, _EXIF_NUMBERS = 0x0112, {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+# orientation -> how to turn pixels (3, H, W) upright
 _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
     2: lambda image: image.flip(-1),
     3: lambda image: image.flip(-1, -2),
@@ -166,31 +170,46 @@ def _check_size(size: Size) -> None:
 
 
 def _read_jpeg_header(data: bytes) -> tuple[Size, int]:
-    """Return the size and the EXIF orientation from the segments before the pixels, in any order."""
-    position, size, orientation = 2, None, 1
-    while position + 4 <= len(data) and data[position] == 0xFF:
+    """Return the size and the orientation from the segments before the pixels, in any order."""
+    position, size, exif, xmp = 2, None, b"", b""
+    while 0 <= (position := data.find(b"\xff", position)) <= len(data) - 4:  # bytes between segments are skipped
         marker = data[position + 1]
-        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
-            position += 1 if marker == 0xFF else 2
-            continue
         if marker in (0xD9, 0xDA):  # end of image, or pixels
             break
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
+            position += 1 if marker == 0xFF else 2
+            continue
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-        if is_frame and size is None and position + 9 <= len(data):
-            height, width = struct.unpack_from(">HH", data, position + 5)
+        content = data[position + 4 : end]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and size is None and len(content) >= 5:
+            height, width = struct.unpack_from(">HH", content, 1)
             size = (height, width)
-        elif marker == 0xE1 and orientation == 1 and data.startswith(_EXIF, position + 4):
-            orientation = _read_orientation(data[position + 4 : end])
+        elif marker == 0xE1 and content.startswith(_EXIF):
+            exif += content.removeprefix(_EXIF)  # one directory may fill several segments
+        elif marker == 0xE1 and content.startswith(_XMP):
+            xmp = content
         position = end
     if size is None:
         raise _broken("JPEG", data, "it has no frame header")
-    return size, orientation
+    return size, _read_orientation(exif, xmp)
 
 
 def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
     """Rotate a loaded picture upright and convert it to 8-bit RGB."""
-    return _turn_upright(_convert_to_rgb(picture), _read_orientation(picture.info.get("exif", b"")))
+    return _turn_upright(_convert_to_rgb(picture), _orientation_of(picture))
+
+
+def _orientation_of(picture: Image.Image) -> int:
+    """Return a loaded picture's orientation, 1 (upright) for a TIFF, which Pillow turns itself."""
+    if picture.format == "TIFF":
+        return 1
+    profile = str(picture.info.get("Raw profile type exif", ""))
+    try:
+        text_exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    except ValueError:
+        text_exif = b""
+    xmp = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp", b"")
+    return _read_orientation(picture.info.get("exif", text_exif), xmp.encode() if isinstance(xmp, str) else xmp)
 
 
 def _turn_upright(image: UInt8[Tensor, "3 _ _"], orientation: int) -> UInt8[Tensor, "3 _ _"]:
@@ -214,32 +233,31 @@ def _convert_to_rgb(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
     return image_from_array(np.array(picture.convert("RGB")))
 
 
-def _read_orientation(exif: bytes) -> int:
-    """Return the EXIF orientation, 1 (upright) without one; broken EXIF data is ignored."""
-    start = len(_EXIF) if exif.startswith(_EXIF) else 0
-    byte_order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
-    if byte_order is None:
-        return 1
+def _read_orientation(exif: bytes, xmp: bytes) -> int:
+    """Return the orientation of EXIF data or, where it has none, of XMP data; 1 (upright) without either."""
+    exif = exif.removeprefix(_EXIF)
+    byte_order = ">" if exif.startswith(b"MM") else "<"
     try:
-        (directory,) = struct.unpack_from(f"{byte_order}I", exif, start + 4)
-        (num_entries,) = struct.unpack_from(f"{byte_order}H", exif, start + directory)
-        for number in range(num_entries):
-            entry = start + directory + 2 + 12 * number
-            tag, kind = struct.unpack_from(f"{byte_order}HH", exif, entry)
-            if tag == _ORIENTATION:
-                return struct.unpack_from(byte_order + ("I" if kind == _EXIF_LONG else "H"), exif, entry + 8)[0]
+        (directory,) = struct.unpack_from(f"{byte_order}I", exif, 4)
+        (num_entries,) = struct.unpack_from(f"{byte_order}H", exif, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * num_entries, 12):
+            tag, kind, count, offset = struct.unpack_from(f"{byte_order}HHII", exif, entry)
+            if tag == _ORIENTATION and 1 <= kind <= 13 and count:
+                number = _EXIF_NUMBERS.get(kind)
+                if number is None:
+                    return 1
+                is_inline = count * struct.calcsize(number) <= 4  # of several, the first counts
+                return struct.unpack_from(byte_order + number, exif, entry + 8 if is_inline else offset)[0]
     except struct.error:
-        pass
-    return 1
+        pass  # broken EXIF data is ignored
+    found = _XMP_ORIENTATION.search(xmp)
+    return int(found[1]) if found is not None else 1
 
 
 def is_upright(data: bytes) -> bool:
-    """True if an image file, which `decode_image` accepts, has no EXIF orientation to apply."""
-    try:
-        exif = Image.open(io.BytesIO(data)).info.get("exif", b"")
-    except _PILLOW_ERRORS:
-        return False
-    return _read_orientation(exif) not in _TURNS
+    """True if a JPEG, PNG or WebP file, which `decode_image` accepts, has no orientation to apply."""
+    orientation = _read_jpeg_header(data)[1] if data.startswith(_JPEG) else _orientation_of(_open(data))
+    return orientation not in _TURNS
 
 
 def encode_jpeg(image: UInt8[Tensor, "3 H W"], *, quality: int = 95) -> bytes:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vla_foundry.images import codec
 from vla_foundry.images.codec import (
@@ -99,6 +99,71 @@ def test_exif_orientation_turns_the_picture_upright(jpeg_decoder: str, kind: str
     plain = image_to_array(decode_image(save(picture, kind, **options)))
     turned = image_to_array(decode_image(save(picture, kind, exif=exif, **options)))
     np.testing.assert_array_equal(turned, ORIENTED[orientation](plain))
+
+
+def _exif(*entries: tuple[int, int, int, int]) -> bytes:
+    """EXIF data of entries (tag, type, count, 32 bits of value)."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+def _xmp(orientation: int) -> bytes:
+    return b'<rdf:Description tiff:Orientation="%d"/>' % orientation
+
+
+_EXIF_1, _EXIF_6, _NO_ORIENTATION = (_exif((tag, 3, 1, value)) for tag, value in ((274, 1), (274, 6), (271, 6)))
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_PROFILE = b"\nexif\n      38\n" + (b"Exif\0\0" + _EXIF_6).hex().encode() + b"\n"
+
+
+def _jpeg_with(*segments: bytes, between: bytes = b"") -> bytes:
+    plain = save(Image.fromarray(PICTURE), "JPEG")
+    added = (b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment for segment in segments)
+    return plain[:20] + between.join((b"", *added)) + plain[20:]
+
+
+def _png_with(*chunks: tuple[bytes, bytes], at: int = 33) -> bytes:
+    plain = save(Image.fromarray(PICTURE), "PNG")
+    added = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return plain[:at] + b"".join(added) + plain[at:]
+
+
+@pytest.mark.parametrize(
+    ("data", "orientation"),
+    [
+        (_jpeg_with(b"Exif\0\0" + _EXIF_1, b"Exif\0\0" + _EXIF_6), 1),
+        (_jpeg_with(b"Exif\0\0" + _EXIF_6[:14], b"Exif\0\0" + _EXIF_6[14:]), 6),
+        (_jpeg_with(b"Exif\0\0" + _exif((274, 3, 0, 0), (274, 4, 1, 6), (274, 3, 1, 3))), 6),
+        (_jpeg_with(b"Exif\0\0" + _exif((274, 3, 2, 0x30006))), 6),
+        (_jpeg_with(b"Exif\0\0" + _exif((274, 1, 1, 6)), _XMP + _xmp(3)), 1),
+        (_jpeg_with(b"Exif\0\0" + _EXIF_6, between=b"junk"), 6),
+        (_jpeg_with(b"Exif\0\0" + _EXIF_6, between=b"\xff\0\xff\xff"), 6),
+        (_jpeg_with(_XMP + _xmp(6)), 6),
+        (_jpeg_with(_XMP + b"<tiff:Orientation>6</tiff:Orientation>", b"Exif\0\0" + _NO_ORIENTATION), 6),
+        (_jpeg_with(_XMP + _xmp(6), b"Exif\0\0" + _EXIF_1), 1),
+        (_jpeg_with(_XMP + _xmp(3), _XMP + _xmp(6)), 6),
+        (_png_with((b"eXIf", _EXIF_6), at=-12), 6),
+        (_png_with((b"tEXt", b"Raw profile type exif\0" + _PROFILE)), 6),
+        (_png_with((b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_PROFILE)), (b"eXIf", _EXIF_1)), 1),
+        (_png_with((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _xmp(6))), 6),
+        (save(Image.fromarray(PICTURE), "WEBP", lossless=True, xmp=_xmp(6)), 6),
+        (save(Image.fromarray(PICTURE), "WEBP", lossless=True, xmp=_xmp(6), exif=_EXIF_1), 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_the_orientation_is_the_one_of_pillow(
+    jpeg_decoder: str, capfd: pytest.CaptureFixture[str], data: bytes, orientation: int
+) -> None:
+    with Image.open(io.BytesIO(data)) as picture:
+        plain = np.array(picture.convert("RGB"))
+        expected = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    np.testing.assert_array_equal(ORIENTED[orientation](plain), expected)
+    np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
+    assert is_upright(data) is (orientation == 1)
+    capfd.readouterr()  # libjpeg warns of bytes between segments
 
 
 def test_grey_becomes_three_equal_colours() -> None:
