@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from vla_foundry.batch import LossOutput
 from vla_foundry.models.losses import dense_language_model_loss, language_model_loss
-from vla_foundry.params.models.roles import PublishedParams
+from vla_foundry.params.models.roles import PublishedParams, count_positions
 from vla_foundry.storage.hub import loading_published
 from vla_foundry.world import is_first_process
 
@@ -100,7 +100,7 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
         super().__init__(model)
         self.text_config: Any = model.config.get_text_config()
         longest = getattr(self.text_config, "max_position_embeddings", None) or 0
-        self.max_seq_len: int | None = longest if longest > 0 else None
+        self.max_seq_len: int | None = count_positions(self.text_config.to_dict()) or (longest if longest > 0 else None)
         self.has_plain_head = _has_plain_head(model)
 
     @property

@@ -110,7 +110,9 @@ def decayed_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def _is_matrix(parameter: nn.Parameter, name: str) -> bool:
     """Whether a parameter of a module of unknown kind is a matrix between features, or a stack of such matrices."""
-    return parameter.ndim >= 2 and min(parameter.shape) > 1 and _NOT_MATRICES.search(name) is None
+    has_one_expert = parameter.ndim == 3 and parameter.shape[0] == 1 and "expert" in name.lower()
+    smallest = min(parameter.shape[1:] if has_one_expert else parameter.shape, default=0)
+    return parameter.ndim >= 2 and smallest > 1 and _NOT_MATRICES.search(name) is None
 
 
 def describe_groups(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], lr: float) -> list[str]:

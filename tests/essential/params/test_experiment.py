@@ -174,6 +174,11 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
             r"^data\.seq_len \(16\) is more than o: number of positions \(8\)\. .* a model with more positions",
         ),
         (
+            replace(PARAMS, model=TransformerHFParams(hf_pretrained="r")),
+            replace(FACTS, model_configs={"r": {"model_type": "roberta", "max_position_embeddings": 17}}),
+            r"^data\.seq_len \(16\) is more than r: number of positions \(15\)\.",
+        ),
+        (
             PARAMS,
             replace(FACTS, datasets=(dataset(vocab_size=101),)),
             r"^model\.vocab_size \(100\) is less than the 101 tokens of a/manifest\.jsonl\. "

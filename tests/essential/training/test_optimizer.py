@@ -41,6 +41,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.zeros(3, 4, 8))
+        self.shared_proj = nn.Parameter(torch.zeros(1, 4, 8))
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 8))
         self.weight = nn.Parameter(torch.zeros(3, 4))
         self.latents = nn.Parameter(torch.zeros(6, 4))
@@ -53,7 +54,7 @@ def test_only_matrices_between_features_decay() -> None:
     decayed = decayed_parameters(model)
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in decayed}
     features = {"b.weight", "d.weight", "e.weight", "h.in_proj_weight", "h.out_proj.weight"}
-    assert names == features | {"k.gate_up_proj", "k.weight"}
+    assert names == features | {"k.gate_up_proj", "k.shared_proj", "k.weight"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The base class of all model params, and the roles that model slots are typed by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
@@ -20,10 +20,16 @@ _MODEL = "model."
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
 
 
+# architectures with a table of positions whose first rows stand for padding: positions begin behind pad_token_id
+_POSITIONS_BEHIND_PADDING = {
+    *("camembert", "data2vec-text", "longformer", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    "xmod",
+}
 # architectures with a table of positions, which has one row per position
-_LEARNED_POSITIONS = {
-    *("bart", "bert", "bert-generation", "biogpt", "blenderbot", "blenderbot-small", "camembert", "data2vec-text"),
-    *("electra", "ernie", "mbart", "megatron-bert", "mvp", "opt", "plbart", "roberta", "trocr", "xlm-roberta"),
+_LEARNED_POSITIONS = _POSITIONS_BEHIND_PADDING | {
+    *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small"),
+    *("electra", "ernie", "git", "gpt_neo", "marian", "mbart", "megatron-bert", "mvp", "opt", "pegasus", "plbart"),
+    *("prophetnet", "rembert", "roc_bert", "roformer", "trocr", "xlm"),
 }
 
 
@@ -44,6 +50,17 @@ class TokenLimits:
         """Return the same limits for a model that holds this one as its part `part`."""
         own = self.source.removeprefix(_MODEL)
         return self if own == self.source else replace(self, source=f"{_MODEL}{part}.{own}")
+
+
+def count_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence of a model by its config.json; None: any, because positions are computed."""
+    kind, longest = config.get("model_type"), config.get("n_positions")
+    if not longest and kind in _LEARNED_POSITIONS:
+        longest = config.get("max_position_embeddings")
+    if longest and kind in _POSITIONS_BEHIND_PADDING:
+        padding = config.get("pad_token_id")
+        return longest - 1 - (1 if padding is None else padding)
+    return longest or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +138,7 @@ class PublishedParams(BaseParams):
         layers = (text.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
         return TokenLimits(
             vocab_size=text.get("vocab_size"),
-            # longer sequences than max_position_embeddings work where positions are rotary
-            max_seq_len=text.get("n_positions")
-            or (text.get("max_position_embeddings") if text.get("model_type") in _LEARNED_POSITIONS else None),
+            max_seq_len=count_positions(text),
             num_layers=next((count for count in layers if isinstance(count, int)), None),
             source=f"{self.hf_pretrained}: ",
         )

@@ -417,7 +417,7 @@ def test_params_say_what_is_wrong(params: PreprocessTextParams, changes: dict, m
 
 
 def test_unknown_tokenizer_is_one_line(params: PreprocessTextParams):
-    with pytest.raises(ValueError, match=r"^--tokenizer 'nobody/nothing' is neither[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^--tokenizer 'nobody/nothing' cannot be loaded: [^\n]*$"):
         preprocess_text(replace(params, tokenizer="nobody/nothing"))
 
 
