@@ -30,7 +30,7 @@ from vla_foundry.storage.uri import is_remote, join_uri, open_input, parent_uri,
 
 SPEC_NAME = "robotics.json"
 SPEC_VERSION = 1
-# instruction types that published datasets may have
+# instruction types that published datasets may have; recordings have others, nonsense for ablations
 PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
 # bytes of a remote shard to read to find its first sample
 _FIRST_BYTES = 16 << 20

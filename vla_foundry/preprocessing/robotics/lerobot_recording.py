@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from PIL import Image
 
+from vla_foundry.storage.local import TEMPORARY_SUFFIX
+
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 # statistic -> nested lists of one column, and "count" -> [frames]
 ColumnStatistics = dict[str, Any]
@@ -34,7 +36,6 @@ _PIXEL_FORMAT = "yuv420p"
 FRAMES, FACTS = "frames.parquet", "episode.json"
 # columns that every dataset has
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_TEMPORARY = ".tmp"
 
 
 def vector_statistics(values: Num[np.ndarray, "L C"]) -> ColumnStatistics:
@@ -244,7 +245,7 @@ def read_part(folder: Path) -> EpisodePart:
 
 def delete_leftovers(folder: Path) -> None:
     """Delete unfinished parts below `folder`; no other process may be writing there."""
-    for leftover in folder.glob(f".*{_TEMPORARY}"):
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover)
 
 
@@ -261,7 +262,7 @@ class EpisodeRecorder:
         self._statistics = {name: ImageStatistics() for name in features.cameras}
         self._num_frames = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
         self._temporary.mkdir()
         self._videos = {
             name: VideoEncoder(self._temporary / f"{name}.mp4", fps=features.fps, size=size)

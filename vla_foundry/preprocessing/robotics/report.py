@@ -16,9 +16,7 @@ from vla_foundry.provenance import has_uncommitted_changes, read_git_commit
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription
 from vla_foundry.storage.uri import is_remote, name_of
 
-CONFIG_NAME = "preprocessing_config.yaml"
 METADATA_NAME = "processing_metadata.json"
-STATISTICS_NAME = "stats.json"
 # episodes named for each reason in a printed line
 _MAX_EXAMPLES = 3
 

@@ -25,9 +25,7 @@ from vla_foundry.preprocessing.robotics.recipe import (
     split_refs,
 )
 from vla_foundry.preprocessing.robotics.report import (
-    CONFIG_NAME,
     METADATA_NAME,
-    STATISTICS_NAME,
     Report,
     create_spec,
     describe_processing,
@@ -39,6 +37,7 @@ from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_unfinished
 from vla_foundry.progress import say
 from vla_foundry.robotics.spec import SPEC_NAME, format_spec
 from vla_foundry.robotics.statistics_format import format_statistics
+from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, ManifestEntry
 from vla_foundry.storage.uri import absolute_uri, exists, join_uri, write_text
 
@@ -132,7 +131,7 @@ def _write_dataset(part: Part, output: OutputFolder, done: Mapping[int, Any]) ->
             seconds |= _add_seconds(shards)
         files = {
             SPEC_NAME: format_spec(spec),
-            CONFIG_NAME: format_config(part.recipe),
+            PREPROCESSING_CONFIG_NAME: format_config(part.recipe),
             METADATA_NAME: _to_json(describe_processing(part.recipe, part.source, report)),
         }
         if params.compute_statistics:

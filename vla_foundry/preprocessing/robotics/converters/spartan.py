@@ -42,7 +42,7 @@ from vla_foundry.preprocessing.robotics.converters.spartan_files import (
 from vla_foundry.progress import say
 from vla_foundry.robotics.episode_blocks import InstructionSpan
 from vla_foundry.robotics.fields import PoseGroup, parse_field_name, parse_pose_groups
-from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.robotics.spec import PUBLISHED_LANGUAGE_TYPES, FieldDescription
 from vla_foundry.storage.uri import join_uri, list_visible, name_of, parent_uri
 
 _EPISODE_FILE = re.compile(r"(?P<folder>.*/episode_(?P<number>\d+))/processed/(?P<name>[^/]+)")
@@ -50,8 +50,6 @@ _REQUIRED = ("metadata.yaml", "observations.npz", "actions.npz")
 _CALIBRATION = ("intrinsics.npz", "extrinsics.npz")
 _CAMERA_KEY = "camera_id_to_semantic_name"
 _INSTRUCTION_KEY = "language_instruction"
-# kinds of instructions to follow; the others are nonsense, for ablations
-_INSTRUCTION_KINDS = ("original", "randomized", "verbose", "alternative")
 _UNITS = {"xyz": "m", "joint_position": "rad", "joint_velocity": "rad/s", "joint_torque": "Nm"}
 
 
@@ -90,7 +88,9 @@ class SpartanConverter(BaseRoboticsConverter):
         if not isinstance(tasks, dict) or not all(isinstance(kinds, dict) for kinds in tasks.values()):
             raise ValueError(f"{path} must hold language_dict: {{task: {{kind: [text, ...]}}}}.")
         return {
-            str(task): {kind: [str(text) for text in kinds[kind]] for kind in _INSTRUCTION_KINDS if kinds.get(kind)}
+            str(task): {
+                kind: [str(text) for text in kinds[kind]] for kind in PUBLISHED_LANGUAGE_TYPES if kinds.get(kind)
+            }
             for task, kinds in tasks.items()
         }
 
