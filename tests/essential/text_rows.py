@@ -13,14 +13,26 @@ from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.shards import parse_manifest
 
 
-def create_rows(manifests: Sequence[Path], positions: Sequence[int], *, global_batch_size: int = 4) -> Rows:
+def create_rows(
+    manifests: Sequence[Path],
+    positions: Sequence[int],
+    *,
+    global_batch_size: int = 4,
+    pieces: Sequence[int] | None = None,
+) -> Rows:
     datasets = [
         Dataset(manifest=str(m), modality="text", entries=tuple(parse_manifest(m.read_text(encoding="utf-8"), str(m))))
         for m in manifests
     ]
     sizes = [[entry.num_sequences for entry in dataset.entries] for dataset in datasets]
     plan = SamplePlan(
-        sizes, [1.0] * len(sizes), seed=0, global_batch_size=global_batch_size, block_size=100, shuffle=False
+        sizes,
+        [1.0] * len(sizes),
+        seed=0,
+        global_batch_size=global_batch_size,
+        block_size=100,
+        shuffle=False,
+        pieces=pieces,
     )
     at = np.asarray(positions)
     reader = ShardReader(datasets, ShardCache(str(manifests[0].parent / "cache"), 10**9))
@@ -29,6 +41,7 @@ def create_rows(manifests: Sequence[Path], positions: Sequence[int], *, global_b
 
 def read(pipeline: Pipeline, rows: Rows) -> Batch:
     pipeline.check(rows.reader)
+    pipeline.pieces_per_row(rows.reader)
     return pipeline.create_batch(rows)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from vla_foundry.config.schema import BaseParams, Unavailable
+from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.facts import DatasetFacts, Facts, ImageFacts, TokenizerFacts
 from vla_foundry.params.models.action_heads import ActionHeadParams
@@ -29,7 +31,7 @@ from vla_foundry.run_folder import (
     TOKENIZER_FOLDER,
     run_folder_candidates,
 )
-from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, parse_manifest
+from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, parse_manifest
 from vla_foundry.storage.hub import find_cached
 from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat import IMAGE_MARKER
@@ -86,12 +88,9 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         world_size=world_size,
         ranks_per_node=read_ranks_per_node(world_size),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        datasets=tuple(
-            _read_dataset(name, "data.dataset_manifest", offline, has_spec=has_spec) for name in data.dataset_manifest
-        ),
+        datasets=tuple(_read_dataset(name, "data.dataset_manifest", offline, data) for name in data.dataset_manifest),
         val_datasets=tuple(
-            _read_dataset(name, "data.val_dataset_manifest", offline, has_spec=has_spec)
-            for name in data.val_dataset_manifest
+            _read_dataset(name, "data.val_dataset_manifest", offline, data) for name in data.val_dataset_manifest
         ),
         tokenizer=tokenizer,
         weights_tokenizers={name: _read_kept_tokenizer(name) for name in weights if not is_remote(name) or not offline},
@@ -156,9 +155,9 @@ def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:
         raise FileNotFoundError(f"{path}: {location} does not exist.")
 
 
-def _read_dataset(manifest: str, path: str, offline: bool, *, has_spec: bool) -> DatasetFacts:
-    """Read one dataset's manifest and the files beside it; `has_spec`: with its dataset spec."""
-    folder = parent_uri(manifest)
+def _read_dataset(manifest: str, path: str, offline: bool, data: DataParams) -> DatasetFacts:
+    """Read one dataset's manifest and the files beside it."""
+    folder, has_spec = parent_uri(manifest), isinstance(data, RoboticsDataParams)
     missing = DatasetFacts(
         manifest=manifest,
         num_samples=Unavailable(manifest),
@@ -176,13 +175,34 @@ def _read_dataset(manifest: str, path: str, offline: bool, *, has_spec: bool) ->
         is_folder = not manifest.endswith(MANIFEST_NAME) and exists(inside)
         fix = f"Did you mean {inside}?" if is_folder else "Make it with `vla-foundry preprocess` or `manifest build`."
         raise FileNotFoundError(f"{path}: there is no manifest {manifest}. {fix}") from None
+    provenance = read_provenance(folder)
+    num_samples = sum(entry.num_sequences for entry in entries)
+    if type(data) is TextDataParams:
+        if "seq_len" not in provenance:
+            provenance["seq_len"] = _read_record_length(manifest, tuple(entries))
+        if isinstance(provenance["seq_len"], int):
+            num_samples *= data.count_pieces(provenance["seq_len"])
     return DatasetFacts(
         manifest=manifest,
-        num_samples=sum(entry.num_sequences for entry in entries),
-        provenance=read_provenance(folder),
+        num_samples=num_samples,
+        provenance=provenance,
         tokenizer=_read_dataset_tokenizer(join_uri(folder, TOKENIZER_FOLDER)),
         robotics=read_spec(manifest) if has_spec else None,
     )
+
+
+def _read_record_length(manifest: str, entries: tuple[ManifestEntry, ...]) -> int | None:
+    """Return the seq_len of a dataset of tokenized text whose provenance is unknown; None: it holds no records."""
+    from vla_foundry.data.cache import ShardCache
+    from vla_foundry.data.pipelines.text import find_record_length
+    from vla_foundry.data.reader import Dataset, ShardReader
+
+    reader = ShardReader([Dataset(manifest=manifest, modality="text", entries=entries)], ShardCache("", 0))
+    try:
+        length = find_record_length(reader, 0)
+    except (OSError, ValueError):
+        return None  # training says so when it opens the shard
+    return None if length is None else length - 1
 
 
 def read_provenance(folder: str) -> dict[str, Any]:

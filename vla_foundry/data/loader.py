@@ -65,7 +65,7 @@ class DataLoader:
     Args:
         params: the data params.
         world: this rank.
-        datasets: the datasets to read, all of one modality.
+        reader: opens the shards of the datasets, all of one modality.
         plan: the sample order.
         pipeline: makes batches.
         schedule: this rank's share of the positions.
@@ -77,7 +77,7 @@ class DataLoader:
         params: DataParams,
         world: World,
         *,
-        datasets: list[Dataset],
+        reader: ShardReader,
         plan: SamplePlan,
         pipeline: Pipeline,
         schedule: Schedule,
@@ -87,16 +87,12 @@ class DataLoader:
         self._plan = plan
         self._schedule = schedule
         self._split = split
-        self._datasets = datasets
+        self._datasets = reader.datasets
         self._num_read = 0
         self._num_dropped = 0
         self._iterator: Any = None
         # the global batch that `_iterator` begins at, until `microbatches` takes it over
         self._started: int | None = None
-        cache_params = params.dataset_cache
-        folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
-        cache = ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9))
-        reader = ShardReader(datasets, cache)
         pipeline.check(reader)
         self._pipeline = pipeline
         num_workers = params.num_workers or 0
@@ -238,6 +234,8 @@ def create_dataloader(
     _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
     datasets, weights = _read_datasets(params, "" if is_training else "val_")
+    pipeline = PIPELINES.get(datasets[0].modality)(params) if pipeline is None else pipeline
+    reader = _create_reader(params, datasets)
     plan = SamplePlan(
         [[entry.num_sequences for entry in dataset.entries] for dataset in datasets],
         weights,
@@ -245,6 +243,7 @@ def create_dataloader(
         global_batch_size=global_batch_size,
         block_size=params.shuffle_buffer_size,
         shuffle=params.shuffle and is_training,
+        pieces=pipeline.pieces_per_row(reader),
     )
     schedule = Schedule(
         rank=world.rank,
@@ -256,15 +255,14 @@ def create_dataloader(
         ),
         is_training=is_training,
     )
-    return DataLoader(
-        params,
-        world,
-        datasets=datasets,
-        plan=plan,
-        pipeline=PIPELINES.get(datasets[0].modality)(params) if pipeline is None else pipeline,
-        schedule=schedule,
-        split=split,
-    )
+    return DataLoader(params, world, reader=reader, plan=plan, pipeline=pipeline, schedule=schedule, split=split)
+
+
+def _create_reader(params: DataParams, datasets: list[Dataset]) -> ShardReader:
+    cache_params = params.dataset_cache
+    folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
+    cache = ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9))
+    return ShardReader(datasets, cache)
 
 
 def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:

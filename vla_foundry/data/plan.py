@@ -36,12 +36,14 @@ _ROUND_KEYS = np.arange(1, 13, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)
 
 
 class Location(NamedTuple):
-    """Where samples are stored: four int64 arrays [n]."""
+    """Where samples are stored: five int64 arrays [n]."""
 
     dataset: np.ndarray
     shard: np.ndarray
     row: np.ndarray
     epoch: np.ndarray
+    # number of the piece of the row that is the sample; 0 where rows are not cut
+    piece: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +64,13 @@ class SamplePlan:
     """The sample order.
 
     Args:
-        shard_sizes: for each dataset, the number of samples in each shard, in manifest order.
+        shard_sizes: for each dataset, the number of rows in each shard, in manifest order.
         weights: relative share of each dataset; any positive numbers.
         seed: seed of all permutations.
         global_batch_size: G, samples per optimizer step.
         block_size: samples are shuffled within blocks of shards that hold about this many samples.
         shuffle: if False, shards and samples keep their manifest order.
+        pieces: for each dataset, the number of samples that each of its rows is cut into; None: 1.
 
     Raises:
         ValueError: a dataset is empty, or a number is out of range.
@@ -82,8 +85,12 @@ class SamplePlan:
         global_batch_size: int,
         block_size: int,
         shuffle: bool = True,
+        pieces: Sequence[int] | None = None,
     ) -> None:
-        self._shard_sizes = [np.asarray(sizes, dtype=np.int64) for sizes in shard_sizes]
+        self._pieces = np.asarray([1] * len(shard_sizes) if pieces is None else pieces, dtype=np.int64)
+        self._shard_sizes = [
+            np.asarray(sizes, dtype=np.int64) * count for sizes, count in zip(shard_sizes, self._pieces, strict=True)
+        ]
         self.num_samples_of = [int(sizes.sum()) for sizes in self._shard_sizes]
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -127,7 +134,8 @@ class SamplePlan:
         for group, layout in self._groups(dataset, epoch):
             index_in_order = self._shuffle_in_blocks(layout, index[group])
             shard[group], row[group] = _split_by_shard(layout, index_in_order)
-        return Location(dataset, shard, row, epoch)
+        row, piece = np.divmod(row, self._pieces[dataset])
+        return Location(dataset, shard, row, epoch, piece)
 
     def replacements(self, positions: np.ndarray, attempt: int) -> Location:
         """Return replacements for bad samples at `positions`: other samples of the same datasets.
@@ -150,7 +158,8 @@ class SamplePlan:
                 sizes = layout.block_starts[block + 1] - starts
             chosen = starts + draw_below(draws[group], sizes).astype(np.int64)
             shard[group], row[group] = _split_by_shard(layout, chosen)
-        return Location(dataset, shard, row, epoch)
+        row, piece = np.divmod(row, self._pieces[dataset])
+        return Location(dataset, shard, row, epoch, piece)
 
     def num_positions_in_one_epoch(self) -> int:
         """Return how many positions, counted from 0, come before any dataset repeats a sample."""

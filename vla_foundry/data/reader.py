@@ -114,14 +114,18 @@ class TokenShard:
     def __del__(self) -> None:
         os.close(self._descriptor)
 
-    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, row: int, first_token: int = 0, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return a record: its tokens, uint16 or uint32 [T], and its documents' ends, uint32; see TokenRecords.
+
+        Args:
+            first_token: number of the record's first token to return.
+            count: number of tokens to return; None: the whole record.
 
         Raises:
             OSError: the file cannot be read.
         """
         spans, length = self._records, self.record_length
-        tokens = self._read(spans.tokens, row * length, length, self._token_type)
+        tokens = self._read(spans.tokens, row * length + first_token, count or length, self._token_type)
         first, end = self._read(spans.document_offsets, row, 2, "<u8").tolist()
         return tokens, self._read(spans.document_ends, first, end - first, "<u4")
 

@@ -115,7 +115,7 @@ class TrainExperimentParams(BaseParams):
         notices = _check_budget(self, facts)
         if not self.data.allow_multiple_epochs:
             _check_enough(self, facts)
-        _check_seq_len(self.data, self, facts)
+        notices += _check_seq_len(self.data, self, facts)
         return notices + _check_tokens(self, facts)
 
 
@@ -232,32 +232,39 @@ def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
             )
 
 
-def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts) -> None:
-    """Check that rows are as long as tokenized records, and fit the model."""
+def _check_seq_len(data: DataParams, params: TrainExperimentParams, facts: Facts) -> list[str]:
+    """Check that rows fit the model and are no longer than tokenized records.
+
+    Returns:
+        A line for each dataset whose records are cut.
+    """
     limits = params.model.token_limits(facts)
     longest, is_own = limits.max_seq_len, limits.source.startswith("model.")
-    path = f"{limits.source}{'max_seq_len' if is_own else 'number of positions'}"
     modalities = (*data.dataset_modality, *data.val_dataset_modality)
+    notices = []
     for dataset, modality in zip((*facts.datasets, *facts.val_datasets), modalities, strict=False):
         made = dataset.provenance.get("seq_len")
-        if modality != "text" or not isinstance(made, int):
+        if modality != "text" or not isinstance(made, int) or made == data.seq_len:
             continue
-        if longest is not None and made > longest:
-            fix = f"Use --data.seq_len {made} --{path} {made}, or preprocess" if is_own else "Preprocess"
+        if made < data.seq_len:
             raise ValueError(
-                f"data.seq_len must be {made}, the length of the records of {dataset.manifest}, but {path} is "
-                f"{longest}. {fix} the data again with --seq_len {longest}."
-            )
-        if made != data.seq_len:
-            raise ValueError(
-                f"data.seq_len ({data.seq_len}) must be {made}, the length of the records of {dataset.manifest}. "
+                f"data.seq_len ({data.seq_len}) is more than {made}, the length of the records of {dataset.manifest}. "
                 f"Use --data.seq_len {made}, or preprocess the data again."
             )
+        assert isinstance(data, TextDataParams)
+        last = made % data.seq_len
+        padding = f", of which the last has {last} tokens and padding" if last else ""
+        notices.append(
+            f"{dataset.manifest}: its records of {made} tokens are cut into {data.count_pieces(made)} samples of "
+            f"data.seq_len ({data.seq_len}){padding}."
+        )
     if longest is not None and data.seq_len > longest:
+        path = f"{limits.source}{'max_seq_len' if is_own else 'number of positions'}"
         fix = f"raise {path}" if is_own else "choose a model with more positions"
         raise ValueError(
             f"data.seq_len ({data.seq_len}) is more than {path} ({longest}). Use --data.seq_len {longest}, or {fix}."
         )
+    return notices
 
 
 def _check_tokens(params: TrainExperimentParams, facts: Facts) -> list[str]:

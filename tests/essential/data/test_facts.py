@@ -69,6 +69,23 @@ def test_facts_are_read_from_manifests_and_what_lies_beside_them(tmp_path: Path)
     assert facts.num_cpus >= 1
 
 
+def test_an_epoch_counts_the_pieces_of_records(
+    tmp_path: Path, write_samples: Callable, json_tokens: Callable, write_records: Callable
+) -> None:
+    # one dataset says the length of its records; of the others the first record does
+    manifests = [
+        write_dataset(tmp_path / "made", [10, 20]),
+        str(write_samples(tmp_path / "lists", [[json_tokens(range(9))] * 3])),
+        str(write_records(tmp_path / "records", [2], 6)),
+    ]
+    (tmp_path / "made" / "provenance.json").write_text('{"dataset": {"seq_len": 12}}', encoding="utf-8")
+    data = TextDataParams(dataset_manifest=manifests, seq_len=4, allow_multiple_epochs=True)
+    facts = read_facts(replace(PARAMS, data=data), 1)
+    assert [item.num_samples for item in facts.datasets] == [90, 6, 4]
+    params = replace(PARAMS, data=data, total_train_samples=None, num_epochs=2)
+    assert resolve_known(params, facts).params.total_train_samples == 200
+
+
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert read_facts(replace(PARAMS, data=TextDataParams()), 8).ranks_per_node == 2

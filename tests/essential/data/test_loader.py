@@ -138,6 +138,34 @@ def test_datasets_share_every_global_batch(loaders: Loaders, tmp_path: Path, wri
         assert (step < 1000).sum() in (5, 6)  # 5.6
 
 
+def test_pieces_of_records_are_samples(
+    loaders: Loaders, dataset: Path, tmp_path: Path, write_records: Callable
+) -> None:
+    def pieces(batches: list[Batch]) -> list[tuple[int, int]]:
+        return [(int(row[0]), int(row[-1])) for batch in batches for row in batch["input_ids"]]
+
+    whole = loaders.create(dataset, seq_len=4)
+    assert whole.num_samples == 200
+    expected = pieces(take(whole, 100))
+    # record n holds n, n + 1, ..., and is cut into n ... n + 4 and n + 4 ... n + 8
+    assert sorted(expected) == sorted((n + first, n + first + 4) for n in range(100) for first in (0, 4))
+    assert expected != sorted(expected)
+    ranks = [
+        take(loaders.create(dataset, seq_len=4, rank=rank, world_size=2, num_workers=2), 20, first_global_batch=5)
+        for rank in (0, 1)
+    ]
+    together = [batch for pair in zip(*ranks, strict=True) for batch in pair]
+    assert pieces(together) == expected[40:120]
+    # a dataset whose records are as long as a row, and one whose records are three rows
+    other = write_records(tmp_path / "other", [30], 13, first_token=1000)
+    mixed = loaders.create(write_records(tmp_path / "same", [40], 5, first_token=500), other, seq_len=4)
+    assert mixed.num_samples == 40 + 90
+    found = pieces(take(mixed, 40))
+    assert sum(first >= 1000 for first, _ in found) == 40
+    with pytest.raises(ValueError, match=r"data\.seq_len was 4, is 8; dataset 0 .*: number of samples was 200, is 100"):
+        loaders.create(dataset).check_plan(whole.describe())
+
+
 def test_without_shuffling_the_manifest_gives_the_order(loaders: Loaders, dataset: Path) -> None:
     assert records(take(loaders.create(dataset, shuffle=False), 50)) == list(range(100))
 
@@ -387,7 +415,7 @@ def test_changed_plan_is_refused_with_what_changed(loaders: Loaders, dataset: Pa
     ("changes", "message"),
     [
         ({"global_batch_size": 9}, r"global_batch_size \(9\) must be a multiple of num_ranks \(1\) x"),
-        ({"seq_len": 16}, r"data\.seq_len \(16\) must equal .* \(8\)"),
+        ({"seq_len": 16}, r"data\.seq_len \(16\) must be at most .* \(8\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(loaders: Loaders, dataset: Path, changes: dict[str, Any], message: str) -> None:

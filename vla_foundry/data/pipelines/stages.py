@@ -1,10 +1,11 @@
 """Define pipelines: ordered stages that turn the content of shards into samples, and samples into a batch.
 
 A stage is a callable `sample -> sample | None`; a `BatchStage` takes many samples at once. A sample is a dictionary:
-`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and whatever stages add. Random
-draws are keyed by `__seed__` and `__position__`; if `__is_training__` is False, nothing is random. A stage drops a
-sample by returning None or by raising `Dropped` with a reason; any other error marks the sample as broken. Either way
-the sample is counted by reason, and another sample of the same dataset, chosen by a hash of the position, replaces it.
+`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and whatever stages add;
+`__piece__` says which piece of a stored row the sample is, where rows are cut. Random draws are keyed by `__seed__`
+and `__position__`; if `__is_training__` is False, nothing is random. A stage drops a sample by returning None or by
+raising `Dropped` with a reason; any other error marks the sample as broken. Either way the sample is counted by reason,
+and another sample of the same dataset, chosen by a hash of the position, replaces it.
 """
 
 from abc import ABC, abstractmethod
@@ -199,6 +200,7 @@ class Rows:
             draws = {
                 "__seed__": self.plan.seed,
                 "__position__": int(self.positions[number]),
+                "__piece__": int(location.piece[place]),
                 "__is_training__": self.is_training,
             }
             sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
@@ -289,6 +291,14 @@ class Pipeline(ABC):
         Raises:
             ValueError: the datasets cannot be read with these params.
         """
+
+    def pieces_per_row(self, reader: ShardReader) -> list[int]:
+        """Return for each dataset how many samples each of its rows is cut into.
+
+        Raises:
+            ValueError: the datasets cannot be read with these params.
+        """
+        return [1] * len(reader.datasets)
 
     @abstractmethod
     def create_batch(self, rows: Rows) -> Batch:

@@ -1,5 +1,10 @@
-"""Modality `text`: rows of seq_len + 1 tokens, from tokenized records or gzipped JSON lists of tokens."""
+"""Modality `text`: rows of seq_len + 1 tokens, from tokenized records or gzipped JSON lists of tokens.
 
+Longer records are cut into pieces. Each piece begins with the last token of the one before, so that every token but a
+record's first is a target once; the last piece may end with padding. The sample order counts pieces.
+"""
+
+import contextlib
 import gzip
 import json
 from collections.abc import Sequence
@@ -8,13 +13,15 @@ import numpy as np
 from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
-from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
-from vla_foundry.data.reader import SampleShard, ShardReader, TokenShard, read_remote_record_length
+from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, read_content, register_pipeline
+from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 
 JSON_SUFFIX = "json.gz"
 _MAX_TOKEN = np.iinfo(np.int32).max
+# samples of a shard to try for the length of its records
+_NUM_TRIED = 16
 
 
 def decode_json_tokens(sample: Sample) -> Sample:
@@ -62,35 +69,26 @@ class TextPipeline(Pipeline):
         self.mask_documents = params.mask_documents
         self.vocab_size = min(params.vocab_size or _MAX_TOKEN + 1, _MAX_TOKEN + 1)
         self.stages = tuple(stages)
+        self._params = params
+        # dataset -> tokens in each of its records
+        self._record_lengths: dict[int, int] = {}
 
-    def check(self, reader: ShardReader) -> None:
+    def pieces_per_row(self, reader: ShardReader) -> list[int]:
         """See Pipeline."""
         for number, dataset in enumerate(reader.datasets):
-            if dataset.is_remote:
-                length = read_remote_record_length(dataset)
-            else:
-                length = self._first_length(reader, number)
+            length = find_record_length(reader, number, self.stages)
             if length is not None:
                 self._check_length(length, dataset.manifest)
+                self._record_lengths[number] = length
+        return [self._params.count_pieces(self._record_length(number) - 1) for number in range(len(reader.datasets))]
 
-    def _first_length(self, reader: ShardReader, dataset: int) -> int | None:
-        try:
-            shard = reader.open(dataset, 0)
-        except Dropped:
-            return None  # a damaged shard is handled when it is read
-        if isinstance(shard, TokenShard):
-            return shard.record_length
-        if not isinstance(shard, SampleShard) or len(shard) == 0 or self.stages != DEFAULT_STAGES:
-            return None
-        try:
-            return len(require_tokens(decode_json_tokens(dict(shard.read(0))))["input_ids"])
-        except (ValueError, OSError, EOFError):
-            return None  # a broken sample likewise
+    def _record_length(self, dataset: int) -> int:
+        return self._record_lengths.get(dataset, self.row_length)
 
     def _check_length(self, length: int, where: str) -> None:
-        if length != self.row_length:
+        if length < self.row_length:
             raise ValueError(
-                f"data.seq_len ({self.row_length - 1}) must equal that of {where} ({length - 1}). "
+                f"data.seq_len ({self.row_length - 1}) must be at most that of {where} ({length - 1}). "
                 f"Set data.seq_len to {length - 1}, or make the dataset again with `vla-foundry preprocess text`."
             )
 
@@ -99,7 +97,8 @@ class TextPipeline(Pipeline):
         input_ids = np.zeros((len(rows), self.row_length), dtype=np.int32)
         ends: list[np.ndarray | None] = [None] * len(rows)
         others = []
-        for number, row in enumerate(rows.location.row.tolist()):
+        dataset, _, row, _, piece = (array.tolist() for array in rows.location)
+        for number in range(len(rows)):
             try:
                 shard = rows.open(number)
             except Dropped:
@@ -108,32 +107,76 @@ class TextPipeline(Pipeline):
             if not isinstance(shard, TokenShard) or self.stages != DEFAULT_STAGES:
                 others.append(number)
                 continue
-            if shard.record_length != self.row_length:
-                self._check_length(shard.record_length, shard.uri)
+            length = self._record_length(dataset[number])
+            if shard.record_length != length:
+                raise ValueError(f"{shard.uri} has records of {shard.record_length} tokens, others of {length}.")
+            first = piece[number] * (self.row_length - 1)
+            count = min(self.row_length, length - first)
             try:
-                input_ids[number], ends[number] = shard.read(row)
+                input_ids[number, :count], ends[number] = shard.read(row[number], first, count)
             except OSError:
                 others.append(number)  # tried once more below, and named
+                continue
+            if length != self.row_length:
+                ends[number] = _cut_ends(ends[number], first, count, self.row_length)
         others = sorted({*others, *np.flatnonzero((input_ids.view(np.uint32) >= self.vocab_size).any(axis=1)).tolist()})
         if others:
-            samples = rows.read_samples((*self.stages, self._check_tokens), others)
+            samples = rows.read_samples((*self.stages, self._cut), others, read=self._read)
             for number, sample in zip(others, samples, strict=True):
-                input_ids[number] = sample["input_ids"]
+                input_ids[number] = 0
+                input_ids[number, : len(sample["input_ids"])] = sample["input_ids"]
                 ends[number] = sample.get("document_ends")
         return create_text_batch(input_ids, ends, mask_documents=self.mask_documents)
 
-    def _check_tokens(self, sample: Sample) -> Sample:
+    def _read(self, dataset: int, shard: Shard, row: int) -> Sample:
+        return {"__length__": self._record_length(dataset), **read_content(dataset, shard, row)}
+
+    def _cut(self, sample: Sample) -> Sample:
+        """Cut the sample's piece out of its record, and check its tokens."""
         ids = sample["input_ids"]
-        if len(ids) != self.row_length:
-            raise ValueError(f"{len(ids)} tokens, not data.seq_len + 1 = {self.row_length}")
+        # a user's stage may have left these out; then it makes whole rows itself
+        length, piece = sample.get("__length__", self.row_length), sample.get("__piece__", 0)
+        if len(ids) != length:
+            raise ValueError(f"{len(ids)} tokens, not {length}; data.seq_len is {self.row_length - 1}")
+        first = piece * (self.row_length - 1)
+        ids = ids[first : first + self.row_length]
         highest = int(ids.view(np.uint32).max())
         if highest >= self.vocab_size:
             raise Dropped("unknown token", f"token {highest} is not one of the model's {self.vocab_size}")
-        return sample
+        ends = _cut_ends(sample.get("document_ends"), first, len(ids), self.row_length)
+        return {**sample, "input_ids": ids, "document_ends": ends}
 
     def create_empty_batch(self) -> Batch:
         """See Pipeline."""
         return create_padding_batch(self.row_length, mask_documents=self.mask_documents)
+
+
+def find_record_length(reader: ShardReader, dataset: int, stages: Sequence[Stage] = DEFAULT_STAGES) -> int | None:
+    """Return a dataset's tokens per record, from the first record that can be read; None: unknown."""
+    if reader.datasets[dataset].is_remote:
+        return read_remote_record_length(reader.datasets[dataset])
+    for number in range(len(reader.datasets[dataset].entries)):
+        try:
+            shard = reader.open(dataset, number)
+        except Dropped:
+            continue  # a damaged shard is handled when it is read
+        if isinstance(shard, TokenShard):
+            return shard.record_length
+        if not isinstance(shard, SampleShard) or tuple(stages) != DEFAULT_STAGES:
+            return None
+        for row in range(min(len(shard), _NUM_TRIED)):
+            with contextlib.suppress(ValueError, OSError, EOFError):  # a broken sample likewise
+                return len(require_tokens(decode_json_tokens(dict(shard.read(row))))["input_ids"])
+    return None
+
+
+def _cut_ends(ends: np.ndarray | None, first: int, count: int, row_length: int) -> np.ndarray | None:
+    """Return the ends of documents in `count` tokens of a record from `first` on; see create_text_batch."""
+    if ends is None:
+        return None if count == row_length else np.asarray([count])
+    inside = ends[(ends > first) & (ends < first + count)].astype(np.int64) - first
+    num_valid = min(int(ends[-1]) - first, count)
+    return np.append(inside, num_valid) if num_valid > max(inside, default=0) else inside
 
 
 @register_pipeline("text")
@@ -150,8 +193,8 @@ def create_text_batch(
 
     Args:
         input_ids: the rows.
-        ends: for each row, the exclusive ends of its documents, in order; tokens after the last are padding. None:
-            unknown, so the row is one document.
+        ends: for each row, the exclusive ends of its documents, in order; tokens after the last are padding. Empty: all
+            is padding. None: unknown, so the row is one document.
         mask_documents: return `documents`, and do not supervise the first token of a document.
 
     Returns:
@@ -164,17 +207,19 @@ def create_text_batch(
     if all(row_ends is None for row_ends in ends):
         return batch
     whole_row = np.asarray([length], dtype=np.uint32)
-    known = [whole_row if row_ends is None else row_ends for row_ends in ends]
+    is_empty = np.asarray([row_ends is not None and len(row_ends) == 0 for row_ends in ends])
+    known = [whole_row if row_ends is None or len(row_ends) == 0 else row_ends for row_ends in ends]
     counts = np.fromiter((len(row_ends) for row_ends in known), dtype=np.int64, count=num_rows)
     flat = np.concatenate(known).astype(np.int64)
     last = np.cumsum(counts) - 1
-    num_valid = flat[last]
+    num_valid = np.where(is_empty, 0, flat[last])
     for row in np.flatnonzero(num_valid < length).tolist():
         target_mask[row, num_valid[row] :] = False
     if not mask_documents:
         return batch
     is_padding = np.zeros(len(flat), dtype=bool)
-    short = np.flatnonzero(num_valid < length)
+    is_padding[last[is_empty]] = True
+    short = np.flatnonzero((num_valid < length) & ~is_empty)
     if len(short):  # padding forms its own segment
         flat = np.insert(flat, last[short] + 1, length)
         is_padding = np.insert(is_padding, last[short] + 1, True)

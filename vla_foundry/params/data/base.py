@@ -70,7 +70,7 @@ class DataParams(ChoiceParams):
     num_workers: NumWorkers | None = None
     # microbatches each loader process prepares ahead
     prefetch_factor: Size = 4
-    # longest training sequence, tokens
+    # longest training sequence, tokens; longer records of tokenized text are cut into several samples
     seq_len: NumTokens = 2048
     # shuffle shards and samples; false: keep the manifest's order
     shuffle: bool = True

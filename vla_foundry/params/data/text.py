@@ -11,7 +11,7 @@ from vla_foundry.params.facts import Facts
 @register_data_params("text")
 @dataclass(frozen=True, kw_only=True)
 class TextDataParams(DataParams):
-    """Tokenized text: records of seq_len + 1 tokens."""
+    """Tokenized text: records of seq_len + 1 tokens, or longer ones that are cut into samples."""
 
     modalities = ("text", "text_untokenized")
 
@@ -21,6 +21,13 @@ class TextDataParams(DataParams):
     tokenizer: Location | None = None
     # drop records with token ids that are not below this; null: the rows of the model's token table
     vocab_size: NumTokens | None = None
+
+    def count_pieces(self, seq_len: int) -> int:
+        """Return how many samples a stored record of seq_len + 1 tokens is cut into.
+
+        Each token but the record's first is the target of exactly one of them.
+        """
+        return max(1, -(-seq_len // self.seq_len))
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer named here."""

@@ -121,18 +121,67 @@ def test_records_and_json_lists_mix(
     assert [row == [9] for row in lengths_by_row(batch["documents"])] == is_list.tolist()
 
 
-@pytest.mark.parametrize("seq_len", [7, 9])
 @pytest.mark.parametrize("kind", ["records", "lists"])
-def test_other_seq_len_is_refused_at_the_start(
-    tmp_path: Path, write_records: Callable, write_samples: Callable, json_tokens: Callable, kind: str, seq_len: int
+def test_longer_seq_len_is_refused_at_the_start(
+    tmp_path: Path, write_records: Callable, write_samples: Callable, json_tokens: Callable, kind: str
 ) -> None:
     if kind == "records":
         manifest = write_records(tmp_path / "d", [1], 9)
     else:
         manifest = write_samples(tmp_path / "d", [[json_tokens(range(9))]])
     rows = create_rows([manifest], [0])
-    with pytest.raises(ValueError, match=rf"data\.seq_len \({seq_len}\) must equal that of .* \(8\)"):
-        TextPipeline(TextDataParams(seq_len=seq_len)).check(rows.reader)
+    with pytest.raises(ValueError, match=r"data\.seq_len \(9\) must be at most that of .* \(8\)"):
+        TextPipeline(TextDataParams(seq_len=9)).pieces_per_row(rows.reader)
+
+
+def test_longer_records_are_cut_into_pieces(tmp_path: Path, write_records: Callable) -> None:
+    manifest = write_records(tmp_path / "d", [2], 9, documents=[[2, 5, 9], [3]])
+    pipeline = TextPipeline(TextDataParams(seq_len=3))
+    rows = create_rows([manifest], range(6), pieces=[3])
+    assert pipeline.pieces_per_row(rows.reader) == [3]
+    batch = pipeline.create_batch(rows)
+    # the last two of 8 targets are a piece with padding
+    assert batch["input_ids"].tolist()[:3] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 0]]
+    assert lengths_by_row(batch["documents"]) == [[2, 2], [2, 2], [3, -1], [3, -1], [-4], [-4]]
+    targets = [np.flatnonzero(row).tolist() for row in batch["target_mask"]]
+    assert targets == [[1, 3], [1, 3], [1, 2], [1, 2], [], []]
+    unmasked = TextPipeline(TextDataParams(seq_len=3, mask_documents=False))
+    targets = [np.flatnonzero(row).tolist() for row in read(unmasked, rows)["target_mask"]]
+    assert targets == [[1, 2, 3], [1, 2, 3], [1, 2], [1, 2], [], []]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seq_len", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("kind", ["records", "lists", "stages"])
+def test_pieces_have_each_target_of_a_record_once(
+    tmp_path: Path, write_records: Callable, write_samples: Callable, json_tokens: Callable,
+    kind: str, seq_len: int, seed: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    ends = [np.unique(rng.integers(1, 10, rng.integers(1, 5))).tolist() for _ in range(4)]
+    if kind == "lists":
+        manifest = write_samples(tmp_path / "d", [[json_tokens(range(n, n + 9)) for n in range(4)]])
+        ends = [[9]] * 4
+    else:
+        manifest = write_records(tmp_path / "d", [4], 9, documents=ends)
+    stages = (*DEFAULT_STAGES, lambda sample: sample) if kind == "stages" else DEFAULT_STAGES
+    pipeline = TextPipeline(TextDataParams(seq_len=seq_len), stages)
+    count = -(-8 // seq_len)
+    batch = read(pipeline, create_rows([manifest], range(4 * count), pieces=[count]))
+    assert batch["input_ids"].shape == (4 * count, seq_len + 1)
+    found = []
+    for piece, (ids, mask) in enumerate(zip(batch["input_ids"], batch["target_mask"], strict=True)):
+        found += [(piece // count, int(token)) for token in ids[mask]]
+    expected = [
+        (record, record + place)
+        for record in range(4)
+        for place in range(1, ends[record][-1])
+        if place not in ends[record]
+    ]
+    assert found == expected
+    if "documents" in batch:
+        assert (batch["documents"].lengths > 0).all()
+        assert all(sum(abs(n) for n in row) == seq_len + 1 for row in lengths_by_row(batch["documents"]))
 
 
 BROKEN = {
