@@ -1,5 +1,6 @@
-"""Record what made a dataset or a run: package versions, and the commit of the source tree in use."""
+"""Record what made a dataset or a run: package versions and the commit of the source tree, but not who and where."""
 
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -30,6 +31,17 @@ def has_uncommitted_changes(path: str = ".") -> bool | None:
     """Return True if files below `path` in the source tree differ from its commit; None without git."""
     status = _run_git("status", "--porcelain", "--", path)
     return None if status is None else bool(status)
+
+
+def hide_home(text: str) -> str:
+    """Replace the path of the user's home by `~`, which is expanded again in every path of a config."""
+    home = str(Path.home()).rstrip("/")
+    return re.sub(rf"(?<![\w/.-]){re.escape(home)}(/|(?![\w.-]))", "~/", text) if home else text
+
+
+def hide_folder(path: str) -> str:
+    """Return a path, or only its last folder and its name if it is one of this machine's; a URI stays whole."""
+    return path if "://" in path else "/".join(Path(path).parts[-2:])
 
 
 def _run_git(*words: str) -> str | None:

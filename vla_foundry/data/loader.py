@@ -33,6 +33,7 @@ from vla_foundry.data.worker import (
     widen_pipe,
 )
 from vla_foundry.params.data.base import DataParams
+from vla_foundry.provenance import hide_folder
 from vla_foundry.shards import parse_manifest
 from vla_foundry.storage.uri import absolute_uri, read_text
 from vla_foundry.world import World
@@ -345,7 +346,7 @@ def describe_plan(plan: SamplePlan, datasets: Sequence[Dataset], *, seq_len: int
         "seq_len": seq_len,
         "datasets": [
             {
-                "manifest": dataset.manifest,
+                "manifest": hide_folder(dataset.manifest),
                 "modality": dataset.modality,
                 "share": round(share / total, 9),
                 "num_shards": len(dataset.entries),

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.provenance import hide_home
 from vla_foundry.run_folder import METRICS_NAME
 from vla_foundry.storage.local import name_errors
 from vla_foundry.storage.uri import write_bytes, write_text
@@ -235,7 +236,9 @@ class Wandb:
                 name=run_folder.name,
                 tags=params.wandb_tags,
                 dir=str(run_folder),
-                config=to_plain(params),
+                config=json.loads(hide_home(json.dumps(to_plain(params)))),
+                # by itself it records the name of the host, the user's folders and the command
+                settings=wandb.Settings(host="host", x_disable_machine_info=True),
             )
         except wandb.Error as error:
             raise ValueError(

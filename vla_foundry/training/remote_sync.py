@@ -1,5 +1,6 @@
 """Copy the run folder to remote storage after each checkpoint, in a background thread."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -7,12 +8,26 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from vla_foundry.run_folder import COMPLETE_NAME
-from vla_foundry.storage.uri import join_uri, upload
+from vla_foundry.provenance import hide_home
+from vla_foundry.run_folder import CHECKPOINTS_FOLDER, COMPLETE_NAME
+from vla_foundry.storage.uri import join_uri, upload, write_bytes
 
 _STEP_PREFIX = "step_"
+_TEXTS = (".yaml", ".json", ".txt")
 # at the end of a run, a file may take this long, and as long as a slow connection takes for its bytes
 _PATIENCE_SECONDS, _SLOWEST_BYTES_PER_SECOND = 120.0, 1e6
+
+
+def _copy(path: Path, name: str, folder: str) -> None:
+    """Copy a file into a folder, but not whose it is: configs hold paths, and TensorBoard names its files by host."""
+    target = join_uri(folder, name.replace(f".{socket.gethostname()}.", ".host."))
+    # COMPLETE has the SHA-256 of what a checkpoint holds
+    if path.suffix in _TEXTS and not name.startswith(f"{CHECKPOINTS_FOLDER}/"):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if (hidden := hide_home(text)) != text:
+            write_bytes(target, hidden.encode("utf-8", "surrogateescape"))
+            return
+    upload(str(path), target)
 
 
 class RemoteSync:
@@ -92,7 +107,7 @@ class RemoteSync:
                     continue
                 patience = _PATIENCE_SECONDS + status.st_size / _SLOWEST_BYTES_PER_SECOND
                 self._current = (name, time.monotonic() + patience)
-                upload(str(path), join_uri(self._target, name))
+                _copy(path, name, self._target)
                 self._copied[name] = version
             except Exception as error:  # storage clients may raise anything
                 if not path.exists():
@@ -105,10 +120,14 @@ class RemoteSync:
                 self._current = ("", 0.0)
 
     def _list_files(self) -> list[Path]:
-        """List every file except those being written; COMPLETE comes after every other file of its step folder."""
+        """List every file except those being written, and wandb's, which copies its own.
+
+        COMPLETE comes after every other file of its step folder.
+        """
         paths = [path for path in self._run_folder.rglob("*") if path.is_file()]
         names = {path: path.relative_to(self._run_folder).parts for path in paths}
-        return sorted((path for path in paths if not any(n.startswith(".") for n in names[path])), key=self._order)
+        kept = (path for path in paths if names[path][0] != "wandb" and not any(n[0] == "." for n in names[path]))
+        return sorted(kept, key=self._order)
 
     def _order(self, path: Path) -> tuple[tuple[str, ...], bool, Path]:
         folders = path.relative_to(self._run_folder).parts[:-1]

@@ -19,7 +19,7 @@ from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.policy import without_starts
-from vla_foundry.provenance import has_uncommitted_changes, read_git_commit, read_package_versions
+from vla_foundry.provenance import has_uncommitted_changes, hide_home, read_git_commit, read_package_versions
 from vla_foundry.robotics.spec import SPEC_NAME
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -258,7 +258,7 @@ def _describe_start(world: World, first_step: int) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "first_step": first_step,
-        "command": [word.replace(str(Path.home()), "~") for word in sys.argv],
+        "command": [hide_home(word) for word in sys.argv],
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         "num_threads": torch.get_num_threads(),

@@ -395,6 +395,8 @@ def test_description_tells_the_order_and_nothing_else(loaders: Loaders, dataset:
 
 def test_changed_plan_is_refused_with_what_changed(loaders: Loaders, dataset: Path) -> None:
     saved = loaders.create(dataset).describe()
+    # where the dataset lies on one machine tells nothing to others, but whose it is
+    assert saved["datasets"][0]["manifest"] == f"{dataset.parent.name}/manifest.jsonl"
     loaders.create(dataset, rank=1, world_size=4).check_plan(saved)
     with pytest.raises(ValueError, match=r"hparams\.global_batch_size was 8, is 16.*--data\.accept_changed_data"):
         loaders.create(dataset, global_batch_size=16).check_plan(saved)

@@ -95,17 +95,22 @@ def test_an_offline_wandb_run_goes_on_under_its_id(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logging.getLogger("wandb").setLevel(logging.ERROR)
-    params = replace(PARAMS, wandb=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params = replace(PARAMS, wandb=True, save_path=str(tmp_path / "runs"))
     ids = []
     for step in (1, 2):
         log = create_metric_log(params, tmp_path, is_main=True, total_steps=5, first_step=step)
         log.write("train", step, {"loss": 1.5})
         assert wandb.run is not None
         assert wandb.run.summary["train/loss"] == 1.5
+        assert wandb.run.settings.host == "host"
         ids.append(wandb.run.id)
         log.close()
     assert ids[0] == ids[1] == (tmp_path / WANDB_ID_NAME).read_text(encoding="utf-8")
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        assert str(tmp_path).encode() not in file.read_bytes()
 
 
 def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`close` leaves a complete copy of the run folder, and COMPLETE is copied after the files it lists."""
 
+import socket
 import threading
 from pathlib import Path
 
@@ -82,3 +83,33 @@ def test_a_storage_that_is_missing_is_not_taken_for_a_deleted_checkpoint(
         RemoteSync(tmp_path / "run", "s3://missing", print) as sync,
     ):
         sync.request()
+
+
+def test_a_copy_says_neither_whose_home_nor_which_host_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7.example")
+    files = {
+        "config.yaml": f"save_path: {tmp_path}\ndata: [{tmp_path}/a, {tmp_path}2/b, /mnt{tmp_path}/c]\n",
+        "tokenizer/tokenizer_config.json": f'{{"name_or_path": "{tmp_path}/tok"}}',
+        "tensorboard/events.out.tfevents.1.node7.example.2.0": "",
+        "wandb/offline-run-1/run.wandb": "node7.example",
+        "checkpoints/step_00000001/state.json": "{}",
+    }
+    for name, text in files.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(text, encoding="utf-8")
+    sync = RemoteSync(tmp_path / "run", str(tmp_path / "remote"), print)
+    sync.close()
+    copied = {
+        str(path.relative_to(tmp_path / "remote" / "run")): path.read_text(encoding="utf-8")
+        for path in (tmp_path / "remote").rglob("*")
+        if path.is_file()
+    }
+    assert copied == {
+        "config.yaml": f"save_path: ~/\ndata: [~/a, {tmp_path}2/b, /mnt{tmp_path}/c]\n",
+        "tokenizer/tokenizer_config.json": '{"name_or_path": "~/tok"}',
+        "tensorboard/events.out.tfevents.1.host.2.0": "",
+        "checkpoints/step_00000001/state.json": "{}",
+    }

@@ -96,7 +96,7 @@ class ModelParams(ChoiceParams):
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that a model that takes weights alone names them; for a part of a model the key has no effect."""
-        if self is root.model and self.resume_weights_only and self.resume_from_checkpoint is None:
+        if path == "model" and self.resume_weights_only and self.resume_from_checkpoint is None:
             raise ValueError(
                 f"{path}.resume_weights_only is true, but there is no checkpoint. Give --{path}.resume_from_checkpoint "
                 f"RUN, or leave {path}.resume_weights_only out."
