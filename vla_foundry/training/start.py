@@ -43,7 +43,7 @@ from vla_foundry.run_folder import (
     read_step,
 )
 from vla_foundry.storage.hub import loading_published
-from vla_foundry.storage.local import TEMPORARY_SUFFIX, replace_folder
+from vla_foundry.storage.local import TEMPORARY_SUFFIX, IncompleteDownload, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
@@ -174,14 +174,17 @@ def fetch_checkpoint(
         # bytes that were damaged on their way are right the second time
         for _ in range(2):
             shutil.rmtree(aside, ignore_errors=True)
-            for file in files:
-                if file.startswith(f"{mark}/"):
-                    download(file, str(aside / file.removeprefix(f"{mark}/")))
-            fault = find_fault(aside)
+            try:
+                for file in files:
+                    if file.startswith(f"{mark}/"):
+                        download(file, str(aside / file.removeprefix(f"{mark}/")))
+                fault = find_fault(aside)
+            except (IncompleteDownload, FileNotFoundError) as error:
+                fault = str(error).removesuffix(".")
             if fault is None:
                 break
         if fault is not None:
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
             faults.append(f"Checkpoint {mark} is not usable: {fault}.")
             if notify is not None:
                 notify(faults[-1])

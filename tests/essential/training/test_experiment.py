@@ -24,6 +24,8 @@ from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
+from vla_foundry.storage.local import IncompleteDownload
+from vla_foundry.training import start
 from vla_foundry.training.experiment import train
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import fetch_checkpoint, find_start, write_configs
@@ -276,14 +278,24 @@ def test_the_run_is_copied_away_and_goes_on_from_the_copy(params: TrainExperimen
     assert (remote / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("fault", [None, IncompleteDownload("cut off"), FileNotFoundError("gone")])
 def test_a_damaged_copy_is_skipped_for_an_older_one(
-    params: TrainExperimentParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    params: TrainExperimentParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception | None
 ) -> None:
     copied = replace(params, remote_sync=str(tmp_path / "remote"), num_checkpoints=6)
     train(copied, World())
     newest, second = list_step_folders(tmp_path / "remote" / "run")[:2]
     weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    download = start.download
+
+    def download_badly(source: str, target: str) -> None:
+        if fault is not None and source == str(weights):
+            raise fault
+        download(source, target)
+
+    monkeypatch.setattr(start, "download", download_badly)
+    if fault is None:
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     fetched = tmp_path / "fetched"
     notes: list[str] = []
     found = fetch_checkpoint(str(tmp_path / "remote" / "run"), fetched, notify=notes.append)
