@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, BinaryIO, ClassVar, cast
 
 from vla_foundry.preprocessing.output import digest_of
@@ -177,16 +178,23 @@ def _row_of(batch: Any) -> dict[str, Any] | UnicodeDecodeError:
         return error
 
 
+def list_columns(parquet: Any) -> list[str]:
+    """Return the columns of a parquet file, and the paths of keys (`meta.text`) below those that hold objects."""
+    names = list(parquet.schema_arrow.names)
+    paths = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
+    return names + [path for path in paths if path not in names]
+
+
 def check_unique(uri: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a table in which a wanted column (or the column that a path of keys starts in) is there twice.
+    """Refuse a table in which a wanted column, or a part of a path of keys, is there twice.
 
     Raises:
         ValueError: it is.
     """
     for key in wanted:
-        column = key if key in columns else key.partition(".")[0]
-        if columns.count(column) > 1:
-            raise ValueError(f"{uri} has {columns.count(column)} columns named '{column}'. Rename all but one.")
+        for column in accumulate(key.split("."), "{}.{}".format):
+            if columns.count(column) > 1:
+                raise ValueError(f"{uri} has {columns.count(column)} columns named '{column}'. Rename all but one.")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vla_foundry.preprocessing.sources import (
     Unreadable,
     check_unique,
     describe_files,
+    list_columns,
     list_source_files,
     look_up,
     open_parquet,
@@ -261,8 +262,8 @@ def _read_tsv(uri: str, lines: Iterable[str], wanted: Sequence[str]) -> Iterator
 
 def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     with open_parquet(file) as parquet:
-        check_unique(file.uri, parquet.schema_arrow.names, columns)
-        paths = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
+        paths = list_columns(parquet)
+        check_unique(file.uri, paths, columns)
         if not all(any(path == key or path.startswith(f"{key}.") for path in paths) for key in columns):
             yield dict.fromkeys(parquet.schema_arrow.names)
             return

@@ -12,6 +12,7 @@ from vla_foundry.preprocessing.sources import (
     Tally,
     Unreadable,
     check_unique,
+    list_columns,
     list_source_files,
     look_up,
     open_parquet,
@@ -192,7 +193,7 @@ def _read_long_txt(unit: Unit, max_bytes: int) -> Iterator[Piece | Skipped]:
 
 def _read_parquet(unit: Unit, text_key: str) -> Iterator[tuple[str, Any]]:
     with open_parquet(unit.file) as parquet:
-        check_unique(unit.file.uri, parquet.schema_arrow.names, [text_key])
+        check_unique(unit.file.uri, list_columns(parquet), [text_key])
         metadata = parquet.metadata
         first, stop = (metadata.num_row_groups * part // unit.num_parts for part in (unit.part, unit.part + 1))
         row = sum(metadata.row_group(number).num_rows for number in range(first))

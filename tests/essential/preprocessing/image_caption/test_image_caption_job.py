@@ -369,6 +369,10 @@ def test_columns_of_a_list_may_lie_below_a_path_of_keys(tmp_path: Path) -> None:
         assert [row.caption for row in rows_of(tmp_path / f"a.{ending}", "text.en")] == ["one"]
         with pytest.raises(ValueError, match=r"no column 'text\.fr', only url, text\."):
             rows_of(tmp_path / f"a.{ending}", "text.fr")
+    two = pa.StructArray.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["en", "en"])
+    pq.write_table(pa.Table.from_arrays([pa.array(["a.png"]), two], names=["url", "text"]), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has 2 columns named 'text\.en'"):
+        rows_of(tmp_path / "b.parquet", "text.en")
 
 
 def test_a_parquet_row_that_is_not_utf8_is_counted(tmp_path: Path, texts_not_utf8: pa.Array) -> None:

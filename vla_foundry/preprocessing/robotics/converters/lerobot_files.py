@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_foundry.preprocessing.robotics.converters.converter import name_broken_file
+from vla_foundry.preprocessing.sources import check_unique
 from vla_foundry.storage.uri import open_input
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _require_columns(uri: str, names: Sequence[str], schema: "pa.Schema") -> Non
     missing = next((name for name in names if name not in schema.names), None)
     if missing is not None:
         raise ValueError(f"{uri} has no column '{missing}', only {', '.join(schema.names)[:300]}.")
+    check_unique(uri, schema.names, names)
 
 
 def _row_groups_of(parquet: "pq.ParquetFile", episode: int) -> list[int]:
