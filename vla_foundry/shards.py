@@ -12,7 +12,7 @@ num_bytes, sha256 and the index.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, BinaryIO, Literal
@@ -21,6 +21,7 @@ from vla_foundry.tars import find_files
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
+_SHARD = "shard_"
 INDEX_VERSION = 1
 # members that WebDataset skips, and how it splits the names of the others
 _META_NAME = re.compile(r"__[^/]*__($|/)")
@@ -126,12 +127,14 @@ class ShardIndex:
     ends_properly: bool = field(default=True, compare=False)
 
 
-def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
+def parse_manifest(text: str, origin: str, has_file: Callable[[str], bool] | None = None) -> list[ManifestEntry]:
     """Parse the text of a manifest.
 
     Args:
         text: JSON lines; empty lines are skipped, unknown keys ignored.
         origin: where the text comes from, for messages.
+        has_file: says whether there is a file, by its path relative to the manifest's folder. With it, shards get the
+            names of their tars, if the manifest calls shard_00000000.tar `00000000`, or the other way round.
 
     Raises:
         ValueError: a line is malformed (the message gives its number), or the manifest is empty.
@@ -147,7 +150,14 @@ def parse_manifest(text: str, origin: str) -> list[ManifestEntry]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{origin} lists shard '{twice}' more than once. Remove all but one line.")
+    if has_file is not None and not has_file(f"{names[0]}.tar") and has_file(f"{_other_name(names[0])}.tar"):
+        entries = [replace(entry, shard=_other_name(entry.shard)) for entry in entries]
     return entries
+
+
+def _other_name(shard: str) -> str:
+    folder, slash, name = shard.rpartition("/")
+    return f"{folder}{slash}{name[len(_SHARD) :] if name.startswith(_SHARD) else _SHARD + name}"
 
 
 def _parse_manifest_line(line: str, where: str) -> ManifestEntry:

@@ -58,13 +58,14 @@ def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
     if isinstance(tree, Leaf):
         shown = "null" if is_null(tree.value) else "no keys" if tree.value is True else f"'{_show(tree)}'"
         raise ValueError(f"{tree.origin.prefix}{path or 'the config'} must be a mapping of keys, got {shown}.")
+    slot = cls
     if issubclass(cls, ChoiceParams):
         cls, tree = _choose(cls, tree, decoding, path)
     tree = _migrate(cls, tree, decoding, path)
     hints = schema.field_types(cls)
     for key, node in tree.children.items():
         if key not in hints:
-            raise _unknown_key(cls, key, node, decoding, path)
+            raise _unknown_key(cls, slot, key, node, decoding, path)
     annotated = schema.annotated_types(cls)
     values = {}
     for key, node in tree.children.items():
@@ -346,11 +347,11 @@ def _missing(cls: type, name: str, origin: Origin, decoding: Decoding, path: str
     raise ValueError(f"{full} is missing{meaning}. Give it with --{full} {schema.describe_type(hint).upper()}.")
 
 
-def _unknown_key(cls: Any, key: Any, node: Node, decoding: Decoding, path: str) -> ValueError:
+def _unknown_key(cls: Any, slot: Any, key: Any, node: Node, decoding: Decoding, path: str) -> ValueError:
     full = _join(path, str(key))
     message = f"{node.origin.prefix}{full} is unknown"
     if issubclass(cls, ChoiceParams):
-        role = schema.role_of(cls)
+        role = schema.role_of(slot)
         others = [name for name, other in schema.members(role).items() if key in schema.accepted_keys(other)]
         message += f" for {_join(path, TYPE_KEY)} '{cls.registered_name()}'"
         if others:

@@ -33,7 +33,7 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, parse_manifest
 from vla_foundry.storage.hub import find_cached
-from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text
+from vla_foundry.storage.uri import exists, file_test, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.world import read_ranks_per_node
@@ -167,7 +167,7 @@ def _read_dataset(manifest: str, path: str, offline: bool, data: DataParams) -> 
     if offline and is_remote(manifest):
         return missing
     try:
-        entries = parse_manifest(read_text(manifest), manifest)
+        entries = parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest)))
     except (FileNotFoundError, IsADirectoryError):
         if offline:
             return missing

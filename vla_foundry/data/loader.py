@@ -35,7 +35,7 @@ from vla_foundry.data.worker import (
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.provenance import hide_folder
 from vla_foundry.shards import parse_manifest
-from vla_foundry.storage.uri import absolute_uri, read_text
+from vla_foundry.storage.uri import absolute_uri, file_test, parent_uri, read_text
 from vla_foundry.world import World
 
 Split: TypeAlias = Literal["train", "validation"]
@@ -289,7 +289,7 @@ def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[lis
     datasets = []
     for name, modality in zip(names, modalities, strict=True):
         manifest = absolute_uri(name)
-        entries = parse_manifest(read_text(manifest), manifest)
+        entries = parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest)))
         datasets.append(Dataset(manifest=manifest, modality=modality, entries=tuple(entries)))
     return datasets, weights
 

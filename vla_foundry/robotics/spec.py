@@ -26,7 +26,7 @@ import yaml
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field, parse_pose_groups
 from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
 from vla_foundry.shards import parse_manifest
-from vla_foundry.storage.uri import is_remote, join_uri, open_input, parent_uri, read_range, read_text
+from vla_foundry.storage.uri import file_test, is_remote, join_uri, open_input, parent_uri, read_range, read_text
 
 SPEC_NAME = "robotics.json"
 SPEC_VERSION = 1
@@ -243,7 +243,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
         raise ValueError(
             f"{location} is not a published preprocessing config ({type(error).__name__}: {error})."
         ) from None
-    first = parse_manifest(read_text(manifest), manifest)[0].shard + ".tar"
+    first = parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest)))[0].shard + ".tar"
     members = _read_first_sample(join_uri(folder, first))
     metadata = json.loads(members["metadata.json"])
     arrays = NpzFile.from_bytes(members["lowdim.npz"])

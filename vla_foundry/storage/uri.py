@@ -8,7 +8,7 @@ file or the whole new one.
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -129,6 +129,11 @@ def read_text(uri: str) -> str:
 def size_of(uri: str) -> int:
     """Return the size of a file in bytes."""
     return _storage_of(uri).size_of(uri)
+
+
+def file_test(folder: str) -> Callable[[str], bool]:
+    """Return a function that says whether a folder holds a file, by its relative path."""
+    return lambda name: exists(join_uri(folder, name))
 
 
 def exists(uri: str) -> bool:

@@ -28,7 +28,7 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, parse_manifest
-from vla_foundry.storage.uri import absolute_uri, exists, join_uri, parent_uri, read_text
+from vla_foundry.storage.uri import absolute_uri, exists, file_test, join_uri, parent_uri, read_text
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
@@ -199,7 +199,7 @@ def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
     Raises:
         ValueError: the sample does not exist, or its shard is broken.
     """
-    entries = tuple(parse_manifest(read_text(manifest), manifest))
+    entries = tuple(parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest))))
     ends = list(accumulate(entry.num_sequences for entry in entries))
     if number >= ends[-1]:
         raise ValueError(f"sample ({number}) must be below {ends[-1]}, the number of samples.")

@@ -425,6 +425,20 @@ def test_what_does_not_fit_is_refused(loaders: Loaders, dataset: Path, changes: 
         loaders.create(dataset, **changes)
 
 
+@pytest.mark.parametrize("listed", ["", "shard_"])
+def test_a_manifest_may_name_shards_without_their_prefix(loaders: Loaders, dataset: Path, listed: str) -> None:
+    expected = records(take(loaders.create(dataset), 10))
+    for file in [*dataset.parent.glob("shard_*.tar"), *dataset.parent.glob("shard_*.index.json")]:
+        if listed:
+            file.rename(file.with_name(file.name.removeprefix("shard_")))
+    text = dataset.read_text(encoding="utf-8").replace('"shard_', f'"{listed}')
+    dataset.write_text(text, encoding="utf-8")
+    assert records(take(loaders.create(dataset), 10)) == expected
+    (dataset.parent / ("000001.tar" if listed else "shard_000001.tar")).unlink()
+    with pytest.raises(ValueError, match=r"000001\.tar, which \S*manifest\.jsonl lists, is missing"):
+        take(loaders.create(dataset, shuffle=False), 20)
+
+
 def test_missing_manifest_is_named(loaders: Loaders, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/manifest\.jsonl"):
         loaders.create(tmp_path / "nowhere" / "manifest.jsonl")

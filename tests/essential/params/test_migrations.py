@@ -1,6 +1,7 @@
 """Training configs on disk: what earlier versions wrote, sections of whole runs, exact round trips."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.loading import read_params
+from vla_foundry.config.resolve import resolve_known
 from vla_foundry.params import (
     DataParams,
     HyperParams,
@@ -19,6 +21,7 @@ from vla_foundry.params import (
 )
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.legacy import LegacyDDPMParams, LegacyFlowParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTParams
@@ -353,6 +356,33 @@ observation_keys: [observation.state]
     (notice,) = parsed.notices
     for name in ("output_dir_fixed_path", "auto_tag", "skip_git_tagging", "ray_num_cpus", "db_logging"):
         assert f"{name} (" in notice
+
+
+def test_an_image_encoder_without_an_owner_is_timms() -> None:
+    words = ("--model.type", "vlm", "--model.transformer.n_layers", "1", "--model.vit.hf_pretrained")
+    for name, expected in {
+        "vit_base_patch16_siglip_224": "timm:vit_base_patch16_siglip_224",
+        "timm:vit_tiny": "timm:vit_tiny",
+        "google/siglip-base-patch16-224": "google/siglip-base-patch16-224",
+        "hf://google/siglip-base-patch16-224": "hf://google/siglip-base-patch16-224",
+    }.items():
+        params = parse_train(*words, name, "--model.vit.img_size", "224", "--total_train_samples", "512").params
+        resolved = resolve_known(replace(params, data=TextDataParams(dataset_manifest=["m"])), Facts())
+        assert resolved.params.model.vit.hf_pretrained == expected
+        assert any("read as timm:" in notice for notice in resolved.notices) == (name != expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--model.type", "transformer", "--model.vit.hidden_dim", "8"), r"vlm has it \(--model\.type vlm\)"),
+        (("--model.type", "vit", "--model.transformer.n_layers", "8"), r"vlm(, diffusion_policy)? has it"),
+        (("--model.type", "vlm", "--model.n_layers", "8"), r"transformer, vit has it \(--model\.type transformer"),
+    ],
+)
+def test_a_section_of_another_model_is_named_with_the_models_that_have_it(words: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(ValueError, match=hint):
+        parse_train(*words)
 
 
 # the commands of the paper

@@ -1,9 +1,11 @@
 """Params of image encoders: the native vision transformer, and encoders from Hugging Face and timm."""
 
+import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import Bounds, Epsilon, Location, Size
+from vla_foundry.config.schema import Bounds, Derived, Epsilon, Location, Size
+from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import Depth, ImageInputs, ModelParams, PublishedParams, register_model_params
 
 
@@ -92,7 +94,7 @@ class ViTParams(ImageEncoderParams):
 class ViTHFParams(PublishedParams, ImageEncoderParams):
     """Any Hugging Face or timm image encoder."""
 
-    # Hugging Face model name, hf://owner/name or folder; or timm:NAME
+    # Hugging Face model name, hf://owner/name or folder; or timm:NAME, where a NAME without owner/ is enough
     hf_pretrained: Location
     # side of its images, pixels; null: as published, and data.image_size must be given
     img_size: Size | None = None
@@ -102,6 +104,14 @@ class ViTHFParams(PublishedParams, ImageEncoderParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.image_inputs()
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Derive the prefix `timm:` of a name that cannot be one of the Hugging Face hub."""
+        name = self.hf_pretrained
+        if "/" in name or ":" in name or os.path.isdir(name):
+            return {}
+        source = "a name without owner/, which is timm's"
+        return {"hf_pretrained": Derived(f"timm:{name}", source, f"{name} is {source}: read as timm:{name}.")}
 
     def image_inputs(self) -> ImageInputs:
         """Return the encoder's image inputs, as far as the params define them."""

@@ -40,6 +40,7 @@ from vla_foundry.storage.uri import (
     absolute_uri,
     delete,
     exists,
+    file_test,
     is_remote,
     join_uri,
     list_relative,
@@ -135,7 +136,7 @@ def _find_spec(source: str) -> NamedSpec | None:
 def _recompute(params: StatsParams, parts_folder: str) -> Statistics:
     folder = absolute_uri(params.folder)
     manifest = join_uri(folder, MANIFEST_NAME)
-    entries = parse_manifest(read_text(manifest), manifest)
+    entries = parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest)))
     spec = read_spec(manifest)
     job = _Job(folder=folder, spec=spec, window=_choose_window(params, spec), parts_folder=parts_folder)
     groups = [entries[first : first + MERGE_WIDTH] for first in range(0, len(entries), MERGE_WIDTH)]
