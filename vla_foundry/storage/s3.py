@@ -19,6 +19,8 @@ _READ_SIZE = 4 << 20
 # attempts to read the body of one response; botocore retries the requests themselves
 _READ_ATTEMPTS = 5
 _MULTIPART_SIZE = 16 << 20
+# a store that hangs is given up after six of these, about four minutes
+_CONNECT_SECONDS, _READ_SECONDS = 10.0, 30.0
 _CLIENT_LOCK = threading.Lock()
 
 
@@ -39,8 +41,8 @@ def _create_client(pid: int, environment: tuple[str | None, ...]) -> Any:
     except ImportError:
         raise ValueError("s3:// needs boto3, which is not installed: uv pip install 'vla-foundry[aws]'") from None
     settings: dict[str, Any] = {
-        "connect_timeout": 10,
-        "read_timeout": 30,
+        "connect_timeout": _CONNECT_SECONDS,
+        "read_timeout": _READ_SECONDS,
         "max_pool_connections": 32,
     }
     if "AWS_MAX_ATTEMPTS" not in os.environ:

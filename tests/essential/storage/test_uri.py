@@ -373,6 +373,24 @@ class _TruncatingHandler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+@pytest.mark.parametrize("operation", ["upload", "download", "list_files", "read_text", "write_text", "delete"])
+def test_a_store_that_never_answers_is_given_up_in_one_line(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("boto3")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    calls = {"upload": (str(tmp_path / "file"), "s3://bucket/x"), "download": ("s3://bucket/x", str(tmp_path / "y"))}
+    calls["write_text"] = ("s3://bucket/x", "x")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts connections, nobody answers
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("vla_foundry.storage.s3._READ_SECONDS", 0.1)
+        with pytest.raises(ValueError, match=r"^s3://bucket/x: .*[Tt]imeout.*127\.0\.0\.1[^\n]*$"):
+            getattr(uri, operation)(*calls.get(operation, ("s3://bucket/x",)))
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("says_whole_length", [False, True])
 def test_a_truncated_download_is_tried_again_and_said_if_it_stays_so(
     says_whole_length: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
