@@ -1,6 +1,8 @@
 """Small models, and a record of the tensors that operations make."""
 
+import importlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,3 +76,15 @@ def create_documents() -> Callable[..., Documents]:
         )
 
     return create
+
+
+@pytest.fixture(scope="session")
+def policies() -> ModuleType:
+    """The module policy_run.py, which torchrun runs too."""
+    return importlib.import_module("tests.essential.models.policy_run")
+
+
+@pytest.fixture(scope="session")
+def image_text() -> ModuleType:
+    """The module image_text_run.py, which torchrun runs too."""
+    return importlib.import_module("tests.essential.models.image_text_run")

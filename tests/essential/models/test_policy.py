@@ -1,6 +1,5 @@
 """Policies train, sample, are saved and loaded, and give the same numbers however they are run."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,17 +27,6 @@ from vla_foundry.world import World
 
 SCRIPT = Path(__file__).with_name("policy_run.py")
 HEADS = ["flow adaptive", "flow concat", "flow add", "flow cross", "flow cross concat", "ddpm", "regression"]
-
-
-@pytest.fixture(scope="module")
-def policies() -> ModuleType:
-    """The module policy_run.py."""
-    spec = importlib.util.spec_from_file_location("policy_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Policy:

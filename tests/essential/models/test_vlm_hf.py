@@ -1,6 +1,5 @@
 """Image-text models of Hugging Face behave here as in their own code, and train alone and sharded."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -34,17 +33,6 @@ BLOCKS = {
     "paligemma": ["SiglipEncoderLayer"] * 2 + ["GemmaDecoderLayer"] * 2,
     "smolvlm2": ["SmolVLMEncoderLayer"] * 2 + ["LlamaDecoderLayer"] * 2,
 }
-
-
-@pytest.fixture(scope="module")
-def image_text() -> ModuleType:
-    """The module image_text_run.py."""
-    spec = importlib.util.spec_from_file_location("image_text_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Backbones give what their model understood of an observation, and compute no more than that."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,25 +20,6 @@ from vla_foundry.world import World
 
 HUGGING_FACE = ["qwen3_vl", "paligemma", "smolvlm2", "clip"]
 LANGUAGE = ["vlm", "qwen3_vl", "paligemma", "smolvlm2"]
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def policies() -> ModuleType:
-    return load_script("policy_run")
-
-
-@pytest.fixture(scope="module")
-def image_text() -> ModuleType:
-    return load_script("image_text_run")
 
 
 @pytest.fixture(scope="module")
