@@ -102,6 +102,7 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
         longest = getattr(self.text_config, "max_position_embeddings", None) or 0
         self.max_seq_len: int | None = count_positions(self.text_config.to_dict()) or (longest if longest > 0 else None)
         self.has_plain_head = _has_plain_head(model)
+        self._has_said = False
 
     @property
     def hidden_dim(self) -> int:
@@ -111,6 +112,9 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
     def compute_loss(self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float) -> LossOutput:
         """Return the loss; `inputs` are transformers' keyword arguments."""
         if not self.has_plain_head:
+            if not self._has_said:
+                _note(f"{type(self.model).__name__} does more than project its logits, so its loss takes more memory.")
+                self._has_said = True
             logits = self.model(**inputs).logits
             return dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
         hidden = self.model.base_model(**inputs).last_hidden_state
@@ -144,7 +148,7 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
         with evaluating(model):
             tokens = {"input_ids": example_tokens(model, 3), "use_cache": False}
             logits, hidden = model(**tokens).logits, model.base_model(**tokens).last_hidden_state
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # its base model is something else
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # its base model is something else
         return False
     finally:
         hook.remove()
@@ -264,12 +268,17 @@ def load_published_model(
             + (f"; {len(unknown)} have unknown names, such as {unknown[0]}" if unknown else "")
             + f". To start them with new values, name them in {key.removesuffix('pretrained')}new_weights."
         )
-    if unknown and is_first_process():
-        sys.stderr.write(
-            f"note: {key} '{params.hf_pretrained}': {len(unknown)} tensors that a {type(model).__name__} has no place "
-            f"for are left out: {', '.join(unknown[:_NUM_NAMED])}" + (", ...\n" if len(unknown) > _NUM_NAMED else "\n")
+    if unknown:
+        _note(
+            f"{key} '{params.hf_pretrained}': {len(unknown)} tensors that a {type(model).__name__} has no place for "
+            f"are left out: {', '.join(unknown[:_NUM_NAMED])}{', ...' if len(unknown) > _NUM_NAMED else ''}"
         )
     return model
+
+
+def _note(line: str) -> None:
+    if is_first_process():
+        sys.stderr.write(f"note: {line}\n")
 
 
 def _find_unknown(model: PreTrainedModel, unexpected: Iterable[str], *, is_part: bool) -> list[str]:

@@ -28,6 +28,8 @@ from vla_foundry.models.registry import register_model
 from vla_foundry.params.models.transformer import TransformerHFParams
 
 ATTENTION_NAME = "vla_foundry"
+# what architectures raise when they are tried on inputs that they cannot take
+_TRIAL_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 # layers whose tokens interact only through attention
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -96,11 +98,17 @@ class TransformerHF(HuggingFaceLanguageModel):
         """Compare the two halves of a row, each computed alone, with what this architecture makes of them together.
 
         Raises:
-            ValueError: tokens see later ones.
+            ValueError: it cannot compute logits, or tokens see later ones.
         """
         ids = example_tokens(self.model, 9)
-        alone = [self.model(part, use_cache=False).logits for part in (ids[:, :4], ids[:, 4:])]
-        together = self.model(ids, use_cache=False).logits
+        try:
+            alone = [self.model(part, use_cache=False).logits for part in (ids[:, :4], ids[:, 4:])]
+            together = self.model(ids, use_cache=False).logits
+        except _TRIAL_ERRORS as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"model.hf_pretrained: {type(self.model).__name__} cannot compute logits of nine tokens ({reason})."
+            ) from error
         if not is_close(together[:, :4], alone[0]):
             raise ValueError(
                 f"model.hf_pretrained: in {type(self.model).__name__} tokens see later ones, so it cannot learn to "
@@ -118,15 +126,18 @@ class TransformerHF(HuggingFaceLanguageModel):
         if not self.keeps_padding:
             self.takes_positions = False
             self.keeps_padding = self._gives(alone[1], ids, attention_mask=padding)
-        cache = self.decode(ids[:, :8], torch.ones_like(ids[:, :8])).past_key_values
-        if cache is not None:
-            last = self.decode(ids[:, 8:], torch.ones_like(ids), past_key_values=cache).logits
-            self.keeps_cache = is_close(last, together[:, 8:])
+        try:
+            cache = self.decode(ids[:, :8], torch.ones_like(ids[:, :8])).past_key_values
+            if cache is not None:
+                last = self.decode(ids[:, 8:], torch.ones_like(ids), past_key_values=cache).logits
+                self.keeps_cache = is_close(last, together[:, 8:])
+        except _TRIAL_ERRORS:
+            self.keeps_cache = False
 
     def _gives(self, expected: Tensor, ids: Tensor, **rows: Any) -> bool:
         try:
             logits = self(ids, **rows).logits[:, -expected.shape[1] :]
-        except (RuntimeError, ValueError, TypeError, IndexError):  # an architecture that cannot take such rows
+        except _TRIAL_ERRORS:  # an architecture that cannot take such rows
             return False
         return is_close(logits, expected)
 
@@ -192,7 +203,7 @@ class TransformerHF(HuggingFaceLanguageModel):
             input_ids=None if input_ids is None else input_ids.long(),
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache or past_key_values is not None,
+            use_cache=(use_cache and self.keeps_cache) or past_key_values is not None,
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_to_keep,
             **self._arrange(given, attention_mask, documents, sees_ahead, past_key_values),

@@ -273,6 +273,25 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
         TransformerHF(AutoModelForCausalLM.from_config(CONFIG_MAPPING["bert"](**sizes)))
 
 
+def test_a_cache_that_fails_is_not_used_and_a_forward_that_fails_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = CONFIG_MAPPING["bart"](
+        **SIZES, d_model=32, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=48
+    )
+    model: Any = TransformerHF(AutoModelForCausalLM.from_config(config)).eval()
+    ids = random_ids(1, 9)
+    assert not model.keeps_cache  # transformers makes it for num_hidden_layers
+    assert len(generate(model, ids, max_new_tokens=3)[0].tokens) == 3
+    with pytest.raises(ValueError, match=r"hf_pretrained: XmodForCausalLM cannot compute .*Input language unknown"):
+        TransformerHF(AutoModelForCausalLM.from_config(CONFIG_MAPPING["xmod"](**SIZES, is_decoder=True)))
+
+    gemma: Any = TransformerHF(create_original("gemma2"))
+    for _ in range(2):
+        gemma(input_ids=ids, targets=ids)
+    assert capsys.readouterr().err.count("note: Gemma2ForCausalLM does more than project its logits") == 1
+
+
 @pytest.mark.parametrize("fault", ["missing", "misnamed", "of another shape"])
 def test_published_weights_that_are_not_all_there_are_named(fault: str, tmp_path: Path) -> None:
     create_original("llama").save_pretrained(tmp_path)
