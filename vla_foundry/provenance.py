@@ -1,5 +1,6 @@
 """Record what made a dataset or a run: package versions and the commit of the source tree, but not who and where."""
 
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ def has_uncommitted_changes(path: str = ".") -> bool | None:
 
 def hide_home(text: str) -> str:
     """Replace the path of the user's home by `~`, which is expanded again in every path of a config."""
-    home = str(Path.home()).rstrip("/")
+    home = os.path.expanduser("~").rstrip("/").removeprefix("~")  # "~" for a user without a home
     return re.sub(rf"(?<![\w/.-]){re.escape(home)}(/|(?![\w.-]))", "~/", text) if home else text
 
 

@@ -15,6 +15,9 @@ import pytest
 
 from vla_foundry import cli
 from vla_foundry.params import load_experiment_params_from_yaml
+from vla_foundry.provenance import hide_home
+from vla_foundry.text.tokenizers import load_tokenizer
+from vla_foundry.training.metrics import has_wandb_credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -384,3 +387,12 @@ def test_a_command_leaves_the_handler_of_interrupts_as_it_was(run: Run, before: 
         assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, original)
+
+
+def test_a_user_without_a_home_is_no_traceback(run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user that no table names
+    assert hide_home("~ /root/x") == "~ /root/x"
+    assert not has_wandb_credentials({})
+    assert run("train", "--config_path", "~nobody_has_this_name/job.yaml")[0] == 2
+    with pytest.raises((FileNotFoundError, ValueError), match="nobody_has_this_name"):
+        load_tokenizer("~nobody_has_this_name/tokenizer")

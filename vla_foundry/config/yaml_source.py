@@ -64,7 +64,7 @@ def find_config(name: str, folder: str | None = None) -> str:
     if folder is not None and is_remote(folder):
         scheme, _, place = folder.partition("://")
         return f"{scheme}://{posixpath.normpath(posixpath.join(place, name))}"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     places = [path if path.is_absolute() else Path(folder or ".") / path]
     prefix = next((prefix for prefix in _PRESET_PREFIXES if name.startswith(prefix)), None)
     if prefix is not None:

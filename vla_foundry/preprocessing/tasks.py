@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vla_foundry.config.command_line import describe_error
 from vla_foundry.progress import say, show_progress
 from vla_foundry.world import num_cores
 
@@ -117,7 +118,8 @@ def _note_failure(task: Task, attempt: int, error: BaseException) -> None:
     """Log that a task failed, and stop the job after the last attempt."""
     _logger.warning("'%s' failed (attempt %d of %d): %r", task.name, attempt, _ATTEMPTS, error)
     if attempt == _ATTEMPTS:
-        text = " ".join(str(error).split())[:300]
+        is_named = isinstance(error, (OSError, ValueError))
+        text = (describe_error(error) if is_named else " ".join(str(error).split()))[:300]
         raise ValueError(
             f"'{task.name}' failed {_ATTEMPTS} times, the last time with {type(error).__name__}: {text}"
         ) from error

@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if _is_hub_name(name):
         return _load(name.removeprefix("hf://"), name)
     if not is_remote(name):
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if not (folder / TOKENIZER_NAME).is_file() and (folder.is_absolute() or folder.is_dir()):
             raise FileNotFoundError(f"Tokenizer folder {name} has no {TOKENIZER_NAME}. Give a tokenizer's own folder.")
         return _load(str(folder) if folder.is_dir() else name, name)

@@ -261,7 +261,7 @@ def has_wandb_credentials(environment: Mapping[str, str] = os.environ) -> bool:
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(environment.get("NETRC", "") or Path.home() / ".netrc")
+    path = Path(environment.get("NETRC", "") or os.path.expanduser("~/.netrc"))
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
