@@ -23,6 +23,7 @@ from vla_foundry.training.distributed import (
     broadcast_object,
     leave_process,
     main_rank_first,
+    naming_lost_ranks,
     parallelize,
     start_process_group,
     stop_process_group,
@@ -50,7 +51,7 @@ def train(params: TrainExperimentParams, world: World) -> None:
     learning_rates(params.hparams, total_steps(params))
     start_process_group(params.distributed, world)
     folder = find_run_folder(params)
-    with ExitStack() as stack:
+    with ExitStack() as stack, naming_lost_ranks(world):
         run = create_run(params, world, folder, stack)
         stopped_by = loop.train(run)
         # the other ranks need not wait for the copies to remote storage that end this block

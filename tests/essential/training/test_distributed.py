@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,6 +141,44 @@ def test_an_error_of_one_rank_ends_all(launch, tiny, tmp_path: Path) -> None:
     done = launch(2, tiny.__file__, str(tmp_path / "scenarios.json"), str(tmp_path / "result"), timeout=60.0)
     assert done.returncode != 0
     assert "this rank fails" in done.stderr
+
+
+SCRIPT = """
+import os, sys, torch.distributed as dist
+from vla_foundry.config.command_line import run_command
+from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.training.distributed import StopSignal, barrier, naming_lost_ranks, start_process_group
+from vla_foundry.world import read_world
+def main(argv):
+    world = read_world(0)
+    start_process_group(DistributedParams(), world)
+    with naming_lost_ranks(world), StopSignal(world):
+        barrier()
+        if world.rank == 1 and argv[0] == "kill":
+            os.kill(os.getpid(), 9)
+        if world.rank == 1:
+            raise KeyError("too few fish")
+        for _ in range(3):
+            barrier()
+run_command(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        pytest.param("bug", r"rank 1 on {host} failed: KeyError: 'too few fish'", marks=pytest.mark.slow),
+        ("kill", r"rank 1 on {host} \(process \d+\) ended without a word\. It was killed, perhaps"),
+    ],
+)
+def test_ranks_name_the_one_that_is_lost_and_why(launch, tmp_path: Path, way: str, message: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = launch(3, str(tmp_path / "script.py"), way, timeout=90.0)
+    assert done.returncode != 0
+    wanted = message.replace("{host}", re.escape(socket.gethostname()))
+    assert re.search(rf"^error: {wanted}", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(rf"^error: process 2: {wanted}", done.stderr, re.MULTILINE), done.stderr
+    assert "gloo" not in done.stderr
 
 
 def test_nccl_without_a_gpu_is_refused() -> None:
