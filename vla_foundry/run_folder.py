@@ -13,7 +13,8 @@
       checkpoints/step_00000120/
         model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
         training_state/                optimizer moments, sharded, tensors only (safetensors)
-        state.json                     step, counters, parameter groups, the plan of the data
+        state.json                     step, counters, parameter groups, the plan of the data, and what its tokenizer,
+                                       images and statistics were
         COMPLETE                       {file: [bytes, SHA-256]}; a step folder without it is not a checkpoint
 
 A step folder is written as `.writing_step_...` and renamed once all of it is on disk.

@@ -133,12 +133,12 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
     params = parse(TrainExperimentParams, [*words, *manifests], prog="train").params
     if isinstance(params.data, RoboticsDataParams):
         save_spec(tmp_path, params.data)
-    resolved = resolve(params, read_facts(params, world_size))
+    resolved = resolve(params, read_facts(params, world_size, offline=True))
     assert resolved.data.num_workers is not None
     assert resolved.total_train_samples is not None
     bare = parse(TrainExperimentParams, words, prog="train").params
     with pytest.raises(ValueError, match=r"data\.dataset_manifest is empty"):
-        resolve(bare, read_facts(bare, world_size))
+        resolve(bare, read_facts(bare, world_size, offline=True))
 
 
 def count_parameters(params: TransformerParams) -> tuple[int, int]:

@@ -1,48 +1,49 @@
 """Read the facts needed to resolve a config: manifests, tokenizers, specs, earlier runs, cores, processes."""
 
-import itertools
-import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-import yaml
-
 from vla_foundry.config.schema import BaseParams, Unavailable
+from vla_foundry.data.kept import (
+    find_run_spec,
+    read_images,
+    read_json,
+    read_kept_tokenizer,
+    read_tokenizer,
+    read_weights_images,
+    read_weights_normalization,
+    read_weights_tokenizer,
+)
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.facts import DatasetFacts, Facts, ImageFacts, TokenizerFacts
+from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import with_model_files
-from vla_foundry.params.models.roles import LanguageModelParams, ModelParams, PublishedParams
+from vla_foundry.params.models.roles import TIMM_PREFIX, LanguageModelParams, ModelParams, PublishedParams
 from vla_foundry.params.models.vit import ImageEncoderParams
-from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec, read_spec
+from vla_foundry.robotics.spec import SPEC_NAME, read_spec
 from vla_foundry.run_folder import (
-    CONFIG_NAME,
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
-    PROCESSOR_CONFIG_NAME,
-    PROCESSOR_FOLDER,
     TOKENIZER_FOLDER,
     run_folder_candidates,
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, parse_manifest
-from vla_foundry.storage.hub import find_cached
+from vla_foundry.storage.hub import find_snapshot
 from vla_foundry.storage.uri import exists, file_test, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat import IMAGE_MARKER
-from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.world import read_ranks_per_node
 
 # parts of a model that see no tokens, and no images
 _WITHOUT_TOKENS = (ImageEncoderParams, ViTBackboneParams, ActionHeadParams)
 _WITHOUT_IMAGES = (LanguageModelParams, ActionHeadParams)
-# folders of a run that hold a tokenizer, the fuller one first
-_KEPT = (PROCESSOR_FOLDER, TOKENIZER_FOLDER)
 # owner/name on the Hugging Face hub, or a legacy name without an owner
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -60,29 +61,25 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         ValueError: a manifest is malformed.
     """
     data = params.data
+    checkpoint_models = _read_checkpoint_models(params.model, offline)
+    model_configs = _read_model_configs(params.model, offline)
+    for model in checkpoint_models.values():
+        model_configs |= _read_model_configs(model, offline=True)
     name = data.tokenizer_name()
     started_from = None
     if isinstance(data, ImageProcessorParams) and name is None:
         name = params.model.image_inputs().processor
         started_from = _find_started_from(params.model, offline) if name is None else None
     tokenizer = _read_named_tokenizer(name, offline) or started_from
-    if isinstance(data, ImageProcessorParams) and tokenizer is not None and tokenizer.image_token_id is None:
-        # our own processor adds <image> at the end
-        vocabulary = None if tokenizer.vocabulary is None else tokenizer.vocabulary.with_token(IMAGE_MARKER)
-        tokenizer = replace(
-            tokenizer,
-            vocab_size=tokenizer.vocab_size + 1,
-            image_token_id=tokenizer.vocab_size,
-            vocabulary=vocabulary,
-        )
-    resumed = [] if params.resume is None or params.name is None else [join_uri(params.save_path, params.name)]
-    weights = _list_weights(params.model, besides=_WITHOUT_TOKENS) + resumed
-    image_weights: list[str] = []
+    weights = _list_weights(params, offline, besides=_WITHOUT_TOKENS)
+    image_weights, processor = {}, None
     if isinstance(data, ImageProcessorParams):
-        image_weights = _list_weights(params.model, besides=_WITHOUT_IMAGES) + resumed
+        tokenizer = _with_image_token(tokenizer)
+        image_weights = _list_weights(params, offline, besides=_WITHOUT_IMAGES)
+        processor = None if name is None else _locate(name)
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     has_spec = isinstance(data, RoboticsDataParams)
-    specs = (_find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
+    specs = (find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
     run = next((spec for spec in specs if spec is not None), None)
     return Facts(
         world_size=world_size,
@@ -93,37 +90,25 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
             _read_dataset(name, "data.val_dataset_manifest", offline, data) for name in data.val_dataset_manifest
         ),
         tokenizer=tokenizer,
-        weights_tokenizers={name: _read_kept_tokenizer(name) for name in weights if not is_remote(name) or not offline},
-        images=None if name is None or not isinstance(data, ImageProcessorParams) else _read_images(name),
-        weights_images={name: _read_kept_images(name) for name in image_weights if not is_remote(name) or not offline},
+        weights_tokenizers={name: read_weights_tokenizer(place, name) for name, place in weights.items()},
+        images=None if processor is None or (is_remote(processor) and offline) else read_images(processor),
+        weights_images={name: read_weights_images(place) for name, place in image_weights.items()},
         started_from=started_from,
         started_from_robotics=run,
-        started_from_normalization=None if run is None else _read_run_normalization(run.name),
+        started_from_normalization=read_weights_normalization(params.model.resume_from_checkpoint, run, offline),
         normalization=_read_normalization(data, offline) if isinstance(data, RoboticsDataParams) else None,
-        checkpoint_models=_read_checkpoint_models(params.model, offline),
-        model_configs=_read_model_configs(params.model),
+        checkpoint_models=checkpoint_models,
+        model_configs=model_configs,
     )
 
 
-def _find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
-    """Return the dataset spec saved in the run of a checkpoint, or None."""
-    if is_remote(checkpoint) and offline:
-        return None
-    for folder in run_folder_candidates(checkpoint):
-        location = join_uri(folder, SPEC_NAME)
-        if exists(location):
-            return NamedSpec(folder, parse_spec(read_text(location), location))
-    return None
-
-
-def _read_run_normalization(folder: str) -> dict[str, Any] | None:
-    """Return how a run normalizes each field, or None if it keeps no normalizer."""
-    from vla_foundry.data.robotics import load_normalizer
-
-    try:
-        return load_normalizer(folder).state()["fields"]
-    except FileNotFoundError:
-        return None
+def _with_image_token(tokenizer: TokenizerFacts | None) -> TokenizerFacts | None:
+    """Return a tokenizer with <image>, which our own processor adds at the end if there is no image token."""
+    if tokenizer is None or tokenizer.image_token_id is not None:
+        return tokenizer
+    size = tokenizer.vocab_size
+    vocabulary = None if tokenizer.vocabulary is None else tokenizer.vocabulary.with_token(IMAGE_MARKER)
+    return replace(tokenizer, vocab_size=size + 1, image_token_id=size, vocabulary=vocabulary)
 
 
 def _read_normalization(data: RoboticsDataParams, offline: bool) -> dict[str, Any] | None:
@@ -135,17 +120,13 @@ def _read_normalization(data: RoboticsDataParams, offline: bool) -> dict[str, An
     """
     from vla_foundry.data.robotics import complete_params, create_normalization, read_specs
 
-    if not data.dataset_manifest or (
-        offline and any(map(is_remote, (*data.dataset_manifest, *data.dataset_statistics)))
-    ):
+    names = (*data.dataset_manifest, *data.dataset_statistics)
+    # a config may be resolved on a machine without the datasets, but a dataset that is here must be whole
+    is_whole = not any(map(is_remote, names)) and all(map(exists, data.dataset_manifest))
+    if not data.dataset_manifest or (offline and not is_whole):
         return None
-    try:
-        specs = read_specs(data.dataset_manifest)
-        return create_normalization(complete_params(data), specs).normalizer.state()["fields"]
-    except FileNotFoundError:
-        if offline:
-            return None
-        raise
+    specs = read_specs(data.dataset_manifest)
+    return create_normalization(complete_params(data), specs).normalizer.state()["fields"]
 
 
 def _check_checkpoint(location: str | None, path: str, offline: bool) -> None:
@@ -207,111 +188,110 @@ def _read_record_length(manifest: str, entries: tuple[ManifestEntry, ...]) -> in
 
 def read_provenance(folder: str) -> dict[str, Any]:
     """Return the `dataset` section of the provenance in a dataset's folder; {} if it has none."""
-    dataset = _read_json(join_uri(folder, PROVENANCE_NAME)).get("dataset")
+    dataset = read_json(join_uri(folder, PROVENANCE_NAME)).get("dataset")
     return dataset if isinstance(dataset, dict) else {}
-
-
-def _read_json(location: str) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if the file is missing or holds something else."""
-    try:
-        values = json.loads(read_text(location))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_dataset_tokenizer(folder: str) -> TokenizerFacts | None:
     """Return the facts about a dataset's own tokenizer, or None if it has no tokenizer folder."""
     try:
-        return _read_tokenizer(folder, folder)
+        return read_tokenizer(folder, folder)
     except FileNotFoundError:
         return None
 
 
-def _read_tokenizer(name: str, location: str) -> TokenizerFacts:
-    found = read_vocabulary(location)
-    return TokenizerFacts(name=name, vocab_size=found.size, image_token_id=found.image_token_id, vocabulary=found)
-
-
 def _find_started_from(model: BaseParams, offline: bool) -> TokenizerFacts | None:
     """Return the processor, or else the tokenizer, saved in the run that the model or one of its parts starts from."""
-    kept = (_read_kept_tokenizer(name) for name in list_checkpoints(model) if not is_remote(name) or not offline)
+    kept = (read_kept_tokenizer(name, name) for name in list_checkpoints(model) if not is_remote(name) or not offline)
     return next((found for found in kept if found is not None), None)
 
 
-def _read_kept_tokenizer(checkpoint: str) -> TokenizerFacts | None:
-    """Return the processor, or else the tokenizer, kept with a checkpoint or a published model; None: it has none."""
-    runs = (folder for folder in run_folder_candidates(checkpoint) if exists(join_uri(folder, MODEL_CONFIG_NAME)))
-    folders = [join_uri(run, kept) for run in itertools.islice(runs, 1) for kept in _KEPT]
-    found = (_read_dataset_tokenizer(folder) for folder in (*folders, checkpoint))
-    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+def _list_weights(params: TrainExperimentParams, offline: bool, *, besides: tuple[type, ...]) -> dict[str, str]:
+    """Return where weights come from, except those of some types of parts: {checkpoint or published model: place}."""
+    found = _list_model_weights(params.model, besides)
+    run = join_uri(params.save_path, params.name or "")
+    if params.resume is not None and params.name is not None and os.path.isdir(run):
+        found[run] = run
+    return {name: place for name, place in found.items() if not (offline and is_remote(place))}
 
 
-def _read_images(name: str) -> ImageFacts | None:
-    """Return how a processor prepares images, from its folder or the hub's cache; None: unknown."""
-    for file in (PROCESSOR_CONFIG_NAME, "processor_config.json", "preprocessor_config.json"):
-        is_hub_name = not os.path.isdir(name) and _HUB_NAME.fullmatch(name) is not None
-        path = find_cached(name, file) if is_hub_name else join_uri(name, file)
-        found = None if path is None else ImageFacts.from_config(_read_json(path))
-        if found is not None:
-            return found
-    return None
-
-
-def _read_kept_images(checkpoint: str) -> ImageFacts | None:
-    """Return how the images of a checkpoint or a published model were prepared; None: unknown."""
-    for folder in run_folder_candidates(checkpoint):
-        if exists(join_uri(folder, MODEL_CONFIG_NAME)):
-            kept = _read_images(join_uri(folder, PROCESSOR_FOLDER))
-            config = join_uri(folder, CONFIG_NAME)
-            if kept is None and exists(config):
-                # without text, a run has no processor, and the data's params say all of it
-                data = (yaml.safe_load(read_text(config)) or {}).get("data")
-                kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
-            return kept
-    return _read_images(checkpoint)
-
-
-def _list_weights(model: BaseParams, *, besides: tuple[type, ...]) -> list[str]:
-    """Return the checkpoints and local published models that weights come from, except those of some types of parts."""
+def _list_model_weights(model: BaseParams, besides: tuple[type, ...]) -> dict[str, str]:
     if isinstance(model, besides):
-        return []
+        return {}
     if isinstance(model, ModelParams | BackboneParams) and model.resume_from_checkpoint is not None:
-        return [model.resume_from_checkpoint]
-    is_published = isinstance(model, PublishedParams) and model.hf_load_weights and os.path.isdir(model.hf_pretrained)
-    own = [model.hf_pretrained] if isinstance(model, PublishedParams) and is_published else []
-    return own + [name for part in _parts(model) for name in _list_weights(part, besides=besides)]
+        return {model.resume_from_checkpoint: model.resume_from_checkpoint}
+    found: dict[str, str] = {}
+    if isinstance(model, PublishedParams) and model.hf_load_weights:
+        place = _locate(model.hf_pretrained)
+        is_known = place is not None and (os.path.isdir(place) or place.startswith(TIMM_PREFIX))
+        found = {model.hf_pretrained: place} if place is not None and is_known else {}
+    for _, part in _parts(model):
+        found |= _list_model_weights(part, besides)
+    return found
 
 
-def _read_model_configs(model: BaseParams) -> dict[str, dict[str, Any]]:
-    """Return the config.json of each published model in a model that is a local folder or in the hub's cache."""
-    own = {}
-    if isinstance(model, PublishedParams):
-        name = model.hf_pretrained
-        is_hub_name = not os.path.isdir(name) and _HUB_NAME.fullmatch(name.removeprefix("hf://")) is not None
-        path = find_cached(name.removeprefix("hf://"), "config.json") if is_hub_name else join_uri(name, "config.json")
-        own = {name: _read_json(path)} if path is not None and os.path.isfile(path) else {}
-    below = (_read_model_configs(part) for part in _parts(model))
-    return own | {name: config for configs in below for name, config in configs.items()}
+def _read_model_configs(model: BaseParams, offline: bool) -> dict[str, dict[str, Any]]:
+    """Return the config.json of each published model in a model; one that is not on this machine is fetched first.
+
+    Args:
+        offline: leave out what is not on this machine.
+
+    Raises:
+        FileNotFoundError: a model does not exist.
+        ValueError: a model is not on this machine, and the hub cannot be reached.
+    """
+    configs = {}
+    for path, part in _walk(model):
+        if not isinstance(part, PublishedParams) or part.hf_pretrained.startswith(TIMM_PREFIX):
+            continue
+        name = part.hf_pretrained
+        try:
+            folder = _locate(name, fetch=not offline)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{path}.hf_pretrained: {error}") from None
+        if folder is not None and exists(join_uri(folder, "config.json")):
+            configs[name] = read_json(join_uri(folder, "config.json"))
+        elif not offline:
+            raise FileNotFoundError(f"{path}.hf_pretrained: {name} is not a folder with a config.json.")
+    return configs
 
 
-def _parts(model: BaseParams) -> list[BaseParams]:
-    return [value for item in fields(model) if isinstance(value := getattr(model, item.name), BaseParams)]
+def _locate(name: str, *, fetch: bool = False) -> str | None:
+    """Return the folder of a published model or tokenizer: the one named, or its place in the hub's cache.
+
+    Args:
+        fetch: fetch it to the cache if it is not there; see `find_snapshot`.
+    """
+    repository = name.removeprefix("hf://")
+    if os.path.isdir(name) or _HUB_NAME.fullmatch(repository) is None:
+        return name
+    return find_snapshot(repository, fetch=fetch)
+
+
+def _parts(model: BaseParams) -> list[tuple[str, BaseParams]]:
+    values = [(item.name, getattr(model, item.name)) for item in fields(model)]
+    return [(name, value) for name, value in values if isinstance(value, BaseParams)]
+
+
+def _walk(model: BaseParams, path: str = "model") -> Iterator[tuple[str, BaseParams]]:
+    """Yield a model and all of its parts, each with its config path."""
+    yield path, model
+    for name, part in _parts(model):
+        yield from _walk(part, f"{path}.{name}")
 
 
 def list_checkpoints(model: BaseParams) -> list[str]:
     """Return the checkpoint the model starts from, then those of its parts, in field order."""
-    own = model.resume_from_checkpoint if isinstance(model, ModelParams | BackboneParams) else None
-    below = [name for part in _parts(model) for name in list_checkpoints(part)]
-    return below if own is None else [own, *below]
+    parts = (part for _, part in _walk(model) if isinstance(part, ModelParams | BackboneParams))
+    return [part.resume_from_checkpoint for part in parts if part.resume_from_checkpoint is not None]
 
 
 def _read_checkpoint_models(model: BaseParams, offline: bool) -> dict[str, ModelParams]:
     """Return the model params of each run that a part takes its weights and architecture from."""
     models: dict[str, ModelParams] = {}
-    for part in _parts(model):
+    for path, part in _walk(model):
         if isinstance(part, VLMFoundryBackboneParams) and part.vlm is None and part.resume_from_checkpoint is not None:
-            _check_checkpoint(part.resume_from_checkpoint, "model.vision_language_backbone", offline)
+            _check_checkpoint(part.resume_from_checkpoint, path, offline)
             if not (is_remote(part.resume_from_checkpoint) and offline):
                 models[part.resume_from_checkpoint] = _read_run_model(part.resume_from_checkpoint)
     return models
@@ -339,14 +319,13 @@ def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | N
     """
     if name is None:
         return None
-    is_hub_name = _HUB_NAME.fullmatch(name) is not None and not os.path.isdir(name)
-    location = f"hf://{name}" if is_hub_name else name
+    location = _locate(name) or f"hf://{name.removeprefix('hf://')}"
     if is_remote(location) and offline:
         return None
     try:
-        return _read_tokenizer(name, location)
+        return read_tokenizer(name, location)
     except (FileNotFoundError, ValueError):
-        if is_remote(location) or offline:
+        if location != name or is_remote(location) or offline:
             # loading the tokenizer will report the error; this function only reads its size
             return None
         raise FileNotFoundError(f"data.tokenizer: {name} is no folder with a tokenizer.json.") from None

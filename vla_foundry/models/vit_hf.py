@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from vla_foundry.models.hugging_face import HuggingFaceModule, find_blocks, load_published_model
 from vla_foundry.models.registry import register_model
+from vla_foundry.params.models.roles import TIMM_PREFIX
 from vla_foundry.params.models.vit import ViTHFParams
 from vla_foundry.storage.hub import loading_published
-
-TIMM_PREFIX = "timm:"
 
 
 class ViTHF(HuggingFaceModule):

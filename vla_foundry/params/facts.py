@@ -42,7 +42,7 @@ class ImageFacts:
     def from_config(cls, config: Mapping[str, Any]) -> "ImageFacts | None":
         """Read our own processor's config or a Hugging Face image processor's; None: it is neither."""
         config = config.get("image_processor", config)
-        if "image_mean" not in config or "image_std" not in config:
+        if not config.get("image_mean") or not config.get("image_std"):
             return None
         size = config.get("image_size") or (config.get("crop_size") if config.get("do_center_crop", True) else None)
         size = size or config.get("size")
@@ -55,6 +55,14 @@ class ImageFacts:
             size=(size, size) if isinstance(size, int) else None if size is None else tuple(size),
             patch_size=config.get("patch_size"),
         )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "ImageFacts":
+        """Return the facts from their JSON form."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        return cls(**values)
 
     def find_difference(self, other: "ImageFacts") -> tuple[str, Any, Any] | None:
         """Return (what, its value here, its value there) of the first difference beyond rounding, or None."""
@@ -115,7 +123,7 @@ class Facts:
     model_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # dataset spec of that run's robot data, and the run's folder
     started_from_robotics: NamedSpec | None = None
-    # field -> how that run normalizes it (RoboticsNormalizer.state); None: the run keeps no normalizer
+    # field -> how that run or checkpoint normalizes it (RoboticsNormalizer.state); None: it does not say
     started_from_normalization: dict[str, Any] | None = None
     # field -> how the data's statistics normalize it; None: unknown
     normalization: dict[str, Any] | None = None

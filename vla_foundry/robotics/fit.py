@@ -13,7 +13,6 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, absolute_field, is_relative_field
 from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, NamedSpec
-from vla_foundry.run_folder import STATISTICS_NAME
 
 # centers and scales that differ by at most this share of the scale are the same: statistics are stored as decimals
 _SAME_SHARE = 1e-4
@@ -271,12 +270,15 @@ def find_contradictions(
     return found
 
 
-def find_changed_normalization(run: str, known: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+def find_changed_normalization(
+    run: str, known: Mapping[str, Any], fields: Mapping[str, Any], *, statistics: str
+) -> list[str]:
     """Return how the numbers of fields differ between a run and the data that its model continues on; one line each.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or its checkpoint.
         known, fields: {field: its normalization (RoboticsNormalizer.state)} of the run and of the data.
+        statistics: the run's statistics file.
     """
     found = []
     for name in sorted(fields.keys() & known.keys()):
@@ -287,7 +289,7 @@ def find_changed_normalization(run: str, known: Mapping[str, Any], fields: Mappi
             found.append(
                 f"field '{name}' is normalized with {key} {_say(one)} in {run}, and {_say(other)} by the data's "
                 f"statistics: the model's numbers would mean something else. Use the run's data.normalization and, for "
-                f"each dataset, --data.dataset_statistics {run}/{STATISTICS_NAME}."
+                f"each dataset, --data.dataset_statistics {statistics}."
             )
     return found
 

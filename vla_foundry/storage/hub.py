@@ -134,9 +134,32 @@ class HubStorage:
                 _file_system().rm_file(uri)
 
 
-def find_cached(repository: str, file: str) -> str | None:
-    """Return the path of a file of a model on the hub in the hub's local cache, without network; None: not there."""
-    from huggingface_hub import try_to_load_from_cache
+def find_snapshot(repository: str, *, fetch: bool) -> str | None:
+    """Return the folder of a model's JSON files in the hub's local cache; None: not there.
 
-    found = try_to_load_from_cache(repository, file)
-    return found if isinstance(found, str) else None
+    Args:
+        repository: owner/name, or a legacy name without an owner.
+        fetch: if they are not there, fetch them.
+
+    Raises:
+        FileNotFoundError: the model does not exist.
+        ValueError: the hub cannot be reached.
+    """
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        found = try_to_load_from_cache(repository, file)
+        if isinstance(found, str):
+            return os.path.dirname(found)
+    if not fetch:
+        return None
+    with _named_errors(f"hf://{repository}"):
+        try:
+            return snapshot_download(repository, allow_patterns=["*.json", "*.jinja"])
+        except LocalEntryNotFoundError:
+            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+            raise ValueError(
+                f"{repository} is not a local folder, is not in the cache of Hugging Face, and {reason}. Download it "
+                "where there is a network, or give a folder."
+            ) from None

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,10 @@ class Vocabulary:
     chat_template: str | None = None
     # the token that image features replace, if the tokenizer's config names it
     named_image_token: str | None = None
+    # tokens that were added to those of its training
+    added: frozenset[str] = field(default=frozenset(), compare=False)
+    # SHA-256 of the tokens and rules before those, if no more is known of them
+    digest: str | None = None
 
     @property
     def size(self) -> int:
@@ -111,11 +115,27 @@ class Vocabulary:
         """Return it with one more special token at the end."""
         return replace(self, ids=self.ids | {token: self.size}, special=self.special | {token})
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything here, whatever the layout of the files it was read from."""
-        parts = [sorted(self.ids.items()), self.rules, sorted(self.special), self.chat_template]
-        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode("ascii")).hexdigest()
+    def to_record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it: a digest of its tokens and rules, and the tokens that were added."""
+        added = {token: number for token, number in self.ids.items() if token in self.added | self.special}
+        return {
+            "size": self.size,
+            "digest": self._read_digest(),
+            "added": added,
+            "special": sorted(self.special),
+            "chat_template": self.chat_template,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Vocabulary":
+        """Return as much of it as `to_record` kept."""
+        ids, special = record["added"], frozenset(record["special"])
+        return cls(ids=ids, special=special, chat_template=record["chat_template"], digest=record["digest"])
+
+    def _read_digest(self) -> str:
+        trained = sorted(item for item in self.ids.items() if item[0] not in self.added | self.special)
+        parts = json.dumps([trained, self.rules]).encode("ascii")
+        return self.digest or hashlib.sha256(parts).hexdigest()
 
     def find_difference(self, other: "Vocabulary") -> str | None:
         """Return how the two give text other ids, in words, or None. A token that only one has is no difference."""
@@ -125,10 +145,13 @@ class Vocabulary:
                 return f"token {number} is {token!r} in the one and {names[number]!r} in the other"
             if other.ids.get(token, number) != number:
                 return f"{token!r} is token {number} in the one and token {other.ids[token]} in the other"
-        for index, (own, others) in enumerate(zip(self.rules, other.rules, strict=False)):
-            if own != others:
-                return f"merge or score {index} is {own!r} in the one and {others!r} in the other"
-        if len(self.rules) != len(other.rules):
+        if self.digest or other.digest:
+            if self._read_digest() != other._read_digest():
+                return "their tokens or merges differ"
+        elif self.rules != other.rules:
+            for index, (own, others) in enumerate(zip(self.rules, other.rules, strict=False)):
+                if own != others:
+                    return f"merge or score {index} is {own!r} in the one and {others!r} in the other"
             return f"the one has {len(self.rules)} merges and the other {len(other.rules)}"
         special = sorted((self.special ^ other.special) & self.ids.keys() & other.ids.keys())
         return f"{special[0]!r} is a special token of one of them only" if special else None
@@ -163,6 +186,7 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         special=frozenset(special & ids.keys()),
         chat_template=template if isinstance(template, str | None) else json.dumps(template),
         named_image_token=named.get("image_token"),
+        added=frozenset(token["content"] for token in added),
     )
 
 

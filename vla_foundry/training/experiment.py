@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from vla_foundry.data import DataLoader, create_dataloader
+from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
-from vla_foundry.run_folder import MODEL_FILES_FOLDER, lock_folder, read_step
+from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
@@ -28,7 +29,7 @@ from vla_foundry.training.distributed import (
     start_process_group,
     stop_process_group,
 )
-from vla_foundry.training.metrics import create_metric_log, truncate_metrics
+from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
 from vla_foundry.training.optimizer import describe_groups
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
@@ -99,10 +100,13 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         notices += [f"continues from {checkpoint} after step {state.step}.", *saved["notices"]]
         notices += describe_jump(state, saved)
         notices += check_data(params, loader, saved["data"])
-    notices += main_rank_first(world, lambda: prepare_folder(params, world, folder, state, loader))
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
+    prepare = cache(partial(prepare_folder, params, world, folder, state, loader, log, first_step=state.step))
+    if main_rank_first(world, lambda: bool(list_step_folders(folder))):
+        # what its files contradict is an error before a step
+        prepare()
     sync = None
     if params.remote_sync and world.is_main:
         sync = stack.enter_context(RemoteSync(folder, params.remote_sync, log.say))
@@ -126,6 +130,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         log=log,
         is_validation_owed=is_validation_owed,
         sync=sync,
+        prepare=prepare,
     )
 
 
@@ -227,20 +232,41 @@ def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[st
 
 
 def prepare_folder(
-    params: TrainExperimentParams, world: World, folder: Path, state: TrainState, loader: DataLoader
-) -> list[str]:
-    """Write everything a run folder holds besides metrics and checkpoints.
+    params: TrainExperimentParams,
+    world: World,
+    folder: Path,
+    state: TrainState,
+    loader: DataLoader,
+    log: MetricLog,
+    *,
+    first_step: int,
+) -> dict[str, Any]:
+    """Collective: call on every rank. Write all of a run folder but the checkpoints, and open its metrics.
+
+    A new run calls it once its first step has run, so that a run that cannot start leaves nothing.
+
+    Args:
+        first_step: the step that the run starts after.
 
     Returns:
-        Lines for the user: differences from the config already in the folder, and damaged files.
+        What checkpoints keep about tokenizer, images and statistics; see `describe_inputs`.
     """
-    changes = write_configs(params, folder)
-    changes += record_start(folder, world, state.step)
-    copy_tokenizer(params.data, folder)
-    loader.save_files(folder)
-    with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
-        save_model_files(state.model, aside)
-    return changes + truncate_metrics(folder, state.step)
+
+    def write() -> dict[str, Any]:
+        notices = write_configs(params, folder)
+        copy_tokenizer(params.data, folder)
+        loader.save_files(folder)
+        with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
+            save_model_files(state.model, aside)
+        inputs = describe_inputs(str(folder))
+        notices += record_start(folder, world, first_step, inputs)
+        notices += truncate_metrics(folder, first_step)
+        log.add(open_sinks(params, folder, first_step=first_step))
+        for notice in notices:
+            log.say(f"note: {notice}")
+        return inputs
+
+    return main_rank_first(world, write)
 
 
 def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:

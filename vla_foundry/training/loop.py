@@ -8,7 +8,7 @@ the number of ranks or padding.
 import hashlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,8 @@ class Run:
     is_validation_owed: bool = False
     # copies the run folder elsewhere after each checkpoint; rank 0 only; None: no copy
     sync: RemoteSync | None = None
+    # collective: writes the rest of the run folder at its first call; returns what checkpoints keep about their inputs
+    prepare: Callable[[], dict[str, Any]] = dict
 
 
 def train(run: Run) -> int:
@@ -74,12 +76,14 @@ def train(run: Run) -> int:
     meter = create_meter(run)
     microbatches = run.loader.microbatches(state.step)
     if run.is_validation_owed and is_validation_due(run, saves):
+        run.prepare()
         validate(run)
     with StopSignal(world) as stop:
         while state.step < run.total_steps:
             batches, waited = take_microbatches(microbatches, accumulation)
             meter.add_data(batches, waited)
             meter.add_step(train_step(state, batches, handler=run.handler, hparams=params.hparams, world=world))
+            run.prepare()
             run.log.advance(state.step)
 
             stopping = stop.poll()
@@ -248,6 +252,7 @@ def save(run: Run, *, is_validation_owed: bool) -> None:
         "data": run.loader.describe(),
         "samples": run.state.step * run.params.hparams.global_batch_size,
         "is_validation_owed": is_validation_owed,
+        "inputs": run.prepare(),
     }
     folder = save_checkpoint(
         run.folder,

@@ -61,6 +61,10 @@ class MetricLog:
         self._sinks = sinks
         self._terminal = terminal
 
+    def add(self, sinks: list[Sink]) -> None:
+        """Write to more sinks, before the terminal."""
+        self._sinks = sinks + self._sinks
+
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics of kind "train" or "validation" after `step` steps."""
         for sink in self._sinks:
@@ -199,8 +203,6 @@ class TensorBoardFile:
     """Event files for TensorBoard."""
 
     def __init__(self, run_folder: Path, first_step: int) -> None:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("tensorboard is true, but the package is missing. Install vla-foundry[logging].")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_folder / TENSORBOARD_FOLDER), purge_step=first_step + 1)
@@ -293,20 +295,30 @@ def wants_wandb(params: TrainExperimentParams, environment: Mapping[str, str] = 
 def create_metric_log(
     params: TrainExperimentParams, run_folder: Path, *, is_main: bool, total_steps: int, first_step: int
 ) -> MetricLog:
-    """Open all sinks of a run on rank 0; return a log that does nothing on other ranks."""
+    """Return a run's log, which writes to the terminal alone until `open_sinks`; on other ranks it does nothing.
+
+    Raises:
+        ValueError: a sink that the params ask for cannot work.
+    """
     if not is_main:
         return MetricLog([], None)
-    with_wandb = wants_wandb(params)
-    sinks: list[Sink] = [MetricsFile(run_folder)]
-    if params.tensorboard:
-        sinks.append(TensorBoardFile(run_folder, first_step))
-    if with_wandb:
-        logging.getLogger("wandb").setLevel(logging.WARNING)
-        sinks.append(Wandb(params, run_folder))
+    if params.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard is true, but the package is missing. Install vla-foundry[logging].")
     terminal = Terminal(total_steps=total_steps, first_step=first_step)
-    if params.wandb is None and not with_wandb:
+    if not wants_wandb(params) and params.wandb is None:
         terminal.say(
             f"Metrics go to {run_folder / METRICS_NAME}. For Weights & Biases run `wandb login` or set WANDB_API_KEY; "
             "--wandb false hides this line."
         )
-    return MetricLog([*sinks, terminal], terminal)
+    return MetricLog([terminal], terminal)
+
+
+def open_sinks(params: TrainExperimentParams, run_folder: Path, *, first_step: int) -> list[Sink]:
+    """Open what a run writes its metrics to besides the terminal; call it on rank 0."""
+    sinks: list[Sink] = [MetricsFile(run_folder)]
+    if params.tensorboard:
+        sinks.append(TensorBoardFile(run_folder, first_step))
+    if wants_wandb(params):
+        logging.getLogger("wandb").setLevel(logging.WARNING)
+        sinks.append(Wandb(params, run_folder))
+    return sinks

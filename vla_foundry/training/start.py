@@ -238,8 +238,11 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 _PACKAGES = ("vla-foundry", "torch", "numpy", "transformers", "tokenizers", "safetensors", "webdataset")
 
 
-def record_start(run_folder: Path, world: World, first_step: int) -> list[str]:
+def record_start(run_folder: Path, world: World, first_step: int, inputs: dict[str, Any]) -> list[str]:
     """Append this start of the run to provenance.json.
+
+    Args:
+        inputs: see `describe_inputs`.
 
     Returns:
         Lines for the user: whether the file was damaged, so that earlier starts are lost.
@@ -251,7 +254,7 @@ def record_start(run_folder: Path, world: World, first_step: int) -> list[str]:
     if not isinstance(record, dict) or not isinstance(starts, list):
         record, starts = {}, []
         notices = [f"{path} is rewritten, because it could not be read."] if path.exists() else []
-    record["starts"] = [*starts, _describe_start(world, first_step)]
+    record["starts"] = [*starts, _describe_start(world, first_step) | {"inputs": inputs}]
     write_text(str(path), json.dumps(record, indent=1) + "\n")
     return notices
 

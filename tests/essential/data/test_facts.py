@@ -1,5 +1,6 @@
 """What is read before a config is resolved: manifests and what lies beside them, tokenizers, cores."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from vla_foundry.params.models.policy import DiffusionPolicyParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
+from vla_foundry.text.tokenizers import read_vocabulary
 
 Write = Callable[[str, str], str]
 
@@ -189,6 +191,41 @@ def test_weights_trained_on_another_tokenizer_than_the_data_are_refused(below: s
         resolve_with(continued)
 
 
+def write_step(folder: Path, **inputs: Any) -> str:
+    """A step folder as far as facts are read from it."""
+    folder.mkdir(parents=True)
+    content = json.dumps({"inputs": inputs}).encode()
+    (folder / "state.json").write_bytes(content)
+    (folder / "model.safetensors").touch()
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / "COMPLETE").write_text(json.dumps({"state.json": [len(content), digest]}), encoding="utf-8")
+    return str(folder)
+
+
+def test_a_step_folder_alone_knows_the_tokenizer_of_its_weights(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "a", [1000])
+    write_tokenizer(tmp_path / "a" / "tokenizer", VOCAB)
+    write_tokenizer(tmp_path / "other", {"b": 0, "a": 1, "c": 2, "<image>": 3})
+    right = write_step(
+        tmp_path / "1" / "checkpoints" / "step_00000001",
+        tokenizer=read_vocabulary(tmp_path / "a" / "tokenizer").to_record(),
+    )
+    record = read_vocabulary(tmp_path / "other").to_record()
+    wrong = write_step(tmp_path / "step", tokenizer=record)
+    # the files of a run do not speak for weights that were trained on another tokenizer
+    misplaced = Path(write_run(tmp_path / "run", VOCAB), "checkpoints", "step_00000001")
+    write_step(misplaced, tokenizer=record)
+
+    def notices(checkpoint: str) -> list[str]:
+        model = replace(PARAMS.model, resume_from_checkpoint=checkpoint, resume_weights_only=True)
+        return resolve_with(replace(PARAMS, model=model, data=replace(DATA, dataset_manifest=[manifest]))).notices
+
+    assert notices(right) == notices(f"{right}/model.safetensors") == notices(str(tmp_path / "1")) == []
+    for checkpoint in (wrong, f"{wrong}/model.safetensors", str(misplaced), str(tmp_path / "run")):
+        with pytest.raises(ValueError, match=rf"^The weights of {checkpoint} and .*: their tokens or merges differ\."):
+            notices(checkpoint)
+
+
 def test_data_without_a_tokenizer_is_a_notice_when_the_weights_have_one(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path / "a", [1000])
     run = write_run(tmp_path / "run", VOCAB)
@@ -330,6 +367,11 @@ def test_images_prepared_otherwise_than_for_the_weights_are_refused(tmp_path: Pa
         with pytest.raises(ValueError, match=message):
             compare(started)
         assert len(compare(started, accept_contradictions=True)) == 1
+    # a step folder keeps them too
+    images = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": None, "patch_size": None}
+    step = write_step(tmp_path / "step", images=images | {"mean": [0.4] * 3})
+    with pytest.raises(ValueError, match=r"step were trained on images of mean \[0\.4, 0\.4, 0\.4\], but data gives"):
+        compare(replace(vlm, resume_from_checkpoint=step), image_mean=(0.5, 0.5, 0.5))
     # text weights see no images; a published encoder has a processor of its own
     assert compare(replace(vlm, transformer=replace(vlm.transformer, resume_from_checkpoint=str(run)))) == []
     hf = {"crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 18}, "image_std": [0.5, 0.5, 0.27]}
@@ -337,5 +379,59 @@ def test_images_prepared_otherwise_than_for_the_weights_are_refused(tmp_path: Pa
     (published / "config.json").write_text("{}", encoding="utf-8")
     encoded = replace(vlm, vit=ViTHFParams(hf_pretrained=str(published)))
     with pytest.raises(ValueError, match=r"images of std \[0\.5, 0\.5, 0\.27\], but data gives"):
-        compare(encoded)
-    assert compare(encoded, image_std=(0.5, 0.5, 0.27)) == []
+        compare(encoded, image_std=(0.5, 0.5, 0.5))
+    facts = read_facts(replace(PARAMS, model=encoded, data=data), 1)
+    derived = data.derive_colors(facts)
+    assert {name: item.value for name, item in derived.items()} == {
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.27),
+    }
+    assert derived["image_std"].source == str(published)
+    assert compare(encoded, image_std=derived["image_std"].value) == []
+    unknown = replace(vlm, vit=ViTHFParams(hf_pretrained="timm:vit_tiny", img_size=16, patch_size=8))
+    assert compare(unknown) == ["timm:vit_tiny keeps no image processor, so it is not compared with the data's."]
+
+
+def test_a_published_model_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--owner--clip"
+    snapshot = repository / "snapshots" / "0123"
+    write_tokenizer(snapshot, VOCAB)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123", encoding="utf-8")
+    images = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.5, 0.5, 0.27], "do_center_crop": False}
+    (snapshot / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
+    (snapshot / "config.json").write_text('{"vocab_size": 3, "num_hidden_layers": 2}', encoding="utf-8")
+    write_tokenizer(tmp_path / "same", VOCAB)
+    write_tokenizer(tmp_path / "other", {"c": 0, "b": 1, "a": 2})
+    manifest = write_dataset(tmp_path / "data", [1000])
+
+    def params(name: str, tokenizer: str = "same") -> TrainExperimentParams:
+        model = VLMParams(
+            vit=ViTHFParams(hf_pretrained=name, img_size=16, patch_size=8),
+            transformer=TransformerHFParams(hf_pretrained=name),
+        )
+        data = ImageCaptionDataParams(tokenizer=str(tmp_path / tokenizer), seq_len=16, dataset_manifest=[manifest])
+        return replace(PARAMS, model=model, data=data)
+
+    for name in ("owner/clip", "hf://owner/clip"):
+        found = params(name)
+        resolved = resolve_known(found, read_facts(found, 1, offline=True))
+        data: Any = resolved.params.data
+        assert (data.image_mean, data.image_std) == ((0.48, 0.45, 0.4), (0.5, 0.5, 0.27))
+        assert resolved.sources["data.image_mean"] == name
+        assert resolved.notices == []
+        assert found.model.token_limits(read_facts(found, 1)).num_layers == 2
+        with pytest.raises(ValueError, match=rf"^The weights of {name} and .* Use data of the tokenizer {name}\."):
+            resolve_with(params(name, "other"))
+    notices = resolve_known(params("owner/gone"), read_facts(params("owner/gone"), 1, offline=True)).notices
+    assert notices[0] == (
+        "model.vit.hf_pretrained: owner/gone is not on this machine, so its layers, tokens and images are checked when "
+        "training starts."
+    )
+    for name, message in (
+        ("owner/gone", r"owner/gone is not a local folder, is not in the cache of Hugging Face, and HF_HUB_OFFLINE is"),
+        (str(tmp_path / "gone"), r"\S*/gone is not a folder with a config\.json\.$"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"^model\.vit\.hf_pretrained: {message}"):
+            read_facts(params(name), 1)

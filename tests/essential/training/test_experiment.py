@@ -25,6 +25,7 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.storage.local import IncompleteDownload
+from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.training import start
 from vla_foundry.training.experiment import train
 from vla_foundry.training.schedules import learning_rates
@@ -135,13 +136,37 @@ def test_the_saved_model_config_names_no_checkpoint_to_start_from(
     assert load_experiment_params_from_yaml(str(tmp_path / "config.yaml")) == started
 
 
-def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams) -> None:
+def test_a_run_whose_first_step_fails_leaves_no_folder(
+    params: TrainExperimentParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(params.save_path) / "run"
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        assert not folder.exists()
+        raise ValueError("this step fails")
+
+    monkeypatch.setattr("vla_foundry.training.loop.train_step", fail)
+    with pytest.raises(ValueError, match="this step fails"):
+        train(replace(params, tensorboard=True), World())
+    assert not folder.exists()
+
+
+def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams, manifest: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(manifest.parent, tmp_path / "data"))
+    (data / "tokenizer").mkdir()
+    tokenizer = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "!"}]}
+    (data / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    params = replace(params, data=replace(params.data, dataset_manifest=[str(data / manifest.name)]))
     train(params, World())
     folder = Path(params.save_path) / "run"
     assert load_experiment_params_from_yaml(str(folder / "config.yaml")) == params
     assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["starts"][0]["packages"]["torch"]
+    # a checkpoint knows its tokenizer wherever it is copied
+    state = json.loads((list_step_folders(folder)[0] / "state.json").read_text(encoding="utf-8"))
+    kept = read_vocabulary(data / "tokenizer").to_record()
+    assert state["inputs"] == provenance["starts"][0]["inputs"] == {"tokenizer": kept}
     assert str(Path.home()) not in json.dumps(provenance["starts"][0]["command"])
     assert [step.name for step in list_step_folders(folder)] == [f"step_{n:08d}" for n in (6, 4, 2)]
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]

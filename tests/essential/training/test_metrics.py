@@ -20,6 +20,7 @@ from vla_foundry.training.metrics import (
     create_metric_log,
     format_metrics,
     has_wandb_credentials,
+    open_sinks,
     truncate_metrics,
     wants_wandb,
 )
@@ -100,6 +101,7 @@ def test_an_offline_wandb_run_goes_on_under_its_id(tmp_path: Path, monkeypatch: 
     ids = []
     for step in (1, 2):
         log = create_metric_log(params, tmp_path, is_main=True, total_steps=5, first_step=step)
+        log.add(open_sinks(params, tmp_path, first_step=step))
         log.write("train", step, {"loss": 1.5})
         assert wandb.run is not None
         assert wandb.run.summary["train/loss"] == 1.5
@@ -117,6 +119,7 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     params = replace(PARAMS, wandb=False, tensorboard=True)
     log = create_metric_log(params, tmp_path, is_main=True, total_steps=5, first_step=0)
+    log.add(open_sinks(params, tmp_path, first_step=0))
     log.write("train", 1, {"loss": 1.5, "reasons": {}})
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

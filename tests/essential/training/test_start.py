@@ -1,6 +1,7 @@
 """A policy trains on robot data by name, and its run keeps what it takes to use it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,9 @@ def check_statistics(words: list[str], run: Path, create_recording: Any, write_r
     manifest = write_robot_data(folder / "other", [create_recording(number, 6) for number in range(5, 8)])
     words = [*words, "--name", "tuned", "--data.dataset_manifest", str(manifest)]
 
-    def notices(*more: str) -> list[str]:
+    def notices(*more: str, offline: bool = False) -> list[str]:
         params = parse(TrainExperimentParams, [*words, *more], prog="train").params
-        return resolve_known(params, read_facts(params, 1)).notices
+        return resolve_known(params, read_facts(params, 1, offline=offline)).notices
 
     with pytest.raises(
         ValueError, match=r"is normalized with center .* in .*runs/policy, and .*--data\.dataset_statist"
@@ -97,13 +98,24 @@ def check_statistics(words: list[str], run: Path, create_recording: Any, write_r
         notices()
     assert "is normalized with center" in " ".join(notices("--data.accept_contradictions", "true"))
     assert "normalize" not in " ".join(notices("--data.dataset_statistics", f"[{run / 'stats.json'}]"))
-    (run / "normalizer.json").rename(run / "hidden.json")
-    assert "keeps no normalizer.json, so its statistics are not compared" in " ".join(notices())
-    (run / "hidden.json").rename(run / "normalizer.json")
+    # a step folder knows them wherever it is copied
+    (step,) = sorted((run / "checkpoints").glob("step_*"))[-1:]
+    alone = Path(shutil.copytree(step, folder / "alone" / "step"))
+    with pytest.raises(
+        ValueError, match=rf"center .* in {alone}, and .*statistics the run's stats\.json\. Or continue"
+    ):
+        notices("--model.resume_from_checkpoint", str(alone))
+    (alone / "state.json").unlink()
+    words += ["--model.resume_from_checkpoint", str(alone)]
+    assert f"{alone} keeps no normalizer.json, so its statistics are not compared" in " ".join(notices())
+    words = words[:-2]
     with pytest.raises(
         ValueError, match=r"data\.normalization: field .* cover 1 past and 3 future .* not 1 and 200\. Use"
     ):
         notices("--data.normalization.scope", "per_timestep", "--data.lowdim_future_timesteps", "200")
     (manifest.parent / "stats.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"data\.dataset_statistics: there is no .*stats\.json\. Make it with"):
-        notices()
+    for offline in (False, True):
+        with pytest.raises(FileNotFoundError, match=r"data\.dataset_statistics: there is no .*stats\.json\. Make it "):
+            notices(offline=offline)
+    manifest.parent.rename(folder / "elsewhere")
+    notices("--data.proprioception_dim", "3", offline=True)

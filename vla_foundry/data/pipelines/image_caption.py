@@ -213,14 +213,15 @@ def create_image_processor(params: ImageProcessorParams) -> Processor:
         )
     if params.tokenizer is None:
         raise ValueError("data.processor or data.tokenizer must be given: images and text need one of them.")
+    mean, std = params.colors
     return ImageTextProcessor(
         load_tokenizer(params.tokenizer),
         image_size=(params.image_size, params.image_size),
         img_num_tokens=params.img_num_tokens,
         resize_method=params.image_resizing_method,
         interpolation=params.image_interpolation,
-        image_mean=params.image_mean,
-        image_std=params.image_std,
+        image_mean=mean,
+        image_std=std,
         prompt_layout=params.prompt_layout or "chat",
     )
 

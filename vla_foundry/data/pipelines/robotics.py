@@ -411,7 +411,7 @@ def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, p
         none = torch.zeros((0, params.image_size, params.image_size, 3), dtype=torch.uint8)
         # a single copy, which keeps channels last in memory
         batch: Batch = {"pixel_values": (torch.stack(images) if images else none).permute(0, 3, 1, 2)}
-        batch["image_mean"], batch["image_std"] = tuple(params.image_mean), tuple(params.image_std)
+        batch["image_mean"], batch["image_std"] = params.colors
         if "color_factors" in samples[0]:
             factors = np.stack([sample["color_factors"] for sample in samples])
             batch["color_factors"] = np.repeat(factors, len(params.image_names), axis=0)

@@ -8,6 +8,7 @@ from vla_foundry.params.facts import Facts, ImageFacts
 from vla_foundry.params.models.roles import ImageInputs
 from vla_foundry.run_folder import PROCESSOR_FOLDER
 
+_DEFAULT_COLORS = ImageFacts(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _Hue = Annotated[float, Bounds(least=-0.5, most=0.5)]
 _Share = Annotated[float, Bounds(above=0, most=1)]
 _Strength = Annotated[float, Bounds(least=0, most=1000)]
@@ -143,10 +144,11 @@ class ImageProcessorParams(BaseParams):
     image_resizing_method: Literal["center_crop", "resize_no_crop", "resize_fit"] = "center_crop"
     # interpolation of resized pixels
     image_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # our own processor: mean subtracted from red, green and blue in 0 .. 1, on the device
-    image_mean: tuple[Fraction, Fraction, Fraction] = (0.5, 0.5, 0.5)
-    # our own processor: standard deviation that they are then divided by
-    image_std: tuple[_Ratio, _Ratio, _Ratio] = (0.5, 0.5, 0.5)
+    # our own processor: mean subtracted from red, green and blue in 0 .. 1, on the device; null: as for the model's
+    # weights, else 0.5
+    image_mean: tuple[Fraction, Fraction, Fraction] | None = None
+    # our own processor: standard deviation that they are then divided by; null: as for the model's weights, else 0.5
+    image_std: tuple[_Ratio, _Ratio, _Ratio] | None = None
     # prompt layout: chat, plain, caption, or chat_template (the tokenizer's); null: the processor's own
     prompt_layout: str | None = None
 
@@ -175,10 +177,23 @@ class ImageProcessorParams(BaseParams):
                     name, "the run that the model starts from"
                 )
         if processor is None:
+            derived |= self.derive_colors(facts)
             for name in ("image_size", "img_num_tokens"):
                 if getattr(self, name) is None and getattr(model, name) is not None:
                     derived[name] = Derived(getattr(model, name), "the model")
         return derived
+
+    def derive_colors(self, facts: Facts) -> dict[str, Derived]:
+        """Derive mean and standard deviation of colours from the images that the model's weights were trained on."""
+        known = {name: images for name, images in facts.weights_images.items() if images and len(images.mean) == 3}
+        source, images = next(iter(known.items()), ("the default", _DEFAULT_COLORS))
+        values = {"image_mean": images.mean, "image_std": images.std}
+        return {name: Derived(value, source) for name, value in values.items() if getattr(self, name) is None}
+
+    @property
+    def colors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of colours for our own processor."""
+        return self.image_mean or _DEFAULT_COLORS.mean, self.image_std or _DEFAULT_COLORS.std
 
     def compare_images(self, facts: Facts, path: str, *, is_accepted: bool) -> list[str]:
         """Compare how images are prepared here with how those were that the model's weights learned by.
@@ -192,7 +207,8 @@ class ImageProcessorParams(BaseParams):
         own = facts.images
         if self.processor is None:
             size = None if self.image_size is None else (self.image_size, self.image_size)
-            own = ImageFacts(mean=self.image_mean, std=self.image_std, size=size)
+            mean, std = self.colors
+            own = ImageFacts(mean=mean, std=std, size=size)
         if own is None:
             return []
         notices, differences = [], []

@@ -246,8 +246,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             derived["use_language"] = Derived(model.takes_text, "the model")
         if derived["use_language"].value if self.use_language is None else self.use_language:
             derived |= self.derive_processor(model, facts)
-        elif self.image_size is None and model.image_size is not None:
-            derived["image_size"] = Derived(model.image_size, "the model")
+        else:
+            derived |= self.derive_colors(facts)
+            if self.image_size is None and model.image_size is not None:
+                derived["image_size"] = Derived(model.image_size, "the model")
         if not self.dataset_statistics and self.normalization.enabled:
             paths = [manifest.rpartition("/")[0] for manifest in self.dataset_manifest]
             paths = [f"{folder}/{STATISTICS_NAME}" if folder else STATISTICS_NAME for folder in paths]
@@ -338,11 +340,11 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         notices += self.compare_images(facts, path, is_accepted=self.accept_contradictions)
         # numbers matter only where all of the policy continues, not its backbone alone
         if root.model.resume_from_checkpoint is not None:
-            notices += self._compare_normalization(facts)
+            notices += self._compare_normalization(root.model.resume_from_checkpoint, facts)
         return notices
 
-    def _compare_normalization(self, facts: Facts) -> list[str]:
-        """Compare the data's normalization with that of the run that the policy starts from.
+    def _compare_normalization(self, checkpoint: str, facts: Facts) -> list[str]:
+        """Compare the data's normalization with that of the checkpoint that the policy starts from.
 
         Returns:
             Accepted differences, and what cannot be compared.
@@ -351,11 +353,13 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             ValueError: a difference is not accepted.
         """
         run, known = facts.started_from_robotics, facts.started_from_normalization
-        if run is None or facts.normalization is None:
+        name = checkpoint if run is None else run.name
+        if facts.normalization is None:
             return []
         if known is None:
-            return [f"{run.name} keeps no {NORMALIZER_NAME}, so its statistics are not compared with the data's."]
-        found = fit.find_changed_normalization(run.name, known, facts.normalization)
+            return [f"{name} keeps no {NORMALIZER_NAME}, so its statistics are not compared with the data's."]
+        statistics = f"the run's {STATISTICS_NAME}" if run is None else f"{name}/{STATISTICS_NAME}"
+        found = fit.find_changed_normalization(name, known, facts.normalization, statistics=statistics)
         if found and not self.accept_contradictions:
             raise ValueError(f"{found[0]} Or continue as is with --data.accept_contradictions true.")
         return found

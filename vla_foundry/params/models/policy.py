@@ -8,7 +8,7 @@ from vla_foundry.config.schema import BaseParams, Derived, Size, Steps, Unavaila
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams, TransformerHeadParams
 from vla_foundry.params.models.backbones import BackboneParams
-from vla_foundry.params.models.roles import ImageInputs, ModelParams, TokenLimits, register_model_params
+from vla_foundry.params.models.roles import TIMM_PREFIX, ImageInputs, ModelParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.storage.uri import exists, is_remote
 
@@ -94,7 +94,7 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
     changed: dict[str, Any] = {}
     for item in fields(params):
         value: Any = getattr(params, item.name)
-        if item.name == "hf_pretrained" and not value.startswith("timm:"):
+        if item.name == "hf_pretrained" and not value.startswith(TIMM_PREFIX):
             if not only_gone:
                 changed[item.name] = folder
             elif os.path.isabs(value) and not os.path.exists(value):

@@ -16,6 +16,8 @@ def register_model_params(name: str) -> Callable[[T], T]:
 
 
 _MODEL = "model."
+# what begins the names of models from timm, which have no config.json
+TIMM_PREFIX = "timm:"
 # number of blocks
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
 
@@ -130,6 +132,17 @@ class PublishedParams(BaseParams):
     hf_load_weights: bool = True
     # weights that the published model may lack, by name or pattern ("model.projector.*"); they start with new values
     hf_new_weights: list[str] = field(default_factory=list)
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Say what cannot be checked because the published model is not on this machine."""
+        notices = super().check(root, facts, path)
+        if self.hf_pretrained in facts.model_configs or self.hf_pretrained.startswith(TIMM_PREFIX):
+            return notices
+        return [
+            *notices,
+            f"{path}.hf_pretrained: {self.hf_pretrained} is not on this machine, so its layers, tokens and images are "
+            "checked when training starts.",
+        ]
 
     def published_limits(self, facts: Facts) -> TokenLimits:
         """Return which tokens the published model can take, as far as its config.json says so."""

@@ -80,6 +80,7 @@ def test_the_architecture_and_the_images_are_those_of_the_run(run: Path) -> None
     (run / "robotics.json").write_text(format_spec(SPEC), encoding="utf-8")
     data_words = ["--data.dataset_manifest", str(run / "manifest.jsonl"), "--data.action_fields", "[a]"]
     data_words += ["--data.seq_len", "100", "--data.tokenizer", "words"]
+    data_words += ["--data.normalization.enabled", "false"]
     budget = ["--total_train_samples", "1000", "--hparams.global_batch_size", "10", "--hparams.warmup", "0.0"]
     budget += ["--hparams.per_gpu_batch_size", "10"]
     layers = [f"{BACKBONE}.num_vlm_layers_to_use", "2"]

@@ -1,0 +1,158 @@
+"""What a run, a checkpoint or a published model says about its tokenizer, images and statistics."""
+
+import itertools
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vla_foundry.params.facts import ImageFacts, TokenizerFacts
+from vla_foundry.params.models.roles import TIMM_PREFIX
+from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec
+from vla_foundry.run_folder import (
+    CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    PROCESSOR_CONFIG_NAME,
+    PROCESSOR_FOLDER,
+    STATE_NAME,
+    TOKENIZER_FOLDER,
+    find_fault,
+    list_step_folders,
+    run_folder_candidates,
+)
+from vla_foundry.storage.uri import exists, is_remote, join_uri, read_text
+from vla_foundry.text.tokenizers import Vocabulary, read_vocabulary
+
+# folders of a run that hold a tokenizer, the fuller one first
+_KEPT = (PROCESSOR_FOLDER, TOKENIZER_FOLDER)
+
+
+def find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
+    """Return the dataset spec saved in the run of a checkpoint, or None."""
+    if is_remote(checkpoint) and offline:
+        return None
+    for folder in run_folder_candidates(checkpoint):
+        location = join_uri(folder, SPEC_NAME)
+        if exists(location):
+            return NamedSpec(folder, parse_spec(read_text(location), location))
+    return None
+
+
+def describe_inputs(run_folder: str) -> dict[str, Any]:
+    """Return what checkpoints keep about their inputs, from the files of a run folder: see `_read_inputs`."""
+    tokenizer, images = read_kept_tokenizer(run_folder, run_folder), _read_kept_images(run_folder)
+    inputs = {
+        "tokenizer": None if tokenizer is None or tokenizer.vocabulary is None else tokenizer.vocabulary.to_record(),
+        "images": None if images is None else asdict(images),
+        "normalization": _read_run_normalization(run_folder),
+    }
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _read_inputs(checkpoint: str) -> dict[str, Any]:
+    """Return what the state.json of a checkpoint says about its tokenizer, images and normalization; {}: nothing.
+
+    It goes with the weights, wherever a step folder is copied, and however the files of its run change.
+    """
+    folders = run_folder_candidates(checkpoint)[:2]
+    if not is_remote(checkpoint):
+        folders += map(str, list_step_folders(Path(checkpoint))[:1])
+        folders = [folder for folder in folders if find_fault(Path(folder), only={STATE_NAME}) is None]
+    found = (read_json(join_uri(folder, STATE_NAME)).get("inputs") for folder in folders)
+    return next((inputs for inputs in found if isinstance(inputs, dict)), {})
+
+
+def read_weights_tokenizer(place: str, name: str) -> TokenizerFacts | None:
+    """Return the tokenizer that a checkpoint or a published model was trained with; None: unknown."""
+    kept, record = read_kept_tokenizer(place, name), _read_inputs(place).get("tokenizer")
+    if record is None:
+        return kept
+    trained = Vocabulary.from_record(record)
+    if kept is not None and kept.vocabulary is not None and trained.find_difference(kept.vocabulary) is None:
+        return kept
+    return TokenizerFacts(name=f"of {name}", vocab_size=record["size"], vocabulary=trained)
+
+
+def read_weights_images(place: str) -> ImageFacts | None:
+    """Return how images were prepared in the training of a checkpoint or a published model; None: unknown."""
+    record = _read_inputs(place).get("images")
+    return _read_kept_images(place) if record is None else ImageFacts.from_record(record)
+
+
+def read_weights_normalization(checkpoint: str | None, run: NamedSpec | None, offline: bool) -> dict[str, Any] | None:
+    """Return how the numbers of each field were normalized in the training of a checkpoint; None: unknown."""
+    if checkpoint is not None and not (is_remote(checkpoint) and offline):
+        record = _read_inputs(checkpoint).get("normalization")
+        if record is not None:
+            from vla_foundry.robotics.normalization import RoboticsNormalizer
+
+            return RoboticsNormalizer.from_state(record, origin=checkpoint).state()["fields"]
+    state = None if run is None else _read_run_normalization(run.name)
+    return None if state is None else state["fields"]
+
+
+def _read_run_normalization(folder: str) -> dict[str, Any] | None:
+    """Return the state of a run's normalizer, or None if it keeps none."""
+    from vla_foundry.data.robotics import load_normalizer
+
+    try:
+        return load_normalizer(folder).state()
+    except FileNotFoundError:
+        return None
+
+
+def read_json(location: str) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if the file is missing or holds something else."""
+    try:
+        values = json.loads(read_text(location))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def read_tokenizer(name: str, location: str) -> TokenizerFacts:
+    found = read_vocabulary(location)
+    return TokenizerFacts(name=name, vocab_size=found.size, image_token_id=found.image_token_id, vocabulary=found)
+
+
+def read_kept_tokenizer(checkpoint: str, name: str) -> TokenizerFacts | None:
+    """Return the processor, or else the tokenizer, kept with a checkpoint or a published model; None: it has none.
+
+    Args:
+        checkpoint: where it is.
+        name: name of a published model.
+    """
+    runs = (folder for folder in run_folder_candidates(checkpoint) if exists(join_uri(folder, MODEL_CONFIG_NAME)))
+    folders = [join_uri(run, kept) for run in itertools.islice(runs, 1) for kept in _KEPT]
+    for folder in (*folders, checkpoint):
+        with suppress(FileNotFoundError):
+            return read_tokenizer(name if folder == checkpoint else folder, folder)
+    return None
+
+
+def read_images(folder: str) -> ImageFacts | None:
+    """Return how the processor in a folder prepares images; None: unknown."""
+    for file in (PROCESSOR_CONFIG_NAME, "processor_config.json", "preprocessor_config.json"):
+        found = ImageFacts.from_config(read_json(join_uri(folder, file)))
+        if found is not None:
+            return found
+    return None
+
+
+def _read_kept_images(checkpoint: str) -> ImageFacts | None:
+    """Return how the images of a checkpoint or a published model were prepared; None: unknown."""
+    if checkpoint.startswith(TIMM_PREFIX):
+        return None
+    for folder in run_folder_candidates(checkpoint):
+        if exists(join_uri(folder, MODEL_CONFIG_NAME)):
+            kept = read_images(join_uri(folder, PROCESSOR_FOLDER))
+            config = join_uri(folder, CONFIG_NAME)
+            if kept is None and exists(config):
+                # without text, a run has no processor, and the data's params say all of it
+                data = (yaml.safe_load(read_text(config)) or {}).get("data")
+                kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
+            return kept
+    return read_images(checkpoint)
