@@ -27,7 +27,7 @@ from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import TIMM_PREFIX, LanguageModelParams, ModelParams, PublishedParams
-from vla_foundry.params.models.vit import ImageEncoderParams
+from vla_foundry.params.models.vit import ImageEncoderParams, ViTHFParams
 from vla_foundry.robotics.spec import SPEC_NAME, read_spec
 from vla_foundry.run_folder import (
     MODEL_CONFIG_NAME,
@@ -245,6 +245,8 @@ def _read_model_configs(model: BaseParams, offline: bool) -> dict[str, dict[str,
         if not isinstance(part, PublishedParams) or part.hf_pretrained.startswith(TIMM_PREFIX):
             continue
         name = part.hf_pretrained
+        if isinstance(part, ViTHFParams) and "/" not in name and not os.path.isdir(name):
+            continue  # its derived name is timm's
         try:
             folder = _locate(name, fetch=not offline)
         except (FileNotFoundError, ValueError) as error:
