@@ -1,9 +1,10 @@
-"""Tiny image-text models of Hugging Face and our own, and a few steps of training them on any number of ranks.
+"""Tiny language and image-text models of Hugging Face and our own, and a few steps of training on any number of ranks.
 
 Imported by the tests through the fixture `image_text`; run by torchrun as a script:
     torchrun --nproc_per_node 2 image_text_run.py FOLDER
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedModel,
@@ -32,7 +35,7 @@ from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
@@ -44,6 +47,8 @@ from vla_foundry.world import World, read_world
 IMAGE = 90
 # tokens that an image becomes
 PER_IMAGE = {"qwen3_vl": 4, "paligemma": 16, "smolvlm2": 4, "native": 4, "native_siglip": 4}
+# those that are trained on two ranks; the last two read no images
+TRAINED = [*PER_IMAGE, "llama", "native_text"]
 _TEXT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -91,6 +96,8 @@ def create_original(name: str) -> PreTrainedModel:
         return PaliGemmaForConditionalGeneration(PaliGemmaConfig(text_config=text, vision_config=vision, **sizes))
     if name == "native_siglip":  # the image encoder of a model of our own
         return SiglipVisionModel(SiglipVisionConfig(**_VISION))
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**_TEXT))
     text = {**_TEXT, "model_type": "llama"}
     sizes = {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0}
     return SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=_VISION, **sizes))
@@ -106,7 +113,8 @@ def create_images(name: str, count: int, seed: int) -> dict[str, torch.Tensor]:
 
 def create_batch(name: str, seed: int, *, has_images: bool = True) -> dict[str, Any]:
     """Two rows of which the second ends with three tokens of padding."""
-    width = 12 + PER_IMAGE[name]
+    has_images = has_images and name in PER_IMAGE
+    width = 12 + PER_IMAGE.get(name, 0)
     ids = torch.randint(3, 89, (2, width), generator=torch.Generator().manual_seed(seed)).int()
     mask = torch.zeros(2, width, dtype=torch.bool)
     mask[:, -8:] = True
@@ -145,15 +153,20 @@ def global_batch(name: str, step: int) -> list[dict[str, Any]]:
 
 
 def create_model_params(name: str, folder: Path) -> ModelParams:
+    if name == "llama":
+        return TransformerHFParams(hf_pretrained=str(folder / name))
     if not name.startswith("native"):
         return VLMHFParams(hf_pretrained=str(folder / name))
     sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4}
+    transformer = TransformerParams(**sizes, vocab_size=96, max_seq_len=64)
+    if name == "native_text":
+        return transformer
     vit = ViTParams(**sizes, inter_dim=48, patch_size=7, img_size=28, projector_pixel_shuffle_factor=2)
     if name == "native_siglip":
         vit = ViTHFParams(hf_pretrained=str(folder / name), projector_pixel_shuffle_factor=2)
     return VLMParams(
         vit=vit,
-        transformer=TransformerParams(**sizes, vocab_size=96, max_seq_len=64),
+        transformer=transformer,
         image_token_id=IMAGE,
         image_attention="bidirectional",
     )
@@ -176,7 +189,11 @@ def create_state(params: TrainExperimentParams, world: World, *, load_pretrained
 
 
 def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float]:
-    """Train two steps, save, and resume in a new model; returns the loss of each step, then the FLOPs of a token."""
+    """Train two steps, save, and resume in a new model, and train two steps without sharding.
+
+    Returns:
+        The loss of each step, then the FLOPs of a token.
+    """
     params = create_params(name, folder)
     handler = create_batch_handler(params)
 
@@ -191,14 +208,15 @@ def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float
     resumed = create_state(params, world, load_pretrained=False)
     load_checkpoint(checkpoint, resumed)
     flops: Any = state.model.num_flops_per_token  # also of a sharded model
-    return [*losses, step(resumed), flops(20)]
+    whole = create_state(dataclasses.replace(params, distributed=DistributedParams()), world, load_pretrained=True)
+    return [*losses, step(resumed), step(whole), step(whole), flops(20)]
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
-    losses = {name: train(name, folder, folder / f"sharded_{name}", world) for name in PER_IMAGE}
+    losses = {name: train(name, folder, folder / f"sharded_{name}", world) for name in TRAINED}
     (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     stop_process_group()
     leave_process(0)

@@ -71,9 +71,9 @@ HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
     "regression": (RegressionParams, {}),
     "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
 }
-# those trained on several ranks: every way that a head reads conditioning and is told the time
-# heads, and backbones under one of them, that are trained on two ranks
-SHARDED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression", "vit", "clip"]
+# heads, and backbones under one of them, that are trained on two ranks: every way that a head reads conditioning and is
+# told the time
+TRAINED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression", "vit", "clip"]
 
 
 def create_head_params(name: str, *, num_draws: int = 2, is_causal: bool = False) -> ActionHeadParams:
@@ -192,7 +192,7 @@ def create_state(params: TrainExperimentParams, world: World) -> TrainState:
 
 
 def train(name: str, folder: Path, world: World) -> list[float]:
-    """Train two steps on two microbatches, save, and resume in a new model.
+    """Train two steps on two microbatches, save, and resume in a new model; train two steps without sharding.
 
     Returns:
         The loss of each step, then the FLOPs of a token.
@@ -215,14 +215,15 @@ def train(name: str, folder: Path, world: World) -> list[float]:
     resumed = create_state(params, world)
     load_checkpoint(checkpoint, resumed)
     flops: Any = state.model.num_flops_per_token  # also of a sharded model
-    return [*losses, step(resumed), flops(20)]
+    whole = create_state(change(params, distributed=DistributedParams()), world)
+    return [*losses, step(resumed), step(whole), step(whole), flops(20)]
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = read_world(0)
     start_process_group(DistributedParams(fsdp=True), world)
-    losses = {name: train(name, folder, world) for name in SHARDED}
+    losses = {name: train(name, folder, world) for name in TRAINED}
     (folder / f"losses.{world.rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     stop_process_group()
     leave_process(0)

@@ -251,9 +251,9 @@ def test_a_policy_made_on_the_meta_device_is_whole_once_it_has_memory(backbone: 
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_path: Path) -> None:
+def test_two_ranks_train_and_resume_as_one_process_does_sharded_or_not(policies, tmp_path: Path) -> None:
     policies.create_clip().save_pretrained(tmp_path / "clip")
-    alone = {name: policies.train(name, tmp_path, World()) for name in policies.SHARDED}
+    alone = {name: policies.train(name, tmp_path, World()) for name in policies.TRAINED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -261,7 +261,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -271,6 +271,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(policies, tmp_pa
             assert together[name] == pytest.approx(losses, rel=1e-5), name
     for losses in alone.values():
         assert losses[3] == losses[2]
+        assert losses[4:6] == losses[:2]
         assert losses[0] != losses[1] != losses[2]
 
 

@@ -39,7 +39,7 @@ BLOCKS = {
 def folder(image_text: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with each of the models as published."""
     folder = tmp_path_factory.mktemp("published")
-    for name in [*NAMES, "native_siglip"]:
+    for name in [*NAMES, "native_siglip", "llama"]:
         image_text.create_original(name).save_pretrained(folder / name)
     return folder
 
@@ -183,10 +183,10 @@ def test_a_model_made_on_the_meta_device_is_whole_once_it_has_memory(
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_train_and_resume_as_one_process_does(
+def test_two_ranks_train_and_resume_as_one_process_does_sharded_or_not(
     image_text: ModuleType, folder: Path, tmp_path: Path
 ) -> None:
-    alone = {name: image_text.train(name, folder, tmp_path / name, World()) for name in image_text.PER_IMAGE}
+    alone = {name: image_text.train(name, folder, tmp_path / name, World()) for name in image_text.TRAINED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -194,7 +194,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,6 +204,7 @@ def test_two_sharded_ranks_train_and_resume_as_one_process_does(
             assert together[name] == pytest.approx(losses, rel=1e-5)
     for losses in alone.values():
         assert losses[3] == losses[2]
+        assert losses[4:6] == losses[:2]
         assert losses[0] != losses[1] != losses[2]
 
 
