@@ -4,14 +4,18 @@ import gzip
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from vla_foundry.config.command_line import parse
+from vla_foundry.models.registry import count_flops_per_token, list_blocks
 from vla_foundry.params import TrainExperimentParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +80,40 @@ class BigramHandler:
     def count_targets(self, inputs):
         return torch.tensor(inputs["targets"].numel())
 '''
+
+
+# params and a factory alone: of a model that is no kind of ours, and one whose factory forgets to return
+UNFINISHED = """
+from dataclasses import dataclass
+
+from vla_foundry.models import register_model
+from vla_foundry.params import ModelParams, register_model_params
+from vla_foundry.params.models.roles import LanguageModelParams
+
+
+@register_model_params("strange")
+@dataclass(frozen=True, kw_only=True)
+class StrangeParams(ModelParams):
+    pass
+
+
+@register_model_params("empty")
+@dataclass(frozen=True, kw_only=True)
+class EmptyParams(LanguageModelParams):
+    pass
+
+
+@register_model_params("missing")
+@dataclass(frozen=True, kw_only=True)
+class MissingParams(LanguageModelParams):
+    pass
+
+
+@register_model("strange")
+@register_model("empty")
+def create(params, load_pretrained=True):
+    pass
+"""
 
 
 def write_counting_dataset(folder: Path, num_samples: int) -> str:
@@ -252,3 +290,61 @@ def test_plugins_of_a_config_that_came_with_data_are_imported_only_if_the_user_n
     params = parse(TrainExperimentParams, [*words, "--data.type", "text", "--plugins", name], prog="train").params
     assert params.plugins == [name]
     assert params.model.type == "transformer"
+
+
+def read_command() -> list[str]:
+    """The command of CONTRIBUTING.md that trains the example of a new model."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("\\\n", "")
+    (line,) = [line for line in text.split("\n") if line.startswith("vla-foundry train --plugins examples.")]
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("extra", [(), ("--distributed.fsdp", "true")])
+def test_a_model_of_params_and_a_factory_alone_trains(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    write_counting_dataset(tmp_path / "shards", 64)
+    small = ("--data.seq_len", "8", "--hparams.lr", "0.1", "--hparams.warmup", "0", "--wandb", "false")
+    flags = (*small, "--data.num_workers", "0", "--log_every_n_steps", "1", "--save_path", "runs", *extra)
+    run_python("-m", "vla_foundry.cli", *read_command(), *flags, "--hparams.precision", "fp32", cwd=tmp_path)
+    text = (tmp_path / "runs" / "gru" / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    # about log 4096 at first
+    assert abs(losses[0] - 8.3) < 0.3
+    assert losses[-1] < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "strange",
+            r"model\.type 'strange' has no batch handler, so it cannot be trained\. Register one with @register",
+        ),
+        ("missing", r"model\.type 'missing' is unknown\."),
+        ("empty", r"model\.type 'empty': its factory returned NoneType, not a module\."),
+    ],
+)
+def test_an_unfinished_model_is_one_line_and_leaves_no_run_folder(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "unfinished.py").write_text(UNFINISHED, encoding="utf-8")
+    manifest = write_counting_dataset(tmp_path / "data", 64)
+    words = f"train --plugins unfinished --model.type {name} --data.type text --data.dataset_manifest {manifest}"
+    budget = "--data.seq_len 8 --data.num_workers 0 --total_train_samples 64 --hparams.global_batch_size 8 --name a"
+    error = run_python("-m", "vla_foundry.cli", *words.split(), *budget.split(), cwd=tmp_path, returncode=2)
+    assert re.search(f"^error: {message}", error, re.MULTILINE)
+    assert not (tmp_path / "experiments" / "a").exists()
+
+
+def test_blocks_and_flops_of_a_model_that_does_not_say_them() -> None:
+    class Layered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = nn.Embedding(10, 4)
+            # a usual name, which is no method here
+            self.blocks = nn.ModuleList(nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(4, 4)])}) for _ in range(3))
+            self.shared = nn.ModuleList([self.blocks[0]])
+            self.head = nn.Linear(4, 10)
+
+    model = Layered()
+    assert list_blocks(model) == [*model.blocks]
+    assert count_flops_per_token(model, 8) == 6 * (3 * 16 + 40)

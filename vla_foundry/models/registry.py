@@ -66,7 +66,9 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
     """
     factory = MODELS.get(params.type)
     checkpoint = params.resume_from_checkpoint if load_pretrained else None
-    model = factory(params, load_pretrained=load_pretrained and checkpoint is None)
+    model: Any = factory(params, load_pretrained=load_pretrained and checkpoint is None)
+    if not hasattr(model, "state_dict"):
+        raise ValueError(f"model.type '{params.type}': its factory returned {type(model).__name__}, not a module.")
     if checkpoint is not None:
         from vla_foundry.models.weights import load_model_checkpoint
 
@@ -77,8 +79,55 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
 
 
 def create_batch_handler(params: "TrainExperimentParams") -> "BatchHandler":
-    """Build the batch handler of the model in `params`."""
-    return BATCH_HANDLERS.get(params.model.type)(params)
+    """Build the batch handler of the model in `params`: its own, or else the one of its kind.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    name = params.model.type
+    if name not in BATCH_HANDLERS.names():
+        if params.model.batch_handler is None:
+            raise ValueError(
+                f"model.type '{name}' has no batch handler, so it cannot be trained. Register one with "
+                f"@register_batch_handler('{name}'), or derive its params from LanguageModelParams, VLMParams or "
+                "RobotPolicyParams."
+            )
+        name = params.model.batch_handler
+    return BATCH_HANDLERS.get(name)(params)
+
+
+def list_blocks(model: "nn.Module") -> "list[nn.Module]":
+    """Return the blocks that are sharded, compiled and checkpointed one by one.
+
+    They are what its method `blocks` returns, or else the members of its outermost module lists.
+    """
+    from torch import nn
+
+    own: Any = getattr(model, "blocks", None)
+    if own is not None and not isinstance(own, nn.Module):
+        return own()
+    blocks: list[nn.Module] = []
+    inner: set[nn.Module] = set()
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList) and parent not in inner:
+            blocks += parent
+            inner.update(part for block in parent for part in block.modules())
+    return list(dict.fromkeys(blocks))
+
+
+def count_flops_per_token(model: "nn.Module", seq_len: int) -> float:
+    """Return the FLOPs of a training step per token.
+
+    They are what its method `num_flops_per_token` returns, or else 6 for each trained matrix weight outside embeddings.
+    """
+    from torch import nn
+
+    own: Any = getattr(model, "num_flops_per_token", None)
+    if own is not None:
+        return own(seq_len)
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    matrices = (p for p in model.parameters() if p.ndim >= 2 and p.requires_grad and id(p) not in tables)
+    return 6.0 * sum(matrix.numel() for matrix in matrices)
 
 
 def save_model_files(model: "nn.Module", folder: Path) -> None:
@@ -91,13 +140,16 @@ def save_model_files(model: "nn.Module", folder: Path) -> None:
 def create_natively(cls: "Callable[[Any], Any]", params: Any) -> Any:
     """Build a model from `params` on torch's default device and initialise its weights.
 
-    It is built on the meta device first, because torch would initialise weights that `init_weights` then replaces.
+    It is built on the meta device first, because torch would initialise weights that `init_weights` then replaces. A
+    model without this method keeps torch's own initial weights.
     """
     import torch
 
     device = torch.get_default_device()
     with torch.device("meta"):
         model = cls(params)
+    if not hasattr(model, "init_weights"):
+        return cls(params)
     if device.type != "meta":
         model.to_empty(device=device)
         model.init_weights()

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vla_foundry.config.command_line import describe_error
+from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.world import World
 
@@ -103,12 +104,14 @@ def parallelize(
     """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
 
     Args:
-        model: on the CPU, the same on every rank; `blocks()` names the units to wrap.
+        model: on the CPU, the same on every rank; `list_blocks` names the units to wrap.
 
     Returns:
         The module that a training step calls: the model itself, or its DDP wrapper.
     """
-    blocks: list[nn.Module] = model.blocks()  # pyright: ignore[reportCallIssue]
+    blocks = list_blocks(model)
+    if grad_checkpointing and not blocks:
+        raise ValueError("hparams.grad_checkpointing needs blocks, but the model has no list of modules. Turn it off.")
     if grad_checkpointing:
         blocks = _checkpoint_activations(model, blocks)
     if compile_blocks:

@@ -14,7 +14,7 @@ from torch import nn
 from vla_foundry.data import DataLoader, create_dataloader
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
-from vla_foundry.models.registry import save_model_files
+from vla_foundry.models.registry import MODELS, save_model_files
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder
@@ -87,6 +87,9 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     """
     started = time.perf_counter()
     notices: list[str] = []
+    # errors in a new model's registrations come before anything is made
+    handler = create_batch_handler(params)
+    MODELS.get(params.model.type)
     main_rank_first(world, lambda: stack.enter_context(lock_folder(folder, what="run folder", flag="--name")))
     main_rank_first(world, lambda: remove_unfinished(folder))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
@@ -124,7 +127,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
         folder=folder,
         total_steps=total_steps(params),
         state=state,
-        handler=create_batch_handler(params),
+        handler=handler,
         loader=loader,
         validation_loader=validation_loader,
         log=log,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vla_foundry.batch import Batch
-from vla_foundry.models.registry import BatchHandler
+from vla_foundry.models.registry import BatchHandler, count_flops_per_token
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.checkpoint import save_checkpoint
@@ -179,10 +180,10 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def create_meter(run: Run) -> Meter:
-    """Create the meter of a run; it counts FLOPs if the model provides `num_flops_per_token`."""
+    """Create the meter of a run."""
     return Meter(
         world=run.world,
-        flops_per_token=run.state.model.num_flops_per_token,  # pyright: ignore[reportArgumentType]
+        flops_per_token=partial(count_flops_per_token, run.state.model),
         uses_bf16=run.params.hparams.precision in ("amp_bfloat16", "pure_bf16"),
     )
 

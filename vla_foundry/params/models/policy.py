@@ -19,6 +19,8 @@ T = TypeVar("T", bound=BaseParams)
 class RobotPolicyParams(ModelParams):
     """Shared by policies: map images, an instruction and proprioception to a chunk of actions."""
 
+    batch_handler = "diffusion_policy"
+
     # encodes images and instruction
     vision_language_backbone: BackboneParams
     # predicts actions from the backbone's output

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, register_choice
 from vla_foundry.params.facts import Facts
@@ -88,6 +88,8 @@ class ModelParams(ChoiceParams):
     _choice_registry = {}
     choice_path = "model.type"
     checkpoint_key = "resume_from_checkpoint"
+    # batch handler of models that register none of their own; None: they must
+    batch_handler: ClassVar[str | None] = None
 
     # checkpoint to start from: a run or step folder, .safetensors or .pt; local, s3:// or hf://
     resume_from_checkpoint: Location | None = None
@@ -120,6 +122,7 @@ class LanguageModelParams(ModelParams):
 
     _choice_registry = {}
     native_type = "transformer"
+    batch_handler = "transformer"
 
 
 @dataclass(frozen=True, kw_only=True)

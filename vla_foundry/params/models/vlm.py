@@ -24,6 +24,8 @@ ROWS_MULTIPLE = 64
 class VLMParams(ModelParams):
     """Image encoder, projector and language model; both models can start from checkpoints or be frozen."""
 
+    batch_handler = "vlm"
+
     # image encoder
     vit: ImageEncoderParams
     # language model
@@ -77,6 +79,8 @@ class VLMParams(ModelParams):
 @dataclass(frozen=True, kw_only=True)
 class VLMHFParams(PublishedParams, ModelParams):
     """Any Hugging Face image-text model (AutoModelForImageTextToText)."""
+
+    batch_handler = "vlm_hf"
 
     # number of tokens; the token tables grow to it; null: as published
     vocab_size: NumTokens | None = None
