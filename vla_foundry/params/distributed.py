@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from vla_foundry.config.schema import BaseParams, Bounds, Name
 
+_LARGEST_PORT = 65535
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedParams(BaseParams):
@@ -26,7 +28,8 @@ class DistributedParams(BaseParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"env://|tcp://[^/]+:\d{1,5}(/?\?.*)?|file:///.+", self.dist_url):
+        match = re.fullmatch(r"env://|tcp://(?:\[[\w:.%]+\]|[^/:]+):(\d{1,5})(?:/?\?.*)?|file:///.+", self.dist_url)
+        if match is None or int(match[1] or 0) > _LARGEST_PORT:
             raise ValueError(f"dist_url '{self.dist_url}' must be env://, tcp://HOST:PORT or file:///PATH.")
         if self.fsdp_cpu_offload and not self.fsdp:
             raise ValueError("fsdp_cpu_offload is true, but only FSDP offloads. Set fsdp true, or leave it out.")

@@ -158,6 +158,7 @@ def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line()
             "data: {processor_kwargs: {size: {a: [.nan]}}, type: image_caption}",
             r"size\.a\[0\] \(nan\) must be fin",
         ),
+        ("distributed: {dist_url: 'tcp://h:65536'}", r"distributed\.dist_url 'tcp://h:65536' must be env://"),
         ("distributed: {dist_url: abc}", r"distributed\.dist_url 'abc' must be env://, tcp://HOST:PORT or file:///"),
         ("distributed: {fsdp_cpu_offload: true}", r"distributed\.fsdp_cpu_offload is true, but only FSDP offloads"),
         ("hparams: {force_min_lr: 1}", r"hparams\.force_min_lr \(1\.0\) must not be above lr \(0\.0001\)"),

@@ -90,7 +90,7 @@ class EvaluateParams(InferenceParams):
         """Return the seeds of the starts."""
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.episodes)
         if match is None or int(match[1]) >= int(match[2]):
-            raise ValueError(f"episodes must be first:end, such as 0:50, got '{self.episodes}'.")
+            raise ValueError(f"episodes must be first:end, such as 0:50, got '{self.episodes[:40]}'.")
         if int(match[2]) > FIRST_DEMO_SEED:
             raise ValueError(f"episodes ('{self.episodes}') must end at {FIRST_DEMO_SEED}: then come demonstrations.")
         return range(int(match[1]), int(match[2]))

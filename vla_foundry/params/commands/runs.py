@@ -23,7 +23,7 @@ class InferenceParams(BaseParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
             raise ValueError(f"device '{self.device}' is unknown. Use auto, cpu, cuda or cuda:N.")
 
 

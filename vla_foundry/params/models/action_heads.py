@@ -68,6 +68,15 @@ class DDPMParams(NoiseParams):
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start ({self.beta_start}) must not be above beta_end ({self.beta_end}).")
 
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that sampling takes no more steps than there are."""
+        if self.num_inference_steps > self.num_timesteps:
+            raise ValueError(
+                f"{path}.num_inference_steps ({self.num_inference_steps}) must be at most {path}.num_timesteps "
+                f"({self.num_timesteps})."
+            )
+        return []
+
 
 def check_range(name: str, limits: tuple[float, float] | None) -> None:
     """Check that a range is ascending.

@@ -137,7 +137,7 @@ def parse_threshold(text: str, *, where: str) -> float:
     Raises:
         ValueError: it is neither.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", text)
+    match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)\s*(\S*)\s*", text)
     if match is None or (match[2] and match[2] not in _UNITS):
         raise ValueError(f"{where} '{text}' is not a number with a unit. Units: {', '.join(_UNITS)}.")
     return float(match[1]) * _UNITS.get(match[2], 1.0)

@@ -154,6 +154,13 @@ def test_a_window_longer_than_the_action_head_is_an_error_of_the_config(words: t
         params.model.check(params, Facts(), "model")
 
 
+def test_more_sampling_steps_than_diffusion_steps_are_an_error_of_the_config() -> None:
+    noise = parse_policy("--model.action_head.type", "ddpm_transformer").model.action_head.noise
+    assert noise.check(None, Facts(), "a") == []
+    with pytest.raises(ValueError, match=r"^a\.num_inference_steps \(101\) must be at most a\.num_timesteps \(100\)"):
+        replace(noise, num_inference_steps=101).check(None, Facts(), "a")
+
+
 def test_a_run_of_another_model_is_an_error(run: Path) -> None:
     (run / "config_model.yaml").write_text(dump_params(VLM.transformer), encoding="utf-8")
     params = parse_policy(f"{BACKBONE}.resume_from_checkpoint", str(run), "--total_train_samples", "512")

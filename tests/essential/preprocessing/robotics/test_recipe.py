@@ -172,7 +172,7 @@ def test_thresholds_have_units() -> None:
     assert parse_threshold("5 mm", where="x") == pytest.approx(0.005)
     assert parse_threshold("2deg", where="x") == pytest.approx(np.deg2rad(2))
     assert parse_threshold("1e-3", where="x") == 1e-3
-    for text in ("5 furlongs", "-1.0"):
+    for text in ("5 furlongs", "-1.0", "nan mm", "1.2.3", "1e999"):
         with pytest.raises(ValueError, match=f"x '{text}' is not a number with a unit"):
             parse_threshold(text, where="x")
 
