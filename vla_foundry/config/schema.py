@@ -45,7 +45,7 @@ class Bounds:
         return [(words, limit, is_met) for words, limit, is_met in limits if limit is not None]
 
     def __str__(self) -> str:
-        return " and ".join(f"{words} {limit}" for words, limit, _ in self._limits())
+        return " and ".join(f"{words} {_short(limit)}" for words, limit, _ in self._limits())
 
     def check(self, value: int | float, name: str) -> None:
         """Check that `value` lies in the range.
@@ -62,6 +62,12 @@ class Bounds:
         if not is_number and len(limits) < 2:
             wanted.append("within 64 bits" if isinstance(value, int) else "finite")
         raise ValueError(f"{name} ({str(value).removesuffix('.0')}) must be {' and '.join(wanted)}. {self.fix}".strip())
+
+
+def _short(number: int | float) -> str:
+    """Write large round numbers as 1e12."""
+    short = f"{number:.0e}".replace("e+", "e")
+    return short if abs(number) >= 10**9 and float(short) == number else str(number)
 
 
 Count = Annotated[int, Bounds(least=1)]

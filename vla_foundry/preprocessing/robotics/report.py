@@ -71,8 +71,11 @@ class Report:
         }
 
     def _name(self, episode: Mapping[str, Any]) -> dict[str, Any]:
-        source = _show_path(episode["source"], self._sources)
-        return {"episode": episode["episode"], "source": source, "reason": episode["reason"]}
+        source, reason = _show_path(episode["source"], self._sources), episode["reason"]
+        for root in filter(os.path.isabs, self._sources):
+            # a reason names files
+            reason = reason.replace(f"{root.rstrip('/')}/", f"{_show_root(root)}/")
+        return {"episode": episode["episode"], "source": source, "reason": reason}
 
     def describe(self) -> list[str]:
         """Return lines to print."""

@@ -98,6 +98,7 @@ def test_a_failure_stops_the_job_and_names_the_episode(tmp_path, write_episodes,
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [episode["episode"] for episode in report["failed_episodes"]] == ["run_1"]
     assert report["failed_episodes"][0]["source"] == "raw/run_1.npz"
+    assert str(tmp_path) not in json.dumps(report)
 
 
 @pytest.mark.parametrize("layout", ["episodes", "samples"])
