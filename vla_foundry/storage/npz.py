@@ -28,6 +28,10 @@ _STORED, _DEFLATED = 0, 8
 # bytes to read at once: the directory of about 80 arrays; the header before an array's values
 _TAIL_SIZE, _HEAD_SIZE = 8192, 320
 _MAGIC = b"\x93NUMPY"
+# NumPy reads no longer header either
+_MAX_HEADER = 10_000
+# most bytes that the compressed arrays of a file (a sample, an episode) may inflate to
+MAX_INFLATED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class NpzFile:
         # (header, where the values begin) of stored arrays
         self._headers: dict[str, tuple[_Header, int]] = {}
         self._checked: set[str] = set()
+        self._num_inflated = 0
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NpzFile":
@@ -95,7 +100,8 @@ class NpzFile:
         start = self._find_content(name, entry)
         content = self._read_exactly(name, start, entry.size)
         if entry.method == _DEFLATED:
-            content = _inflate(name, content)
+            content = _inflate(name, content, MAX_INFLATED_BYTES - self._num_inflated)
+            self._num_inflated += len(content)
         elif entry.method != _STORED:
             raise ValueError(f"array '{name}' uses compression method {entry.method}, which NumPy does not write")
         if zlib.crc32(content) != entry.crc:
@@ -204,19 +210,31 @@ def _content_start(name: str, head: bytes) -> int:
     return _LOCAL.size + name_size + extra_size
 
 
-def _inflate(name: str, content: bytes) -> bytes:
+def _inflate(name: str, packed: bytes, room: int) -> bytes:
+    """Inflate an array, but never beyond what its header promises nor beyond `room` bytes."""
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        return zlib.decompress(content, -zlib.MAX_WBITS)
+        head = unpacker.decompress(packed, _MAX_HEADER)
+        header, skip = _parse_header(name, head)
+        size = skip + math.prod(header.shape) * header.dtype.itemsize
+        if size > room:
+            raise ValueError(f"array '{name}' of shape {header.shape} inflates to {size:,} bytes; {room:,} are left")
+        # one byte more, which shows a stream that goes on
+        content = head + unpacker.decompress(unpacker.unconsumed_tail, max(1, size + 1 - len(head)))
     except zlib.error as error:
         raise ValueError(f"array '{name}' is damaged: {error}") from None
+    if len(content) != size or not unpacker.eof:
+        raise ValueError(f"array '{name}' is damaged: it does not inflate to the {size:,} bytes that its header says")
+    return content
 
 
 def _header_end(name: str, content: bytes) -> int:
     if content[:6] != _MAGIC or len(content) < 12:
         raise ValueError(f"array '{name}' has no header of a NumPy array")
-    if content[6] == 1:
-        return 10 + int.from_bytes(content[8:10], "little")
-    return 12 + int.from_bytes(content[8:12], "little")
+    size = int.from_bytes(content[8 : 10 if content[6] == 1 else 12], "little")
+    if size > _MAX_HEADER - 12:
+        raise ValueError(f"array '{name}' has a header of {size:,} bytes; at most {_MAX_HEADER - 12:,} are read")
+    return size + (10 if content[6] == 1 else 12)
 
 
 def _parse_header(name: str, content: bytes) -> tuple[_Header, int]:
@@ -237,7 +255,7 @@ def _parse_header_text(text: bytes) -> _Header | None:
         shape = tuple(int(size) for size in values["shape"])
         is_valid = not dtype.hasobject and min(shape, default=0) >= 0
         return _Header(shape, dtype, bool(values["fortran_order"])) if is_valid else None
-    except (SyntaxError, ValueError, TypeError, KeyError):
+    except (SyntaxError, ValueError, TypeError, KeyError, RecursionError, MemoryError):
         return None
 
 
