@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from vla_foundry.config.command_line import Parsed, describe_error, errors_once, parse, print_notices, run_command
-from vla_foundry.config.resolve import print_resolved, require_resolved, resolve_known
+from vla_foundry.config.decode import find_text
+from vla_foundry.config.resolve import Resolved, format_tree, print_resolved, require_resolved, resolve_known
+from vla_foundry.config.schema import MissingError
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
 from vla_foundry.storage.uri import write_text
@@ -33,8 +35,16 @@ def main(argv: list[str]) -> None:
         FileNotFoundError: a file named in the config does not exist.
     """
     follow_launcher()
-    with errors_once():
-        parsed = parse(TrainExperimentParams, argv, prog=PROG)
+    try:
+        with errors_once():
+            parsed = parse(TrainExperimentParams, argv, prog=PROG)
+    except MissingError as error:
+        if find_text(error.found, "resolve_configs") not in ("true", "True"):
+            raise
+        if is_first_process():
+            sys.stdout.write(format_tree(error.found))
+        print_notices([f"this is what was given; to train, more is needed: {error}"])
+        return
     try:
         run(parsed)
     except (ValueError, OSError) as error:
@@ -56,7 +66,13 @@ def run(parsed: Parsed) -> None:
     """Resolve the params of a command line, and train."""
     with errors_once(on_each_node=True):
         facts = read_facts(parsed.params, read_world_size(), offline=parsed.params.resolve_configs)
-        resolved = resolve_known(parsed.params, facts)
+        try:
+            resolved = resolve_known(parsed.params, facts)
+        except MissingError as error:
+            if not parsed.params.resolve_configs:
+                raise
+            resolved: Resolved[Any] = error.found
+            resolved.notices.append(f"to train, more is needed: {error}")
     print_notices(parsed.notices + resolved.notices)
     if parsed.params.resolve_configs:
         lack = find_lack_of_memory(resolved.params, facts.world_size, read_memory(facts.ranks_per_node))

@@ -173,7 +173,7 @@ FILE_ERRORS = [
         r"bad\.yaml:1: hparams must be a mapping of keys, got '3'",
     ),
     ("- a list\n", r"bad\.yaml holds no mapping of keys\."),
-    ("data: {type: text}\nmodel: {hf_pretrained: 3, hidden_dim: 4}\n", r"bad\.yaml:2: model\.type is missing\."),
+    ("data: {type: text}\nmodel: {hf_pretrained: 3, n_layers: 4}\n", r"bad\.yaml:2: model\.type is missing\."),
 ]
 
 
@@ -242,6 +242,33 @@ def test_resolve_configs_needs_no_network(run: Run, workplace: Path) -> None:
     code, out, _ = run(*TRAIN, *words, "--resolve_configs")
     assert code == 0
     assert re.search(rf"^total_train_samples: null +# unresolved \(needs {remote}\)$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "missing"),
+    [
+        (
+            "--model.type transformer --model.n_layers 3",
+            r"^  n_layers: '?3'? +# command line$",
+            r"data\.type is missing\.",
+        ),
+        ("--data.type text --config_path part.yaml", r"^  lr: '?0\.1'? +# part\.yaml:2$", r"model\.type is missing\."),
+        ("--data.type text --model.type vlm", r"^    patch_size: 16 +# default$", r"There is no budget\."),
+        (
+            "--data.type text --model.type transformer --total_train_samples 10000 --hparams.seed 3",
+            r"^  seed: 3 +# resolved from hparams\.seed$",
+            r"data\.dataset_manifest is empty\.",
+        ),
+    ],
+)
+def test_resolve_configs_prints_what_there_is_and_what_is_missing(
+    run: Run, workplace: Path, words: str, shown: str, missing: str
+) -> None:
+    (workplace / "part.yaml").write_text("hparams:\n  lr: 0.1\n", encoding="utf-8")
+    code, out, err = run("train", *words.split(), "--resolve_configs")
+    assert (code, re.search(shown, out, re.MULTILINE) is not None) == (0, True), out
+    assert re.search(f"^note: .*more is needed: {missing}", err, re.MULTILINE)
+    assert run("train", *words.split())[0] == 2
 
 
 def test_the_preset_folder_works_from_any_directory(run: Run, workplace: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from vla_foundry.config import schema
 from vla_foundry.config.decode import Decoding, decode
 from vla_foundry.config.help import format_help
+from vla_foundry.config.schema import MissingError
 from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, without
 from vla_foundry.config.values import decode_value
 from vla_foundry.config.words import Words, flags_to_tree, split_words
@@ -248,7 +249,11 @@ def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
     if isinstance(tree, Branch) and not takes_plugins:
         tree = without(tree, PLUGINS_FLAG)
     decoding = Decoding(root=cls)
-    params = decode(cls, tree, decoding, path)
+    try:
+        params = decode(cls, tree, decoding, path)
+    except MissingError as error:
+        error.found = tree
+        raise
     return Parsed(params=params, origins=decoding.origins, notices=decoding.notices + _migration_notice(decoding))
 
 

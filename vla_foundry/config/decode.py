@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 from vla_foundry.config import schema
 from vla_foundry.config.help import nearest_path
-from vla_foundry.config.schema import ChoiceParams, Retyped, migrations_of
+from vla_foundry.config.schema import ChoiceParams, MissingError, Retyped, migrations_of
 from vla_foundry.config.tree import (
     COMMAND_LINE,
     DEFAULT,
@@ -149,7 +149,7 @@ def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
     if len(able) == 1 and keys:
         return able[0], Origin(f"the only type with the keys {', '.join(sorted(keys))}")
     names = ", ".join(sorted(able or types))
-    raise ValueError(f"{branch.origin.prefix}{type_path} is missing. Choose one of: {names} (--{type_path} NAME).")
+    raise MissingError(f"{branch.origin.prefix}{type_path} is missing. Choose one of: {names} (--{type_path} NAME).")
 
 
 def _find_retyped(role: type, name: str, tree: Branch) -> tuple[str, str] | None:
@@ -344,7 +344,7 @@ def _missing(cls: type, name: str, origin: Origin, decoding: Decoding, path: str
         return decode(section, Branch({}, Origin(origin.source)), decoding, full)
     comment = schema.field_comments(cls).get(name)
     meaning = f" ({comment})" if comment else ""
-    raise ValueError(f"{full} is missing{meaning}. Give it with --{full} {schema.describe_type(hint).upper()}.")
+    raise MissingError(f"{full} is missing{meaning}. Give it with --{full} {schema.describe_type(hint).upper()}.")
 
 
 def _unknown_key(cls: Any, slot: Any, key: Any, node: Node, decoding: Decoding, path: str) -> ValueError:

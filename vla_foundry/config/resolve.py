@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from vla_foundry.config.loading import dump_inline
-from vla_foundry.config.schema import BaseParams, ChoiceParams, Derived, Unavailable
-from vla_foundry.config.tree import DEFAULT, TYPE_KEY, Origin
+from vla_foundry.config.schema import BaseParams, ChoiceParams, Derived, MissingError, Unavailable
+from vla_foundry.config.tree import DEFAULT, TYPE_KEY, Branch, Origin, Scalar
 from vla_foundry.storage.uri import write_text
 from vla_foundry.world import is_first_process
 
@@ -20,7 +20,7 @@ RESOLVED_NAME = "resolved_config.yaml"
 _COLUMN = 56
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Resolved(Generic[P]):
     """Params with every derived value that is known."""
 
@@ -64,17 +64,21 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
         ValueError: sections do not fit together, as far as that is known.
     """
     derivation = _Derivation(sources={}, unresolved={}, notices=[], facts=facts)
-    order = params.derivation_order
-    for name in order:
-        # a section's second pass may fill values that its first left open
-        for path in [path for path in derivation.unresolved if path.startswith(f"{name}.")]:
-            del derivation.unresolved[path]
-        params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
-    params = derivation.fill(params, params.derive(params, facts), "")
-    notices = [*derivation.notices]
-    notices += [line for name in dict.fromkeys(order) for line in _check(getattr(params, name), params, facts, name)]
-    notices += params.check(params, facts, "")
-    return Resolved(params=params, sources=derivation.sources, unresolved=derivation.unresolved, notices=notices)
+    order, notices = params.derivation_order, derivation.notices
+    try:
+        for name in order:
+            # a section's second pass may fill values that its first left open
+            for path in [path for path in derivation.unresolved if path.startswith(f"{name}.")]:
+                del derivation.unresolved[path]
+            params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
+        params = derivation.fill(params, params.derive(params, facts), "")
+        for name in dict.fromkeys(order):
+            notices += _check(getattr(params, name), params, facts, name)
+        notices += params.check(params, facts, "")
+    except MissingError as error:
+        error.found = Resolved(params, derivation.sources, derivation.unresolved, notices)
+        raise
+    return Resolved(params, derivation.sources, derivation.unresolved, notices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,25 @@ def format_resolved(resolved: Resolved[Any], origins: dict[str, Origin]) -> str:
     notes.update({path: f"resolved from {source}" for path, source in resolved.sources.items()})
     notes.update({path: f"unresolved (needs {needs})" for path, needs in resolved.unresolved.items()})
     return "\n".join(_lines(resolved.params, "", notes)) + "\n"
+
+
+def format_tree(tree: Branch, indent: str = "") -> str:
+    """Return what was given of a config as YAML whose comments are the origins."""
+    text = ""
+    for key, node in tree.children.items():
+        if isinstance(node, Branch):
+            text += f"{indent}{key}:\n{format_tree(node, f'{indent}  ')}"
+        else:
+            text += _line(indent, key, _to_plain(node.value), key, {key: str(node.origin)}) + "\n"
+    return text
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    return value.text if isinstance(value, Scalar) else value
 
 
 def _lines(section: Any, path: str, notes: dict[str, str]) -> list[str]:

@@ -97,6 +97,13 @@ Location = Annotated[str, EXPANDED]
 _NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+class MissingError(ValueError):
+    """Raised for a value that the user must still give; what there is can be shown."""
+
+    # the config so far: a tree of what was given, or a Resolved; None: unknown
+    found: Any = None
+
+
 @dataclass(frozen=True)
 class Unavailable:
     """A fact that is not known yet."""

@@ -174,6 +174,8 @@ def _read_dataset(manifest: str, path: str, offline: bool, data: DataParams) -> 
 
 def _read_record_length(manifest: str, entries: tuple[ManifestEntry, ...]) -> int | None:
     """Return the seq_len of a dataset of tokenized text whose provenance is unknown; None: it holds no records."""
+    if not exists(join_uri(parent_uri(manifest), f"{entries[0].shard}.tar")):
+        return None  # training says so; without numpy, --resolve_configs is fast
     from vla_foundry.data.cache import ShardCache
     from vla_foundry.data.pipelines.text import find_record_length
     from vla_foundry.data.reader import Dataset, ShardReader
@@ -182,7 +184,7 @@ def _read_record_length(manifest: str, entries: tuple[ManifestEntry, ...]) -> in
     try:
         length = find_record_length(reader, 0)
     except (OSError, ValueError):
-        return None  # training says so when it opens the shard
+        return None  # training says why
     return None if length is None else length - 1
 
 

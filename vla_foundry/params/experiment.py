@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import vla_foundry.params.data  # noqa: F401
 import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
-from vla_foundry.config.schema import BaseParams, Count, Derived, Location, Name, Unavailable
+from vla_foundry.config.schema import BaseParams, Count, Derived, Location, MissingError, Name, Unavailable
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.distributed import DistributedParams
@@ -91,7 +91,7 @@ class TrainExperimentParams(BaseParams):
         """Derive the budget in samples from `num_epochs`."""
         if self.num_epochs is None:
             if self.total_train_samples is None:
-                raise ValueError("There is no budget. Give --total_train_samples N or --num_epochs N.")
+                raise MissingError("There is no budget. Give --total_train_samples N or --num_epochs N.")
             return {}
         counts = [dataset.num_samples for dataset in facts.datasets]
         missing = next((count for count in counts if isinstance(count, Unavailable)), None)

@@ -13,6 +13,7 @@ from vla_foundry.config.schema import (
     Fraction,
     Int,
     Location,
+    MissingError,
     NumTokens,
     NumWorkers,
     Positive,
@@ -139,7 +140,9 @@ class DataParams(ChoiceParams):
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that there are training datasets, and validation datasets if validation is on."""
         if not self.dataset_manifest:
-            raise ValueError(f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl.")
+            raise MissingError(
+                f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl."
+            )
         if root.total_val_samples is not None and not self.val_dataset_manifest:
             raise ValueError(
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.val_dataset_manifest "
