@@ -24,6 +24,7 @@ _COMMANDS = {
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",
     ),
+    "serve": ("vla_foundry.serving.command:main", "serve a policy over gRPC and websockets"),
     "import-checkpoint": (
         "vla_foundry.importing.command:main",
         "convert a run of the earlier implementation",

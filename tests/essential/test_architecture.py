@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 LAYERS: list[set[str]] = [
     {"cli", "main", "quickstart"},
     {"evaluation", "datagen", "viz", "importing"},
+    {"serving"},
     {"training", "inference"},
     {"models", "data", "preprocessing", "simulators"},
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
-    {"registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
+    {"client", "registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
     {"parsing", "tars"},
 ]
 # (importer, imported) within one layer
@@ -42,10 +43,13 @@ FENCES: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("training/metrics.py",),
     "grpc": ("serving/", "client/"),
     "websockets": ("serving/", "client/"),
+    "msgpack": ("serving/",),
+    "prometheus_client": ("serving/",),
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
 }
 TORCH_FREE = (
+    "client/",
     "config/",
     "params/",
     "storage/",

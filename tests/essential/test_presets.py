@@ -19,6 +19,7 @@ from vla_foundry.config.yaml_source import preset_root
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, FieldMapParams
+from vla_foundry.params.commands.serving import ClientMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
@@ -48,6 +49,7 @@ SECTIONS = {
     "action_heads": ActionHeadParams,
     "hparams": HyperParams,
     "field_maps": FieldMapParams,
+    "client_maps": ClientMapParams,
     "action_fields": ActionFieldsParams,
 }
 

@@ -52,7 +52,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: a name is unknown, the policy does not fit the robot, or the folder holds other results.
     """
-    if params.checkpoint is None:
+    if params.policy != "checkpoint":
         candidate = create_baseline(params)
     else:
         from vla_foundry.evaluation.policy_actor import load_candidate

@@ -1,8 +1,9 @@
 """Evaluate a trained policy: it sees what simulators sense, under the field names of its data."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -11,38 +12,40 @@ from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
+from vla_foundry.models.weights import digest_weights
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.registry import unknown_name_message
-from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, NamedSpec
+from vla_foundry.robotics.spec import (
+    CameraDescription,
+    DatasetSpec,
+    FieldDescription,
+    NamedSpec,
+    format_spec,
+    parse_spec,
+)
 from vla_foundry.robotics.transforms import SelectFields
-from vla_foundry.shards import sha256_of
 from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, name_observation
-from vla_foundry.storage.uri import is_remote, name_of
+from vla_foundry.storage.uri import name_of, read_text
 
 _NUM_SEEDS = 1 << 62
 
 
 def load_candidate(params: EvaluateParams) -> Candidate:
-    """Load the policy of `params.checkpoint`.
+    """Load the policy of `params.checkpoint`, or connect to that of `params.policy_server`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
+        ConnectionError: the server does not answer.
         ValueError: it is not a policy.
     """
-    assert params.checkpoint is not None
-    policy = Policy.from_run(
-        params.checkpoint,
-        device=params.device,
-        use_ema=params.use_ema,
-        open_loop_steps=params.open_loop_steps,
-        num_inference_steps=params.num_inference_steps,
-    )
-    sizes = {camera.original_size or camera.size for camera in policy.spec.cameras.values()}
-    cameras = tuple(name.rpartition(".")[2] for name in policy.spec.cameras)
+    subject = _load_checkpoint(params, params.checkpoint) if params.checkpoint is not None else _connect(params)
+    policy, spec = subject.policy, subject.spec
+    sizes = {camera.original_size or camera.size for camera in spec.cameras.values()}
+    cameras = tuple(name.rpartition(".")[2] for name in spec.cameras)
     image_size = next(iter(sizes))[0] if sizes else params.image_size
 
-    does_not_fit = f"The policy of {params.checkpoint} does not fit simulator '{params.simulator}'."
+    does_not_fit = f"The policy of {subject.origin} does not fit simulator '{params.simulator}'."
 
     def create_actor(facts: RobotFacts) -> Actor:
         faults = [] if facts.camera_fault is None else [facts.camera_fault]
@@ -52,7 +55,7 @@ def load_candidate(params: EvaluateParams) -> Candidate:
                 "one size."
             )
         try:
-            policy.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
+            subject.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
             layout = create_action_layout(facts, policy.action_fields)
         except ValueError as error:
             raise ValueError(" ".join([does_not_fit, *faults, str(error)])) from None
@@ -61,12 +64,12 @@ def load_candidate(params: EvaluateParams) -> Candidate:
         return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=params.images == "other_episode")
 
     return Candidate(
-        name=params.name or name_of(find_run_folder(params.checkpoint)),
+        name=params.name or subject.name,
         cameras=cameras,
         picture_camera=cameras[0] if cameras else params.camera,
         image_size=image_size,
         settings={
-            "weights_sha256": _digest(params.checkpoint, params.use_ema),
+            "weights_sha256": subject.weights_sha256,
             "open_loop_steps": policy.open_loop_steps,
             "num_inference_steps": params.num_inference_steps,
             "images": params.images,
@@ -76,17 +79,79 @@ def load_candidate(params: EvaluateParams) -> Candidate:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Subject:
+    """A policy in this process or behind a server, and what is known of it."""
+
+    policy: Any
+    # the checkpoint or the server, for messages
+    origin: str
+    name: str
+    spec: DatasetSpec
+    check_robot: Callable[[NamedSpec], None]
+    weights_sha256: str | None
+
+
+def _load_checkpoint(params: EvaluateParams, checkpoint: str) -> _Subject:
+    policy = Policy.from_run(
+        checkpoint,
+        device=params.device,
+        use_ema=params.use_ema,
+        open_loop_steps=params.open_loop_steps,
+        num_inference_steps=params.num_inference_steps,
+    )
+    return _Subject(
+        policy=policy,
+        origin=checkpoint,
+        name=name_of(find_run_folder(checkpoint)),
+        spec=policy.spec,
+        check_robot=policy.check_robot,
+        weights_sha256=digest_weights(checkpoint, params.use_ema),
+    )
+
+
+def _connect(params: EvaluateParams) -> _Subject:
+    """Connect to the server of `params.policy_server`.
+
+    Raises:
+        OSError: it does not answer, or refuses the token.
+        ValueError: its policy has no dataset spec.
+    """
+    from vla_foundry.client import RemotePolicy
+
+    assert params.policy_server is not None
+    token = None if params.server_token_file is None else read_text(params.server_token_file).strip()
+    policy = RemotePolicy(
+        params.policy_server,
+        timeout_s=params.server_timeout_s,
+        token=token,
+        tls_certificate=params.server_certificate,
+    )
+    if not policy.metadata.spec_json:
+        raise ValueError(
+            f"policy_server {params.policy_server} serves a policy without a dataset spec, not a checkpoint."
+        )
+    return _Subject(
+        policy=policy,
+        origin=params.policy_server,
+        name=policy.metadata.name,
+        spec=parse_spec(policy.metadata.spec_json, f"the spec of {params.policy_server}"),
+        check_robot=lambda robot: policy.check_robot(robot.name, format_spec(robot.spec)),
+        weights_sha256=policy.metadata.info.get("weights_sha256"),
+    )
+
+
 class PolicyActor:
     """Acts with a policy in the episodes of a batch; each episode is one client of the policy.
 
     Args:
-        policy: the policy.
+        policy: a Policy, or a RemotePolicy.
         layout: layout of the robot's action.
         seed: seed of the policy's noise, combined with the episode's.
         shows_other_episode: show each slot the pictures of the next one.
     """
 
-    def __init__(self, policy: Policy, layout: SelectFields, *, seed: int, shows_other_episode: bool) -> None:
+    def __init__(self, policy: Any, layout: SelectFields, *, seed: int, shows_other_episode: bool) -> None:
         self.policy = policy
         self.layout = layout
         self.seed = seed
@@ -138,16 +203,6 @@ class PolicyActor:
         """Return the next slot that has pictures; the slot itself if no other has."""
         after = [other for other in self._slots if other > slot] + [other for other in self._slots if other <= slot]
         return next(other for other in after if other in self._images)
-
-
-def _digest(checkpoint: str, use_ema: bool | None) -> str | None:
-    """Return the SHA-256 of a checkpoint's weights; None if it is remote."""
-    from vla_foundry.models.weights import find_weights_file, has_ema
-
-    if is_remote(checkpoint):
-        return None
-    with find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema).open("rb") as file:
-        return sha256_of(file)
 
 
 def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> DatasetSpec:

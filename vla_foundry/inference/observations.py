@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
 
 from vla_foundry.batch import Batch
+from vla_foundry.client.observation import RobotObservation as RobotObservation
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     ComputeRelativePoses,
@@ -27,23 +27,11 @@ from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.fit import FieldSources, WindowSpec
 from vla_foundry.robotics.normalization import RoboticsNormalizer
+from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.robotics.windows import RobotWindow, create_windows, image_frames
 
 # the type of an instruction that is given, not drawn
 _GIVEN = "given"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RobotObservation:
-    """What a robot senses at one control step, under the names of the data that the policy was trained on."""
-
-    # {camera: image as recorded, RGB, rows from the top}; by full name, or by the part after its last dot. Only needed
-    # where Policy.needs_images says so
-    images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]
-    # {field: its numbers, in the data's unit}; poses absolute
-    fields: Mapping[str, Float[np.ndarray, " _"]]
-    # what the robot should do
-    instruction: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +67,47 @@ class EpisodeHistory:
         self.spec = spec
         self.cameras = tuple(cameras)
         self.pads_images = pads_images
+        # observed or skipped steps
         self.num_observed = 0
+        self._first_step = 0
         self._frames: dict[int, _Frame] = {}
         self._num_steps_back = spec.num_steps_back
 
-    def observe(self, observation: RobotObservation) -> None:
+    def count_skipped(self, step: int) -> int:
+        """Return how many steps lie between the last observation and step `step`; the first observation skips none.
+
+        Raises:
+            ValueError: the step has passed.
+        """
+        if self.num_observed == 0:
+            self._first_step = step
+        skipped = step - self._first_step - self.num_observed
+        if skipped < 0:
+            raise ValueError(
+                f"observation: step {step} has passed, the next is {self._first_step + self.num_observed}. Count one "
+                "step for each action, and reset at the start of an episode."
+            )
+        return skipped
+
+    def observe(
+        self,
+        observation: RobotObservation,
+        *,
+        num_skipped: int = 0,
+        skipped: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> None:
         """Add the observation of the next step.
+
+        Args:
+            observation: what the robot senses.
+            num_skipped: steps before it that were not observed; it stands for them.
+            skipped: the actions of the first of these steps; later ones repeat the last action.
 
         Raises:
             ValueError: a field is missing or not finite, or an image is not like the camera's images in training.
         """
         fields = {
-            name: _read_field(name, np.dtype(described.dtype), observation.fields)
-            for name, described in self.spec.observed.items()
+            name: _read_field(name, described, observation.fields) for name, described in self.spec.observed.items()
         }
         images = {}
         for camera in self.cameras:
@@ -100,14 +116,29 @@ class EpisodeHistory:
                 _check_image(camera, observation.images[name])
                 # a client may reuse the array for its next image
                 images[camera.name] = observation.images[name].copy()
-        self._frames[self.num_observed] = _Frame(images=images, given=sorted(observation.images), fields=fields)
-        self._frames.pop(self.num_observed - self._num_steps_back - 1, None)
-        self.num_observed += 1
+        frame = _Frame(images=images, given=sorted(observation.images), fields=fields)
+        oldest = self.num_observed + num_skipped - self._num_steps_back - 1
+        last = None if self.num_observed == 0 else self._frames[self.num_observed - 1].actions
+        planned = [self._cast(actions) for actions in skipped] or [last]
+        for number in range(max(0, oldest - self.num_observed), num_skipped):
+            actions = planned[min(number, len(planned) - 1)]
+            self._frames[self.num_observed + number] = replace(frame, actions=actions)
+        self.num_observed += num_skipped + 1
+        self._frames[self.num_observed - 1] = frame
+        # `retract` needs one more than a window reaches back
+        self._frames = {step: kept for step, kept in self._frames.items() if step >= oldest}
+
+    def retract(self) -> None:
+        """Discard the last observation."""
+        self.num_observed -= 1
+        del self._frames[self.num_observed]
 
     def command(self, actions: Mapping[str, np.ndarray]) -> None:
         """Record what the robot does after the last observation: {field: (C,)}."""
-        frame = self._frames[self.num_observed - 1]
-        frame.actions = {name: actions[name].astype(described.dtype) for name, described in self.spec.commanded.items()}
+        self._frames[self.num_observed - 1].actions = self._cast(actions)
+
+    def _cast(self, actions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: actions[name].astype(described.dtype) for name, described in self.spec.commanded.items()}
 
     def window(self, instruction: str) -> RobotWindow:
         """Return the window that ends at the last observation; steps before the episode are padded as in training.
@@ -169,16 +200,18 @@ class EpisodeHistory:
         )
 
 
-def _read_field(name: str, dtype: np.dtype, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+def _read_field(name: str, described: FieldDescription, fields: Mapping[str, np.ndarray]) -> np.ndarray:
     if name not in fields:
         raise ValueError(
             f"observation: the policy needs the field '{name}', but the observation has "
             f"{', '.join(sorted(fields)) or 'no fields'}. Give it under that name."
         )
     values = np.asarray(fields[name])
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError(f"observation: field '{name}' must be finite numbers, got {values.tolist()}.")
-    return values.astype(dtype)
+    if values.shape != (described.width,) or not np.isfinite(values).all():
+        raise ValueError(
+            f"observation: field '{name}' must be {described.width} finite numbers, got {values.tolist()}."
+        )
+    return values.astype(described.dtype)
 
 
 def find_name(name: str, known: Sequence[str]) -> str | None:

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.inference.observations import EpisodeHistory, ObservationEncoder, RobotObservation
+from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
-from vla_foundry.robotics.spec import NamedSpec
+from vla_foundry.robotics.rotations import matrix_to_rotation
+from vla_foundry.robotics.spec import FieldDescription, NamedSpec
 
 _NUM_SEEDS = 1 << 63
 
@@ -104,6 +105,57 @@ class Policy:
         """The fields of an action in the model's order; poses are absolute."""
         return list(self._files.window_spec.commanded)
 
+    @property
+    def cameras(self) -> tuple[Camera, ...]:
+        """The cameras of an observation, in the model's order."""
+        return self._files.cameras
+
+    @property
+    def observed(self) -> dict[str, FieldDescription]:
+        """The fields of an observation."""
+        return dict(self._files.window_spec.observed)
+
+    @property
+    def commanded(self) -> dict[str, FieldDescription]:
+        """The fields of an action, in the model's order; poses are absolute."""
+        return dict(self._files.window_spec.commanded)
+
+    @property
+    def chunk_steps(self) -> int:
+        """Predicted actions of a chunk."""
+        return self._window.future + 1
+
+    @property
+    def steps_back(self) -> int:
+        """How many steps before the last observation a prediction looks at."""
+        return self._files.window_spec.num_steps_back
+
+    @property
+    def follows_instructions(self) -> bool:
+        """True if an observation must hold an instruction."""
+        data = self._files.data
+        return bool(data.use_language and data.language_instruction_types)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
+
+    def warm_up(self) -> None:
+        """Predict once from black images, so that the first robot does not wait for what the device prepares."""
+        fields = {}
+        for name, field in self.observed.items():
+            turn = field.rotation
+            fields[name] = np.zeros(field.width) if turn is None else matrix_to_rotation(np.eye(3), turn)
+        images = {}
+        for camera in self.cameras:
+            width, height = camera.original_size or self.spec.cameras[camera.name].size
+            images[camera.name] = np.zeros((height, width, 3), np.uint8)
+        client = object()
+        self.reset(seed=0, client=client)
+        self.act_many({client: RobotObservation(images=images, fields=fields, instruction="warm up")})
+        self.forget(client)
+
     def check_robot(self, robot: NamedSpec) -> None:
         """Check that a robot has the cameras and fields of the training data, with the same meaning.
 
@@ -129,10 +181,12 @@ class Policy:
 
     def needs_images(self, client: Hashable = None) -> bool:
         """True if the next observation must hold images: a chunk begins there, or a later one looks back at it."""
-        step = self._find(client).history.num_observed
+        found = self._find(client)
+        step = found.history.num_observed
         indices, every = self._files.window_spec.image_indices, self.open_loop_steps
         # steps before the start are padded with the first step's images
-        return bool(indices) and (step == 0 or any((step - index) % every == 0 for index in indices))
+        due = step + len(found.chunk)
+        return bool(indices) and (step == 0 or any((step - index - due) % every == 0 for index in indices))
 
     def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
         """Return the action that follows an observation: {field: (C,)}.
@@ -148,23 +202,62 @@ class Policy:
         Raises:
             ValueError: as `act`.
         """
-        due = []
         for name, observation in observations.items():
-            client = self._find(name)
-            client.history.observe(observation)
-            client.instruction = self._read_instruction(observation)
-            if not client.chunk:
-                due.append(client)
+            self.observe(observation, client=name)
+        return self.choose_actions(list(observations))
+
+    def observe(self, observation: RobotObservation, *, client: Hashable = None, step: int | None = None) -> None:
+        """Take in a robot's next observation, without choosing its action.
+
+        Args:
+            observation: what the robot senses.
+            client: the robot.
+            step: number of the control step in the episode; None: the next. Steps left out (an answer came too late)
+                are filled with this observation and with the actions that were planned for them.
+
+        Raises:
+            ValueError: no episode was begun, the step has passed, or the observation lacks something.
+        """
+        found = self._find(client)
+        instruction = self._read_instruction(observation)
+        num_skipped = 0 if step is None else found.history.count_skipped(step)
+        found.history.observe(observation, skipped=[*found.chunk[:num_skipped]], num_skipped=num_skipped)
+        del found.chunk[:num_skipped]
+        found.instruction = instruction
+
+    def retract(self, client: Hashable = None) -> None:
+        """Discard the last observation of a robot: its action could not be chosen."""
+        self._find(client).history.retract()
+
+    def choose_actions(self, clients: Sequence[Hashable]) -> dict[Any, dict[str, np.ndarray]]:
+        """Return the action that follows each robot's last observation; new chunks are predicted in one batch.
+
+        Raises:
+            ValueError: an observation lacks an image; nothing has changed then.
+        """
+        due = [client for client in map(self._find, clients) if not client.chunk]
         if due:
-            self.num_predicted += len(due)
             for client, chunk in zip(due, self._predict(due), strict=True):
                 client.chunk = chunk[: self.open_loop_steps]
-        actions = {}
-        for name in observations:
-            client = self._find(name)
-            actions[name] = client.chunk.pop(0)
-            client.history.command(actions[name])
-        return actions
+        return {name: self._pop_action(name) for name in clients}
+
+    def predict_chunk(self, client: Hashable = None) -> dict[str, np.ndarray]:
+        """Return all actions predicted from a robot's last observation: {field: (steps, C)}, the first one for now.
+
+        Raises:
+            ValueError: the observation lacks an image; nothing has changed then.
+        """
+        found = self._find(client)
+        (chunk,) = self._predict([found])
+        found.chunk = list(chunk)
+        self._pop_action(client)
+        return {name: np.stack([step[name] for step in chunk]) for name in chunk[0]}
+
+    def _pop_action(self, client: Hashable) -> dict[str, np.ndarray]:
+        found = self._find(client)
+        action = found.chunk.pop(0)
+        found.history.command(action)
+        return action
 
     def correct(self, action: Mapping[str, np.ndarray], *, client: Hashable = None) -> None:
         """Record the action that the robot executed instead of the last one from `act`: {field: (C,)}."""
@@ -184,18 +277,18 @@ class Policy:
         return self._clients[client]
 
     def _read_instruction(self, observation: RobotObservation) -> str:
-        data = self._files.data
-        if data.use_language and data.language_instruction_types and not observation.instruction:
+        if self.follows_instructions and not observation.instruction:
             raise ValueError("observation: the instruction is empty, but the policy follows instructions. Give one.")
         return observation.instruction
 
     def _predict(self, clients: Sequence[_Client]) -> list[list[dict[str, np.ndarray]]]:
         batch = self._encode(clients)
-        device = next(self.model.parameters()).device
+        device = self.device
         seeds = [
             draw_index(_NUM_SEEDS, seed=client.seed, position=client.history.num_observed - 1, purpose="policy.noise")
             for client in clients
         ]
+        self.num_predicted += len(clients)
         model: Any = self.model
         normalized = model.sample(
             self._handler.prepare_sampling(batch, device),

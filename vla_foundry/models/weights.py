@@ -21,6 +21,7 @@ from vla_foundry.run_folder import (
     find_checkpoint,
     list_step_folders,
 )
+from vla_foundry.shards import sha256_of
 from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, name_of
 
 # tables that earlier code stored and this code computes
@@ -256,3 +257,11 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
     for name, entry in entries.items():
         if tied.get(name) not in entries:
             tensors[name].copy_(entry.read())
+
+
+def digest_weights(checkpoint: str, use_ema: bool | None) -> str | None:
+    """Return the SHA-256 of a checkpoint's weights (use_ema: see `load_run_model`); None if it is remote."""
+    if is_remote(checkpoint):
+        return None
+    with find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema).open("rb") as file:
+        return sha256_of(file)

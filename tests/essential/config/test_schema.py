@@ -18,6 +18,7 @@ from vla_foundry.config.tree import DEFAULT, Scalar, to_node
 from vla_foundry.params import DataParams, ModelParams, TrainExperimentParams, commands
 from vla_foundry.params.commands.preprocessing_robotics import FieldParams
 from vla_foundry.params.commands.runs import InspectParams
+from vla_foundry.params.commands.serving import ClientPartParams
 
 
 def test_a_leading_tilde_is_expanded_in_every_path_of_flags_and_files(
@@ -59,7 +60,7 @@ def test_every_field_that_names_a_path_is_a_location() -> None:
     others = {
         "name", "plugins", "resume", "dist_url", "img2dataset", "data_discard_keys", "camera_names", "caption_key",
         "url_key", "text_key", "source", "episodes", "device", "prompt_layout", "extra_keys", "image_resizing_method",
-        "extrinsics_fields", "intrinsics_fields", "layout", "policy", "tasks",
+        "extrinsics_fields", "intrinsics_fields", "layout", "policy", "policy_server", "tasks",
     }  # fmt: skip
     seen = set()
     for cls in all_params_classes():
@@ -124,6 +125,7 @@ def put(hint: Any, value: Any) -> Any:
 
 def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line() -> None:
     needed = {str: "x", int: 1, float: 1.0, list[str]: ["x"], list[int]: [1], dict[str, FieldParams]: {"x": {}}}
+    needed |= {list[ClientPartParams]: [], tuple[schema.Steps, schema.Steps]: [0, 1], tuple[int, int]: [0, 1]}
     needed |= {DataParams: {"type": Scalar("text")}, ModelParams: {"type": Scalar("transformer")}}
     seen = 0
     for cls in all_params_classes():

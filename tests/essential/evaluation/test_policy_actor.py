@@ -1,6 +1,10 @@
 """A policy trained on demonstrations of the toy simulator, evaluated in it."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +129,36 @@ def test_a_policy_does_the_same_on_any_number_of_processes(
     assert len({steps for _, steps in alone.values()}) > 1
     evaluate(create_params(run, tmp_path, num_workers=3))
     assert read_steps(tmp_path / "toy_run") == alone
+
+
+def test_a_served_policy_does_the_same(
+    run: Path, alone: dict[tuple[str, int], tuple[str, int]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "vla_foundry.cli", "serve", "--checkpoint", str(run), "--device", "cpu"]
+    server = subprocess.Popen(
+        [*command, "--port", "0", "--websocket_port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    try:
+        address = re.match(
+            r"serving toy_run: grpc (127\.0\.0\.1:\d+), openpi ws://\S+, vla-eval ws://\S+/vla_eval$", line
+        )
+        assert address is not None, line
+        params = create_params(run, tmp_path, checkpoint=None, policy_server=address[1])
+        evaluate(params)
+        assert read_steps(tmp_path / "toy_run") == alone
+        # results of the checkpoint and of its server may be mixed
+        evaluate(replace(params, policy_server=None, checkpoint=str(run)))
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=30)
+        assert (server.returncode, out, err) == (0, "", "")
+    finally:
+        server.kill()
+    with pytest.raises(ConnectionError, match="unavailable"):
+        evaluate(replace(params, name="gone", server_timeout_s=5.0))
+    with pytest.raises(ValueError, match="Give either a checkpoint"):
+        create_params(run, tmp_path, policy_server=address[1])
 
 
 def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:

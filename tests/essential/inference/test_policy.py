@@ -225,7 +225,7 @@ def test_what_an_observation_lacks_is_named(arm: Any) -> None:
             {"fields": {name: fields[name] for name in OBSERVED[1:]}},
             rf"needs the field '{OBSERVED[0]}', but the .* has {OBSERVED[3]}",
         ),
-        ({"fields": fields | {OBSERVED[0]: np.array([0, np.nan, 1])}}, r"must be finite numbers, got \[0\.0, nan"),
+        ({"fields": fields | {OBSERVED[0]: np.array([0, np.nan, 1])}}, r"must be 3 finite numbers, got \[0\.0, nan"),
         ({"instruction": ""}, r"instruction"),
     ):
         policy.reset(seed=0)

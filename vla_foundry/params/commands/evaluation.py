@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vla_foundry.config.schema import Count, Location, Name, NonNegativeInt, NumThreads, Size
+from vla_foundry.config.schema import Count, Location, Name, NonNegativeInt, NumThreads, Positive, Size
 from vla_foundry.params.commands.datagen import ImageSize
 from vla_foundry.params.commands.runs import InferenceParams
 
@@ -22,6 +22,13 @@ class EvaluateParams(InferenceParams):
     output: Location
     # run folder (its newest checkpoint) or step folder; not with another policy
     checkpoint: Location | None = None
+    # HOST:PORT of `vla-foundry serve`, in place of a checkpoint
+    policy_server: str | None = None
+    # the server's token and certificate (files), if it asks for them
+    server_token_file: Location | None = None
+    server_certificate: Location | None = None
+    # deadline of each call to the server, seconds
+    server_timeout_s: Positive = 60.0
     # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
     # name of the policy in the results; null: the run's name, or the value of `policy`
@@ -59,12 +66,15 @@ class EvaluateParams(InferenceParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_names()
-        if (self.checkpoint is None) == (self.policy == "checkpoint"):
+        given = [name for name in ("checkpoint", "policy_server") if getattr(self, name) is not None]
+        if len(given) != (self.policy == "checkpoint"):
             raise ValueError(
-                "checkpoint is missing. Give a run folder, or --policy null, random or expert."
-                if self.checkpoint is None
-                else f"policy '{self.policy}' takes no checkpoint. Leave one of them out."
+                f"policy '{self.policy}' takes no {given[0]}. Leave one of them out."
+                if given and self.policy != "checkpoint"
+                else "Give either a checkpoint (a run folder) or a policy_server, or --policy null, random or expert."
             )
+        if self.policy_server is not None and (self.open_loop_steps or self.num_inference_steps):
+            raise ValueError("open_loop_steps and num_inference_steps belong to the server: give them to `serve`.")
         if self.images == "other_episode" and self.batch_size < 2:
             raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
         num_seeds = len(self.seeds)

@@ -1,0 +1,257 @@
+"""The gRPC services, with real calls over loopback."""
+
+import concurrent.futures
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from tests.essential.inference.test_policy import observe
+from tests.essential.serving.conftest import serve
+from vla_foundry.client import RemotePolicy, RobotObservation
+from vla_foundry.images.codec import encode_png, image_from_array
+from vla_foundry.inference import Policy
+from vla_foundry.params.commands.serving import ServeParams
+from vla_foundry.serving.policies import Served, load_policy
+
+
+def act_in_process(arm: Any, recording: Any, *, seed: int, num_steps: int = 9, **changes: Any) -> list[Any]:
+    policy = Policy.from_run(str(arm.run), device="cpu")
+    policy.reset(seed)
+    return [policy.act(observe(recording, frame, **changes)) for frame in range(num_steps)]
+
+
+def act_remotely(port: int, recording: Any, *, seed: int, num_steps: int = 9, **changes: Any) -> list[Any]:
+    with RemotePolicy(f"127.0.0.1:{port}") as policy:
+        policy.reset(seed)
+        return [policy.act(observe(recording, frame, **changes)) for frame in range(num_steps)]
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for step, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.keys() == other.keys()
+        for name, values in one.items():
+            assert values.dtype == other[name].dtype
+            assert np.array_equal(values, other[name]), (step, name)
+
+
+def test_a_served_policy_acts_as_in_this_process(arm: Any, served: Served) -> None:
+    with serve(served) as ports:
+        found = act_remotely(ports.grpc, arm.recordings[0], seed=3)
+    assert_equal(found, act_in_process(arm, arm.recordings[0], seed=3))
+
+
+@pytest.mark.parametrize("num_clients", [3, 8])
+def test_company_changes_nothing(arm: Any, served: Served, num_clients: int) -> None:
+    jobs = [(arm.recordings[number % 2], number) for number in range(num_clients)]
+    with serve(served) as ports, concurrent.futures.ThreadPoolExecutor(num_clients) as pool:
+        calls = [pool.submit(act_remotely, ports.grpc, recording, seed=seed) for recording, seed in jobs]
+        found = [call.result() for call in calls]
+    for actions, (recording, seed) in zip(found, jobs, strict=True):
+        assert_equal(actions, act_in_process(arm, recording, seed=seed))
+
+
+def test_an_answer_that_came_too_late_is_never_given_again(arm: Any, served: Served) -> None:
+    recording = arm.recordings[0]
+    with serve(served) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        policy.reset(3)
+        policy.act(observe(recording, 0))
+        policy.timeout_s = 1e-4
+        with pytest.raises(TimeoutError, match=r"did not answer within 0.0001 s"):
+            policy.act(observe(recording, 1))
+        policy.timeout_s = 10.0
+        assert policy.needs_images()
+        found = policy.act(observe(recording, 2))
+    expected = act_in_process(arm, recording, seed=3, num_steps=3)
+    # both are of one chunk, which looked at the first step only
+    assert_equal([found], [expected[2]])
+
+
+def test_a_policy_catches_up_after_skipped_steps(arm: Any) -> None:
+    recording = arm.recordings[0]
+    policy = Policy.from_run(str(arm.run), device="cpu")
+    policy.reset(3)
+    policy.act(observe(recording, 0))
+    policy.observe(observe(recording, 5), step=5)
+    policy.choose_actions([None])
+    # the next chunk begins at step 8, and looks at the images of steps 6 and 8
+    assert policy.needs_images()
+    policy.act(observe(recording, 6))
+    assert not policy.needs_images()
+    policy.act(observe(recording, 7, images={}))
+    assert policy.needs_images()
+    with pytest.raises(ValueError, match="step 7 has passed, the next is 8"):
+        policy.observe(observe(recording, 7), step=7)
+    policy.observe(observe(recording, 8), step=10**15)
+    assert set(policy.choose_actions([None])) == {None}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"fields": {}}, "the policy needs the field"),
+        ({"images": {}}, "the image of camera 'rig.front' is missing"),
+        ({"images": {"front": np.zeros((8, 8, 3), np.uint8)}}, "gives 8 x 8 pixels"),
+        ({"instruction": ""}, "the instruction is empty"),
+    ],
+)
+def test_a_bad_observation_names_client_and_fault_and_changes_nothing(
+    arm: Any, served: Served, change: dict[str, Any], fault: str
+) -> None:
+    recording = arm.recordings[0]
+    with serve(served) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        policy.reset(3, client="left")
+        with pytest.raises(ValueError, match=fault) as error:
+            policy.act_many({"left": observe(recording, 0, **change)})
+        assert "/left: " in str(error.value)
+        found = policy.act_many({"left": observe(recording, 0)})["left"]
+    assert_equal([found], act_in_process(arm, recording, seed=3, num_steps=1))
+
+
+def test_an_encoded_image_is_decoded(arm: Any, served: Served) -> None:
+    recording = arm.recordings[0]
+    with serve(served) as ports:
+        policy = RemotePolicy(f"127.0.0.1:{ports.grpc}", encode_jpeg=lambda image: encode_png(image_from_array(image)))
+        with policy:
+            policy.reset(3)
+            found = policy.act(observe(recording, 0))
+            policy._encode_jpeg = lambda image: b"\xff\xd8\xff broken"
+            policy.reset(4)
+            with pytest.raises(ValueError, match="the image of camera 'front' cannot be decoded"):
+                policy.act(observe(recording, 0))
+    # PNG loses nothing
+    assert_equal([found], act_in_process(arm, recording, seed=3, num_steps=1))
+
+
+def test_sessions_are_counted_and_end(arm: Any, served: Served) -> None:
+    recording = arm.recordings[0]
+    with serve(served, max_clients=2, session_timeout_s=0.5) as ports:
+        policy = RemotePolicy(f"127.0.0.1:{ports.grpc}")
+        for client in range(2):
+            policy.reset(0, client=client)
+        with pytest.raises(ConnectionError, match=r"the server has its 2 clients \(max_clients\)"):
+            policy.reset(0, client=2)
+        time.sleep(0.6)
+        policy.reset(0, client=2)
+        with pytest.raises(ValueError, match=r"ended after 0.5 s of silence \(session_timeout_s\)"):
+            policy.act_many({0: observe(recording, 0)})
+        policy.act_many({2: observe(recording, 0)})
+        policy.close()
+
+
+def test_garbage_harms_nobody_else(arm: Any, served: Served) -> None:
+    recording = arm.recordings[0]
+    rng = np.random.default_rng(0)
+    with serve(served, max_message_mib=1) as ports:
+        channel = grpc.insecure_channel(f"127.0.0.1:{ports.grpc}", options=[("grpc.max_send_message_length", 1 << 28)])
+        act = channel.unary_unary("/vla_foundry.policy.v1.PolicyService/Act")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            good = pool.submit(act_remotely, ports.grpc, recording, seed=3)
+            codes = set()
+            for _ in range(100):
+                with pytest.raises(grpc.RpcError) as error:
+                    act(rng.bytes(200))
+                codes.add(error.value.code())
+            with pytest.raises(grpc.RpcError) as error:
+                act(bytes(2 << 20))
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            with pytest.raises(grpc.RpcError) as error:
+                channel.unary_unary("/vla_foundry.policy.v1.PolicyService/Nothing")(b"")
+            assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+            assert_equal(good.result(), act_in_process(arm, recording, seed=3))
+        assert codes <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
+        channel.close()
+
+
+def test_a_token_is_asked_for(served: Served) -> None:
+    with serve(served, token="secret") as ports:
+        address = f"127.0.0.1:{ports.grpc}"
+        for token in (None, "wrong"):
+            with pytest.raises(PermissionError, match="the token is missing or wrong"):
+                RemotePolicy(address, token=token)
+        RemotePolicy(address, token="secret").close()
+        assert check_health(address) == 1
+
+
+def check_health(address: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+    # field 1, a number
+    assert answer[0] == 0x08
+    return answer[1]
+
+
+def test_nobody_answers_at_a_closed_port() -> None:
+    with pytest.raises(ConnectionError, match=r"127.0.0.1:1: unavailable"):
+        RemotePolicy("127.0.0.1:1", timeout_s=5.0)
+
+
+def test_a_robot_that_does_not_fit_is_refused(served: Served) -> None:
+    with serve(served) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        policy.check_robot("the arm", policy.metadata.spec_json)
+        with pytest.raises(ValueError, match="the arm lacks the key 'layout'"):
+            policy.check_robot("the arm", '{"version": 1}')
+        other = policy.metadata.spec_json.replace("rig.wrist", "rig.elbow")
+        with pytest.raises(ValueError, match=r"the arm has no camera 'rig.wrist'"):
+            policy.check_robot("the arm", other)
+
+
+class FailingPolicy:
+    """Fails as a model would, at its second action."""
+
+    def __init__(self, *, width: int = 2) -> None:
+        self.width = width
+        self.step = 0
+
+    def reset(self, seed: int) -> None:
+        self.step, self.seed = 0, seed
+
+    def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
+        self.step += 1
+        if self.step == 2:
+            raise RuntimeError("CUDA error")
+        return {"action": np.full(self.width, self.seed + observation.fields["state"][0])}
+
+
+def test_any_class_is_served_and_may_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    name = f"{__name__}:FailingPolicy"
+    served = load_policy(ServeParams(policy=name, policy_args={"width": 3}))
+    observation = RobotObservation(images={}, fields={"state": np.array([0.5])})
+    with serve(served) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        assert policy.metadata.name == "FailingPolicy"
+        for client, seed in (("a", 1), ("b", 2)):
+            policy.reset(seed, client=client)
+        found = policy.act_many({"a": observation, "b": observation})
+        assert {client: action["action"].tolist() for client, action in found.items()} == {
+            "a": [1.5] * 3,
+            "b": [2.5] * 3,
+        }
+        with pytest.raises(ConnectionError, match=r"internal: the policy failed \(RuntimeError\)"):
+            policy.act_many({"a": observation})
+        assert policy.act_many({"a": observation})["a"].keys() == {"action"}
+    assert "CUDA error" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="cannot be created with policy_args"):
+        load_policy(ServeParams(policy=name, policy_args={"depth": 3}))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        load_policy(ServeParams(policy="no_such_module:Policy"))
+
+
+def test_other_addresses_need_protection() -> None:
+    for settings in ({}, {"token_file": "token"}, {"tls_certificate": "a", "tls_key": "b"}):
+        with pytest.raises(ValueError, match=r"host '0.0.0.0' can be reached by others"):
+            ServeParams(policy="any:Policy", host="0.0.0.0", **settings)
+    for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
+        ServeParams(policy="any:Policy", host=host)
+    ServeParams(policy="any:Policy", host="0.0.0.0", insecure=True)
+    with pytest.raises(ValueError, match="belong together"):
+        ServeParams(policy="any:Policy", tls_key="b")
+
+
+def test_a_taken_port_is_one_line(served: Served) -> None:
+    with serve(served) as ports:
+        for port in ({"port": ports.grpc}, {"websocket_port": ports.websocket}):
+            with pytest.raises(ValueError, match=r"port \d+ of 127.0.0.1 cannot be opened"), serve(served, **port):
+                pass

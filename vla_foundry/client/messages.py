@@ -1,0 +1,190 @@
+"""The messages of our own policy service (policy.proto), and arrays, images and actions as messages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla_foundry.client.wire import Numbers, wire
+
+SERVICE = "vla_foundry.policy.v1.PolicyService"
+PROTOCOL_VERSION = 1
+# bytes of the largest message
+MAX_MESSAGE_BYTES = 64 << 20
+# metadata key of the token
+TOKEN_KEY = "authorization"
+RAW, JPEG, PNG = 0, 1, 2
+
+
+@dataclass
+class Array:
+    """Numbers of a field: {name: (C,)}, as float64 or float32."""
+
+    name: str = wire(1, "string")
+    doubles: Numbers = wire(2, "double", repeated=True)
+    floats: Numbers = wire(3, "float", repeated=True)
+
+
+@dataclass
+class Image:
+    """A picture of a camera: RGB, rows from the top."""
+
+    camera: str = wire(1, "string")
+    # RAW: uint8 (height, width, 3) in `data`; else a JPEG or PNG file
+    encoding: int = wire(2, "enum")
+    height: int = wire(3, "uint32")
+    width: int = wire(4, "uint32")
+    data: bytes = wire(5, "bytes")
+
+
+@dataclass
+class CameraInfo:
+    """A camera that the policy looks through; 0: any size."""
+
+    name: str = wire(1, "string")
+    width: int = wire(2, "uint32")
+    height: int = wire(3, "uint32")
+
+
+@dataclass
+class FieldInfo:
+    """A field of the observation or the action; empty text: unknown."""
+
+    name: str = wire(1, "string")
+    width: int = wire(2, "uint32")
+    dtype: str = wire(3, "string")
+    unit: str = wire(4, "string")
+    rotation: str = wire(5, "string")
+    representation: str = wire(6, "string")
+    columns: Sequence[str] = wire(7, "string", repeated=True)
+
+
+@dataclass
+class MetadataRequest:
+    """Asks for Metadata."""
+
+    client: str = wire(1, "string")
+
+
+@dataclass
+class Metadata:
+    """What the policy observes and commands."""
+
+    name: str = wire(1, "string")
+    protocol_version: int = wire(2, "uint32")
+    # frames per second of the data; 0: unknown
+    fps: float = wire(3, "double")
+    cameras: Sequence[CameraInfo] = wire(4, CameraInfo, repeated=True)
+    fields: Sequence[FieldInfo] = wire(5, FieldInfo, repeated=True)
+    actions: Sequence[FieldInfo] = wire(6, FieldInfo, repeated=True)
+    # predicted steps of a chunk, and how many of them are executed
+    chunk_steps: int = wire(7, "uint32")
+    open_loop_steps: int = wire(8, "uint32")
+    follows_instructions: bool = wire(9, "bool")
+    # the dataset spec (robotics.json); empty: none
+    spec_json: str = wire(10, "string")
+    # whatever else identifies the policy, such as weights_sha256
+    info: Mapping[str, str] = wire(11, "map")
+    # how many steps the policy looks back
+    steps_back: int = wire(12, "uint32")
+
+
+@dataclass
+class CheckRobotRequest:
+    """Asks whether the policy fits a robot."""
+
+    client: str = wire(1, "string")
+    robot: str = wire(2, "string")
+    # the robot's spec, as robotics.json
+    spec_json: str = wire(3, "string")
+
+
+@dataclass
+class ResetRequest:
+    """Begins an episode of a client, and forgets its previous one."""
+
+    client: str = wire(1, "string")
+    seed: int = wire(2, "uint64")
+
+
+@dataclass
+class ForgetRequest:
+    """Ends a client's session."""
+
+    client: str = wire(1, "string")
+
+
+@dataclass
+class Empty:
+    """Nothing to say."""
+
+
+@dataclass
+class ActRequest:
+    """An observation; the answer is the action for it."""
+
+    client: str = wire(1, "string")
+    # number of the control step in the episode, from 0 on; steps left out count as skipped
+    step: int = wire(2, "uint64")
+    images: Sequence[Image] = wire(3, Image, repeated=True)
+    fields: Sequence[Array] = wire(4, Array, repeated=True)
+    instruction: str = wire(5, "string")
+
+
+@dataclass
+class ActResponse:
+    """The action for an observation."""
+
+    actions: Sequence[Array] = wire(1, Array, repeated=True)
+    # the next observation must hold images
+    needs_images: bool = wire(2, "bool")
+    # milliseconds that the request waited, and that the policy took
+    queue_ms: float = wire(3, "double")
+    policy_ms: float = wire(4, "double")
+
+
+# method -> request and response
+METHODS: dict[str, tuple[type, type]] = {
+    "GetMetadata": (MetadataRequest, Metadata),
+    "CheckRobot": (CheckRobotRequest, Empty),
+    "Reset": (ResetRequest, Empty),
+    "Forget": (ForgetRequest, Empty),
+    "Act": (ActRequest, ActResponse),
+}
+
+
+def write_arrays(values: Mapping[str, np.ndarray]) -> list[Array]:
+    """Return numbers as messages; float32 and float64 lose nothing."""
+    return [
+        Array(name=name, floats=numbers) if numbers.dtype == np.float32 else Array(name=name, doubles=numbers)
+        for name, numbers in ((name, np.asarray(numbers)) for name, numbers in values.items())
+    ]
+
+
+def read_arrays(arrays: Sequence[Array]) -> dict[str, np.ndarray]:
+    """Return the numbers of messages: {name: (C,)}."""
+    return {array.name: np.asarray(array.floats if len(array.floats) else array.doubles) for array in arrays}
+
+
+def raw_image(camera: str, image: np.ndarray) -> Image:
+    """Return a picture, uint8 (H, W, 3), as a message without compression.
+
+    Raises:
+        ValueError: it has another shape or type.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"The image of camera '{camera}' is {image.dtype} {image.shape}, not uint8 (H, W, 3).")
+    return Image(camera=camera, encoding=RAW, height=image.shape[0], width=image.shape[1], data=image.tobytes())
+
+
+def decode_raw_image(image: Image) -> np.ndarray:
+    """Return the picture of a message without compression: uint8 (H, W, 3).
+
+    Raises:
+        ValueError: the data has another size.
+    """
+    if len(image.data) != image.height * image.width * 3 or not image.data:
+        raise ValueError(
+            f"the image of camera '{image.camera}' has {len(image.data)} bytes, not {image.height} x {image.width} x 3."
+        )
+    return np.frombuffer(image.data, dtype=np.uint8).reshape(image.height, image.width, 3)

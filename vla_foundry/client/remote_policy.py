@@ -1,0 +1,249 @@
+"""A policy behind `vla-foundry serve`, with the interface of a policy in this process.
+
+    policy = RemotePolicy("robot-server:50051", timeout_s=0.5)
+    policy.reset(seed=0)
+    actions = policy.act(RobotObservation(images=..., fields=..., instruction="open the drawer"))   # {field: (C,)}
+
+It needs numpy and grpcio, not torch.
+"""
+
+import uuid
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from vla_foundry.client.messages import (
+    JPEG,
+    MAX_MESSAGE_BYTES,
+    METHODS,
+    PROTOCOL_VERSION,
+    SERVICE,
+    TOKEN_KEY,
+    ActRequest,
+    ActResponse,
+    CheckRobotRequest,
+    ForgetRequest,
+    Image,
+    Metadata,
+    MetadataRequest,
+    ResetRequest,
+    raw_image,
+    read_arrays,
+    write_arrays,
+)
+from vla_foundry.client.observation import RobotObservation
+from vla_foundry.client.wire import decode, encode
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # an action must not be asked for twice
+    ("grpc.enable_retries", 0),
+]
+_TO_REQUEST = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+)
+
+
+class RemotePolicy:
+    """A policy behind a server. One object may serve several robots (`client`), from one thread.
+
+    An action is returned by the deadline or not at all: after an error, act again with the newest observation.
+
+    Args:
+        server: HOST:PORT.
+        timeout_s: deadline of each call, seconds.
+        token: the server's token, if it asks for one.
+        tls_certificate: file with the certificate (PEM) of the server or of its authority; None: without TLS.
+        encode_jpeg: turns an image, uint8 (H, W, 3), into a JPEG file, for slow networks; None: images are sent as they
+            are, which changes nothing of the policy's answer.
+
+    Raises:
+        ConnectionError: the server does not answer, or speaks another version.
+        PermissionError: the server refuses the token.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        timeout_s: float = 10.0,
+        token: str | None = None,
+        tls_certificate: str | None = None,
+        encode_jpeg: Callable[[np.ndarray], bytes] | None = None,
+    ) -> None:
+        self.server = server
+        self.timeout_s = timeout_s
+        self._encode_jpeg = encode_jpeg
+        self._call_metadata = None if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
+        if tls_certificate is None:
+            self._channel = grpc.insecure_channel(server, options=_OPTIONS)
+        else:
+            credentials = grpc.ssl_channel_credentials(Path(tls_certificate).read_bytes())
+            self._channel = grpc.secure_channel(server, credentials, options=_OPTIONS)
+        self._methods = {
+            name: self._channel.unary_unary(
+                f"/{SERVICE}/{name}",
+                request_serializer=encode,
+                response_deserializer=lambda data, kind=response: decode(kind, data),
+            )
+            for name, (_, response) in METHODS.items()
+        }
+        # sessions of two processes must not meet
+        self._prefix = uuid.uuid4().hex
+        self._clients: dict[Hashable, _Client] = {}
+        # calls of `act`, over all clients
+        self.num_predicted = 0
+        self.metadata: Metadata = self._call("GetMetadata", MetadataRequest(client=self._prefix))
+        if self.metadata.protocol_version != PROTOCOL_VERSION:
+            raise ConnectionError(
+                f"{server} speaks version {self.metadata.protocol_version} of the protocol, this client "
+                f"{PROTOCOL_VERSION}. Install the same version of vla-foundry on both sides."
+            )
+
+    def __enter__(self) -> "RemotePolicy":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all sessions and close the connection."""
+        for client in list(self._clients):
+            try:
+                self.forget(client)
+            except (ConnectionError, TimeoutError):
+                break
+        self._channel.close()
+
+    @property
+    def action_fields(self) -> list[str]:
+        """The fields of an action in the model's order; poses are absolute."""
+        return [field.name for field in self.metadata.actions]
+
+    @property
+    def open_loop_steps(self) -> int:
+        """Executed actions of each chunk."""
+        return self.metadata.open_loop_steps
+
+    def check_robot(self, robot: str, spec_json: str) -> None:
+        """Check that a robot has the cameras and fields of the training data, with the same meaning.
+
+        Args:
+            robot: its name, for messages.
+            spec_json: its dataset spec, as robotics.json.
+
+        Raises:
+            ValueError: it lacks one, or means something else by it; one line.
+        """
+        self._call("CheckRobot", CheckRobotRequest(client=self._prefix, robot=robot, spec_json=spec_json))
+
+    def reset(self, seed: int, *, client: Hashable = None) -> None:
+        """Begin an episode and forget the previous one.
+
+        Args:
+            seed: the episode's seed.
+            client: the robot, if there are several.
+
+        Raises:
+            ConnectionError, TimeoutError, PermissionError: the server is gone, late, full, or refuses.
+        """
+        self._clients.pop(client, None)
+        session = _Client(f"{self._prefix}/{client}")
+        self._call("Reset", ResetRequest(client=session.name, seed=seed))
+        self._clients[client] = session
+
+    def forget(self, client: Hashable = None) -> None:
+        """Discard the episode of a robot that will not act again."""
+        session = self._clients.pop(client, None)
+        if session is not None:
+            self._call("Forget", ForgetRequest(client=session.name))
+
+    def needs_images(self, client: Hashable = None) -> bool:
+        """True if the next observation must hold images."""
+        return self._find(client).needs_images
+
+    def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
+        """Return the action that follows an observation: {field: (C,)}.
+
+        Raises:
+            ValueError: no episode was begun, or the observation lacks something.
+            TimeoutError: the action was not there in time.
+            ConnectionError: the server is gone.
+        """
+        return self.act_many({None: observation})[None]
+
+    def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
+        """Return the action of each robot; they are asked for at once.
+
+        Raises:
+            ValueError, TimeoutError, ConnectionError: as `act`.
+        """
+        calls = {}
+        for name, observation in observations.items():
+            session = self._find(name)
+            request = ActRequest(
+                client=session.name,
+                step=session.step,
+                images=[self._encode_image(camera, image) for camera, image in observation.images.items()],
+                fields=write_arrays(observation.fields),
+                instruction=observation.instruction,
+            )
+            # time passes for the robot, whatever becomes of the call
+            session.step += 1
+            session.needs_images = True
+            calls[name] = self._methods["Act"].future(request, timeout=self.timeout_s, metadata=self._call_metadata)
+        actions = {}
+        try:
+            for name, call in calls.items():
+                response: ActResponse = self._wait(call)
+                self.num_predicted += 1
+                self._find(name).needs_images = response.needs_images
+                actions[name] = read_arrays(response.actions)
+        finally:
+            for call in calls.values():
+                call.cancel()
+        return actions
+
+    def _encode_image(self, camera: str, image: np.ndarray) -> Image:
+        if self._encode_jpeg is None:
+            return raw_image(camera, image)
+        height, width, _ = image.shape
+        return Image(camera=camera, encoding=JPEG, height=height, width=width, data=self._encode_jpeg(image))
+
+    def _find(self, client: Hashable) -> "_Client":
+        if client not in self._clients:
+            who = "" if client is None else f" of client {client!r}"
+            raise ValueError(f"No episode{who} was begun. Call reset(seed) first.")
+        return self._clients[client]
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self._wait(self._methods[method].future(request, timeout=self.timeout_s, metadata=self._call_metadata))
+
+    def _wait(self, call: Any) -> Any:
+        try:
+            return call.result()
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
+            if code in _TO_REQUEST:
+                raise ValueError(details) from None
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError(f"{self.server} did not answer within {self.timeout_s:g} s.") from None
+            if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise PermissionError(f"{self.server}: {details}") from None
+            raise ConnectionError(f"{self.server}: {code.name.lower()}: {details}") from None
+
+
+class _Client:
+    """One robot's episode."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.step = 0
+        self.needs_images = True

@@ -1,0 +1,280 @@
+"""Turn the observations of websocket clients into the policy's fields, and its actions into their vectors.
+
+A client map names the columns of the client's vectors and what they mean on both sides. What can be converted exactly
+is: rotation formats, and the range and sign of grippers. Anything else is refused by name before an episode begins.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_foundry.client.messages import RAW, CameraInfo, FieldInfo, Image, Metadata
+from vla_foundry.config.yaml_source import find_config
+from vla_foundry.params.commands.preprocessing_robotics import GripperParams
+from vla_foundry.params.commands.serving import ClientMapParams, ClientPartParams, PartMeaning
+from vla_foundry.params.experiment import load_params_from_yaml
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix, rotation_width
+from vla_foundry.robotics.spec import DatasetSpec
+
+Convert = Callable[[np.ndarray], np.ndarray]
+_FIELD = re.compile(r"(?P<name>.+?)(\[(?P<first>\d+):(?P<end>\d+)\])?")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Columns of a client's vector, and columns of the policy's field that hold the same."""
+
+    params: ClientPartParams
+    field: str
+    # columns of the field
+    first: int
+    end: int
+    convert: Convert
+
+
+class ClientMap:
+    """Converts between a client and the policy.
+
+    Args:
+        params: the map.
+        metadata: what the policy observes and commands.
+        spec: the dataset spec; None: unknown.
+        origin: the map's file, for messages.
+
+    Raises:
+        ValueError: the map does not fit the policy; the message names the field and what differs.
+    """
+
+    def __init__(
+        self,
+        params: ClientMapParams,
+        metadata: Metadata,
+        spec: DatasetSpec | None = None,
+        *,
+        origin: str = "client map",
+    ) -> None:
+        self.params = params
+        self._origin = origin
+        self._spec = spec
+        self._widths = {field.name: field.width for field in metadata.fields}
+        self._state = [self._create_part(part, metadata.fields, is_action=False) for part in params.state]
+        self._actions = [self._create_part(part, metadata.actions, is_action=True) for part in params.actions]
+        self._action_width = max(part.columns[1] for part in params.actions) if params.actions else 0
+        self._check_cameras(metadata.cameras)
+        self._check_complete(self._state, metadata.fields, "state", "the policy observes")
+        self._check_complete(self._actions, metadata.actions, "actions", "the policy commands")
+        covered = sorted(column for part in params.actions for column in range(*part.columns))
+        if covered != list(range(self._action_width)):
+            raise ValueError(f"{origin}: the columns of actions must cover 0 .. {self._action_width}, each once.")
+
+    def read_images(self, images: Mapping[str, Any]) -> list[Image]:
+        """Return the client's pictures under the policy's names.
+
+        Raises:
+            ValueError: one is missing or malformed.
+        """
+        missing = [name for name in self.params.cameras.values() if name not in images]
+        if missing:
+            raise ValueError(
+                f"the observation lacks the image '{missing[0]}'; it has {', '.join(map(str, images)) or 'none'}."
+            )
+        return [to_image(camera, images[name]) for camera, name in self.params.cameras.items()]
+
+    def read_state(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the policy's fields from the client's vectors.
+
+        Raises:
+            ValueError: a vector is missing or too short.
+        """
+        fields = {field: np.zeros(self._widths[field]) for field in {part.field for part in self._state}}
+        for part in self._state:
+            key, (first, end) = part.params.key, part.params.columns
+            vector = np.asarray(observation[key]) if key in observation else None
+            if vector is None or vector.ndim != 1 or len(vector) < end or vector.dtype.kind not in "iuf":
+                found = "is missing" if vector is None else f"is {vector.dtype} {vector.shape}"
+                raise ValueError(f"the observation's '{key}' {found}, but {end} numbers are needed for '{part.field}'.")
+            fields[part.field][part.first : part.end] = part.convert(vector[first:end].astype(np.float64))
+        return fields
+
+    def write_actions(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the client's vectors, float32 (..., width), of actions {field: (..., C)}."""
+        batch = next(iter(actions.values())).shape[:-1]
+        vectors = np.zeros((*batch, self._action_width), np.float32)
+        for part in self._actions:
+            vectors[..., slice(*part.params.columns)] = part.convert(actions[part.field][..., part.first : part.end])
+        return vectors
+
+    def describe_actions(self) -> dict[str, dict[str, Any]]:
+        """Return the parts of the action vector in the words of the vla-eval harness."""
+        described = {}
+        for number, part in enumerate(self.params.actions):
+            name = part.name or f"part_{number}"
+            described[name] = {"name": name, "dims": part.columns[1] - part.columns[0], "format": _format_of(part)}
+        return described
+
+    def _create_part(self, params: ClientPartParams, known: Sequence[FieldInfo], *, is_action: bool) -> _Part:
+        where = f"{self._origin}: {'actions' if is_action else 'state'}: field '{params.field}'"
+        match = _FIELD.fullmatch(params.field)
+        name = match["name"] if match else params.field
+        widths = {field.name: field.width for field in known}
+        if name not in widths:
+            what = "The policy's action field" if is_action else "The policy's field"
+            raise ValueError(f"{self._origin}: {unknown_name_message(what, name, list(widths))}")
+        first, end = (int(match["first"]), int(match["end"])) if match and match["first"] else (0, widths[name])
+        if not 0 <= first < end <= widths[name]:
+            raise ValueError(f"{where} has {widths[name]} columns.")
+        theirs, ours = params, self._meaning_of(name, params.own)
+        for side, meaning, width in (
+            ("the client's", theirs, params.columns[1] - params.columns[0]),
+            ("the policy's", ours, end - first),
+        ):
+            wanted = None if meaning.rotation is None else rotation_width(meaning.rotation)
+            if wanted not in (None, width):
+                raise ValueError(
+                    f"{where}: {side} {width} columns cannot be a rotation as {meaning.rotation} ({wanted})."
+                )
+        pair = (ours, theirs) if is_action else (theirs, ours)
+        if ours.rotation is None and params.columns[1] - params.columns[0] != end - first:
+            raise ValueError(f"{where}: {end - first} columns cannot be {params.columns[1] - params.columns[0]}.")
+        return _Part(params, name, first, end, _create_conversion(where, *pair))
+
+    def _meaning_of(self, name: str, own: PartMeaning) -> PartMeaning:
+        """Return what the policy's numbers mean: what the map says, else what the spec says."""
+        described = None if self._spec is None else self._spec.fields.get(name)
+        if described is None:
+            return own
+        representation = "delta" if described.representation == "delta" else "absolute"
+        gripper = described.gripper
+        return PartMeaning(
+            representation=own.representation or representation,
+            rotation=own.rotation or described.rotation,
+            gripper=own.gripper
+            or (None if gripper is None else GripperParams(open=gripper.open, closed=gripper.closed)),
+        )
+
+    def _check_cameras(self, cameras: Sequence[CameraInfo]) -> None:
+        names = [camera.name for camera in cameras]
+        for camera in self.params.cameras:
+            if names and camera not in names:
+                raise ValueError(f"{self._origin}: {unknown_name_message('The camera', camera, names)}")
+        missing = [name for name in names if name not in self.params.cameras]
+        if missing:
+            raise ValueError(f"{self._origin}: cameras lacks '{missing[0]}', which the policy looks through.")
+
+    def _check_complete(self, parts: Sequence[_Part], known: Sequence[FieldInfo], key: str, what: str) -> None:
+        for field in known:
+            covered = {column for part in parts if part.field == field.name for column in range(part.first, part.end)}
+            missing = set(range(field.width)) - covered
+            if missing:
+                raise ValueError(f"{self._origin}: {key} lacks column {min(missing)} of '{field.name}', which {what}.")
+
+
+def load_client_map(path: str, metadata: Metadata, spec: DatasetSpec | None) -> ClientMap:
+    """Load a client map: a path, or a preset (`client_maps/libero.yaml`).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a client map, or does not fit the policy.
+    """
+    return ClientMap(load_params_from_yaml(ClientMapParams, find_config(path)), metadata, spec, origin=path)
+
+
+class OwnNames(ClientMap):
+    """The map of clients that use the policy's own names; the fields of an action are joined in their order.
+
+    Args:
+        metadata: what the policy observes and commands.
+        instruction: the client's key of the instruction.
+    """
+
+    def __init__(self, metadata: Metadata, *, instruction: str) -> None:
+        self.params = ClientMapParams(actions=[], instruction=instruction)
+        self._metadata = metadata
+
+    def read_images(self, images: Mapping[str, Any]) -> list[Image]:
+        """Return all pictures."""
+        known = [camera.name for camera in self._metadata.cameras]
+        return [
+            to_image(name, value)
+            for name, value in images.items()
+            if name in known or isinstance(value, Image) or (isinstance(value, np.ndarray) and value.ndim == 3)
+        ]
+
+    def read_state(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return all vectors of numbers; the policy says what it lacks."""
+        return {
+            name: value
+            for name, value in observation.items()
+            if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"
+        }
+
+    def write_actions(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the fields of actions, joined: float32 (..., width)."""
+        return np.concatenate(list(actions.values()), axis=-1).astype(np.float32)
+
+    def describe_actions(self) -> dict[str, dict[str, Any]]:
+        """Return the fields of an action in the words of the vla-eval harness."""
+        return {
+            field.name: {"name": field.name, "dims": field.width, "format": "raw"} for field in self._metadata.actions
+        }
+
+
+def _create_conversion(where: str, source: PartMeaning, target: PartMeaning) -> Convert:
+    """Return the exact conversion from one meaning to another.
+
+    Raises:
+        ValueError: there is none; the message says what differs.
+    """
+    for name in ("representation", "rotation", "gripper"):
+        one, other = getattr(source, name), getattr(target, name)
+        is_known = one is not None and other is not None
+        differ = one != other if name == "representation" else not is_known
+        if (is_known or name != "representation") and differ and one != other:
+            raise ValueError(
+                f"{where}: its {name} is {one or 'unknown'} on one side and {other or 'unknown'} on the other, which "
+                "cannot be converted. If the spec does not say what the policy's numbers mean, say it under `own`."
+            )
+    if source.rotation is not None and target.rotation is not None and source.rotation != target.rotation:
+        given, wanted = source.rotation, target.rotation
+        return lambda values: matrix_to_rotation(rotation_to_matrix(values.astype(np.float64), given), wanted)
+    if source.gripper is not None and target.gripper is not None and source.gripper != target.gripper:
+        before, after = source.gripper, target.gripper
+        scale = (after.closed - after.open) / (before.closed - before.open)
+        return lambda values: after.open + (values - before.open) * scale
+    return lambda values: values
+
+
+def _format_of(part: ClientPartParams) -> str:
+    """Return vla-eval's name of a convention."""
+    if part.gripper is not None:
+        ends = (part.gripper.open, part.gripper.closed)
+        known: dict[tuple[float, float], str] = {
+            (-1, 1): "binary_close_positive",
+            (1, -1): "binary_close_negative",
+            (1, 0): "continuous_01",
+            (0, 1): "binary_close_01",
+        }
+        return known.get(ends, "raw")
+    if part.rotation is not None:
+        return part.rotation
+    return {"delta": "delta_xyz", "absolute": "absolute_xyz", None: "raw"}[part.representation]
+
+
+def to_image(camera: str, value: Any) -> Image:
+    """Return a decoded picture as a message: a client's array, or an encoded picture that is one already.
+
+    Raises:
+        ValueError: it is not uint8 (H, W, 1, 3 or 4).
+    """
+    if isinstance(value, Image):
+        return Image(camera=camera, encoding=value.encoding, height=value.height, width=value.width, data=value.data)
+    pixels = np.asarray(value)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
+        raise ValueError(f"the image of camera '{camera}' is {pixels.dtype} {pixels.shape}, not uint8 (H, W, 3).")
+    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
+    height, width, _ = pixels.shape
+    return Image(camera=camera, encoding=RAW, height=height, width=width, data=np.ascontiguousarray(pixels).tobytes())

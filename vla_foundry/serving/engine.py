@@ -1,0 +1,284 @@
+"""Run one policy for many clients: one thread owns it, and the requests of all clients wait in one queue."""
+
+import asyncio
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from vla_foundry.client.observation import RobotObservation
+
+Actions = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class ServedPolicy(Protocol):
+    """What the engine needs of a policy; inference.Policy has it, and `shared` makes it of any class."""
+
+    def reset(self, seed: int, *, client: Hashable = None) -> None: ...
+    def forget(self, client: Hashable = None) -> None: ...
+    def observe(self, observation: RobotObservation, *, client: Hashable = None, step: int | None = None) -> None: ...
+    def retract(self, client: Hashable = None) -> None: ...
+    def choose_actions(self, clients: Any) -> dict[Any, Actions]: ...
+    def predict_chunk(self, client: Hashable = None) -> Actions: ...
+    def needs_images(self, client: Hashable = None) -> bool: ...
+
+
+class NoSessionError(ValueError):
+    """The client has no episode: it never began one, or its session expired."""
+
+
+class FullError(RuntimeError):
+    """The server takes no more clients or requests now."""
+
+
+class PolicyFailedError(RuntimeError):
+    """The policy raised something that is not the observation's fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The answer to an observation."""
+
+    # {field: (C,)}; a whole chunk: {field: (steps, C)}
+    actions: Actions
+    needs_images: bool
+    queue_ms: float
+    policy_ms: float
+
+
+@dataclass(eq=False, kw_only=True)
+class _Request:
+    client: Hashable
+    # runs in the policy's thread; None: an observation to answer
+    run: Callable[[], Any] | None
+    observation: RobotObservation | None = None
+    step: int | None = None
+    whole_chunk: bool = False
+    future: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Engine:
+    """Answers requests of many clients with one policy, in one thread.
+
+    A client's requests are answered in their order. A request whose caller has given up is dropped unseen.
+
+    Args:
+        policy: the policy.
+        batching: exact: each prediction is made alone, so that other clients do not change its last bits; fast: clients
+            that wait together share a prediction.
+        window_ms: how long a request waits for others to share its prediction.
+        batch_size: most clients that share one.
+        max_clients: most sessions at a time.
+        session_timeout_s: silent sessions end after this many seconds.
+        on_reply: called with each reply, for metrics.
+    """
+
+    def __init__(
+        self,
+        policy: ServedPolicy,
+        *,
+        batching: Literal["exact", "fast"] = "exact",
+        window_ms: float = 0.0,
+        batch_size: int = 16,
+        max_clients: int = 64,
+        session_timeout_s: float = 600.0,
+        on_reply: Callable[[Reply], None] = lambda reply: None,
+    ) -> None:
+        self.policy = policy
+        self.batch_size = 1 if batching == "exact" else batch_size
+        self.window_s = 0.0 if batching == "exact" else window_ms / 1000
+        self.max_clients = max_clients
+        self.session_timeout_s = session_timeout_s
+        self._on_reply = on_reply
+        # client -> time of its last request
+        self.sessions: dict[Hashable, float] = {}
+        self._queue: deque[_Request] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._task: asyncio.Task | None = None
+
+    async def __aenter__(self) -> "Engine":
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        for request in self._queue:
+            request.future.cancel()
+        self._thread.shutdown(wait=True)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    async def reset(self, client: Hashable, seed: int) -> None:
+        """Begin an episode of a client, and forget its previous one.
+
+        Raises:
+            FullError: there are max_clients other clients.
+        """
+        await self._end_silent_sessions()
+        if client not in self.sessions and len(self.sessions) >= self.max_clients:
+            raise FullError(f"the server has its {self.max_clients} clients (max_clients). Try again later.")
+        self.sessions[client] = time.monotonic()
+        await self._ask(_Request(client=client, run=lambda: self.policy.reset(seed, client=client)))
+
+    async def forget(self, client: Hashable) -> None:
+        """End a client's session; unknown clients are no error."""
+        if self.sessions.pop(client, None) is not None:
+            await self._ask(_Request(client=client, run=lambda: self.policy.forget(client)))
+
+    async def act(
+        self, client: Hashable, observation: RobotObservation, *, step: int | None = None, whole_chunk: bool = False
+    ) -> Reply:
+        """Return the action for an observation.
+
+        Args:
+            client: whose observation it is.
+            observation: what its robot senses.
+            step: see Policy.observe.
+            whole_chunk: predict now, and return all predicted steps.
+
+        Raises:
+            NoSessionError: the client did not begin an episode.
+            ValueError: the observation lacks something; the session is as it was.
+            PolicyFailedError: the policy failed.
+        """
+        if client not in self.sessions:
+            raise NoSessionError(
+                "no episode was begun, or it ended after "
+                f"{self.session_timeout_s:g} s of silence (session_timeout_s). Reset first."
+            )
+        self.sessions[client] = time.monotonic()
+        request = _Request(client=client, run=None, observation=observation, step=step, whole_chunk=whole_chunk)
+        reply = await self._ask(request)
+        self._on_reply(reply)
+        return reply
+
+    async def _ask(self, request: _Request) -> Any:
+        self._queue.append(request)
+        self._arrived.set()
+        return await request.future
+
+    async def _end_silent_sessions(self) -> None:
+        limit = time.monotonic() - self.session_timeout_s
+        for client in [client for client, last in self.sessions.items() if last < limit]:
+            await self.forget(client)
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._queue:
+                self._arrived.clear()
+                await self._arrived.wait()
+            if self.window_s and self._queue[0].run is None:
+                await self._wait_for_others()
+            batch = self._take()
+            if batch:
+                outcomes = await loop.run_in_executor(self._thread, self._run, batch)
+                for request, outcome in zip(batch, outcomes, strict=True):
+                    _settle(request.future, outcome)
+
+    async def _wait_for_others(self) -> None:
+        """Wait until the window is over, the batch is full, or every client waits already."""
+        deadline = self._queue[0].since + self.window_s
+        most = min(self.batch_size, len(self.sessions))
+        while len(self._queue) < most and (left := deadline - time.perf_counter()) > 0:
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), left)
+            except TimeoutError:
+                return
+
+    def _take(self) -> list[_Request]:
+        """Take the next requests that are answered together, each of another client; no client's order changes."""
+        batch: list[_Request] = []
+        blocked: set[Hashable] = set()
+        kept: deque[_Request] = deque()
+        while self._queue:
+            request = self._queue.popleft()
+            if request.future.done():
+                continue
+            is_alone = request.run is not None or request.whole_chunk
+            if request.client in blocked or len(batch) == self.batch_size or (batch and is_alone):
+                kept.append(request)
+            else:
+                batch.append(request)
+                if is_alone:
+                    break
+            blocked.add(request.client)
+        kept.extend(self._queue)
+        self._queue = kept
+        return batch
+
+    def _run(self, batch: list[_Request]) -> list[Any]:
+        """Answer a batch in the policy's thread: a result or an exception for each request."""
+        start = time.perf_counter()
+        if batch[0].run is not None:
+            return [_attempt(batch[0].run)]
+        outcomes: dict[Hashable, Any] = {}
+        for request in batch:
+            outcomes[request.client] = _attempt(lambda request=request: self._observe(request))
+        due = [request for request in batch if not isinstance(outcomes[request.client], Exception)]
+        found = _attempt(lambda: self._choose(due)) if due else {}
+        if isinstance(found, ValueError) and len(due) > 1:
+            # one client's fault must not reach the others
+            found = {}
+            for request in due:
+                alone = _attempt(lambda request=request: self._choose([request]))
+                found[request.client] = alone if isinstance(alone, Exception) else alone[request.client]
+        elif isinstance(found, Exception):
+            found = dict.fromkeys([request.client for request in due], found)
+        now = time.perf_counter()
+        for request in due:
+            actions = found[request.client]
+            if isinstance(actions, Exception):
+                self.policy.retract(request.client)
+                outcomes[request.client] = actions
+            else:
+                outcomes[request.client] = Reply(
+                    actions=actions,
+                    needs_images=self.policy.needs_images(request.client),
+                    queue_ms=1000 * (start - request.since),
+                    policy_ms=1000 * (now - start),
+                )
+        return [outcomes[request.client] for request in batch]
+
+    def _observe(self, request: _Request) -> None:
+        assert request.observation is not None
+        self.policy.observe(request.observation, client=request.client, step=request.step)
+
+    def _choose(self, requests: list[_Request]) -> dict[Hashable, Actions]:
+        if requests[0].whole_chunk:
+            return {requests[0].client: self.policy.predict_chunk(requests[0].client)}
+        return self.policy.choose_actions([request.client for request in requests])
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    """Return what a function returns, or the exception that clients get to see."""
+    try:
+        return function()
+    except ValueError as error:
+        return error
+    except Exception as error:  # the border to a policy's code: one request must not end the server
+        traceback.print_exc(file=sys.stderr)
+        return PolicyFailedError(f"the policy failed ({type(error).__name__}); the server's log says more.")
+
+
+def _settle(future: asyncio.Future, outcome: Any) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

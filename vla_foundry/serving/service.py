@@ -1,0 +1,195 @@
+"""What all protocols share: sessions of one policy, decoding of pictures, timings, and the log of requests."""
+
+import asyncio
+import base64
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from vla_foundry.client.messages import RAW, Image, Metadata, decode_raw_image
+from vla_foundry.client.observation import RobotObservation
+from vla_foundry.images.codec import decode_image, image_to_array
+from vla_foundry.serving.engine import Engine, FullError, NoSessionError, PolicyFailedError, Reply
+
+# requests whose times make the quantiles
+_NUM_TIMED = 2000
+_QUANTILES = (0.5, 0.95, 0.99)
+
+
+class DrainingError(RuntimeError):
+    """The server is about to end and takes no new episodes."""
+
+
+class PolicyService:
+    """One policy for the clients of all protocols.
+
+    Args:
+        engine: runs the policy.
+        metadata: what the policy observes and commands.
+        request_log: file that every request is appended to; None: none.
+    """
+
+    def __init__(self, engine: Engine, metadata: Metadata, *, request_log: Path | None = None) -> None:
+        self.engine = engine
+        self.metadata = metadata
+        self.is_draining = False
+        self.times = Times()
+        self._outcomes: Counter[tuple[str, str]] = Counter()
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._log = None if request_log is None else request_log.open("a", encoding="utf-8")
+        self._registry = CollectorRegistry()
+        self._registry.register(self)  # pyright: ignore[reportArgumentType]
+
+    def close(self) -> None:
+        """Release the threads and the log."""
+        self._decoders.shutdown()
+        if self._log is not None:
+            self._log.close()
+
+    async def reset(self, protocol: str, client: str, seed: int) -> None:
+        """Begin an episode of a client.
+
+        Raises:
+            DrainingError: the server is about to end.
+            FullError: it has no room for another client.
+        """
+        if self.is_draining:
+            raise DrainingError("the server is shutting down.")
+        self._write_log(protocol, client, seed=seed)
+        with self._counted(protocol):
+            await self.engine.reset((protocol, client), seed)
+
+    async def forget(self, protocol: str, client: str) -> None:
+        """End a client's session."""
+        await self.engine.forget((protocol, client))
+
+    async def act(
+        self,
+        protocol: str,
+        client: str,
+        *,
+        images: Sequence[Image],
+        fields: Mapping[str, np.ndarray],
+        instruction: str = "",
+        step: int | None = None,
+        whole_chunk: bool = False,
+    ) -> Reply:
+        """Return the action for an observation; see Engine.act.
+
+        Raises:
+            ValueError: the observation lacks something, or the client has no episode; the message names the client.
+            PolicyFailedError: the policy failed.
+        """
+        self._write_log(protocol, client, images=images, fields=fields, instruction=instruction, step=step)
+        with self._counted(protocol):
+            start = time.perf_counter()
+            try:
+                observation = RobotObservation(
+                    images=await self._decode_images(images), fields=fields, instruction=instruction
+                )
+                self.times.add("decode", 1000 * (time.perf_counter() - start))
+                reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
+            except NoSessionError as error:
+                raise NoSessionError(f"client {client}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"client {client}: {error}") from None
+        self.times.add("queue", reply.queue_ms)
+        self.times.add("policy", reply.policy_ms)
+        return reply
+
+    async def _decode_images(self, images: Sequence[Image]) -> dict[str, np.ndarray]:
+        loop = asyncio.get_running_loop()
+        decoded = {}
+        for image in images:
+            if image.encoding == RAW:
+                decoded[image.camera] = decode_raw_image(image)
+                continue
+            try:
+                pixels = await loop.run_in_executor(self._decoders, decode_image, image.data)
+            except ValueError as error:
+                raise ValueError(f"the image of camera '{image.camera}' cannot be decoded: {error}") from None
+            decoded[image.camera] = image_to_array(pixels)
+        return decoded
+
+    def metrics(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics (called by prometheus_client)."""
+        requests = CounterMetricFamily("vla_foundry_requests", "Requests by outcome", labels=["protocol", "outcome"])
+        for labels, count in sorted(self._outcomes.items()):
+            requests.add_metric(labels, count)
+        yield requests
+        yield GaugeMetricFamily("vla_foundry_clients", "Clients with a session", value=len(self.engine.sessions))
+        yield GaugeMetricFamily("vla_foundry_waiting", "Requests in the queue", value=self.engine.num_waiting)
+        name = "vla_foundry_milliseconds"
+        summary = Metric(name, "Time per stage of a request", "summary")
+        for stage, (count, total, values) in self.times.by_stage.items():
+            for quantile in _QUANTILES:
+                labels = {"stage": stage, "quantile": str(quantile)}
+                summary.add_sample(name, labels, float(np.quantile(values, quantile)))
+            summary.add_sample(f"{name}_count", {"stage": stage}, count)
+            summary.add_sample(f"{name}_sum", {"stage": stage}, total)
+        yield summary
+
+    def _counted(self, protocol: str) -> "_Counted":
+        return _Counted(self._outcomes, protocol)
+
+    def _write_log(self, protocol: str, client: str, **request: Any) -> None:
+        if self._log is None:
+            return
+        row = {"time": time.time(), "protocol": protocol, "client": client, **request}
+        self._log.write(json.dumps(row, default=_to_json) + "\n")
+        self._log.flush()
+
+
+class Times:
+    """Milliseconds of each stage of the latest requests."""
+
+    def __init__(self) -> None:
+        # stage -> number of all requests, their sum, and the latest
+        self.by_stage: dict[str, tuple[int, float, deque[float]]] = {}
+
+    def add(self, stage: str, milliseconds: float) -> None:
+        """Add a request's time."""
+        count, total, values = self.by_stage.get(stage, (0, 0.0, deque(maxlen=_NUM_TIMED)))
+        values.append(milliseconds)
+        self.by_stage[stage] = (count + 1, total + milliseconds, values)
+
+
+class _Counted:
+    """Counts how the block ends."""
+
+    def __init__(self, outcomes: Counter[tuple[str, str]], protocol: str) -> None:
+        self._outcomes, self._protocol = outcomes, protocol
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            outcome = "ok"
+        elif issubclass(kind, ValueError):
+            outcome = "refused"
+        elif issubclass(kind, (FullError, PolicyFailedError)):
+            outcome = "failed"
+        else:
+            outcome = "cancelled"
+        self._outcomes[self._protocol, outcome] += 1
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return vars(value)
