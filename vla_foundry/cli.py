@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from vla_foundry.world import leave_on_interrupt, raise_on_interrupt
+from vla_foundry.world import follow_launcher, leave_on_interrupt, raise_on_interrupt
 
 _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(usage())
         return
     leave_on_interrupt()
+    follow_launcher()
     try:
         from vla_foundry.config.command_line import run_command
 

@@ -1,9 +1,11 @@
 """Train one model: `vla-foundry train ...`, or for several processes `torchrun -m vla_foundry.main ...`."""
 
-from vla_foundry.world import leave_on_interrupt, raise_on_interrupt
+from vla_foundry.world import follow_launcher, leave_on_interrupt, raise_on_interrupt
 
 if __name__ == "__main__":
     leave_on_interrupt()
+    # the launcher may die during the imports
+    follow_launcher()
 
 import os
 import sys
@@ -19,7 +21,7 @@ from vla_foundry.config.schema import MissingError
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
 from vla_foundry.storage.uri import write_text
-from vla_foundry.world import follow_launcher, is_first_process, is_launched, read_memory, read_world, read_world_size
+from vla_foundry.world import is_first_process, is_launched, read_memory, read_world, read_world_size
 
 PROG = "vla-foundry train"
 
@@ -34,7 +36,6 @@ def main(argv: list[str]) -> None:
         ValueError: an error that the user can fix; one line.
         FileNotFoundError: a file named in the config does not exist.
     """
-    follow_launcher()
     try:
         with errors_once():
             parsed = parse(TrainExperimentParams, argv, prog=PROG)

@@ -1,5 +1,8 @@
 """The place of a process, as torchrun, Open MPI and Slurm tell it."""
 
+import subprocess
+import sys
+
 import pytest
 
 from vla_foundry.world import World, is_first_process, read_rank, read_ranks_per_node, read_world, read_world_size
@@ -39,3 +42,14 @@ def test_a_variable_that_is_missing_or_no_number_is_named() -> None:
         read_world_size({"WORLD_SIZE": "two"})
     with pytest.raises(ValueError, match=r"Local rank 1 has no GPU: this node shows 1\."):
         read_world(1, TORCHRUN)
+
+
+@pytest.mark.parametrize("module", ["vla_foundry.main", "vla_foundry.cli"])
+def test_the_launcher_is_watched_from_before_the_imports_that_take_seconds(module: str) -> None:
+    code = f"""
+import os, runpy, sys, vla_foundry.world
+vla_foundry.world.follow_launcher = lambda: os._exit(5 if "vla_foundry.config" not in sys.modules else 6)
+sys.argv = ["vla-foundry", "train"]
+runpy.run_module("{module}", run_name="__main__")
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 5
