@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -73,6 +73,8 @@ class ShardCache:
             path = self._path(shard)
             try:
                 os.utime(path)
+                with suppress(FileNotFoundError):
+                    os.utime(index_name(path))  # it stays the newer one
                 return open(path, "rb"), path
             except FileNotFoundError:  # another process has just evicted it
                 continue

@@ -67,8 +67,9 @@ def index_name(tar_name: str) -> str:
 def load_index(file: BinaryIO, path: str) -> ShardIndex:
     """Return the index of a local shard.
 
-    The index beside the shard is used if it matches the tar (see `_fits`), else one from this user's cache. Otherwise
-    the tar is read once, and its index is written beside it or, if the folder is read-only, to the cache.
+    The index beside the shard is used if it is newer than the tar and matches it (see `_fits`), else one from this
+    user's cache. Otherwise the tar is read once, and its index is written beside it or, if the folder is read-only, to
+    the cache.
 
     Args:
         file: the open tar.
@@ -96,11 +97,14 @@ def load_index(file: BinaryIO, path: str) -> ShardIndex:
 
 
 def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
-    if not os.path.exists(candidate):
+    try:
+        # the clock of the file system, which no copy sets back: an older index may be of other bytes
+        is_newer = os.stat(candidate).st_ctime_ns >= os.fstat(file.fileno()).st_ctime_ns
+    except FileNotFoundError:
         return None
     try:
         index = parse_index(read_text(candidate), candidate)
-        if _fits(file, index):
+        if is_newer and _fits(file, index):
             return index
         _logger.info("%s belongs to an earlier state of its shard; it is made again.", candidate)
     except ValueError as error:
@@ -109,7 +113,7 @@ def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
 
 
 def _fits(file: BinaryIO, index: ShardIndex) -> bool:
-    """Check an index against its tar: the tar's size, and the headers of its first and last members."""
+    """Compare the tar's size, and the headers of its first and last members, with the index."""
     if os.fstat(file.fileno()).st_size != index.num_bytes:
         return False
     if index.records is not None:

@@ -159,25 +159,28 @@ def test_a_key_that_comes_again_is_dropped(tmp_path: Path, write_samples: Callab
         opened.read(1)
 
 
-@pytest.mark.parametrize("change", ["size", "members", "damage"])
+@pytest.mark.parametrize("change", ["size", "members", "middle", "damage"])
 def test_index_of_an_earlier_state_of_the_shard_is_not_used(
     tmp_path: Path, write_samples: Callable, change: str
 ) -> None:
     folder = tmp_path / "d"
-    manifest = write_samples(folder, [[{"txt": b"a" * 600}, {"txt": b"b" * 10}]])
+    manifest = write_samples(folder, [[{"txt": b"a" * 600}, {"txt": b"b" * 10}, {"txt": b"e"}]])
     open_reader(manifest).open(0, 0)
     index = folder / "shard_000000.index.json"
     old_text = index.read_text(encoding="utf-8")
     if change == "size":
-        write_samples(folder, [[{"txt": b"c" * 20_000}, {"txt": b"d"}]])
+        write_samples(folder, [[{"txt": b"c" * 20_000}, {"txt": b"d"}, {"txt": b"e"}]])
     elif change == "members":  # the tar is as large as before
-        write_samples(folder, [[{"txt": b"c" * 10}, {"txt": b"d" * 600}]])
+        write_samples(folder, [[{"txt": b"c" * 10}, {"txt": b"d" * 600}, {"txt": b"e"}]])
         assert json.loads(old_text)["num_bytes"] == os.path.getsize(folder / "shard_000000.tar")
+    elif change == "middle":  # the first and last members are as before too
+        write_samples(folder, [[{"txt": b"a" * 600}, {"txt": b"d" * 20}, {"txt": b"e"}]])
     else:
         index.write_text(old_text[:40], encoding="utf-8")
     opened = open_reader(manifest).open(0, 0)
     assert isinstance(opened, SampleShard)
-    assert opened.read(1)["txt"] == {"size": b"d", "members": b"d" * 600, "damage": b"b" * 10}[change]
+    right = {"size": b"d", "members": b"d" * 600, "middle": b"d" * 20, "damage": b"b" * 10}
+    assert opened.read(1)["txt"] == right[change]
 
 
 def test_manifest_that_claims_other_counts_is_refused_with_the_fix(tmp_path: Path, write_samples: Callable) -> None:
