@@ -11,15 +11,22 @@ The mapping's own values override included ones, leaf by leaf.
 
 import os
 import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vla_foundry.config.tree import COMMAND_LINE, Branch, Leaf, Node, Origin, Scalar, merge, to_value
+from vla_foundry.parsing import MAX_DEPTH, compose_yaml
 from vla_foundry.storage.uri import is_remote, read_text
 
 INCLUDE_KEY = "include"
+# includes of a config, repeated ones counted each time: ten files can include each other a billion times
+_MAX_FILES = 1000
+_MAX_VALUES = 200_000
 # how the name of a preset begins
 PRESETS = "config_presets/"
 _PRESET_PREFIXES = (f"vla_foundry/{PRESETS}", PRESETS)
@@ -32,7 +39,6 @@ _NULL_WORDS = frozenset(("", "~", "null", "Null", "NULL"))
 SEPARATORS = "\x85\u2028\u2029"
 _STAND_INS = "\U0010fd85\U0010fd28\U0010fd29"
 _HIDE, _SHOW = str.maketrans(SEPARATORS, _STAND_INS), str.maketrans(_STAND_INS, SEPARATORS)
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def preset_root() -> Path:
@@ -85,7 +91,7 @@ def load_config(name: str) -> Node:
         FileNotFoundError: it or an included file does not exist.
         ValueError: it is not YAML, or includes itself; the message begins with file and line.
     """
-    return _load(find_config(name), ())
+    return _load(find_config(name), _Depth((), 0, count(1), count(1)))
 
 
 def load_mapping(name: str) -> Branch:
@@ -98,7 +104,7 @@ def load_mapping(name: str) -> Branch:
 
 def parse_inline(text: str) -> Node:
     """Parse YAML given on the command line; its includes are found as there. Other text is a ValueError."""
-    return _parse(text, COMMAND_LINE.source, None, ())
+    return _parse(text, COMMAND_LINE.source, None, _Depth((), 0, count(1), count(1)))
 
 
 def is_null(value: Any) -> bool:
@@ -108,53 +114,54 @@ def is_null(value: Any) -> bool:
     return value is None
 
 
-def _load(location: str, chain: tuple[str, ...]) -> Node:
+@dataclass(frozen=True)
+class _Depth:
+    """Where a file stands among the includes of a config."""
+
+    # the files that include each other down to here
+    chain: tuple[str, ...]
+    # lists, mappings and includes around it
+    levels: int
+    # counts the files of the config, and its values with aliases expanded
+    num_files: Iterator[int]
+    num_values: Iterator[int]
+
+
+def _load(location: str, depth: _Depth) -> Node:
+    chain = depth.chain
     if location in chain:
         circle = " -> ".join((*chain[chain.index(location) :], location))
         raise ValueError(f"{location} includes itself: {circle}. Remove one of these includes.")
-    source = _display_name(location)
-    return _parse(_read(location), source, posixpath.dirname(location) or ".", (*chain, location))
+    if next(depth.num_files) > _MAX_FILES:
+        raise ValueError(f"{chain[0]} includes more than {_MAX_FILES:,} files, with those that they include.")
+    source, folder = _display_name(location), posixpath.dirname(location) or "."
+    return _parse(read_text(location), source, folder, replace(depth, chain=(*chain, location)))
 
 
-def _read(location: str) -> str:
-    if is_remote(location):
-        return read_text(location)
-    try:
-        with open(location, encoding="utf-8") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{location} is not text in UTF-8 ({error.reason}). Is it a config file?") from None
-
-
-def _parse(text: str, source: str, folder: str | None, chain: tuple[str, ...]) -> Node:
-    try:
-        root = yaml.compose(text.translate(_HIDE), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark and folder is not None else None
-        raise ValueError(f"{Origin(source, line)}: not valid YAML: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}.") from None
-    reader = _Reader(source, folder, chain)
-    return Branch({}, Origin(source, 1)) if root is None else reader.convert(root)
+def _parse(text: str, source: str, folder: str | None, depth: _Depth) -> Node:
+    root = compose_yaml(text.translate(_HIDE), source, has_lines=folder is not None)
+    return Branch({}, Origin(source, 1)) if root is None else _Reader(source, folder, depth).convert(root)
 
 
 class _Reader:
     """Convert the YAML nodes of one file to ours."""
 
-    def __init__(self, source: str, folder: str | None, chain: tuple[str, ...]) -> None:
+    def __init__(self, source: str, folder: str | None, depth: _Depth) -> None:
         self.source = source
         self.folder = folder
-        self.chain = chain
-        self.open_nodes: list[int] = []
+        self.depth = depth
+        self.levels = depth.levels
 
     def origin(self, node: yaml.Node) -> Origin:
         return COMMAND_LINE if self.folder is None else Origin(self.source, node.start_mark.line + 1)
 
     def convert(self, node: yaml.Node) -> Node:
         origin = self.origin(node)
-        if id(node) in self.open_nodes:
-            raise ValueError(f"{origin}: this anchor contains itself. Remove the alias.")
-        self.open_nodes.append(id(node))
+        self.levels += 1
+        if self.levels > MAX_DEPTH:
+            raise ValueError(f"{origin}: nests too deeply: over {MAX_DEPTH} lists and mappings, or over 25 includes.")
+        if next(self.depth.num_values) > _MAX_VALUES:
+            raise ValueError(f"{origin}: the config has more than {_MAX_VALUES:,} values, with aliases and includes.")
         try:
             if node.tag == _INCLUDE_TAG:
                 return self.include(node)
@@ -166,7 +173,7 @@ class _Reader:
                 return Leaf([to_value(self.convert(item)) for item in node.value], origin)
             return Leaf(_scalar(node), origin)
         finally:
-            self.open_nodes.pop()
+            self.levels -= 1
 
     def mapping(self, node: yaml.MappingNode) -> Node:
         included: Node = Branch({}, self.origin(node))
@@ -201,7 +208,7 @@ class _Reader:
         if not isinstance(node, yaml.ScalarNode) or not node.value:
             raise ValueError(f"{self.origin(node)}: an include needs the path of a file.")
         try:
-            return _load(find_config(node.value, self.folder), self.chain)
+            return _load(find_config(node.value, self.folder), replace(self.depth, levels=self.levels + 2))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.origin(node).prefix}{error}") from None
 

@@ -10,12 +10,14 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from vla_foundry.parsing import MAX_BYTES, parse_json, parse_object, parse_yaml
 from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
+_CHUNK_SIZE = 16 << 20
 
 
 @runtime_checkable
@@ -118,12 +120,33 @@ def read_text(uri: str) -> str:
     """Read a whole file as UTF-8.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or too large for one that people or our commands write.
     """
+    content = bytearray()
+    with open_input(uri) as file:
+        while chunk := file.read(_CHUNK_SIZE):
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"{uri} has more than {MAX_BYTES:,} bytes of text. Is it the right file?")
     try:
-        return read_bytes(uri).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{uri} is not UTF-8 text (byte {error.start}).") from None
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file; see parse_json."""
+    return parse_json(read_text(uri), uri)
+
+
+def read_object(uri: str) -> dict[str, Any]:
+    """Read a file with a JSON object; see parse_object."""
+    return parse_object(read_text(uri), uri)
+
+
+def read_yaml(uri: str) -> Any:
+    """Read a YAML file into plain values; see parse_yaml."""
+    return parse_yaml(read_text(uri), uri)
 
 
 def size_of(uri: str) -> int:

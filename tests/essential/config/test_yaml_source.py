@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vla_foundry.config import yaml_source
 from vla_foundry.config.tree import Leaf, Scalar, to_value
 from vla_foundry.config.yaml_source import load_config, parse_inline
 
@@ -125,3 +126,27 @@ def test_yaml_on_the_command_line_has_no_line() -> None:
     leaf = parse_inline("[a, 'b']")
     assert isinstance(leaf, Leaf)
     assert leaf.origin.prefix == ""
+
+
+@pytest.mark.parametrize("form", ["<<: !include {}", "include: {}", "key: !include {}"])
+def test_a_long_chain_of_includes_is_one_line(write: Write, form: str) -> None:
+    for number in range(1500):
+        write(f"c{number}.yaml", form.format(f"c{number + 1}.yaml") + "\n")
+    with pytest.raises(ValueError, match=r"c\d+\.yaml:1: nests too deeply: .* over 25 includes"):
+        load_config(write("start.yaml", "include: c0.yaml\n"))
+
+
+def test_files_that_include_each_other_again_and_again_are_one_line(write: Write) -> None:
+    for number in range(20):
+        write(f"b{number}.yaml", f"include: [b{number + 1}.yaml, b{number + 1}.yaml]\n")
+    write("b20.yaml", "a: 1\n")
+    with pytest.raises(ValueError, match=r"b0\.yaml includes more than 1,000 files"):
+        load_config(write("b0.yaml", "include: [b1.yaml, b1.yaml]\n"))
+
+
+def test_aliases_in_many_included_files_are_one_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_source, "_MAX_VALUES", 500)
+    write("many.yaml", "a: &a [" + "x, " * 20 + "]\nb: [*a, *a, *a]\n")
+    assert load_config(write("one.yaml", "include: many.yaml\n"))
+    with pytest.raises(ValueError, match=r"many\.yaml:\d: the config has more than 500 values"):
+        load_config(write("start.yaml", f"include: [{', '.join(['many.yaml'] * 20)}]\n"))
