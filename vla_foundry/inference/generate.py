@@ -41,8 +41,8 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any, list[i
     device = choose_device(params.device)
     tokenizer = load_tokenizer(tokenizer_name)
     model = load_run_model(model_params, run_folder, params.checkpoint, params.use_ema, device)
-    # documents may end with another token than the tokenizer's own
-    recorded = read_end_token_ids(tokenizer_name) if params.tokenizer is None else []
+    # the run's documents may end with another token than the tokenizer's own, whichever tokenizer is named
+    recorded = read_end_token_ids(join_uri(run_folder, TOKENIZER_FOLDER))
     return model, tokenizer, [*find_end_tokens(model, tokenizer), *recorded]
 
 

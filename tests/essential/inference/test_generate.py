@@ -209,8 +209,11 @@ def test_generation_stops_at_the_tokens_that_end_the_documents(
     first = tokens.index(tokens[3])
     ends = {"eos_token_id": [tokens[3], 94]}
     (run / "tokenizer" / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
-    main(["--checkpoint", str(run), "--prompt", "abc", "--max_new_tokens", "6", "--temperature", "0"])
-    assert capsys.readouterr().out == f"abc{create_tokenizer().decode(tokens[:first])}\n\n"
+    words = ["--checkpoint", str(run), "--prompt", "abc", "--max_new_tokens", "6", "--temperature", "0"]
+    create_tokenizer().save_pretrained(str(tmp_path / "same"))
+    for flags in ([], ["--tokenizer", str(tmp_path / "same")]):
+        main([*words, *flags])
+        assert capsys.readouterr().out == f"abc{create_tokenizer().decode(tokens[:first])}\n\n"
 
 
 def test_a_published_models_end_tokens_count_if_they_are_special_tokens_here(tmp_path: Path) -> None:
