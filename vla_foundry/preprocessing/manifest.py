@@ -19,6 +19,7 @@ import numpy as np
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.preprocessing import ManifestBuildParams, ManifestVerifyParams
+from vla_foundry.preprocessing.output import PLAN_NAME, PROGRESS_FOLDER
 from vla_foundry.progress import say, show_progress
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import CALIBRATION_PREFIXES, EPISODE_SUFFIX, LOWDIM_SUFFIX, TIMESTAMP_FIELD
@@ -159,9 +160,15 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: the folder has no tars, a tar cannot be read, or the existing manifest says something else.
+        ValueError: the folder has no tars, a tar cannot be read, the existing manifest says something else, or a job
+            that writes the folder has not finished.
     """
     tars = _list_tars(folder)
+    if exists(join_uri(folder, PROGRESS_FOLDER, PLAN_NAME)):
+        raise ValueError(
+            f"{folder} holds a dataset that was not finished ({len(tars):,} shards so far). Finish it with the command "
+            f"that began it, or delete {join_uri(folder, PROGRESS_FOLDER)} to keep what there is."
+        )
     if not tars:
         raise ValueError(f"{folder} has no .tar files to list in a manifest.")
     name = join_uri(folder, MANIFEST_NAME)

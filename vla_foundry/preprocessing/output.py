@@ -45,7 +45,7 @@ _OWN_FILES = (
     "preprocessing_config.yaml",
     "processing_metadata.json",
 )
-_PLAN_NAME = "plan.json"
+PLAN_NAME = "plan.json"
 _INPUTS_KEY = "inputs"
 _NUM_THREADS = 16
 # packages that may shape the bytes of a dataset
@@ -112,9 +112,9 @@ class OutputFolder:
             self._write_plan()
             return False
         self._delete_temporaries()
-        if MANIFEST_NAME in files:
+        if _is_complete(files):
             self._delete_progress(files)
-        return MANIFEST_NAME in files
+        return _is_complete(files)
 
     def read_facts(self) -> dict[str, Any]:
         """Return the facts of a complete dataset."""
@@ -181,20 +181,20 @@ class OutputFolder:
             return {}
 
     def _found_plan(self, files: Mapping[str, int]) -> dict[str, Any] | None:
-        if MANIFEST_NAME in files and PROVENANCE_NAME in files:
+        if _is_complete(files):
             return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME))).get("plan")
-        progress = f"{PROGRESS_FOLDER}/{_PLAN_NAME}"
+        progress = f"{PROGRESS_FOLDER}/{PLAN_NAME}"
         return json.loads(read_text(join_uri(self.uri, progress))) if progress in files else None
 
     def _missing_shards(self, files: Mapping[str, int]) -> list[str]:
-        if MANIFEST_NAME not in files:
+        if not _is_complete(files):
             return []
         entries = parse_manifest(read_text(join_uri(self.uri, MANIFEST_NAME)), MANIFEST_NAME)
         names = [f"{entry.shard}.tar" for entry in entries if files.get(f"{entry.shard}.tar") != entry.num_bytes]
         return [f"{name}, which is now missing or cut" for name in names]
 
     def _write_plan(self) -> None:
-        _write_json(join_uri(self.uri, PROGRESS_FOLDER, _PLAN_NAME), {**self.plan, _INPUTS_KEY: self._inputs})
+        _write_json(join_uri(self.uri, PROGRESS_FOLDER, PLAN_NAME), {**self.plan, _INPUTS_KEY: self._inputs})
 
     def _delete_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -202,7 +202,7 @@ class OutputFolder:
 
     def _delete_progress(self, files: Iterable[str]) -> None:
         # the plan last: without it, the rest would be taken for foreign files
-        plan = f"{PROGRESS_FOLDER}/{_PLAN_NAME}"
+        plan = f"{PROGRESS_FOLDER}/{PLAN_NAME}"
         self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != plan)
         delete(join_uri(self.uri, plan))
         if not is_remote(self.uri):
@@ -211,7 +211,7 @@ class OutputFolder:
     def _clear(self, files: Mapping[str, int]) -> None:
         """Delete a dataset. If this is interrupted, its plan still marks the folder as ours, and as no dataset."""
         self._delete_temporaries()
-        plan = join_uri(PROGRESS_FOLDER, _PLAN_NAME)
+        plan = join_uri(PROGRESS_FOLDER, PLAN_NAME)
         _write_json(join_uri(self.uri, plan), {"command": "deleting what was here before"})
         delete(join_uri(self.uri, MANIFEST_NAME))
         own = (".tar", ".index.json")
@@ -252,6 +252,11 @@ def check_apart(source: Sequence[str], output: str) -> None:
 def record_task(folder: str, number: int, result: Any) -> None:
     """Record that a task is done; the task itself calls this when all its shards are in place."""
     _write_json(join_uri(folder, PROGRESS_FOLDER, f"task_{number:06d}.json"), result)
+
+
+def _is_complete(files: Iterable[str]) -> bool:
+    # an earlier `manifest build` wrote a manifest alone, of what an unfinished job had written
+    return {MANIFEST_NAME, PROVENANCE_NAME} <= set(files)
 
 
 def _write_json(uri: str, values: Any) -> None:

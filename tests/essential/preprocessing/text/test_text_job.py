@@ -23,7 +23,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from vla_foundry.params.commands.preprocessing import PreprocessTextParams, PreprocessTextUntokenizedParams
-from vla_foundry.preprocessing.manifest import verify_dataset
+from vla_foundry.preprocessing.manifest import build_manifest, verify_dataset
 from vla_foundry.preprocessing.text import text_job
 from vla_foundry.preprocessing.text.text_job import preprocess_text, preprocess_text_untokenized
 from vla_foundry.storage import uri
@@ -220,6 +220,9 @@ def test_half_written_files_of_a_killed_run_go(params: PreprocessTextParams, exp
     kill_when(start_command(params), lambda: bool(list(output.glob("_progress/task_*"))))
     (output / ".shard_000009_000.tar.0123456789ab.tmp").write_bytes(b"half")
     (output / "shard_000009_000.tar").write_bytes(b"of a task that is not done")
+    with pytest.raises(ValueError, match=r"was not finished .*delete .*_progress to keep what there is"):
+        build_manifest(str(output))
+    (output / "manifest.jsonl").write_text("", encoding="utf-8")  # without provenance.json it does not end the job
     preprocess_text(params)
     assert read_folder(output) == read_folder(expected)
 
