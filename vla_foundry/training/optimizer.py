@@ -25,7 +25,7 @@ _MATRIX_MODULES = (
 # parameters of other modules (the experts and router of a mixture) decay if they are matrices or stacks of matrices,
 # unless the name of the parameter or its module says that it is something else
 _NOT_MATRICES = re.compile(
-    r"bias|norm|embed|position|token|latent|quer(y|ies)\b|probe|scale|_table|_log", re.IGNORECASE
+    r"bias|norm|embed|pos(ition|_)|token|latent|quer(y|ies)\b|probe|scale|_table|_log| D$", re.IGNORECASE
 )
 
 

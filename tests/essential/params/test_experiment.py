@@ -162,6 +162,11 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
             r"^data\.seq_len \(16\) is more than r: number of positions \(15\)\.",
         ),
         (
+            replace(PARAMS, model=TransformerHFParams(hf_pretrained="m")),
+            replace(FACTS, model_configs={"m": {"model_type": "mpt", "max_seq_len": 8}}),
+            r"^data\.seq_len \(16\) is more than m: number of positions \(8\)\.",
+        ),
+        (
             PARAMS,
             replace(FACTS, datasets=(dataset(vocab_size=101),)),
             r"^model\.vocab_size \(100\) is less than the 101 tokens of a/manifest\.jsonl\. "

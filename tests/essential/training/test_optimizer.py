@@ -47,6 +47,8 @@ class Experts(nn.Module):
         self.latents = nn.Parameter(torch.zeros(6, 4))
         self.A_log = nn.Parameter(torch.zeros(4, 16))
         self.time_mix_key = nn.Parameter(torch.zeros(1, 1, 4))
+        self.rel_pos_h = nn.Parameter(torch.zeros(7, 4))
+        self.D = nn.Parameter(torch.zeros(2, 8))
 
 
 def test_only_matrices_between_features_decay() -> None:

@@ -33,6 +33,10 @@ _LEARNED_POSITIONS = _POSITIONS_BEHIND_PADDING | {
     *("electra", "ernie", "git", "gpt_neo", "marian", "mbart", "megatron-bert", "mvp", "opt", "pegasus", "plbart"),
     *("prophetnet", "rembert", "roc_bert", "roformer", "trocr", "xlm"),
 }
+# the key of config.json that bounds a sequence, where that is not n_positions
+_LENGTH_KEYS = {"mpt": "max_seq_len", "whisper": "max_target_positions"} | dict.fromkeys(
+    _LEARNED_POSITIONS, "max_position_embeddings"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +60,8 @@ class TokenLimits:
 
 def count_positions(config: Mapping[str, Any]) -> int | None:
     """Return the longest sequence of a model by its config.json; None: any, because positions are computed."""
-    kind, longest = config.get("model_type"), config.get("n_positions")
-    if not longest and kind in _LEARNED_POSITIONS:
-        longest = config.get("max_position_embeddings")
+    kind = config.get("model_type")
+    longest = config.get("n_positions") or config.get(_LENGTH_KEYS.get(kind or "", ""))
     if longest and kind in _POSITIONS_BEHIND_PADDING:
         padding = config.get("pad_token_id")
         return longest - 1 - (1 if padding is None else padding)
