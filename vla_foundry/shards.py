@@ -12,6 +12,7 @@ num_bytes, sha256 and the index.
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -336,22 +337,29 @@ def format_index(index: ShardIndex) -> str:
             [key, {suffix: [span.offset, span.size] for suffix, span in members.items()}]
             for key, members in index.samples
         ]
-    return json.dumps(values, separators=(",", ":"))
+    text = json.dumps(values, separators=(",", ":"))
+    return f"{text[:-1]}{_CHECKSUM_MARK}{zlib.crc32(text.encode())}}}"
 
 
 def parse_index(text: str, origin: str) -> ShardIndex:
     """Parse the JSON of `<shard>.index.json`.
 
     Raises:
-        ValueError: the text is not such an index, or has another version.
+        ValueError: the text is not such an index, has another version, or was damaged.
     """
     try:
         values = json.loads(text)
+        # earlier indexes have no checksum
+        checked, mark, checksum = text.rpartition(_CHECKSUM_MARK)
+        if mark and zlib.crc32(f"{checked}}}".encode()) != int(checksum[:-1]):
+            raise ValueError("its checksum differs")
         if values["version"] != INDEX_VERSION:
             raise ValueError(f"version {values['version']}, not {INDEX_VERSION}")
         if "records" in values:
             spans = {name: MemberSpan(**values["records"][name]) for name in _RECORD_SPANS}
             fields: dict[str, Any] = {**values["records"], **spans}
+            if fields["dtype"] not in TOKENS_SUFFIX:
+                raise ValueError(f"its tokens are {fields['dtype']}")
             records = TokenRecords(**fields)
             return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], records=records)
         if "episodes" in values:
@@ -377,6 +385,7 @@ def _parse_episode_spans(
     return EpisodeSpans(key=key, anchors=tuple(anchors), members=_parse_spans(members), frames=spans)
 
 
+_CHECKSUM_MARK = ',"crc32":'
 _RECORD_SPANS = ("tokens", "document_ends", "document_offsets")
 
 

@@ -314,3 +314,23 @@ def test_cut_tar_is_an_error(size: int):
 def test_wrong_index_is_named(text: str):
     with pytest.raises(ValueError, match=r"^i is not a shard index"):
         parse_index(text, "i")
+
+
+@pytest.mark.parametrize("members", [records(), [("a.jpg", b"12345"), ("a.txt", b"x"), ("b.txt", b"yy")]])
+def test_a_changed_character_of_an_index_is_noticed(members: list):
+    index = index_of(create_tar(members))
+    text = format_index(index)
+    for place, character in enumerate(text):
+        changed = text[:place] + chr(ord(character) ^ 1) + text[place + 1 :]
+        try:
+            assert parse_index(changed, "i") == index
+        except ValueError:
+            continue
+
+
+def test_an_index_without_a_checksum_is_read():
+    index = index_of(create_tar(records()))
+    text = format_index(index).partition(',"crc32"')[0] + "}"
+    assert parse_index(text, "i") == index
+    with pytest.raises(ValueError, match=r"its tokens are uint17"):
+        parse_index(text.replace("uint16", "uint17"), "i")
