@@ -154,11 +154,19 @@ METHODS: dict[str, tuple[type, type]] = {
 
 
 def write_arrays(values: Mapping[str, np.ndarray]) -> list[Array]:
-    """Return numbers as messages; float32 and float64 lose nothing."""
-    return [
-        Array(name=name, floats=numbers) if numbers.dtype == np.float32 else Array(name=name, doubles=numbers)
-        for name, numbers in ((name, np.asarray(numbers)) for name, numbers in values.items())
-    ]
+    """Return numbers as messages; float32 and float64 lose nothing.
+
+    Raises:
+        ValueError: a field is not an array (C,) of numbers.
+    """
+    arrays = []
+    for name, given in values.items():
+        numbers = np.asarray(given)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
+            raise ValueError(f"field '{name}' must be an array (C,) of numbers, got {numbers.dtype} {numbers.shape}.")
+        is_single = numbers.dtype == np.float32
+        arrays.append(Array(name=name, floats=numbers) if is_single else Array(name=name, doubles=numbers))
+    return arrays
 
 
 def read_arrays(arrays: Sequence[Array]) -> dict[str, np.ndarray]:

@@ -7,6 +7,8 @@
 It needs numpy and grpcio, not torch.
 """
 
+import operator
+import ssl
 import uuid
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -65,6 +67,7 @@ class RemotePolicy:
             are, which changes nothing of the policy's answer.
 
     Raises:
+        ValueError: the token or the certificate cannot be used.
         ConnectionError: the server does not answer, or speaks another version.
         PermissionError: the server refuses the token.
     """
@@ -81,16 +84,23 @@ class RemotePolicy:
         self.server = server
         self.timeout_s = timeout_s
         self._encode_jpeg = encode_jpeg
+        if token is not None and not (token.isascii() and token.isprintable() and token):
+            raise ValueError("token must be one line of ASCII letters, digits and signs. Is a line break at its end?")
         self._call_metadata = None if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
         if tls_certificate is None:
             self._channel = grpc.insecure_channel(server, options=_OPTIONS)
         else:
-            credentials = grpc.ssl_channel_credentials(Path(tls_certificate).read_bytes())
+            certificate = Path(tls_certificate).read_bytes()
+            try:
+                ssl.create_default_context(cafile=tls_certificate)
+            except ssl.SSLError as error:
+                raise ValueError(f"{tls_certificate} is not a certificate (PEM): {error.reason}.") from None
+            credentials = grpc.ssl_channel_credentials(certificate)
             self._channel = grpc.secure_channel(server, credentials, options=_OPTIONS)
         self._methods = {
             name: self._channel.unary_unary(
                 f"/{SERVICE}/{name}",
-                request_serializer=encode,
+                request_serializer=None,
                 response_deserializer=lambda data, kind=response: decode(kind, data),
             )
             for name, (_, response) in METHODS.items()
@@ -152,8 +162,11 @@ class RemotePolicy:
             client: the robot, if there are several.
 
         Raises:
+            ValueError: the seed is not a whole number from 0 to 2**64 - 1.
             ConnectionError, TimeoutError, PermissionError: the server is gone, late, full, or refuses.
         """
+        if operator.index(seed) not in range(1 << 64):
+            raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}.")
         self._clients.pop(client, None)
         session = _Client(f"{self._prefix}/{client}")
         self._call("Reset", ResetRequest(client=session.name, seed=seed))
@@ -198,7 +211,7 @@ class RemotePolicy:
             # time passes for the robot, whatever becomes of the call
             session.step += 1
             session.needs_images = True
-            calls[name] = self._methods["Act"].future(request, timeout=self.timeout_s, metadata=self._call_metadata)
+            calls[name] = self._send("Act", request)
         actions = {}
         try:
             for name, call in calls.items():
@@ -224,7 +237,10 @@ class RemotePolicy:
         return self._clients[client]
 
     def _call(self, method: str, request: Any) -> Any:
-        return self._wait(self._methods[method].future(request, timeout=self.timeout_s, metadata=self._call_metadata))
+        return self._wait(self._send(method, request))
+
+    def _send(self, method: str, request: Any) -> Any:
+        return self._methods[method].future(encode(request), timeout=self.timeout_s, metadata=self._call_metadata)
 
     def _wait(self, call: Any) -> Any:
         try:

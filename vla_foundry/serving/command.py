@@ -1,9 +1,12 @@
 """`vla-foundry serve`: serve a policy to robots and simulators over the network, until SIGTERM or Ctrl-C."""
 
 import asyncio
+import os
 import signal
+import socket
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -16,7 +19,7 @@ from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.serving import ServeParams
 from vla_foundry.robotics.spec import parse_spec
 from vla_foundry.serving.client_map import OwnNames, load_client_map
-from vla_foundry.serving.engine import Engine
+from vla_foundry.serving.engine import THREAD_NAME, Engine
 from vla_foundry.serving.grpc_server import create_grpc_server
 from vla_foundry.serving.policies import Served, load_policy
 from vla_foundry.serving.service import PolicyService
@@ -32,6 +35,11 @@ def main(argv: list[str]) -> None:
     token = _read_token(params)
     served = load_policy(params)
     asyncio.run(_serve(params, served, token))
+    if any(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()):
+        # the interpreter would wait for a prediction that may never end
+        sys.stderr.write(f"warning: a prediction took more than {_GRACE_S:g} s and was cut off.\n")
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _read_token(params: ServeParams) -> str | None:
@@ -40,13 +48,22 @@ def _read_token(params: ServeParams) -> str | None:
     token = Path(params.token_file).read_text(encoding="utf-8").strip()
     if not token:
         raise ValueError(f"token_file {params.token_file} is empty. Write a long random token into it.")
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(f"token_file {params.token_file}: a token is one line of ASCII letters, digits and signs.")
     return token
 
 
 async def _serve(params: ServeParams, served: Served, token: str | None) -> None:
     stop = asyncio.Event()
+
+    def end(number: int) -> None:
+        if stop.is_set():
+            # the second time: at once
+            os._exit(128 + number)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
     async with open_server(params, served, token) as ports:
         sys.stdout.write(f"serving {served.metadata.name}: {ports.describe(params)}\n")
         sys.stdout.flush()
@@ -80,6 +97,8 @@ async def open_server(params: ServeParams, served: Served, token: str | None = N
     Raises:
         ValueError: a port is taken, or a certificate is broken.
     """
+    tls = _load_tls(params)
+    _check_port("port", params.host, params.port)
     engine = Engine(
         served.policy,
         batching=served.batching if params.batching == "auto" else params.batching,
@@ -98,20 +117,20 @@ async def open_server(params: ServeParams, served: Served, token: str | None = N
                 max_message_bytes=params.max_message_mib << 20,
             )
             port = _open_port(server, params)
-            websocket = await _open_websocket(params, service, served, token)
+            websocket = await _open_websocket(params, service, served, token, tls)
             await server.start()
             try:
                 yield Ports(port, None if websocket is None else websocket.sockets[0].getsockname()[1])
             finally:
                 service.is_draining = True
-                await server.stop(_GRACE_S)
+                await asyncio.gather(server.stop(_GRACE_S), service.drain(_GRACE_S))
                 if websocket is not None:
                     websocket.close()
                     await websocket.wait_closed()
 
 
 async def _open_websocket(
-    params: ServeParams, service: PolicyService, served: Served, token: str | None
+    params: ServeParams, service: PolicyService, served: Served, token: str | None, tls: ssl.SSLContext | None
 ) -> Server | None:
     """Listen on the websocket port.
 
@@ -130,10 +149,6 @@ async def _open_websocket(
             "/": OwnNames(metadata, instruction="prompt"),
             VLA_EVAL_PATH: OwnNames(metadata, instruction="task_description"),
         }
-    tls = None
-    if params.tls_certificate is not None:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(params.tls_certificate, params.tls_key)
     try:
         return await open_websocket_server(
             service,
@@ -148,6 +163,44 @@ async def _open_websocket(
         raise ValueError(
             f"websocket_port {params.websocket_port} of {params.host} cannot be opened: {error.strerror}. Give another."
         ) from None
+
+
+def _load_tls(params: ServeParams) -> ssl.SSLContext | None:
+    """Return the context of the certificate; None: without TLS.
+
+    Raises:
+        ValueError: the files are no certificate and its key.
+        FileNotFoundError: one does not exist.
+    """
+    if params.tls_certificate is None:
+        return None
+    assert params.tls_key is not None
+    for path in (params.tls_certificate, params.tls_key):
+        Path(path).read_bytes()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        tls.load_cert_chain(params.tls_certificate, params.tls_key)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"tls_certificate {params.tls_certificate} and tls_key {params.tls_key} are not a certificate and its "
+            f"private key, both PEM ({error.reason})."
+        ) from None
+    return tls
+
+
+def _check_port(name: str, host: str, port: int) -> None:
+    """Check that a port can be opened; gRPC does not say why it cannot.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"{name} {port} of {host} cannot be opened: {error.strerror}. Give another.") from None
 
 
 def _open_port(server: grpc.aio.Server, params: ServeParams) -> int:
@@ -165,4 +218,4 @@ def _open_port(server: grpc.aio.Server, params: ServeParams) -> int:
         pair = (Path(params.tls_key).read_bytes(), Path(params.tls_certificate).read_bytes())
         return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except RuntimeError as error:
-        raise ValueError(f"port {params.port} of {params.host} cannot be opened: {error}. Give another port.") from None
+        raise ValueError(f"port {params.port} of {params.host} cannot be opened: {error}. Give another.") from None

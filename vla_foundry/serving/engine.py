@@ -1,12 +1,13 @@
 """Run one policy for many clients: one thread owns it, and the requests of all clients wait in one queue."""
 
 import asyncio
+import concurrent.futures
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -15,6 +16,9 @@ import numpy as np
 from vla_foundry.client.observation import RobotObservation
 
 Actions = dict[str, np.ndarray]
+THREAD_NAME = "policy"
+# how long the end waits for the prediction that runs, seconds
+_END_S = 1.0
 
 
 @runtime_checkable
@@ -102,8 +106,9 @@ class Engine:
         self.sessions: dict[Hashable, float] = {}
         self._queue: deque[_Request] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
         self._task: asyncio.Task | None = None
+        self._running: Future[Any] = self._thread.submit(list)
 
     async def __aenter__(self) -> "Engine":
         self._task = asyncio.create_task(self._work())
@@ -114,7 +119,9 @@ class Engine:
         self._task.cancel()
         for request in self._queue:
             request.future.cancel()
-        self._thread.shutdown(wait=True)
+        # a prediction that never ends must not keep the server
+        concurrent.futures.wait([self._running], timeout=_END_S)
+        self._thread.shutdown(wait=False)
 
     @property
     def num_waiting(self) -> int:
@@ -176,7 +183,6 @@ class Engine:
             await self.forget(client)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             if not self._queue:
                 self._arrived.clear()
@@ -185,7 +191,9 @@ class Engine:
                 await self._wait_for_others()
             batch = self._take()
             if batch:
-                outcomes = await loop.run_in_executor(self._thread, self._run, batch)
+                self._running = self._thread.submit(_attempt, lambda batch=batch: self._run(batch))
+                found = await asyncio.wrap_future(self._running)
+                outcomes = [found] * len(batch) if isinstance(found, Exception) else found
                 for request, outcome in zip(batch, outcomes, strict=True):
                     _settle(request.future, outcome)
 
@@ -258,19 +266,30 @@ class Engine:
         assert request.observation is not None
         self.policy.observe(request.observation, client=request.client, step=request.step)
 
-    def _choose(self, requests: list[_Request]) -> dict[Hashable, Actions]:
+    def _choose(self, requests: list[_Request]) -> dict[Hashable, Actions | PolicyFailedError]:
         if requests[0].whole_chunk:
-            return {requests[0].client: self.policy.predict_chunk(requests[0].client)}
-        return self.policy.choose_actions([request.client for request in requests])
+            found = {requests[0].client: self.policy.predict_chunk(requests[0].client)}
+        else:
+            found = self.policy.choose_actions([request.client for request in requests])
+        return {client: _check_actions(actions) for client, actions in found.items()}
+
+
+def _check_actions(actions: Actions) -> Actions | PolicyFailedError:
+    """Return actions that a robot may execute; else the error for its client."""
+    broken = [name for name, values in actions.items() if not np.isfinite(values).all()]
+    if broken or not actions:
+        what = f"its action '{broken[0]}' is not finite" if broken else "it returned no action"
+        return PolicyFailedError(f"the policy failed: {what}.")
+    return actions
 
 
 def _attempt(function: Callable[[], Any]) -> Any:
     """Return what a function returns, or the exception that clients get to see."""
     try:
         return function()
-    except ValueError as error:
+    except (ValueError, PolicyFailedError) as error:
         return error
-    except Exception as error:  # the border to a policy's code: one request must not end the server
+    except BaseException as error:  # the border to a policy's code, where even sys.exit must not end the server
         traceback.print_exc(file=sys.stderr)
         return PolicyFailedError(f"the policy failed ({type(error).__name__}); the server's log says more.")
 

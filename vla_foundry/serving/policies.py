@@ -13,7 +13,7 @@ from vla_foundry.client.observation import RobotObservation
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.params.commands.serving import ServeParams
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec, format_spec, parse_spec
-from vla_foundry.serving.engine import Actions, ServedPolicy
+from vla_foundry.serving.engine import Actions, PolicyFailedError, ServedPolicy
 from vla_foundry.storage.uri import name_of
 
 
@@ -167,4 +167,12 @@ class _PerClient:
 
     def _act(self, client: Hashable) -> Actions:
         actions = self._clients[client].act(self._observed[client])
-        return {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in actions.items()}
+        try:
+            found = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in actions.items()}
+        except (AttributeError, TypeError, ValueError):
+            found = {"": np.empty((0, 0))}
+        if any(values.ndim != 1 for values in found.values()):
+            raise PolicyFailedError(
+                f"the policy failed: act must return {{field: numbers}}, it returned {actions!r:.80}."
+            )
+        return found

@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import json
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ class PolicyService:
         self.times = Times()
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._log = None if request_log is None else request_log.open("a", encoding="utf-8")
+        # answers under way
+        self.num_running = 0
+        self._log = None if request_log is None else request_log.open("ab", buffering=0)
         self._registry = CollectorRegistry()
         self._registry.register(self)  # pyright: ignore[reportArgumentType]
 
@@ -53,6 +57,22 @@ class PolicyService:
         self._decoders.shutdown()
         if self._log is not None:
             self._log.close()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count a request from its arrival until its answer is sent."""
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new episodes, and wait until all requests are answered, for a time at most."""
+        self.is_draining = True
+        end = time.monotonic() + timeout_s
+        while self.num_running and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     async def reset(self, protocol: str, client: str, seed: int) -> None:
         """Begin an episode of a client.
@@ -148,8 +168,13 @@ class PolicyService:
         if self._log is None:
             return
         row = {"time": time.time(), "protocol": protocol, "client": client, **request}
-        self._log.write(json.dumps(row, default=_to_json) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(row, default=_to_json).encode() + b"\n")
+        except OSError as error:
+            # a robot in motion matters more than the log
+            sys.stderr.write(f"warning: request_log {self._log.name}: {error.strerror}. No more requests are logged.\n")
+            self._log.close()
+            self._log = None
 
 
 class Times:

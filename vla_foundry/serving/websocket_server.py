@@ -29,6 +29,8 @@ from vla_foundry.serving.service import DrainingError, PolicyService
 VLA_EVAL_PATH = "/vla_eval"
 _KINDS = "biuf"
 _ENCODINGS = {"jpeg": JPEG, "png": PNG}
+# type and payload
+_Answer = tuple[str, dict[str, Any]]
 # what a client gets to see of an error
 _REFUSALS = (ValueError, FullError, DrainingError, PolicyFailedError)
 
@@ -152,16 +154,17 @@ class _OpenpiSession:
         await self._connection.send(_pack(_describe(self._service), bytes_keys=True))
         async for data in self._connection:
             start = time.perf_counter()
-            try:
-                reply = await self._answer(_unpack(data))
-            except _REFUSALS as error:
-                await self._connection.send(" ".join(str(error).split()))
-                await self._connection.close(1011, "refused")
-                return
-            timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
-            if self._previous_ms is not None:
-                timing["prev_total_ms"] = self._previous_ms
-            await self._connection.send(_pack({**reply, "server_timing": timing}, bytes_keys=True))
+            with self._service.running():
+                try:
+                    reply = await self._answer(_unpack(data))
+                except _REFUSALS as error:
+                    await self._connection.send(" ".join(str(error).split()))
+                    await self._connection.close(1011, "refused")
+                    return
+                timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
+                if self._previous_ms is not None:
+                    timing["prev_total_ms"] = self._previous_ms
+                await self._connection.send(_pack({**reply, "server_timing": timing}, bytes_keys=True))
             self._previous_ms = 1000 * (time.perf_counter() - start)
 
     async def close(self) -> None:
@@ -205,31 +208,37 @@ class _VlaEvalSession:
         self._seed = 0
 
     async def run(self) -> None:
-        handlers: dict[str, Callable[[dict[str, Any]], Awaitable[tuple[str, dict[str, Any]] | None]]] = {
+        handlers: dict[str, Callable[[dict[str, Any]], Awaitable[_Answer | None]]] = {
             "hello": self._greet,
             "episode_start": self._begin,
             "observation": self._act,
             "episode_end": self._end,
         }
         async for data in self._connection:
-            sequence = 0
-            try:
-                message = _unpack(data)
-                missing = [key for key in ("type", "payload", "seq", "timestamp") if key not in message]
-                if missing or not isinstance(message["payload"], dict):
-                    raise ValueError(f"the message lacks {', '.join(missing) or 'a map as payload'}.")
-                sequence = message["seq"]
-                if message["type"] == "error":
-                    continue
-                if message["type"] not in handlers:
-                    raise ValueError(f"the message type '{message['type']}' is unknown.")
-                reply = await handlers[message["type"]](message["payload"])
-            except _REFUSALS as error:
-                reply = ("error", {"error": " ".join(str(error).split())})
-            if reply is not None:
-                kind, payload = reply
-                frame = {"type": kind, "payload": payload, "seq": sequence, "timestamp": time.time()}
-                await self._connection.send(_pack(frame, bytes_keys=False))
+            with self._service.running():
+                await self._answer(data, handlers)
+
+    async def _answer(
+        self, data: str | bytes, handlers: Mapping[str, Callable[[dict[str, Any]], Awaitable[_Answer | None]]]
+    ) -> None:
+        sequence = 0
+        try:
+            message = _unpack(data)
+            missing = [key for key in ("type", "payload", "seq", "timestamp") if key not in message]
+            if missing or not isinstance(message["payload"], dict):
+                raise ValueError(f"the message lacks {', '.join(missing) or 'a map as payload'}.")
+            sequence = message["seq"]
+            if message["type"] == "error":
+                return
+            if message["type"] not in handlers:
+                raise ValueError(f"the message type '{message['type']}' is unknown.")
+            reply = await handlers[message["type"]](message["payload"])
+        except _REFUSALS as error:
+            reply = ("error", {"error": " ".join(str(error).split())})
+        if reply is not None:
+            kind, payload = reply
+            frame = {"type": kind, "payload": payload, "seq": sequence, "timestamp": time.time()}
+            await self._connection.send(_pack(frame, bytes_keys=False))
 
     async def close(self) -> None:
         await self._service.forget(self._PROTOCOL, self._client)

@@ -1,12 +1,17 @@
 """The gRPC services, with real calls over loopback."""
 
 import concurrent.futures
+import contextlib
+import ssl
+import subprocess
 import time
 from typing import Any
 
 import grpc
+import msgpack
 import numpy as np
 import pytest
+from websockets.sync.client import connect
 
 from tests.essential.inference.test_policy import observe
 from tests.essential.serving.conftest import serve
@@ -239,6 +244,136 @@ def test_any_class_is_served_and_may_fail(capfd: pytest.CaptureFixture[str]) -> 
         load_policy(ServeParams(policy="no_such_module:Policy"))
 
 
+class OddPolicy:
+    """Fails in the way that its argument names."""
+
+    def __init__(self, *, kind: str, seconds: float = 0.0) -> None:
+        self.kind, self.seconds = kind, seconds
+
+    def reset(self, seed: int) -> None:
+        pass
+
+    def act(self, observation: RobotObservation) -> Any:
+        time.sleep(self.seconds)
+        if self.kind == "exit":
+            raise SystemExit(3)
+        odd = {"nan": {"a": np.array([1.0, np.nan])}, "list": [1.0], "text": {"a": "up"}, "nothing": {}}
+        return {**odd, "matrix": {"a": np.zeros((2, 3))}}.get(self.kind, {"action": np.zeros(2)})
+
+    def needs_images(self) -> bool:
+        if self.kind == "images":
+            raise ZeroDivisionError
+        return True
+
+
+def load_odd(**settings: Any) -> Served:
+    return load_policy(ServeParams(policy=f"{__name__}:OddPolicy", policy_args=settings))
+
+
+ODD = RobotObservation(images={}, fields={"state": np.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("exit", r"the policy failed \(SystemExit\)"),
+        ("images", r"the policy failed \(ZeroDivisionError\)"),
+        ("nan", "its action 'a' is not finite"),
+        ("nothing", "it returned no action"),
+        ("list", r"it returned \[1.0\]"),
+        ("text", "it returned {'a': 'up'}"),
+        ("matrix", "act must return {field: numbers}"),
+    ],
+)
+def test_a_policy_that_fails_is_told_and_the_server_goes_on(kind: str, fault: str) -> None:
+    with serve(load_odd(kind=kind)) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}", timeout_s=5.0) as policy:
+        for _ in range(2):
+            policy.reset(0)
+            with pytest.raises(ConnectionError, match=fault):
+                policy.act(ODD)
+
+
+def test_requests_under_way_are_answered_at_the_end() -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        with serve(load_odd(kind="fine", seconds=0.3)) as ports:
+            policy = RemotePolicy(f"127.0.0.1:{ports.grpc}", timeout_s=5.0)
+            policy.reset(0)
+            address = f"ws://127.0.0.1:{ports.websocket}"
+            connections = [stack.enter_context(connect(address, compression=None)) for _ in range(2)]
+            for connection in connections:
+                connection.recv()
+                connection.send(msgpack.packb({"prompt": ""}))
+            call = pool.submit(policy.act, ODD)
+            time.sleep(0.1)
+        found = [connection.recv(timeout=5) for connection in connections]
+        assert call.result()["action"].tolist() == [0.0, 0.0]
+    assert all(b"actions" in message for message in found)
+
+
+def test_a_client_says_itself_what_cannot_be_sent() -> None:
+    with serve(load_odd(kind="fine")) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*64 - 1, got -1"):
+            policy.reset(-1)
+        policy.reset(2**64 - 1)
+        for values in (np.zeros((2, 2)), np.array(["a"])):
+            with pytest.raises(ValueError, match=r"field 'state' must be an array \(C,\) of numbers"):
+                policy.act(RobotObservation(images={}, fields={"state": values}))
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A certificate for this machine, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", names, "-keyout", "key.pem", "-out", "certificate.pem"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return str(folder / "certificate.pem"), str(folder / "key.pem")
+
+
+def test_tls_and_token(certificate: tuple[str, str]) -> None:
+    path, key = certificate
+    settings: dict[str, Any] = {"host": "0.0.0.0", "tls_certificate": path, "tls_key": key, "token_file": "given"}
+    with serve(load_odd(kind="fine"), token="secret", **settings) as ports:
+        address = f"localhost:{ports.grpc}"
+        with RemotePolicy(address, token="secret", tls_certificate=path) as policy:
+            policy.reset(0)
+            assert policy.act(ODD)["action"].shape == (2,)
+        for token in ("other", None):
+            with pytest.raises(PermissionError, match="the token is missing or wrong"):
+                RemotePolicy(address, token=token, tls_certificate=path)
+        for token in ("secret\n", "s\u00e9cret", ""):
+            with pytest.raises(ValueError, match="token must be one line of ASCII"):
+                RemotePolicy(address, token=token, tls_certificate=path)
+        with pytest.raises(ConnectionError):
+            RemotePolicy(address, token="secret", timeout_s=5.0)
+        with pytest.raises(ValueError, match="is not a certificate"):
+            RemotePolicy(address, token="secret", tls_certificate=key)
+        context = ssl.create_default_context(cafile=path)
+        header = {"Authorization": "Bearer secret"}
+        with connect(f"wss://localhost:{ports.websocket}", ssl=context, additional_headers=header) as connection:
+            assert b"OddPolicy" in connection.recv()
+    swapped: dict[str, Any] = {"tls_certificate": key, "tls_key": path}
+    fault = "are not a certificate and its private key"
+    with pytest.raises(ValueError, match=fault), serve(load_odd(kind="fine"), **swapped):
+        pass
+
+
+def test_ipv6() -> None:
+    with serve(load_odd(kind="fine"), host="::1") as ports, RemotePolicy(f"[::1]:{ports.grpc}") as policy:
+        policy.reset(0)
+        with connect(f"ws://[::1]:{ports.websocket}", compression=None) as connection:
+            assert b"OddPolicy" in connection.recv()
+
+
+def test_a_full_disk_stops_the_log_only(capfd: pytest.CaptureFixture[str]) -> None:
+    log: dict[str, Any] = {"request_log": "/dev/full"}
+    with serve(load_odd(kind="fine"), **log) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        policy.reset(0)
+        assert policy.act(ODD)["action"].shape == (2,)
+    assert capfd.readouterr().err.count("request_log /dev/full: No space left on device") == 1
+
+
 def test_other_addresses_need_protection() -> None:
     for settings in ({}, {"token_file": "token"}, {"tls_certificate": "a", "tls_key": "b"}):
         with pytest.raises(ValueError, match=r"host '0.0.0.0' can be reached by others"):
@@ -253,5 +388,8 @@ def test_other_addresses_need_protection() -> None:
 def test_a_taken_port_is_one_line(served: Served) -> None:
     with serve(served) as ports:
         for port in ({"port": ports.grpc}, {"websocket_port": ports.websocket}):
-            with pytest.raises(ValueError, match=r"port \d+ of 127.0.0.1 cannot be opened"), serve(served, **port):
+            with (
+                pytest.raises(ValueError, match=r"port \d+ of 127.0.0.1 cannot be opened: .*in use"),
+                serve(served, **port),
+            ):
                 pass
