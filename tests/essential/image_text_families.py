@@ -11,6 +11,7 @@ _SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<img>", "</img>",
     "<IMG_CONTEXT>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>",
+    "<fake_token_around_image>", "<end_of_utterance>", "<global-img>",
 ]  # fmt: skip
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -46,6 +47,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "internvl": {"crop_to_patches": False},
     "aya_vision": {"crop_to_patches": False},
+    "idefics3": {"do_image_splitting": False, "do_pad": False, "size": {"height": 28, "width": 28}},
 }
 
 
@@ -93,11 +95,29 @@ def create_processor(name: str) -> Any:
     if name == "pixtral":
         images = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14)
         return hf.PixtralProcessor(images, patch_size=14, **common)
+    if name == "idefics3":
+        images = hf.Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+        return hf.Idefics3Processor(images, image_seq_len=1, **common)
+    if name == "janus":  # does not say which token stands for an image
+        marks = {"image_token": image, "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        common["tokenizer"] = _create_tokenizer(**marks)
+        return hf.JanusProcessor(hf.JanusImageProcessor(**_SQUARE, min_size=14), num_image_tokens=4, **common)
     assert name == "aya_vision"
     sizes = {"patch_size": 14, "img_size": 28, "downsample_factor": 1}
     marks = {"start_of_img_token": "<|START_OF_IMG|>", "end_of_img_token": "<|END_OF_IMG|>"}
     images = hf.GotOcr2ImageProcessor(**_SQUARE)
     return hf.AyaVisionProcessor(images, **common, **sizes, **marks, img_patch_token="<|IMG_PATCH|>")
+
+
+def _create_config(name: str) -> Any:
+    text = {**_TEXT, "model_type": "llama"}
+    if name == "idefics3":
+        text["pad_token_id"] = 0
+        return hf.Idefics3Config(vision_config=_VISION, text_config=text, scale_factor=2)
+    vision = {**_VISION, "num_image_tokens": 4, "projection_dim": 32}
+    vq = {"embed_dim": 8, "num_embeddings": 20, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1]}
+    vq |= {"num_res_blocks": 1, "projection_dim": 32, "num_patches": 4, "image_token_embed_dim": 32}
+    return hf.JanusConfig(text_config=text, vision_config=vision, vq_config=vq)
 
 
 def create_model(name: str, image_token_id: int) -> Any:
@@ -127,6 +147,8 @@ def create_model(name: str, image_token_id: int) -> Any:
         config = hf.InternVLConfig(
             vision_config=hf.InternVLVisionConfig(**vision), text_config=hf.Qwen2Config(**_TEXT), downsample_ratio=0.5
         )
+    elif name in ("idefics3", "janus"):
+        config = _create_config(name)
     else:
         assert name == "aya_vision"
         vision = hf.SiglipVisionConfig(**vision)  # pyright: ignore[reportAssignmentType]

@@ -11,7 +11,9 @@ benefit. Without `split_images` (our default) an image is scaled once, to one ti
 single tile, first scales up to 2048 and then down.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vla_foundry.images.colors import normalize_images
 from vla_foundry.images.geometry import PixelMap, resize_map
 from vla_foundry.images.processor import HUGGING_FACE, TOKEN_KEYS, Processor, write_config
 from vla_foundry.storage.hub import loading_published
@@ -111,69 +114,64 @@ class HuggingFaceProcessor(Processor):
         self.family = FAMILIES.get(name, Family())
         self.prompt_layout = prompt_layout or (CHAT_TEMPLATE if processor.chat_template else self.family.prompt_layout)
         image_token_ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-        normalizes = processor.image_processor.do_normalize
+        image_token: str | None = getattr(processor, "image_token", None)
+        if image_token_ids[0] is None and image_token is not None:
+            image_token_ids = [processor.tokenizer.convert_tokens_to_ids(image_token)]
+        with _passing_on(name):
+            mean, std = _read_normalization(processor.image_processor, processor_kwargs or {})
         super().__init__(
             ChatTokenizer(
                 processor.tokenizer,
                 prompt_layout=self.prompt_layout,
                 render=self._render if processor.chat_template else None,
-                image_marker=getattr(processor, "image_token", None) or IMAGE_MARKER,
+                image_marker=image_token or IMAGE_MARKER,
             ),
             image_token_id=image_token_ids[0],
-            image_mean=processor.image_processor.image_mean if normalizes else (0.0, 0.0, 0.0),
-            image_std=processor.image_processor.image_std if normalizes else (1.0, 1.0, 1.0),
+            image_mean=mean,
+            image_std=std,
         )
         self.processor = processor
         self.processor_kwargs = dict(processor_kwargs or {})
         self.split_images = split_images
-        if self.image_token_id is not None and not self.family.marks_answers:
+        # names of inputs that tell kinds of tokens apart
+        self._token_types: list[str] = []
+        with _passing_on(name):
             self._compare_with_original()
 
     def _compare_with_original(self) -> None:
         """Check that a prompt with two images of different sizes becomes what the processor itself makes of it.
 
         Raises:
-            ValueError: it does not; images of this family cannot be passed on.
+            ValueError: it does not.
         """
         images = [torch.arange(3 * h * w).reshape(3, h, w).to(torch.uint8) for h, w in ((40, 56), (48, 32))]
         turns = [Turn("user", f"{IMAGE_MARKER}{IMAGE_MARKER}a")]
-        name = type(self.processor).__name__
-        try:
-            shapes = {tuple(self._process_images([image])[0]["pixel_values"].shape[1:]) for image in images}
-            ours = self.encode(images, turns)
-            has_template = self.prompt_layout == CHAT_TEMPLATE
-            text = self._render(turns, True) if has_template else self.processor.image_token * 2
-            theirs = self.processor(images=[images], text=[text], **self._options(), return_tensors="pt")
-        except (
-            AssertionError,
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-        else:
-            different = [key for key, value in theirs.items() if not self._is_same(key, value, ours)]
-            if len(shapes) > 1:
-                reason = "images of different sizes do not fit into one batch"
-            elif different:
-                reason = f"{different[0]} would not be the processor's own"
-            else:
-                return
-        raise ValueError(
-            f"data.processor: images of a {name} cannot be passed on ({reason}). Use a model of another family."
-        )
+        if len({self._process_images([image])[0]["pixel_values"].shape[1:] for image in images}) > 1:
+            raise ValueError("images of different sizes do not fit into one batch")
+        text = (getattr(self.processor, "image_token", None) or "") * len(images) + "a"
+        text = self._render(turns, True) if self.prompt_layout == CHAT_TEMPLATE else text
+        with warnings.catch_warnings(action="ignore"):
+            theirs = self.processor(images=[images], text=[text], **self._own_options(), return_tensors="pt")
+        self._token_types = [key for key in ("mm_token_type_ids", "token_type_ids") if key in theirs]
+        ours = self.encode(images, turns)
+        if self.image_token_id is not None and not (ours["input_ids"] == self.image_token_id).any():
+            raise ValueError("its text has no image token")
+        for key, value in theirs.items():
+            if not self._is_same(key, value, ours):
+                raise ValueError(f"{key} would not be the processor's own")
 
     def _is_same(self, key: str, theirs: Tensor, ours: Mapping[str, Any]) -> bool:
         if key in ("attention_mask", "labels", *_NOT_INPUTS):
             return True
         if key not in ours:
             return False
+        if key == "pixel_values":  # up to the rounding of resized pixels
+            own = normalize_images(ours[key], self.image_mean, self.image_std).flatten()
+            return len(own) == theirs.numel() and bool(
+                ((own - theirs.flatten()).abs() <= 1.01 / 255 / min(self.image_std)).all()
+            )
         if key in TOKEN_KEYS and self.prompt_layout != CHAT_TEMPLATE:  # only the number of image tokens is comparable
-            counts = [int((ids == self.image_token_id).sum()) for ids in (theirs, ours["input_ids"])]
+            counts = [ids.flatten().tolist().count(self.image_token_id) for ids in (theirs, ours["input_ids"])]
             return key != "input_ids" or counts[0] == counts[1]
         return torch.equal(theirs.flatten().float(), ours[key].flatten().float())
 
@@ -189,9 +187,8 @@ class HuggingFaceProcessor(Processor):
             **inputs,
         }
         marks = sample["target_mask"].cummax(0).values if self.family.marks_answers else None
-        for key in ("mm_token_type_ids", "token_type_ids"):
-            if key in self.processor.model_input_names:
-                sample[key] = (sample["input_ids"] == self.image_token_id if marks is None else marks).int()
+        for key in self._token_types:
+            sample[key] = (sample["input_ids"] == self.image_token_id if marks is None else marks).int()
         return sample
 
     def save(self, folder: Path) -> None:
@@ -211,7 +208,8 @@ class HuggingFaceProcessor(Processor):
         """Return the model inputs from images, and the tokens that represent each image."""
         if not images:
             return {}, []
-        processed = self.processor.image_processor(list(images), **self._options(), return_tensors="pt")
+        options = {**self._own_options(), "do_rescale": False, "do_normalize": False}
+        processed = self.processor.image_processor(list(images), **options, return_tensors="pt")
         names = set(self.processor.model_input_names) - _NOT_INPUTS
         inputs = {key: value for key, value in processed.items() if key in names}
         pixel_values = inputs["pixel_values"]
@@ -219,7 +217,8 @@ class HuggingFaceProcessor(Processor):
             inputs["pixel_values"] = pixel_values = pixel_values.flatten(0, 1)
         rows_per_image = self._rows_per_image(processed, len(images))
         inputs["image_index"] = torch.repeat_interleave(torch.arange(len(images), dtype=torch.int32), rows_per_image)
-        assert len(inputs["image_index"]) == len(pixel_values), (rows_per_image, pixel_values.shape)
+        if len(inputs["image_index"]) != len(pixel_values):
+            raise ValueError("which rows of pixel_values belong to an image is not known")
         if self.family.is_plain_resize and not (pixel_values.ndim == 4 and bool((rows_per_image > 1).any())):
             inputs["pixel_maps"] = self._pixel_maps(images, inputs)
         tokens = [self._image_tokens(processed, number) for number in range(len(images))]
@@ -227,9 +226,9 @@ class HuggingFaceProcessor(Processor):
             tokens[-1] = [*tokens[-1], self.tokenizer.bos_token_id]
         return inputs, tokens
 
-    def _options(self) -> dict[str, Any]:
-        options = self.family.options(self.processor.image_processor, self.split_images) | self.processor_kwargs
-        return {**options, "do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
+    def _own_options(self) -> dict[str, Any]:
+        options = self.family.options(self.processor.image_processor, self.split_images)
+        return {**options, **self.processor_kwargs, "input_data_format": "channels_first"}
 
     def _rows_per_image(self, processed: Any, num_images: int) -> Tensor:
         """Return how many rows of pixel_values each image has: patches, tiles or one."""
@@ -262,6 +261,22 @@ class HuggingFaceProcessor(Processor):
     def _render(self, turns: Sequence[Turn], announces: bool) -> str:
         messages = [{"role": turn.role, "content": _content_parts(turn.content)} for turn in turns]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=announces)
+
+
+def _passing_on(name: str) -> AbstractContextManager[None]:
+    what = f"data.processor: images of a {name}"
+    return loading_published(what, "cannot be passed on; use a model of another family")
+
+
+def _read_normalization(image_processor: Any, options: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return the mean and divisor of each colour, for pixels in 0 .. 1 whatever the image processor scales them to."""
+
+    def read(name: str) -> Any:
+        return options[name] if name in options else getattr(image_processor, name)
+
+    mean, std = (read("image_mean"), read("image_std")) if read("do_normalize") else ([0.0] * 3, [1.0] * 3)
+    scale = 255 * read("rescale_factor") if read("do_rescale") else 255
+    return [value / scale for value in mean], [value / scale for value in std]
 
 
 def _content_parts(content: str) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """Any Hugging Face image-text model (Qwen3-VL, PaliGemma, SmolVLM2, Idefics3, ...), with the native forward."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,13 +47,12 @@ class VLMHF(HuggingFaceLanguageModel):
         # positions with height and width (multimodal rotary embedding)
         self.has_spatial_positions = hasattr(model.base_model, "get_rope_index")
         tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        image_token_id = next((token for token in tokens if token is not None), None)
-        if image_token_id is None:
+        self.image_token_id: Any = next((token for token in tokens if token is not None), None)
+        if fault := self._find_fault():
             raise ValueError(
-                f"model.hf_pretrained: {type(model).__name__} has no token that stands for an image in its text. Use a "
-                "model that has one, such as Qwen3-VL, PaliGemma or SmolVLM2."
+                f"model.hf_pretrained: {type(model).__name__} {fault}. "
+                "Use another model, such as Qwen3-VL, PaliGemma or SmolVLM2."
             )
-        self.image_token_id: int = image_token_id
 
     def forward(
         self,
@@ -145,25 +145,40 @@ class VLMHF(HuggingFaceLanguageModel):
         self, inputs: dict[str, Any], targets: Tensor, z_loss_coefficient: float, *, has_images: bool
     ) -> LossOutput:
         # a rank without images must join the other ranks' image-encoder collectives at the same point
-        unused = None if has_images else 0.0 * self._encode_empty_image()
+        unused = None if has_images else 0.0 * self._encode_plain_image()
         loss = self.compute_loss(inputs, targets, z_loss_coefficient)
         return loss if unused is None else loss._replace(sum=loss.sum + unused.to(loss.sum.dtype))
 
-    def _encode_empty_image(self) -> Tensor:
-        """Return the summed features of a black image of the smallest size the architecture allows."""
-        config = self.model.config.vision_config
+    def _encode_plain_image(self) -> Tensor:
+        """Return the summed features of an image of one colour."""
         device = next(self.model.parameters()).device
-        if self.has_spatial_positions:
-            side = config.spatial_merge_size
-            width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-            grid = torch.tensor([[1, side, side]], device=device)
-            features = self.model.base_model.get_image_features(torch.zeros(side**2, width, device=device), grid)
-        else:
-            size = config.image_size
-            image = torch.zeros(1, 3, *([size] * 2 if isinstance(size, int) else size), device=device)
-            features = self.model.base_model.get_image_features(image.unsqueeze(0) if self.is_grouped else image)
+        inputs = {name: each.to(device) for name, each in self._plain_image().items()}
+        features = self.model.base_model.get_image_features(**inputs)
         parts = [*features.pooler_output, *getattr(features, "deepstack_features", ())]
         return torch.stack([part.sum() for group in parts for part in _tensors(group)]).sum()
+
+    def _plain_image(self) -> dict[str, Tensor]:
+        """Return an image of the smallest size the architecture allows; not zeros, which some take for padding."""
+        config = self.model.config.vision_config
+        if "image_grid_thw" in signature(self.model.base_model.get_image_features).parameters:
+            side = config.spatial_merge_size
+            width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+            return {"pixel_values": torch.ones(side**2, width), "image_grid_thw": torch.tensor([[1, side, side]])}
+        size = config.image_size
+        image = torch.ones(1, 3, *([size] * 2 if isinstance(size, int) else size))
+        return {"pixel_values": image.unsqueeze(0) if self.is_grouped else image}
+
+    def _find_fault(self) -> str | None:
+        """Return why a plain image cannot be encoded; None if it can."""
+        if self.image_token_id is None:
+            return "has no token that stands for an image in its text"
+        try:
+            given, inputs = self._plain_image(), signature(self.model.base_model.get_image_features).parameters
+        except AttributeError:
+            return "has an image encoder of an unknown kind"
+        needed = [name for name, each in inputs.items() if each.default is each.empty]
+        unknown = [name for name in needed if name not in (*given, "kwargs")]
+        return f"cannot encode an image without {unknown[0]}" if unknown else None
 
     def _positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, past: VLMCache | None, extras: dict[str, Tensor]

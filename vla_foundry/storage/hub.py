@@ -39,20 +39,21 @@ def _named_errors(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def loading_published(what: str) -> Iterator[None]:
+def loading_published(what: str, outcome: str = "cannot be loaded") -> Iterator[None]:
     """Turn all that Hugging Face's libraries raise about missing, broken or unknown files into a one-line ValueError.
 
     Args:
         what: the message's subject, such as "model.hf_pretrained 'owner/name'".
+        outcome: what the message says of it.
     """
     try:
         yield
     except Exception as error:  # the border to libraries, which may raise anything: tokenizers raises Exception itself
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
         if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
-            reason = f"one of its files is not as expected ({type(error).__name__}: {reason})."
-        raise ValueError(f"{what} cannot be loaded: {reason}") from error
+            reason = f"its content is not as expected ({type(error).__name__}: {reason})."
+        raise ValueError(f"{what} {outcome}: {reason}") from error
 
 
 class HubStorage:

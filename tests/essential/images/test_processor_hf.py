@@ -171,6 +171,35 @@ def test_families_whose_images_cannot_be_passed_on_are_refused_by_name(name: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scaling", [{"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"do_normalize": False}])
+@pytest.mark.parametrize("as_option", [False, True])
+def test_pixels_are_scaled_as_the_image_processor_scales_them(scaling: dict[str, Any], as_option: bool) -> None:
+    original = image_text_families.create_processor("llava")
+    if not as_option:
+        for name, value in scaling.items():
+            setattr(original.image_processor, name, value)
+    processor = HuggingFaceProcessor(original, processor_kwargs=scaling if as_option else None)
+    image = torch.arange(3 * 40 * 40).reshape(3, 40, 40).to(torch.uint8)
+    pixels = processor.encode([image], [Turn("user", "<image>a")])["pixel_values"]
+    found = normalize_images(pixels, processor.image_mean, processor.image_std)
+    expected = original.image_processor([image], return_tensors="pt", **scaling)["pixel_values"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_of_the_library_in_the_comparison_is_one_line_that_names_the_family() -> None:
+    original = image_text_families.create_processor("llava")
+    original.chat_template = "{{ raise_exception('no answer\nwithout a question') }}"
+    with pytest.raises(ValueError, match=r"images of a LlavaProcessor cannot be .* \(TemplateError: no answer\)"):
+        HuggingFaceProcessor(original)
+
+
+def test_paligemma_is_compared_with_its_own_processor_too(paligemma_folder: Path) -> None:
+    original = load_hugging_face_processor(str(paligemma_folder)).processor
+    original.chat_template = "{% for message in messages %}<image>{% endfor %}"
+    with pytest.raises(ValueError, match="images of a PaliGemmaProcessor cannot be passed on"):
+        HuggingFaceProcessor(original)
+
+
 def test_gemma_marks_its_image_tokens() -> None:
     processor = HuggingFaceProcessor(image_text_families.create_processor("gemma3"))
     sample = processor.encode([torch.zeros(3, 30, 40, dtype=torch.uint8)], [Turn("user", "<image>What is it?")])

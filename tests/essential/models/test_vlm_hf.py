@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GitConfig, GitForCausalLM, PreTrainedModel
+from transformers import (
+    GitConfig,
+    GitForCausalLM,
+    PreTrainedModel,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
+)
 
 from tests.essential import image_text_families
 from vla_foundry.batch import IGNORE_INDEX
@@ -214,7 +220,10 @@ def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llava", "vipllava", "gemma3", "qwen2_vl", "qwen2_5_vl", "internvl", "aya_vision"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "vipllava", "gemma3", "qwen2_vl", "qwen2_5_vl", "internvl", "aya_vision", "idefics3", "janus"],
+)
 def test_published_families_give_their_own_loss_and_answers_for_images_of_two_sizes(name: str) -> None:
     original = image_text_families.create_processor(name)
     processor = HuggingFaceProcessor(original)
@@ -240,6 +249,12 @@ def test_published_families_give_their_own_loss_and_answers_for_images_of_two_si
     loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
     torch.testing.assert_close(wrapped(ids, targets=targets, **inputs).sum, loss, rtol=1e-5, atol=1e-5)
 
+    # a rank whose rows have no images encodes one all the same
+    sample = processor.encode([], [Turn("user", "a"), turns[1]])
+    plain = {key: sample[key][None].long() for key in TOKEN_KEYS if key in sample and key != "target_mask"}
+    loss = torch.nn.functional.cross_entropy(model(**plain).logits[0], plain["input_ids"][0], reduction="sum")
+    torch.testing.assert_close(wrapped(**plain, targets=plain["input_ids"]).sum, loss, rtol=1e-5, atol=1e-5)
+
     ids, inputs, _ = read_inputs(processor, processor.encode(images, turns[:1]))
     wanted = model.generate(**call_original(), max_new_tokens=5, do_sample=False, eos_token_id=None)[0, -5:].tolist()
     for use_cache in (True, False):
@@ -258,8 +273,17 @@ def read_inputs(processor: HuggingFaceProcessor, sample: dict[str, Any]) -> tupl
     return sample["input_ids"][None], inputs, targets[None]
 
 
-def test_a_model_without_an_image_token_is_refused_by_name() -> None:
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+def test_a_model_that_cannot_be_given_its_images_is_refused_by_name() -> None:
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = GitConfig(**size, vocab_size=110, vision_config={**size, "image_size": 28, "patch_size": 7})
     with pytest.raises(ValueError, match="GitForCausalLM has no token that stands for an image in its text"):
         VLMHF(GitForCausalLM(config))
+    text = {**size, "vocab_size": 110, "model_type": "qwen2", "num_key_value_heads": 4}
+    original = VideoLlama3ForConditionalGeneration(VideoLlama3Config(vision_config=size, text_config=text))
+    with pytest.raises(ValueError, match="VideoLlama3ForConditionalGeneration has an image encoder of an unknown kind"):
+        VLMHF(original)
