@@ -19,7 +19,10 @@ _COMMANDS = {
     "caption": ("vla_foundry.inference.caption:main", "caption images with a trained vision-language model"),
     "scenes": ("vla_foundry.datagen.scenes:main", "draw captioned scenes in a simulator"),
     "demos": ("vla_foundry.datagen.demos:main", "record demonstrations by scripted experts in a simulator"),
-    "evaluate": ("vla_foundry.evaluation.evaluate:main", "run a policy in a simulator and measure its success rate"),
+    "evaluate": (
+        "vla_foundry.evaluation.evaluate:main",
+        "run a policy in a simulator, or in other benchmarks (evaluate harness)",
+    ),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",

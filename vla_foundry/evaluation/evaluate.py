@@ -9,7 +9,6 @@ Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on 
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -25,10 +24,10 @@ from vla_foundry.evaluation.results import (
     SUMMARY_NAME,
     EpisodeResult,
     SuccessRate,
-    add_rates,
     count_successes,
     find_results,
     read_results,
+    write_rates,
     write_results,
     write_summary,
 )
@@ -211,9 +210,9 @@ def _summarize(
 
 def main(argv: list[str]) -> None:
     """Run `vla-foundry evaluate`: print the success rate of each task."""
-    params = parse_command(EvaluateParams, argv, prog="vla-foundry evaluate")
-    rates = evaluate(params)
-    for task, rate in rates.items():
-        sys.stdout.write(f"{task}: {rate.format()}\n")
-    if len(rates) > 1:
-        sys.stdout.write(f"all tasks: {add_rates(rates.values()).format()}\n")
+    if argv[:1] == ["harness"]:
+        from vla_foundry.evaluation import harness
+
+        harness.main(argv[1:])
+        return
+    write_rates(evaluate(parse_command(EvaluateParams, argv, prog="vla-foundry evaluate")))

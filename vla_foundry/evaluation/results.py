@@ -14,6 +14,7 @@ An episode is invalid if the simulator failed. It is not a trial, and runs again
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,14 @@ def add_rates(rates: Iterable[SuccessRate]) -> SuccessRate:
         num_trials=sum(rate.num_trials for rate in rates),
         num_invalid=sum(rate.num_invalid for rate in rates),
     )
+
+
+def write_rates(rates: Mapping[str, SuccessRate]) -> None:
+    """Print the success rate of each task, and of all together."""
+    for task, rate in rates.items():
+        sys.stdout.write(f"{task}: {rate.format()}\n")
+    if len(rates) > 1:
+        sys.stdout.write(f"all tasks: {add_rates(rates.values()).format()}\n")
 
 
 def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> tuple[float, float]:

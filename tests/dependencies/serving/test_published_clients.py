@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.essential.serving.conftest import serve
 from tests.essential.serving.test_grpc_server import act_in_process
 from tests.essential.serving.test_websocket_server import join
+from vla_foundry.evaluation.results import read_results
 from vla_foundry.serving.policies import Served
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -111,3 +113,27 @@ def test_vla_eval_harness(arm: Any, served: Served, tmp_path: Path) -> None:
     seed = json.loads(log.read_text(encoding="utf-8").splitlines()[0])["seed"]
     expected = act_in_process(arm, arm.recordings[0], seed=seed, num_steps=7)
     assert np.array_equal(np.load(tmp_path / "actions.npy"), np.stack([join(action, served) for action in expected]))
+
+
+def test_evaluate_harness_reads_the_outcomes(arm: Any, served: Served, tmp_path: Path) -> None:
+    python = create_environment(tmp_path / "venv", VLA_EVAL)
+    write_observations(tmp_path, arm.recordings[0], served)
+    benchmark = {"benchmark": "toy_benchmark:ToyBenchmark", "params": {"folder": str(tmp_path)}, "max_steps": 50}
+    benchmarks = [benchmark | {"episodes_per_task": 2}]
+    (tmp_path / "toy.yaml").write_text(json.dumps({"benchmarks": benchmarks}), encoding="utf-8")
+    words = ["evaluate", "harness", "--checkpoint", str(arm.run), "--device", "cpu", "--docker", "false"]
+    words += ["--benchmark_config", str(tmp_path / "toy.yaml"), "--output", str(tmp_path / "out")]
+    words += ["--harness_command", str(python.parent / "vla-eval")]
+    done = subprocess.run(
+        [sys.executable, "-m", "vla_foundry.cli", *words],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lift: 2/2 = 100%" in done.stdout
+    (path,) = (tmp_path / "out/arm/lift/rollouts").glob("*/results.json")
+    episodes, settings = read_results(path)
+    assert [(episode.outcome, episode.num_steps) for episode in episodes] == [("success", 7)] * 2
+    assert settings["harness_version"] == "0.8.0"

@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Count, Location, Name, NonNegativeInt, NumThreads, Positive, Size
+from vla_foundry.config.schema import Bounds, Count, Location, Name, NonNegativeInt, NumThreads, Positive, Size
 from vla_foundry.params.commands.datagen import ImageSize
 from vla_foundry.params.commands.runs import InferenceParams
 
@@ -104,6 +104,32 @@ class EvaluateParams(InferenceParams):
         if int(match[2]) > FIRST_DEMO_SEED:
             raise ValueError(f"episodes ('{self.episodes}') must end at {FIRST_DEMO_SEED}: then come demonstrations.")
         return range(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessParams(InferenceParams):
+    """Run a policy in the benchmarks of the vla-eval harness and count its successes."""
+
+    # run folder (its newest checkpoint) or step folder
+    checkpoint: Location
+    # the harness's YAML file: benchmarks, tasks, episodes
+    benchmark_config: Location
+    # local folder; results go to <output>/<name>/<task>/rollouts/<time>/results.json
+    output: Location
+    # what the benchmark calls the policy's cameras and fields (docs/serving.md); null: their own names
+    client_map: Location | None = None
+    # the harness's command, in an environment of its own
+    harness_command: str = "vla-eval"
+    # run the benchmark in its Docker image; false: in the harness's environment
+    docker: bool = True
+    # name of the policy in the results; null: the run's name
+    name: Name | None = None
+    # executed actions per predicted chunk; null: half of them
+    open_loop_steps: Count | None = None
+    # sampling steps from noise to actions; null: as in the model's params
+    num_inference_steps: Count | None = None
+    # index of the robot's dataset, if the run's datasets were preprocessed with different image options
+    dataset: Annotated[int, Bounds(least=0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
