@@ -98,7 +98,7 @@ class TransformerHF(HuggingFaceLanguageModel):
         """Compare the two halves of a row, each computed alone, with what this architecture makes of them together.
 
         Raises:
-            ValueError: it cannot compute logits, or tokens see later ones.
+            ValueError: it cannot compute finite logits, or tokens see later ones.
         """
         ids = example_tokens(self.model, 9)
         try:
@@ -109,6 +109,11 @@ class TransformerHF(HuggingFaceLanguageModel):
             raise ValueError(
                 f"model.hf_pretrained: {type(self.model).__name__} cannot compute logits of nine tokens ({reason})."
             ) from error
+        if not together.isfinite().all():
+            raise ValueError(
+                f"model.hf_pretrained: {type(self.model).__name__} gives logits that are not finite: its weights are "
+                "damaged."
+            )
         if not is_close(together[:, :4], alone[0]):
             raise ValueError(
                 f"model.hf_pretrained: in {type(self.model).__name__} tokens see later ones, so it cannot learn to "

@@ -292,6 +292,13 @@ def test_a_cache_that_fails_is_not_used_and_a_forward_that_fails_is_named(
     assert capsys.readouterr().err.count("note: Gemma2ForCausalLM does more than project its logits") == 1
 
 
+def test_damaged_weights_are_said_to_be_damaged() -> None:
+    original = create_original("llama")
+    torch.nn.init.constant_(original.model.norm.weight, torch.nan)
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives logits that are not finite: its weights are damaged"):
+        TransformerHF(original)
+
+
 @pytest.mark.parametrize("fault", ["missing", "misnamed", "of another shape"])
 def test_published_weights_that_are_not_all_there_are_named(fault: str, tmp_path: Path) -> None:
     create_original("llama").save_pretrained(tmp_path)
