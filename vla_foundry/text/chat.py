@@ -5,6 +5,7 @@ is tokenized separately, with the same code in training and inference, and the i
 target are known exactly, and a prompt has the same ids whether its answer follows (training) or not (inference).
 """
 
+import json
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,9 @@ CAPTION_PROMPTS: tuple[str, ...] = (
 )
 # user turns of a robot policy
 INSTRUCTION_PROMPTS: tuple[str, ...] = ("<image>{instruction}",)
+
+# where a segment stands in its sequence: at the start, behind text, or behind an added token or an image
+_Place = Literal["start", "text", "token"]
 
 # stands for an answer when a chat template is rendered to see what it writes around one
 _PLACEHOLDER = "Placeholder"
@@ -235,15 +239,13 @@ def chat_template_segments(turns: Sequence[Turn], render: Render, find_end: Call
             segments.append(Segment(lead + content + end.text, is_target=True, ends_turn=not mark))
         else:
             segments += [Segment(lead + content, is_target=True), Segment(end.text, is_target=True)]
-        segments.append(Segment(tail[len(end.text) :], is_target=False))
-        done = whole
+        # a template may end the whole conversation, too: what follows the end is read from the next prompt
+        done = prompt + lead + content + end.text
     if turns[-1].role != "assistant":
         prompt = render(turns, True)
         if not prompt.startswith(done):
             raise ValueError("the tokenizer's chat template rewrites earlier turns. Use a prompt_layout such as chat.")
         segments.append(Segment(prompt[len(done) :], is_target=False))
-    elif segments:
-        segments.pop()  # text after the last answer is not needed
     return segments
 
 
@@ -270,12 +272,13 @@ class ChatTokenizer:
         self._layout = PROMPT_LAYOUTS.get(prompt_layout)
         self._render = render or self._render_text
         self._image_marker = image_marker if self._layout is None else IMAGE_MARKER
-        self._cache: dict[tuple[str, bool], list[int]] = {}
+        self._cache: dict[tuple[str, _Place], list[int]] = {}
         # tokens that in user text would steer the model, and all that may end a turn
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         special = dict.fromkeys(tokenizer.all_special_tokens, True)
         self._control = _any_of(token for token, is_special in (added | special).items() if is_special)
         self._ends = self._control, _any_of(token for token in added if token.strip())
+        self._added = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
         # called directly, because its wrapper takes three times as long; the wrapper resets these at every call
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
@@ -283,9 +286,9 @@ class ChatTokenizer:
         # a chat template writes the beginning-of-sequence token itself
         empty = tokenizer.encode("", add_special_tokens=True) if self._layout is not None else []
         self._begin = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
-        # SentencePiece tokenizers prepend a space to a text, which a segment within a sequence must not get
-        anchored = tokenizer.encode(tokenizer.eos_token + "a", add_special_tokens=False)
-        self._puts_space_first = tokenizer.encode("a", add_special_tokens=False) != anchored[1:]
+        # tokenizers such as SentencePiece's put a space before a text, which its later segments must not get
+        is_plain = self._backend.encode("a", add_special_tokens=False).tokens == ["a"]
+        self._continuing = None if is_plain else _without_first_space(self._backend)
         if self._layout is None and (
             prompt_layout != CHAT_TEMPLATE or (render is None and not tokenizer.chat_template)
         ):
@@ -298,7 +301,7 @@ class ChatTokenizer:
         An end that a chat template writes in plain text is a tuple of its tokens.
         """
         last = self._segments([Turn("user", "a"), Turn("assistant", "a")])[-1]
-        ids = [] if last.ends_turn else self._tokenize(last.text, True, False)
+        ids = [] if last.ends_turn else self._tokenize(last.text, True, "text")
         if len(ids) > 1 and ids[-1] not in self.tokenizer.added_tokens_decoder:
             return [tuple(ids), self.tokenizer.eos_token_id]
         return list(dict.fromkeys([*ids[-1:], self.tokenizer.eos_token_id]))
@@ -328,7 +331,8 @@ class ChatTokenizer:
                 new = list(next(remaining)) if number else []
                 mask += [False] * len(new)
                 ids += new
-                new = self._tokenize(text, segment.is_target, len(ids) == len(self._begin))
+                follows = "text" if not number and ids[-1:] and ids[-1] not in self._added else "token"
+                new = self._tokenize(text, segment.is_target, "start" if len(ids) == len(self._begin) else follows)
                 mask += [segment.is_target] * len(new)
                 ids += new
             if segment.ends_turn:
@@ -375,18 +379,38 @@ class ChatTokenizer:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=announces)
 
-    def _tokenize(self, text: str, is_target: bool, is_first: bool) -> list[int]:
+    def _tokenize(self, text: str, is_target: bool, place: _Place) -> list[int]:
         if not text:
             return []
         # prompts recur, answers do not
-        ids = None if is_target else self._cache.get((text, is_first))
+        ids = None if is_target else self._cache.get((text, place))
         if ids is None:
-            is_anchored = self._puts_space_first and not is_first
-            anchor = self.tokenizer.eos_token if is_anchored else ""
-            ids = self._backend.encode(anchor + text, add_special_tokens=False).ids[1 if is_anchored else 0 :]
+            if self._continuing is None or place == "start":
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            else:
+                ids = self._backend.encode(self.tokenizer.eos_token + text, add_special_tokens=False).ids[1:]
+                if place == "text":
+                    # from its first added token on, the segment is as it would be anywhere else
+                    begin = self._continuing.encode(text, add_special_tokens=False).ids
+                    ids = begin[: self._find_added(begin)] + ids[self._find_added(ids) :]
             if not is_target and len(self._cache) < _MAX_CACHED:
-                self._cache[text, is_first] = ids
+                self._cache[text, place] = ids
         return ids
+
+    def _find_added(self, ids: Sequence[int]) -> int:
+        return next((number for number, token in enumerate(ids) if token in self._added), len(ids))
+
+
+def _without_first_space(backend: Any) -> Any:
+    """Return a copy of a tokenizer that puts no space before a text."""
+    never = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+    definition = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        part = json.dumps(definition[name])
+        definition[name] = json.loads(
+            part, object_hook=lambda found: {key: never.get(key, value) for key, value in found.items()}
+        )
+    return type(backend).from_str(json.dumps(definition))
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

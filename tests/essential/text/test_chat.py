@@ -162,18 +162,21 @@ def byte_level(**names: str) -> Any:
     return train_tokenizer(350, TEXT * 3, ["<eos>", "<|im_start|>", "<|im_end|>"], **{"eos_token": "<eos>", **names})
 
 
-def sentence_piece() -> Any:
+def sentence_piece(scheme: str = "first") -> Any:
     """A tokenizer as Llama's: a space is put before a text, and the beginning of sequence before that."""
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if scheme == "legacy" else scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<unk>", "<s>", "</s>", "<image>"], show_progress=False
     )
     backend.train_from_iterator([*TEXT * 3, "\n"], trainer)
+    if scheme == "legacy":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -271,13 +274,30 @@ def test_without_images_the_ids_are_those_of_the_whole_text() -> None:
     assert ids == tokenizer.encode("User: What?\nAssistant: A mug.<eos>")
 
 
-def test_a_sentence_piece_tokenizer_puts_no_space_into_the_middle() -> None:
-    tokenizer = sentence_piece()
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_a_sentence_piece_tokenizer_puts_no_space_into_the_middle(scheme: str) -> None:
+    tokenizer = sentence_piece(scheme)
     encoder = ChatTokenizer(tokenizer, prompt_layout="chat")
     image = [tokenizer.convert_tokens_to_ids("<image>")]
     ids, _ = encoder.encode([Turn("user", "<image>What?"), Turn("assistant", "A mug.")], [image])
     assert ids == tokenizer.encode("User: <image>What?\nAssistant: A mug.</s>")
     assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_the_ids_of_a_chat_template_are_those_of_its_whole_text(scheme: str) -> None:
+    """The prompt ends in plain text (Zephyr), the conversation has an end of its own (Phi), a letter is unknown."""
+    tokenizer = sentence_piece(scheme)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}>\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant>\n{% else %}<s>{% endif %}"
+    )
+    encoder = ChatTokenizer(tokenizer, prompt_layout="chat_template")
+    turns = [turn for answer in ("A mug.", "m", "¿Z") for turn in (Turn("user", "What?Z"), Turn("assistant", answer))]
+    text = tokenizer.apply_chat_template([turn._asdict() for turn in turns], tokenize=False)
+    ids, _ = encoder.encode(turns, [])
+    assert ids == tokenizer.encode(text, add_special_tokens=False)[: len(ids)]
+    assert supervised(encoder, turns, []) == ["A mug.</s>", "m</s>", "<unk><unk></s>"]
 
 
 def test_answers_are_cut_at_the_length_and_prompts_are_not() -> None:
