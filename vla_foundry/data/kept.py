@@ -67,9 +67,12 @@ def _read_inputs(checkpoint: str) -> dict[str, Any]:
 
 def read_weights_tokenizer(place: str, name: str) -> TokenizerFacts | None:
     """Return the tokenizer that a checkpoint or a published model was trained with; None: unknown."""
-    kept, record = read_kept_tokenizer(place, name), _read_inputs(place).get("tokenizer")
+    record = _read_inputs(place).get("tokenizer")
     if record is None:
-        return kept
+        return read_kept_tokenizer(place, name)
+    kept = None
+    with suppress(ValueError):  # a damaged file, which a resume replaces
+        kept = read_kept_tokenizer(place, name)
     trained = Vocabulary.from_record(record)
     if kept is not None and kept.vocabulary is not None and trained.find_difference(kept.vocabulary) is None:
         return kept
@@ -152,7 +155,8 @@ def _read_kept_images(checkpoint: str) -> ImageFacts | None:
             config = join_uri(folder, CONFIG_NAME)
             if kept is None and exists(config):
                 # without text, a run has no processor, and the data's params say all of it
-                data = (yaml.safe_load(read_text(config)) or {}).get("data")
-                kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
+                with suppress(ValueError, yaml.YAMLError, AttributeError):  # damaged
+                    data = yaml.safe_load(read_text(config)).get("data")
+                    kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
             return kept
     return read_images(checkpoint)

@@ -165,10 +165,18 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
 
     Raises:
         FileNotFoundError: tokenizer.json does not exist.
-        ValueError: the file holds no tokens.
+        ValueError: a file is damaged, or holds no tokens.
     """
     path = join_uri(str(folder), TOKENIZER_NAME)
-    content, config = json.loads(read_text(path)), json.loads(_read_if_there(folder, CONFIG_NAME) or "{}")
+    content, config = _parse_object(path, read_text(path)), _read_object(folder, CONFIG_NAME)
+    template = config.get("chat_template") or _read_if_there(folder, TEMPLATE_NAME)
+    try:
+        return _parse_vocabulary(path, content, config, template)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a tokenizer of Hugging Face ({error!r}).") from None
+
+
+def _parse_vocabulary(path: str, content: dict[str, Any], config: dict[str, Any], template: Any) -> Vocabulary:
     model, added = content.get("model", {}), content.get("added_tokens", [])
     vocab = model.get("vocab", {})
     # Unigram lists tokens and scores in id order; other models map tokens to ids
@@ -179,7 +187,6 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
     rules = model.get("merges", ()) if isinstance(vocab, dict) else vocab
     named = {name: _content_of(value) for name, value in config.items() if name.endswith("_token")}
     special = {*(token["content"] for token in added if token.get("special")), *filter(None, named.values())}
-    template = config.get("chat_template") or _read_if_there(folder, TEMPLATE_NAME)
     return Vocabulary(
         ids=ids,
         rules=tuple(rule if isinstance(rule, str) else " ".join(map(str, rule)) for rule in rules),
@@ -202,9 +209,31 @@ def _read_if_there(folder: str | Path, name: str) -> str | None:
         return None
 
 
+def _read_object(folder: str | Path, name: str) -> dict[str, Any]:
+    text = _read_if_there(folder, name)
+    return {} if text is None else _parse_object(join_uri(str(folder), name), text)
+
+
+def _parse_object(path: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return values
+
+
 def read_end_token_ids(folder: str | Path) -> list[int]:
-    """Return the tokens that end a text according to a folder's generation_config.json; none without that file."""
-    return as_token_ids(json.loads(_read_if_there(folder, GENERATION_NAME) or "{}").get("eos_token_id"))
+    """Return the tokens that end a text according to a folder's generation_config.json; none without that file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    found = as_token_ids(_read_object(folder, GENERATION_NAME).get("eos_token_id"))
+    if not all(isinstance(token, int) for token in found):
+        raise ValueError(f"{join_uri(str(folder), GENERATION_NAME)}: eos_token_id must be token ids, got {found}.")
+    return found
 
 
 def as_token_ids(value: int | list[int] | None) -> list[int]:

@@ -45,7 +45,7 @@ from vla_foundry.run_folder import (
 from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, IncompleteDownload, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
-from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids
+from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, read_vocabulary
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
@@ -276,23 +276,27 @@ def _describe_start(world: World, first_step: int) -> dict[str, Any]:
     }
 
 
-def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
+def copy_tokenizer(data: DataParams, run_folder: Path) -> list[str]:
     """Copy data.tokenizer, else the tokenizer beside the first manifest, to the run: its folder must be self-contained.
 
     The tokens that end the datasets' documents are recorded with it, for they need not be the tokenizer's own. Data
     with images saves its processor instead, which includes the tokenizer. Without a tokenizer nothing is copied.
 
+    Returns:
+        Lines for the user: whether what the folder had was damaged, and is replaced.
+
     Raises:
         FileNotFoundError: data.tokenizer names a remote folder that does not exist.
         ValueError: data.tokenizer or data.processor cannot be loaded.
     """
+    target = run_folder / (PROCESSOR_FOLDER if isinstance(data, ImageProcessorParams) else TOKENIZER_FOLDER)
+    notices = _remove_damaged(target)
     if isinstance(data, ImageProcessorParams):
         if data.tokenizer_name() is not None:
-            _save_processor(data, run_folder / PROCESSOR_FOLDER)
-        return
-    target = run_folder / TOKENIZER_FOLDER
+            _save_processor(data, target)
+        return notices
     if not isinstance(data, TextDataParams):
-        return
+        return notices
     folders = [parent_uri(manifest) for manifest in data.dataset_manifest]
     if target.is_dir():
         pass
@@ -300,7 +304,7 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
         try:
             _copy_folder(join_uri(folders[0], TOKENIZER_FOLDER), target)
         except FileNotFoundError:
-            return
+            return notices
     elif is_remote(data.tokenizer) or os.path.isdir(data.tokenizer):
         _copy_folder(data.tokenizer, target)
     else:
@@ -310,6 +314,20 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> None:
     known = read_end_token_ids(target)
     if not ends <= set(known):
         write_text(str(target / GENERATION_NAME), json.dumps({"eos_token_id": sorted({*known, *ends})}) + "\n")
+    return notices
+
+
+def _remove_damaged(folder: Path) -> list[str]:
+    """Delete a run's tokenizer or processor if its files are damaged; return lines for the user."""
+    try:
+        read_end_token_ids(folder)
+        read_vocabulary(folder)
+    except FileNotFoundError:  # there is none, or it is of another kind
+        return []
+    except ValueError as error:
+        shutil.rmtree(folder)
+        return [f"{folder} is replaced: {str(error).removesuffix('.')}."]
+    return []
 
 
 def _save_processor(data: ImageProcessorParams, target: Path) -> None:

@@ -221,6 +221,7 @@ def test_a_step_folder_alone_knows_the_tokenizer_of_its_weights(tmp_path: Path) 
         return resolve_with(replace(PARAMS, model=model, data=replace(DATA, dataset_manifest=[manifest]))).notices
 
     assert notices(right) == notices(f"{right}/model.safetensors") == notices(str(tmp_path / "1")) == []
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("damaged", encoding="utf-8")
     for checkpoint in (wrong, f"{wrong}/model.safetensors", str(misplaced), str(tmp_path / "run")):
         with pytest.raises(ValueError, match=rf"^The weights of {checkpoint} and .*: their tokens or merges differ\."):
             notices(checkpoint)

@@ -82,6 +82,20 @@ def test_end_tokens_are_one_or_several(tmp_path: Path, content: str | None, ids:
     assert read_end_token_ids(tmp_path) == ids
 
 
+@pytest.mark.parametrize("content", ["", "\x00\x00", "[]", "{}", '{"model": 3}', '{"model": {"vocab": [1, 2]}}'])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer\.json (is not|holds no) "):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"eos_token_id": "x"}'])
+def test_damaged_end_tokens_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/generation_config\.json"):
+        read_end_token_ids(tmp_path)
+
+
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         load_tokenizer(str(tmp_path))

@@ -170,6 +170,10 @@ def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams, man
     assert str(Path.home()) not in json.dumps(provenance["starts"][0]["command"])
     assert [step.name for step in list_step_folders(folder)] == [f"step_{n:08d}" for n in (6, 4, 2)]
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
+    # its tokenizer comes from the data again if its file is damaged
+    (folder / "tokenizer" / "tokenizer.json").write_text("", encoding="utf-8")
+    train(replace(params, resume="auto"), World())
+    assert read_vocabulary(folder / "tokenizer").to_record() == kept
     line = read_lines(folder)[-1]
     for key in ("lr", "grad_norm", "tokens_per_second", "samples_per_sec_per_gpu", "data_wait_share", "memory_gb"):
         assert line[key] >= 0

@@ -74,8 +74,13 @@ def test_a_policy_trains_and_goes_on(
     assert {line["targets"] for line in metrics if line["kind"] == "validation"} == {68}
     # the run goes on; with other cameras than it has learned by, it does not
     words += ["--total_train_samples", "20", "--resume", "auto"]
+    damage = [path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    for path in damage:
+        path.write_bytes(b"\0")
     params = parse(TrainExperimentParams, words, prog="train").params
     train(resolve(params, read_facts(params, 1)), World())
+    for path in damage:
+        assert path.read_bytes() != b"\0", path
     words += ["--model.resume_from_checkpoint", str(run)]
     params = parse(TrainExperimentParams, [*words, "--data.camera_names", "[wrist, Scene.Left]"], prog="train").params
     with pytest.raises(ValueError, match=r"which was trained on Scene\.Left, wrist\. Use that order"):
