@@ -162,22 +162,23 @@ def nearest_path(root: Any, wanted: str, siblings: list[str]) -> str | None:
         wanted: the dotted path as typed.
         siblings: dotted paths of the fields beside the unknown one; they are tried first.
     """
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.75)
-    if near:
-        return near[0]
-    owners = _leaf_owners(root)
     name = wanted.rpartition(".")[2]
+    beside = {path.rpartition(".")[2]: path for path in siblings}
+    near = difflib.get_close_matches(name, list(beside), n=1, cutoff=0.75)
+    if near:
+        return beside[near[0]]
+    owners = _leaf_owners(root)
     same_name = [path for path in owners if path.rpartition(".")[2] == name]
     if same_name:
         depth = min(path.count(".") for path in same_name)
         return " or ".join([path for path in same_name if path.count(".") == depth][:3])
-    near = difflib.get_close_matches(wanted, [*siblings, *owners], n=1, cutoff=0.7)
-    if near:
-        return near[0]
     last_names = {path.rpartition(".")[2]: path for path in reversed(owners)}
     near = difflib.get_close_matches(name, list(last_names), n=1, cutoff=0.7)
     if near:
         return last_names[near[0]]
+    near = difflib.get_close_matches(wanted, [*siblings, *owners], n=1, cutoff=0.7)
+    if near:
+        return near[0]
     comments = {path: schema.field_comments(owner).get(path.rpartition(".")[2], "") for path, owner in owners.items()}
     described = [path for path, comment in comments.items() if name.replace("_", " ") in comment]
     return min(described, key=lambda path: len(comments[path]), default=None) if "_" in name else None

@@ -305,6 +305,11 @@ def describe_dead_process(iterator: Any, params: DataParams) -> str:
     """Explain why workers died, in one line."""
     codes = {process.exitcode for process in iterator._workers if process.exitcode}
     killed = " (killed; most often the machine ran out of memory)" if -signal.SIGKILL in codes else ""
+    if codes == {1}:  # Python ended it, as in a script that starts processes while it is imported
+        return (
+            "A loader process died with exit code 1; its error stands above. A script must start loaders below "
+            'if __name__ == "__main__", or set data.num_workers to 0.'
+        )
     return (
         f"A loader process died with exit code {', '.join(str(code) for code in sorted(codes)) or 'unknown'}{killed}. "
         f"Lower data.num_workers ({params.num_workers}) or data.prefetch_factor ({params.prefetch_factor})."

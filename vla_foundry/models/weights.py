@@ -251,8 +251,8 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
             if names
         )
         raise ValueError(
-            f"Checkpoint {source} does not fit the model: {listed}. Use the model params it was saved with "
-            f"(config_model.yaml of its run)."
+            f"Checkpoint {source} does not fit the model: {listed}. Use the model params it was saved with: "
+            f'--SECTION "include RUN/config_model.yaml", with SECTION the part that starts from it.'
         )
     for name, entry in entries.items():
         if tied.get(name) not in entries:

@@ -104,9 +104,18 @@ def _read_manifest(folder: str) -> list[ManifestEntry]:
     try:
         return parse_manifest(read_text(name), name)
     except FileNotFoundError:
+        _refuse_parts(folder)
         raise FileNotFoundError(
             f"{name} does not exist. Write it with `vla-foundry manifest build {folder}`."
         ) from None
+
+
+def _refuse_parts(folder: str) -> None:
+    """Refuse a folder without a manifest whose parts (train, validation) are datasets: they must not be mixed."""
+    parts = [name for name in list_relative(folder) if name.endswith(f"/{MANIFEST_NAME}") and not is_hidden(name)]
+    if parts:
+        parts = [join_uri(folder, name.rpartition("/")[0]) for name in sorted(parts)]
+        raise ValueError(f"{folder} is not one dataset; it holds {', '.join(parts[:5])}. Name one of them.")
 
 
 def _list_tars(folder: str) -> dict[str, int]:
@@ -172,6 +181,8 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
     if not tars:
         raise ValueError(f"{folder} has no .tar files to list in a manifest.")
     name = join_uri(folder, MANIFEST_NAME)
+    if not exists(name):
+        _refuse_parts(folder)
     said = {} if overwrite or not exists(name) else {entry.shard: entry for entry in _read_manifest(folder)}
 
     def describe(shard: str) -> ManifestEntry:

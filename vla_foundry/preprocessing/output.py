@@ -277,7 +277,8 @@ def plan_differences(old: Any, new: Any, path: str = "") -> list[str]:
             for name in names
             for line in plan_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
         ]
-    return [] if old == new else [f"{path} {old!r} (now {new!r})"]
+    was, now = (json.dumps(value) if value is None or isinstance(value, bool) else repr(value) for value in (old, new))
+    return [] if old == new else [f"{path} {was} (now {now})"]
 
 
 def digest_of(values: Any) -> str:

@@ -113,7 +113,7 @@ def _shade(axis: "Axes", sample: RobotSample, *, alpha: float) -> None:
 
 def _draw_field(part: "SubFigure", sample: RobotSample, field: FieldValues) -> None:
     left, right = part.subplots(1, 2)
-    part.subplots_adjust(left=0.07, right=0.94, top=0.80, bottom=0.16, wspace=0.14)
+    part.subplots_adjust(left=0.07, right=0.91, top=0.80, bottom=0.16, wspace=0.14)
     steps = _steps(sample)
     normalized = "normalised" if sample.is_normalized else "as the model gets it: not normalised"
     for axis, values, title in ((left, field.raw, _describe(field)), (right, field.normalized, normalized)):

@@ -226,6 +226,7 @@ def test_what_follows_two_dashes_is_positional() -> None:
         (["a", "--hparams", "3"], r"^hparams must be a mapping of keys, got '3'\.$"),
         (["a", "--hparams", "{lr: 1"], r"^--hparams '\{lr: 1': command line: not valid YAML"),
         (["a", "--hparams", "{lr: 1, lr: 2}"], r"the key 'lr' is given twice"),
+        (["a", "--hparams.lrrr", "1"], r"^hparams\.lrrr is unknown\. Did you mean hparams\.lr\?$"),
         (["a", "--lr", "1"], r"^lr is unknown\. Did you mean hparams\.lr\?$"),
         (["a", "--learning_rate", "1"], r"Did you mean hparams\.lr\?$"),
         (["a", "--hparams.lr", "-1"], r"^hparams\.lr \(-1\.0\) must be above 0\.$"),

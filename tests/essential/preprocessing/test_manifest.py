@@ -48,6 +48,17 @@ def dataset(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_folder_of_datasets_is_not_made_one_dataset(tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        (tmp_path / part).mkdir()
+        with tarfile.open(tmp_path / part / "shard_000000.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("a.txt"))
+        build_manifest(str(tmp_path / part))
+    with pytest.raises(ValueError, match=r"is not one dataset; it holds .*/train, .*/validation"):
+        build_manifest(str(tmp_path))
+    assert not (tmp_path / "manifest.jsonl").exists()
+
+
 def test_build_describes_foreign_shards(foreign: Path):
     entries, is_new = build_manifest(str(foreign))
     assert is_new

@@ -65,7 +65,7 @@ class GenerateParams(SamplingParams):
 class CaptionParams(SamplingParams):
     """Caption images with a trained vision-language model."""
 
-    # image files (JPEG, PNG, WebP), local, s3:// or hf://; each is captioned by itself
+    # image files (JPEG, PNG, WebP, GIF, ...), local, s3:// or hf://; each is captioned by itself
     image: list[Location] = field(default_factory=list)
     # show all images together and answer once
     together: bool = False

@@ -146,7 +146,7 @@ class DataParams(ChoiceParams):
         if root.total_val_samples is not None and not self.val_dataset_manifest:
             raise ValueError(
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.val_dataset_manifest "
-                "FOLDER/manifest.jsonl, or leave total_val_samples out."
+                "FOLDER/manifest.jsonl, or --total_val_samples null."
             )
         for dataset in (*facts.datasets, *facts.val_datasets):
             if dataset.num_samples == 0:

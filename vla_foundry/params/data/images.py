@@ -238,6 +238,13 @@ class ImageProcessorParams(BaseParams):
                 f"{path}.processor and {path}.tokenizer are missing. Give --{path}.tokenizer NAME_OR_FOLDER for our "
                 f"own processor, or --{path}.processor NAME_OR_FOLDER."
             )
+        num_tokens = model.img_num_tokens if self.processor is not None else self.img_num_tokens
+        if num_tokens is not None and num_images * num_tokens >= seq_len:
+            tokens = f"{num_images} x {num_tokens}" if num_images > 1 else str(num_tokens)
+            raise ValueError(
+                f"{path}.seq_len ({seq_len}) must be more than the tokens of the images ({tokens}): images and their "
+                f"text share a row. Use a larger {path}.seq_len."
+            )
         if self.processor is not None:
             return
         for name, own, taken in (
@@ -248,9 +255,3 @@ class ImageProcessorParams(BaseParams):
                 raise ValueError(f"{path}.{name} is missing, and the model does not say. Give --{path}.{name}.")
             if taken is not None and own != taken:
                 raise ValueError(f"{path}.{name} ({own}) must equal the model's ({taken}). Leave {path}.{name} out.")
-        if self.img_num_tokens is not None and num_images * self.img_num_tokens >= seq_len:
-            tokens = f"{num_images} x {self.img_num_tokens}" if num_images > 1 else str(self.img_num_tokens)
-            raise ValueError(
-                f"{path}.seq_len ({seq_len}) must be more than {path}.img_num_tokens ({tokens}): images and their "
-                "text share a row."
-            )

@@ -288,6 +288,9 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
     def _width(self, name: str, datasets: Sequence[NamedSpec]) -> int:
         fields = getattr(self, name)
+        if datasets and not fields and name == "action_fields":
+            known = ", ".join(datasets[0].spec.fields)
+            raise ValueError(f"data.{name} is empty. Name the fields that the model is to predict, out of {known}.")
         sources = [self.find_fields(name, dataset) for dataset in datasets]
         return sum(fit.width_of(field, sources, f"data.{name}") for field in fields)
 

@@ -19,6 +19,11 @@ from vla_foundry.storage.uri import is_remote, name_of
 METADATA_NAME = "processing_metadata.json"
 # episodes named for each reason in a printed line
 _MAX_EXAMPLES = 3
+# why frames give no samples, as printed
+_DROPPED = {
+    "padding": "their windows reach too far beyond the episode (--max_padding_left and _right)",
+    "still": "nothing moves",
+}
 
 
 class Report:
@@ -84,7 +89,7 @@ class Report:
         for reason, count in sorted(reasons.items()):
             names = [episode["episode"] for episode in self.left_out if episode["reason"] == reason][:_MAX_EXAMPLES]
             lines.append(f"left out: {count:,} episodes, {reason}: {', '.join(names)}{', ...' if count > 3 else ''}")
-        lines += [f"no samples: {count:,} anchors, {reason}" for reason, count in self.dropped.items() if count]
+        lines += [f"skipped: {count:,} frames, {_DROPPED[reason]}" for reason, count in self.dropped.items() if count]
         return lines
 
     def check(self, max_failed_fraction: float, report_uri: str) -> None:

@@ -10,6 +10,7 @@ from vla_foundry.params.data.images import (
     ImageProcessorParams,
     RandomResizedCropParams,
 )
+from vla_foundry.params.models.roles import ImageInputs
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,11 @@ def test_values_without_meaning_are_refused(cls: type, values: dict, message: st
 def test_shares_and_pixels_are_both_accepted() -> None:
     for shape in [(1.0, 1.0), (0.9, 0.8), (224, 200), (224.0, 224.0)]:
         assert CropParams(shape=shape).shape == shape
+
+
+def test_images_that_fill_a_row_are_refused_with_a_saved_processor_too() -> None:
+    inputs = ImageInputs(image_size=64, img_num_tokens=4)
+    params = ImageProcessorParams(processor="run/processor")
+    params.check_processor(inputs, "data", seq_len=9, num_images=2)
+    with pytest.raises(ValueError, match=r"^data\.seq_len \(8\) must be more than the tokens of the images \(2 x 4\)"):
+        params.check_processor(inputs, "data", seq_len=8, num_images=2)

@@ -321,7 +321,7 @@ def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: p
     preprocess(pairs, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"params.max_side None \(now 10\)"):
+    with pytest.raises(ValueError, match=r"params.max_side null \(now 10\)"):
         preprocess(pairs, tmp_path / "out", max_side=10)
 
 
