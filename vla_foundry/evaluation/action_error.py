@@ -59,8 +59,19 @@ def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
         ValueError: the run does not hold a policy, or has no validation data.
     """
     files = load_policy_files(params.checkpoint)
+    if count := len(params.val_dataset_manifest):
+        held_out = {
+            "manifest": params.val_dataset_manifest,
+            "modality": ["robotics"] * count,
+            "weighting": [1.0] * count,
+        }
+        data = replace(files.data, **{f"val_dataset_{name}": values for name, values in held_out.items()})
+        files = replace(files, data=data)
     if not files.data.val_dataset_manifest:
-        raise ValueError(f"The run of {params.checkpoint} has no validation data (data.val_dataset_manifest).")
+        raise ValueError(
+            f"The run of {params.checkpoint} has no validation data. Give some: "
+            "--val_dataset_manifest FOLDER/manifest.jsonl."
+        )
     true, predicted, is_valid = _predict(files, params)
     transform = files.actions.fields
     values, true_values = transform.invert(predicted), transform.invert(true)

@@ -140,6 +140,8 @@ class ActionErrorParams(InferenceParams):
     checkpoint: Location
     # JSON file for the mean squared errors of each field at each step; null: none
     output: Location | None = None
+    # manifests of held-out data; empty: the validation data of the run
+    val_dataset_manifest: list[Location] = field(default_factory=list)
     # held-out samples; null: all
     num_samples: Count | None = None
     # batch size
