@@ -302,7 +302,7 @@ class ChatTokenizer:
         """
         last = self._segments([Turn("user", "a"), Turn("assistant", "a")])[-1]
         ids = [] if last.ends_turn else self._tokenize(last.text, True, "text")
-        if len(ids) > 1 and ids[-1] not in self.tokenizer.added_tokens_decoder:
+        if len(ids) > 1 and ids[-1] not in self._added:
             return [tuple(ids), self.tokenizer.eos_token_id]
         return list(dict.fromkeys([*ids[-1:], self.tokenizer.eos_token_id]))
 

@@ -255,6 +255,14 @@ def test_a_turn_ends_where_the_template_ends_it(end: str, added: bool, stop: str
         encoder.encode([Turn("user", "a"), Turn("assistant", f"a{end}b")], [])
 
 
+def test_an_end_that_is_text_of_unknown_letters_is_more_than_its_last_token() -> None:
+    tokenizer = sentence_piece()
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", " A§")
+    tokens = tuple(tokenizer.encode("</s> A§", add_special_tokens=False)[1:])
+    assert tokens[-1] == tokenizer.unk_token_id
+    assert ChatTokenizer(tokenizer, prompt_layout="chat_template").stop_token_ids()[0] == tokens
+
+
 def test_image_tokens_stand_where_the_markers_are_and_are_no_targets() -> None:
     encoder = ChatTokenizer(byte_level(), prompt_layout="chat")
     ids, mask = encoder.encode(

@@ -62,12 +62,16 @@ def decode_text(sample: Sample) -> Sample:
     if not isinstance(values, dict) or not isinstance(values.get("text"), str):
         raise Dropped("no text", "its JSON has no key 'text' with a string")
     text = check_unicode(values["text"])
-    return {**sample, "text": text, "is_last": values.get("is_last", True) is not False}
+    is_last = values.get("is_last", True) is not False
+    return {**sample, "text": text, "is_last": is_last, "is_part": not is_last or bool(values.get("part"))}
 
 
 def drop_empty(sample: Sample) -> Sample | None:
-    """Drop a sample without text; NUL characters alone are what is left of a damaged file."""
-    return sample if sample["text"].strip().strip("\0") else None
+    """Drop a document without text; NUL characters alone are what is left of a damaged file.
+
+    A part of a document is kept: blanks may fill it, and the end of the document follows the last one.
+    """
+    return sample if sample.get("is_part") or sample["text"].strip().strip("\0") else None
 
 
 class Tokenize:

@@ -220,7 +220,7 @@ def _pieces_of(text: Any, where: str, max_bytes: int) -> Iterator[Piece | Skippe
         yield Skipped("null", where)
     elif not isinstance(text, str):
         yield Skipped("not_a_string", where)
-    elif not text.strip():
+    elif not text.strip().strip("\0"):  # NUL characters alone are what is left of a damaged file
         yield Skipped(_HARMLESS, where)
     elif text.isascii() and len(text) <= max_bytes:
         yield Piece(where, 0, text, True)

@@ -11,7 +11,13 @@ import pytest
 from tests.essential.text_rows import create_rows, lengths_by_row, read
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.text import TextPipeline
-from vla_foundry.data.pipelines.text_untokenized import TextUntokenizedPipeline, decode_text, pack, split_document
+from vla_foundry.data.pipelines.text_untokenized import (
+    TextUntokenizedPipeline,
+    decode_text,
+    drop_empty,
+    pack,
+    split_document,
+)
 from vla_foundry.data.reader import Dropped
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.text.tokenizers import create_encoder, load_tokenizer
@@ -97,6 +103,11 @@ def test_part_of_a_document_has_no_end_token(tmp_path: Path, write_samples: Call
     params = TextDataParams(seq_len=64, tokenizer=tokenizer)
     documents = documents_of(read(TextUntokenizedPipeline(params), create_rows([manifest], [0, 1])))
     assert sorted(document[-1] == EOS for document in documents) == [False, True]
+    # blanks that end a long document are a part of it
+    for part in ({"text": "\n", "is_last": False}, {"text": " \n", "part": 1, "is_last": True}):
+        sample = decode_text({"json": json.dumps(part).encode()})
+        assert drop_empty(sample) == sample
+    assert drop_empty(decode_text({"json": b'{"text": " ", "part": 0, "is_last": true}'})) is None
 
 
 @pytest.mark.parametrize("member", [{"json": b'{"text": 5}'}, {"json": b"{broken"}, {"json": b"  "}, {"png": b""}])
