@@ -230,10 +230,10 @@ def read_end_token_ids(folder: str | Path) -> list[int]:
     Raises:
         ValueError: the file is damaged.
     """
-    found = as_token_ids(_read_object(folder, GENERATION_NAME).get("eos_token_id"))
-    if not all(isinstance(token, int) for token in found):
-        raise ValueError(f"{join_uri(str(folder), GENERATION_NAME)}: eos_token_id must be token ids, got {found}.")
-    return found
+    value = _read_object(folder, GENERATION_NAME).get("eos_token_id")
+    if not all(isinstance(token, int) for token in (value if isinstance(value, list) else [value or 0])):
+        raise ValueError(f"{join_uri(str(folder), GENERATION_NAME)}: eos_token_id {value!r} must be token ids.")
+    return as_token_ids(value)
 
 
 def as_token_ids(value: int | list[int] | None) -> list[int]:
