@@ -113,6 +113,10 @@ def main(argv: list[str]) -> None:
     """Run `vla-foundry generate`: print each prompt with its continuation."""
     params = parse_command(GenerateParams, _gather_prompts(argv), prog="vla-foundry generate")
     model, tokenizer, end_token_ids = load_language_model(params)
+    if not callable(getattr(model, "decode", None)):
+        raise ValueError(
+            f"The model of {params.checkpoint} ({type(model).__name__}) has no `decode`, so it cannot generate."
+        )
     texts = generate_text(model, tokenizer, params, end_token_ids=end_token_ids)
     for prompt, text in zip(params.prompt, texts, strict=True):
         sys.stdout.write(f"{prompt}{text}\n\n")
