@@ -104,8 +104,10 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _run_on_meta(model: nn.Module, image_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the tokens of one image and the weights they depend on, both on the meta device."""
-    weights = {name: torch.empty_like(p, device="meta", requires_grad=True) for name, p in model.named_parameters()}
-    buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
+    # a tensor with several names stays one
+    copies = {p: torch.empty_like(p, device="meta", requires_grad=True) for p in model.parameters()}
+    weights = {name: copies[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers(remove_duplicate=False)}
     pixels = torch.empty(1, 3, image_size, image_size, device="meta")
 
     class Encoder(nn.Module):

@@ -147,3 +147,27 @@ def test_only_weights_that_tokens_depend_on_must_be_there(saved: tuple[str, PreT
         ValueError, match=r"model\.vit\.hf_pretrained .*1 weights are missing.*model\.vit\.hf_new_weights"
     ):
         create_model(ViTHFParams(hf_pretrained=str(broken)))
+
+
+class Tied(torch.nn.Module):
+    """An encoder whose weight has two names, the first of which the tokens do not depend on."""
+
+    num_prefix_tokens, default_cfg = 0, {"input_size": (3, 4, 4)}
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(16, 3)
+        self.patches = torch.nn.Linear(16, 3)
+        self.patches.weight = self.head.weight
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        return self.patches(pixels.flatten(2))
+
+
+def test_a_tied_weight_is_trained_if_the_tokens_depend_on_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: Tied())
+    model = create_model(ViTHFParams(hf_pretrained="timm:tied"))
+    trained = {name for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad}
+    assert trained == {"model.head.weight", "model.patches.weight", "model.patches.bias"}
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
