@@ -65,6 +65,32 @@ def _read_inputs(checkpoint: str) -> dict[str, Any]:
     return next((inputs for inputs in found if isinstance(inputs, dict)), {})
 
 
+def check_kept_inputs(run_folder: str, checkpoint: str) -> None:
+    """Check that a run folder's tokenizer, images and statistics are those that a checkpoint was trained with.
+
+    Raises:
+        ValueError: they are not; the model would read and write something else.
+    """
+    inputs = _read_inputs(checkpoint)
+    tokenizer, record = read_kept_tokenizer(run_folder, run_folder), inputs.get("tokenizer")
+    difference = None
+    if tokenizer is not None and tokenizer.vocabulary is not None and record is not None:
+        difference = Vocabulary.from_record(record).find_difference(tokenizer.vocabulary)
+    images, record = _read_kept_images(run_folder), inputs.get("images")
+    if difference is None and images is not None and record is not None:
+        changed = ImageFacts.from_record(record).find_difference(images)
+        difference = changed and f"images have {changed[0]} {changed[1]} in the one and {changed[2]} in the other"
+    own, trained = _read_run_normalization(run_folder), read_weights_normalization(checkpoint, None, False)
+    if difference is None and own is not None and trained is not None:
+        name = next((name for name, field in trained.items() if own["fields"].get(name) != field), None)
+        difference = name and f"the statistics of '{name}' differ"
+    if difference is not None:
+        raise ValueError(
+            f"{run_folder} does not hold the files that {checkpoint} was trained with: {difference}. "
+            "Put the run's own tokenizer, processor and normalizer back."
+        )
+
+
 def read_weights_tokenizer(place: str, name: str) -> TokenizerFacts | None:
     """Return the tokenizer that a checkpoint or a published model was trained with; None: unknown."""
     record = _read_inputs(place).get("tokenizer")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.data.kept import check_kept_inputs
 from vla_foundry.inference.loading import (
     choose_device,
     find_end_tokens,
@@ -82,6 +83,7 @@ def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | Non
     data = load_params_from_yaml(DataParams, join_uri(run_folder, CONFIG_NAME))
     if not isinstance(data, ImageCaptionDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on image_caption.")
+    check_kept_inputs(run_folder, checkpoint)
     processor = load_run_processor(run_folder)
     target = choose_device(device)
     model = load_run_model(model_params, run_folder, checkpoint, use_ema, target)

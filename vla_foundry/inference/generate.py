@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.data.kept import check_kept_inputs
 from vla_foundry.inference.loading import choose_device, find_end_tokens, find_run_folder, load_run_model
 from vla_foundry.params.commands.runs import GenerateParams
 from vla_foundry.params.experiment import load_params_from_yaml
@@ -34,6 +35,8 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any, list[i
     tokenizer_name = params.tokenizer or join_uri(run_folder, TOKENIZER_FOLDER)
     if params.tokenizer is None and not exists(tokenizer_name):
         raise FileNotFoundError(f"{run_folder} has no tokenizer. Name one with --tokenizer.")
+    if params.tokenizer is None:
+        check_kept_inputs(run_folder, params.checkpoint)
 
     # import torch last, so that the errors above appear within a second
     from vla_foundry.text.tokenizers import load_tokenizer, read_end_token_ids

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vla_foundry.data.kept import check_kept_inputs
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.inference.loading import (
@@ -119,6 +120,7 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")
     # use one prompt, so that the same instruction gives the same behavior
     data = dataclasses.replace(data, prompts=data.prompts[:1])
+    check_kept_inputs(run_folder, checkpoint)
     processor = load_run_processor(run_folder) if data.use_language else None
     spec, normalizer = load_spec(run_folder), load_normalizer(run_folder)
     options = _read_image_options(run_folder, dataset)

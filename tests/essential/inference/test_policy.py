@@ -1,6 +1,8 @@
 """A policy in closed loop sees what training saw, keeps to its chunks, and draws by seed and step."""
 
 import dataclasses
+import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,29 @@ def test_other_runs_are_no_policies(tmp_path: Path, arm: Any) -> None:
     (tmp_path / "config.yaml").write_text(text[:start] + model + text[end:], encoding="utf-8")
     with pytest.raises(ValueError, match=r"of type 'transformer', which is not a policy"):
         Policy.from_run(str(tmp_path))
+
+
+def test_files_that_a_policy_was_not_trained_with_are_refused(tmp_path: Path, arm: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(arm.run, run)
+    step = next((run / "checkpoints").glob("step_*"))
+    Policy.from_run(str(step))
+    normalizer = run / "normalizer.json"
+    content = normalizer.read_text(encoding="utf-8")
+    state = json.loads(content)
+    state["fields"][GRIPPER]["center"][0][0] += 1
+    normalizer.write_text(json.dumps(state), encoding="utf-8")
+    for checkpoint in (run, step):
+        with pytest.raises(
+            ValueError, match=rf"trained with: the statistics of '{GRIPPER}' differ\. Put the run's own"
+        ):
+            Policy.from_run(str(checkpoint))
+    normalizer.write_text(content, encoding="utf-8")
+    tokenizer = run / "processor" / "tokenizer.json"
+    values = json.loads(tokenizer.read_text(encoding="utf-8"))
+    ids = values["model"]["vocab"]
+    *_, first, second = ids
+    ids[first], ids[second] = ids[second], ids[first]
+    tokenizer.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"does not hold the files that .* was trained with: their tokens or merges"):
+        Policy.from_run(str(run))
