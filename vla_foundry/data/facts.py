@@ -12,6 +12,7 @@ from vla_foundry.data.kept import (
     read_images,
     read_json,
     read_kept_tokenizer,
+    read_model_config,
     read_tokenizer,
     read_weights_images,
     read_weights_normalization,
@@ -97,6 +98,10 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         started_from_robotics=run,
         started_from_normalization=read_weights_normalization(params.model.resume_from_checkpoint, run, offline),
         normalization=_read_normalization(data, offline) if isinstance(data, RoboticsDataParams) else None,
+        checkpoint_configs={
+            name: {} if is_remote(name) and offline else read_model_config(name)
+            for name in list_checkpoints(params.model)
+        },
         checkpoint_models=checkpoint_models,
         model_configs=model_configs,
     )

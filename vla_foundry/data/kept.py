@@ -41,6 +41,17 @@ def find_run_spec(checkpoint: str, offline: bool) -> NamedSpec | None:
     return None
 
 
+def read_model_config(checkpoint: str) -> dict[str, Any]:
+    """Return the model config of a checkpoint's run, as written; {}: it has none."""
+    for folder in run_folder_candidates(checkpoint):
+        location = join_uri(folder, MODEL_CONFIG_NAME)
+        if exists(location):
+            with suppress(ValueError, yaml.YAMLError):  # damaged
+                config = yaml.safe_load(read_text(location))
+                return config if isinstance(config, dict) else {}
+    return {}
+
+
 def describe_inputs(run_folder: str) -> dict[str, Any]:
     """Return what checkpoints keep about their inputs, from the files of a run folder: see `_read_inputs`."""
     tokenizer, images = read_kept_tokenizer(run_folder, run_folder), _read_kept_images(run_folder)

@@ -127,5 +127,7 @@ class Facts:
     started_from_normalization: dict[str, Any] | None = None
     # field -> how the data's statistics normalize it; None: unknown
     normalization: dict[str, Any] | None = None
+    # checkpoint of a model or part -> the model config in its run, as written; {}: it has none within reach
+    checkpoint_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # checkpoint of a model part -> params of the model trained in its run
     checkpoint_models: dict[str, Any] = field(default_factory=dict)

@@ -260,6 +260,27 @@ def test_a_vlm_needs_the_tokenizer_of_its_language_model(tmp_path: Path) -> None
         resolve_with(replace(params(str(tmp_path / "other")), model=vlm))
 
 
+def test_the_sizes_of_a_checkpoint_are_those_of_its_run(tmp_path: Path) -> None:
+    manifest, run = write_dataset(tmp_path / "a", [1000]), write_run(tmp_path / "run", VOCAB)
+    stored = "type: transformer\nhidden_dim: 96\nn_layers: 8\nvocab_size: 50432\n"
+    (tmp_path / "run" / "config_model.yaml").write_text(stored, encoding="utf-8")
+    start: dict[str, Any] = {"resume_from_checkpoint": run, "resume_weights_only": True}
+
+    def resolve_model(model: Any, data: Any = DATA) -> None:
+        resolve_with(replace(PARAMS, model=model, data=replace(data, dataset_manifest=[manifest])))
+
+    resolve_model(TransformerParams(**start))
+    for name, value, needed in (("hidden_dim", 64, 96), ("n_layers", 7, 8), ("vocab_size", 50433, 50432)):
+        with pytest.raises(
+            ValueError, match=rf"^model\.{name} \({value}\) must be {needed}, that of model\.resume_from_"
+        ):
+            resolve_model(TransformerParams(**start, **{name: value}))
+    images, vit = ImageCaptionDataParams(tokenizer=f"{run}/tokenizer"), ViTParams(img_size=32, patch_size=16)
+    resolve_model(VLMParams(vit=vit, transformer=TransformerParams(**start, vocab_size=50433)), images)  # with <image>
+    with pytest.raises(ValueError, match=r"^model\.transformer\.vocab_size \(50431\) must be 50432"):
+        resolve_model(VLMParams(vit=vit, transformer=TransformerParams(**start, vocab_size=50431)), images)
+
+
 def small_model(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

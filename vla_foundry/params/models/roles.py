@@ -1,7 +1,7 @@
 """The base class of all model params, and the roles that model slots are typed by."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, register_choice
@@ -18,6 +18,8 @@ def register_model_params(name: str) -> Callable[[T], T]:
 _MODEL = "model."
 # what begins the names of models from timm, which have no config.json
 TIMM_PREFIX = "timm:"
+# fields that decide the shapes of all weights; a part's vocabulary may grow
+_SIZES = ("hidden_dim", "n_layers", "vocab_size")
 # number of blocks
 Depth = Annotated[int, Bounds(least=1, most=10_000)]
 
@@ -108,6 +110,16 @@ class ModelParams(ChoiceParams):
                 f"{path}.resume_weights_only is true, but there is no checkpoint. Give --{path}.resume_from_checkpoint "
                 f"RUN, or leave {path}.resume_weights_only out."
             )
+        stored = facts.checkpoint_configs.get(self.resume_from_checkpoint or "", {})
+        sizes = {item.name for item in fields(self)}.intersection(_SIZES) if stored.get("type") == self.type else ()
+        for name in sorted(sizes):
+            own, found = getattr(self, name), stored.get(name)
+            may_grow = name == "vocab_size" and path != "model"
+            if isinstance(found, int) and (own < found or (own > found and not may_grow)):
+                raise ValueError(
+                    f"{path}.{name} ({own}) must be {found}, that of {path}.resume_from_checkpoint "
+                    f"({self.resume_from_checkpoint})."
+                )
         return []
 
     def token_limits(self, facts: Facts) -> TokenLimits:
