@@ -52,6 +52,11 @@ def parse_object(text: str | bytes, name: str, *, finite: bool = False) -> dict[
     return values
 
 
+def as_json(values: Any) -> Any:
+    """Return values as JSON gives them back: tuples become lists, and keys text."""
+    return json.loads(json.dumps(values))
+
+
 def parse_record(text: str | bytes, name: str) -> Any:
     """Parse a line or a member of a dataset like `parse_json`; callers check the text that they use of it.
 

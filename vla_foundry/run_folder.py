@@ -22,7 +22,6 @@ A step folder is written as `.writing_step_...` and renamed once all of it is on
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import posixpath
@@ -35,6 +34,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+from vla_foundry.parsing import parse_json, parse_object
 from vla_foundry.shards import sha256_of
 
 CONFIG_NAME = "config.yaml"
@@ -183,13 +183,13 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     if not mark.is_file():
         return f"{mark} is missing, so the checkpoint was never finished"
     try:
-        entries = {
-            step_folder / name: (int(size), str(digest))
-            for name, (size, digest) in json.loads(mark.read_text(encoding="utf-8")).items()
-            if only is None or name in only
-        }
-    except (ValueError, TypeError, AttributeError):
-        return f"{mark} is not readable"
+        listed = parse_object(mark.read_bytes(), str(mark))
+    except ValueError as error:
+        return str(error).removesuffix(".")
+    for name, entry in listed.items():
+        if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+            return f"{mark}: '{name}' must be [bytes, SHA-256], not {entry!r}"
+    entries = {step_folder / name: entry for name, entry in listed.items() if only is None or name in only}
     for path, (size, _) in entries.items():
         if not path.is_file():
             return f"{path} is missing"
@@ -205,7 +205,7 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
 def read_side_file(path: Path) -> Any:
     """Return the contents of a JSON file of a run folder; None if it is missing or damaged, which a resume survives."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, BinaryIO, Literal
 
+from vla_foundry.parsing import MAX_RECORD_BYTES, parse_object
 from vla_foundry.tars import find_files
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
 _SHARD = "shard_"
 INDEX_VERSION = 1
+# most samples or bytes of a shard
+MAX_COUNT = 1 << 48
 # members that WebDataset skips, and how it splits the names of the others
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 _SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)
@@ -162,24 +165,27 @@ def _other_name(shard: str) -> str:
 
 
 def _parse_manifest_line(line: str, where: str) -> ManifestEntry:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}).") from None
-    if not isinstance(values, dict) or not isinstance(values.get("shard"), str) or not values["shard"]:
+    values = parse_object(line, where)
+    if not isinstance(values.get("shard"), str) or not values["shard"]:
         raise ValueError(f"{where} needs a key 'shard' with the name of a tar.")
-    count = values.get("num_sequences")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ValueError(f"{where} needs a key 'num_sequences' with a whole number >= 0, got {count!r}.")
-    num_bytes, sha256 = values.get("num_bytes"), values.get("sha256")
-    if not (num_bytes is None or (isinstance(num_bytes, int) and num_bytes >= 0)):
-        raise ValueError(f"{where}: 'num_bytes' must be a whole number >= 0, got {num_bytes!r}.")
+    if "num_sequences" not in values:
+        raise ValueError(f"{where} needs a key 'num_sequences' with a whole number >= 0.")
+    count, num_bytes, sha256 = values["num_sequences"], values.get("num_bytes"), values.get("sha256")
+    _check_count(count, f"{where}: 'num_sequences'")
+    if num_bytes is not None:
+        _check_count(num_bytes, f"{where}: 'num_bytes'")
     if not (sha256 is None or isinstance(sha256, str)):
         raise ValueError(f"{where}: 'sha256' must be text, got {sha256!r}.")
     shard = values["shard"].removesuffix(".tar")
     if shard.startswith("/") or ".." in shard.split("/"):
         raise ValueError(f"{where}: shard '{shard}' leaves the manifest's folder. Use a path inside it.")
     return ManifestEntry(shard=shard, num_sequences=count, num_bytes=num_bytes, sha256=sha256)
+
+
+def _check_count(value: Any, name: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} must be a whole number from 0 to 2^48, got {value!r}")
+    return value
 
 
 def format_manifest(entries: Iterable[ManifestEntry]) -> str:
@@ -245,8 +251,9 @@ def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: in
     span = members[RECORDS_INFO_SUFFIX]
     file.seek(span.offset)
     try:
-        info = json.loads(file.read(span.size))
-        num_records, record_length = int(info["num_sequences"]), int(info["record_length"])
+        info = parse_object(file.read(min(span.size, MAX_RECORD_BYTES)), f".{RECORDS_INFO_SUFFIX}")
+        num_records = _check_count(info["num_sequences"], "'num_sequences'")
+        record_length = _check_count(info["record_length"], "'record_length'")
         records = TokenRecords(
             dtype=info["dtype"],
             record_length=record_length,
@@ -267,8 +274,9 @@ def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: in
 def _index_episode(file: BinaryIO, key: str, members: dict[str, MemberSpan]) -> EpisodeSpans:
     if EPISODE_SUFFIX not in members:
         raise ValueError(f"episode '{key}' has no member .{EPISODE_SUFFIX}")
-    file.seek(members[EPISODE_SUFFIX].offset)
-    header = parse_episode_header(file.read(members[EPISODE_SUFFIX].size), f"'{key}.{EPISODE_SUFFIX}'")
+    span = members[EPISODE_SUFFIX]
+    file.seek(span.offset)
+    header = parse_episode_header(file.read(min(span.size, MAX_RECORD_BYTES)), f"'{key}.{EPISODE_SUFFIX}'")
     rest, frames = dict(members), {}
     for camera, extension in header.extensions.items():
         suffixes = [frame_suffix(camera, frame, extension) for frame in range(header.num_frames)]
@@ -294,10 +302,11 @@ def parse_episode_header(text: str | bytes, origin: str) -> EpisodeHeader:
         ValueError: the text is not an episode of this version, or its anchors contradict its length.
     """
     try:
-        values = json.loads(text)
+        values = parse_object(text, "it")
         if values["version"] != EPISODE_VERSION:
             raise ValueError(f"version {values['version']}, not {EPISODE_VERSION}")
-        num_frames, anchors = int(values["num_frames"]), tuple(values["anchors"])
+        num_frames = _check_count(values["num_frames"], "'num_frames'")
+        anchors = tuple(_check_count(anchor, "each of 'anchors'") for anchor in values["anchors"])
         extensions = {name: camera["extension"] for name, camera in values["cameras"].items()}
         unknown = [extension for extension in extensions.values() if extension not in ("jpg", "png")]
         if unknown:
@@ -348,15 +357,18 @@ def parse_index(text: str, origin: str) -> ShardIndex:
         ValueError: the text is not such an index, has another version, or was damaged.
     """
     try:
-        values = json.loads(text)
+        values = parse_object(text, "it")
         # earlier indexes have no checksum
         checked, mark, checksum = text.rpartition(_CHECKSUM_MARK)
         if mark and zlib.crc32(f"{checked}}}".encode()) != int(checksum[:-1]):
             raise ValueError("its checksum differs")
         if values["version"] != INDEX_VERSION:
             raise ValueError(f"version {values['version']}, not {INDEX_VERSION}")
+        for name in ("num_sequences", "num_bytes"):
+            _check_count(values[name], f"'{name}'")
         if "records" in values:
-            spans = {name: MemberSpan(**values["records"][name]) for name in _RECORD_SPANS}
+            _check_count(values["records"]["record_length"], "'record_length'")
+            spans = {name: _parse_span(name, **values["records"][name]) for name in _RECORD_SPANS}
             fields: dict[str, Any] = {**values["records"], **spans}
             if fields["dtype"] not in TOKENS_SUFFIX:
                 raise ValueError(f"its tokens are {fields['dtype']}")
@@ -372,14 +384,18 @@ def parse_index(text: str, origin: str) -> ShardIndex:
 
 
 def _parse_spans(members: dict[str, list[int]]) -> dict[str, MemberSpan]:
-    return {suffix: MemberSpan(offset=offset, size=size) for suffix, (offset, size) in members.items()}
+    return {suffix: _parse_span(suffix, offset, size) for suffix, (offset, size) in members.items()}
+
+
+def _parse_span(name: str, offset: Any, size: Any) -> MemberSpan:
+    return MemberSpan(offset=_check_count(offset, f"offset of '{name}'"), size=_check_count(size, f"size of '{name}'"))
 
 
 def _parse_episode_spans(
     key: str, anchors: list[int], members: dict[str, list[int]], frames: dict[str, list[int]]
 ) -> EpisodeSpans:
     spans = {
-        camera: tuple(MemberSpan(offset=offset, size=size) for offset, size in zip(flat[::2], flat[1::2], strict=True))
+        camera: tuple(_parse_span(camera, offset, size) for offset, size in zip(flat[::2], flat[1::2], strict=True))
         for camera, flat in frames.items()
     }
     return EpisodeSpans(key=key, anchors=tuple(anchors), members=_parse_spans(members), frames=spans)

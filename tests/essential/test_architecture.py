@@ -120,6 +120,25 @@ def test_third_party_packages_stay_behind_their_fences(path: Path) -> None:
             assert module.split(".")[0] != "torch", f"{path}:{line} imports torch"
 
 
+# how JSON and YAML are read; parsing.py limits bytes, depth, digits and aliases
+READERS = {
+    ("json", "load"),
+    ("json", "loads"),
+    ("json", "JSONDecoder"),
+    *(("yaml", name) for name in ("load", "load_all", "safe_load", "safe_load_all", "full_load", "unsafe_load")),
+    *(("yaml", name) for name in ("compose", "compose_all", "parse", "scan")),
+}
+
+
+@pytest.mark.parametrize("path", [file for file in FILES if file.name != "parsing.py"], ids=str)
+def test_json_and_yaml_are_read_in_one_place(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in READERS, f"{path}:{node.lineno}: use vla_foundry.parsing"
+    imported = {tuple(module.rsplit(".", 1)) for module, _ in imports_of(path)}
+    assert not imported & READERS, f"{path}: use vla_foundry.parsing"
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -53,8 +53,12 @@ def test_the_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> Non
         (MODEL_WEIGHTS_NAME, lambda file: file.write_bytes(b"weightz 9"), "SHA-256"),
         (MODEL_WEIGHTS_NAME, lambda file: file.unlink(), "is missing"),
         (COMPLETE_NAME, lambda file: file.unlink(), "never finished"),
-        (COMPLETE_NAME, lambda file: file.write_text("[]", encoding="utf-8"), "not readable"),
-        (COMPLETE_NAME, lambda file: file.write_text('{"model', encoding="utf-8"), "not readable"),
+        (COMPLETE_NAME, lambda file: file.write_text("[]", encoding="utf-8"), "COMPLETE holds no JSON object"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"model', encoding="utf-8"), "COMPLETE is not JSON"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"x": [Infinity, "a"]}', encoding="utf-8"), "'x' must be"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"x": ["9", "a"]}', encoding="utf-8"), "'x' must be"),
+        (COMPLETE_NAME, lambda file: file.write_text('{"x": [' + "1" * 5000 + "]}", encoding="utf-8"), "5,000 digits"),
+        (COMPLETE_NAME, lambda file: file.write_text("[" * 10**5, encoding="utf-8"), "more than 100 deep"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, damage, fault: str) -> None:

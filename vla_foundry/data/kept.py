@@ -1,16 +1,14 @@
 """What a run, a checkpoint or a published model says about its tokenizer, images and statistics."""
 
 import itertools
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vla_foundry.params.facts import ImageFacts, TokenizerFacts
 from vla_foundry.params.models.roles import TIMM_PREFIX
+from vla_foundry.parsing import parse_object
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec
 from vla_foundry.run_folder import (
     CONFIG_NAME,
@@ -23,7 +21,7 @@ from vla_foundry.run_folder import (
     list_step_folders,
     run_folder_candidates,
 )
-from vla_foundry.storage.uri import exists, is_remote, join_uri, read_text
+from vla_foundry.storage.uri import exists, is_remote, join_uri, read_text, read_yaml
 from vla_foundry.text.tokenizers import Vocabulary, read_vocabulary
 
 # folders of a run that hold a tokenizer, the fuller one first
@@ -147,10 +145,13 @@ def _read_run_normalization(folder: str) -> dict[str, Any] | None:
 def read_json(location: str) -> dict[str, Any]:
     """Return the JSON object in a file; {} if the file is missing or holds something else."""
     try:
-        values = json.loads(read_text(location))
-    except (FileNotFoundError, json.JSONDecodeError):
+        text = read_text(location)
+    except FileNotFoundError:
         return {}
-    return values if isinstance(values, dict) else {}
+    try:
+        return parse_object(text, location)
+    except ValueError:
+        return {}
 
 
 def read_tokenizer(name: str, location: str) -> TokenizerFacts:
@@ -192,8 +193,8 @@ def _read_kept_images(checkpoint: str) -> ImageFacts | None:
             config = join_uri(folder, CONFIG_NAME)
             if kept is None and exists(config):
                 # without text, a run has no processor, and the data's params say all of it
-                with suppress(ValueError, yaml.YAMLError, AttributeError):  # damaged
-                    data = yaml.safe_load(read_text(config)).get("data")
+                with suppress(ValueError, AttributeError):  # damaged
+                    data = read_yaml(config).get("data")
                     kept = ImageFacts.from_config(data) if isinstance(data, dict) else None
             return kept
     return read_images(checkpoint)

@@ -35,7 +35,7 @@ from vla_foundry.robotics.spec import (
 from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics
 from vla_foundry.robotics.statistics_format import format_statistics, parse_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME, read_side_file
-from vla_foundry.storage.uri import is_remote, join_uri, parent_uri, read_text, write_text
+from vla_foundry.storage.uri import is_remote, join_uri, parent_uri, read_object, read_text, read_yaml, write_text
 
 
 def read_specs(manifests: Sequence[str]) -> list[NamedSpec]:
@@ -200,7 +200,7 @@ def load_normalizer(folder: str | Path) -> RoboticsNormalizer:
         ValueError: the normalizer is malformed.
     """
     location = join_uri(str(folder), NORMALIZER_NAME)
-    return RoboticsNormalizer.from_state(json.loads(read_text(location)), origin=location)
+    return RoboticsNormalizer.from_state(read_object(location), origin=location)
 
 
 def load_spec(folder: str | Path) -> DatasetSpec:
@@ -257,6 +257,6 @@ def _describe_camera(name: str, datasets: Sequence[NamedSpec]) -> CameraDescript
 
 def _read_config(manifest: str) -> Any:
     try:
-        return yaml.safe_load(read_text(join_uri(parent_uri(manifest), PREPROCESSING_CONFIG_NAME)))
+        return read_yaml(join_uri(parent_uri(manifest), PREPROCESSING_CONFIG_NAME))
     except FileNotFoundError:
         return None

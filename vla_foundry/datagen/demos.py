@@ -32,7 +32,7 @@ from vla_foundry.progress import show_progress
 from vla_foundry.randomness import draw_index
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, Simulator, name_observation
-from vla_foundry.storage.uri import write_text
+from vla_foundry.storage.uri import read_object, write_text
 from vla_foundry.world import num_cores
 
 REPORT = "meta/demos.json"
@@ -176,12 +176,12 @@ def _check_folder(output: Path, params: DemosParams) -> dict[str, Any] | None:
     """Check that the output folder is empty or was made with the same settings; return the report of a complete one."""
     path = output / _PROGRESS / _SETTINGS
     if (output / REPORT).exists():
-        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        report = read_object(str(output / REPORT))
         check_settings(str(output), report["settings"], _settings_of(params))
         shutil.rmtree(output / _PROGRESS, ignore_errors=True)
         return report
     if path.exists():
-        check_settings(str(output), json.loads(path.read_text(encoding="utf-8")), _settings_of(params))
+        check_settings(str(output), read_object(str(path)), _settings_of(params))
     elif output.exists() and any(entry.name != _PROGRESS for entry in output.iterdir()):
         raise ValueError(f"output_dir '{output}' holds other files. Choose a new folder.")
     return None

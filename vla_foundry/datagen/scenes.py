@@ -17,6 +17,7 @@ from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attribut
 from vla_foundry.params.commands.datagen import ScenesParams
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import Layout, Simulator, SimulatorState
+from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
 SPLITS = ("train", "validation")
@@ -145,7 +146,7 @@ def _claim(output: Path, params: ScenesParams) -> None:
     facts |= {"version": _VERSION, "grid": GRID}
     path = output / FACTS
     if path.exists():
-        check_settings(params.output, json.loads(path.read_text(encoding="utf-8")), facts)
+        check_settings(params.output, read_object(str(path)), facts)
     for split in SPLITS:
         (output / split).mkdir(parents=True, exist_ok=True)
         for leftover in (output / split).glob(".*.partial"):

@@ -8,7 +8,6 @@ results.json is written after each batch of episodes; a restarted evaluation run
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -36,6 +35,7 @@ from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import show_progress
 from vla_foundry.run_folder import lock_folder
+from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
@@ -127,7 +127,7 @@ class TaskRollouts:
                 f"{path} holds rollouts made with other settings ({'; '.join(changed)}). Give another --name or "
                 "--output, or delete it."
             )
-        budget = json.loads(path.read_text(encoding="utf-8"))["max_sample_size_per_model"]
+        budget = read_object(str(path))["max_sample_size_per_model"]
         seeds = {episode.seed for episode in episodes} | set(params.seeds)
         if params.max_sample_size not in (None, budget) or len(seeds) > budget:
             raise ValueError(

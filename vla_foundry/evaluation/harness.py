@@ -10,7 +10,6 @@ An episode that the harness could not run to its end (it has a failure_reason) i
 """
 
 import asyncio
-import json
 import re
 import shlex
 import shutil
@@ -39,6 +38,7 @@ from vla_foundry.run_folder import lock_folder
 from vla_foundry.serving.command import open_server
 from vla_foundry.serving.policies import Served, load_policy
 from vla_foundry.serving.websocket_server import VLA_EVAL_PATH
+from vla_foundry.storage.uri import read_object
 
 _SERVED = ("checkpoint", "client_map", "device", "use_ema", "open_loop_steps", "num_inference_steps", "dataset", "name")
 
@@ -125,7 +125,7 @@ def read_aggregates(files: Sequence[Path]) -> dict[str, tuple[list[EpisodeResult
     tasks: dict[str, tuple[list[EpisodeResult], dict[str, Any]]] = {}
     for file in files:
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_object(str(file))
             facts = {"benchmark": values["benchmark"], "harness_version": values["harness_version"]}
             facts["harness_config"] = values["config"]
             if values.get("partial"):

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
-from vla_foundry.storage.uri import write_text
+from vla_foundry.storage.uri import read_object, write_text
 
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
@@ -138,7 +138,7 @@ def read_results(path: Path) -> tuple[list[EpisodeResult], dict[str, Any]]:
         ValueError: the file is broken.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(str(path))
         return [_from_json(item) for item in values["evaluations"]], values["settings"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -161,7 +161,7 @@ def write_summary(path: Path, rates: Mapping[str, SuccessRate], **facts: Any) ->
 
 def read_summary(path: Path) -> dict[str, SuccessRate]:
     """Read the success rate of each task from a summary.json."""
-    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    tasks = read_object(str(path))["tasks"]
     return {
         task: SuccessRate(num_successes=counts["successes"], num_trials=counts["trials"], num_invalid=counts["invalid"])
         for task, counts in tasks.items()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vla_foundry.images.geometry import Interpolation, PixelMap, ResizeMethod, resize_image
 from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
+from vla_foundry.storage.uri import read_object
 from vla_foundry.text.chat import IMAGE_MARKER, ChatTokenizer, Turn
 from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of
 
@@ -195,7 +196,7 @@ def load_processor(folder: str | Path) -> Processor:
     path = Path(folder) / PROCESSOR_CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not the folder of a processor.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(str(path))
     kind = config.pop("type", None)
     if kind == HUGGING_FACE:
         from vla_foundry.images.processor_hf import load_hugging_face_processor

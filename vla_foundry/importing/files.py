@@ -22,6 +22,7 @@ from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.facts import DatasetFacts
 from vla_foundry.params.models.roles import LanguageModelParams
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.parsing import parse_object
 from vla_foundry.robotics.spec import (
     PUBLISHED_LANGUAGE_TYPES,
     SPEC_NAME,
@@ -135,8 +136,8 @@ def _read_robot_data(source: Source, fps: float | None) -> _RobotData:
             f"{source.folder} has no {STATISTICS_NAME}. Without it, the meaning of the policy's numbers is unknown."
         ) from None
     try:
-        widths = {name: len(value["mean"]) for name, value in json.loads(text).items()}
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        widths = {name: len(value["mean"]) for name, value in parse_object(text, location).items()}
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{location} holds no statistics by field ({type(error).__name__}: {error}).") from None
     preprocessing = _read_preprocessing(source)
     spec = _describe_data(widths, preprocessing, fps)

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vla_foundry.params.migrations import vlm_config_places
+from vla_foundry.parsing import parse_yaml
 from vla_foundry.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME
 from vla_foundry.storage.uri import join_uri, list_files, name_of, read_text
 
@@ -134,13 +133,9 @@ def _find_weights(folder: str, checkpoint: int | None) -> tuple[str, str | None]
 
 def _read_mapping(location: str) -> dict[str, Any] | None:
     try:
-        text = read_text(location)
+        values = parse_yaml(read_text(location), location)
     except FileNotFoundError:
         return None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{location} is not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
         raise ValueError(f"{location} does not hold a mapping of keys. Is it a config file?")
     return values

@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vla_foundry.data.kept import check_kept_inputs
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.images.geometry import ImageOperations
@@ -25,7 +23,7 @@ from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.robotics.transforms import ActionTransform, FieldTransform, RelativePoses
 from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME
-from vla_foundry.storage.uri import exists, join_uri, read_text
+from vla_foundry.storage.uri import exists, join_uri, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +181,7 @@ def _read_image_options(run_folder: str, dataset: int | None) -> dict[str, Any]:
     location = join_uri(run_folder, PREPROCESSING_CONFIG_NAME)
     if not exists(location):
         return _IMAGE_OPTIONS
-    config = yaml.safe_load(read_text(location))
+    config = read_yaml(location)
     if 0 not in config:
         return _choose_options(config)
     if dataset is not None:

@@ -4,7 +4,6 @@
 episodes.
 """
 
-import json
 import re
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from vla_foundry.storage.uri import (
     join_uri,
     list_relative,
     open_input,
+    read_object,
     read_text,
     write_text,
 )
@@ -264,7 +264,7 @@ def verify_dataset(folder: str, *, num_threads: int = 8) -> list[str]:
 def _read_vocab_size(folder: str) -> int | None:
     """The size of the vocabulary, if the dataset's provenance says it."""
     try:
-        values = json.loads(read_text(join_uri(folder, PROVENANCE_NAME)))
+        values = read_object(join_uri(folder, PROVENANCE_NAME))
         return int(values["dataset"]["vocab_size"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

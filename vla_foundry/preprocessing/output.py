@@ -12,10 +12,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import vla_foundry
+from vla_foundry.parsing import as_json
 from vla_foundry.progress import say
 from vla_foundry.provenance import read_git_commit, read_package_versions
 from vla_foundry.run_folder import lock_folder
@@ -28,6 +30,8 @@ from vla_foundry.storage.uri import (
     join_uri,
     list_relative,
     name_of,
+    read_json,
+    read_object,
     read_text,
     write_bytes,
     write_text,
@@ -66,7 +70,7 @@ class OutputFolder:
         self.uri = uri
         self._flag = flag
         self._inputs = inputs
-        self.plan = json.loads(json.dumps(plan))
+        self.plan = as_json(plan)
 
     @contextmanager
     def begin(self, *, overwrite: bool) -> Iterator[dict[int, Any] | None]:
@@ -118,15 +122,15 @@ class OutputFolder:
 
     def read_facts(self) -> dict[str, Any]:
         """Return the facts of a complete dataset."""
-        return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME)))["dataset"]
+        return read_object(join_uri(self.uri, PROVENANCE_NAME))["dataset"]
 
     def _read_results(self) -> dict[int, Any]:
         prefix = f"{PROGRESS_FOLDER}/task_"
         names = [name for name in self._files() if name.startswith(prefix) and name.endswith(".json")]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            texts = list(pool.map(lambda name: read_text(join_uri(self.uri, name)), names))
+            results = list(pool.map(lambda name: read_json(join_uri(self.uri, name)), names))
         numbers = [int(name.removeprefix(prefix).removesuffix(".json")) for name in names]
-        return {number: json.loads(text) for number, text in sorted(zip(numbers, texts, strict=True))}
+        return dict(sorted(zip(numbers, results, strict=True), key=itemgetter(0)))
 
     def publish(
         self,
@@ -182,9 +186,9 @@ class OutputFolder:
 
     def _found_plan(self, files: Mapping[str, int]) -> dict[str, Any] | None:
         if _is_complete(files):
-            return json.loads(read_text(join_uri(self.uri, PROVENANCE_NAME))).get("plan")
+            return read_object(join_uri(self.uri, PROVENANCE_NAME)).get("plan")
         progress = f"{PROGRESS_FOLDER}/{PLAN_NAME}"
-        return json.loads(read_text(join_uri(self.uri, progress))) if progress in files else None
+        return read_object(join_uri(self.uri, progress)) if progress in files else None
 
     def _missing_shards(self, files: Mapping[str, int]) -> list[str]:
         if not _is_complete(files):

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, BinaryIO, ClassVar, cast
 
+from vla_foundry.parsing import parse_record
 from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.progress import say
 from vla_foundry.storage.uri import folder_of_names, list_visible, name_of, open_input
@@ -258,8 +258,8 @@ def read_json_rows(file: SourceFile, part: int = 0, num_parts: int = 1) -> Itera
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_record(data.decode("utf-8-sig"), "it")
+    except ValueError as error:
         return error
 
 

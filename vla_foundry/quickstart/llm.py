@@ -1,7 +1,6 @@
 """The language stage: docstrings -> tokenizer -> shards -> language model -> report and generated text."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -13,9 +12,10 @@ from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.params import load_experiment_params_from_yaml
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.parsing import parse_object
 from vla_foundry.quickstart.docstrings import harvest_docstrings
 from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
-from vla_foundry.run_folder import CONFIG_NAME
+from vla_foundry.run_folder import CONFIG_NAME, METRICS_NAME
 from vla_foundry.world import World, num_cores
 
 PACKAGES = ("numpy", "scipy")
@@ -107,7 +107,7 @@ def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
     """
     params = load_experiment_params_from_yaml(str(run / CONFIG_NAME))
     baseline = measure_unigram(params)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [parse_object(line, METRICS_NAME) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
     training = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
     validation = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
     if not validation:

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from vla_foundry.parsing import parse_json
 from vla_foundry.shards import EPISODE_SUFFIX as EPISODE_SUFFIX
 from vla_foundry.shards import EPISODE_VERSION, parse_episode_header
 from vla_foundry.shards import frame_suffix as frame_suffix
@@ -112,7 +113,7 @@ def parse_episode(text: str | bytes, origin: str) -> EpisodeInfo:
     """
     header = parse_episode_header(text, origin)
     try:
-        values = json.loads(text)
+        values = parse_json(text, "it")
         return EpisodeInfo(
             episode_id=values["episode_id"],
             task=values["task"],

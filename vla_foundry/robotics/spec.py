@@ -21,12 +21,20 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
-import yaml
-
+from vla_foundry.parsing import parse_json, parse_object
 from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field, parse_pose_groups
 from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
 from vla_foundry.shards import parse_manifest
-from vla_foundry.storage.uri import file_test, is_remote, join_uri, open_input, parent_uri, read_range, read_text
+from vla_foundry.storage.uri import (
+    file_test,
+    is_remote,
+    join_uri,
+    open_input,
+    parent_uri,
+    read_range,
+    read_text,
+    read_yaml,
+)
 
 SPEC_NAME = "robotics.json"
 SPEC_VERSION = 1
@@ -145,10 +153,7 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
     Raises:
         ValueError: the text is not a spec or has another version; the message names the key.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin} is not JSON ({error}).") from None
+    values = parse_json(text, origin)
     if not isinstance(values, dict) or values.get("version") != SPEC_VERSION:
         found = values.get("version") if isinstance(values, dict) else None
         raise ValueError(f"{origin} is not a robotics spec of version {SPEC_VERSION} (its version is {found!r}).")
@@ -228,14 +233,12 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
 
     location = join_uri(folder, PREPROCESSING_CONFIG_NAME)
     try:
-        values = yaml.safe_load(read_text(location))
+        values = read_yaml(location)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{manifest} does not belong to a robotics dataset: it has neither {SPEC_NAME} nor "
             f"{PREPROCESSING_CONFIG_NAME} beside it. Make the dataset with `vla-foundry preprocess robotics`."
         ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{location} is not YAML ({' '.join(str(error).split())}).") from None
     try:
         past, future = int(values["past_lowdim_steps"]), int(values["future_lowdim_steps"])
         image_indices = tuple(int(index) for index in values["image_indices"])
@@ -245,7 +248,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
         ) from None
     first = parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest)))[0].shard + ".tar"
     members = _read_first_sample(join_uri(folder, first))
-    metadata = json.loads(members["metadata.json"])
+    metadata = parse_object(members["metadata.json"], f"{first}: its first metadata.json")
     arrays = NpzFile.from_bytes(members["lowdim.npz"])
     widths = {name: arrays.shape(name)[1] for name in arrays.names if len(arrays.shape(name)) == 2}
     fields = {name: describe_published_field(name, width) for name, width in widths.items()}

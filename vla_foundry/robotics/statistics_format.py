@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
+from vla_foundry.parsing import parse_json
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.statistics import PERCENTILES, FieldStatistics
 from vla_foundry.robotics.tdigest import Sketch, compress_sketch
@@ -42,10 +43,7 @@ def parse_statistics(
     Raises:
         ValueError: the text is not a stats.json, a field is missing, or its values contradict each other.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin} is not JSON ({error}).") from None
+    values = parse_json(text, origin)
     if not isinstance(values, dict):
         raise ValueError(f"{origin} holds no statistics: expected an object keyed by field.")
     wanted = list(values if fields is None else fields)

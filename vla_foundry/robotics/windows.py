@@ -14,7 +14,6 @@ recording give bit-identical windows. (With the padding `reflect`, this holds on
 the window's own part of the episode is mirrored. Padded steps are masked anyway.) Only the requested data is read.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +22,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from jaxtyping import Int64, Num
 
+from vla_foundry.parsing import parse_record
 from vla_foundry.robotics.episode_blocks import EpisodeInfo
 from vla_foundry.robotics.fields import PaddingStrategy, PoseGroup, Window, image_name
 from vla_foundry.robotics.fit import WindowSpec
@@ -275,7 +275,7 @@ def _place_window(
 
 
 def _parse_object(content: bytes, suffix: str) -> dict[str, Any]:
-    values = json.loads(content)
+    values = parse_record(content, f"its {suffix}")
     if not isinstance(values, dict):
         raise ValueError(f"its {suffix} is not a JSON object")
     return values

@@ -1,8 +1,8 @@
 """Read what a sample says about its images: captions or a conversation, from its members txt and json."""
 
-import json
 from typing import Any, NamedTuple
 
+from vla_foundry.parsing import parse_record
 from vla_foundry.text.chat import IMAGE_MARKER, Role, Turn
 
 _CONVERSATION_KEYS = ("conversations", "messages")
@@ -89,8 +89,8 @@ def _fault_of(text: Any) -> str | None:
 
 def _parse_object(data: bytes) -> dict[str, Any] | None:
     try:
-        values = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        values = parse_record(data, "json")
+    except ValueError:
         return None
     return values if isinstance(values, dict) else None
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from vla_foundry.parsing import parse_object
+
 # marks an image in all user text, whatever the model's own token is
 IMAGE_MARKER = "<image>"
 
@@ -404,13 +406,16 @@ class ChatTokenizer:
 def _without_first_space(backend: Any) -> Any:
     """Return a copy of a tokenizer that puts no space before a text."""
     never = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    definition = json.loads(backend.to_str())
-    for name in ("normalizer", "pre_tokenizer"):
-        part = json.dumps(definition[name])
-        definition[name] = json.loads(
-            part, object_hook=lambda found: {key: never.get(key, value) for key, value in found.items()}
-        )
-    return type(backend).from_str(json.dumps(definition))
+    definition = parse_object(backend.to_str(), "the tokenizer")
+    changed = {name: _replace_values(definition[name], never) for name in ("normalizer", "pre_tokenizer")}
+    return type(backend).from_str(json.dumps(definition | changed))
+
+
+def _replace_values(item: Any, values: Mapping[str, Any]) -> Any:
+    """Return JSON with other values for some keys, wherever they are."""
+    if isinstance(item, dict):
+        return {key: values.get(key, _replace_values(value, values)) for key, value in item.items()}
+    return [_replace_values(value, values) for value in item] if isinstance(item, list) else item
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

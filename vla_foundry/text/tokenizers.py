@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.storage.hub import loading_published
-from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, read_text
+from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, read_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -168,8 +168,8 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         ValueError: a file is damaged, or holds no tokens.
     """
     path = join_uri(str(folder), TOKENIZER_NAME)
-    content, config = _parse_object(path, read_text(path)), _read_object(folder, CONFIG_NAME)
-    template = config.get("chat_template") or _read_if_there(folder, TEMPLATE_NAME)
+    content, config = read_object(path), _read_if_there(folder, CONFIG_NAME)
+    template = config.get("chat_template") or _read_template(folder)
     try:
         return _parse_vocabulary(path, content, config, template)
     except (AttributeError, KeyError, TypeError) as error:
@@ -202,26 +202,18 @@ def _content_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _read_if_there(folder: str | Path, name: str) -> str | None:
+def _read_if_there(folder: str | Path, name: str) -> dict[str, Any]:
     try:
-        return read_text(join_uri(str(folder), name))
+        return read_object(join_uri(str(folder), name))
+    except FileNotFoundError:
+        return {}
+
+
+def _read_template(folder: str | Path) -> str | None:
+    try:
+        return read_text(join_uri(str(folder), TEMPLATE_NAME))
     except FileNotFoundError:
         return None
-
-
-def _read_object(folder: str | Path, name: str) -> dict[str, Any]:
-    text = _read_if_there(folder, name)
-    return {} if text is None else _parse_object(join_uri(str(folder), name), text)
-
-
-def _parse_object(path: str, text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return values
 
 
 def read_end_token_ids(folder: str | Path) -> list[int]:
@@ -230,7 +222,7 @@ def read_end_token_ids(folder: str | Path) -> list[int]:
     Raises:
         ValueError: the file is damaged.
     """
-    value = _read_object(folder, GENERATION_NAME).get("eos_token_id")
+    value = _read_if_there(folder, GENERATION_NAME).get("eos_token_id")
     if not all(isinstance(token, int) for token in (value if isinstance(value, list) else [value or 0])):
         raise ValueError(f"{join_uri(str(folder), GENERATION_NAME)}: eos_token_id {value!r} must be token ids.")
     return as_token_ids(value)

@@ -37,7 +37,7 @@ from vla_foundry.run_folder import (
 )
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.local import name_errors, sync_folder
-from vla_foundry.storage.uri import write_bytes
+from vla_foundry.storage.uri import read_object, write_bytes
 from vla_foundry.training.distributed import (
     gather,
     gather_objects,
@@ -221,7 +221,7 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint belongs to another model or has another version.
     """
-    saved = json.loads((step_folder / STATE_NAME).read_text(encoding="utf-8"))
+    saved = read_object(str(step_folder / STATE_NAME))
     if saved["version"] != STATE_VERSION:
         raise ValueError(
             f"{step_folder / STATE_NAME} has version {saved['version']}; this code reads {STATE_VERSION}. "

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.parsing import parse_json, parse_record
 from vla_foundry.provenance import hide_home
 from vla_foundry.run_folder import METRICS_NAME
 from vla_foundry.storage.local import name_errors
@@ -122,7 +123,7 @@ def truncate_metrics(run_folder: Path, step: int) -> list[str]:
     kept, num_damaged = [], 0
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            is_kept = json.loads(line)["step"] <= step
+            is_kept = parse_record(line, METRICS_NAME)["step"] <= step
         except (ValueError, TypeError, KeyError):
             num_damaged += 1
             continue
@@ -238,7 +239,7 @@ class Wandb:
                 name=run_folder.name,
                 tags=params.wandb_tags,
                 dir=str(run_folder),
-                config=json.loads(hide_home(json.dumps(to_plain(params)))),
+                config=parse_json(hide_home(json.dumps(to_plain(params))), "config"),
                 # by itself it records the name of the host, the user's folders and the command
                 settings=wandb.Settings(host="host", x_disable_machine_info=True),
             )

@@ -6,7 +6,7 @@ record's first is a target once; the last piece may end with padding. The sample
 
 import contextlib
 import gzip
-import json
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +17,7 @@ from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, S
 from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.parsing import MAX_RECORD_BYTES, parse_record
 
 JSON_SUFFIX = "json.gz"
 _MAX_TOKEN = np.iinfo(np.int32).max
@@ -32,7 +33,9 @@ def decode_json_tokens(sample: Sample) -> Sample:
     """
     if JSON_SUFFIX not in sample:
         return sample
-    tokens = np.asarray(json.loads(gzip.decompress(sample[JSON_SUFFIX])))
+    # one byte more than is parsed: no small member fills the memory
+    text = gzip.GzipFile(fileobj=io.BytesIO(sample[JSON_SUFFIX])).read(MAX_RECORD_BYTES + 1)
+    tokens = np.asarray(parse_record(text, f"its {JSON_SUFFIX}"))
     if tokens.ndim != 1 or tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() > _MAX_TOKEN:
         raise ValueError(f"{JSON_SUFFIX} must hold a flat list of token ids")
     return {**sample, "input_ids": tokens.astype(np.int32)}

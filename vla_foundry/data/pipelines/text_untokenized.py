@@ -6,7 +6,6 @@ longest first, into rows of one length T per microbatch. T - 1 is a multiple of 
 rows x T. Rows depend only on the samples of the microbatch; nothing is carried over to the next one.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from vla_foundry.data.pipelines.text import create_padding_batch, create_text_ba
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.parsing import parse_record
 from vla_foundry.text.tokenizers import create_encoder, load_tokenizer, read_definition
 
 TEXT_SUFFIXES = ("json", "txt")
@@ -50,9 +50,7 @@ def decode_text(sample: Sample) -> Sample:
     if suffix != "json" or start not in ("{", "[", '"'):
         return {**sample, "text": text}
     try:
-        values = json.loads(text)
-    except RecursionError:
-        raise Dropped("bad JSON", "it is nested too deeply") from None
+        values = parse_record(text, "its json")
     except ValueError as error:
         if start == "{":
             raise Dropped("bad JSON", str(error)) from None

@@ -15,6 +15,7 @@ from typing import Any
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.image_caption.items import DOWNLOAD, Row
 from vla_foundry.preprocessing.sources import Tally, import_pyarrow
+from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
 URL_COLUMN, CAPTION_COLUMN = "url", "caption"
@@ -119,7 +120,7 @@ def read_failures(folder: Path) -> Tally:
     """Count the downloads, and the failed ones by the reasons that img2dataset's statistics give."""
     failures = Tally()
     for path in sorted((folder / "tars").glob("*_stats.json")):
-        stats: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stats: Mapping[str, Any] = read_object(str(path))
         reasons = {name: int(count) for name, count in stats.get("status_dict", {}).items()}
         failures.num_good += reasons.pop(_SUCCESS, 0)
         examples = _read_examples(path.with_name(path.name.replace("_stats.json", ".parquet"))) if reasons else {}

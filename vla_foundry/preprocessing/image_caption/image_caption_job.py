@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
+from vla_foundry.parsing import parse_object
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.items import (
     DOWNLOAD,
@@ -258,7 +259,7 @@ def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str
     for key, members in _read_tar(path):
         name = f"{path.stem}/{key}"
         try:
-            url = json.loads(members.get("json", b"{}")).get("url")
+            url = parse_object(members.get("json", b"{}"), f"{name}.json").get("url")
             name = url if isinstance(url, str) else name
             images = [members[suffix] for suffix in STORED_ENDINGS if suffix in members]
             texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")[0]

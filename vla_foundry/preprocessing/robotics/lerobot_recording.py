@@ -26,6 +26,7 @@ from jaxtyping import Num, UInt8
 from PIL import Image
 
 from vla_foundry.storage.local import TEMPORARY_SUFFIX
+from vla_foundry.storage.uri import read_object
 
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 # statistic -> nested lists of one column, and "count" -> [frames]
@@ -239,7 +240,7 @@ def read_part(folder: Path) -> EpisodePart:
     Raises:
         FileNotFoundError: the episode was not recorded.
     """
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = read_object(str(folder / FACTS))
     return EpisodePart(folder=folder, num_bytes=(folder / FRAMES).stat().st_size, **facts)
 
 

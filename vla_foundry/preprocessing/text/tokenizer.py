@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
+from vla_foundry.parsing import as_json, parse_object
 from vla_foundry.preprocessing.output import check_apart, format_provenance, hold_folder, plan_differences
 from vla_foundry.preprocessing.sources import SourceFile, describe_files
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
@@ -20,7 +21,7 @@ from vla_foundry.preprocessing.text.documents import DocumentTally, list_sources
 from vla_foundry.progress import say, show_progress
 from vla_foundry.shards import PROVENANCE_NAME
 from vla_foundry.storage.hub import loading_published
-from vla_foundry.storage.uri import delete, exists, is_remote, join_uri, list_files, read_bytes, read_text, write_text
+from vla_foundry.storage.uri import delete, exists, is_remote, join_uri, list_files, read_bytes, read_object, write_text
 from vla_foundry.text.tokenizers import CONFIG_NAME, TOKENIZER_NAME, create_encoder
 
 # what a tokenizer's folder may hold beside these
@@ -112,7 +113,7 @@ def _read_by_transformers(name: str) -> dict[str, bytes]:
 
 def _find_eos_token(files: dict[str, bytes]) -> str | None:
     for name in (CONFIG_NAME, "special_tokens_map.json"):
-        token: Any = json.loads(files.get(name, b"{}")).get("eos_token")
+        token: Any = parse_object(files.get(name, b"{}"), name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
@@ -175,8 +176,8 @@ def _is_complete(params: TrainTokenizerParams, plan: dict[str, Any]) -> bool:
             example = list_files(params.output)[0]
             raise ValueError(f"--output {params.output} holds other files ({example}, ...). Choose an empty folder.")
         return False
-    found = json.loads(read_text(join_uri(params.output, PROVENANCE_NAME))).get("plan")
-    differences = plan_differences(found, json.loads(json.dumps(plan)))
+    found = read_object(join_uri(params.output, PROVENANCE_NAME)).get("plan")
+    differences = plan_differences(found, as_json(plan))
     if differences and has_tokenizer and not params.overwrite:
         raise ValueError(
             f"--output {params.output} was trained with {'; '.join(differences[:3])}. "

@@ -5,7 +5,6 @@ find the rate and the instruction. The package has field_maps/robomimic.yaml, li
 another robot. Sources are folders, patterns or files, local or s3://.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 
 from vla_foundry.images.codec import decode_image
 from vla_foundry.params.commands.preprocessing_robotics import CameraParams, FieldMapParams, HDF5Params
+from vla_foundry.parsing import parse_record
 from vla_foundry.preprocessing.robotics.converters import field_map
 from vla_foundry.preprocessing.robotics.converters.converter import (
     BaseRoboticsConverter,
@@ -89,10 +89,10 @@ def read_attribute(file: "h5py.File", place: str) -> Any:
     if not keys:
         return value.item() if isinstance(value, np.generic) else value
     try:
-        value = json.loads(value)
+        value = parse_record(value, "it")
         for key in keys.split("."):
             value = value[key]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file_name(file)}: attribute '{name}' of '{path}' holds no '{keys}' ({error!r}).") from None
     return value
 

@@ -6,7 +6,6 @@ tables does not matter.
 """
 
 import itertools
-import json
 import math
 import posixpath
 import re
@@ -14,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vla_foundry.parsing import parse_object
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns, read_schema
-from vla_foundry.storage.uri import exists, join_uri, list_visible, read_text
+from vla_foundry.storage.uri import exists, join_uri, list_visible, read_object, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -161,16 +161,12 @@ def read_info(root: str) -> DatasetInfo:
     """
     uri = join_uri(root, "meta", "info.json")
     try:
-        values = json.loads(read_text(uri))
+        values = read_object(uri)
     except FileNotFoundError:
         hint = ""
         if _HUB_NAME.fullmatch(root) and not exists(root):
             hint = f" The dataset of this name on the Hugging Face hub is hf://datasets/{root}."
         raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json.{hint}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{uri} is not JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{uri} must hold an object, got {type(values).__name__}.")
     version = str(values.get("codebase_version")).removeprefix("v")
     if version not in _VERSIONS:
         raise ValueError(
@@ -254,7 +250,7 @@ def _read_tasks(info: DatasetInfo) -> dict[int, str]:
 def _text_column(uri: str, table: Mapping[str, list[Any]]) -> str | None:
     """Return the column of a version 3 task table that holds the texts: as in LeRobot the index of pandas, if it
     holds texts; else `task`; else the first with texts."""
-    pandas = json.loads((read_schema(uri).metadata or {}).get(b"pandas", b"{}"))
+    pandas = parse_object((read_schema(uri).metadata or {}).get(b"pandas", b"{}"), f"{uri}: its pandas metadata")
     texts = [name for name, values in table.items() if all(isinstance(value, str) for value in values)]
     return next((name for name in [*pandas.get("index_columns", ()), "task", *texts] if name in texts), None)
 
@@ -316,13 +312,7 @@ def _json_lines(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{uri} line {number + 1} is not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{uri} line {number + 1} must be an object, got {type(row).__name__}.")
-        yield number, row
+        yield number, parse_object(line, f"{uri} line {number + 1}")
 
 
 def _entries_of_v3(info: DatasetInfo) -> Iterator[EpisodeEntry]:

@@ -37,7 +37,7 @@ from vla_foundry.preprocessing.robotics.converters.spartan_files import (
     find_frames,
     open_npz,
     read_episode_lists,
-    read_yaml,
+    read_mapping,
 )
 from vla_foundry.progress import say
 from vla_foundry.robotics.episode_blocks import InstructionSpan
@@ -84,7 +84,7 @@ class SpartanConverter(BaseRoboticsConverter):
         path = self.params.language_annotations_path
         if path is None:
             return {}
-        tasks = read_yaml(find_config(path)).get("language_dict")
+        tasks = read_mapping(find_config(path)).get("language_dict")
         if not isinstance(tasks, dict) or not all(isinstance(kinds, dict) for kinds in tasks.values()):
             raise ValueError(f"{path} must hold language_dict: {{task: {{kind: [text, ...]}}}}.")
         return {
@@ -280,7 +280,7 @@ def _episode_id(place: _Place) -> str:
 def _read_cameras(place: _Place) -> dict[str, str]:
     """Return {camera id: camera} of an episode."""
     uri = place.uri("metadata.yaml")
-    names = read_yaml(uri).get(_CAMERA_KEY)
+    names = read_mapping(uri).get(_CAMERA_KEY)
     if not isinstance(names, dict):
         raise ValueError(f"{uri} has no {_CAMERA_KEY}: {{camera id: camera}}.")
     cameras = {str(camera_id): str(name) for camera_id, name in names.items()}

@@ -3,7 +3,6 @@
 Nothing is unpickled: an array of Python objects is an error.
 """
 
-import json
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -13,13 +12,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import yaml
 
 from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames, name_broken_file
-from vla_foundry.storage.uri import open_input, read_text
-
-# libyaml's, if available, is 20 times as fast
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from vla_foundry.storage.uri import open_input, read_json, read_yaml
 
 
 @dataclass(frozen=True)
@@ -133,18 +128,16 @@ def find_frames(npz: Npz, name: str) -> CameraFrames:
     )
 
 
-def read_yaml(uri: str) -> dict[str, Any]:
+def read_mapping(uri: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
         ValueError: the file is missing or broken.
     """
     try:
-        values = yaml.load(read_text(uri), Loader=_Loader)  # noqa: S506  # it is one of PyYAML's two safe loaders
+        values = read_yaml(uri)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{uri} is not YAML ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(values, dict):
         raise ValueError(f"{uri} must hold a mapping, got {type(values).__name__}.")
     return values
@@ -157,11 +150,9 @@ def read_episode_lists(uri: str) -> dict[str, list[int]]:
         ValueError: the file is missing or holds something else.
     """
     try:
-        values = json.loads(read_text(uri))
+        values = read_json(uri)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{uri} is not JSON ({error}).") from None
     is_valid = isinstance(values, dict) and all(
         isinstance(numbers, list) and all(isinstance(number, int) for number in numbers) for numbers in values.values()
     )
