@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -48,19 +49,19 @@ def main(argv: list[str]) -> None:
         return
     try:
         run(parsed)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # what it is tells run_command; the record is all that is left of it on a cluster
         if is_launched() and is_first_process() and not parsed.params.resolve_configs:
             record_failure(parsed.params, error)
         raise
 
 
-def record_failure(params: TrainExperimentParams, error: ValueError | OSError) -> None:
+def record_failure(params: TrainExperimentParams, error: Exception) -> None:
     """Write an error to <save_path>/.failed/<name>.log: the report of a launcher buries the line that is printed."""
     now = time.strftime("%Y_%m_%d-%H_%M_%S")
+    is_expected = isinstance(error, ValueError | OSError)
+    text = describe_error(error) if is_expected else "".join(traceback.format_exception(error))
     with suppress(OSError):
-        write_text(
-            os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {describe_error(error)}\n"
-        )
+        write_text(os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {text}\n")
 
 
 def run(parsed: Parsed) -> None:

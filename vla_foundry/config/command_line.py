@@ -5,9 +5,13 @@ import errno
 import importlib
 import json
 import os
+import select
 import shutil
+import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +39,7 @@ CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
 PLUGINS_VARIABLE = "VLA_FOUNDRY_PLUGINS"
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
+_ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
 
@@ -271,23 +276,60 @@ def _migration_notice(decoding: Decoding) -> list[str]:
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a command. Print an error that the user can fix as one line `error: ...`; `--debug` shows the traceback.
 
+    An error that no user can fix is a bug: one line names it and the file that keeps its traceback.
+
     Raises:
-        SystemExit: 2 after an error, 130 after an interrupt.
+        SystemExit: 2 after an error that the user can fix, 1 after another one, 130 after an interrupt, 141 if nobody
+            reads the output any more.
     """
     is_debug = "--debug" in argv
     try:
         main([word for word in argv if word != "--debug"])
-    except (ValueError, OSError) as error:
-        if is_debug or isinstance(error, BrokenPipeError):
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:  # the border of the process
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        if is_debug:
             raise
+        is_expected = isinstance(error, ValueError | OSError)
         where = "" if is_first_process() else f"process {read_rank()}: "
-        line = f"error: {where}{describe_error(error)}"
+        line = f"error: {where}{describe_error(error) if is_expected else _describe_bug(error)}"
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{line}\n")
         _tell_launcher(line)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(2 if is_expected else 1) from None
+
+
+def _has_lost_reader() -> bool:
+    """True if standard output is a pipe that nobody reads any more; what is left in its buffer is dropped then."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # it is no file
+        return False
+    return True
+
+
+def _describe_bug(error: Exception) -> str:
+    """Describe an unexpected error in one line, and keep its traceback in a file."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({what}). Use a smaller batch, sequence, image or model; --debug shows where."
+    kept = "which --debug shows"
+    with (
+        contextlib.suppress(OSError),
+        tempfile.NamedTemporaryFile(
+            "w", prefix="vla_foundry_", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file,
+    ):
+        file.writelines(traceback.format_exception(error))
+        kept = f"kept in {file.name}"
+    return f"{what}. This is a bug. Please report it at {_ISSUES}, with the command and the traceback {kept}."
 
 
 def _tell_launcher(line: str) -> None:

@@ -34,8 +34,15 @@ def _named_errors(uri: str) -> Iterator[None]:
         raise FileNotFoundError(f"{uri} does not exist, or is only visible with a token (HF_TOKEN).") from None
     except (HfHubHTTPError, HFValidationError, NotImplementedError) as error:
         raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
-    except OSError as error:
+    except (OSError, *_client_errors()) as error:
         raise ValueError(f"{uri} cannot be reached: {' '.join(str(error).split())}") from None
+
+
+def _client_errors() -> tuple[type[BaseException], ...]:
+    """Return the base of the HTTP client's errors; without a network, it raises others than OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @contextmanager
@@ -51,7 +58,9 @@ def loading_published(what: str, outcome: str = "cannot be loaded") -> Iterator[
     except Exception as error:  # the border to libraries, which may raise anything: tokenizers raises Exception itself
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
-        if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        if isinstance(error, _client_errors()) and not isinstance(error, OSError):
+            reason = f"it is not on this machine, and the hub cannot be reached ({reason})."
+        elif not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
             reason = f"its content is not as expected ({type(error).__name__}: {reason})."
         raise ValueError(f"{what} {outcome}: {reason}") from error
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from vla_foundry.parsing import MAX_BYTES, parse_json, parse_object, parse_yaml
-from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage
+from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage, name_errors
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
@@ -123,12 +123,12 @@ def read_text(uri: str) -> str:
         ValueError: it is not UTF-8, or too large for one that people or our commands write.
     """
     content = bytearray()
-    with open_input(uri) as file:
-        while chunk := file.read(_CHUNK_SIZE):
-            content += chunk
-            if len(content) > MAX_BYTES:
-                raise ValueError(f"{uri} has more than {MAX_BYTES:,} bytes of text. Is it the right file?")
     try:
+        with name_errors(uri), open_input(uri) as file:
+            while chunk := file.read(_CHUNK_SIZE):
+                content += chunk
+                if len(content) > MAX_BYTES:
+                    raise ValueError(f"{uri} has more than {MAX_BYTES:,} bytes of text. Is it the right file?")
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{uri} is not UTF-8 text (byte {error.start}).") from None

@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from vla_foundry.config.command_line import Parsed, parse, parse_command, run_command
 from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
+from vla_foundry.storage.uri import read_text
 
 Write = Callable[[str, str], str]
 Parse = Callable[..., Parsed]
@@ -323,3 +326,66 @@ def test_an_error_of_the_disk_is_one_line_that_names_the_file(
     assert ("MB are free" in lines[0]) == (number == errno.ENOSPC)
     # torchrun shows this file at the end of its own report
     assert json.loads(report.read_text(encoding="utf-8"))["message"] == lines[0]
+
+
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(words: list[str]) -> None:
+        raise RuntimeError(f"first line\nsecond line {words}")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, ["a"])
+    assert stop.value.code == 1
+    (log,) = tmp_path.iterdir()
+    assert capsys.readouterr().err == (
+        "error: RuntimeError: first line second line ['a']. This is a bug. Please report it at "
+        f"https://github.com/vla-foundry/vla_foundry/issues, with the command and the traceback kept in {log}.\n"
+    )
+    assert "in fail\n" in log.read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="first line"):
+        run_command(fail, ["a", "--debug"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(SystemExit):
+        run_command(fail, ["a"])
+    assert capsys.readouterr().err.endswith("with the command and the traceback which --debug shows.\n")
+
+
+def test_lack_of_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(words: list[str]) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, [])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory (MemoryError: Unable to allocate 9 TiB). Use a sm")
+
+
+@pytest.mark.parametrize("debug", ["[]", "['--debug']"])
+@pytest.mark.parametrize("body", ["print('x' * 10**6)", "print('x')", "open(1, 'wb', 0, closefd=False).write(b'x')"])
+def test_output_that_nobody_reads_is_no_error(body: str, debug: str) -> None:
+    code = f"from vla_foundry.config.command_line import run_command\nrun_command(lambda words: {body}, {debug})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(words: list[str]) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail, [])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+def test_a_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda words: print(read_text(words[0])), ["/proc/self/mem"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: /proc/self/mem: Input/output error.\n"
