@@ -57,13 +57,13 @@ def as_json(values: Any) -> Any:
     return json.loads(json.dumps(values))
 
 
-def parse_record(text: str | bytes, name: str) -> Any:
+def parse_record(text: str | bytes, name: str, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:
     """Parse a line or a member of a dataset like `parse_json`; callers check the text that they use of it.
 
     Raises:
         ValueError: it is not JSON, or exceeds a limit.
     """
-    return _parse_json(text, name, MAX_RECORD_BYTES, _fault_of_number)
+    return _parse_json(text, name, max_bytes, _fault_of_number)
 
 
 def _parse_json(text: str | bytes, name: str, max_bytes: int, fault_of: Callable[[Any], str | None]) -> Any:

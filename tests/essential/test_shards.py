@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -94,6 +95,10 @@ def test_manifest_is_read_back():
         ('{"shard": "/a", "num_sequences": 1}', "leaves the manifest's folder"),
         ('{"shard": "a", "num_sequences": 1}\n{"shard": "a.tar", "num_sequences": 1}', "'a' more than once"),
         ('{"shard": "a", "num_sequences": 1, "num_bytes": "x"}', "num_bytes"),
+        ('{"shard": "a", "num_sequences": Infinity}', "line 1: 'num_sequences' must be a whole number"),
+        ('{"shard": "a", "num_sequences": 1e30}', "line 1: 'num_sequences' must be a whole number"),
+        ('{"shard": "a", "num_sequences": ' + "9" * 5000 + "}", "line 1: 'num_sequences' is a number of 5,000 digits"),
+        ("[" * 100_000, "m line 1 nests lists and mappings more than 100 deep"),
     ],
 )
 def test_wrong_manifest_is_named(text: str, message: str):
@@ -334,3 +339,22 @@ def test_an_index_without_a_checksum_is_read():
     assert parse_index(text, "i") == index
     with pytest.raises(ValueError, match=r"its tokens are uint17"):
         parse_index(text.replace("uint16", "uint17"), "i")
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement", "message"),
+    [
+        ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": ["512", 3]}]]', "offset of 'txt' must be a whole number"),
+        ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": [512, 3e9]}]]', "size of 'txt' must be a whole number"),
+        ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": [-512, 3]}]]', "offset of 'txt' must be a whole number"),
+        ('"num_bytes": 9', '"num_bytes": Infinity', "'num_bytes' must be a whole number from 0 to 2^48, got inf"),
+        ('"num_sequences": 1', '"num_sequences": ' + "9" * 5000, "'num_sequences' is a number of 5,000 digits"),
+        ('"num_sequences": 1', '"num_sequences": ' + "9" * 30, "'num_sequences' must be a whole number"),
+        ('[["a", {"txt": [512, 3]}]]', "[" * 100_000, "more than 100 deep"),
+    ],
+)
+def test_numbers_of_an_index_are_named(part: str, replacement: str, message: str):
+    text = '{"version": 1, "num_sequences": 1, "num_bytes": 9, "samples": [["a", {"txt": [512, 3]}]]}'
+    assert parse_index(text, "i").samples == (("a", {"txt": MemberSpan(offset=512, size=3)}),)
+    with pytest.raises(ValueError, match=rf"^i is not a shard index.*{re.escape(message)}"):
+        parse_index(text.replace(part, replacement), "i")

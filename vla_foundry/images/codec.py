@@ -34,6 +34,8 @@ from torch import Tensor
 Size = tuple[int, int]
 # larger pictures are refused before memory is allocated: 64 million pixels take 192 MB
 MAX_PIXELS = 1 << 26
+# the images of one sample together
+MAX_SAMPLE_PIXELS = 2 * MAX_PIXELS
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # first bytes -> Pillow's name of the format; only these decoders ever see a file
@@ -104,7 +106,7 @@ def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
     if decode_jpeg is None:
         return _image_of(_open(data))
     size, orientation = _read_jpeg_header(data)
-    _check_size(size)
+    check_size(size)
     try:
         # torch needs writable memory, hence the bytearray; the operator looks for EXIF data in the first segment only
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, False)
@@ -156,7 +158,7 @@ def _open(data: bytes) -> Image.Image:
             picture.load()
     except _PILLOW_ERRORS as error:
         raise _broken(kind, data, " ".join(str(error).split()) or type(error).__name__) from None
-    _check_size(size)
+    check_size(size)
     return picture
 
 
@@ -164,9 +166,14 @@ def _broken(kind: str, data: bytes, reason: str) -> ValueError:
     return ValueError(f"{kind} of {len(data)} bytes is broken: {reason}")
 
 
-def _check_size(size: Size) -> None:
+def check_size(size: Size, name: str = "image") -> None:
+    """Check that a picture is not too large to decode.
+
+    Raises:
+        ValueError: it has more than MAX_PIXELS pixels.
+    """
     if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"image of {size[1]} x {size[0]} pixels is too large: the limit is {MAX_PIXELS} pixels.")
+        raise ValueError(f"{name} of {size[1]} x {size[0]} pixels is too large: the limit is {MAX_PIXELS} pixels.")
 
 
 def _read_jpeg_header(data: bytes) -> tuple[Size, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, BinaryIO, ClassVar, cast
 
-from vla_foundry.parsing import parse_record
+from vla_foundry.parsing import MAX_BYTES, MAX_RECORD_BYTES, parse_record
 from vla_foundry.preprocessing.output import digest_of
 from vla_foundry.progress import say
 from vla_foundry.storage.uri import folder_of_names, list_visible, name_of, open_input
@@ -239,7 +239,8 @@ def read_json_rows(file: SourceFile, part: int = 0, num_parts: int = 1) -> Itera
         with open_source(file) as opened:
             head = opened.read(4096)
             if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                items = _parse(head + opened.read()) if part == 0 else []
+                limit = MAX_BYTES if file.packing else file.size
+                items = _parse(head + opened.read(limit), limit) if part == 0 else []
                 yield from [(f"item {n}", item) for n, item in enumerate(items if isinstance(items, list) else [items])]
                 return
     start, stop = (file.size * number // num_parts for number in (part, part + 1))
@@ -247,18 +248,30 @@ def read_json_rows(file: SourceFile, part: int = 0, num_parts: int = 1) -> Itera
         position = start
         if start:  # a line belongs to the part its first byte lies in
             lines.seek(start - 1)
-            position += len(lines.readline()) - 1
-        for line in lines:
+            position += _skip_line(lines.readline) - 1
+        while line := lines.readline(MAX_RECORD_BYTES + 1):
             if position >= stop and not file.packing:
                 return
             if line.strip():
                 yield f"byte {position}", _parse(line)
             position += len(line)
+            if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                position += _skip_line(lines.readline)
 
 
-def _parse(data: bytes) -> Any:
+def _skip_line(read_line: Callable[[int], bytes]) -> int:
+    """Read to the end of a line, without holding it; return how many bytes that was."""
+    size = 0
+    while part := read_line(_BLOCK_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _parse(data: bytes, max_bytes: int = MAX_RECORD_BYTES) -> Any:
     try:
-        return parse_record(data.decode("utf-8-sig"), "it")
+        return parse_record(data.decode("utf-8-sig"), "it", max_bytes=max_bytes)
     except ValueError as error:
         return error
 

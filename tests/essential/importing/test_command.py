@@ -126,7 +126,7 @@ def test_weights_that_are_not_understood_leave_nothing(
     [
         ("language_source", "num_experts: 8", r"config_model\.yaml: model\.num_experts is unknown for model\.type"),
         ("policy_source", "guidance: 2.0", r"config_model\.yaml: model\.guidance is unknown for model\.type"),
-        ("language_source", "n_heads: [", r"config_model\.yaml is not valid YAML"),
+        ("language_source", "n_heads: [", r"config_model\.yaml:\d: not valid YAML"),
     ],
 )
 def test_a_config_that_is_not_understood_leaves_nothing(

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vla_foundry.data.pipelines.stages import Dropped, Sample
-from vla_foundry.images.codec import decode_image
+from vla_foundry.images.codec import MAX_SAMPLE_PIXELS, decode_image
 from vla_foundry.images.geometry import PixelMap, crop_image, flip_image, identity_map, resize_image
 from vla_foundry.params.data.images import (
     ColorJitterParams,
@@ -148,11 +148,15 @@ def prepare_images(
         uint8 [3, H, W] each, and the maps of their pixels.
 
     Raises:
-        ValueError: a file cannot be decoded, or an image is smaller than the crop.
+        ValueError: a file cannot be decoded, an image is smaller than the crop, or all are too large together.
     """
     prepared, maps = [], []
+    num_pixels = 0
     for image in images:
         pixels = image if isinstance(image, Tensor) else decode_image(image)
+        num_pixels += pixels[0].numel()
+        if num_pixels > MAX_SAMPLE_PIXELS:
+            raise ValueError(f"its {len(images)} images have more than {MAX_SAMPLE_PIXELS:,} pixels together")
         pixel_map = identity_map((pixels.shape[1], pixels.shape[2]))
         if params.enabled:
             pixels, pixel_map = augment_image(pixels, params.image, draw)

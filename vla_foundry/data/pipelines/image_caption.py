@@ -185,7 +185,8 @@ class Encode:
                 raise Dropped("too long", str(error)) from None
         elif length > self.max_tokens:
             raise Dropped("too long", f"{length} tokens do not fit into data.seq_len + 1 = {self.max_tokens}")
-        return {**sample, "inputs": inputs}
+        # decoded images are large: they must not wait for the rest of the microbatch
+        return {**sample, "inputs": inputs, "images": None}
 
 
 def create_image_processor(params: ImageProcessorParams) -> Processor:

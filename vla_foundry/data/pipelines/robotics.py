@@ -288,7 +288,8 @@ class EncodeRobot(Encode):
             if names:
                 values = [self._place(name, window.calibration[name], sample) for name in names]
                 sample[key] = np.stack(values).astype(np.float32)
-        return sample
+        # decoded images are large: they must not wait for the rest of the microbatch
+        return {**sample, "images": None}
 
     def _place(self, name: str, values: np.ndarray, sample: Sample) -> np.ndarray:
         """Return a stored image's intrinsics after augmentation and resizing to the model's input size."""

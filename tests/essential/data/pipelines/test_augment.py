@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from vla_foundry.data.pipelines.augment import CENTRE, augment_image, draw_augmentation, draw_color_factors
+from vla_foundry.data.pipelines.augment import (
+    CENTRE,
+    augment_image,
+    draw_augmentation,
+    draw_color_factors,
+    prepare_images,
+)
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
+    DataAugmentationParams,
     HorizontalFlipParams,
     ImageAugmentationParams,
     RandomResizedCropParams,
@@ -82,6 +89,13 @@ def test_the_centre_is_the_counterpart_of_validation_and_of_mode_center(draw) ->
 def test_an_image_smaller_than_the_crop_is_refused() -> None:
     with pytest.raises(ValueError, match=r"image of 30 x 20 pixels is smaller than the crop of 24 x 24\. Lower data\."):
         augment_image(picture_of_places(20, 30), crop(24, 24), CENTRE)
+
+
+def test_images_that_are_too_large_together_are_refused() -> None:
+    image = torch.zeros((3, 1, 1), dtype=torch.uint8).expand(3, 8192, 8192)
+    prepare_images([image] * 2, DataAugmentationParams(), CENTRE)
+    with pytest.raises(ValueError, match=r"its 3 images have more than 134,217,728 pixels together"):
+        prepare_images([image] * 3, DataAugmentationParams(), CENTRE)
 
 
 def test_random_resized_crop_keeps_the_size_and_its_map_is_exact() -> None:

@@ -13,7 +13,7 @@ import webdataset as wds
 
 from tests.essential.text_rows import create_rows, lengths_by_row, read
 from vla_foundry.data.pipelines.stages import WebDatasetStage
-from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline, create_text_batch
+from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline, create_text_batch, decode_json_tokens
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.text import TextDataParams
 
@@ -216,6 +216,12 @@ def test_broken_sample_is_replaced_and_counted(
     assert batches[0][[0, 2], 0].tolist() == [9, 11]
     assert batches[0][1].tolist() == batches[1][0].tolist()  # the same stand-in, in whatever company
     assert batches[1][0, 0] in range(20)
+
+
+def test_a_small_member_that_inflates_without_end_is_named() -> None:
+    member = gzip.compress(b"[" + b" " * (1 << 27) + b"1]", compresslevel=1)
+    with pytest.raises(ValueError, match=r"its json\.gz has 67,108,865 bytes of JSON; at most 67,108,864 are read"):
+        decode_json_tokens({"json.gz": member})
 
 
 def test_unreadable_dataset_stops_at_once_with_shard_and_member(tmp_path: Path, write_samples: Callable) -> None:

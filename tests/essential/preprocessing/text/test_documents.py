@@ -56,6 +56,18 @@ def test_every_line_is_in_one_part_of_a_jsonl(tmp_path: Path, num_parts: int):
     assert texts_of(read_all(tmp_path, num_parts)) == TEXTS
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json.gz"])
+def test_a_line_without_end_is_named_and_not_held(tmp_path: Path, ending: str):
+    line = b'{"text": "' + b"x" * (65 << 20) + b'"}'
+    text = b'{"text": "first"}\n' + line + b'\n{"text": "last"}\n'
+    (tmp_path / f"a.{ending}").write_bytes(gzip.compress(text, compresslevel=1) if ending.endswith("gz") else text)
+    first, skipped, last = read_all(tmp_path)
+    assert isinstance(first, Piece)
+    assert isinstance(skipped, Skipped)
+    assert isinstance(last, Piece)
+    assert (first.text, skipped.reason, last.text) == ("first", "bad_json", "last")
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 50])
 def test_every_row_is_in_one_part_of_a_parquet(tmp_path: Path, num_parts: int):
     write_parquet(tmp_path / "a.parquet", TEXTS)

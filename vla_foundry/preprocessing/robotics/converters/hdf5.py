@@ -5,8 +5,9 @@ find the rate and the instruction. The package has field_maps/robomimic.yaml, li
 another robot. Sources are folders, patterns or files, local or s3://.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.images.codec import decode_image
+from vla_foundry.images.codec import check_size, decode_image
 from vla_foundry.params.commands.preprocessing_robotics import CameraParams, FieldMapParams, HDF5Params
 from vla_foundry.parsing import parse_record
 from vla_foundry.preprocessing.robotics.converters import field_map
@@ -31,6 +32,7 @@ from vla_foundry.preprocessing.robotics.converters.converter import (
 )
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.spec import FieldDescription
+from vla_foundry.storage.npz import MAX_INFLATED_BYTES
 from vla_foundry.storage.uri import is_remote, list_visible, name_of, open_input, parent_uri
 
 if TYPE_CHECKING:
@@ -153,8 +155,23 @@ def read_numbers(array: "h5py.Dataset", where: str) -> np.ndarray:
     """
     if array.dtype.kind not in "fiub" or not array.shape:
         raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, not one row of numbers per frame.")
+    _check_room(array.shape, array.dtype, where)
+    _check_chunks(array, where)
     values = array[()]
     return values.reshape(len(values), -1)
+
+
+def _check_room(shape: Sequence[int], dtype: np.dtype[Any], where: str) -> None:
+    """Refuse to read more bytes at once than an honest file has: HDF5 stores values that were never written nowhere."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes > MAX_INFLATED_BYTES:
+        raise ValueError(f"{where} holds {num_bytes:,} bytes to read at once; the limit is {MAX_INFLATED_BYTES:,}.")
+
+
+def _check_chunks(array: "h5py.Dataset", where: str) -> None:
+    """Refuse large chunks: HDF5 unpacks whole ones, also where the array has only a part of them."""
+    if array.chunks:
+        _check_room(array.chunks, array.dtype, f"{where}: a chunk")
 
 
 def file_bytes(stored: Any) -> bytes:
@@ -180,12 +197,17 @@ def find_frames(uri: str, array: "h5py.Dataset", camera: CameraParams) -> Camera
         height, width = shape[1:3] if shape[3] == 3 else shape[2:4]
     elif len(shape) in (1, 2) and (kind == np.uint8 or kind.hasobject) and shape[0]:
         is_encoded = True
+        _check_room(shape[1:], kind, where)
+        _check_chunks(array, where)
         try:
             height, width = decode_image(file_bytes(array[0])).shape[1:]
         except ValueError as error:
             raise ValueError(f"{where}: image 0: {error}") from None
     else:
         raise ValueError(f"{where} holds {kind} of shape {shape}, not images (L, H, W, 3) of uint8, nor JPEG bytes.")
+
+    check_size((height, width), f"{where}: an image")
+    _check_chunks(array, where)
 
     def read() -> Iterator[np.ndarray | bytes]:
         for number, stored in enumerate(_read_rows(uri, path)):
@@ -201,7 +223,7 @@ def _read_rows(uri: str, path: str) -> Iterator[Any]:
     with open_hdf5(uri) as file:
         array: Any = file[path]
         rows = array.chunks[0] if array.chunks else 16
-        row_bytes = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
+        row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
         rows = max(1, min(rows, _BLOCK_BYTES // row_bytes))
         for start in range(0, array.shape[0], rows):
             yield from array[start : start + rows]
@@ -298,7 +320,7 @@ class HDF5Converter(BaseRoboticsConverter):
                 path = field_map.source_of(name, field)
                 array = find_array(file, group, path)
                 if array is not None:
-                    width = int(np.prod(array.shape[1:]))
+                    width = math.prod(array.shape[1:])
                     dtype = field_map.stored_dtype(array.dtype)
                     sources[path] = field_map.Source(width, dtype, is_discrete=array.dtype.kind != "f")
             described = field_map.describe_fields(self._map.fields, sources, origin=f"{uri}{group}")

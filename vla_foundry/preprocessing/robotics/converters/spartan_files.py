@@ -3,6 +3,7 @@
 Nothing is unpickled: an array of Python objects is an error.
 """
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vla_foundry.images.codec import check_size
 from vla_foundry.preprocessing.robotics.converters.converter import CameraFrames, name_broken_file
+from vla_foundry.storage.npz import MAX_INFLATED_BYTES
 from vla_foundry.storage.uri import open_input, read_json, read_yaml
 
 
@@ -48,7 +51,9 @@ class Npz:
         header = self.header(name)
         with self._open(name) as file:
             self._read_header(name, file)
-            count = int(np.prod(header.shape))
+            count = math.prod(header.shape)
+            if count * header.dtype.itemsize > MAX_INFLATED_BYTES:
+                raise ValueError(f"{self.uri}: array '{name}' of shape {header.shape} is too large to read.")
             data = file.read(count * header.dtype.itemsize + 1)
         if len(data) != count * header.dtype.itemsize:
             raise ValueError(f"{self.uri}: array '{name}' is cut off, or larger than its header says.")
@@ -61,7 +66,7 @@ class Npz:
             header = self._read_header(name, file)
             if header.is_fortran:
                 raise ValueError(f"{self.uri}: array '{name}' is in Fortran order. Save it with np.ascontiguousarray.")
-            size = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+            size = math.prod(header.shape[1:]) * header.dtype.itemsize
             for row in range(header.shape[0]):
                 data = file.read(size)
                 if len(data) < size:
@@ -119,6 +124,7 @@ def find_frames(npz: Npz, name: str) -> CameraFrames:
             "uint16 (L, H, W) for depth."
         )
     num_frames, height, width = header.shape[:3]
+    check_size((height, width), f"{npz.uri}: camera '{name}'")
     return CameraFrames(
         read=partial(read_images, npz.uri, name),
         size=(width, height),

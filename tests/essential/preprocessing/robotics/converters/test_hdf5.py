@@ -228,6 +228,18 @@ BREAKS: dict[str, Any] = {
     ),
     "not images": lambda data: replace(data, "demo_2/obs/agentview_image", lambda values: values.astype(np.float32)),
     "camera 'agentview' is missing": lambda data: data.__delitem__("demo_2/obs/agentview_image"),
+    "an image of 60000 x 60000 pixels is too large": lambda data: promise(
+        data, "demo_2/obs/agentview_image", (9, 60_000, 60_000, 3), "u1", (1, 100, 100, 3)
+    ),
+    "demo_2/obs/agentview_image holds 3,600,000,000 bytes to read at once": lambda data: promise(
+        data, "demo_2/obs/agentview_image", (9, 3_600_000_000), "u1", (1, 1000)
+    ),
+    "demo_2/actions holds 7,200,000,000,000 bytes to read at once": lambda data: promise(
+        data, "demo_2/actions", (9, 100_000_000_000), "f8", (9, 1000)
+    ),
+    "demo_2/actions: a chunk holds 3,200,000,000 bytes": lambda data: promise(
+        data, "demo_2/actions", (9, 7), "f8", (1, 400_000_000)
+    ),
     "holds nan at frame 4": lambda data: replace(data, "demo_2/actions", lambda values: spoil(values, 4)),
     "camera 'agentview' has 8 frames, the episode 9": lambda data: replace(
         data, "demo_2/obs/agentview_image", lambda values: values[:8]
@@ -294,6 +306,13 @@ def map_from_another_file(data: h5py.Group, path: str) -> None:
     layout = h5py.VirtualLayout(shape=values.shape, dtype=values.dtype)
     layout[:] = h5py.VirtualSource("other.hdf5", "values", shape=values.shape)
     data.create_virtual_dataset(path, layout)
+
+
+def promise(data: h5py.Group, path: str, shape: tuple[int, ...], kind: str, chunks: tuple[int, ...]) -> None:
+    """Make an array of a shape whose values were never written: the file stays small."""
+    del data[path]
+    most = tuple(max(size, chunk) for size, chunk in zip(shape, chunks, strict=True))
+    data.create_dataset(path, shape=shape, dtype=kind, chunks=chunks, maxshape=most, compression="gzip")
 
 
 def replace(data: h5py.Group, path: str, change: Any) -> None:

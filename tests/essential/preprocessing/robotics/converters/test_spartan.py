@@ -240,7 +240,7 @@ BREAKS = {
     "metadata.yaml has no camera_id_to_semantic_name": lambda folder, _: (
         (folder / "metadata.yaml").write_text("a: 1", encoding="utf-8")
     ),
-    "metadata.yaml is not YAML": lambda folder, _: (folder / "metadata.yaml").write_text("a: [1", encoding="utf-8"),
+    "metadata.yaml:2: not valid": lambda folder, _: (folder / "metadata.yaml").write_text("a: [1", encoding="utf-8"),
     "observations.npz is missing": lambda folder, _: (folder / "observations.npz").unlink(),
     "observations.npz is not a complete .npz": lambda folder, _: cut(folder / "observations.npz"),
     "actions are float64 (12, 19), expected floats (12, 20)": lambda folder, values: np.savez(
