@@ -314,7 +314,7 @@ def parse_episode_header(text: str | bytes, origin: str) -> EpisodeHeader:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{origin} is not an episode of version {EPISODE_VERSION} ({error}).") from None
     is_ascending = all(first < second for first, second in pairwise(anchors))
-    if anchors and (anchors[0] < 0 or anchors[-1] >= num_frames or not is_ascending):
+    if anchors and (anchors[-1] >= num_frames or not is_ascending):
         raise ValueError(f"{origin}: its anchors do not ascend within its {num_frames} frames.")
     return EpisodeHeader(num_frames=num_frames, anchors=anchors, extensions=extensions)
 
