@@ -383,7 +383,7 @@ def parse_index(text: str, origin: str) -> ShardIndex:
         raise ValueError(f"{origin} is not a shard index ({error}). Delete it; it will be made again.") from None
 
 
-def _parse_spans(members: dict[str, list[int]]) -> dict[str, MemberSpan]:
+def _parse_spans(members: dict[str, Any]) -> dict[str, MemberSpan]:
     return {suffix: _parse_span(suffix, offset, size) for suffix, (offset, size) in members.items()}
 
 
@@ -391,9 +391,7 @@ def _parse_span(name: str, offset: Any, size: Any) -> MemberSpan:
     return MemberSpan(offset=_check_count(offset, f"offset of '{name}'"), size=_check_count(size, f"size of '{name}'"))
 
 
-def _parse_episode_spans(
-    key: str, anchors: list[int], members: dict[str, list[int]], frames: dict[str, list[int]]
-) -> EpisodeSpans:
+def _parse_episode_spans(key: str, anchors: list[Any], members: dict[str, Any], frames: dict[str, Any]) -> EpisodeSpans:
     spans = {
         camera: tuple(_parse_span(camera, offset, size) for offset, size in zip(flat[::2], flat[1::2], strict=True))
         for camera, flat in frames.items()

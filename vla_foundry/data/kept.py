@@ -44,8 +44,8 @@ def read_model_config(checkpoint: str) -> dict[str, Any]:
     for folder in run_folder_candidates(checkpoint):
         location = join_uri(folder, MODEL_CONFIG_NAME)
         if exists(location):
-            with suppress(ValueError, yaml.YAMLError):  # damaged
-                config = yaml.safe_load(read_text(location))
+            with suppress(ValueError):  # damaged
+                config = read_yaml(location)
                 return config if isinstance(config, dict) else {}
     return {}
 
