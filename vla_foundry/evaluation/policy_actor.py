@@ -9,6 +9,7 @@ import numpy as np
 
 from vla_foundry.evaluation.actors import Actor, Candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
+from vla_foundry.inference.chunks import count_delay_steps
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
@@ -57,11 +58,13 @@ def load_candidate(params: EvaluateParams) -> Candidate:
         try:
             subject.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
             layout = create_action_layout(facts, policy.action_fields)
+            pauses = None if params.simulated_latency_ms is None else Pauses.create(params, facts)
         except ValueError as error:
             raise ValueError(" ".join([does_not_fit, *faults, str(error)])) from None
         if faults:
             raise ValueError(" ".join([does_not_fit, *faults]))
-        return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=params.images == "other_episode")
+        shows_other_episode = params.images == "other_episode"
+        return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=shows_other_episode, pauses=pauses)
 
     return Candidate(
         name=params.name or subject.name,
@@ -74,6 +77,10 @@ def load_candidate(params: EvaluateParams) -> Candidate:
             "num_inference_steps": params.num_inference_steps,
             "images": params.images,
             "batch_size": params.batch_size,
+            "simulated_latency_ms": params.simulated_latency_ms,
+            # it makes no difference while the simulator waits
+            "execution": None if params.simulated_latency_ms is None else params.execution,
+            "ensemble_decay": params.ensemble_decay,
         },
         create_actor=create_actor,
     )
@@ -99,6 +106,10 @@ def _load_checkpoint(params: EvaluateParams, checkpoint: str) -> _Subject:
         use_ema=params.use_ema,
         open_loop_steps=params.open_loop_steps,
         num_inference_steps=params.num_inference_steps,
+        execution="sync" if params.execution == "blocking" else params.execution,
+        # until the robot's rate is known
+        delay_steps=0,
+        ensemble_decay=params.ensemble_decay,
     )
     return _Subject(
         policy=policy,
@@ -141,6 +152,35 @@ def _connect(params: EvaluateParams) -> _Subject:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pauses:
+    """What a robot does while the policy thinks."""
+
+    # control steps that pass during a prediction
+    num_steps: int
+    # it holds still; False: the policy goes on with its last chunk
+    is_blocking: bool
+    # (A,), True where 0 holds the robot still: changes; elsewhere the last target does
+    is_delta: np.ndarray
+
+    @classmethod
+    def create(cls, params: EvaluateParams, facts: RobotFacts) -> "Pauses":
+        """Create them from the simulated latency and the robot's rate.
+
+        Raises:
+            ValueError: it is not known which actions hold the robot still.
+        """
+        assert params.simulated_latency_ms is not None
+        if not facts.action_parts:
+            raise ValueError("It does not describe its action_parts, so simulated_latency_ms cannot hold the robot.")
+        parts = [np.full(part.width, part.representation == "delta") for part in facts.action_parts.values()]
+        return cls(
+            num_steps=count_delay_steps(params.simulated_latency_ms / 1000, float(facts.fps)),
+            is_blocking=params.execution == "blocking",
+            is_delta=np.concatenate(parts),
+        )
+
+
 class PolicyActor:
     """Acts with a policy in the episodes of a batch; each episode is one client of the policy.
 
@@ -149,9 +189,19 @@ class PolicyActor:
         layout: layout of the robot's action.
         seed: seed of the policy's noise, combined with the episode's.
         shows_other_episode: show each slot the pictures of the next one.
+        pauses: what the robot does during predictions, except the first: an episode's time begins with its first
+            action. None: predictions take no time.
     """
 
-    def __init__(self, policy: Any, layout: SelectFields, *, seed: int, shows_other_episode: bool) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        layout: SelectFields,
+        *,
+        seed: int,
+        shows_other_episode: bool,
+        pauses: Pauses | None = None,
+    ) -> None:
         self.policy = policy
         self.layout = layout
         self.seed = seed
@@ -161,6 +211,10 @@ class PolicyActor:
         # latest pictures of each slot
         self._images: dict[int, dict[str, np.ndarray]] = {}
         self._latencies: dict[int, list[float]] = {}
+        self.pauses = pauses
+        # actions sent last, and those of robots that hold still, with the number of steps to hold
+        self._sent: dict[int, np.ndarray] = {}
+        self._held: dict[int, tuple[int, np.ndarray]] = {}
 
     def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
         """See Actor."""
@@ -168,16 +222,41 @@ class PolicyActor:
             self.policy.forget(slot)
         self._instruction, self._slots = instruction, list(seeds)
         self._images, self._latencies = {}, {slot: [] for slot in seeds}
+        self._sent, self._held = {}, {}
+        if self.pauses is not None:
+            self.policy.set_delay_steps(0 if self.pauses.is_blocking else self.pauses.num_steps)
         for slot, episode in seeds.items():
             seed = draw_index(_NUM_SEEDS, seed=self.seed, position=episode, purpose="evaluated episode")
             self.policy.reset(seed, client=slot)
 
     def needs_images(self, slot: int) -> bool:
         """See Actor."""
-        return self.policy.needs_images(slot)
+        return slot not in self._held and self.policy.needs_images(slot)
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""
+        actions: dict[int, np.ndarray | None] = {slot: self._hold(slot) for slot in observed if slot in self._held}
+        actions |= self._ask({slot: reply for slot, reply in observed.items() if slot not in actions})
+        return actions
+
+    def _hold(self, slot: int) -> np.ndarray:
+        """Return the next action of a robot that holds still, or has done so long enough."""
+        num_steps, action = self._held.pop(slot)
+        if num_steps > 0:
+            self._held[slot] = (num_steps - 1, action)
+            action = self._stay(slot)
+        self._sent[slot] = action
+        return action
+
+    def _stay(self, slot: int) -> np.ndarray:
+        """Return the action that holds the robot still."""
+        assert self.pauses is not None
+        return np.where(self.pauses.is_delta, np.float32(0), self._sent[slot])
+
+    def _ask(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray]:
+        """Return the policy's actions."""
+        if not observed:
+            return {}
         observations: dict[int, RobotObservation] = {}
         named = {slot: name_observation(reply.images, reply.fields) for slot, reply in observed.items()}
         self._images |= {slot: images for slot, (images, _) in named.items() if images}
@@ -188,11 +267,22 @@ class PolicyActor:
         num_predicted = self.policy.num_predicted
         start = time.perf_counter()
         actions = self.policy.act_many(observations)
-        if self.policy.num_predicted > num_predicted:
+        has_predicted = self.policy.num_predicted > num_predicted
+        if has_predicted:
             # the batch runs in lockstep, so every episode waited for the prediction
             for slot in observed:
                 self._latencies[slot].append(1000 * (time.perf_counter() - start))
-        return {slot: self.layout.apply(action)[0].astype(np.float32) for slot, action in actions.items()}
+        result = {slot: self.layout.apply(action)[0].astype(np.float32) for slot, action in actions.items()}
+        for slot in observed:
+            if slot not in result:
+                # the policy is late
+                result[slot] = self._stay(slot)
+                self.policy.correct(self.layout.invert(result[slot]), client=slot)
+            elif has_predicted and self.pauses is not None and self.pauses.is_blocking and slot in self._sent:
+                self._held[slot] = (self.pauses.num_steps, result[slot])
+                result[slot] = self._hold(slot)
+            self._sent[slot] = result[slot]
+        return result
 
     def mean_latency_ms(self, slot: int) -> float | None:
         """See Actor."""

@@ -133,9 +133,10 @@ class EpisodeHistory:
         self.num_observed -= 1
         del self._frames[self.num_observed]
 
-    def command(self, actions: Mapping[str, np.ndarray]) -> None:
-        """Record what the robot does after the last observation: {field: (C,)}."""
-        self._frames[self.num_observed - 1].actions = self._cast(actions)
+    def command(self, actions: Mapping[str, np.ndarray] | None) -> None:
+        """Record what the robot does after the last observation: {field: (C,)}; None: what it did before."""
+        now = self.num_observed - 1
+        self._frames[now].actions = self._frames[now - 1].actions if actions is None else self._cast(actions)
 
     def _cast(self, actions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: actions[name].astype(described.dtype) for name, described in self.spec.commanded.items()}

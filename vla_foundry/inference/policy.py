@@ -7,9 +7,18 @@
 The first call predicts a chunk of actions; `open_loop_steps` of them are executed, one a call, then the next is
 predicted. Actions are in the data's units, and poses absolute. Noise is a function of the episode's seed and the step.
 Any robot will do that has the cameras and fields in the run's spec (robotics.json).
+
+With `execution="async"` or "realtime" a prediction runs in a thread while the rest of the last chunk is executed:
+
+    observation     0 ......... s ......... s + d
+    chunk of 0      actions 0 ............. s + d - 1 | never executed
+    chunk of s                  prediction            | actions d ...         d: the measured delay
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +26,19 @@ import torch
 from torch import nn
 
 from vla_foundry.batch import Batch
+from vla_foundry.inference.chunks import (
+    Chunk,
+    Command,
+    DelayForecast,
+    Execution,
+    Schedule,
+    Timing,
+    count_delay_steps,
+    prefix_weights,
+)
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
+from vla_foundry.models.action_heads.noise import Guidance
 from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.rotations import matrix_to_rotation
@@ -30,12 +50,16 @@ _NUM_SEEDS = 1 << 63
 class _Client:
     """One robot's episode."""
 
-    def __init__(self, seed: int, history: EpisodeHistory) -> None:
+    def __init__(self, seed: int, history: EpisodeHistory, schedule: Schedule) -> None:
         self.seed = seed
         self.history = history
-        # remaining actions of the current chunk
-        self.chunk: list[dict[str, np.ndarray]] = []
+        self.schedule = schedule
         self.instruction = ""
+
+    @property
+    def step(self) -> int:
+        """The last observation's step."""
+        return self.history.num_observed - 1
 
 
 class Policy:
@@ -46,9 +70,15 @@ class Policy:
         files: the run's params, normalizer and spec.
         open_loop_steps: actions of each chunk to execute; None: half of them.
         num_inference_steps: solver steps from noise to actions; None: the model's params decide.
+        execution: sync: `act` waits for each prediction. async: a prediction runs while the robot acts, and only the
+            first is waited for. realtime: async, and each chunk goes on where the last one is (real-time chunking).
+        delay_steps: None: predictions take the time that they take, and the delay is measured. Otherwise a chunk is
+            used this many steps after its observation, whatever the machine's speed: for simulations.
+        ensemble_decay: average the chunks that have an action for a step, with weights exp(-ensemble_decay i), i = 0
+            for the oldest (temporal ensembling); None: the newest chunk decides.
 
     Raises:
-        ValueError: open_loop_steps exceeds the predicted steps.
+        ValueError: open_loop_steps exceeds the predicted steps, or the model does not fit the execution.
     """
 
     def __init__(
@@ -58,10 +88,24 @@ class Policy:
         *,
         open_loop_steps: int | None = None,
         num_inference_steps: int | None = None,
+        execution: Execution = "sync",
+        delay_steps: int | None = None,
+        ensemble_decay: float | None = None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.spec = files.spec
         self.open_loop_steps = files.choose_open_loop_steps(open_loop_steps)
+        self._timing = Timing(
+            execution=execution,
+            delay_steps=delay_steps,
+            open_loop_steps=self.open_loop_steps,
+            ensemble_decay=ensemble_decay,
+        )
+        if execution == "realtime" and not self.model.action_head.can_be_guided:
+            raise ValueError("execution 'realtime' needs an action head with flow matching. Use execution 'async'.")
+        self._delays = DelayForecast(delay_steps)
+        # one thread: predictions do not compete
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self.num_inference_steps = num_inference_steps
         self._files = files
         self._handler: Any = RoboticsBatchHandler(files.params)
@@ -78,9 +122,8 @@ class Policy:
         *,
         device: str = "auto",
         use_ema: bool | None = None,
-        open_loop_steps: int | None = None,
-        num_inference_steps: int | None = None,
         dataset: int | None = None,
+        **options: Any,
     ) -> "Policy":
         """Load the policy of a run.
 
@@ -88,8 +131,8 @@ class Policy:
             path: run folder (its newest checkpoint) or step folder; local, s3:// or hf://.
             device: "cpu", "cuda", "cuda:N"; "auto": a GPU if there is one.
             use_ema: use the averaged weights; None: if the checkpoint has them.
-            open_loop_steps, num_inference_steps: see the class.
             dataset: index of the robot's dataset, if the run's datasets were preprocessed with different image options.
+            options: keyword arguments of the class.
 
         Raises:
             FileNotFoundError: the run does not exist or lacks a file.
@@ -98,7 +141,7 @@ class Policy:
         # the weights come last, so that other errors appear at once
         files = load_policy_files(path, dataset=dataset)
         model = files.load_model(path, device=device, use_ema=use_ema)
-        return cls(model, files, open_loop_steps=open_loop_steps, num_inference_steps=num_inference_steps)
+        return cls(model, files, **options)
 
     @property
     def action_fields(self) -> list[str]:
@@ -136,6 +179,11 @@ class Policy:
         data = self._files.data
         return bool(data.use_language and data.language_instruction_types)
 
+    def set_delay_steps(self, steps: int) -> None:
+        """Change `delay_steps` of episodes that begin later."""
+        self._timing = replace(self._timing, delay_steps=steps)
+        self._delays = DelayForecast(steps)
+
     @property
     def device(self) -> torch.device:
         """The model's device."""
@@ -154,7 +202,12 @@ class Policy:
         client = object()
         self.reset(seed=0, client=client)
         self.act_many({client: RobotObservation(images=images, fields=fields, instruction="warm up")})
+        if self._timing.execution == "realtime":
+            # the first guided prediction is slow too
+            self._delays.add(1)
+            self._prepare([self._find(client)])()
         self.forget(client)
+        self._delays = DelayForecast(self._timing.delay_steps)
 
     def check_robot(self, robot: NamedSpec) -> None:
         """Check that a robot has the cameras and fields of the training data, with the same meaning.
@@ -173,7 +226,7 @@ class Policy:
         """
         files = self._files
         history = EpisodeHistory(files.window_spec, files.cameras, pads_images=files.data.pad_missing_images)
-        self._clients[client] = _Client(seed, history)
+        self._clients[client] = _Client(seed, history, Schedule(self._timing, files.actions.rotations))
 
     def forget(self, client: Hashable = None) -> None:
         """Discard the episode of a robot that will not act again."""
@@ -183,21 +236,27 @@ class Policy:
         """True if the next observation must hold images: a chunk begins there, or a later one looks back at it."""
         found = self._find(client)
         step = found.history.num_observed
-        indices, every = self._files.window_spec.image_indices, self.open_loop_steps
+        indices = self._files.window_spec.image_indices
         # steps before the start are padded with the first step's images
-        due = step + len(found.chunk)
-        return bool(indices) and (step == 0 or any((step - index - due) % every == 0 for index in indices))
+        return bool(indices) and (step == 0 or any(found.schedule.may_predict_at(step - index) for index in indices))
 
     def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
         """Return the action that follows an observation: {field: (C,)}.
 
         Raises:
             ValueError: no episode was begun, or the observation lacks something.
+            TimeoutError: the chunk is used up, and the next prediction, which runs in a thread, is late.
         """
-        return self.act_many({None: observation})[None]
+        actions = self.act_many({None: observation})
+        if None not in actions:
+            raise TimeoutError(
+                f"The next chunk is late: a prediction takes {self._delays.forecast()} steps or more, and a chunk has "
+                f"{self.chunk_steps} actions. Hold the robot, or lower open_loop_steps ({self.open_loop_steps})."
+            )
+        return actions[None]
 
     def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
-        """Return the action of each robot; new chunks are predicted in one batch.
+        """Return the action of each robot; new chunks are predicted in one batch. A robot whose chunk is late has none.
 
         Raises:
             ValueError: as `act`.
@@ -221,8 +280,9 @@ class Policy:
         found = self._find(client)
         instruction = self._read_instruction(observation)
         num_skipped = 0 if step is None else found.history.count_skipped(step)
-        found.history.observe(observation, skipped=[*found.chunk[:num_skipped]], num_skipped=num_skipped)
-        del found.chunk[:num_skipped]
+        planned = [found.schedule.plan(found.step + 1 + number) for number in range(num_skipped)]
+        skipped = [action for action in planned if action is not None]
+        found.history.observe(observation, skipped=skipped, num_skipped=num_skipped)
         found.instruction = instruction
 
     def retract(self, client: Hashable = None) -> None:
@@ -232,14 +292,30 @@ class Policy:
     def choose_actions(self, clients: Sequence[Hashable]) -> dict[Any, dict[str, np.ndarray]]:
         """Return the action that follows each robot's last observation; new chunks are predicted in one batch.
 
+        A robot whose chunk is late has none.
+
         Raises:
             ValueError: an observation lacks an image; nothing has changed then.
         """
-        due = [client for client in map(self._find, clients) if not client.chunk]
-        if due:
-            for client, chunk in zip(due, self._predict(due), strict=True):
-                client.chunk = chunk[: self.open_loop_steps]
-        return {name: self._pop_action(name) for name in clients}
+        found = {name: self._find(name) for name in clients}
+        for client in found.values():
+            self._delays.add(client.schedule.receive(client.step))
+        due = [client for client in found.values() if client.schedule.is_due(client.step)]
+        waiting = [client for client in due if client.schedule.waits]
+        if waiting:
+            for client, actions in zip(waiting, self._predict(waiting), strict=True):
+                client.schedule.add(Chunk(client.step, actions))
+        later = [client for client in due if client not in waiting]
+        if later:
+            self._begin(later)
+        actions = {}
+        for name, client in found.items():
+            action = client.schedule.plan(client.step)
+            # a late robot does what it did before, unless `correct` says otherwise
+            client.history.command(action)
+            if action is not None:
+                actions[name] = action
+        return actions
 
     def predict_chunk(self, client: Hashable = None) -> dict[str, np.ndarray]:
         """Return all actions predicted from a robot's last observation: {field: (steps, C)}, the first one for now.
@@ -248,16 +324,22 @@ class Policy:
             ValueError: the observation lacks an image; nothing has changed then.
         """
         found = self._find(client)
-        (chunk,) = self._predict([found])
-        found.chunk = list(chunk)
-        self._pop_action(client)
-        return {name: np.stack([step[name] for step in chunk]) for name in chunk[0]}
+        (actions,) = self._predict([found])
+        found.schedule = Schedule(self._timing, self._files.actions.rotations)
+        found.schedule.add(Chunk(found.step, actions), whole=True)
+        found.history.command(actions[0])
+        return {name: np.stack([action[name] for action in actions]) for name in actions[0]}
 
-    def _pop_action(self, client: Hashable) -> dict[str, np.ndarray]:
-        found = self._find(client)
-        action = found.chunk.pop(0)
-        found.history.command(action)
-        return action
+    def _begin(self, clients: Sequence[_Client]) -> None:
+        """Begin a prediction, to be used when it is there, or after `delay_steps`."""
+        predict = self._prepare(clients)
+        if self._timing.is_measured:
+            result = self._thread.submit(predict)
+        else:
+            result: Future[list[list[Command]]] = Future()
+            result.set_result(predict())
+        for place, client in enumerate(clients):
+            client.schedule.begin(client.step, result, place)
 
     def correct(self, action: Mapping[str, np.ndarray], *, client: Hashable = None) -> None:
         """Record the action that the robot executed instead of the last one from `act`: {field: (C,)}."""
@@ -281,27 +363,59 @@ class Policy:
             raise ValueError("observation: the instruction is empty, but the policy follows instructions. Give one.")
         return observation.instruction
 
-    def _predict(self, clients: Sequence[_Client]) -> list[list[dict[str, np.ndarray]]]:
-        batch = self._encode(clients)
-        device = self.device
+    def _predict(self, clients: Sequence[_Client]) -> list[list[Command]]:
+        """Predict now."""
+        predict, start = self._prepare(clients), time.perf_counter()
+        if not self._timing.is_measured:
+            return predict()
+        actions = self._thread.submit(predict).result()
+        fps = self.spec.fps
+        self._delays.add(1 if fps is None else count_delay_steps(time.perf_counter() - start, fps))
+        return actions
+
+    def _prepare(self, clients: Sequence[_Client]) -> Callable[[], list[list[Command]]]:
+        """Return the prediction from the clients' last observations, which later ones do not change."""
+        inputs = self._handler.prepare_sampling(self._encode(clients), self.device)
+        if self._timing.execution == "realtime":
+            inputs["guidance"] = self._encode_guidance(clients)
         seeds = [
             draw_index(_NUM_SEEDS, seed=client.seed, position=client.history.num_observed - 1, purpose="policy.noise")
             for client in clients
         ]
         self.num_predicted += len(clients)
+        references = [client.history.references() for client in clients]
         model: Any = self.model
-        normalized = model.sample(
-            self._handler.prepare_sampling(batch, device),
-            seeds=torch.tensor(seeds, device=device),
-            num_steps=self.num_inference_steps,
-        )
-        values = normalized.cpu().numpy()
-        return [self._to_commands(chunk, client.history) for chunk, client in zip(values, clients, strict=True)]
 
-    def _to_commands(self, normalized: np.ndarray, history: EpisodeHistory) -> list[dict[str, np.ndarray]]:
+        def predict() -> list[list[Command]]:
+            given = torch.tensor(seeds, device=self.device)
+            values = model.sample(inputs, seeds=given, num_steps=self.num_inference_steps).cpu().numpy()
+            return [self._to_commands(chunk, own) for chunk, own in zip(values, references, strict=True)]
+
+        return predict
+
+    def _to_commands(self, normalized: np.ndarray, references: Mapping[str, np.ndarray]) -> list[Command]:
         """Return the commands from the anchor on."""
-        commands = self._files.actions.invert(normalized, history.references())
-        return [{name: values[step] for name, values in commands.items()} for step in range(self._window.future + 1)]
+        commands = self._files.actions.invert(normalized, references)
+        return [{name: values[step] for name, values in commands.items()} for step in range(self.chunk_steps)]
+
+    def _encode_guidance(self, clients: Sequence[_Client]) -> Guidance | None:
+        """Return what is left of the clients' chunks, as their new windows see it; None: nothing."""
+        anchor, shape = self._window.anchor, (len(clients), self._window.num_steps)
+        transform, weights = self._files.actions, np.zeros(shape, np.float32)
+        target = np.zeros((*shape, transform.fields.select.width), np.float32)
+        for row, client in enumerate(clients):
+            rest = client.schedule.rest(client.step)
+            weights[row, anchor:] = prefix_weights(self.chunk_steps, self._delays.forecast(), len(rest))
+            if not weights[row].any():
+                continue
+            # fill the window: steps of weight 0 may hold any pose
+            steps = np.clip(np.arange(-anchor, self.chunk_steps), 0, len(rest) - 1)
+            fields = {name: np.stack([rest[step][name] for step in steps]) for name in rest[0]}
+            # poses become relative to where the robot is now
+            target[row] = transform.apply(fields, references=client.history.references())[0]
+        if not weights.any():
+            return None
+        return Guidance(*(torch.from_numpy(values).to(self.device) for values in (target, weights)))
 
     def _encode(self, clients: Sequence[_Client]) -> Batch:
         batch = self._encoder.encode([client.history.window(client.instruction) for client in clients])

@@ -94,7 +94,7 @@ class RobotPolicy(nn.Module):
 
         Args:
             inputs: output of RoboticsBatchHandler.prepare. `actions` may be omitted if no step is observed
-                (past_mask); only observed steps are read.
+                (past_mask); only observed steps are read. `guidance` is optional.
             seeds: one per sample; a sample's noise depends on its seed only, not on the batch.
             num_steps: sampling steps; None: the noise process's default.
         """
@@ -115,6 +115,7 @@ class RobotPolicy(nn.Module):
             inputs.get("action_dim_mask"),
             inputs.get("proprioception"),
             inputs.get("step_mask"),
+            inputs.get("guidance"),
         )
 
     def blocks(self) -> list[nn.Module]:

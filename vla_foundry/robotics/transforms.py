@@ -35,13 +35,17 @@ class RelativePoses:
     padding: PaddingStrategy = "copy"
 
     def apply(
-        self, fields: Mapping[str, np.ndarray], is_padding: Bool[np.ndarray, "*N T"] | None = None
+        self,
+        fields: Mapping[str, np.ndarray],
+        is_padding: Bool[np.ndarray, "*N T"] | None = None,
+        references: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """Return the groups' `_relative` fields, float64.
 
         Args:
             fields: windows (*N, T, C) of the groups' fields and of their reference fields.
             is_padding: required only if padded steps hold zeros.
+            references: the groups' reference fields at the anchor, (*N, C); None: those of `fields`.
 
         Raises:
             ValueError: a field is missing or does not hold a pose.
@@ -51,7 +55,10 @@ class RelativePoses:
         for group in self.groups:
             pose = _group_fields(fields, group, (group.position_key, group.rotation_key))
             at_anchor = slice(self.anchor, self.anchor + 1)
-            reference = [part[..., at_anchor, :] for part in _group_fields(fields, group, group.reference_keys)]
+            if references is None:
+                reference = [part[..., at_anchor, :] for part in _group_fields(fields, group, group.reference_keys)]
+            else:
+                reference = [part[..., None, :] for part in _group_fields(references, group, group.reference_keys)]
             if hole is not None:
                 # any valid pose will do here: zeros are restored below
                 pose = [np.where(hole, part[..., at_anchor, :], part) for part in pose]
@@ -250,18 +257,22 @@ class ActionTransform:
     rotations: Mapping[str, str]
 
     def apply(
-        self, fields: Mapping[str, Float[np.ndarray, "*N T _"]], is_padding: Bool[np.ndarray, "*N T"] | None = None
+        self,
+        fields: Mapping[str, Float[np.ndarray, "*N T _"]],
+        is_padding: Bool[np.ndarray, "*N T"] | None = None,
+        references: Mapping[str, Float[np.ndarray, "*N _"]] | None = None,
     ) -> tuple[Float32[np.ndarray, "*N T C"], Bool[np.ndarray, " C"]]:
         """Return normalized actions for all steps, and a mask of the columns that are present.
 
         Args:
-            fields: commands and the references of relative poses, over the window.
+            fields: commands over the window, and the references of relative poses unless `references` has them.
             is_padding: required only if padded steps hold zeros.
+            references: the reference fields of relative poses at the anchor; None: those of `fields`.
 
         Raises:
             ValueError: a field is missing, has the wrong width or does not hold a pose.
         """
-        return self.fields.apply({**fields, **self.poses.apply(fields, is_padding)})
+        return self.fields.apply({**fields, **self.poses.apply(fields, is_padding, references)})
 
     def invert(
         self, actions: Float[np.ndarray, "*N T C"], references: Mapping[str, Float[np.ndarray, "*N _"]]

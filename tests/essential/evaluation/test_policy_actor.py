@@ -161,6 +161,41 @@ def test_a_served_policy_does_the_same(
         create_params(run, tmp_path, policy_server=address[1])
 
 
+def test_zero_latency_changes_nothing(run: Path, alone: dict[tuple[str, int], tuple[str, int]], tmp_path: Path) -> None:
+    for execution in ("blocking", "async", "realtime"):
+        evaluate(create_params(run, tmp_path, simulated_latency_ms=0.0, execution=execution, name=execution))
+        assert read_steps(tmp_path / execution) == alone
+
+
+def test_the_simulator_moves_on_while_the_policy_thinks(run: Path) -> None:
+    """Ten steps of 0.1 s; two actions of each chunk are executed, and a prediction takes 150 ms, two steps."""
+    sent = {}
+    for execution in ("blocking", "async", "realtime"):
+        actor, seen = first_actions(run, simulated_latency_ms=150.0, execution=execution)
+        sent[execution], needed = [], []
+        for _ in range(10):
+            needed.append(actor.needs_images(0))
+            sent[execution].append(actor.act(seen)[0])
+        # the effort of the gripper is a target and stays, the step is a change and becomes 0
+        is_still = [step[0] == 0 for step in sent[execution]]
+        if execution == "blocking":
+            assert [step for step in range(10) if is_still[step]] == [2, 3, 6, 7]
+            assert all(sent[execution][step][1] == sent[execution][1][1] for step in (2, 3))
+            assert [step for step in range(10) if needed[step]] == [0, 2, 6]
+        else:
+            assert not any(is_still)
+            assert [step for step in range(10) if needed[step]] == [0, 2, 4, 6, 8]
+    # the first chunk runs to the end of the second prediction
+    np.testing.assert_array_equal(sent["async"][:4], sent["realtime"][:4])
+    assert not np.array_equal(sent["async"], sent["realtime"])
+    np.testing.assert_array_equal(sent["blocking"][:2], sent["async"][:2])
+    # a chunk of four actions does not outlast 300 ms
+    actor, seen = first_actions(run, simulated_latency_ms=300.0, execution="async")
+    late = [actor.act(seen)[0] for _ in range(6)]
+    assert [step for step in range(6) if late[step][0] == 0] == [4]
+    assert late[4][1] == late[3][1]
+
+
 def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
     """An actor that has begun two episodes, and what its robots see."""
     params = create_params(run, Path("unused"), **values)
@@ -194,6 +229,16 @@ def test_noise_has_a_seed_of_its_own(run: Path) -> None:
         drawn.append(actor.act(seen)[0])
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_latency_needs_a_policy_and_an_execution_needs_latency() -> None:
+    for values, message in (
+        ({"checkpoint": "run", "execution": "async"}, r"execution 'async' needs simulated_latency_ms"),
+        ({"policy": "null", "simulated_latency_ms": 5.0}, r"simulated_latency_ms needs a checkpoint"),
+        ({"policy_server": "localhost:1", "ensemble_decay": 0.1}, r"ensemble_decay needs a checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvaluateParams(tasks=["easy"], output="out", **values)
 
 
 def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,91 @@ def test_noise_depends_on_the_seed_and_the_step_alone(arm: Any) -> None:
     assert not np.array_equal(first, roll(6))
     # the robot stands still, the noise does not
     assert len(np.unique(first[2:])) == 2
+
+
+def roll(policy: Policy, recording: Any, num_steps: int) -> list[dict[str, np.ndarray] | None]:
+    """Actions of an episode whose robot moves as recorded; None where the policy is late."""
+    policy.reset(seed=4)
+    frames = [min(step, 13) for step in range(num_steps)]
+    return [policy.act_many({None: observe(recording, frame)}).get(None) for frame in frames]
+
+
+@pytest.mark.parametrize("execution", ["async", "realtime"])
+def test_without_delay_every_execution_is_synchronous(arm: Any, execution: str) -> None:
+    recording = arm.recordings[0]
+    expected = roll(load(arm), recording, 10)
+    for found, action in zip(roll(load(arm, execution=execution, delay_steps=0), recording, 10), expected, strict=True):
+        assert found is not None
+        assert action is not None
+        assert all(np.array_equal(found[name], action[name]) for name in COMMANDED)
+
+
+def test_chunks_go_on_where_the_last_one_is(arm: Any) -> None:
+    recording, distances = arm.recordings[0], {}
+    # what is planned for steps 0 .. 5 from the first observation
+    plan = roll(load(arm, open_loop_steps=6), recording, 6)
+    for execution in ("async", "realtime"):
+        policy = load(arm, open_loop_steps=2, execution=execution, delay_steps=2)
+        actions = roll(policy, recording, 6)
+        # while the second chunk is predicted (steps 2 and 3) the first one runs
+        for action, planned in zip(actions[:4], plan[:4], strict=True):
+            assert action is not None
+            assert planned is not None
+            assert all(np.array_equal(action[name], planned[name]) for name in COMMANDED)
+        ends = [
+            np.concatenate([values[step][name] for step in (4, 5) for name in COMMANDED]) for values in (actions, plan)
+        ]  # pyright: ignore[reportOptionalSubscript]
+        distances[execution] = np.linalg.norm(ends[0] - ends[1])
+    assert 0 < distances["realtime"] < 0.8 * distances["async"]
+
+
+def test_guidance_is_what_is_left_of_the_chunk_where_the_robot_is_now(arm: Any) -> None:
+    recording = arm.recordings[0]
+    policy = load(arm, open_loop_steps=2, execution="realtime", delay_steps=1)
+    plan = roll(load(arm, open_loop_steps=6), recording, 6)
+    roll(policy, recording, 2)
+    policy.observe(observe(recording, 2))
+    client = policy._clients[None]
+    guidance = policy._encode_guidance([client])
+    assert guidance is not None
+    # two steps of the past, one frozen, three soft, two new
+    assert guidance.weights[0].gt(0).tolist() == [False] * 2 + [True] * 4 + [False] * 2
+    assert guidance.weights[0, 2] == 1
+    files = load_policy_files(str(arm.run))
+    made = files.actions.invert(guidance.target[0].numpy(), client.history.references())
+    for number in range(4):
+        for name in COMMANDED:
+            np.testing.assert_allclose(made[name][number], plan[2 + number][name], atol=1e-5)  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_acting_does_not_wait_for_predictions_but_the_first(arm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = arm.recordings[0]
+    policy = Policy(load(arm).model, load_policy_files(str(arm.run)), open_loop_steps=1, execution="realtime")
+    may_go_on, sample = threading.Event(), policy.model.sample
+
+    def wait_and_sample(*args: Any, **values: Any) -> Any:
+        assert may_go_on.wait(60)
+        return sample(*args, **values)
+
+    may_go_on.set()
+    monkeypatch.setattr(policy.model, "sample", wait_and_sample)
+    policy.reset(seed=0)
+    policy.act(observe(recording, 0))
+    may_go_on.clear()
+    # the chunk of 0 lasts until step 5
+    for frame in range(1, 6):
+        policy.act(observe(recording, frame))
+    with pytest.raises(TimeoutError, match=r"next chunk is late: .* a chunk has 6 actions\. Hold the robot"):
+        policy.act(observe(recording, 6))
+    may_go_on.set()
+    policy._thread.submit(lambda: None).result()
+    # the chunk of 1 ends at step 6; the next one begins
+    with pytest.raises(TimeoutError):
+        policy.act(observe(recording, 7))
+    policy._thread.submit(lambda: None).result()
+    policy.act(observe(recording, 8))
+    # measured: from 1 to 7, and from 7 to 8
+    assert policy._delays.forecast() == 6
 
 
 def test_robots_are_served_together_as_if_alone(arm: Any) -> None:

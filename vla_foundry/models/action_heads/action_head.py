@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vla_foundry.batch import LossOutput
+from vla_foundry.models.action_heads.noise import Guidance
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.registry import Registry
@@ -41,6 +42,8 @@ class ActionWindow(NamedTuple):
     proprioception: Tensor | None
     # (B, T), False at padding; None: no padding
     step_mask: Tensor | None
+    # only for heads that can be guided, and only while sampling
+    guidance: Guidance | None = None
 
     def free_mask(self) -> Bool[Tensor, "B T A"]:
         """Return a mask that is True at action values to predict."""
@@ -67,6 +70,11 @@ class DrawKey(NamedTuple):
 
 class ActionHead(nn.Module):
     """Predicts a chunk of actions: `forward` returns a LossOutput, `sample` returns actions."""
+
+    @property
+    def can_be_guided(self) -> bool:
+        """True if `sample` follows the window's guidance."""
+        return False
 
     def forward(self, conditioning: Conditioning, window: ActionWindow, key: DrawKey) -> LossOutput:
         """Return the loss summed over the action values to predict, and their count."""

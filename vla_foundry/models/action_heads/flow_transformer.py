@@ -151,6 +151,11 @@ class FlowTransformer(TransformerHead):
         self.time_encoding: Any = self.create_time_encoding(widths)
         self.init_weights()
 
+    @property
+    def can_be_guided(self) -> bool:
+        """True if `sample` follows the window's guidance."""
+        return self.process.can_be_guided
+
     def create_time_encoding(self, widths: HeadWidths) -> nn.Module:
         """Create the network that maps the sines of the time."""
         dim = self.params.transformer.hidden_dim
@@ -264,8 +269,15 @@ class FlowTransformer(TransformerHead):
         if context.tokens is not None:
             context = context._replace(cache=self.transformer.cache_context(context.tokens))
         free, held = window.free_mask(), window.held_actions()
+
+        def predict(x: Tensor, times: Tensor) -> Tensor:
+            return self.predict(x, times, context).float()
+
+        guidance = window.guidance
         return self.process.sample(
-            lambda x, times: self.predict(x, times, context).float(),
+            predict
+            if guidance is None
+            else self.process.guide(predict, guidance.target, guidance.weights[..., None] * free),
             noise,
             num_steps or self.process.params.num_inference_steps,
             lambda x: torch.where(free, x, held),

@@ -6,7 +6,7 @@ Time 0 is actions, time 1 is standard normal noise.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +28,25 @@ _NUM_QUANTILES = 2048
 # offset of the cosine schedule (Nichol and Dhariwal 2021)
 _COSINE_OFFSET = 0.008
 _LARGEST_BETA = 0.999
+# largest guidance weight of real-time chunking (beta); keeps few solver steps stable
+_MAX_GUIDANCE = 5.0
+
+
+class Guidance(NamedTuple):
+    """Actions that a sample is pulled towards, normalised; see FlowMatching.guide."""
+
+    # (B, T, A)
+    target: Tensor
+    # (B, T), 0: free, 1: frozen
+    weights: Tensor
 
 
 class NoiseProcess:
     """Defines how actions become noise, what a head learns to predict, and how its predictions give actions."""
 
     params: Any
+    # `guide` works
+    can_be_guided = False
 
     def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to training times."""
@@ -58,6 +71,10 @@ class NoiseProcess:
         """
         raise NotImplementedError
 
+    def guide(self, predict: Predict, target: Actions, weights: Actions) -> Predict:
+        """Return the head with predictions that pull samples towards `target`, where weights (0 to 1) are not 0."""
+        raise NotImplementedError
+
 
 NOISES: "Registry[Callable[[Any], NoiseProcess]]" = Registry(
     "model.action_head.noise.type", package="vla_foundry.models", decorator="register_noise"
@@ -79,6 +96,8 @@ class FlowMatching(NoiseProcess):
 
     x_t = (1 - t) actions + t noise,   velocity dx/dt = noise - actions; sampling integrates it from t = 1 to t = 0.
     """
+
+    can_be_guided = True
 
     def __init__(self, params: FlowParams) -> None:
         self.params: FlowParams = params
@@ -120,6 +139,24 @@ class FlowMatching(NoiseProcess):
                 velocity = (velocity + predict(ahead, self._tell(next_time, x))) / 2
             x = hold(self._step(x, width, velocity))
         return x
+
+    def guide(self, predict: Predict, target: Actions, weights: Actions) -> Predict:
+        """Guide the velocity v (Black et al. 2025, equations 2 to 4), with the denoised estimate a = x - t v:
+
+        v - min(beta, (t^2 + (1 - t)^2) / (t (1 - t))) (weights (target - a))^T da/dx
+        """
+
+        def guided(x: Tensor, times: Tensor) -> Tensor:
+            t = times[:, None, None]
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                velocity = predict(x, times)
+                estimate = x - t * velocity
+                (pull,) = torch.autograd.grad(estimate, x, weights * (target - estimate.detach()))
+            strength = ((t.square() + (1 - t).square()) / (t * (1 - t))).clamp(max=_MAX_GUIDANCE)
+            return velocity.detach() - strength * pull
+
+        return guided
 
     def _tell(self, time: float, x: Tensor) -> Tensor:
         """Return the time passed to the head, one per row."""

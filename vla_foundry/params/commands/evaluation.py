@@ -4,7 +4,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vla_foundry.config.schema import Bounds, Count, Location, Name, NonNegativeInt, NumThreads, Positive, Size
+from vla_foundry.config.schema import (
+    Bounds,
+    Count,
+    Location,
+    Name,
+    NonNegative,
+    NonNegativeInt,
+    NumThreads,
+    Positive,
+    Size,
+)
 from vla_foundry.params.commands.datagen import ImageSize
 from vla_foundry.params.commands.runs import InferenceParams
 
@@ -45,6 +55,14 @@ class EvaluateParams(InferenceParams):
     open_loop_steps: Count | None = None
     # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: Size | None = None
+    # simulated time of a prediction in milliseconds: the simulator moves on while the policy thinks; null: it waits
+    simulated_latency_ms: NonNegative | None = None
+    # what the robot does meanwhile. blocking: it holds still; async: it goes on with the last chunk; realtime: so it
+    # does, and each chunk goes on where the last one is (real-time chunking)
+    execution: Literal["blocking", "async", "realtime"] = "blocking"
+    # average the chunks that have an action for a step, with weights exp(-ensemble_decay i), i = 0 for the oldest;
+    # null: the newest chunk decides
+    ensemble_decay: NonNegative | None = None
     # seed of the policy's noise, besides the seed of the episode
     seed: NonNegativeInt = 0
     # instructions that replace a task's own, by task: {drawer-open-v3: close the drawer}
@@ -75,6 +93,7 @@ class EvaluateParams(InferenceParams):
             )
         if self.policy_server is not None and (self.open_loop_steps or self.num_inference_steps):
             raise ValueError("open_loop_steps and num_inference_steps belong to the server: give them to `serve`.")
+        self._check_time()
         if self.images == "other_episode" and self.batch_size < 2:
             raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
         num_seeds = len(self.seeds)
@@ -94,6 +113,15 @@ class EvaluateParams(InferenceParams):
         for task in self.instructions:
             if task not in self.tasks:
                 raise ValueError(f"instructions has '{task}', which is none of tasks: {', '.join(self.tasks)}.")
+
+    def _check_time(self) -> None:
+        if self.execution != "blocking" and self.simulated_latency_ms is None:
+            raise ValueError(
+                f"execution '{self.execution}' needs simulated_latency_ms: without it the simulator waits."
+            )
+        for name in ("simulated_latency_ms", "ensemble_decay"):
+            if self.checkpoint is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs a checkpoint.")
 
     @property
     def seeds(self) -> range:

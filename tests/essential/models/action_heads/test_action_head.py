@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, HeadWidths, create_action_head
-from vla_foundry.models.action_heads.noise import draw_normals, draw_uniforms
+from vla_foundry.models.action_heads.noise import Guidance, draw_normals, draw_uniforms
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import (
     ActionHeadParams,
@@ -181,6 +181,29 @@ def test_every_input_counts(name: str) -> None:
     for changed in changes:
         other = head.sample(*changed, key(stage="sampling"), 2)
         assert (other - made)[:, 1:].abs().amax(dim=(1, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWING if name != "ddpm"])
+def test_guidance_pulls_where_it_has_weight(name: str) -> None:
+    conditioning, window = create_inputs(is_plain=True)
+    head = create(name).eval()
+    assert head.can_be_guided
+    free = head.sample(conditioning, window, key(stage="sampling"), 4)
+    weights = (torch.arange(T) < 3).double().expand(B, T)
+    target = free + 0.5
+    none = window._replace(guidance=Guidance(target, torch.zeros_like(weights)))
+    assert torch.equal(head.sample(conditioning, none, key(stage="sampling"), 4), free)
+    guided = window._replace(guidance=Guidance(target, weights))
+    made = head.sample(conditioning, guided, key(stage="sampling"), 4)
+    is_pulled = weights.bool() & window.future_mask
+    assert ((target - made)[is_pulled].abs().mean()) < 0.25
+    assert torch.equal(made[window.past_mask], window.actions[window.past_mask])
+    assert not made.requires_grad
+
+
+@pytest.mark.parametrize("name", ["ddpm", "regression"])
+def test_other_heads_cannot_be_guided(name: str) -> None:
+    assert not create(name).can_be_guided
 
 
 @pytest.mark.parametrize("name", ["flow", "flow concat", "regression"])

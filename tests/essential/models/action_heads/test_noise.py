@@ -197,6 +197,27 @@ def test_what_is_held_is_in_every_input_and_in_the_result() -> None:
     assert all((x[:, 0] == 9).all() for x in seen)
 
 
+@pytest.mark.parametrize("time", [1.0, 0.5, 0.1, 0.0])
+def test_guidance_is_that_of_the_paper(time: float) -> None:
+    """With the velocity A x the denoised estimate is (1 - t A) x, and so is its Jacobian."""
+    torch.manual_seed(1)
+    A, x = torch.randn(6, 6, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
+    target, weights = (
+        torch.randn(1, 3, 2, dtype=torch.float64),
+        torch.tensor([1.0, 0.4, 0.0]).double()[None, :, None].expand(1, 3, 2),
+    )
+    guided = flow().guide(lambda x, times: (A @ x.flatten()).reshape(1, 3, 2), target, weights)
+    jacobian = torch.eye(6, dtype=torch.float64) - time * A
+    error = (weights * (target - (jacobian @ x.flatten()).reshape(1, 3, 2))).flatten()
+    # in the paper time is tau = 1 - t and the velocity points from noise to actions
+    tau = 1 - time
+    r2 = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
+    strength = min(5.0, (1 - tau) / (tau * r2)) if 0 < tau < 1 else 5.0
+    expected = -(-(A @ x.flatten()) + strength * (jacobian.T @ error))
+    found = guided(x, torch.tensor([time], dtype=torch.float64))
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_clamping_limits_noised_actions_but_not_the_first_noise() -> None:
     process = legacy_flow(clamp_range=(-1.0, 1.0))
     noised = process.add_noise(torch.zeros(1, 2, 2), torch.full((1, 2, 2), 4.0), torch.tensor([0.5]))
