@@ -280,7 +280,7 @@ class Policy:
         found = self._find(client)
         instruction = self._read_instruction(observation)
         num_skipped = 0 if step is None else found.history.count_skipped(step)
-        planned = [found.schedule.plan(found.step + 1 + number) for number in range(num_skipped)]
+        planned = [found.schedule.plan(found.step + 1 + number) for number in range(min(num_skipped, self.chunk_steps))]
         skipped = [action for action in planned if action is not None]
         found.history.observe(observation, skipped=skipped, num_skipped=num_skipped)
         found.instruction = instruction
