@@ -56,7 +56,9 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
     command = find_harness(params.harness_command)
     if not Path(params.benchmark_config).is_file():
         raise FileNotFoundError(f"benchmark_config {params.benchmark_config} does not exist.")
-    serving = ServeParams(port=0, websocket_port=0, **{name: getattr(params, name) for name in _SERVED})
+    given = {name: getattr(params, name) for name in _SERVED}
+    # as `vla-foundry evaluate` computes
+    serving = ServeParams(port=0, websocket_port=0, precision="fp32", **given)
     served = load_policy(serving)
     time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     folder = Path(params.output) / served.metadata.name
@@ -73,7 +75,7 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
                 "says why."
             )
         tasks = read_aggregates(files)
-        settings = {name: getattr(params, name) for name in _SERVED} | dict(served.metadata.info)
+        settings = given | dict(served.metadata.info)
         rates = {}
         for task, (episodes, facts) in tasks.items():
             path = folder / _as_folder(task) / ROLLOUTS_FOLDER / time / RESULTS_NAME

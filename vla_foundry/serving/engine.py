@@ -16,7 +16,7 @@ import numpy as np
 from vla_foundry.client.observation import RobotObservation
 
 Actions = dict[str, np.ndarray]
-THREAD_NAME = "policy"
+THREAD_NAME = "engine"
 # how long the end waits for the prediction that runs, seconds
 _END_S = 1.0
 

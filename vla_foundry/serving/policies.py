@@ -48,9 +48,15 @@ def _load_run(params: ServeParams, checkpoint: str) -> Served:
         open_loop_steps=params.open_loop_steps,
         num_inference_steps=params.num_inference_steps,
         dataset=params.dataset,
+        precision=None if params.precision == "auto" else params.precision,
+        compile_blocks=params.compile,
     )
     name = params.name or name_of(find_run_folder(checkpoint))
-    info = {"checkpoint": name_of(checkpoint), "weights_sha256": digest_weights(checkpoint, params.use_ema) or ""}
+    info = {
+        "checkpoint": name_of(checkpoint),
+        "weights_sha256": digest_weights(checkpoint, params.use_ema) or "",
+        "precision": policy.precision,
+    }
     policy.warm_up()
 
     def check_robot(robot: str, spec_json: str) -> None:

@@ -379,3 +379,22 @@ def test_files_that_a_policy_was_not_trained_with_are_refused(tmp_path: Path, ar
     tokenizer.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ValueError, match=r"does not hold the files that .* was trained with: their tokens or merges"):
         Policy.from_run(str(run))
+
+
+def act_once(arm: Any, **options: Any) -> np.ndarray:
+    policy = Policy.from_run(str(arm.run), device="cpu", **options)
+    policy.reset(3)
+    return np.concatenate(list(policy.act(observe(arm.recordings[0], 0)).values()))
+
+
+def test_bf16_changes_last_digits_only(arm: Any) -> None:
+    full, low = act_once(arm), act_once(arm, precision="bf16")
+    assert low.dtype == full.dtype
+    assert not np.array_equal(low, full)
+    np.testing.assert_allclose(low, full, atol=0.05)
+    assert Policy.from_run(str(arm.run), device="cpu", precision=None).precision == "fp32"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_last_digits_only(arm: Any) -> None:
+    np.testing.assert_allclose(act_once(arm, compile_blocks=True), act_once(arm), atol=1e-4)

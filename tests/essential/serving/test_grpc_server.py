@@ -381,6 +381,8 @@ def test_other_addresses_need_protection() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
         ServeParams(policy="any:Policy", host=host)
     ServeParams(policy="any:Policy", host="0.0.0.0", insecure=True)
+    with pytest.raises(ValueError, match="open_loop_steps is for checkpoints"):
+        ServeParams(policy="any:Policy", open_loop_steps=3)
     with pytest.raises(ValueError, match="belong together"):
         ServeParams(policy="any:Policy", tls_key="b")
 

@@ -10,6 +10,7 @@ from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, Posit
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.runs import InferenceParams
 
+_OF_A_CHECKPOINT = ("open_loop_steps", "num_inference_steps", "dataset", "use_ema", "precision", "compile")
 Port = Annotated[int, Bounds(least=0, most=65535, fix="0 takes a free one.")]
 
 
@@ -45,6 +46,10 @@ class ServeParams(InferenceParams):
     num_inference_steps: Count | None = None
     # index of the robot's dataset, if the run's datasets were preprocessed with different image options
     dataset: Annotated[int, Bounds(least=0)] | None = None
+    # what the model computes in; auto: bf16 on a GPU, fp32 on the CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # torch.compile each block: faster on a GPU, after a slow start
+    compile: bool = False
     # exact: a client's actions do not depend on the other clients; fast: waiting clients share a prediction;
     # auto: exact on the CPU, fast on a GPU
     batching: Literal["auto", "exact", "fast"] = "auto"
@@ -68,6 +73,13 @@ class ServeParams(InferenceParams):
         super().__post_init__()
         if (self.checkpoint is None) == (self.policy is None):
             raise ValueError("Give either a checkpoint (a run folder) or a policy (module:Class).")
+        if self.policy is not None:
+            given = {name: getattr(self, name) for name in _OF_A_CHECKPOINT}
+            foreign = [name for name, value in given.items() if value not in (None, "auto", False)]
+            if foreign:
+                raise ValueError(
+                    f"{foreign[0]} is for checkpoints. Leave it out, or give policy_args that say the same."
+                )
         if self.policy is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.policy):
             raise ValueError(f"policy must be module:Class, such as my_package.policies:Wave, got '{self.policy}'.")
         if (self.tls_certificate is None) != (self.tls_key is None):
