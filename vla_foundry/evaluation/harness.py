@@ -60,7 +60,8 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
     # as `vla-foundry evaluate` computes
     serving = ServeParams(port=0, websocket_port=0, precision="fp32", **given)
     served = load_policy(serving)
-    time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    # runs that begin within a second must not meet
+    time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S-%f")
     folder = Path(params.output) / served.metadata.name
     with lock_folder(folder, what="evaluation", flag="--name or --output"):
         own = folder / "harness" / time
