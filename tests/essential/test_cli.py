@@ -402,7 +402,15 @@ sys.meta_path.insert(0, Interrupt())
 def test_an_interrupt_while_modules_are_imported_prints_nothing(workplace: Path, start: str, module: str) -> None:
     words = ["--config_path", "job.yaml", "--data.dataset_manifest", "a/manifest.jsonl"]
     command = [sys.executable, "-c", INTERRUPT + start, module, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=workplace)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=workplace,
+        # a background shell may have told this process to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.preprocessing import ManifestBuildParams, ManifestVerifyParams
-from vla_foundry.preprocessing.output import PLAN_NAME, PROGRESS_FOLDER
+from vla_foundry.preprocessing.output import PROGRESS_FOLDER, SETTINGS_NAME
 from vla_foundry.progress import say, show_progress
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import CALIBRATION_PREFIXES, EPISODE_SUFFIX, LOWDIM_SUFFIX, TIMESTAMP_FIELD
@@ -173,7 +173,7 @@ def build_manifest(folder: str, *, overwrite: bool = False, num_threads: int = 8
             that writes the folder has not finished.
     """
     tars = _list_tars(folder)
-    if exists(join_uri(folder, PROGRESS_FOLDER, PLAN_NAME)):
+    if exists(join_uri(folder, PROGRESS_FOLDER, SETTINGS_NAME)):
         raise ValueError(
             f"{folder} holds a dataset that was not finished ({len(tars):,} shards so far). Finish it with the command "
             f"that began it, or delete {join_uri(folder, PROGRESS_FOLDER)} to keep what there is."

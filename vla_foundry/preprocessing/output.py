@@ -49,7 +49,8 @@ _OWN_FILES = (
     "preprocessing_config.yaml",
     "processing_metadata.json",
 )
-PLAN_NAME = "plan.json"
+# the name and the key "plan" of provenance.json are those of published datasets
+SETTINGS_NAME = "plan.json"
 _INPUTS_KEY = "inputs"
 _NUM_THREADS = 16
 # packages that may shape the bytes of a dataset
@@ -61,30 +62,32 @@ class OutputFolder:
 
     Args:
         uri: local or s3://.
-        plan: everything that determines the bytes of the dataset, as JSON values.
+        settings: everything that determines the bytes of the dataset, as JSON values.
         flag: how the user names the folder, for messages.
         inputs: fingerprint of the versions of the source files; results of tasks are kept only while it stays the same.
     """
 
-    def __init__(self, uri: str, plan: Mapping[str, Any], *, flag: str = "--output", inputs: str | None = None) -> None:
+    def __init__(
+        self, uri: str, settings: Mapping[str, Any], *, flag: str = "--output", inputs: str | None = None
+    ) -> None:
         self.uri = uri
         self._flag = flag
         self._inputs = inputs
-        self.plan = as_json(plan)
+        self.settings = as_json(settings)
 
     @contextmanager
     def begin(self, *, overwrite: bool) -> Iterator[dict[int, Any] | None]:
         """Hold the folder for this process and make it ready.
 
         Args:
-            overwrite: replace a dataset that was made, or begun, with another plan.
+            overwrite: replace a dataset that was made, or begun, with other settings.
 
         Yields:
             Results of the tasks that an earlier run finished, {task number: result}; None: the dataset is complete.
 
         Raises:
-            ValueError: another process holds the folder, or it holds something else, or a dataset of another plan; the
-                message says what differs.
+            ValueError: another process holds the folder, or it holds something else, or a dataset of other settings;
+                the message says what differs.
         """
         with hold_folder(self.uri, flag=self._flag):
             is_complete = self._prepare(overwrite)
@@ -96,14 +99,14 @@ class OutputFolder:
         """Look at what is there and make the folder ready; return whether the dataset is complete."""
         files = self._files()
         if not files:
-            self._write_plan()
+            self._write_settings()
             return False
-        found = self._found_plan(files)
+        found = self._found_settings(files)
         if found is None:
             example = min(files)
             raise ValueError(f"{self._flag} {self.uri} holds other files ('{example}', ...). Choose an empty folder.")
         is_modified = found.pop(_INPUTS_KEY, self._inputs) != self._inputs
-        differences = plan_differences(found, self.plan) or self._missing_shards(files)
+        differences = settings_differences(found, self.settings) or self._missing_shards(files)
         differences += ["source files that were modified since then"] if is_modified else []
         if differences and not overwrite:
             verb = "was made" if MANIFEST_NAME in files else "was begun"
@@ -113,7 +116,7 @@ class OutputFolder:
             )
         if differences:
             self._clear(files)
-            self._write_plan()
+            self._write_settings()
             return False
         self._delete_temporaries()
         if _is_complete(files):
@@ -163,7 +166,7 @@ class OutputFolder:
             "num_shards": len(entries),
             "num_bytes": sum(entry.num_bytes or 0 for entry in entries),
         }
-        write_text(join_uri(self.uri, PROVENANCE_NAME), format_provenance(self.plan, facts, counts))
+        write_text(join_uri(self.uri, PROVENANCE_NAME), format_provenance(self.settings, facts, counts))
         write_text(join_uri(self.uri, MANIFEST_NAME), format_manifest(entries))
         self._delete_progress(self._files())
         return facts
@@ -184,10 +187,10 @@ class OutputFolder:
         except FileNotFoundError:
             return {}
 
-    def _found_plan(self, files: Mapping[str, int]) -> dict[str, Any] | None:
+    def _found_settings(self, files: Mapping[str, int]) -> dict[str, Any] | None:
         if _is_complete(files):
             return read_object(join_uri(self.uri, PROVENANCE_NAME)).get("plan")
-        progress = f"{PROGRESS_FOLDER}/{PLAN_NAME}"
+        progress = f"{PROGRESS_FOLDER}/{SETTINGS_NAME}"
         return read_object(join_uri(self.uri, progress)) if progress in files else None
 
     def _missing_shards(self, files: Mapping[str, int]) -> list[str]:
@@ -197,33 +200,33 @@ class OutputFolder:
         names = [f"{entry.shard}.tar" for entry in entries if files.get(f"{entry.shard}.tar") != entry.num_bytes]
         return [f"{name}, which is now missing or cut" for name in names]
 
-    def _write_plan(self) -> None:
-        _write_json(join_uri(self.uri, PROGRESS_FOLDER, PLAN_NAME), {**self.plan, _INPUTS_KEY: self._inputs})
+    def _write_settings(self) -> None:
+        _write_json(join_uri(self.uri, PROGRESS_FOLDER, SETTINGS_NAME), {**self.settings, _INPUTS_KEY: self._inputs})
 
     def _delete_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             list(pool.map(lambda name: delete(join_uri(self.uri, name)), names))
 
     def _delete_progress(self, files: Iterable[str]) -> None:
-        # the plan last: without it, the rest would be taken for foreign files
-        plan = f"{PROGRESS_FOLDER}/{PLAN_NAME}"
-        self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != plan)
-        delete(join_uri(self.uri, plan))
+        # the settings last: without them, the rest would be taken for foreign files
+        settings = f"{PROGRESS_FOLDER}/{SETTINGS_NAME}"
+        self._delete_all(name for name in files if name.startswith(f"{PROGRESS_FOLDER}/") and name != settings)
+        delete(join_uri(self.uri, settings))
         if not is_remote(self.uri):
             shutil.rmtree(Path(absolute_uri(self.uri), PROGRESS_FOLDER), ignore_errors=True)
 
     def _clear(self, files: Mapping[str, int]) -> None:
-        """Delete a dataset. If this is interrupted, its plan still marks the folder as ours, and as no dataset."""
+        """Delete a dataset. If this is interrupted, its settings still mark the folder as ours, and as no dataset."""
         self._delete_temporaries()
-        plan = join_uri(PROGRESS_FOLDER, PLAN_NAME)
-        _write_json(join_uri(self.uri, plan), {"command": "deleting what was here before"})
+        settings = join_uri(PROGRESS_FOLDER, SETTINGS_NAME)
+        _write_json(join_uri(self.uri, settings), {"command": "deleting what was here before"})
         delete(join_uri(self.uri, MANIFEST_NAME))
         own = (".tar", ".index.json")
         folders = (f"{PROGRESS_FOLDER}/", "tokenizer/")
         self._delete_all(
             name
             for name in files
-            if name != plan and (name.endswith(own) or name.startswith(folders) or name in _OWN_FILES)
+            if name != settings and (name.endswith(own) or name.startswith(folders) or name in _OWN_FILES)
         )
 
     def _delete_temporaries(self) -> None:
@@ -272,14 +275,14 @@ def _is_temporary(path: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def plan_differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Name the leaves in which two plans differ, with both values."""
+def settings_differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Name the leaves in which two sets of settings differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = list(dict.fromkeys([*new, *old]))
         return [
             line
             for name in names
-            for line in plan_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+            for line in settings_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
         ]
     was, now = (json.dumps(value) if value is None or isinstance(value, bool) else repr(value) for value in (old, new))
     return [] if old == new else [f"{path} {was} (now {now})"]
@@ -296,17 +299,17 @@ def read_versions() -> dict[str, str]:
     return own | read_package_versions(_PACKAGES)
 
 
-def format_provenance(plan: Mapping[str, Any], dataset: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
+def format_provenance(settings: Mapping[str, Any], dataset: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     """Format provenance.json, which names no user, host, time or absolute path.
 
     Args:
-        plan: what determines the dataset's bytes (command, params, source, ...); a later run is compared with it.
+        settings: what determines the dataset's bytes (command, params, source, ...); a later run is compared with it.
         dataset: facts that readers rely on (kind, vocab_size, eos_token_id, seq_len, ...).
         counts: what went in, came out and was skipped.
     """
     values = {
         "dataset": dict(dataset),
-        "plan": dict(plan),
+        "plan": dict(settings),
         "counts": dict(counts),
         "versions": read_versions(),
         "git_commit": read_git_commit(),

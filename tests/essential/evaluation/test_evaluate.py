@@ -206,7 +206,7 @@ def test_rollouts_of_other_settings_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--policy", "checkpoint"], r"checkpoint is missing"),
+        (["--policy", "checkpoint"], r"Give either a checkpoint \(a run folder\) or a policy_server"),
         (["--policy", "null", "--checkpoint", "run"], r"policy 'null' takes no checkpoint"),
         (["--policy", "null", "--episodes", "5:5"], r"episodes must be first:end"),
         (["--policy", "null", "--episodes", f"0:{FIRST_DEMO_SEED + 1}"], r"must end at 1000000"),

@@ -45,10 +45,10 @@ from vla_foundry.storage.uri import absolute_uri, is_remote
 from vla_foundry.text.captions import Unusable
 
 COMMAND = "preprocess image_caption"
-# raise it when the same plan gives other bytes than before
-PLAN_VERSION = 1
+# raise it when the same settings give other bytes than before
+SETTINGS_VERSION = 1
 # params that shape the output's bytes
-_PLAN_FIELDS = (
+_SETTING_FIELDS = (
     "url_key",
     "caption_key",
     "extra_keys",
@@ -68,11 +68,11 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     """
     check_apart(params.source, params.output)
     sources = list_sources(params.source)
-    values = {name: value for name, value in asdict(params).items() if name in _PLAN_FIELDS}
-    if params.all_captions:  # outputs from before the option keep their plan
+    values = {name: value for name, value in asdict(params).items() if name in _SETTING_FIELDS}
+    if params.all_captions:  # outputs from before the option keep their settings
         values["all_captions"] = True
-    plan = {"command": COMMAND, "version": PLAN_VERSION, "params": values, "source": sources.describe()}
-    output = OutputFolder(params.output, plan, inputs=digest_of_versions(sources.files))
+    settings = {"command": COMMAND, "version": SETTINGS_VERSION, "params": values, "source": sources.describe()}
+    output = OutputFolder(params.output, settings, inputs=digest_of_versions(sources.files))
     with output.begin(overwrite=params.overwrite) as done:
         if done is None:
             say(_summary(output.read_facts()))
@@ -80,7 +80,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
         started = time.monotonic()
         say_ignored(sources.ignored, "belong to no image")
         failures = Tally()
-        folder = _download_folder(params, output.plan)
+        folder = _download_folder(params, output.settings)
         with nullcontext() if folder is None else hold_folder(str(folder), flag="--download_folder"):
             items = list_items(params, sources, folder, failures)
             tars = _download(params, folder, failures)
@@ -91,7 +91,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
         say(f"{time.monotonic() - started:.1f} s")
 
 
-def _download_folder(params: PreprocessImageCaptionParams, plan: Mapping[str, Any]) -> Path | None:
+def _download_folder(params: PreprocessImageCaptionParams, settings: Mapping[str, Any]) -> Path | None:
     """Return where downloads go; None if the output is remote and no folder was given.
 
     Its name is a digest of all that the downloads depend on: what was downloaded for another list is never used.
@@ -103,7 +103,7 @@ def _download_folder(params: PreprocessImageCaptionParams, plan: Mapping[str, An
     else:
         parent = Path(absolute_uri(params.download_folder), "image_caption_download")
     names = ("url_key", "caption_key", "extra_keys", "samples_per_shard")
-    return parent / digest_of([plan["source"], *(plan["params"][name] for name in names)])[:16]
+    return parent / digest_of([settings["source"], *(settings["params"][name] for name in names)])[:16]
 
 
 def list_items(

@@ -231,7 +231,7 @@ def _facts(info: EpisodeInfo, anchors: Anchors, layout: str) -> dict[str, Any]:
         "frames": info.num_frames,
         "fps": info.fps,
         "samples": len(info.anchors),
-        # for the plan of the shards of samples
+        # for the shards of samples
         "anchors": list(info.anchors) if layout == "samples" else [],
         "dropped": anchors.dropped,
         "cameras": {name: asdict(camera) for name, camera in info.cameras.items()},

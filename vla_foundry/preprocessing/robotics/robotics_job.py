@@ -42,8 +42,8 @@ from vla_foundry.shards import MANIFEST_NAME, ManifestEntry
 from vla_foundry.storage.uri import absolute_uri, exists, join_uri, write_text
 
 COMMAND = "preprocess robotics"
-# raise it when the same plan gives other bytes than before
-PLAN_VERSION = 1
+# raise it when the same settings give other bytes than before
+SETTINGS_VERSION = 1
 # params that do not shape the output
 _PLAIN_FIELDS = (
     "source_episodes",
@@ -102,7 +102,7 @@ def preprocess_robotics(params: RoboticsPreprocessParams) -> None:
 
 
 def _write_part(part: Part) -> None:
-    output = OutputFolder(part.folder, _create_plan(part), flag="--output_dir")
+    output = OutputFolder(part.folder, _create_settings(part), flag="--output_dir")
     with output.begin(overwrite=part.recipe.params.overwrite) as done:
         if done is None:
             say(_summary(output.read_facts()))
@@ -160,7 +160,7 @@ def _is_outdated(part: Part, result: Mapping[str, Any]) -> bool:
     return result.get("versions", part.versions) != part.versions
 
 
-def _create_plan(part: Part) -> dict[str, Any]:
+def _create_settings(part: Part) -> dict[str, Any]:
     """Return everything that determines the bytes of the dataset, without paths of this machine."""
     params, recipe = part.recipe.params, part.recipe
     values = {
@@ -175,7 +175,7 @@ def _create_plan(part: Part) -> dict[str, Any]:
     groups = [asdict(group) for group in recipe.pose_groups]
     return {
         "command": COMMAND,
-        "version": PLAN_VERSION,
+        "version": SETTINGS_VERSION,
         "type": params.type,
         "part": part.name,
         "params": values,

@@ -30,8 +30,8 @@ from vla_foundry.shards import ManifestEntry
 from vla_foundry.storage.uri import absolute_uri
 from vla_foundry.text.tokenizers import create_encoder
 
-# raise it when the same plan gives other bytes than before
-PLAN_VERSION = 1
+# raise it when the same settings give other bytes than before
+SETTINGS_VERSION = 1
 # params that do not shape the output
 _PLAIN_FIELDS = ("source", "output", "num_workers", "ray_address", "overwrite", "max_bad_fraction")
 # a longer document is encoded in pieces of this size, cut at a line or a word
@@ -57,7 +57,7 @@ class TextJob:
     # about how many bytes of text a task takes
     task_bytes: int
     # what else determines the output's bytes besides params and source; it replaces params of the same name
-    plan: Mapping[str, Any]
+    settings: Mapping[str, Any]
     # facts for the provenance; counts are added
     dataset: Mapping[str, Any]
     # further files of the dataset, {path within the folder: content}
@@ -73,10 +73,10 @@ def run_text_job(params: TextJobParams, job: TextJob) -> None:
     """
     check_apart(params.source, params.output)
     files, ignored = list_sources(params.source)
-    values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *job.plan)}
+    values = {name: value for name, value in asdict(params).items() if name not in (*_PLAIN_FIELDS, *job.settings)}
     source = describe_files(files)
-    plan = {"command": job.command, "version": PLAN_VERSION, "params": values, "source": source, **job.plan}
-    output = OutputFolder(params.output, plan, inputs=digest_of_versions(files))
+    settings = {"command": job.command, "version": SETTINGS_VERSION, "params": values, "source": source, **job.settings}
+    output = OutputFolder(params.output, settings, inputs=digest_of_versions(files))
     with output.begin(overwrite=params.overwrite) as done:
         if done is None:
             _report(output.read_facts())
@@ -192,7 +192,7 @@ def preprocess_text(params: PreprocessTextParams) -> None:
             "dtype": dtype,
         },
         task_bytes=params.samples_per_shard * (params.seq_len + 1) * _BYTES_PER_TOKEN,
-        plan={"tokenizer": {"sha256": tokenizer.sha256, "eos_token": tokenizer.eos_token}},
+        settings={"tokenizer": {"sha256": tokenizer.sha256, "eos_token": tokenizer.eos_token}},
         dataset={
             "kind": "text",
             "vocab_size": tokenizer.vocab_size,
@@ -273,7 +273,7 @@ def preprocess_text_untokenized(params: PreprocessTextUntokenizedParams) -> None
         function=write_task,
         shared={"samples_per_shard": params.samples_per_shard, "max_sample_bytes": params.max_sample_bytes},
         task_bytes=params.samples_per_shard * min(params.max_sample_bytes, _DOCUMENT_BYTES),
-        plan={},
+        settings={},
         dataset={"kind": "text_untokenized", "max_sample_bytes": params.max_sample_bytes},
         files={},
     )

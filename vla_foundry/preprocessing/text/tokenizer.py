@@ -14,7 +14,7 @@ from typing import Any
 
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
 from vla_foundry.parsing import as_json, parse_object
-from vla_foundry.preprocessing.output import check_apart, format_provenance, hold_folder, plan_differences
+from vla_foundry.preprocessing.output import check_apart, format_provenance, hold_folder, settings_differences
 from vla_foundry.preprocessing.sources import SourceFile, describe_files
 from vla_foundry.preprocessing.text.document_order import divide_into_tasks, shuffled_documents
 from vla_foundry.preprocessing.text.documents import DocumentTally, list_sources, read_unit
@@ -132,15 +132,15 @@ def train_tokenizer(params: TrainTokenizerParams) -> None:
     check_apart(params.source, params.output)
     files, _ = list_sources(params.source)
     values = {name: value for name, value in asdict(params).items() if name not in _PLAIN_FIELDS}
-    plan = {"command": "preprocess tokenizer", "params": values, "source": describe_files(files)}
+    settings = {"command": "preprocess tokenizer", "params": values, "source": describe_files(files)}
     with hold_folder(params.output):
-        if _is_complete(params, plan):
+        if _is_complete(params, settings):
             say(f"{params.output} is complete; nothing to do.")
         else:
-            _write_tokenizer(params, plan, files)
+            _write_tokenizer(params, settings, files)
 
 
-def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: list[SourceFile]) -> None:
+def _write_tokenizer(params: TrainTokenizerParams, settings: dict[str, Any], files: list[SourceFile]) -> None:
     tally = DocumentTally()
     tokenizer, num_bytes = _train(params, files, tally)
     tally.check_source(params.max_bad_fraction, sum(file.weight for file in files), is_final=True)
@@ -155,7 +155,7 @@ def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: 
     }
     # tokenizer.json makes the folder a tokenizer, so it comes last
     delete(join_uri(params.output, TOKENIZER_NAME))
-    write_text(join_uri(params.output, PROVENANCE_NAME), format_provenance(plan, dataset, tally.to_json()))
+    write_text(join_uri(params.output, PROVENANCE_NAME), format_provenance(settings, dataset, tally.to_json()))
     write_text(join_uri(params.output, CONFIG_NAME), json.dumps(_config(params), indent=2) + "\n")
     write_text(join_uri(params.output, TOKENIZER_NAME), tokenizer.to_str(pretty=True) + "\n")
     for line in tally.describe():
@@ -168,7 +168,7 @@ def _write_tokenizer(params: TrainTokenizerParams, plan: dict[str, Any], files: 
         say(f"the text yields only {dataset['vocab_size']:,} of the {params.vocab_size:,} tokens asked for")
 
 
-def _is_complete(params: TrainTokenizerParams, plan: dict[str, Any]) -> bool:
+def _is_complete(params: TrainTokenizerParams, settings: dict[str, Any]) -> bool:
     """Return whether the output folder holds this very tokenizer."""
     has_tokenizer = exists(join_uri(params.output, TOKENIZER_NAME))
     if not exists(join_uri(params.output, PROVENANCE_NAME)):
@@ -177,7 +177,7 @@ def _is_complete(params: TrainTokenizerParams, plan: dict[str, Any]) -> bool:
             raise ValueError(f"--output {params.output} holds other files ({example}, ...). Choose an empty folder.")
         return False
     found = read_object(join_uri(params.output, PROVENANCE_NAME)).get("plan")
-    differences = plan_differences(found, as_json(plan))
+    differences = settings_differences(found, as_json(settings))
     if differences and has_tokenizer and not params.overwrite:
         raise ValueError(
             f"--output {params.output} was trained with {'; '.join(differences[:3])}. "
