@@ -15,7 +15,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from vla_foundry.config.command_line import Parsed, describe_error, errors_once, parse, print_notices, run_command
+from vla_foundry.config.command_line import (
+    EXPECTED_ERRORS,
+    Parsed,
+    describe_error,
+    errors_once,
+    parse,
+    print_notices,
+    run_command,
+)
 from vla_foundry.config.decode import find_text
 from vla_foundry.config.resolve import Resolved, format_tree, print_resolved, require_resolved, resolve_known
 from vla_foundry.config.schema import MissingError
@@ -58,7 +66,7 @@ def main(argv: list[str]) -> None:
 def record_failure(params: TrainExperimentParams, error: Exception) -> None:
     """Write an error to <save_path>/.failed/<name>.log: the report of a launcher buries the line that is printed."""
     now = time.strftime("%Y_%m_%d-%H_%M_%S")
-    is_expected = isinstance(error, ValueError | OSError)
+    is_expected = isinstance(error, EXPECTED_ERRORS)
     text = describe_error(error) if is_expected else "".join(traceback.format_exception(error))
     with suppress(OSError):
         write_text(os.path.join(params.save_path, ".failed", f"{params.name or now}.log"), f"{now} {text}\n")

@@ -39,6 +39,8 @@ CONFIG_FLAG = "config_path"
 PLUGINS_FLAG = "plugins"
 PLUGINS_VARIABLE = "VLA_FOUNDRY_PLUGINS"
 ENTRY_POINT_GROUP = "vla_foundry.plugins"
+# what a user can mend; any other exception is a bug
+EXPECTED_ERRORS = (ValueError, OSError)
 _ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
@@ -225,10 +227,15 @@ def import_plugins(modules: Iterable[str], origin: str) -> None:
         ValueError: a plug-in does not exist or cannot be imported.
     """
     for module in modules:
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.append(os.getcwd())
+        search_working_directory()
         _import(module, f"{origin}: the plug-in {module}")
         _named.append(module)
+
+
+def search_working_directory() -> None:
+    """Let imports find modules in the working directory, after all others."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _import(module: str, what: str) -> None:
@@ -293,7 +300,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
             raise SystemExit(128 + signal.SIGPIPE) from None
         if is_debug:
             raise
-        is_expected = isinstance(error, ValueError | OSError)
+        is_expected = isinstance(error, EXPECTED_ERRORS)
         where = "" if is_first_process() else f"process {read_rank()}: "
         line = f"error: {where}{describe_error(error) if is_expected else _describe_bug(error)}"
         with contextlib.suppress(OSError):

@@ -85,7 +85,7 @@ class Ports(NamedTuple):
         if self.websocket is not None:
             lines += [
                 f"openpi {scheme}://{host}:{self.websocket}",
-                f"vla-eval {scheme}://{host}:{self.websocket}/vla_eval",
+                f"vla-eval {scheme}://{host}:{self.websocket}{VLA_EVAL_PATH}",
             ]
         return ", ".join(lines)
 
@@ -122,8 +122,7 @@ async def open_server(params: ServeParams, served: Served, token: str | None = N
             try:
                 yield Ports(port, None if websocket is None else websocket.sockets[0].getsockname()[1])
             finally:
-                service.is_draining = True
-                await asyncio.gather(server.stop(_GRACE_S), service.drain(_GRACE_S))
+                await asyncio.gather(service.drain(_GRACE_S), server.stop(_GRACE_S))
                 if websocket is not None:
                     websocket.close()
                     await websocket.wait_closed()

@@ -23,7 +23,7 @@ _END_S = 1.0
 
 @runtime_checkable
 class ServedPolicy(Protocol):
-    """What the engine needs of a policy; inference.Policy has it, and `shared` makes it of any class."""
+    """What the engine needs of a policy; inference.Policy has it, and policies.py makes it of any class."""
 
     def reset(self, seed: int, *, client: Hashable = None) -> None: ...
     def forget(self, client: Hashable = None) -> None: ...
@@ -82,7 +82,6 @@ class Engine:
         batch_size: most clients that share one.
         max_clients: most sessions at a time.
         session_timeout_s: silent sessions end after this many seconds.
-        on_reply: called with each reply, for metrics.
     """
 
     def __init__(
@@ -94,14 +93,12 @@ class Engine:
         batch_size: int = 16,
         max_clients: int = 64,
         session_timeout_s: float = 600.0,
-        on_reply: Callable[[Reply], None] = lambda reply: None,
     ) -> None:
         self.policy = policy
         self.batch_size = 1 if batching == "exact" else batch_size
         self.window_s = 0.0 if batching == "exact" else window_ms / 1000
         self.max_clients = max_clients
         self.session_timeout_s = session_timeout_s
-        self._on_reply = on_reply
         # client -> time of its last request
         self.sessions: dict[Hashable, float] = {}
         self._queue: deque[_Request] = deque()
@@ -168,9 +165,7 @@ class Engine:
             )
         self.sessions[client] = time.monotonic()
         request = _Request(client=client, run=None, observation=observation, step=step, whole_chunk=whole_chunk)
-        reply = await self._ask(request)
-        self._on_reply(reply)
-        return reply
+        return await self._ask(request)
 
     async def _ask(self, request: _Request) -> Any:
         self._queue.append(request)

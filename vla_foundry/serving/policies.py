@@ -1,8 +1,6 @@
 """The policies that a server can serve: a run's, or any class with reset and act."""
 
 import importlib
-import os
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from vla_foundry.client.messages import PROTOCOL_VERSION, CameraInfo, FieldInfo, Metadata
 from vla_foundry.client.observation import RobotObservation
+from vla_foundry.config.command_line import search_working_directory
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.params.commands.serving import ServeParams
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec, format_spec, parse_spec
@@ -97,8 +96,7 @@ def _describe(name: str, field: FieldDescription) -> FieldInfo:
 def _load_class(params: ServeParams) -> Served:
     assert params.policy is not None
     module, _, name = params.policy.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    search_working_directory()
     try:
         factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, SyntaxError) as error:

@@ -161,8 +161,21 @@ class PolicyService:
             summary.add_sample(f"{name}_sum", {"stage": stage}, total)
         yield summary
 
-    def _counted(self, protocol: str) -> "_Counted":
-        return _Counted(self._outcomes, protocol)
+    @contextmanager
+    def _counted(self, protocol: str) -> Iterator[None]:
+        """Count how the block ends."""
+        outcome = "cancelled"
+        try:
+            yield
+            outcome = "ok"
+        except ValueError:
+            outcome = "refused"
+            raise
+        except (FullError, PolicyFailedError):
+            outcome = "failed"
+            raise
+        finally:
+            self._outcomes[protocol, outcome] += 1
 
     def _write_log(self, protocol: str, client: str, **request: Any) -> None:
         if self._log is None:
@@ -189,27 +202,6 @@ class Times:
         count, total, values = self.by_stage.get(stage, (0, 0.0, deque(maxlen=_NUM_TIMED)))
         values.append(milliseconds)
         self.by_stage[stage] = (count + 1, total + milliseconds, values)
-
-
-class _Counted:
-    """Counts how the block ends."""
-
-    def __init__(self, outcomes: Counter[tuple[str, str]], protocol: str) -> None:
-        self._outcomes, self._protocol = outcomes, protocol
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            outcome = "ok"
-        elif issubclass(kind, ValueError):
-            outcome = "refused"
-        elif issubclass(kind, (FullError, PolicyFailedError)):
-            outcome = "failed"
-        else:
-            outcome = "cancelled"
-        self._outcomes[self._protocol, outcome] += 1
 
 
 def _to_json(value: Any) -> Any:

@@ -131,8 +131,27 @@ def _describe(service: PolicyService) -> dict[str, Any]:
     }
 
 
-class _OpenpiSession:
-    """A connection that speaks openpi's protocol: it is one client.
+class _Session:
+    """A connection: it is one client."""
+
+    _PROTOCOL: str
+
+    def __init__(self, service: PolicyService, client_map: ClientMap, connection: ServerConnection) -> None:
+        self._service = service
+        self._map = client_map
+        self._connection = connection
+        self._client = uuid.uuid4().hex
+
+    async def run(self) -> None:
+        """Answer until the client closes the connection."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        await self._service.forget(self._PROTOCOL, self._client)
+
+
+class _OpenpiSession(_Session):
+    """A connection that speaks openpi's protocol.
 
     Optional keys of an observation: `episode` (a value; another one begins an episode), `seed` (the episode's), and
     `step` (the control step in the episode, from 0 on; a policy that looks at earlier steps needs it).
@@ -141,10 +160,7 @@ class _OpenpiSession:
     _PROTOCOL = "openpi"
 
     def __init__(self, service: PolicyService, client_map: ClientMap, connection: ServerConnection) -> None:
-        self._service = service
-        self._map = client_map
-        self._connection = connection
-        self._client = uuid.uuid4().hex
+        super().__init__(service, client_map, connection)
         # of the latest observation; the first one always begins an episode
         self._episode: Any = self
         self._next_step: int | None = None
@@ -166,9 +182,6 @@ class _OpenpiSession:
                     timing["prev_total_ms"] = self._previous_ms
                 await self._connection.send(_pack({**reply, "server_timing": timing}, bytes_keys=True))
             self._previous_ms = 1000 * (time.perf_counter() - start)
-
-    async def close(self) -> None:
-        await self._service.forget(self._PROTOCOL, self._client)
 
     async def _answer(self, observation: dict[str, Any]) -> dict[str, Any]:
         step = None if observation.get("step") is None else _as_number("step", observation["step"])
@@ -195,16 +208,13 @@ class _OpenpiSession:
         return {"actions": self._map.write_actions(reply.actions)}
 
 
-class _VlaEvalSession:
-    """A connection of the vla-eval harness: it is one client."""
+class _VlaEvalSession(_Session):
+    """A connection of the vla-eval harness."""
 
     _PROTOCOL = "vla_eval"
 
     def __init__(self, service: PolicyService, client_map: ClientMap, connection: ServerConnection) -> None:
-        self._service = service
-        self._map = client_map
-        self._connection = connection
-        self._client = uuid.uuid4().hex
+        super().__init__(service, client_map, connection)
         self._seed = 0
 
     async def run(self) -> None:
@@ -239,9 +249,6 @@ class _VlaEvalSession:
             kind, payload = reply
             frame = {"type": kind, "payload": payload, "seq": sequence, "timestamp": time.time()}
             await self._connection.send(_pack(frame, bytes_keys=False))
-
-    async def close(self) -> None:
-        await self._service.forget(self._PROTOCOL, self._client)
 
     async def _greet(self, payload: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         hello = {

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vla_foundry.config.command_line import describe_error
+from vla_foundry.config.command_line import EXPECTED_ERRORS, describe_error
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.world import World
@@ -303,7 +303,7 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, the other ranks must hear of it before their connections break
-        is_expected = isinstance(error, ValueError | OSError)
+        is_expected = isinstance(error, EXPECTED_ERRORS)
         line = describe_error(error) if is_expected else f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         if not _is_of_connection(error):
             _report(store, world.rank, f"rank {world.rank} on {places[world.rank][0]} failed: {line}")
