@@ -89,7 +89,7 @@ def check_kept_inputs(run_folder: str, checkpoint: str) -> None:
     if difference is None and images is not None and record is not None:
         changed = ImageFacts.from_record(record).find_difference(images)
         difference = changed and f"images have {changed[0]} {changed[1]} in the one and {changed[2]} in the other"
-    own, trained = _read_run_normalization(run_folder), read_weights_normalization(checkpoint, None, False)
+    own, trained = _read_run_normalization(run_folder), _parse_normalization(inputs, checkpoint)
     if difference is None and own is not None and trained is not None:
         name = next((name for name, field in trained.items() if own["fields"].get(name) != field), None)
         difference = name and f"the statistics of '{name}' differ"
@@ -123,13 +123,21 @@ def read_weights_images(place: str) -> ImageFacts | None:
 def read_weights_normalization(checkpoint: str | None, run: NamedSpec | None, offline: bool) -> dict[str, Any] | None:
     """Return how the numbers of each field were normalized in the training of a checkpoint; None: unknown."""
     if checkpoint is not None and not (is_remote(checkpoint) and offline):
-        record = _read_inputs(checkpoint).get("normalization")
-        if record is not None:
-            from vla_foundry.robotics.normalization import RoboticsNormalizer
-
-            return RoboticsNormalizer.from_state(record, origin=checkpoint).state()["fields"]
+        trained = _parse_normalization(_read_inputs(checkpoint), checkpoint)
+        if trained is not None:
+            return trained
     state = None if run is None else _read_run_normalization(run.name)
     return None if state is None else state["fields"]
+
+
+def _parse_normalization(inputs: dict[str, Any], origin: str) -> dict[str, Any] | None:
+    """Return how the numbers of each field were normalized, from what a checkpoint keeps; None: it does not say."""
+    record = inputs.get("normalization")
+    if record is None:
+        return None
+    from vla_foundry.robotics.normalization import RoboticsNormalizer
+
+    return RoboticsNormalizer.from_state(record, origin=origin).state()["fields"]
 
 
 def _read_run_normalization(folder: str) -> dict[str, Any] | None:

@@ -392,17 +392,15 @@ class Policy:
         if self._timing.execution == "realtime":
             inputs["guidance"] = self._encode_guidance(clients)
         seeds = [
-            draw_index(_NUM_SEEDS, seed=client.seed, position=client.history.num_observed - 1, purpose="policy.noise")
-            for client in clients
+            draw_index(_NUM_SEEDS, seed=client.seed, position=client.step, purpose="policy.noise") for client in clients
         ]
         self.num_predicted += len(clients)
         references = [client.history.references() for client in clients]
-        model: Any = self.model
 
         def predict() -> list[list[Command]]:
             given = torch.tensor(seeds, device=self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                actions = model.sample(inputs, seeds=given, num_steps=self.num_inference_steps)
+                actions = self.model.sample(inputs, seeds=given, num_steps=self.num_inference_steps)
             values = actions.float().cpu().numpy()
             return [self._to_commands(chunk, own) for chunk, own in zip(values, references, strict=True)]
 
