@@ -1,7 +1,12 @@
 """Small models, and a record of the tensors that operations make."""
 
 import importlib
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -76,6 +81,32 @@ def create_documents() -> Callable[..., Documents]:
         )
 
     return create
+
+
+@pytest.fixture
+def check_two_ranks() -> Callable[[Path, Path, Mapping[str, list[float]]], None]:
+    """A function that checks that a script's models train and resume on two ranks as in one process."""
+
+    def check(script: Path, folder: Path, alone: Mapping[str, list[float]]) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        for rank in range(2):
+            together = json.loads((folder / f"losses.{rank}.json").read_text(encoding="utf-8"))
+            for name, losses in alone.items():
+                assert together[name] == pytest.approx(losses, rel=1e-5), name
+        for losses in alone.values():
+            assert losses[3] == losses[2]
+            assert losses[4:6] == losses[:2]
+            assert losses[0] != losses[1] != losses[2]
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,5 @@
 """Policies train, sample, are saved and loaded, and give the same numbers however they are run."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -251,28 +247,12 @@ def test_a_policy_made_on_the_meta_device_is_whole_once_it_has_memory(backbone: 
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_resume_as_one_process_does_sharded_or_not(policies, tmp_path: Path) -> None:
+def test_two_ranks_train_and_resume_as_one_process_does_sharded_or_not(
+    policies, check_two_ranks: Callable, tmp_path: Path
+) -> None:
     policies.create_clip().save_pretrained(tmp_path / "clip")
     alone = {name: policies.train(name, tmp_path, World()) for name in policies.TRAINED}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for rank in range(2):
-        together = json.loads((tmp_path / f"losses.{rank}.json").read_text(encoding="utf-8"))
-        for name, losses in alone.items():
-            assert together[name] == pytest.approx(losses, rel=1e-5), name
-    for losses in alone.values():
-        assert losses[3] == losses[2]
-        assert losses[4:6] == losses[:2]
-        assert losses[0] != losses[1] != losses[2]
+    check_two_ranks(SCRIPT, tmp_path, alone)
 
 
 def test_a_policy_without_widths_is_an_error(policies) -> None:

@@ -1,9 +1,6 @@
 """Image-text models of Hugging Face behave here as in their own code, and train alone and sharded."""
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -190,28 +187,10 @@ def test_a_model_made_on_the_meta_device_is_whole_once_it_has_memory(
 
 @pytest.mark.slow
 def test_two_ranks_train_and_resume_as_one_process_does_sharded_or_not(
-    image_text: ModuleType, folder: Path, tmp_path: Path
+    image_text: ModuleType, check_two_ranks: Callable, folder: Path, tmp_path: Path
 ) -> None:
     alone = {name: image_text.train(name, folder, tmp_path / name, World()) for name in image_text.TRAINED}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for rank in range(2):
-        together = json.loads((folder / f"losses.{rank}.json").read_text(encoding="utf-8"))
-        for name, losses in alone.items():
-            assert together[name] == pytest.approx(losses, rel=1e-5)
-    for losses in alone.values():
-        assert losses[3] == losses[2]
-        assert losses[4:6] == losses[:2]
-        assert losses[0] != losses[1] != losses[2]
+    check_two_ranks(SCRIPT, folder, alone)
 
 
 def test_an_unknown_model_is_an_error_of_one_line(tmp_path: Path) -> None:
