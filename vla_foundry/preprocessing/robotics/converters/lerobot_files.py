@@ -293,7 +293,7 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
             raise ValueError(f"{uri} is not a readable video, or is cut off ({_reason(error)}).") from None
         with container:
             if not container.streams.video:
-                raise ValueError(f"{uri} holds no video.")
+                raise ValueError(f"{uri} is not a readable video, or is cut off (no video stream in it).")
             stream = container.streams.video[0]
             if stream.time_base is None or not stream.width or not stream.height:
                 raise ValueError(f"{uri}: the header of the video is damaged.")
