@@ -117,8 +117,8 @@ class Engine:
         for request in self._queue:
             request.future.cancel()
         # a prediction that never ends must not keep the server
-        concurrent.futures.wait([self._running], timeout=_END_S)
-        self._thread.shutdown(wait=False)
+        ended, _ = concurrent.futures.wait([self._running], timeout=_END_S)
+        self._thread.shutdown(wait=bool(ended))
 
     @property
     def num_waiting(self) -> int:
