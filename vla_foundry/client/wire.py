@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,8 @@ _FLOATS = {"double": ("<f8", _FIXED64), "float": ("<f4", _FIXED32)}
 _SIGNED, _UNSIGNED = ("int32", "int64", "enum"), ("uint32", "uint64", "bool")
 _DEFAULTS: dict[str, Any] = {"string": "", "bytes": b"", "double": 0.0, "float": 0.0, "bool": False}
 _MAX_VARINT_BYTES = 10
+# of a message and all messages in it; more would keep a server busy for minutes
+_MAX_FIELDS = 20_000
 
 
 class WireError(ValueError):
@@ -121,27 +124,33 @@ def _varint(value: int) -> bytes:
     return bytes(found)
 
 
-def decode(message: type[M], data: bytes | memoryview) -> M:
+def decode(message: type[M], data: bytes | memoryview, counter: Iterator[int] | None = None) -> M:
     """Parse a message; `bytes` fields are copies.
 
+    Args:
+        message: its class.
+        data: its bytes.
+        counter: counts the fields of the whole message, if this one is part of another.
+
     Raises:
-        WireError: the bytes are not the message; the text names the field.
+        WireError: the bytes are not the message, or hold absurdly many fields; the text names the field.
     """
+    counter = counter or count()
     payloads: dict[int, list[tuple[int, Any]]] = {}
-    for number, wire_type, payload in _split(memoryview(data), message.__name__):
+    for number, wire_type, payload in _split(memoryview(data), message.__name__, counter):
         payloads.setdefault(number, []).append((wire_type, payload))
     values: dict[str, Any] = {}
     for each in _fields_of(message):
         if each.number in payloads:
             where = f"{message.__name__}.{each.name}"
             try:
-                values[each.name] = _decode_field(each, payloads[each.number], where)
+                values[each.name] = _decode_field(each, payloads[each.number], where, counter)
             except (struct.error, UnicodeDecodeError, ValueError) as error:
                 raise error if isinstance(error, WireError) else WireError(f"{where}: {error}") from None
     return message(**values)
 
 
-def _split(data: memoryview, name: str) -> Iterator[tuple[int, int, Any]]:
+def _split(data: memoryview, name: str, counter: Iterator[int]) -> Iterator[tuple[int, int, Any]]:
     """Yield the number, wire type and payload of each field; varints as unsigned numbers."""
     position = 0
     while position < len(data):
@@ -149,6 +158,8 @@ def _split(data: memoryview, name: str) -> Iterator[tuple[int, int, Any]]:
         number, wire_type = key >> 3, key & 7
         if number == 0:
             raise WireError(f"{name}: a field has the number 0")
+        if next(counter) >= _MAX_FIELDS:
+            raise WireError(f"{name}: the message has more than {_MAX_FIELDS} fields")
         if wire_type == _VARINT:
             value, position = _read_varint(data, position, name)
             yield number, wire_type, value
@@ -178,12 +189,12 @@ def _read_varint(data: memoryview, position: int, name: str) -> tuple[int, int]:
     raise WireError(f"{name}: a number has more than {_MAX_VARINT_BYTES} bytes")
 
 
-def _decode_field(each: _Field, payloads: list[tuple[int, Any]], where: str) -> Any:
+def _decode_field(each: _Field, payloads: list[tuple[int, Any]], where: str, counter: Iterator[int]) -> Any:
     for wire_type, _ in payloads:
         if wire_type != each.wire_type and not (each.repeated and wire_type == _BYTES):
             raise WireError(f"{where} has wire type {wire_type}, not {each.wire_type}")
     if each.kind == "map":
-        return dict(_decode_pair(payload, where) for _, payload in payloads)
+        return dict(_decode_pair(payload, where, counter) for _, payload in payloads)
     if each.repeated and each.wire_type != _BYTES:
         return _unpack_all(each.kind, payloads, where)
     if each.wire_type != _BYTES:
@@ -195,14 +206,15 @@ def _decode_field(each: _Field, payloads: list[tuple[int, Any]], where: str) -> 
         blobs = [bytes(payload) for _, payload in payloads]
         return blobs if each.repeated else blobs[-1]
     if each.repeated:
-        return [decode(each.kind, payload) for _, payload in payloads]
+        return [decode(each.kind, payload, counter) for _, payload in payloads]
     # a message in several pieces is merged, which is what decoding the joined bytes does
-    return decode(each.kind, b"".join(payload for _, payload in payloads) if len(payloads) > 1 else payloads[0][1])
+    whole = b"".join(payload for _, payload in payloads) if len(payloads) > 1 else payloads[0][1]
+    return decode(each.kind, whole, counter)
 
 
-def _decode_pair(data: memoryview, where: str) -> tuple[str, str]:
+def _decode_pair(data: memoryview, where: str, counter: Iterator[int]) -> tuple[str, str]:
     found = {1: "", 2: ""}
-    for number, wire_type, payload in _split(data, where):
+    for number, wire_type, payload in _split(data, where, counter):
         if number in found:
             if wire_type != _BYTES:
                 raise WireError(f"{where} holds a pair that is not two strings")

@@ -96,17 +96,17 @@ def image_to_array(image: UInt8[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*
     return image.movedim(-3, -1).numpy()
 
 
-def decode_image(data: bytes) -> UInt8[Tensor, "3 H W"]:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
     """Decode a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or JPEG 2000 file to RGB.
 
     Raises:
-        ValueError: another format, a malformed or truncated file, or more than MAX_PIXELS pixels; one line.
+        ValueError: another format, a malformed or truncated file, or more than max_pixels pixels; one line.
     """
     decode_jpeg = _jpeg_operator() if data.startswith(_JPEG) else None
     if decode_jpeg is None:
-        return _image_of(_open(data))
+        return _image_of(_open(data, max_pixels))
     size, orientation = _read_jpeg_header(data)
-    check_size(size)
+    check_size(size, max_pixels=max_pixels)
     try:
         # torch needs writable memory, hence the bytearray; the operator looks for EXIF data in the first segment only
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB_MODE, False)
@@ -145,8 +145,8 @@ def decode_depth(data: bytes) -> UInt16[Tensor, "H W"]:
     return torch.from_numpy(np.array(picture).astype(np.uint16))
 
 
-def _open(data: bytes) -> Image.Image:
-    """Open and load a file of at most MAX_PIXELS pixels."""
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and load a file of at most max_pixels pixels."""
     kind = next((kind for start, kind in _FORMATS.items() if data.startswith(start)), None)
     if kind is None:
         known = ", ".join(dict.fromkeys(_FORMATS.values()))
@@ -154,11 +154,11 @@ def _open(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=[kind])
         size = (picture.height, picture.width)
-        if size[0] * size[1] <= MAX_PIXELS:
+        if size[0] * size[1] <= max_pixels:
             picture.load()
     except _PILLOW_ERRORS as error:
         raise _broken(kind, data, " ".join(str(error).split()) or type(error).__name__) from None
-    check_size(size)
+    check_size(size, max_pixels=max_pixels)
     return picture
 
 
@@ -166,14 +166,14 @@ def _broken(kind: str, data: bytes, reason: str) -> ValueError:
     return ValueError(f"{kind} of {len(data)} bytes is broken: {reason}")
 
 
-def check_size(size: Size, name: str = "image") -> None:
+def check_size(size: Size, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> None:
     """Check that a picture is not too large to decode.
 
     Raises:
-        ValueError: it has more than MAX_PIXELS pixels.
+        ValueError: it has more than max_pixels pixels.
     """
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{name} of {size[1]} x {size[0]} pixels is too large: the limit is {MAX_PIXELS} pixels.")
+    if size[0] * size[1] > max_pixels:
+        raise ValueError(f"{name} of {size[1]} x {size[0]} pixels is too large: the limit is {max_pixels} pixels.")
 
 
 def _read_jpeg_header(data: bytes) -> tuple[Size, int]:

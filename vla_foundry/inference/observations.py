@@ -209,9 +209,8 @@ def _read_field(name: str, described: FieldDescription, fields: Mapping[str, np.
         )
     values = np.asarray(fields[name])
     if values.shape != (described.width,) or not np.isfinite(values).all():
-        raise ValueError(
-            f"observation: field '{name}' must be {described.width} finite numbers, got {values.tolist()}."
-        )
+        found = values.tolist() if values.size <= described.width else f"an array {values.shape}"
+        raise ValueError(f"observation: field '{name}' must be {described.width} finite numbers, got {found}.")
     return values.astype(described.dtype)
 
 

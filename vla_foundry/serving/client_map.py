@@ -71,7 +71,7 @@ class ClientMap:
         if covered != list(range(self._action_width)):
             raise ValueError(f"{origin}: the columns of actions must cover 0 .. {self._action_width}, each once.")
 
-    def read_images(self, images: Mapping[str, Any]) -> list[Image]:
+    def read_images(self, images: Mapping[Any, Any]) -> list[Image]:
         """Return the client's pictures under the policy's names.
 
         Raises:
@@ -84,7 +84,7 @@ class ClientMap:
             )
         return [to_image(camera, images[name]) for camera, name in self.params.cameras.items()]
 
-    def read_state(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def read_state(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         """Return the policy's fields from the client's vectors.
 
         Raises:
@@ -195,21 +195,22 @@ class OwnNames(ClientMap):
         self.params = ClientMapParams(actions=[], instruction=instruction)
         self._metadata = metadata
 
-    def read_images(self, images: Mapping[str, Any]) -> list[Image]:
+    def read_images(self, images: Mapping[Any, Any]) -> list[Image]:
         """Return all pictures."""
         known = [camera.name for camera in self._metadata.cameras]
         return [
             to_image(name, value)
             for name, value in images.items()
-            if name in known or isinstance(value, Image) or (isinstance(value, np.ndarray) and value.ndim == 3)
+            if isinstance(name, str)
+            and (name in known or isinstance(value, Image) or (isinstance(value, np.ndarray) and value.ndim == 3))
         ]
 
-    def read_state(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def read_state(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         """Return all vectors of numbers; the policy says what it lacks."""
         return {
             name: value
             for name, value in observation.items()
-            if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"
+            if isinstance(name, str) and isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"
         }
 
     def write_actions(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,7 +30,7 @@ class ServedPolicy(Protocol):
     def forget(self, client: Hashable = None) -> None: ...
     def observe(self, observation: RobotObservation, *, client: Hashable = None, step: int | None = None) -> None: ...
     def retract(self, client: Hashable = None) -> None: ...
-    def choose_actions(self, clients: Any) -> dict[Any, Actions]: ...
+    def choose_actions(self, clients: Any) -> dict[Any, Any]: ...
     def predict_chunk(self, client: Hashable = None) -> Actions: ...
     def needs_images(self, client: Hashable = None) -> bool: ...
 
@@ -72,7 +73,7 @@ class _Request:
 class Engine:
     """Answers requests of many clients with one policy, in one thread.
 
-    A client's requests are answered in their order. A request whose caller has given up is dropped unseen.
+    A client's requests are answered in their order. An observation whose caller has given up is dropped unseen.
 
     Args:
         policy: the policy.
@@ -130,12 +131,17 @@ class Engine:
 
         Raises:
             FullError: there are max_clients other clients.
+            ValueError, PolicyFailedError: the policy failed; the client has no episode then.
         """
-        await self._end_silent_sessions()
+        self._end_silent_sessions()
         if client not in self.sessions and len(self.sessions) >= self.max_clients:
             raise FullError(f"the server has its {self.max_clients} clients (max_clients). Try again later.")
         self.sessions[client] = time.monotonic()
-        await self._ask(_Request(client=client, run=lambda: self.policy.reset(seed, client=client)))
+        try:
+            await self._ask(_Request(client=client, run=lambda: self.policy.reset(seed, client=client)))
+        except (ValueError, PolicyFailedError):
+            await self.forget(client)
+            raise
 
     async def forget(self, client: Hashable) -> None:
         """End a client's session; unknown clients are no error."""
@@ -158,6 +164,7 @@ class Engine:
             ValueError: the observation lacks something; the session is as it was.
             PolicyFailedError: the policy failed.
         """
+        self._end_silent_sessions()
         if client not in self.sessions:
             raise NoSessionError(
                 "no episode was begun, or it ended after "
@@ -167,15 +174,17 @@ class Engine:
         request = _Request(client=client, run=None, observation=observation, step=step, whole_chunk=whole_chunk)
         return await self._ask(request)
 
-    async def _ask(self, request: _Request) -> Any:
+    def _ask(self, request: _Request) -> asyncio.Future:
         self._queue.append(request)
         self._arrived.set()
-        return await request.future
+        return request.future
 
-    async def _end_silent_sessions(self) -> None:
+    def _end_silent_sessions(self) -> None:
         limit = time.monotonic() - self.session_timeout_s
         for client in [client for client, last in self.sessions.items() if last < limit]:
-            await self.forget(client)
+            del self.sessions[client]
+            # without waiting: this client's request must keep its place
+            self._ask(_Request(client=client, run=partial(self.policy.forget, client)))
 
     async def _work(self) -> None:
         while True:
@@ -186,7 +195,7 @@ class Engine:
                 await self._wait_for_others()
             batch = self._take()
             if batch:
-                self._running = self._thread.submit(_attempt, lambda batch=batch: self._run(batch))
+                self._running = self._thread.submit(attempt, lambda batch=batch: self._run(batch))
                 found = await asyncio.wrap_future(self._running)
                 outcomes = [found] * len(batch) if isinstance(found, Exception) else found
                 for request, outcome in zip(batch, outcomes, strict=True):
@@ -210,7 +219,7 @@ class Engine:
         kept: deque[_Request] = deque()
         while self._queue:
             request = self._queue.popleft()
-            if request.future.done():
+            if request.run is None and request.future.done():
                 continue
             is_alone = request.run is not None or request.whole_chunk
             if request.client in blocked or len(batch) == self.batch_size or (batch and is_alone):
@@ -228,17 +237,17 @@ class Engine:
         """Answer a batch in the policy's thread: a result or an exception for each request."""
         start = time.perf_counter()
         if batch[0].run is not None:
-            return [_attempt(batch[0].run)]
+            return [attempt(batch[0].run)]
         outcomes: dict[Hashable, Any] = {}
         for request in batch:
-            outcomes[request.client] = _attempt(lambda request=request: self._observe(request))
+            outcomes[request.client] = attempt(lambda request=request: self._observe(request))
         due = [request for request in batch if not isinstance(outcomes[request.client], Exception)]
-        found = _attempt(lambda: self._choose(due)) if due else {}
+        found = attempt(lambda: self._choose(due)) if due else {}
         if isinstance(found, ValueError) and len(due) > 1:
             # one client's fault must not reach the others
             found = {}
             for request in due:
-                alone = _attempt(lambda request=request: self._choose([request]))
+                alone = attempt(lambda request=request: self._choose([request]))
                 found[request.client] = alone if isinstance(alone, Exception) else alone[request.client]
         elif isinstance(found, Exception):
             found = dict.fromkeys([request.client for request in due], found)
@@ -261,7 +270,7 @@ class Engine:
         assert request.observation is not None
         self.policy.observe(request.observation, client=request.client, step=request.step)
 
-    def _choose(self, requests: list[_Request]) -> dict[Hashable, Actions | PolicyFailedError]:
+    def _choose(self, requests: list[_Request]) -> dict[Hashable, Actions | Exception]:
         if requests[0].whole_chunk:
             found = {requests[0].client: self.policy.predict_chunk(requests[0].client)}
         else:
@@ -269,8 +278,10 @@ class Engine:
         return {client: _check_actions(actions) for client, actions in found.items()}
 
 
-def _check_actions(actions: Actions) -> Actions | PolicyFailedError:
+def _check_actions(actions: Actions | Exception) -> Actions | Exception:
     """Return actions that a robot may execute; else the error for its client."""
+    if isinstance(actions, Exception):
+        return actions
     broken = [name for name, values in actions.items() if not np.isfinite(values).all()]
     if broken or not actions:
         what = f"its action '{broken[0]}' is not finite" if broken else "it returned no action"
@@ -278,7 +289,7 @@ def _check_actions(actions: Actions) -> Actions | PolicyFailedError:
     return actions
 
 
-def _attempt(function: Callable[[], Any]) -> Any:
+def attempt(function: Callable[[], Any]) -> Any:
     """Return what a function returns, or the exception that clients get to see."""
     try:
         return function()

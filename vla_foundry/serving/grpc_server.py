@@ -27,7 +27,7 @@ from vla_foundry.client.messages import (
 from vla_foundry.client.wire import WireError, decode, encode, wire
 from vla_foundry.serving import lbm
 from vla_foundry.serving.engine import FullError, NoSessionError, PolicyFailedError
-from vla_foundry.serving.service import DrainingError, PolicyService
+from vla_foundry.serving.service import DrainingError, PolicyService, describe_error
 
 _SERVING, _NOT_SERVING = 1, 2
 # exception -> status
@@ -123,10 +123,11 @@ def _wrap(request_type: type, handler: Handler, *, token: str | None) -> grpc.Rp
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message is broken: {error}.")
             raise
         try:
-            return encode(await asyncio.wait_for(handler(request), context.time_remaining()))
+            answer = await asyncio.wait_for(handler(request), context.time_remaining())
+            return answer if isinstance(answer, bytes) else encode(answer)
         except tuple(kind for kind, _ in _CODES) as error:
             code = next(code for kind, code in _CODES if isinstance(error, kind))
-            await context.abort(code, " ".join(str(error).split()))
+            await context.abort(code, describe_error(error))
             raise
 
     return grpc.unary_unary_rpc_method_handler(call)
@@ -154,7 +155,7 @@ class _OwnService:
         await self._service.forget("grpc", request.client)
         return Empty()
 
-    async def act(self, request: ActRequest) -> ActResponse:
+    async def act(self, request: ActRequest) -> bytes:
         reply = await self._service.act(
             "grpc",
             request.client,
@@ -163,12 +164,15 @@ class _OwnService:
             instruction=request.instruction,
             step=request.step,
         )
-        return ActResponse(
-            actions=write_arrays(reply.actions),
-            needs_images=reply.needs_images,
-            queue_ms=reply.queue_ms,
-            policy_ms=reply.policy_ms,
-        )
+        with self._service.times.measured("encode"):
+            return encode(
+                ActResponse(
+                    actions=write_arrays(reply.actions),
+                    needs_images=reply.needs_images,
+                    queue_ms=reply.queue_ms,
+                    policy_ms=reply.policy_ms,
+                )
+            )
 
 
 class _LbmService:
@@ -177,12 +181,16 @@ class _LbmService:
     def __init__(self, service: PolicyService) -> None:
         self._service = service
 
-    async def step(self, request: lbm.PolicyStepRequest) -> lbm.PolicyStepResponse:
-        images, fields, instruction = lbm.read_observation(request.observation or lbm.MultiarmObservation())
+    async def step(self, request: lbm.PolicyStepRequest) -> bytes:
+        try:
+            images, fields, instruction = lbm.read_observation(request.observation or lbm.MultiarmObservation())
+        except ValueError as error:
+            raise ValueError(f"client {request.client_identifier}: {error}") from None
         reply = await self._service.act(
             "lbm", request.client_identifier, images=images, fields=fields, instruction=instruction
         )
-        return lbm.PolicyStepResponse(success=True, action=lbm.write_action(reply.actions))
+        with self._service.times.measured("encode"):
+            return encode(lbm.PolicyStepResponse(success=True, action=lbm.write_action(reply.actions)))
 
     async def reset(self, request: lbm.PolicyResetRequest) -> lbm.PolicyResetResponse:
         lbm.check_actions([field.name for field in self._service.metadata.actions])

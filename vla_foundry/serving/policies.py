@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from vla_foundry.config.command_line import search_working_directory
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.params.commands.serving import ServeParams
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec, format_spec, parse_spec
-from vla_foundry.serving.engine import Actions, PolicyFailedError, ServedPolicy
+from vla_foundry.serving.engine import Actions, PolicyFailedError, ServedPolicy, attempt
 from vla_foundry.storage.uri import name_of
 
 
@@ -159,8 +160,9 @@ class _PerClient:
     def retract(self, client: Hashable = None) -> None:
         self._observed.pop(client, None)
 
-    def choose_actions(self, clients: Sequence[Hashable]) -> dict[Any, Actions]:
-        return {client: self._act(client) for client in clients}
+    def choose_actions(self, clients: Sequence[Hashable]) -> dict[Any, Actions | Exception]:
+        # each acts once, whatever becomes of the others
+        return {client: attempt(partial(self._act, client)) for client in clients}
 
     def predict_chunk(self, client: Hashable = None) -> Actions:
         return {name: values[None] for name, values in self._act(client).items()}

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from vla_foundry.client.messages import RAW, Image, Metadata, decode_raw_image
 from vla_foundry.client.observation import RobotObservation
-from vla_foundry.images.codec import decode_image, image_to_array
+from vla_foundry.images.codec import MAX_PIXELS, MAX_SAMPLE_PIXELS, decode_image, image_to_array
 from vla_foundry.serving.engine import Engine, FullError, NoSessionError, PolicyFailedError, Reply
 
 # requests whose times make the quantiles
 _NUM_TIMED = 2000
 _QUANTILES = (0.5, 0.95, 0.99)
+# encoded pixels that any observation may have, and how many times those of the policy's cameras
+_MIN_PIXELS, _PIXELS_FACTOR = 1 << 22, 4
+# characters of an instruction, a client's name, and the description of an error
+_MAX_INSTRUCTION, _MAX_NAME, _MAX_ERROR = 10_000, 256, 600
 
 
 class DrainingError(RuntimeError):
@@ -46,6 +51,10 @@ class PolicyService:
         self.times = Times()
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        sizes = [camera.width * camera.height for camera in metadata.cameras]
+        known = max(_MIN_PIXELS, _PIXELS_FACTOR * sum(sizes))
+        # larger pictures are refused before memory is allocated; a size of 0 is unknown
+        self._max_pixels = known if sizes and all(sizes) else MAX_SAMPLE_PIXELS
         # answers under way
         self.num_running = 0
         self._log = None if request_log is None else request_log.open("ab", buffering=0)
@@ -80,9 +89,12 @@ class PolicyService:
         Raises:
             DrainingError: the server is about to end.
             FullError: it has no room for another client.
+            ValueError: the client's name is too long.
         """
         if self.is_draining:
             raise DrainingError("the server is shutting down.")
+        if len(client) > _MAX_NAME:
+            raise ValueError(f"client {client[:40]}...: a name has at most {_MAX_NAME} characters, not {len(client)}.")
         self._write_log(protocol, client, seed=seed)
         with self._counted(protocol):
             await self.engine.reset((protocol, client), seed)
@@ -110,12 +122,12 @@ class PolicyService:
         """
         self._write_log(protocol, client, images=images, fields=fields, instruction=instruction, step=step)
         with self._counted(protocol):
-            start = time.perf_counter()
             try:
-                observation = RobotObservation(
-                    images=await self._decode_images(images), fields=fields, instruction=instruction
-                )
-                self.times.add("decode", 1000 * (time.perf_counter() - start))
+                if len(instruction) > _MAX_INSTRUCTION:
+                    raise ValueError(f"the instruction has {len(instruction)} characters, over {_MAX_INSTRUCTION}.")
+                with self.times.measured("decode"):
+                    decoded = await self._decode_images(images)
+                observation = RobotObservation(images=decoded, fields=fields, instruction=instruction)
                 reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
             except NoSessionError as error:
                 raise NoSessionError(f"client {client}: {error}") from None
@@ -128,14 +140,17 @@ class PolicyService:
     async def _decode_images(self, images: Sequence[Image]) -> dict[str, np.ndarray]:
         loop = asyncio.get_running_loop()
         decoded = {}
+        num_left = self._max_pixels
         for image in images:
             if image.encoding == RAW:
                 decoded[image.camera] = decode_raw_image(image)
                 continue
             try:
-                pixels = await loop.run_in_executor(self._decoders, decode_image, image.data)
+                decode = partial(decode_image, image.data, max_pixels=min(num_left, MAX_PIXELS))
+                pixels = await loop.run_in_executor(self._decoders, decode)
             except ValueError as error:
                 raise ValueError(f"the image of camera '{image.camera}' cannot be decoded: {error}") from None
+            num_left -= pixels.shape[1] * pixels.shape[2]
             decoded[image.camera] = image_to_array(pixels)
         return decoded
 
@@ -202,6 +217,19 @@ class Times:
         count, total, values = self.by_stage.get(stage, (0, 0.0, deque(maxlen=_NUM_TIMED)))
         values.append(milliseconds)
         self.by_stage[stage] = (count + 1, total + milliseconds, values)
+
+    @contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Add the time of the block, if it succeeds."""
+        start = time.perf_counter()
+        yield
+        self.add(stage, 1000 * (time.perf_counter() - start))
+
+
+def describe_error(error: Exception) -> str:
+    """Return what a client gets to see of an error: one line, not too long for the header of an answer."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= _MAX_ERROR else f"{line[:_MAX_ERROR]} ..."
 
 
 def _to_json(value: Any) -> Any:

@@ -24,10 +24,12 @@ from websockets.http11 import Request, Response
 from vla_foundry.client.messages import JPEG, PNG, Image
 from vla_foundry.serving.client_map import ClientMap
 from vla_foundry.serving.engine import FullError, PolicyFailedError
-from vla_foundry.serving.service import DrainingError, PolicyService
+from vla_foundry.serving.service import DrainingError, PolicyService, describe_error
 
 VLA_EVAL_PATH = "/vla_eval"
 _KINDS = "biuf"
+# of a message, in all its lists and maps
+_MAX_ITEMS = 20_000
 _ENCODINGS = {"jpeg": JPEG, "png": PNG}
 # type and payload
 _Answer = tuple[str, dict[str, Any]]
@@ -149,6 +151,13 @@ class _Session:
     async def close(self) -> None:
         await self._service.forget(self._PROTOCOL, self._client)
 
+    def _read_instruction(self, observation: Mapping[Any, Any]) -> str:
+        key = self._map.params.instruction
+        found = observation.get(key)
+        if not isinstance(found, str | None):
+            raise ValueError(f"the observation's '{key}' must be text, got {type(found).__name__}.")
+        return found or ""
+
 
 class _OpenpiSession(_Session):
     """A connection that speaks openpi's protocol.
@@ -174,16 +183,18 @@ class _OpenpiSession(_Session):
                 try:
                     reply = await self._answer(_unpack(data))
                 except _REFUSALS as error:
-                    await self._connection.send(" ".join(str(error).split()))
+                    await self._connection.send(describe_error(error))
                     await self._connection.close(1011, "refused")
                     return
                 timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
                 if self._previous_ms is not None:
                     timing["prev_total_ms"] = self._previous_ms
-                await self._connection.send(_pack({**reply, "server_timing": timing}, bytes_keys=True))
+                with self._service.times.measured("encode"):
+                    packed = _pack({**reply, "server_timing": timing}, bytes_keys=True)
+                await self._connection.send(packed)
             self._previous_ms = 1000 * (time.perf_counter() - start)
 
-    async def _answer(self, observation: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, observation: dict[Any, Any]) -> dict[str, Any]:
         step = None if observation.get("step") is None else _as_number("step", observation["step"])
         episode = observation.get("episode")
         if self._episode != episode:
@@ -201,7 +212,7 @@ class _OpenpiSession(_Session):
             self._client,
             images=self._map.read_images(observation),
             fields=self._map.read_state(observation),
-            instruction=str(observation.get(self._map.params.instruction, "")),
+            instruction=self._read_instruction(observation),
             step=step,
             whole_chunk=True,
         )
@@ -218,7 +229,7 @@ class _VlaEvalSession(_Session):
         self._seed = 0
 
     async def run(self) -> None:
-        handlers: dict[str, Callable[[dict[str, Any]], Awaitable[_Answer | None]]] = {
+        handlers: dict[str, Callable[[dict[Any, Any]], Awaitable[_Answer | None]]] = {
             "hello": self._greet,
             "episode_start": self._begin,
             "observation": self._act,
@@ -229,7 +240,7 @@ class _VlaEvalSession(_Session):
                 await self._answer(data, handlers)
 
     async def _answer(
-        self, data: str | bytes, handlers: Mapping[str, Callable[[dict[str, Any]], Awaitable[_Answer | None]]]
+        self, data: str | bytes, handlers: Mapping[str, Callable[[dict[Any, Any]], Awaitable[_Answer | None]]]
     ) -> None:
         sequence = 0
         try:
@@ -237,20 +248,25 @@ class _VlaEvalSession(_Session):
             missing = [key for key in ("type", "payload", "seq", "timestamp") if key not in message]
             if missing or not isinstance(message["payload"], dict):
                 raise ValueError(f"the message lacks {', '.join(missing) or 'a map as payload'}.")
-            sequence = message["seq"]
-            if message["type"] == "error":
+            kind, number = message["type"], message["seq"]
+            if not isinstance(number, int):
+                raise ValueError(f"seq must be a whole number, got {number!r:.80}.")
+            sequence = number
+            if kind == "error":
                 return
-            if message["type"] not in handlers:
-                raise ValueError(f"the message type '{message['type']}' is unknown.")
-            reply = await handlers[message["type"]](message["payload"])
+            if not isinstance(kind, str) or kind not in handlers:
+                raise ValueError(f"the message type {kind!r:.80} is unknown.")
+            reply = await handlers[kind](message["payload"])
         except _REFUSALS as error:
-            reply = ("error", {"error": " ".join(str(error).split())})
+            reply = ("error", {"error": describe_error(error)})
         if reply is not None:
             kind, payload = reply
             frame = {"type": kind, "payload": payload, "seq": sequence, "timestamp": time.time()}
-            await self._connection.send(_pack(frame, bytes_keys=False))
+            with self._service.times.measured("encode"):
+                packed = _pack(frame, bytes_keys=False)
+            await self._connection.send(packed)
 
-    async def _greet(self, payload: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def _greet(self, payload: dict[Any, Any]) -> tuple[str, dict[str, Any]]:
         hello = {
             "harness_version": str(payload.get("harness_version", "")),
             "protocol_version": 1,
@@ -262,13 +278,16 @@ class _VlaEvalSession(_Session):
             hello["observation_params"] = dict(self._map.params.observation_params)
         return "hello", hello
 
-    async def _begin(self, payload: dict[str, Any]) -> None:
+    async def _begin(self, payload: dict[Any, Any]) -> None:
         # the same task and episode draw the same noise in every run
-        task = json.dumps(payload.get("task", {}), sort_keys=True, default=str)
+        try:
+            task = json.dumps(payload.get("task", {}), sort_keys=True, default=str)
+        except TypeError as error:
+            raise ValueError(f"the task cannot be read: {error}.") from None
         self._seed = int.from_bytes(hashlib.sha256(task.encode()).digest()[:7])
         await self._service.reset(self._PROTOCOL, self._client, self._seed)
 
-    async def _act(self, observation: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def _act(self, observation: dict[Any, Any]) -> tuple[str, dict[str, Any]]:
         if observation.get("episode_restart"):
             await self._service.reset(self._PROTOCOL, self._client, self._seed)
         images = observation.get("images", {})
@@ -277,17 +296,17 @@ class _VlaEvalSession(_Session):
             self._client,
             images=self._map.read_images(images if isinstance(images, dict) else {}),
             fields=self._map.read_state(observation),
-            instruction=str(observation.get(self._map.params.instruction, "")),
+            instruction=self._read_instruction(observation),
         )
         return "action", {"actions": self._map.write_actions(reply.actions)}
 
-    async def _end(self, payload: dict[str, Any]) -> None:
+    async def _end(self, payload: dict[Any, Any]) -> None:
         await self._service.forget(self._PROTOCOL, self._client)
 
 
 def _as_number(name: str, value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise ValueError(f"the observation's '{name}' must be a whole number from 0 on, got {value!r}.")
+        raise ValueError(f"the observation's '{name}' must be a whole number from 0 on, got {value!r:.80}.")
     return value
 
 
@@ -310,7 +329,7 @@ def _pack(message: Any, *, bytes_keys: bool) -> bytes:
     return packed
 
 
-def _unpack(data: str | bytes) -> dict[str, Any]:
+def _unpack(data: str | bytes) -> dict[Any, Any]:
     """Decode a message of either protocol; arrays of numbers only.
 
     Raises:
@@ -318,10 +337,26 @@ def _unpack(data: str | bytes) -> dict[str, Any]:
     """
     if isinstance(data, str):
         raise ValueError("the message is text; binary msgpack is needed.")
+    num_items = 0
+
+    def count(container: Any) -> Any:
+        nonlocal num_items
+        num_items += 1 + len(container)
+        if num_items > _MAX_ITEMS:
+            raise ValueError(f"it has more than {_MAX_ITEMS} items")
+        return container
+
     try:
-        message = msgpack.unpackb(data, object_hook=_decode_array, strict_map_key=False)
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise ValueError(f"the message is broken: {error}.") from None
+        message = msgpack.unpackb(
+            data,
+            object_hook=lambda found: _decode_array(count(found)),
+            list_hook=count,
+            strict_map_key=False,
+            max_array_len=_MAX_ITEMS,
+            max_map_len=_MAX_ITEMS,
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, SyntaxError, msgpack.UnpackException) as error:
+        raise ValueError(f"the message is broken: {describe_error(error) or type(error).__name__}.") from None
     if not isinstance(message, dict):
         raise ValueError(f"the message is a {type(message).__name__}, not a map.")
     return message
@@ -334,7 +369,9 @@ def _decode_array(found: dict[Any, Any]) -> Any:
     if "__image__" in values and values.get("format") != "raw":
         if values.get("format") not in _ENCODINGS:
             raise ValueError(f"the image format {values.get('format')!r} is unknown")
-        return Image(encoding=_ENCODINGS[values["format"]], data=bytes(values["data"]))
+        if not isinstance(values["data"], bytes):
+            raise ValueError("an image's data must be bytes")
+        return Image(encoding=_ENCODINGS[values["format"]], data=values["data"])
     if "__ndarray__" not in values and "__image__" not in values:
         return found
     dtype = np.dtype(str(values["dtype"]))

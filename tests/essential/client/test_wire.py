@@ -164,6 +164,9 @@ def test_broken_bytes_are_refused_or_read_as_protobuf_reads_them() -> None:
         (b"\x10" + b"\xff" * 11, "Outer: a number has more than 10 bytes"),
         (b"\x00\x01", "Outer: a field has the number 0"),
         (b"\x62\x03abc", "Outer.halves: "),
+        # 2 bytes a message: 64 MiB of them would take minutes and gigabytes
+        (b"\x52\x00" * 30_000, "Outer: the message has more than 20000 fields"),
+        (b"\x52\x04\x7a\x00\x7a\x00" * 10_000, "Inner: the message has more than 20000 fields"),
     ],
 )
 def test_a_fault_names_its_field(data: bytes, fault: str) -> None:

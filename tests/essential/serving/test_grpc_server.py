@@ -101,6 +101,8 @@ def test_a_policy_catches_up_after_skipped_steps(arm: Any) -> None:
         ({"images": {}}, "the image of camera 'rig.front' is missing"),
         ({"images": {"front": np.zeros((8, 8, 3), np.uint8)}}, "gives 8 x 8 pixels"),
         ({"instruction": ""}, "the instruction is empty"),
+        ({"instruction": "é" * 10**5}, "the instruction has 100000 characters, over 10000"),
+        ({"fields": {"é" * 10**5: np.zeros(1)}}, "the observation has (é){200,600} ...$"),
     ],
 )
 def test_a_bad_observation_names_client_and_fault_and_changes_nothing(
@@ -123,10 +125,12 @@ def test_an_encoded_image_is_decoded(arm: Any, served: Served) -> None:
         with policy:
             policy.reset(3)
             found = policy.act(observe(recording, 0))
-            policy._encode_jpeg = lambda image: b"\xff\xd8\xff broken"
-            policy.reset(4)
-            with pytest.raises(ValueError, match="the image of camera 'front' cannot be decoded"):
-                policy.act(observe(recording, 0))
+            bomb = encode_png(image_from_array(np.zeros((2500, 2500, 3), np.uint8)))
+            for data, fault in ((b"\xff\xd8\xff broken", "JPEG of 10 bytes is broken"), (bomb, "the limit is 4194304")):
+                policy._encode_jpeg = lambda image, data=data: data
+                policy.reset(4)
+                with pytest.raises(ValueError, match=f"the image of camera 'front' cannot be decoded: .*{fault}"):
+                    policy.act(observe(recording, 0))
     # PNG loses nothing
     assert_equal([found], act_in_process(arm, recording, seed=3, num_steps=1))
 

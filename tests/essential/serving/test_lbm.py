@@ -121,7 +121,7 @@ def test_the_simulator_is_answered_as_in_this_process(arm: Any, served: Served) 
         with pytest.raises(grpc.RpcError) as error:
             call["PolicyStep"](step_message("a1", recording, 5, compression=9))
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert error.value.details() == "camera 'front' gives no image, or one of an unknown compression."
+        assert error.value.details() == "client a1: camera 'front' gives no image, or one of an unknown compression."
         with pytest.raises(grpc.RpcError) as error:
             call["PolicyStep"](step_message("a2", recording, 0))
         assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION

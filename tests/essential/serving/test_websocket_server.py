@@ -100,6 +100,12 @@ def test_openpi_gets_the_chunk_of_each_step(arm: Any, served: Served) -> None:
         ({"robot__actual__poses__right::arm__xyz": np.zeros(2)}, "'robot__actual__poses__right::arm__xyz' must be 3"),
         ({"robot__actual__poses__right::arm__xyz": np.full(3, np.nan)}, "must be 3 finite numbers"),
         ({"prompt": ""}, "the instruction is empty"),
+        ({"prompt": None}, "the instruction is empty"),
+        ({"prompt": np.zeros(3)}, "'prompt' must be text, got ndarray"),
+        ({"prompt": "up " * 10_000}, "the instruction has 30000 characters, over 10000"),
+        ({"step": "9" * 100_000}, "'step' must be a whole number from 0 on, got '9{79}.$"),
+        ({"robot__actual__poses__right::arm__xyz": np.zeros(10**6)}, r"3 finite numbers, got an array \(1000000,\)"),
+        ({"rig.wrist": None, 5: np.zeros((2, 2, 3), np.uint8)}, "the image of camera 'rig.wrist' is object"),
     ],
 )
 def test_openpi_refusals_are_one_line_of_text_and_end_the_connection(
@@ -126,6 +132,13 @@ def test_openpi_refusals_are_one_line_of_text_and_end_the_connection(
         msgpack.packb({"x": {b"__ndarray__": True, b"data": b"1", b"dtype": "<f4", b"shape": [9]}}),
         msgpack.packb({"x": {b"__ndarray__": True}}),
         b"\x91" * 100_000,
+        # items of one byte, which take hundreds of times as much memory
+        b"\x81\xa1a\xdd\x00\x10\x00\x00" + b"\x80" * (1 << 20),
+        b"\x81\xa1a\xdc\x01\x00" + (b"\xdc\x01\x00" + b"\x90" * 256) * 256,
+        msgpack.packb({"x": {b"__ndarray__": True, b"data": b"1234", b"dtype": "f4,(", b"shape": [1]}}),
+        msgpack.packb({"x": {b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [float("inf")]}}),
+        # bytes(number) would allocate so many
+        msgpack.packb({"x": {"__image__": True, "format": "png", "data": 1 << 45}}),
         "text",
     ],
 )
@@ -147,12 +160,12 @@ class VlaEvalClient:
         self.connection = connection
         self.sequence = 0
 
-    def send(self, kind: str, payload: dict[str, Any]) -> None:
+    def send(self, kind: Any, payload: dict[str, Any]) -> None:
         self.sequence += 1
         frame = {"type": kind, "payload": payload, "seq": self.sequence, "timestamp": time.time()}
         self.connection.send(pack(frame, bytes_keys=False))
 
-    def ask(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, kind: Any, payload: dict[str, Any]) -> dict[str, Any]:
         self.send(kind, payload)
         reply = unpack(self.connection.recv())
         assert reply["seq"] == self.sequence
@@ -201,8 +214,16 @@ def test_vla_eval_gets_an_action_for_each_observation(arm: Any, served: Served) 
         seed = int.from_bytes(hashlib.sha256(task.encode()).digest()[:7])
         expected = act_in_process(arm, recording, seed=seed, num_steps=7)
         assert np.array_equal(episodes[0], np.stack([join(action, served) for action in expected]))
-        broken = client.ask("observation", {"images": {}})
-        assert broken["type"] == "error"
+        client.send("episode_start", {"task": {"name": "lift"}})
+        for kind, payload, fault in (
+            ("observation", {"images": {}}, "the instruction is empty"),
+            ("observation", {"images": {5: np.zeros((2, 2, 3), np.uint8)}}, "the instruction is empty"),
+            ("observation", vla_eval_observation(recording, 0) | {"images": {5: 6}}, "the images given were: none"),
+            (["observation"], {}, "the message type ['observation'] is unknown"),
+            ("episode_start", {"task": {"a": 1, 2: 3}}, "the task cannot be read"),
+        ):
+            broken = client.ask(kind, payload)
+            assert (broken["type"], fault in broken["payload"]["error"]) == ("error", True), broken
 
 
 def read(port: int, path: str, token: str | None = None) -> tuple[int, str]:
@@ -229,7 +250,7 @@ def test_pages(arm: Any, served: Served) -> None:
             text = read(port, "/metrics")[1]
         assert 'vla_foundry_requests_total{outcome="ok",protocol="openpi"} 4.0' in text
         assert "vla_foundry_clients 1.0" in text
-        for stage in ("queue", "decode", "policy"):
+        for stage in ("queue", "decode", "policy", "encode"):
             assert f'vla_foundry_milliseconds{{quantile="0.99",stage="{stage}"}}' in text
             assert f'vla_foundry_milliseconds_count{{stage="{stage}"}} 3' in text
 
