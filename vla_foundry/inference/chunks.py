@@ -106,10 +106,11 @@ def choose_action(
         values = np.stack([vote[name] for vote in votes])
         rotation = (rotations or {}).get(name)
         if rotation is None:
-            mean[name] = weights @ values
+            found = weights @ values
         else:
             matrices = rotation_to_matrix(values, rotation, field=name)
-            mean[name] = matrix_to_rotation(_nearest_rotation(np.tensordot(weights, matrices, 1)), rotation)
+            found = matrix_to_rotation(_nearest_rotation(np.tensordot(weights, matrices, 1)), rotation)
+        mean[name] = found.astype(np.result_type(values, np.float32))
     return mean
 
 

@@ -407,8 +407,11 @@ class Policy:
         return predict
 
     def _to_commands(self, normalized: np.ndarray, references: Mapping[str, np.ndarray]) -> list[Command]:
-        """Return the commands from the anchor on."""
-        commands = self._files.actions.invert(normalized, references)
+        """Return the commands from the anchor on; float32, or float64 where the data are (or integers that need it)."""
+        commands = {
+            name: values.astype(np.promote_types(self.commanded[name].dtype, np.float32))
+            for name, values in self._files.actions.invert(normalized, references).items()
+        }
         return [{name: values[step] for name, values in commands.items()} for step in range(self.chunk_steps)]
 
     def _encode_guidance(self, clients: Sequence[_Client]) -> Guidance | None:

@@ -101,9 +101,9 @@ class ClientMap:
         return fields
 
     def write_actions(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the client's vectors, float32 (..., width), of actions {field: (..., C)}."""
-        batch = next(iter(actions.values())).shape[:-1]
-        vectors = np.zeros((*batch, self._action_width), np.float32)
+        """Return the client's vectors, (..., width), of actions {field: (..., C)}."""
+        first = next(iter(actions.values()))
+        vectors = np.zeros((*first.shape[:-1], self._action_width), np.result_type(*actions.values()))
         for part in self._actions:
             vectors[..., slice(*part.params.columns)] = part.convert(actions[part.field][..., part.first : part.end])
         return vectors
@@ -214,8 +214,8 @@ class OwnNames(ClientMap):
         }
 
     def write_actions(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the fields of actions, joined: float32 (..., width)."""
-        return np.concatenate(list(actions.values()), axis=-1).astype(np.float32)
+        """Return the fields of actions, joined: (..., width)."""
+        return np.concatenate(list(actions.values()), axis=-1)
 
     def describe_actions(self) -> dict[str, dict[str, Any]]:
         """Return the fields of an action in the words of the vla-eval harness."""

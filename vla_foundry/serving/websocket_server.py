@@ -298,7 +298,8 @@ class _VlaEvalSession(_Session):
             fields=self._map.read_state(observation),
             instruction=self._read_instruction(observation),
         )
-        return "action", {"actions": self._map.write_actions(reply.actions)}
+        # float32 by the protocol
+        return "action", {"actions": self._map.write_actions(reply.actions).astype(np.float32)}
 
     async def _end(self, payload: dict[Any, Any]) -> None:
         await self._service.forget(self._PROTOCOL, self._client)

@@ -98,8 +98,8 @@ def test_a_policy_may_see_images_alone(silent_arm: Any) -> None:
         if expected["past_mask"].any():
             is_past = expected["past_mask"]
             assert torch.equal(found["actions"][is_past], expected["actions"][is_past])
-        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3)
-        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-9)
+        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3).astype(np.float64)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=3e-7)
         policy.correct({name: recording.fields[name][frame] for name in action})
 
 
@@ -141,10 +141,12 @@ def test_actions_are_absolute_and_in_units_of_the_data(arm: Any) -> None:
     origin = recording.fields[f"{ACTUAL}__xyz"][0]
     for step, action in enumerate(actions):
         relative = columns[f"{ACTION}__xyz_relative"][2 + step]
-        np.testing.assert_allclose(action[f"{ACTION}__xyz"], reference @ relative + origin, atol=1e-9)
-        np.testing.assert_allclose(action[GRIPPER], columns[GRIPPER][2 + step], atol=1e-9)
-        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3)
-        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-9)
+        # of the data's type
+        assert {values.dtype for values in action.values()} == {np.dtype(np.float32)}
+        np.testing.assert_allclose(action[f"{ACTION}__xyz"], reference @ relative + origin, rtol=1e-7, atol=1e-9)
+        assert np.array_equal(action[GRIPPER], columns[GRIPPER][2 + step].astype(np.float32))
+        rows = action[f"{ACTION}__rot_6d"].reshape(2, 3).astype(np.float64)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=3e-7)
 
 
 def test_noise_depends_on_the_seed_and_the_step_alone(arm: Any) -> None:

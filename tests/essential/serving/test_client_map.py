@@ -70,13 +70,14 @@ def test_rotations_and_grippers_are_converted() -> None:
     np.testing.assert_allclose(fields["turn"], matrix_to_rotation(turn, "rot_6d_rows"), atol=1e-12)
 
     chunk = {
-        "move": np.array([[0.1, 0.2, 0.3]] * 2),
+        "move": np.array([[0.1, 0.2, 0.3]] * 2, np.float32),
         "twist": np.stack([matrix_to_rotation(turn, "quaternion_xyzw")] * 2),
         "grip": np.array([[0.08], [0.02]]),
     }
     written = found.write_actions(chunk)
     assert written.shape == (2, 7)
-    assert written.dtype == np.float32
+    # the widest of the fields'
+    assert written.dtype == np.float64
     np.testing.assert_allclose(written[0, 3:6], matrix_to_rotation(turn, "euler_xyz"), atol=1e-6)
     np.testing.assert_allclose(written[:, 6], [-1.0, 0.5], atol=1e-6)
     assert {name: part["format"] for name, part in found.describe_actions().items()} == {

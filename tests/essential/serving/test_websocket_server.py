@@ -65,7 +65,7 @@ def openpi_observation(recording: Any, frame: int, **extra: Any) -> dict[str, An
 
 
 def join(action: dict[str, np.ndarray], served: Served) -> np.ndarray:
-    return np.concatenate([action[field.name] for field in served.metadata.actions]).astype(np.float32)
+    return np.concatenate([action[field.name] for field in served.metadata.actions])
 
 
 def test_openpi_gets_the_chunk_of_each_step(arm: Any, served: Served) -> None:
