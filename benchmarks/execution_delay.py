@@ -1,8 +1,9 @@
 """Evaluate a policy at several simulated latencies, and compare what the robot does while the policy thinks.
 
-blocking holds the robot still, async goes on with the last chunk, realtime makes chunks agree too (real-time chunking).
-Prints success rates as a table and writes them as delay.png and delay.json to the output folder. Finished evaluations
-are not run again.
+blocking holds the robot still, async goes on with the last chunk, realtime makes chunks agree too (real-time chunking);
+without latency all three are the same. Prints success rates with their 95% Wilson intervals and the mean time of the
+successful episodes, and writes them as delay.png and delay.json to the output folder. Finished evaluations are not run
+again.
 
     uv run python benchmarks/execution_delay.py --checkpoint experiments/vla --tasks drawer-open-v3@half --output delay
 """
@@ -11,48 +12,77 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from vla_foundry.config.command_line import import_plugins
 from vla_foundry.evaluation.evaluate import evaluate
-from vla_foundry.evaluation.results import SuccessRate, add_rates
+from vla_foundry.evaluation.results import SuccessRate, add_rates, find_results, read_results
+from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.params.commands.evaluation import EvaluateParams
 
 EXECUTIONS = ("blocking", "async", "realtime")
 COLORS = {"blocking": "#888888", "async": "#c8743c", "realtime": "#4878a8"}
+# latencies that are tried, in durations of a chunk: beyond 1 no action of a chunk is still of use
+SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 2)
 
 
-def measure(params: EvaluateParams, latencies: list[float]) -> dict[str, list[SuccessRate]]:
-    """Return the success rate over all tasks of each execution at each latency."""
-    rates: dict[str, list[SuccessRate]] = {}
-    for execution in EXECUTIONS:
-        rates[execution] = []
-        for latency in latencies:
-            given = replace(
-                params, execution=execution, simulated_latency_ms=latency, name=f"{execution}_{latency:g}ms"
-            )
-            rates[execution].append(add_rates(evaluate(given).values()))
-    return rates
+class Cell(NamedTuple):
+    """The episodes of an execution at a latency."""
+
+    rate: SuccessRate
+    # mean of the successful episodes; None: there are none
+    seconds: float | None
 
 
-def print_table(rates: dict[str, list[SuccessRate]], latencies: list[float]) -> None:
+def choose_latencies(checkpoint: str) -> list[float]:
+    """Return latencies in milliseconds that suit the length of the policy's chunks."""
+    spec = load_policy_files(checkpoint).spec
+    assert spec.fps is not None, "the data do not say their rate: give --latencies"
+    return [round(1000 * share * (spec.future_lowdim_steps + 1) / spec.fps, 3) for share in SHARES]
+
+
+def measure(params: EvaluateParams, latencies: list[float]) -> dict[str, list[Cell]]:
+    """Return the outcomes over all tasks of each execution at each latency."""
+    cells: dict[str, list[Cell]] = {name: [] for name in EXECUTIONS}
+    for latency in latencies:
+        for execution in EXECUTIONS:
+            if latency == 0 and execution != EXECUTIONS[0]:
+                cells[execution].append(cells[EXECUTIONS[0]][-1])
+                continue
+            name = f"{execution}_{latency:g}ms"
+            rates = evaluate(replace(params, execution=execution, simulated_latency_ms=latency, name=name))
+            paths = [find_results(Path(params.output) / name / task) for task in params.tasks]
+            episodes = [episode for path in paths if path is not None for episode in read_results(path)[0]]
+            seconds = [each.seconds for each in episodes if each.outcome == "success" and each.seconds is not None]
+            cells[execution].append(Cell(add_rates(rates.values()), float(np.mean(seconds)) if seconds else None))
+    return cells
+
+
+def print_table(cells: dict[str, list[Cell]], latencies: list[float]) -> None:
     """Print a row per latency, a column per execution."""
-    print(f"{'latency':>10}" + "".join(f"{name:>28}" for name in rates))
+    print(f"{'latency':>11}" + "".join(f"{name:>36}" for name in cells))
     for row, latency in enumerate(latencies):
-        print(f"{latency:>7g} ms" + "".join(f"{found[row].format():>28}" for found in rates.values()))
+        texts = []
+        for found in cells.values():
+            rate, seconds = found[row]
+            texts.append(rate.format() + ("" if seconds is None else f", {seconds:.2f} s"))
+        print(f"{latency:>8g} ms" + "".join(f"{text:>36}" for text in texts))
 
 
-def draw(rates: dict[str, list[SuccessRate]], latencies: list[float], path: Path) -> None:
+def draw(cells: dict[str, list[Cell]], latencies: list[float], path: Path) -> None:
     """Plot success rates with their 95% Wilson intervals."""
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="tight")
+    figure = Figure(figsize=(6, 3.6), dpi=100, layout="tight")
     axes = figure.subplots()
-    for name, found in rates.items():
-        shares = [rate.num_successes / max(rate.num_trials, 1) for rate in found]
-        low, high = zip(*(rate.interval for rate in found), strict=True)
+    for name, found in cells.items():
+        rates = [cell.rate for cell in found]
+        shares = [rate.num_successes / max(rate.num_trials, 1) for rate in rates]
+        low, high = zip(*(rate.interval for rate in rates), strict=True)
         axes.plot(latencies, shares, "o-", color=COLORS[name], label=name)
         axes.fill_between(latencies, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
-    axes.set(ylim=(0, 1), xlabel="latency of a prediction (ms)", ylabel="success rate")
+    axes.set(ylim=(0, 1.02), xlabel="latency of a prediction (ms)", ylabel="success rate")
     axes.grid(alpha=0.25)
     axes.legend()
     figure.savefig(path)
@@ -66,7 +96,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--simulator", default="metaworld")
     parser.add_argument("--plugins", default="", help="modules that register simulators, comma-separated")
-    parser.add_argument("--latencies", default="0,100,200,300,400", help="milliseconds, comma-separated")
+    parser.add_argument("--latencies", help="milliseconds, comma-separated; default: 0 to 2 durations of a chunk")
     parser.add_argument("--episodes", default="0:40")
     parser.add_argument("--open_loop_steps", type=int, default=None)
     parser.add_argument("--max_steps", type=int, default=None)
@@ -83,13 +113,19 @@ def main() -> None:
         max_steps=given.max_steps,
         device=given.device,
     )
-    latencies = [float(text) for text in given.latencies.split(",")]
-    rates = measure(params, latencies)
-    print_table(rates, latencies)
+    if given.latencies is None:
+        latencies = choose_latencies(given.checkpoint)
+    else:
+        latencies = [float(text) for text in given.latencies.split(",")]
+    cells = measure(params, latencies)
+    print_table(cells, latencies)
     folder = Path(given.output)
-    draw(rates, latencies, folder / "delay.png")
-    values = {name: [[rate.num_successes, rate.num_trials] for rate in found] for name, found in rates.items()}
-    text = json.dumps({"latencies_ms": latencies, "successes_and_trials": values}, indent=1)
+    draw(cells, latencies, folder / "delay.png")
+    values = {
+        name: [[cell.rate.num_successes, cell.rate.num_trials, cell.seconds] for cell in found]
+        for name, found in cells.items()
+    }
+    text = json.dumps({"latencies_ms": latencies, "successes_trials_seconds": values}, indent=1)
     (folder / "delay.json").write_text(text + "\n", encoding="utf-8")
 
 
