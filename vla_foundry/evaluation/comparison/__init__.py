@@ -1,0 +1,1 @@
+"""Compare policies: read rollouts, test differences while they come in, and say which policies are apart."""
