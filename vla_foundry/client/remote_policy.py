@@ -45,6 +45,8 @@ _OPTIONS = [
     # an action must not be asked for twice
     ("grpc.enable_retries", 0),
 ]
+# gRPC takes much longer ones for no time at all
+_MAX_TIMEOUT_S = 86400
 _TO_REQUEST = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -67,7 +69,7 @@ class RemotePolicy:
             are, which changes nothing of the policy's answer.
 
     Raises:
-        ValueError: the token or the certificate cannot be used.
+        ValueError: the deadline, the token or the certificate cannot be used.
         ConnectionError: the server does not answer, or speaks another version.
         PermissionError: the server refuses the token.
     """
@@ -81,6 +83,8 @@ class RemotePolicy:
         tls_certificate: str | None = None,
         encode_jpeg: Callable[[np.ndarray], bytes] | None = None,
     ) -> None:
+        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s must be above 0 and at most {_MAX_TIMEOUT_S}, got {timeout_s}.")
         self.server = server
         self.timeout_s = timeout_s
         self._encode_jpeg = encode_jpeg

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
 def _read_token(params: ServeParams) -> str | None:
     if params.token_file is None:
         return None
-    token = Path(params.token_file).read_text(encoding="utf-8").strip()
+    # what is not UTF-8 is not ASCII either
+    token = Path(params.token_file).read_text(encoding="utf-8", errors="replace").strip()
     if not token:
         raise ValueError(f"token_file {params.token_file} is empty. Write a long random token into it.")
     if not (token.isascii() and token.isprintable()):
@@ -119,6 +120,8 @@ async def open_server(params: ServeParams, served: Served, token: str | None = N
             port = _open_port(server, params)
             websocket = await _open_websocket(params, service, served, token, tls)
             await server.start()
+            if not params.is_guarded:
+                sys.stderr.write(f"warning: insecure: anyone who can reach {params.host} can use this server.\n")
             try:
                 yield Ports(port, None if websocket is None else websocket.sockets[0].getsockname()[1])
             finally:
@@ -178,11 +181,12 @@ def _load_tls(params: ServeParams) -> ssl.SSLContext | None:
         Path(path).read_bytes()
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        tls.load_cert_chain(params.tls_certificate, params.tls_key)
+        # the password of an encrypted key: nobody is asked for it
+        tls.load_cert_chain(params.tls_certificate, params.tls_key, password="")
     except ssl.SSLError as error:
         raise ValueError(
             f"tls_certificate {params.tls_certificate} and tls_key {params.tls_key} are not a certificate and its "
-            f"private key, both PEM ({error.reason})."
+            f"private key, both PEM and not encrypted ({error.reason or 'unreadable'})."
         ) from None
     return tls
 

@@ -98,7 +98,7 @@ def _create_http(service: PolicyService, token: str | None) -> Callable[[ServerC
 
     def answer_http(connection: ServerConnection, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
-        shown = request.headers.get("Authorization", "").partition(" ")[2]
+        shown = ", ".join(request.headers.get_all("Authorization")).partition(" ")[2]
         is_public = path in ("/healthz", "/health")
         if token is not None and not is_public and not hmac.compare_digest(shown.encode(), token.encode()):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "The token is missing or wrong.\n")

@@ -319,6 +319,9 @@ def test_a_client_says_itself_what_cannot_be_sent() -> None:
         with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*64 - 1, got -1"):
             policy.reset(-1)
         policy.reset(2**64 - 1)
+        for timeout_s in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"timeout_s must be above 0 and at most 86400, got {timeout_s}"):
+                RemotePolicy(policy.server, timeout_s=timeout_s)
         for values in (np.zeros((2, 2)), np.array(["a"])):
             with pytest.raises(ValueError, match=r"field 'state' must be an array \(C,\) of numbers"):
                 policy.act(RobotObservation(images={}, fields={"state": values}))
@@ -357,10 +360,14 @@ def test_tls_and_token(certificate: tuple[str, str]) -> None:
         header = {"Authorization": "Bearer secret"}
         with connect(f"wss://localhost:{ports.websocket}", ssl=context, additional_headers=header) as connection:
             assert b"OddPolicy" in connection.recv()
-    swapped: dict[str, Any] = {"tls_certificate": key, "tls_key": path}
+    encrypted = f"{key}.encrypted"
+    command = ["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:word", "-out", encrypted]
+    subprocess.run(command, check=True, capture_output=True)
     fault = "are not a certificate and its private key"
-    with pytest.raises(ValueError, match=fault), serve(load_odd(kind="fine"), **swapped):
-        pass
+    for pair in ((key, path), (path, encrypted)):
+        broken: dict[str, Any] = dict(zip(("tls_certificate", "tls_key"), pair, strict=True))
+        with pytest.raises(ValueError, match=fault), serve(load_odd(kind="fine"), **broken):
+            pass
 
 
 def test_ipv6() -> None:
@@ -376,6 +383,13 @@ def test_a_full_disk_stops_the_log_only(capfd: pytest.CaptureFixture[str]) -> No
         policy.reset(0)
         assert policy.act(ODD)["action"].shape == (2,)
     assert capfd.readouterr().err.count("request_log /dev/full: No space left on device") == 1
+
+
+def test_an_insecure_server_warns_once(capfd: pytest.CaptureFixture[str]) -> None:
+    insecure: dict[str, Any] = {"host": "0.0.0.0", "insecure": True}
+    with serve(load_odd(kind="fine"), **insecure) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
+        policy.reset(0)
+    assert capfd.readouterr().err.count("warning: insecure: anyone who can reach 0.0.0.0 can use this server") == 1
 
 
 def test_other_addresses_need_protection() -> None:

@@ -262,7 +262,9 @@ def test_a_token_is_asked_for(arm: Any, served: Served) -> None:
         assert read(port, "/metrics")[0] == 401
         assert read(port, "/metrics", "wrong")[0] == 401
         assert read(port, "/metrics", "secret")[0] == 200
-        with pytest.raises(InvalidStatus, match="401"), openpi(port):
-            pass
+        headers = {"Authorization": "Bearer other"}, [("Authorization", "Bearer a"), ("Authorization", "Bearer secret")]
+        for wrong in (None, *headers):
+            with pytest.raises(InvalidStatus, match="401"), openpi(port, additional_headers=wrong):
+                pass
         with openpi(port, additional_headers={"Authorization": "Api-Key secret"}) as (connection, _):
             assert ask(connection, openpi_observation(arm.recordings[0], 0))["actions"].shape == (6, 10)

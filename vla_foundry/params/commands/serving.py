@@ -84,16 +84,17 @@ class ServeParams(InferenceParams):
             raise ValueError(f"policy must be module:Class, such as my_package.policies:Wave, got '{self.policy}'.")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together: give both or none.")
-        is_protected = self.tls_certificate is not None and self.token_file is not None
-        if not (self.is_loopback or is_protected or self.insecure):
+        if not (self.is_guarded or self.insecure):
             raise ValueError(
                 f"host '{self.host}' can be reached by others. Give tls_certificate, tls_key and token_file, or "
                 "--insecure true to serve anyone who can reach it."
             )
 
     @property
-    def is_loopback(self) -> bool:
-        """True if only this machine can connect."""
+    def is_guarded(self) -> bool:
+        """True if only this machine can connect, or TLS and a token keep strangers out."""
+        if self.tls_certificate is not None and self.token_file is not None:
+            return True
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
