@@ -47,6 +47,9 @@ FENCES: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("serving/",),
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
+    "gymnasium": ("simulators/",),
+    "gym_pusht": ("simulators/pusht.py",),
+    "gym_aloha": ("simulators/aloha.py",),
 }
 TORCH_FREE = (
     "client/",

@@ -20,6 +20,7 @@ from vla_foundry.data.facts import read_facts
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, FieldMapParams
 from vla_foundry.params.commands.serving import ClientMapParams
+from vla_foundry.params.commands.simulators import EnvironmentMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import ActionHeadParams
 from vla_foundry.params.models.transformer import TransformerParams
@@ -50,6 +51,7 @@ SECTIONS = {
     "hparams": HyperParams,
     "field_maps": FieldMapParams,
     "client_maps": ClientMapParams,
+    "simulators": EnvironmentMapParams,
     "action_fields": ActionFieldsParams,
 }
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
 from vla_foundry.progress import show_progress
 from vla_foundry.randomness import draw_index
 from vla_foundry.run_folder import lock_folder
-from vla_foundry.simulators import ACTION, IMAGES, OBSERVATION, STATE, Simulator, name_observation
+from vla_foundry.simulators import (
+    ACTION,
+    IMAGES,
+    OBSERVATION,
+    STATE,
+    Simulator,
+    complete_params,
+    describe_source,
+    find_source,
+    name_observation,
+)
 from vla_foundry.storage.uri import read_object, write_text
 from vla_foundry.world import num_cores
 
@@ -93,27 +103,27 @@ def record_episode(simulator: Simulator, params: DemosParams, *, task: str, numb
 def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosParams, seed: int) -> bool:
     """Let the expert act until a few frames after success; return whether it succeeded."""
     generator = np.random.default_rng(seed)
-    scale = params.action_noise * np.array(
-        [_GRIPPER_NOISE if name == "gripper" else 1 for name in simulator.action_names]
-    )
-    noise = np.zeros(simulator.action_dim)
-    observation = simulator.reset(seed)
+    scale = params.action_noise * simulator.action_scale
+    scale[[name == "gripper" for name in simulator.action_names]] *= _GRIPPER_NOISE
+    noise = np.zeros(len(scale))
+    observation, _ = simulator.reset(seed=seed)
     frames_left: int | None = None
     for _ in range(simulator.max_steps):
         action = simulator.expert()
-        images, fields = name_observation(observation.images, observation.fields)
+        images, fields = name_observation(**observation)
         recorder.add({**fields, ACTION: action}, images)
         if frames_left == 0:
             return True
         # scaled so that the noise keeps its variance, apart from the first few steps
-        fresh = generator.standard_normal(simulator.action_dim) * np.sqrt(1 - _NOISE_MEMORY**2)
+        fresh = generator.standard_normal(len(scale)) * np.sqrt(1 - _NOISE_MEMORY**2)
         noise = _NOISE_MEMORY * noise + fresh
-        simulator.apply(action + scale * noise)
-        observation = simulator.observe()
+        observation, _, is_terminated, _, info = simulator.step(action + scale * noise)
         if frames_left is not None:
             frames_left -= 1
-        elif simulator.success():
+        elif info["success"]:
             frames_left = _FRAMES_AFTER_SUCCESS - 1
+        if is_terminated:
+            return frames_left is not None
     return False
 
 
@@ -126,6 +136,8 @@ def record_demos(params: DemosParams) -> dict[str, Any]:
     Raises:
         ValueError: the folder is in use or holds something else, a name is unknown, or an expert fails every attempt.
     """
+    params, camera = complete_params(params)
+    params = replace(params, cameras=params.cameras or [camera])
     output = Path(params.output_dir)
     if (report := _check_folder(output, params)) is not None:
         return report
@@ -168,8 +180,9 @@ def main(argv: list[str]) -> None:
 def _settings_of(params: DemosParams) -> dict[str, Any]:
     """Return what determines the bytes of the dataset."""
     values = asdict(params)
-    del values["output_dir"], values["num_workers"]
-    return {"version": _VERSION, **values}
+    for name in ("output_dir", "num_workers", "env_id", "field_map"):
+        del values[name]
+    return {"version": _VERSION, **values, **describe_source(params)}
 
 
 def _check_folder(output: Path, params: DemosParams) -> dict[str, Any] | None:
@@ -208,14 +221,20 @@ def _by_task(params: DemosParams) -> Iterator[int]:
 
 def _look_at(params: DemosParams, task: str) -> tuple[str, tuple[tuple[str, ...], LeRobotFeatures]]:
     """Return a task, and its simulator's instructions and columns."""
-    simulator = get_simulator(params.simulator, task, tuple(params.cameras), params.image_size)
+    simulator = _get_simulator(params, task)
+    if not simulator.has_expert:
+        raise ValueError(f"simulator '{params.simulator}' has no expert for '{task}' to record.")
     return task, (simulator.instructions, features_of(simulator, params))
+
+
+def _get_simulator(params: DemosParams, task: str) -> Simulator:
+    return get_simulator(params.simulator, task, tuple(params.cameras), params.image_size, **find_source(params))
 
 
 def _record(params: DemosParams, parts: str, index: int) -> None:
     number, which = divmod(index, len(params.tasks))
     task = params.tasks[which]
-    simulator = get_simulator(params.simulator, task, tuple(params.cameras), params.image_size)
+    simulator = _get_simulator(params, task)
     record_episode(simulator, params, task=task, number=number, path=_part(Path(parts), index))
 
 

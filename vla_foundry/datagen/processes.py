@@ -64,9 +64,9 @@ def _follow_the_parent() -> None:
 
 
 @lru_cache(maxsize=_SIMULATORS_PER_PROCESS)
-def get_simulator(simulator: str, task: str, cameras: tuple[str, ...], image_size: int) -> Simulator:
+def get_simulator(simulator: str, task: str, cameras: tuple[str, ...], image_size: int, **source: str) -> Simulator:
     """Return this process's simulator of a task; creating one takes as long as several episodes."""
-    return create_simulator(simulator, task, cameras=cameras, image_size=image_size)
+    return create_simulator(simulator, task, cameras=cameras, image_size=image_size, **source)
 
 
 def check_settings(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

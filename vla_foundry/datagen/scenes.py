@@ -16,7 +16,7 @@ from vla_foundry.datagen.processes import check_settings, create_processes, get_
 from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.commands.datagen import ScenesParams
 from vla_foundry.run_folder import lock_folder
-from vla_foundry.simulators import Layout, Simulator, SimulatorState
+from vla_foundry.simulators import Layout, SceneSimulator, SimulatorState
 from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
@@ -53,7 +53,7 @@ class Scene:
     attributes: Attributes
 
 
-def create_scene(simulator: Simulator, camera: str, *, seed: int, split: str, index: int, state: int) -> Scene:
+def create_scene(simulator: SceneSimulator, camera: str, *, seed: int, split: str, index: int, state: int) -> Scene:
     """Draw one scene, as a pure function of the simulator's task and the arguments.
 
     Args:
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _describe_state(simulator: Simulator, camera: str, arranged: SimulatorState, word: str) -> Attributes | None:
+def _describe_state(simulator: SceneSimulator, camera: str, arranged: SimulatorState, word: str) -> Attributes | None:
     """Return the attributes of an arranged scene, or None if the picture would not show them clearly."""
     thing, gripper = arranged.objects[0], arranged.gripper_position
     places = {"object": thing.position, "gripper": gripper}
@@ -180,6 +180,8 @@ def _draw(params: ScenesParams, task: str, split: str, indices: Sequence[int]) -
     from PIL import Image
 
     simulator = get_simulator(params.simulator, task, (params.camera,), params.image_size)
+    if not isinstance(simulator, SceneSimulator):
+        raise ValueError(f"simulator '{params.simulator}' cannot arrange scenes.")
     folder = Path(params.output) / split
     for index in indices:
         scene = create_scene(

@@ -42,43 +42,47 @@ class Candidate:
     # camera of the contact sheet
     picture_camera: str
     # width and height of all pictures, pixels
-    image_size: int
+    image_size: tuple[int, int]
     # what the outcomes depend on besides the simulator, task and seeds, for results.json
     settings: Mapping[str, Any]
     # returns the actor for one robot; raises ValueError if the policy does not fit it
     create_actor: Callable[[RobotFacts], Actor]
 
 
-def create_baseline(params: EvaluateParams) -> Candidate:
-    """Return the baseline that `params.policy` names."""
+def create_baseline(params: EvaluateParams, camera: str) -> Candidate:
+    """Return the baseline that `params.policy` names.
+
+    Args:
+        camera: camera of the contact sheet.
+    """
 
     def create_actor(facts: RobotFacts) -> Actor:
         if facts.camera_fault is not None:
             raise ValueError(facts.camera_fault)
         if params.policy == "random":
-            return RandomActor(facts.action_dim, params.seed)
-        return (ExpertActor if params.policy == "expert" else NullActor)(facts.action_dim)
+            return RandomActor(facts, params.seed)
+        return (ExpertActor if params.policy == "expert" else NullActor)(facts)
 
     return Candidate(
         name=params.name or params.policy,
         # baselines need no images; naming the camera makes the simulator check it
-        cameras=(params.camera,) if params.num_pictured else (),
-        picture_camera=params.camera,
-        image_size=params.image_size,
+        cameras=(camera,) if params.num_pictured else (),
+        picture_camera=camera,
+        image_size=(params.image_size, params.image_size),
         settings={},
         create_actor=create_actor,
     )
 
 
 class NullActor:
-    """Does nothing: its actions are zeros.
+    """Does nothing: its actions are zeros, or hold the robot where it is.
 
     Args:
-        action_dim: width of an action.
+        facts: the robot.
     """
 
-    def __init__(self, action_dim: int) -> None:
-        self.action_dim = action_dim
+    def __init__(self, facts: RobotFacts) -> None:
+        self.facts = facts
 
     def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
         """See Actor."""
@@ -89,7 +93,15 @@ class NullActor:
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""
-        return {slot: np.zeros(self.action_dim, np.float32) for slot in observed}
+        return {slot: self._rest(reply) for slot, reply in observed.items()}
+
+    def _rest(self, reply: Reply) -> np.ndarray:
+        """Return the action that holds the robot still."""
+        parts, fields = self.facts.action_parts, self.facts.rest_fields
+        if not fields:
+            return np.zeros(self.facts.action_dim, np.float32)
+        found = [reply.fields[fields[name]] if name in fields else np.zeros(parts[name].width) for name in parts]
+        return np.concatenate(found).astype(np.float32)
 
     def mean_latency_ms(self, slot: int) -> float | None:
         """See Actor."""
@@ -97,15 +109,20 @@ class NullActor:
 
 
 class RandomActor(NullActor):
-    """Draws actions uniformly from [-1, 1], as a function of `seed`, the episode's seed and the step.
+    """Draws actions uniformly from their range, as a function of `seed`, the episode's seed and the step.
 
     Args:
-        action_dim: width of an action.
+        facts: the robot.
         seed: seed common to all episodes.
+
+    Raises:
+        ValueError: actions have no range.
     """
 
-    def __init__(self, action_dim: int, seed: int) -> None:
-        super().__init__(action_dim)
+    def __init__(self, facts: RobotFacts, seed: int) -> None:
+        super().__init__(facts)
+        if not np.isfinite(facts.action_range).all():
+            raise ValueError(f"The actions of {facts.robot} have no range, so policy 'random' cannot draw them.")
         self.seed = seed
         self._episodes: dict[int, int] = {}
         self._steps: dict[int, int] = {}
@@ -117,16 +134,26 @@ class RandomActor(NullActor):
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""
         actions: dict[int, np.ndarray | None] = {}
+        low, high = self.facts.action_range
         for slot in observed:
             purpose = f"random action of episode {self._episodes[slot]}"
-            numbers = draw_uniforms(self.action_dim, seed=self.seed, position=self._steps[slot], purpose=purpose)
-            actions[slot] = (2 * numbers - 1).astype(np.float32)
+            numbers = draw_uniforms(self.facts.action_dim, seed=self.seed, position=self._steps[slot], purpose=purpose)
+            actions[slot] = (low + (high - low) * numbers).astype(np.float32)
             self._steps[slot] += 1
         return actions
 
 
 class ExpertActor(NullActor):
-    """Leaves every action to the simulator's expert, which sees the true state."""
+    """Leaves every action to the simulator's expert, which sees the true state.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, facts: RobotFacts) -> None:
+        super().__init__(facts)
+        if not facts.has_expert:
+            raise ValueError(f"{facts.robot} has no expert. Choose another --policy.")
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""

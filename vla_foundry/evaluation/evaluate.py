@@ -35,6 +35,7 @@ from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import show_progress
 from vla_foundry.run_folder import lock_folder
+from vla_foundry.simulators import complete_params, describe_source, find_source
 from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
@@ -51,12 +52,14 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: a name is unknown, the policy does not fit the robot, or the folder holds other results.
     """
+    params, default_camera = complete_params(params)
+    camera = params.camera or default_camera
     if params.policy != "checkpoint":
-        candidate = create_baseline(params)
+        candidate = create_baseline(params, camera)
     else:
         from vla_foundry.evaluation.policy_actor import load_candidate
 
-        candidate = load_candidate(params)
+        candidate = load_candidate(params, camera)
     num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
     setup = SimulatorSetup(
         simulator=params.simulator,
@@ -64,6 +67,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         picture_camera=candidate.picture_camera,
         image_size=candidate.image_size,
         max_steps=params.max_steps,
+        source=find_source(params),
         plugins=named_plugins(),
     )
     folder = Path(params.output) / candidate.name
@@ -185,7 +189,7 @@ class TaskRollouts:
 def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]:
     """Return what the outcomes of all tasks depend on, besides the seeds of the episodes."""
     common = {name: getattr(params, name) for name in ("policy", "simulator", "max_steps", "seed")}
-    return {**common, **candidate.settings}
+    return {**common, **describe_source(params), **candidate.settings}
 
 
 def _summarize(

@@ -32,8 +32,11 @@ from vla_foundry.storage.uri import name_of, read_text
 _NUM_SEEDS = 1 << 62
 
 
-def load_candidate(params: EvaluateParams) -> Candidate:
+def load_candidate(params: EvaluateParams, camera: str) -> Candidate:
     """Load the policy of `params.checkpoint`, or connect to that of `params.policy_server`.
+
+    Args:
+        camera: camera of the contact sheet, if the policy has none.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -44,16 +47,15 @@ def load_candidate(params: EvaluateParams) -> Candidate:
     policy, spec = subject.policy, subject.spec
     sizes = {camera.original_size or camera.size for camera in spec.cameras.values()}
     cameras = tuple(name.rpartition(".")[2] for name in spec.cameras)
-    image_size = next(iter(sizes))[0] if sizes else params.image_size
+    image_size = next(iter(sizes), (params.image_size, params.image_size))
 
     does_not_fit = f"The policy of {subject.origin} does not fit simulator '{params.simulator}'."
 
     def create_actor(facts: RobotFacts) -> Actor:
         faults = [] if facts.camera_fault is None else [facts.camera_fault]
-        if len(sizes) > 1 or any(width != height for width, height in sizes):
+        if len(sizes) > 1:
             faults.append(
-                f"Its cameras {', '.join(cameras)} have pictures of {sorted(sizes)}, but simulators render squares of "
-                "one size."
+                f"Its cameras {', '.join(cameras)} have pictures of {sorted(sizes)}, but simulators render one size."
             )
         try:
             subject.check_robot(NamedSpec(facts.robot, describe_robot(facts, cameras, image_size)))
@@ -69,7 +71,7 @@ def load_candidate(params: EvaluateParams) -> Candidate:
     return Candidate(
         name=params.name or subject.name,
         cameras=cameras,
-        picture_camera=cameras[0] if cameras else params.camera,
+        picture_camera=cameras[0] if cameras else camera,
         image_size=image_size,
         settings={
             "weights_sha256": subject.weights_sha256,
@@ -295,7 +297,7 @@ class PolicyActor:
         return next(other for other in after if other in self._images)
 
 
-def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -> DatasetSpec:
+def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: tuple[int, int]) -> DatasetSpec:
     """Return a simulated robot's spec, to compare with the one that a policy was trained on."""
     fields = {
         f"{OBSERVATION}.{name}": FieldDescription(shape=(len(parts),)) for name, parts in facts.field_names.items()
@@ -304,7 +306,7 @@ def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: int) -
     fields[ACTION] = FieldDescription(shape=(facts.action_dim,), role="action")
     fields |= {f"{ACTION}.{name}": replace(part, role="action") for name, part in facts.action_parts.items()}
     # a simulator renders any size, so the size is not compared
-    camera = CameraDescription(size=(image_size, image_size), original_size=None)
+    camera = CameraDescription(size=image_size, original_size=None)
     return DatasetSpec(
         layout="episodes",
         fps=float(facts.fps),

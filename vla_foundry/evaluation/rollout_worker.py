@@ -6,7 +6,7 @@ process ends when its parent does.
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
@@ -28,9 +28,12 @@ class SimulatorSetup:
     cameras: tuple[str, ...]
     # camera of the contact sheet
     picture_camera: str
-    image_size: int
+    # width and height
+    image_size: tuple[int, int]
     # actions after which an episode ends; None: the simulator's own limit
     max_steps: int | None
+    # further words for the simulator (create_simulator)
+    source: dict[str, str] = field(default_factory=dict)
     # modules that register simulators
     plugins: tuple[str, ...] = ()
 
@@ -41,12 +44,21 @@ class RobotFacts:
 
     robot: str
     fps: int
-    action_dim: int
+    # least and largest value of each number of an action
+    action_range: tuple[np.ndarray, np.ndarray]
     action_parts: dict[str, FieldDescription]
+    # part of an action -> field whose value holds the robot still (Simulator.rest_fields)
+    rest_fields: dict[str, str]
     field_names: dict[str, tuple[str, ...]]
     instruction: str
+    has_expert: bool
     # why the simulator cannot render the cameras; None: it can
     camera_fault: str | None = None
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action."""
+        return len(self.action_range[0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,15 +117,17 @@ class RolloutWorker:
             if not self.setup.cameras:
                 raise
             camera_fault = str(error)
-            simulator = create_simulator(self.setup.simulator, task, cameras=(), image_size=self.setup.image_size)
+            simulator = self._create(task, cameras=())
             simulator.close()
         return RobotFacts(
             robot=simulator.robot,
             fps=simulator.fps,
-            action_dim=simulator.action_dim,
+            action_range=(simulator.action_space.low, simulator.action_space.high),
             action_parts=dict(simulator.action_parts),
+            rest_fields=dict(simulator.rest_fields),
             field_names=dict(simulator.field_names),
             instruction=simulator.instruction,
+            has_expert=simulator.has_expert,
             camera_fault=camera_fault,
         )
 
@@ -129,9 +143,10 @@ class RolloutWorker:
         slot = self._open(number, task)
         slot.num_steps = 0
         slot.strip = None if pictures is None else FrameStrip(Path(pictures))
-        observation = slot.simulator.reset(seed)
+        slot.simulator.renders_images = True
+        observation, _ = slot.simulator.reset(seed=seed)
         self._keep_picture(slot)
-        return Reply(images=observation.images, fields=observation.fields, num_steps=0, is_success=False, is_over=False)
+        return Reply(**observation, num_steps=0, is_success=False, is_over=False)
 
     def step(self, number: int, *, action: np.ndarray | None, with_images: bool) -> Reply:
         """Apply an action in a slot.
@@ -143,19 +158,15 @@ class RolloutWorker:
         """
         slot = self._slots[number]
         simulator = slot.simulator
-        simulator.apply(simulator.expert() if action is None else action)
+        simulator.renders_images = with_images
+        observation, _, is_terminated, is_truncated, info = simulator.step(
+            simulator.expert() if action is None else action
+        )
         slot.num_steps += 1
         most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
-        is_over = simulator.success() or slot.num_steps >= most
+        is_over = info["success"] or is_terminated or is_truncated or slot.num_steps >= most
         self._keep_picture(slot, is_last=is_over)
-        observation = simulator.observe(with_images=with_images and not is_over)
-        return Reply(
-            images=observation.images,
-            fields=observation.fields,
-            num_steps=slot.num_steps,
-            is_success=simulator.success(),
-            is_over=is_over,
-        )
+        return Reply(**observation, num_steps=slot.num_steps, is_success=info["success"], is_over=is_over)
 
     def close(self) -> None:
         """Close all simulators."""
@@ -170,10 +181,12 @@ class RolloutWorker:
     def _open(self, slot: int, task: str) -> _Slot:
         if slot not in self._slots or self._slots[slot].task != task:
             self._drop(slot)
-            setup = self.setup
-            simulator = create_simulator(setup.simulator, task, cameras=setup.cameras, image_size=setup.image_size)
-            self._slots[slot] = _Slot(simulator, task)
+            self._slots[slot] = _Slot(self._create(task, cameras=self.setup.cameras), task)
         return self._slots[slot]
+
+    def _create(self, task: str, *, cameras: tuple[str, ...]) -> Simulator:
+        setup = self.setup
+        return create_simulator(setup.simulator, task, cameras=cameras, image_size=setup.image_size, **setup.source)
 
     def _keep_picture(self, slot: _Slot, *, is_last: bool = False) -> None:
         strip = slot.strip

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from gymnasium.spaces import Box
 from jaxtyping import Float, UInt8
 
 from vla_foundry.registry import unknown_name_message
@@ -22,8 +23,7 @@ from vla_foundry.simulators.mujoco_renderer import Camera, MujocoRenderer, choos
 from vla_foundry.simulators.simulator import (
     Layout,
     ObjectState,
-    Observation,
-    Simulator,
+    SceneSimulator,
     SimulatorState,
     register_simulator,
 )
@@ -61,12 +61,14 @@ def scene_tasks() -> list[str]:
 
 
 @register_simulator("metaworld")
-class MetaworldSimulator(Simulator):
-    """One Meta-World task. Actions: x, y, z displacement of the hand (1 is 1 cm) and finger effort (1 closes)."""
+class MetaworldSimulator(SceneSimulator):
+    """One Meta-World task. Actions: x, y, z displacement of the hand (1 is 1 cm) and finger effort (1 closes).
+
+    Fields: `end_effector_position` in metres, `gripper_opening` in [0, 1].
+    """
 
     robot = "sawyer"
     fps = 80
-    action_dim = 4
     action_names = ("dx", "dy", "dz", "gripper")
     action_parts = {
         "displacement": FieldDescription(shape=(3,), unit="cm", frame="world", representation="delta", role="action"),
@@ -74,19 +76,19 @@ class MetaworldSimulator(Simulator):
     }
     field_names = {"end_effector_position": ("x", "y", "z"), "gripper_opening": ("opening",)}
 
-    def __init__(self, task: str, *, cameras: Sequence[str] = ("corner2",), image_size: int = 64) -> None:
+    def __init__(self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int]) -> None:
         name, _, variant = task.partition("@")
         if task not in task_names():
             raise ValueError(unknown_name_message("metaworld task", task, task_names()))
         for camera in cameras:
             _find_camera(camera)
-        if image_size < 1:
-            raise ValueError(f"image_size ({image_size}) must be at least 1.")
         environment, expert = _create_environment(name)
         self._task = task
         self.instruction = INSTRUCTIONS[name]
         self.instructions = instructions_of(name)
-        self.cameras = tuple(cameras)
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self.action_space = Box(-1, 1, (len(self.action_names),), np.float32)
+        self.observation_space = self.describe_observations()
         self.max_steps = environment.max_path_length
         self._half_open: HalfOpenStart | None = HALF_OPEN_STARTS[name] if variant else None
         self._thing: Thing | None = THINGS.get(name)
@@ -100,10 +102,18 @@ class MetaworldSimulator(Simulator):
         self._renderer = MujocoRenderer(self._model, image_size)
         self._hide_sites_but_goal()
         self._state: np.ndarray | None = None
-        self._is_success = False
 
-    def reset(self, seed: int) -> Observation:
-        """Start the episode of `seed`."""
+    @classmethod
+    def defaults(cls, **source: str) -> tuple[tuple[str, ...], str]:
+        """See Simulator."""
+        return (), "workspace"
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start the episode of `seed`; None: of a random one."""
+        super().reset(seed=seed)
+        seed = int(self.np_random.integers(1 << 31)) if seed is None else seed
         self._restore_model()
         self._renderer.shows_sites = self._shows_goal
         self._environment.seed(seed)
@@ -116,40 +126,26 @@ class MetaworldSimulator(Simulator):
         # Meta-World moves bodies without updating the physics: positions would be those of the last episode
         _mujoco().mj_forward(self._model, self._data)
         self._state = self._sense()
-        self._is_success = False
-        return self.observe()
+        # Meta-World judges steps only
+        return self.observe(), {"success": False}
 
-    def observe(self, *, with_images: bool = True) -> Observation:
-        """Render every camera; `end_effector_position` is in metres, `gripper_opening` in [0, 1]."""
-        sensed = self._sensed()
-        return Observation(
-            images={camera: self.render(camera) for camera in self.cameras} if with_images else {},
-            fields={
-                "end_effector_position": sensed[:3].astype(np.float32),
-                "gripper_opening": sensed[3:4].astype(np.float32),
-            },
-        )
+    def sense(self) -> dict[str, np.ndarray]:
+        """See Simulator."""
+        sensed = self._sensed().astype(np.float32)
+        return {"end_effector_position": sensed[:3], "gripper_opening": sensed[3:4]}
 
-    def apply(self, action: Float[np.ndarray, " A"]) -> None:
+    def step(self, action: Float[np.ndarray, " A"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the hand and the fingers for one control step, 1 / `fps` seconds."""
         self._sensed()
-        if action.shape != (self.action_dim,):
-            raise ValueError(f"An action must have shape ({self.action_dim},), got {action.shape}.")
-        if not np.isfinite(action).all():
-            raise ValueError(f"An action must be finite, got {action.tolist()}.")
         if self._environment.curr_path_length >= self.max_steps:
             raise ValueError(f"The episode is over after {self.max_steps} steps. Call reset(seed) first.")
-        clipped = np.clip(action, -1, 1).astype(np.float32)
-        self._state, _, _, _, facts = self._environment.step(clipped)
-        self._is_success = bool(facts["success"])
+        self._state, reward, _, _, facts = self._environment.step(self.clip_action(action))
+        is_over = self._environment.curr_path_length >= self.max_steps
+        return self.observe(), float(reward), False, is_over, {"success": bool(facts["success"])}
 
-    def success(self) -> bool:
-        """Return whether Meta-World counts the current state as a success; false before the first step."""
-        return self._is_success
-
-    def render(self, camera: str) -> UInt8[np.ndarray, "H W 3"]:
-        """Render the current state, upright."""
-        return self._renderer.render(self._data, _find_camera(camera))
+    def render(self, camera: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
+        """See Simulator."""
+        return self._renderer.render(self._data, _find_camera(camera or self.cameras[0]))
 
     def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
         """Return where a point appears: (column, row) as fractions of the image from the top left corner."""
@@ -192,7 +188,6 @@ class MetaworldSimulator(Simulator):
             raise ValueError(f"{self._task} cannot arrange scenes. Tasks that can: {', '.join(scene_tasks())}.")
         self._restore_model()
         self._state = None
-        self._is_success = False
         self._renderer.shows_sites = False
         self._move_arm(layout, thing)
         across, along = _mix(thing.across, layout.object_place[0]), _mix(thing.along, layout.object_place[1])

@@ -76,18 +76,18 @@ def _no_renderer(reason: str) -> str:
 
 
 class MujocoRenderer:
-    """Renders one model at one size: no shadows, reflections, sky or antialiasing.
+    """Renders one model at one size (width, height): no shadows, reflections, sky or antialiasing.
 
     mujoco's own Renderer frees its textures in whichever OpenGL context is current, which blanks the process's other
     renderers; this one makes its own context current first.
     """
 
-    def __init__(self, model: Any, image_size: int) -> None:
+    def __init__(self, model: Any, image_size: tuple[int, int]) -> None:
         mujoco = self._mujoco = _load_mujoco()
         self._model = model
         self._original = (model.cam_pos.copy(), model.cam_quat.copy(), model.cam_fovy.copy())
         model.vis.quality.offsamples = 0
-        model.vis.global_.offwidth = model.vis.global_.offheight = image_size
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height = image_size
         self._option = mujoco.MjvOption()
         # whether markers (sites) of the default group are visible
         self.shows_sites = False
@@ -96,11 +96,11 @@ class MujocoRenderer:
         self._scene = mujoco.MjvScene(model=model, maxgeom=2000)
         for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX"):
             self._scene.flags[getattr(mujoco.mjtRndFlag, flag)] = 0
-        self._rectangle = mujoco.MjrRect(0, 0, image_size, image_size)
-        self._pixels = np.empty((image_size, image_size, 3), np.uint8)
+        self._rectangle = mujoco.MjrRect(0, 0, width, height)
+        self._pixels = np.empty((height, width, 3), np.uint8)
         self._gl: Any = None
         try:
-            self._gl = mujoco.GLContext(image_size, image_size)
+            self._gl = mujoco.GLContext(width, height)
             self._gl.make_current()
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except (mujoco.FatalError, RuntimeError, ImportError, AttributeError) as error:
@@ -133,7 +133,8 @@ class MujocoRenderer:
         offset = position - data.cam_xpos[index]
         depth = -float(offset @ back)
         half_height = depth * np.tan(np.radians(self._model.cam_fovy[index]) / 2)
-        column, row = 0.5 + float(offset @ right) / (2 * half_height), 0.5 - float(offset @ up) / (2 * half_height)
+        half_width = half_height * self._rectangle.width / self._rectangle.height
+        column, row = 0.5 + float(offset @ right) / (2 * half_width), 0.5 - float(offset @ up) / (2 * half_height)
         return (1 - column, 1 - row) if camera.is_upside_down else (column, row)
 
     def is_hidden(self, data: Any, camera: Camera, position: Float[np.ndarray, "3"], *, by_root: int) -> bool:

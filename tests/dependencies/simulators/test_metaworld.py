@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 pytest.importorskip("metaworld", reason="needs vla-foundry[simulators]")
 
@@ -22,25 +23,23 @@ HALF_OPEN_TASKS = sorted(f"{name}@half" for name in HALF_OPEN_STARTS)
 
 @pytest.fixture(scope="module")
 def drawer() -> Iterator[MetaworldSimulator]:
-    with MetaworldSimulator("drawer-open-v3", cameras=("corner2", "workspace"), image_size=64) as simulator:
+    with MetaworldSimulator("drawer-open-v3", cameras=("corner2", "workspace"), image_size=(64, 64)) as simulator:
         yield simulator
 
 
 def play(simulator: Simulator, seed: int, num_steps: int) -> list[bytes]:
     """Everything that is sensed in the first steps of an expert's episode."""
-    observations = [simulator.reset(seed)]
+    observations = [simulator.reset(seed=seed)[0]]
     for _ in range(num_steps):
-        simulator.apply(simulator.expert())
-        observations.append(simulator.observe())
-    return [array.tobytes() for one in observations for arrays in (one.images, one.fields) for array in arrays.values()]
+        observations.append(simulator.step(simulator.expert())[0])
+    return [array.tobytes() for one in observations for arrays in one.values() for array in arrays.values()]
 
 
 def solves(task: str, seed: int, *, num_steps: int, acts: bool) -> bool:
     with create_simulator("metaworld", task, cameras=(), image_size=16) as simulator:
-        simulator.reset(seed)
+        simulator.reset(seed=seed)
         for _ in range(num_steps):
-            simulator.apply(simulator.expert() if acts else np.zeros(4))
-            if simulator.success():
+            if simulator.step(simulator.expert() if acts else np.zeros(4))[4]["success"]:
                 return True
     return False
 
@@ -51,8 +50,8 @@ def test_a_coloured_ball_appears_upright_where_geometry_says(camera: str) -> Non
     mujoco: Any = importlib.import_module("mujoco")
 
     size, depth, upward, rightward = 96, 0.15, 0.03, 0.015
-    with MetaworldSimulator("push-v3", cameras=(camera,), image_size=size) as simulator:
-        simulator.reset(0)
+    with MetaworldSimulator("push-v3", cameras=(camera,), image_size=(size, size)) as simulator:
+        simulator.reset(seed=0)
         simulator.render(camera)  # moves the model's camera to its place
         model, data = simulator._model, simulator._data
         index = model.camera(CAMERAS[camera].model_camera).id
@@ -78,30 +77,35 @@ def test_a_coloured_ball_appears_upright_where_geometry_says(camera: str) -> Non
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_was_done_before(drawer: MetaworldSimulator) -> None:
-    drawer.reset(3)
+    drawer.reset(seed=3)
     drawer.arrange(MIDDLE)
     used = play(drawer, 5, 4)
-    with MetaworldSimulator("drawer-open-v3", cameras=("corner2", "workspace"), image_size=64) as fresh:
+    with MetaworldSimulator("drawer-open-v3", cameras=("corner2", "workspace"), image_size=(64, 64)) as fresh:
         assert play(fresh, 5, 4) == used
     assert play(drawer, 6, 4) != used
 
 
 def test_an_observation_holds_what_was_asked_for(drawer: MetaworldSimulator) -> None:
-    observation = drawer.reset(0)
-    assert {name: image.shape for name, image in observation.images.items()} == {
+    observation, _ = drawer.reset(seed=0)
+    assert {name: image.shape for name, image in observation["images"].items()} == {
         "corner2": (64, 64, 3),
         "workspace": (64, 64, 3),
     }
-    assert all(image.dtype == np.uint8 and image.std() > 20 for image in observation.images.values())
-    assert {name: field.shape for name, field in observation.fields.items()} == {
+    assert all(image.dtype == np.uint8 and image.std() > 20 for image in observation["images"].values())
+    assert {name: field.shape for name, field in observation["fields"].items()} == {
         "end_effector_position": (3,),
         "gripper_opening": (1,),
     }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gymnasium_finds_no_fault_with_it(drawer: MetaworldSimulator) -> None:
+    check_env(drawer, skip_render_check=True)
+
+
 def test_the_first_picture_shows_this_episode_and_not_the_last(drawer: MetaworldSimulator) -> None:
     for seed in (1, 2):
-        drawer.reset(seed)
+        drawer.reset(seed=seed)
         stands = drawer._model.body("drawer").pos
         handle = drawer.describe().objects[0].position
         np.testing.assert_allclose(handle[:2], [stands[0], stands[1] - 0.16], atol=1e-3)
@@ -109,11 +113,11 @@ def test_the_first_picture_shows_this_episode_and_not_the_last(drawer: Metaworld
 
 def test_actions_move_the_hand_along_their_axes(drawer: MetaworldSimulator) -> None:
     for axis in range(3):
-        drawer.reset(0)
-        before = drawer.observe().fields["end_effector_position"]
+        drawer.reset(seed=0)
+        before = drawer.sense()["end_effector_position"]
         for _ in range(10):
-            drawer.apply(np.eye(4)[axis])
-        moved = drawer.observe().fields["end_effector_position"] - before
+            drawer.step(np.eye(4)[axis])
+        moved = drawer.sense()["end_effector_position"] - before
         assert moved[axis] > 0.03
         assert np.abs(np.delete(moved, axis)).max() < 0.02
 
@@ -128,8 +132,8 @@ def test_the_expert_solves_half_open_tasks_and_doing_nothing_does_not(task: str)
 def test_half_open_pictures_do_not_tell_opening_from_closing(thing: str) -> None:
     pictures = []
     for verb in ("open", "close"):
-        with MetaworldSimulator(f"{thing}-{verb}-v3@half", image_size=64) as simulator:
-            images = [simulator.reset(seed).images["corner2"] for seed in range(3)]
+        with MetaworldSimulator(f"{thing}-{verb}-v3@half", cameras=("corner2",), image_size=(64, 64)) as simulator:
+            images = [simulator.reset(seed=seed)[0]["images"]["corner2"] for seed in range(3)]
             pictures.append(np.stack(images))
             openness = simulator.describe().objects[0].openness
             assert openness is not None
@@ -140,7 +144,7 @@ def test_half_open_pictures_do_not_tell_opening_from_closing(thing: str) -> None
 
 def test_arranged_scenes_are_what_the_layout_says() -> None:
     for task in scene_tasks():
-        with MetaworldSimulator(task, cameras=(), image_size=16) as simulator:
+        with MetaworldSimulator(task, cameras=(), image_size=(16, 16)) as simulator:
             for openness in (0.0, 1.0):
                 state = simulator.arrange(
                     Layout(
@@ -154,35 +158,35 @@ def test_arranged_scenes_are_what_the_layout_says() -> None:
 
 
 def test_an_arm_inside_the_thing_is_told() -> None:
-    with MetaworldSimulator("door-open-v3", cameras=(), image_size=16) as simulator:
+    with MetaworldSimulator("door-open-v3", cameras=(), image_size=(16, 16)) as simulator:
         inside = Layout(object_place=(0.5, 0.5), openness=0.9, gripper_place=(0.4, 0.45, 0.5), gripper_opening=1.0)
         assert simulator.arrange(inside) is None
         assert simulator.arrange(MIDDLE) is not None
 
 
 def test_a_second_simulator_leaves_the_pictures_of_the_first_alone(drawer: MetaworldSimulator) -> None:
-    drawer.reset(0)
+    drawer.reset(seed=0)
     before = drawer.render("corner2")
-    with MetaworldSimulator("window-open-v3", image_size=32) as other:
-        other.reset(0)
+    with MetaworldSimulator("window-open-v3", cameras=("corner2",), image_size=(32, 32)) as other:
+        other.reset(seed=0)
     np.testing.assert_array_equal(drawer.render("corner2"), before)
 
 
 def test_what_cannot_be_is_one_line(drawer: MetaworldSimulator) -> None:
     with pytest.raises(ValueError, match=r"metaworld task 'drawer-open' is unknown\. Did you mean 'drawer-open-v3'"):
-        MetaworldSimulator("drawer-open")
+        MetaworldSimulator("drawer-open", cameras=(), image_size=(16, 16))
     with pytest.raises(ValueError, match="metaworld camera 'corner7' is unknown"):
-        MetaworldSimulator("drawer-open-v3", cameras=("corner7",))
-    drawer.reset(0)
+        MetaworldSimulator("drawer-open-v3", cameras=("corner7",), image_size=(16, 16))
+    drawer.reset(seed=0)
     with pytest.raises(ValueError, match=r"shape \(4,\), got \(3,\)"):
-        drawer.apply(np.zeros(3))
+        drawer.step(np.zeros(3))
     with pytest.raises(ValueError, match="must be finite"):
-        drawer.apply(np.full(4, np.nan))
+        drawer.step(np.full(4, np.nan))
     with pytest.raises(ValueError, match="reach-v3 cannot arrange scenes"):
-        MetaworldSimulator("reach-v3", cameras=(), image_size=16).arrange(MIDDLE)
+        MetaworldSimulator("reach-v3", cameras=(), image_size=(16, 16)).arrange(MIDDLE)
     drawer.arrange(MIDDLE)
     with pytest.raises(ValueError, match=r"Call reset\(seed\) first"):
-        drawer.apply(np.zeros(4))
+        drawer.step(np.zeros(4))
 
 
 def test_every_task_is_listed_with_its_half_open_variants() -> None:

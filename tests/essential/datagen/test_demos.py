@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 from PIL import Image
 from pyarrow import parquet
 
@@ -24,7 +25,7 @@ from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.robotics.converters.lerobot import LeRobotConverter
 from vla_foundry.run_folder import lock_folder
-from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
+from vla_foundry.simulators import Simulator, register_simulator
 from vla_foundry.simulators.metaworld_tasks import INSTRUCTIONS, instructions_of
 
 TASKS = ["drawer-close-v3@half", "button-press-topdown-v3"]
@@ -48,53 +49,44 @@ class Slider(Simulator):
     """A point on a line that is to be brought to 1; some starts stop it half-way for good."""
 
     instruction, instructions = "slide up", ("slide up", "move to the top")
-    robot, fps, action_dim, action_names = "slider", 10, 2, ("dx", "gripper")
+    robot, fps, action_names = "slider", 10, ("dx", "gripper")
+    action_space = Box(-1, 1, (2,), np.float32)
     field_names = {"place": ("x",), "seed": ("low", "high")}
     max_steps = 30
 
-    def __init__(self, task: str, *, cameras: Sequence[str], image_size: int) -> None:
+    @classmethod
+    def defaults(cls, **source: str) -> tuple[tuple[str, ...], str]:
+        return (), "front"
+
+    def __init__(self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int]) -> None:
         if task not in ("easy", "hard", "impossible"):
             raise ValueError(f"slider task '{task}' is unknown.")
         self.task, self.cameras, self.image_size = task, tuple(cameras), image_size
         self.applied: list[np.ndarray] = []
 
-    def reset(self, seed: int) -> Observation:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert seed is not None
         self.place, self.seed = np.float32(seed % 7 / 20), seed
         self.is_stuck = self.task == "impossible" or (self.task == "hard" and seed % 2 == 0)
-        return self.observe()
+        return self.observe(), {"success": False}
 
-    def observe(self, *, with_images: bool = True) -> Observation:
-        fields = {
+    def sense(self) -> dict[str, np.ndarray]:
+        return {
             "place": np.array([self.place], np.float32),
             "seed": np.array([self.seed % 1024, self.seed // 1024 % 1024], np.float32),
         }
-        return Observation(images={camera: self.render(camera) for camera in self.cameras}, fields=fields)
 
-    def apply(self, action: np.ndarray) -> None:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self.applied.append(action)
         if not (self.is_stuck and self.place > 0.5):
             self.place = np.float32(self.place + 0.1 * np.clip(action[0], -1, 1))
+        return self.observe(), 0.0, False, False, {"success": bool(self.place >= 1)}
 
-    def success(self) -> bool:
-        return bool(self.place >= 1)
-
-    def render(self, camera: str) -> np.ndarray:
-        return np.full((self.image_size, self.image_size, 3), int(np.clip(self.place, 0, 1) * 200), np.uint8)
+    def render(self, camera: str | None = None) -> np.ndarray:
+        return np.full((*self.image_size, 3), int(np.clip(self.place, 0, 1) * 200), np.uint8)
 
     def expert(self) -> np.ndarray:
         return np.array([1.0 if self.place < 1 else 0.0, -1.0], np.float32)
-
-    def project(self, camera: str, position: np.ndarray) -> tuple[float, float]:
-        return 0.5, 0.5
-
-    def is_hidden(self, camera: str, position: np.ndarray, *, by: str) -> bool:
-        return False
-
-    def describe(self) -> SimulatorState:
-        return SimulatorState(gripper_position=np.zeros(3), objects=())
-
-    def close(self) -> None:
-        pass
 
 
 register_simulator("test-slider")(Slider)
@@ -297,7 +289,7 @@ def test_the_label_is_what_the_expert_wanted_and_noise_is_what_it_got(tmp_path: 
 
 
 def test_noise_has_the_asked_deviation_and_lasts_a_while(tmp_path: Path) -> None:
-    simulator = Slider("impossible", cameras=("front",), image_size=16)
+    simulator = Slider("impossible", cameras=("front",), image_size=(16, 16))
     simulator.max_steps = 2000
     params = slider_params(tmp_path / "set", action_noise=0.3, max_attempts=1)
     with pytest.raises(ValueError, match="failed in all 1 attempts"):
@@ -408,8 +400,8 @@ def test_an_expert_that_never_succeeds_is_named_and_the_rest_is_kept(tmp_path: P
     ("values", "message"),
     [
         ({"episodes": 0}, r"episodes \(0\) must be at least 1"),
-        ({"tasks": []}, "tasks must hold at least one name"),
-        ({"cameras": ["front", "front"]}, "each once, got"),
+        ({"tasks": ["easy", "easy"]}, "tasks must hold each name once"),
+        ({"cameras": ["front", "front"]}, "each name once, got"),
         ({"action_noise": 1.5}, r"action_noise \(1.5\) must be at least 0 and at most 1"),
         ({"output_dir": "s3://bucket/demos"}, "output_dir must be a local folder"),
         ({"num_workers": -1}, r"num_workers \(-1\) must be at least 0"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 from PIL import Image
 
 from vla_foundry.config.command_line import named_plugins, parse_command
-from vla_foundry.evaluation.actors import NullActor, RandomActor
+from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor
 from vla_foundry.evaluation.evaluate import evaluate, main
 from vla_foundry.evaluation.results import wilson_interval
-from vla_foundry.evaluation.rollout_worker import Reply, SimulatorSetup
+from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts, RolloutWorker, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED, EvaluateParams
 from vla_foundry.run_folder import lock_folder
@@ -148,20 +149,42 @@ def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
         simulator="toy",
         cameras=(),
         picture_camera="front",
-        image_size=16,
+        image_size=(16, 16),
         max_steps=None,
         plugins=named_plugins(),
     )
     batch = Batch(task="easy", seeds=(0, 1, 2), instruction="", fps=10.0, pictures={})
     with create_pool(setup, 1) as pool:
-        results = run_batch(pool, Broken(2), batch)
+        results = run_batch(pool, Broken(pool.describe(["easy"])[0]), batch)
     assert [result.outcome for result in results] == ["success", "failure", "success"]
     assert results[1].failure_message == "The policy's action [nan, 0.0] is not finite."
     assert results[1].num_steps == 0
 
 
+def describe_toy() -> RobotFacts:
+    setup = SimulatorSetup(simulator="toy", cameras=(), picture_camera="front", image_size=(16, 16), max_steps=None)
+    return RolloutWorker(setup).describe(0, task="easy")
+
+
+def test_actions_of_a_baseline_are_in_the_robots_own_unit() -> None:
+    """Nothing moves if the field that a part aims at is sent back; uniform actions fill any range."""
+    low, high = np.array([0, 10], np.float32), np.array([1, 30], np.float32)
+    facts = replace(describe_toy(), action_range=(low, high), rest_fields={"step": "place"})
+    reply = Reply(images={}, fields={"place": np.array([0.3])}, num_steps=0, is_success=False, is_over=False)
+    np.testing.assert_allclose(np.array(NullActor(facts).act({0: reply})[0]), [0.3, 0])
+    actor = RandomActor(facts, seed=1)
+    actor.begin({0: 5}, "")
+    drawn = np.array([actor.act({0: reply})[0] for _ in range(200)])
+    np.testing.assert_allclose([drawn.min(0), drawn.max(0)], [low, high], atol=1)
+    with pytest.raises(ValueError, match="The actions of toy have no range"):
+        RandomActor(replace(facts, action_range=(low, high * np.inf)), seed=1)
+    with pytest.raises(ValueError, match="toy has no expert"):
+        ExpertActor(replace(facts, has_expert=False))
+
+
 def test_random_actions_fill_their_range() -> None:
-    actor = RandomActor(3, seed=1)
+    facts = replace(describe_toy(), action_range=(np.full(3, -1, np.float32), np.ones(3, np.float32)))
+    actor = RandomActor(facts, seed=1)
     actor.begin({0: 5, 1: 6}, "")
     reply = Reply(images={}, fields={}, num_steps=0, is_success=False, is_over=False)
     drawn = [actor.act({0: reply, 1: reply}) for _ in range(200)]

@@ -199,9 +199,9 @@ def test_the_simulator_moves_on_while_the_policy_thinks(run: Path) -> None:
 def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
     """An actor that has begun two episodes, and what its robots see."""
     params = create_params(run, Path("unused"), **values)
-    candidate = load_candidate(params)
+    candidate = load_candidate(params, "front")
     setup = SimulatorSetup(
-        simulator="toy", cameras=candidate.cameras, picture_camera="front", image_size=16, max_steps=None
+        simulator="toy", cameras=candidate.cameras, picture_camera="front", image_size=(16, 16), max_steps=None
     )
     worker = RolloutWorker(setup)
     actor = candidate.create_actor(worker.describe(0, task="easy"))

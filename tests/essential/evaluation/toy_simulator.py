@@ -7,19 +7,22 @@ there is a file named `mended` in the working directory; "dies" ends its process
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import FieldDescription, GripperRange
-from vla_foundry.simulators import Observation, Simulator, SimulatorState, register_simulator
+from vla_foundry.simulators import Simulator, register_simulator
 
 
 @register_simulator("toy")
 class Toy(Simulator):
     instruction = "move right"
     instructions = ("move right",)
-    robot, fps, action_dim, action_names = "toy", 10, 2, ("dx", "gripper")
+    robot, fps, action_names = "toy", 10, ("dx", "gripper")
+    action_space = Box(-1, 1, (2,), np.float32)
     action_parts = {
         "step": FieldDescription(shape=(1,), unit="cm", representation="delta"),
         "gripper": FieldDescription(shape=(1,), gripper=GripperRange(open=-1.0, closed=1.0)),
@@ -28,7 +31,11 @@ class Toy(Simulator):
     max_steps = 24
     camera = "front"
 
-    def __init__(self, task: str, *, cameras: Sequence[str], image_size: int) -> None:
+    @classmethod
+    def defaults(cls, **source: str) -> tuple[tuple[str, ...], str]:
+        return (), cls.camera
+
+    def __init__(self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int]) -> None:
         if task not in ("easy", "hard", "breaks", "dies"):
             raise ValueError(f"toy task '{task}' is unknown.")
         for camera in cameras:
@@ -36,17 +43,16 @@ class Toy(Simulator):
                 raise ValueError(unknown_name_message("toy camera", camera, [self.camera]))
         self.task, self.cameras, self.image_size = task, tuple(cameras), image_size
 
-    def reset(self, seed: int) -> Observation:
-        self.seed, self.place, self.num_steps = seed, np.random.default_rng(seed).uniform(0, 0.4), 0
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.seed, self.place, self.num_steps = seed or 0, np.random.default_rng(seed).uniform(0, 0.4), 0
         self.effort = 0.0
-        return self.observe()
+        return self.observe(), {"success": False}
 
-    def observe(self, *, with_images: bool = True) -> Observation:
-        images = {camera: self.render(camera) for camera in self.cameras} if with_images else {}
-        fields = {"place": np.array([self.place], np.float32), "opening": np.array([self.effort], np.float32)}
-        return Observation(images=images, fields=fields)
+    def sense(self) -> dict[str, np.ndarray]:
+        return {"place": np.array([self.place], np.float32), "opening": np.array([self.effort], np.float32)}
 
-    def apply(self, action: np.ndarray) -> None:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self.num_steps += 1
         if self.task == "breaks" and self.seed % 2 and self.num_steps == 2 and not Path("mended").exists():
             raise RuntimeError("a line search did not converge")
@@ -54,30 +60,18 @@ class Toy(Simulator):
             os._exit(1)
         self.effort = float(np.clip(action[1], -1, 1))
         self.place = float(np.clip(self.place + 0.25 * np.clip(action[0], -1, 1), 0, 1))
+        is_success = self.place > (0.95 if self.task == "hard" else 0.8)
+        return self.observe(), float(is_success), False, False, {"success": is_success}
 
-    def success(self) -> bool:
-        return self.num_steps > 0 and self.place > (0.95 if self.task == "hard" else 0.8)
-
-    def render(self, camera: str) -> np.ndarray:
-        image = np.full((self.image_size, self.image_size, 3), 40, np.uint8)
-        middle = int(self.place * (self.image_size - 1))
+    def render(self, camera: str | None = None) -> np.ndarray:
+        width, height = self.image_size
+        image = np.full((height, width, 3), 40, np.uint8)
+        middle = int(self.place * (width - 1))
         image[:, max(0, middle - 2) : middle + 3] = (250, 120, 10)
         return image
 
     def expert(self) -> np.ndarray:
         return np.array([1.0, -1.0], np.float32)
-
-    def project(self, camera: str, position: np.ndarray) -> tuple[float, float]:
-        return 0.5, 0.5
-
-    def is_hidden(self, camera: str, position: np.ndarray, *, by: str) -> bool:
-        return False
-
-    def describe(self) -> SimulatorState:
-        return SimulatorState(gripper_position=np.zeros(3), objects=())
-
-    def close(self) -> None:
-        pass
 
 
 @register_simulator("other_toy")

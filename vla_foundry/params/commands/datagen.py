@@ -1,4 +1,4 @@
-"""Params of the commands that generate data in a simulator: `demos` and `scenes`."""
+"""Params of the commands that generate data in a simulator, `demos` and `scenes`, and of what they share."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -20,19 +20,41 @@ ImageSize = Annotated[int, Bounds(least=16, most=100_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemosParams(BaseParams):
+class SimulatorParams(BaseParams):
+    """Shared by the commands that run robots in a simulator."""
+
+    # metaworld, pusht, aloha, gymnasium (any registered environment), or that of a plug-in
+    simulator: Name = "metaworld"
+    # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open); empty: its default
+    tasks: list[Name] = field(default_factory=list)
+    # simulator gymnasium: registered id, such as Reacher-v5; module:id imports the module that registers it
+    env_id: Name | None = None
+    # simulator gymnasium: YAML file that says what the environment's numbers mean; a path or simulators/NAME.yaml
+    field_map: Location | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks must hold each name once, got {self.tasks}.")
+        for name in ("env_id", "field_map"):
+            if (self.simulator == "gymnasium") != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"simulator 'gymnasium' needs {name}."
+                    if self.simulator == "gymnasium"
+                    else f"{name} is for simulator 'gymnasium', not '{self.simulator}'. Leave it out."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemosParams(SimulatorParams):
     """Record demonstrations as a LeRobot dataset (v3.0). Output does not depend on processes; killed runs resume."""
 
-    # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
-    tasks: list[Name]
     # local folder to write to
     output_dir: Location
     # successful demonstrations of each task
     episodes: Count = 50
-    # simulator with scripted experts
-    simulator: Name = "metaworld"
-    # cameras to record
-    cameras: list[Name] = field(default_factory=lambda: ["workspace"])
+    # cameras to record; empty: the simulator's default
+    cameras: list[Name] = field(default_factory=list)
     # width and height of an image, pixels
     image_size: ImageSize = 64
     # store images as mp4 (small, lossy) instead of PNG
@@ -50,10 +72,8 @@ class DemosParams(BaseParams):
         super().__post_init__()
         if not self.output_dir or "://" in self.output_dir:
             raise ValueError(f"output_dir must be a local folder, got '{self.output_dir}'.")
-        for name in ("tasks", "cameras"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must hold at least one name, each once, got {values}.")
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras must hold each name once, got {self.cameras}.")
 
 
 # seven objects that differ in shape and colour; the quickstart's robot learns to move drawers and windows

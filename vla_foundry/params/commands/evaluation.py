@@ -15,7 +15,7 @@ from vla_foundry.config.schema import (
     Positive,
     Size,
 )
-from vla_foundry.params.commands.datagen import ImageSize
+from vla_foundry.params.commands.datagen import ImageSize, SimulatorParams
 from vla_foundry.params.commands.runs import InferenceParams
 
 # demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
@@ -23,11 +23,9 @@ FIRST_DEMO_SEED = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateParams(InferenceParams):
+class EvaluateParams(InferenceParams, SimulatorParams):
     """Run a policy in a simulator and count its successes. A killed run resumes when started again."""
 
-    # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open)
-    tasks: list[Name]
     # local folder; results go to <output>/<name>/<task>/rollouts/<time>/results.json
     output: Location
     # run folder (its newest checkpoint) or step folder; not with another policy
@@ -43,8 +41,6 @@ class EvaluateParams(InferenceParams):
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
     # name of the policy in the results; null: the run's name, or the value of `policy`
     name: Name | None = None
-    # simulator
-    simulator: Name = "metaworld"
     # seeds of the starts, first:end; demonstrations use seeds from 1,000,000 on
     episodes: str = "0:50"
     # planned rollouts per task, written to the results before the first; null: as in `episodes`
@@ -76,8 +72,8 @@ class EvaluateParams(InferenceParams):
     num_workers: NumThreads | None = None
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
-    # camera of these pictures, for policies without images
-    camera: Name = "workspace"
+    # camera of these pictures, for policies without images; null: the simulator's default
+    camera: Name | None = None
     # width and height of these pictures in pixels, for policies without images
     image_size: ImageSize = 64
 
@@ -106,12 +102,10 @@ class EvaluateParams(InferenceParams):
     def _check_names(self) -> None:
         if not self.output or "://" in self.output:
             raise ValueError(f"output must be a local folder, got '{self.output}'.")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks must hold at least one name, each once, got {self.tasks}.")
         if self.name is not None and not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", self.name):
             raise ValueError(f"name must be the name of a folder, got '{self.name}'.")
         for task in self.instructions:
-            if task not in self.tasks:
+            if self.tasks and task not in self.tasks:
                 raise ValueError(f"instructions has '{task}', which is none of tasks: {', '.join(self.tasks)}.")
 
     def _check_time(self) -> None:
