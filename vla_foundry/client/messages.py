@@ -18,11 +18,13 @@ RAW, JPEG, PNG = 0, 1, 2
 
 @dataclass
 class Array:
-    """Numbers of a field: {name: (C,)}, as float64 or float32."""
+    """Numbers of a field, as float64 or float32: {name: (C,)}, or (rows, C) row by row."""
 
     name: str = wire(1, "string")
     doubles: Numbers = wire(2, "double", repeated=True)
     floats: Numbers = wire(3, "float", repeated=True)
+    # 0: (C,)
+    rows: int = wire(4, "uint32")
 
 
 @dataclass
@@ -87,6 +89,10 @@ class Metadata:
     info: Mapping[str, str] = wire(11, "map")
     # how many steps the policy looks back
     steps_back: int = wire(12, "uint32")
+    # which steps' images it looks at, 0: the current one, -1: the one before
+    image_indices: Numbers = wire(13, "int32", repeated=True)
+    # what Predict can do: async, realtime; empty: Act only
+    executions: Sequence[str] = wire(14, "string", repeated=True)
 
 
 @dataclass
@@ -143,6 +149,41 @@ class ActResponse:
     policy_ms: float = wire(4, "double")
 
 
+@dataclass
+class Step:
+    """What a robot observed at a control step, and what it did then."""
+
+    images: Sequence[Image] = wire(1, Image, repeated=True)
+    fields: Sequence[Array] = wire(2, Array, repeated=True)
+    actions: Sequence[Array] = wire(3, Array, repeated=True)
+
+
+@dataclass
+class PredictRequest:
+    """The latest steps of a robot that keeps its own chunks; the answer is a chunk for the last one."""
+
+    client: str = wire(1, "string")
+    # number of the last step in the episode, from 0 on
+    step: int = wire(2, "uint64")
+    # oldest first, as far as the policy looks back; the last one has no actions
+    steps: Sequence[Step] = wire(3, Step, repeated=True)
+    instruction: str = wire(4, "string")
+    # what is left of the robot's chunk from this step on, for the new one to go on from; empty: it need not
+    rest: Sequence[Array] = wire(5, Array, repeated=True)
+    # how many of these actions will run before the answer is there
+    delay_steps: int = wire(6, "uint32")
+
+
+@dataclass
+class PredictResponse:
+    """A chunk: the actions from the request's step on."""
+
+    actions: Sequence[Array] = wire(1, Array, repeated=True)
+    # milliseconds that the request waited, and that the policy took
+    queue_ms: float = wire(2, "double")
+    policy_ms: float = wire(3, "double")
+
+
 # method -> request and response
 METHODS: dict[str, tuple[type, type]] = {
     "GetMetadata": (MetadataRequest, Metadata),
@@ -150,28 +191,63 @@ METHODS: dict[str, tuple[type, type]] = {
     "Reset": (ResetRequest, Empty),
     "Forget": (ForgetRequest, Empty),
     "Act": (ActRequest, ActResponse),
+    "Predict": (PredictRequest, PredictResponse),
 }
 
 
-def write_arrays(values: Mapping[str, np.ndarray]) -> list[Array]:
+def write_arrays(values: Mapping[str, np.ndarray], *, ndim: int = 1) -> list[Array]:
     """Return numbers as messages; float32 and float64 lose nothing.
 
+    Args:
+        values: {name: (C,)}.
+        ndim: 2: {name: (rows, C)}.
+
     Raises:
-        ValueError: a field is not an array (C,) of numbers.
+        ValueError: a field is not an array of numbers, or has another number of dimensions.
     """
     arrays = []
     for name, given in values.items():
         numbers = np.asarray(given)
-        if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
-            raise ValueError(f"field '{name}' must be an array (C,) of numbers, got {numbers.dtype} {numbers.shape}.")
-        is_single = numbers.dtype == np.float32
-        arrays.append(Array(name=name, floats=numbers) if is_single else Array(name=name, doubles=numbers))
+        if numbers.ndim != ndim or numbers.dtype.kind not in "biuf":
+            shape = "(C,)" if ndim == 1 else "(rows, C)"
+            raise ValueError(
+                f"field '{name}' must be an array {shape} of numbers, got {numbers.dtype} {numbers.shape}."
+            )
+        flat = {"floats" if numbers.dtype == np.float32 else "doubles": numbers.ravel()}
+        arrays.append(Array(name=name, rows=len(numbers) if ndim == 2 else 0, **flat))
     return arrays
 
 
-def read_arrays(arrays: Sequence[Array]) -> dict[str, np.ndarray]:
-    """Return the numbers of messages: {name: (C,)}."""
-    return {array.name: np.asarray(array.floats if len(array.floats) else array.doubles) for array in arrays}
+def read_arrays(arrays: Sequence[Array], *, ndim: int = 1) -> dict[str, np.ndarray]:
+    """Return the numbers of messages: {name: (C,)}; ndim 2: {name: (rows, C)}.
+
+    Raises:
+        ValueError: the numbers do not fill the rows.
+    """
+    found = {}
+    for array in arrays:
+        numbers = np.asarray(array.floats if len(array.floats) else array.doubles)
+        if (array.rows > 0) != (ndim == 2) or (array.rows and (not len(numbers) or len(numbers) % array.rows)):
+            raise ValueError(f"field '{array.name}' has {len(numbers)} numbers, which do not fill {array.rows} rows.")
+        found[array.name] = numbers.reshape(array.rows, -1) if array.rows else numbers
+    return found
+
+
+def join_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return actions, {field: (C,)} each, as {field: (rows, C)}."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def split_rows(fields: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Return the rows of {field: (rows, C)}, the inverse of join_rows.
+
+    Raises:
+        ValueError: the fields have different numbers of rows, or none.
+    """
+    counts = {values.shape[0] if values.ndim == 2 else 0 for values in fields.values()}
+    if len(counts) > 1 or 0 in counts:
+        raise ValueError(f"the fields {', '.join(fields)} must have the same number of rows.")
+    return [{name: values[row] for name, values in fields.items()} for row in range(*counts)] if counts else []
 
 
 def raw_image(camera: str, image: np.ndarray) -> Image:

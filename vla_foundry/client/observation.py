@@ -1,6 +1,6 @@
 """What a robot senses at one control step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,3 +17,19 @@ class RobotObservation:
     fields: Mapping[str, np.ndarray]
     # what the robot should do
     instruction: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RobotSteps:
+    """The latest control steps of a robot that keeps its own chunks: what a prediction needs of its episode."""
+
+    # the last observation's step in the episode, from 0 on
+    step: int
+    # one a step, oldest first; images only where the policy looks
+    observations: Sequence[RobotObservation]
+    # what the robot did after each but the last: {field: (C,)}
+    actions: Sequence[Mapping[str, np.ndarray]] = ()
+    # what is left of its chunk, the first one for now; the prediction goes on from it (real-time chunking)
+    rest: Sequence[Mapping[str, np.ndarray]] = ()
+    # how many of these will run before the prediction is there
+    delay_steps: int = 0

@@ -5,18 +5,28 @@
     actions = policy.act(RobotObservation(images=..., fields=..., instruction="open the drawer"))   # {field: (C,)}
 
 It needs numpy and grpcio, not torch.
+
+With `execution="async"` or "realtime" it asks for a chunk while the robot executes the rest of the last one, and `act`
+only waits for the first:
+
+    observation     0 ......... s ......... s + d
+    chunk of 0      actions 0 ............. s + d - 1 | never executed
+    chunk of s                  request ... answer    | actions d ...        d: the measured delay, network included
 """
 
 import operator
 import ssl
+import time
 import uuid
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 
+from vla_foundry.client.chunks import Chunk, DelayForecast, Execution, Timing, count_delay_steps
 from vla_foundry.client.messages import (
     JPEG,
     MAX_MESSAGE_BYTES,
@@ -37,6 +47,7 @@ from vla_foundry.client.messages import (
     write_arrays,
 )
 from vla_foundry.client.observation import RobotObservation
+from vla_foundry.client.remote_episode import Answer, RemoteEpisode
 from vla_foundry.client.wire import decode, encode
 
 _OPTIONS = [
@@ -67,9 +78,13 @@ class RemotePolicy:
         tls_certificate: file with the certificate (PEM) of the server or of its authority; None: without TLS.
         encode_jpeg: turns an image, uint8 (H, W, 3), into a JPEG file, for slow networks; None: images are sent as they
             are, which changes nothing of the policy's answer.
+        execution: sync: the server keeps the chunks, and `act` asks for each action. async: the robot acts while the
+            next chunk is inferred. realtime: async, and each chunk goes on where the last one is (real-time chunking).
+        delay_steps: None: chunks take the time that they take, and the delay is measured. Otherwise a chunk is used
+            this many steps after its observation, and waited for: for simulations.
 
     Raises:
-        ValueError: the deadline, the token or the certificate cannot be used.
+        ValueError: the deadline, token or certificate cannot be used, or the policy cannot do this execution.
         ConnectionError: the server does not answer, or speaks another version.
         PermissionError: the server refuses the token.
     """
@@ -82,6 +97,8 @@ class RemotePolicy:
         token: str | None = None,
         tls_certificate: str | None = None,
         encode_jpeg: Callable[[np.ndarray], bytes] | None = None,
+        execution: Execution = "sync",
+        delay_steps: int | None = None,
     ) -> None:
         if not 0 < timeout_s <= _MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be above 0 and at most {_MAX_TIMEOUT_S}, got {timeout_s}.")
@@ -111,14 +128,28 @@ class RemotePolicy:
         }
         # sessions of two processes must not meet
         self._prefix = uuid.uuid4().hex
-        self._clients: dict[Hashable, _Client] = {}
-        # calls of `act`, over all clients
+        self._clients: dict[Hashable, Any] = {}
+        # calls for chunks that run
+        self._calls: dict[Hashable, Any] = {}
+        # requests for actions or chunks, over all clients
         self.num_predicted = 0
         self.metadata: Metadata = self._call("GetMetadata", MetadataRequest(client=self._prefix))
         if self.metadata.protocol_version != PROTOCOL_VERSION:
             raise ConnectionError(
                 f"{server} speaks version {self.metadata.protocol_version} of the protocol, this client "
                 f"{PROTOCOL_VERSION}. Install the same version of vla-foundry on both sides."
+            )
+        self._timing = Timing(
+            execution=execution,
+            delay_steps=delay_steps,
+            open_loop_steps=self.open_loop_steps,
+            ensemble_decay=None,
+        )
+        self._delays = DelayForecast(delay_steps)
+        offered = ["sync", *self.metadata.executions]
+        if execution not in offered:
+            raise ValueError(
+                f"the policy of {server} cannot do execution '{execution}'. It can do {', '.join(offered)}."
             )
 
     def __enter__(self) -> "RemotePolicy":
@@ -146,6 +177,15 @@ class RemotePolicy:
         """Executed actions of each chunk."""
         return self.metadata.open_loop_steps
 
+    @property
+    def delay_steps(self) -> int:
+        """The delay to expect of the next chunk, in control steps; 0: nothing was measured yet."""
+        return self._delays.forecast()
+
+    def set_delay_steps(self, steps: int) -> None:
+        """Change `delay_steps` of episodes that begin later."""
+        self._timing, self._delays = replace(self._timing, delay_steps=steps), DelayForecast(steps)
+
     def check_robot(self, robot: str, spec_json: str) -> None:
         """Check that a robot has the cameras and fields of the training data, with the same meaning.
 
@@ -171,16 +211,23 @@ class RemotePolicy:
         """
         if operator.index(seed) not in range(1 << 64):
             raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}.")
-        self._clients.pop(client, None)
-        session = _Client(f"{self._prefix}/{client}")
-        self._call("Reset", ResetRequest(client=session.name, seed=seed))
-        self._clients[client] = session
+        self._discard(client)
+        name = f"{self._prefix}/{client}"
+        self._call("Reset", ResetRequest(client=name, seed=seed))
+        is_sync = self._timing.execution == "sync"
+        self._clients[client] = _Client(name) if is_sync else RemoteEpisode(name, self._timing, self.metadata)
 
     def forget(self, client: Hashable = None) -> None:
         """Discard the episode of a robot that will not act again."""
-        session = self._clients.pop(client, None)
+        session = self._discard(client)
         if session is not None:
             self._call("Forget", ForgetRequest(client=session.name))
+
+    def _discard(self, client: Hashable) -> Any:
+        call = self._calls.pop(client, None)
+        if call is not None:
+            call.cancel()
+        return self._clients.pop(client, None)
 
     def needs_images(self, client: Hashable = None) -> bool:
         """True if the next observation must hold images."""
@@ -191,17 +238,79 @@ class RemotePolicy:
 
         Raises:
             ValueError: no episode was begun, or the observation lacks something.
-            TimeoutError: the action was not there in time.
-            ConnectionError: the server is gone.
+            TimeoutError: the action was not there in time; with chunks of its own: the chunk is used up, and the next
+                one is late.
+            ConnectionError: the server is gone; with chunks of its own, once the chunk is used up.
         """
-        return self.act_many({None: observation})[None]
+        actions = self.act_many({None: observation})
+        if None not in actions:
+            raise TimeoutError(
+                f"The next chunk of {self.server} is late: it takes {self.delay_steps} steps or more, and a chunk has "
+                f"{self.metadata.chunk_steps} actions. Hold the robot, or lower the server's open_loop_steps "
+                f"({self.open_loop_steps})."
+            )
+        return actions[None]
 
     def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
-        """Return the action of each robot; they are asked for at once.
+        """Return the action of each robot; they are asked for at once. A robot whose chunk is late has none.
 
         Raises:
             ValueError, TimeoutError, ConnectionError: as `act`.
         """
+        if self._timing.execution == "sync":
+            return self._ask_actions(observations)
+        episodes: dict[Any, RemoteEpisode] = {name: self._find(name) for name in observations}
+        for name, episode in episodes.items():
+            episode.observe(observations[name])
+        try:
+            self._update_chunks(episodes)
+            actions = {name: episode.schedule.plan(episode.step) for name, episode in episodes.items()}
+            for name, episode in episodes.items():
+                if actions[name] is None and episode.error is not None:
+                    raise episode.error
+        except (ValueError, OSError):
+            for episode in episodes.values():
+                episode.lose()
+            raise
+        for name, action in actions.items():
+            episodes[name].command(action)
+        return {name: action for name, action in actions.items() if action is not None}
+
+    def correct(self, action: Mapping[str, np.ndarray], *, client: Hashable = None) -> None:
+        """Record the action that the robot executed instead of the last one from `act`: {field: (C,)}."""
+        if isinstance(self._find(client), RemoteEpisode):
+            self._find(client).command(action)
+
+    def _update_chunks(self, episodes: Mapping[Any, RemoteEpisode]) -> None:
+        """Receive the chunks that are there, and ask for those that are due."""
+        waiting = []
+        for name, episode in episodes.items():
+            schedule, step = episode.schedule, episode.step
+            try:
+                delay = schedule.receive(step)
+                self._delays.add(delay)
+                episode.error = episode.error if delay is None else None
+            except (TimeoutError, ConnectionError) as error:
+                # the chunk goes on meanwhile
+                episode.error = error
+            if schedule.is_due(step):
+                request = episode.ask(
+                    self.delay_steps if self._timing.execution == "realtime" else 0, self._encode_image
+                )
+                call = self._calls[name] = self._send("Predict", request)
+                self.num_predicted += 1
+                answer = Answer(call.done, lambda call=call: self._wait(call))
+                if schedule.waits:
+                    waiting.append((episode, answer))
+                else:
+                    schedule.begin(step, answer, 0)
+        start, fps = time.perf_counter(), self.metadata.fps
+        for episode, answer in waiting:
+            episode.schedule.add(Chunk(episode.step, answer.result()[0]))
+            self._delays.add(count_delay_steps(time.perf_counter() - start, fps) if fps else 1)
+
+    def _ask_actions(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
+        """Return the actions of the server's chunks."""
         calls = {}
         for name, observation in observations.items():
             session = self._find(name)
@@ -234,7 +343,7 @@ class RemotePolicy:
         height, width, _ = image.shape
         return Image(camera=camera, encoding=JPEG, height=height, width=width, data=self._encode_jpeg(image))
 
-    def _find(self, client: Hashable) -> "_Client":
+    def _find(self, client: Hashable) -> Any:
         if client not in self._clients:
             who = "" if client is None else f" of client {client!r}"
             raise ValueError(f"No episode{who} was begun. Call reset(seed) first.")

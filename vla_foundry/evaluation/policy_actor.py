@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from vla_foundry.client.chunks import count_delay_steps
 from vla_foundry.evaluation.actors import Actor, Candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
-from vla_foundry.inference.chunks import count_delay_steps
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
@@ -134,11 +134,16 @@ def _connect(params: EvaluateParams) -> _Subject:
 
     assert params.policy_server is not None
     token = None if params.server_token_file is None else read_text(params.server_token_file).strip()
+    has_no_latency = params.simulated_latency_ms is None
     policy = RemotePolicy(
         params.policy_server,
         timeout_s=params.server_timeout_s,
         token=token,
         tls_certificate=params.server_certificate,
+        # with chunks of its own it knows when a prediction begins; without delay that changes no action
+        execution=params.execution if params.execution != "blocking" else "sync" if has_no_latency else "async",
+        # until the robot's rate is known
+        delay_steps=None if has_no_latency else 0,
     )
     if not policy.metadata.spec_json:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 
 from vla_foundry.batch import Batch
 from vla_foundry.client.observation import RobotObservation as RobotObservation
+from vla_foundry.client.observation import RobotSteps
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     ComputeRelativePoses,
@@ -128,6 +129,26 @@ class EpisodeHistory:
         # `retract` needs one more than a window reaches back
         self._frames = {step: kept for step, kept in self._frames.items() if step >= oldest}
 
+    def replay(self, robot: RobotSteps) -> None:
+        """Take in the latest steps of an episode; nothing must have been observed before.
+
+        Raises:
+            ValueError: steps are missing, or one of them lacks something.
+        """
+        num_needed, num_given = min(robot.step, self._num_steps_back) + 1, len(robot.observations)
+        if not num_needed <= num_given <= robot.step + 1 or len(robot.actions) != num_given - 1:
+            raise ValueError(
+                f"step {robot.step} needs the last {num_needed} observations and the actions between them, got "
+                f"{num_given} and {len(robot.actions)}."
+            )
+        for action in (*robot.actions, *robot.rest):
+            for name, described in self.spec.commanded.items():
+                _read_field(name, described, action, what="action")
+        for number, observation in enumerate(robot.observations):
+            self.observe(observation, num_skipped=0 if number else robot.step - len(robot.actions))
+            if number < len(robot.actions):
+                self.command(robot.actions[number])
+
     def retract(self) -> None:
         """Discard the last observation."""
         self.num_observed -= 1
@@ -201,16 +222,18 @@ class EpisodeHistory:
         )
 
 
-def _read_field(name: str, described: FieldDescription, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+def _read_field(
+    name: str, described: FieldDescription, fields: Mapping[str, np.ndarray], *, what: str = "observation"
+) -> np.ndarray:
     if name not in fields:
         raise ValueError(
-            f"observation: the policy needs the field '{name}', but the observation has "
+            f"{what}: the policy needs the field '{name}', but the {what} has "
             f"{', '.join(sorted(fields)) or 'no fields'}. Give it under that name."
         )
     values = np.asarray(fields[name])
     if values.shape != (described.width,) or not np.isfinite(values).all():
         found = values.tolist() if values.size <= described.width else f"an array {values.shape}"
-        raise ValueError(f"observation: field '{name}' must be {described.width} finite numbers, got {found}.")
+        raise ValueError(f"{what}: field '{name}' must be {described.width} finite numbers, got {found}.")
     return values.astype(described.dtype)
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,23 +27,16 @@ import torch
 from torch import nn
 
 from vla_foundry.batch import Batch
-from vla_foundry.inference.chunks import (
-    Chunk,
-    Command,
-    DelayForecast,
-    Execution,
-    Schedule,
-    Timing,
-    count_delay_steps,
-    prefix_weights,
-)
+from vla_foundry.client.chunks import Chunk, Command, DelayForecast, Execution, Schedule, Timing, count_delay_steps
+from vla_foundry.client.messages import join_rows
+from vla_foundry.client.observation import RobotSteps
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
-from vla_foundry.models.action_heads.noise import Guidance
+from vla_foundry.inference.window_actions import decode_commands, encode_guidance, encode_past
 from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.randomness import draw_index
-from vla_foundry.robotics.rotations import matrix_to_rotation
+from vla_foundry.robotics.rotations import matrix_to_rotation, mean_rotation
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec
 
 Precision = Literal["fp32", "bf16"]
@@ -105,8 +99,10 @@ class Policy:
             open_loop_steps=self.open_loop_steps,
             ensemble_decay=ensemble_decay,
         )
-        if execution == "realtime" and not self.model.action_head.can_be_guided:
+        if execution == "realtime" and not self.can_be_guided:
             raise ValueError("execution 'realtime' needs an action head with flow matching. Use execution 'async'.")
+        turns = files.actions.rotations
+        self._means = {name: partial(mean_rotation, rotation_format=turns[name]) for name in turns}
         self._delays = DelayForecast(delay_steps)
         # one thread: predictions do not compete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
@@ -187,6 +183,11 @@ class Policy:
         return self._files.window_spec.num_steps_back
 
     @property
+    def image_indices(self) -> tuple[int, ...]:
+        """Which steps' images a prediction looks at; 0: the last observation's."""
+        return tuple(self._files.window_spec.image_indices)
+
+    @property
     def follows_instructions(self) -> bool:
         """True if an observation must hold an instruction."""
         data = self._files.data
@@ -202,8 +203,13 @@ class Policy:
         """The model's device."""
         return next(self.model.parameters()).device
 
+    @property
+    def can_be_guided(self) -> bool:
+        """True if real-time chunking is possible."""
+        return self.model.action_head.can_be_guided
+
     def warm_up(self) -> None:
-        """Predict once from black images, so that the first robot does not wait for what the device prepares."""
+        """Predict from black images, so that the first robot does not wait for what the device prepares."""
         fields = {}
         for name, field in self.observed.items():
             turn = field.rotation
@@ -215,10 +221,9 @@ class Policy:
         client = object()
         self.reset(seed=0, client=client)
         self.act_many({client: RobotObservation(images=images, fields=fields, instruction="warm up")})
-        if self._timing.execution == "realtime":
+        if self.can_be_guided:
             # the first guided prediction is slow too
-            self._delays.add(1)
-            self._prepare([self._find(client)])()
+            self._prepare([self._find(client)], delay_steps=1)()
         self.forget(client)
         self._delays = DelayForecast(self._timing.delay_steps)
 
@@ -237,9 +242,12 @@ class Policy:
             seed: the episode's seed.
             client: the robot, if there are several.
         """
+        self._clients[client] = self._begin_episode(seed)
+
+    def _begin_episode(self, seed: int) -> _Client:
         files = self._files
         history = EpisodeHistory(files.window_spec, files.cameras, pads_images=files.data.pad_missing_images)
-        self._clients[client] = _Client(seed, history, Schedule(self._timing, files.actions.rotations))
+        return _Client(seed, history, Schedule(self._timing, self._means))
 
     def forget(self, client: Hashable = None) -> None:
         """Discard the episode of a robot that will not act again."""
@@ -338,10 +346,27 @@ class Policy:
         """
         found = self._find(client)
         (actions,) = self._predict([found])
-        found.schedule = Schedule(self._timing, self._files.actions.rotations)
+        found.schedule = Schedule(self._timing, self._means)
         found.schedule.add(Chunk(found.step, actions), whole=True)
         found.history.command(actions[0])
-        return {name: np.stack([action[name] for action in actions]) for name in actions[0]}
+        return join_rows(actions)
+
+    def predict_from(self, robot: RobotSteps, *, client: Hashable = None) -> dict[str, np.ndarray]:
+        """Return all actions predicted for a robot that keeps its own chunks: {field: (steps, C)}, the first for now.
+
+        Only the seed of its episode is remembered here, so requests may get lost, or come twice.
+
+        Raises:
+            ValueError: no episode was begun, or what the robot tells lacks something.
+        """
+        if robot.rest and not self.can_be_guided:
+            raise ValueError("real-time chunking needs an action head with flow matching. Use execution 'async'.")
+        episode = self._begin_episode(self._find(client).seed)
+        episode.history.replay(robot)
+        episode.instruction = self._read_instruction(robot.observations[-1])
+        episode.schedule.add(Chunk(robot.step, robot.rest), whole=True)
+        (actions,) = self._prepare([episode], delay_steps=robot.delay_steps)()
+        return join_rows(actions)
 
     def _begin(self, clients: Sequence[_Client]) -> None:
         """Begin a prediction, to be used when it is there, or after `delay_steps`."""
@@ -349,7 +374,7 @@ class Policy:
         if self._timing.is_measured:
             result = self._thread.submit(predict)
         else:
-            result: Future[list[list[Command]]] = Future()
+            result: Future[Sequence[Sequence[Command]]] = Future()
             result.set_result(predict())
         for place, client in enumerate(clients):
             client.schedule.begin(client.step, result, place)
@@ -376,7 +401,7 @@ class Policy:
             raise ValueError("observation: the instruction is empty, but the policy follows instructions. Give one.")
         return observation.instruction
 
-    def _predict(self, clients: Sequence[_Client]) -> list[list[Command]]:
+    def _predict(self, clients: Sequence[_Client]) -> Sequence[Sequence[Command]]:
         """Predict now."""
         predict, start = self._prepare(clients), time.perf_counter()
         if not self._timing.is_measured:
@@ -386,63 +411,35 @@ class Policy:
         self._delays.add(1 if fps is None else count_delay_steps(time.perf_counter() - start, fps))
         return actions
 
-    def _prepare(self, clients: Sequence[_Client]) -> Callable[[], list[list[Command]]]:
+    def _prepare(
+        self, clients: Sequence[_Client], *, delay_steps: int | None = None
+    ) -> Callable[[], Sequence[Sequence[Command]]]:
         """Return the prediction from the clients' last observations, which later ones do not change."""
         inputs = self._handler.prepare_sampling(self._encode(clients), self.device)
-        if self._timing.execution == "realtime":
-            inputs["guidance"] = self._encode_guidance(clients)
+        if delay_steps is None and self._timing.execution == "realtime":
+            delay_steps = self._delays.forecast()
+        if delay_steps:
+            rests = [(client.schedule.rest(client.step), client.history.references()) for client in clients]
+            inputs["guidance"] = encode_guidance(rests, delay_steps, self._window, self._files.actions, self.device)
         seeds = [
             draw_index(_NUM_SEEDS, seed=client.seed, position=client.step, purpose="policy.noise") for client in clients
         ]
         self.num_predicted += len(clients)
         references = [client.history.references() for client in clients]
 
-        def predict() -> list[list[Command]]:
+        def predict() -> Sequence[Sequence[Command]]:
             given = torch.tensor(seeds, device=self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 actions = self.model.sample(inputs, seeds=given, num_steps=self.num_inference_steps)
             values = actions.float().cpu().numpy()
-            return [self._to_commands(chunk, own) for chunk, own in zip(values, references, strict=True)]
+            pairs = zip(values, references, strict=True)
+            return [decode_commands(chunk, own, self._files.actions, self.commanded) for chunk, own in pairs]
 
         return predict
-
-    def _to_commands(self, normalized: np.ndarray, references: Mapping[str, np.ndarray]) -> list[Command]:
-        """Return the commands from the anchor on; float32, or float64 where the data are (or integers that need it)."""
-        commands = {
-            name: values.astype(np.promote_types(self.commanded[name].dtype, np.float32))
-            for name, values in self._files.actions.invert(normalized, references).items()
-        }
-        return [{name: values[step] for name, values in commands.items()} for step in range(self.chunk_steps)]
-
-    def _encode_guidance(self, clients: Sequence[_Client]) -> Guidance | None:
-        """Return what is left of the clients' chunks, as their new windows see it; None: nothing."""
-        anchor, shape = self._window.anchor, (len(clients), self._window.num_steps)
-        transform, weights = self._files.actions, np.zeros(shape, np.float32)
-        target = np.zeros((*shape, transform.fields.select.width), np.float32)
-        for row, client in enumerate(clients):
-            rest = client.schedule.rest(client.step)
-            weights[row, anchor:] = prefix_weights(self.chunk_steps, self._delays.forecast(), len(rest))
-            if not weights[row].any():
-                continue
-            # fill the window: steps of weight 0 may hold any pose
-            steps = np.clip(np.arange(-anchor, self.chunk_steps), 0, len(rest) - 1)
-            fields = {name: np.stack([rest[step][name] for step in steps]) for name in rest[0]}
-            # poses become relative to where the robot is now
-            target[row] = transform.apply(fields, references=client.history.references())[0]
-        if not weights.any():
-            return None
-        return Guidance(*(torch.from_numpy(values).to(self.device) for values in (target, weights)))
 
     def _encode(self, clients: Sequence[_Client]) -> Batch:
         batch = self._encoder.encode([client.history.window(client.instruction) for client in clients])
         if batch["past_mask"].any():
-            batch["actions"] = torch.from_numpy(np.stack([self._encode_past(client.history) for client in clients]))
+            past = [encode_past(client.history.past_actions(), self._window, self._files.actions) for client in clients]
+            batch["actions"] = torch.from_numpy(np.stack(past))
         return batch
-
-    def _encode_past(self, history: EpisodeHistory) -> np.ndarray:
-        transform, anchor = self._files.actions, self._window.anchor
-        actions = np.zeros((self._window.num_steps, transform.fields.select.width), np.float32)
-        past = history.past_actions()
-        if past is not None:
-            actions[:anchor] = transform.apply(past)[0][:anchor]
-        return actions

@@ -114,6 +114,15 @@ def matrix_to_rotation(
     return _euler_from_quaternion(quaternion, detail) if kind == "euler" else _axis_angle_from_quaternion(quaternion)
 
 
+def mean_rotation(
+    values: Float[np.ndarray, "N R"], weights: Float[np.ndarray, " N"], rotation_format: str
+) -> Float64[np.ndarray, " R"]:
+    """Return the weighted mean of rotations: that of their matrices, projected onto a rotation."""
+    U, _, V = np.linalg.svd(np.tensordot(weights, rotation_to_matrix(values, rotation_format), 1))
+    # no reflection
+    return matrix_to_rotation(U @ np.diag([1.0, 1.0, np.linalg.det(U @ V)]) @ V, rotation_format)
+
+
 def _orthonormalize(values: Float64[np.ndarray, "*B 6"], field: str) -> Float64[np.ndarray, "*B 3 3"]:
     """Orthonormalize by Gram-Schmidt: keep the first vector's direction and the plane; the third is the cross product.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla_foundry.client.observation import RobotObservation
+from vla_foundry.client.observation import RobotObservation, RobotSteps
 
 Actions = dict[str, np.ndarray]
 THREAD_NAME = "engine"
@@ -32,6 +32,7 @@ class ServedPolicy(Protocol):
     def retract(self, client: Hashable = None) -> None: ...
     def choose_actions(self, clients: Any) -> dict[Any, Any]: ...
     def predict_chunk(self, client: Hashable = None) -> Actions: ...
+    def predict_from(self, robot: RobotSteps, *, client: Hashable = None) -> Actions: ...
     def needs_images(self, client: Hashable = None) -> bool: ...
 
 
@@ -164,6 +165,34 @@ class Engine:
             ValueError: the observation lacks something; the session is as it was.
             PolicyFailedError: the policy failed.
         """
+        self._touch(client)
+        request = _Request(client=client, run=None, observation=observation, step=step, whole_chunk=whole_chunk)
+        return await self._ask(request)
+
+    async def predict(self, client: Hashable, robot: RobotSteps) -> Reply:
+        """Return a chunk for a robot that keeps its own chunks; see Policy.predict_from.
+
+        Raises:
+            NoSessionError, ValueError, PolicyFailedError: as `act`.
+        """
+        self._touch(client)
+        since = time.perf_counter()
+
+        def run() -> Reply:
+            start = time.perf_counter()
+            actions = _check_actions(self.policy.predict_from(robot, client=client))
+            if isinstance(actions, Exception):
+                raise actions
+            return Reply(
+                actions=actions,
+                needs_images=True,
+                queue_ms=1000 * (start - since),
+                policy_ms=1000 * (time.perf_counter() - start),
+            )
+
+        return await self._ask(_Request(client=client, run=run))
+
+    def _touch(self, client: Hashable) -> None:
         self._end_silent_sessions()
         if client not in self.sessions:
             raise NoSessionError(
@@ -171,8 +200,6 @@ class Engine:
                 f"{self.session_timeout_s:g} s of silence (session_timeout_s). Reset first."
             )
         self.sessions[client] = time.monotonic()
-        request = _Request(client=client, run=None, observation=observation, step=step, whole_chunk=whole_chunk)
-        return await self._ask(request)
 
     def _ask(self, request: _Request) -> asyncio.Future:
         self._queue.append(request)

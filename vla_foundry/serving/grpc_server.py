@@ -20,6 +20,8 @@ from vla_foundry.client.messages import (
     ForgetRequest,
     Metadata,
     MetadataRequest,
+    PredictRequest,
+    PredictResponse,
     ResetRequest,
     read_arrays,
     write_arrays,
@@ -173,6 +175,12 @@ class _OwnService:
                     policy_ms=reply.policy_ms,
                 )
             )
+
+    async def predict(self, request: PredictRequest) -> bytes:
+        reply = await self._service.predict("grpc", request.client, request)
+        with self._service.times.measured("encode"):
+            actions = write_arrays(reply.actions, ndim=2)
+            return encode(PredictResponse(actions=actions, queue_ms=reply.queue_ms, policy_ms=reply.policy_ms))
 
 
 class _LbmService:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vla_foundry.client.messages import PROTOCOL_VERSION, CameraInfo, FieldInfo, Metadata
-from vla_foundry.client.observation import RobotObservation
+from vla_foundry.client.observation import RobotObservation, RobotSteps
 from vla_foundry.config.command_line import search_working_directory
 from vla_foundry.inference.loading import find_run_folder
 from vla_foundry.params.commands.serving import ServeParams
@@ -78,6 +78,8 @@ def _load_run(params: ServeParams, checkpoint: str) -> Served:
         spec_json=format_spec(policy.spec),
         info=info,
         steps_back=policy.steps_back,
+        image_indices=policy.image_indices,
+        executions=["async", "realtime"] if policy.can_be_guided else ["async"],
     )
     return Served(policy, metadata, check_robot, "fast" if policy.device.type == "cuda" else "exact")
 
@@ -166,6 +168,9 @@ class _PerClient:
 
     def predict_chunk(self, client: Hashable = None) -> Actions:
         return {name: values[None] for name, values in self._act(client).items()}
+
+    def predict_from(self, robot: RobotSteps, *, client: Hashable = None) -> Actions:
+        raise ValueError("the policy predicts no chunks: it knows one action at a time.")
 
     def needs_images(self, client: Hashable = None) -> bool:
         needs = getattr(self._clients[client], "needs_images", None)

@@ -17,8 +17,8 @@ import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vla_foundry.client.messages import RAW, Image, Metadata, decode_raw_image
-from vla_foundry.client.observation import RobotObservation
+from vla_foundry.client.messages import RAW, Image, Metadata, PredictRequest, decode_raw_image, read_arrays, split_rows
+from vla_foundry.client.observation import RobotObservation, RobotSteps
 from vla_foundry.images.codec import MAX_PIXELS, MAX_SAMPLE_PIXELS, decode_image, image_to_array
 from vla_foundry.serving.engine import Engine, FullError, NoSessionError, PolicyFailedError, Reply
 
@@ -121,18 +121,44 @@ class PolicyService:
             PolicyFailedError: the policy failed.
         """
         self._write_log(protocol, client, images=images, fields=fields, instruction=instruction, step=step)
-        with self._counted(protocol):
-            try:
-                if len(instruction) > _MAX_INSTRUCTION:
-                    raise ValueError(f"the instruction has {len(instruction)} characters, over {_MAX_INSTRUCTION}.")
-                with self.times.measured("decode"):
-                    decoded = await self._decode_images(images)
-                observation = RobotObservation(images=decoded, fields=fields, instruction=instruction)
-                reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
-            except NoSessionError as error:
-                raise NoSessionError(f"client {client}: {error}") from None
-            except ValueError as error:
-                raise ValueError(f"client {client}: {error}") from None
+        with self._answered(protocol, client):
+            observation = await self._read(images, fields, instruction)
+            reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
+        return self._timed(reply)
+
+    async def predict(self, protocol: str, client: str, request: PredictRequest) -> Reply:
+        """Return a chunk for a robot that keeps its own chunks; see Policy.predict_from.
+
+        Raises:
+            ValueError, PolicyFailedError: as `act`.
+        """
+        self._write_log(protocol, client, predict=request)
+        with self._answered(protocol, client):
+            if len(request.steps) > self.metadata.steps_back + 1:
+                raise ValueError(f"{len(request.steps)} steps; the policy looks {self.metadata.steps_back} steps back.")
+            robot = RobotSteps(
+                step=request.step,
+                observations=[
+                    await self._read(step.images, read_arrays(step.fields), request.instruction)
+                    for step in request.steps
+                ],
+                actions=[read_arrays(step.actions) for step in request.steps[:-1]],
+                rest=split_rows(read_arrays(request.rest, ndim=2)),
+                delay_steps=request.delay_steps,
+            )
+            reply = await self.engine.predict((protocol, client), robot)
+        return self._timed(reply)
+
+    async def _read(
+        self, images: Sequence[Image], fields: Mapping[str, np.ndarray], instruction: str
+    ) -> RobotObservation:
+        if len(instruction) > _MAX_INSTRUCTION:
+            raise ValueError(f"the instruction has {len(instruction)} characters, over {_MAX_INSTRUCTION}.")
+        with self.times.measured("decode"):
+            decoded = await self._decode_images(images)
+        return RobotObservation(images=decoded, fields=fields, instruction=instruction)
+
+    def _timed(self, reply: Reply) -> Reply:
         self.times.add("queue", reply.queue_ms)
         self.times.add("policy", reply.policy_ms)
         return reply
@@ -191,6 +217,17 @@ class PolicyService:
             raise
         finally:
             self._outcomes[protocol, outcome] += 1
+
+    @contextmanager
+    def _answered(self, protocol: str, client: str) -> Iterator[None]:
+        """Count how the block ends, and name the client in what it refuses."""
+        with self._counted(protocol):
+            try:
+                yield
+            except NoSessionError as error:
+                raise NoSessionError(f"client {client}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"client {client}: {error}") from None
 
     def _write_log(self, protocol: str, client: str, **request: Any) -> None:
         if self._log is None:

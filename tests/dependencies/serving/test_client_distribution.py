@@ -42,6 +42,10 @@ def test_the_client_needs_no_torch(arm: Any, served: Served, tmp_path: Path) -> 
                 images = {name: found.pop(name) for name in cameras}
                 observation = RobotObservation(images=images, fields=found, instruction="lift the lid")
                 actions.append(policy.act(observation))
+        with RemotePolicy(f"127.0.0.1:{port}", execution="realtime") as policy:
+            policy.reset(3)
+            first = policy.act(observation)
+            assert policy.delay_steps > 0 and first.keys() == policy.act(observation).keys()
         for name in actions[0]:
             np.save(f"{folder}/{name}.npy", np.stack([action[name] for action in actions]))
     """

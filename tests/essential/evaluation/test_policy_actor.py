@@ -150,6 +150,17 @@ def test_a_served_policy_does_the_same(
         assert read_steps(tmp_path / "toy_run") == alone
         # results of the checkpoint and of its server may be mixed
         evaluate(replace(params, policy_server=None, checkpoint=str(run)))
+        for execution in ("blocking", "realtime"):
+            values: dict[str, Any] = {
+                "tasks": ["easy"],
+                "episodes": "0:2",
+                "simulated_latency_ms": 150.0,
+                "execution": execution,
+            }
+            evaluate(create_params(run, tmp_path, name=f"{execution}_here", **values))
+            values |= {"checkpoint": None, "policy_server": address[1]}
+            evaluate(create_params(run, tmp_path, name=f"{execution}_served", **values))
+            assert read_steps(tmp_path / f"{execution}_here") == read_steps(tmp_path / f"{execution}_served")
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=30)
         assert (server.returncode, out, err) == (0, "", "")

@@ -18,6 +18,7 @@ from vla_foundry.data import create_dataloader
 from vla_foundry.data.robotics import load_normalizer
 from vla_foundry.inference import Policy, RobotObservation
 from vla_foundry.inference.policy_files import load_policy_files
+from vla_foundry.inference.window_actions import encode_guidance
 from vla_foundry.models import create_batch_handler
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.spec import FieldDescription, GripperRange, NamedSpec
@@ -207,12 +208,13 @@ def test_guidance_is_what_is_left_of_the_chunk_where_the_robot_is_now(arm: Any) 
     roll(policy, recording, 2)
     policy.observe(observe(recording, 2))
     client = policy._clients[None]
-    guidance = policy._encode_guidance([client])
+    files = load_policy_files(str(arm.run))
+    rest = (client.schedule.rest(2), client.history.references())
+    guidance = encode_guidance([rest], 1, files.window_spec.window, files.actions, policy.device)
     assert guidance is not None
     # two steps of the past, one frozen, three soft, two new
     assert guidance.weights[0].gt(0).tolist() == [False] * 2 + [True] * 4 + [False] * 2
     assert guidance.weights[0, 2] == 1
-    files = load_policy_files(str(arm.run))
     made = files.actions.invert(guidance.target[0].numpy(), client.history.references())
     for number in range(4):
         for name in COMMANDED:

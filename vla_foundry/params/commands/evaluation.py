@@ -113,9 +113,10 @@ class EvaluateParams(InferenceParams, SimulatorParams):
             raise ValueError(
                 f"execution '{self.execution}' needs simulated_latency_ms: without it the simulator waits."
             )
-        for name in ("simulated_latency_ms", "ensemble_decay"):
-            if self.checkpoint is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} needs a checkpoint.")
+        if self.policy != "checkpoint" and self.simulated_latency_ms is not None:
+            raise ValueError("simulated_latency_ms needs a checkpoint or a policy_server.")
+        if self.checkpoint is None and self.ensemble_decay is not None:
+            raise ValueError("ensemble_decay needs a checkpoint.")
 
     @property
     def seeds(self) -> range:

@@ -2,12 +2,13 @@
 
 import itertools
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vla_foundry.inference.chunks import (
+from vla_foundry.client.chunks import (
     Chunk,
     DelayForecast,
     Schedule,
@@ -16,7 +17,7 @@ from vla_foundry.inference.chunks import (
     count_delay_steps,
     prefix_weights,
 )
-from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
+from vla_foundry.robotics.rotations import matrix_to_rotation, mean_rotation, rotation_to_matrix
 
 H = 8
 
@@ -160,7 +161,8 @@ def test_the_mean_of_rotations_is_a_rotation() -> None:
         # the same rotation with the other sign
         values[1] *= -1 if rotation.startswith("quaternion") else 1
         chunks = [Chunk(0, [{"turn": value}]) for value in values]
-        mean = choose_action(chunks, 0, ensemble_decay=0.0, rotations={"turn": rotation})
+        means = {"turn": partial(mean_rotation, rotation_format=rotation)}
+        mean = choose_action(chunks, 0, ensemble_decay=0.0, means=means)
         assert mean is not None
         expected = rotation_to_matrix(np.array([0, 0, 0.6]), "axis_angle")
         np.testing.assert_allclose(rotation_to_matrix(mean["turn"], rotation), expected, atol=1e-9)

@@ -13,18 +13,16 @@ Temporal ensembling (ACT; Zhao et al. 2023) averages all chunks that have an act
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64
-
-from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
 
 # {field: (C,)}
 Command: TypeAlias = Mapping[str, np.ndarray]
+# (values (N, C), weights (N,) whose sum is 1) -> (C,)
+Mean: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # see Policy
 Execution: TypeAlias = Literal["sync", "async", "realtime"]
 
@@ -54,7 +52,7 @@ def count_delay_steps(seconds: float, fps: float) -> int:
     return max(0, math.ceil(seconds * fps - 1e-6))
 
 
-def prefix_weights(num_steps: int, delay: int, overlap: int) -> Float64[np.ndarray, " {num_steps}"]:
+def prefix_weights(num_steps: int, delay: int, overlap: int) -> np.ndarray:
     """Return how much each action of a new chunk has to agree with the old chunk (equation 5).
 
     Args:
@@ -64,7 +62,7 @@ def prefix_weights(num_steps: int, delay: int, overlap: int) -> Float64[np.ndarr
         overlap: actions left of the old chunk (H - s).
 
     Returns:
-        1 below `delay`, decaying from there to `overlap`, 0 beyond.
+        (num_steps,): 1 below `delay`, decaying from there to `overlap`, 0 beyond.
     """
     overlap = min(overlap, num_steps)
     delay = min(delay, overlap)
@@ -81,7 +79,7 @@ def choose_action(
     step: int,
     *,
     ensemble_decay: float | None = None,
-    rotations: Mapping[str, str] | None = None,
+    means: Mapping[str, Mean] | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Return the action for a step.
 
@@ -89,7 +87,7 @@ def choose_action(
         chunks: from the oldest to the newest.
         ensemble_decay: None: the newest chunk decides; m: all chunks with an action for the step do, with weights
             exp(-m i), i = 0 for the oldest.
-        rotations: {field: rotation format}; their mean is that of the matrices, projected onto a rotation.
+        means: {field: its mean}, for fields whose mean is not that of their numbers, such as rotations.
 
     Returns:
         {field: (C,)}; None: the newest chunk, or with ensembling every chunk, has no action for the step.
@@ -101,17 +99,12 @@ def choose_action(
         return dict(votes[0]) if votes else None
     weights = np.exp(-ensemble_decay * np.arange(len(votes)))
     weights /= weights.sum()
-    mean = {}
+    found = {}
     for name in votes[0]:
-        values = np.stack([vote[name] for vote in votes])
-        rotation = (rotations or {}).get(name)
-        if rotation is None:
-            found = weights @ values
-        else:
-            matrices = rotation_to_matrix(values, rotation, field=name)
-            found = matrix_to_rotation(_nearest_rotation(np.tensordot(weights, matrices, 1)), rotation)
-        mean[name] = found.astype(np.result_type(values, np.float32))
-    return mean
+        values, mean = np.stack([vote[name] for vote in votes]), (means or {}).get(name)
+        value = weights @ values if mean is None else mean(values, weights)
+        found[name] = value.astype(np.result_type(values, np.float32))
+    return found
 
 
 class DelayForecast:
@@ -161,11 +154,19 @@ class Timing:
         return self.execution != "sync" and self.delay_steps is None
 
 
+@runtime_checkable
+class Running(Protocol):
+    """A prediction that is being made, such as a concurrent.futures.Future."""
+
+    def done(self) -> bool: ...
+    def result(self) -> Sequence[Sequence[Command]]: ...
+
+
 class _Prediction(NamedTuple):
     # the observation's step
     start: int
     # the actions of several robots, and this one's place among them
-    result: "Future[list[list[Command]]]"
+    result: Running
     place: int
 
 
@@ -174,25 +175,30 @@ class Schedule:
 
     Args:
         timing: when chunks begin.
-        rotations: see `choose_action`.
+        means: see `choose_action`.
     """
 
-    def __init__(self, timing: Timing, rotations: Mapping[str, str]) -> None:
+    def __init__(self, timing: Timing, means: Mapping[str, Mean]) -> None:
         self.timing = timing
-        self.rotations = rotations
+        self.means = means
         # from the oldest to the newest; without ensembling only the newest
         self._chunks: list[Chunk] = []
         self._prediction: _Prediction | None = None
 
     @property
+    def is_empty(self) -> bool:
+        """True until the first chunk is there."""
+        return not self._chunks
+
+    @property
     def waits(self) -> bool:
         """True if the robot waits for its next prediction: with synchronous execution, and for the first chunk."""
-        return self.timing.execution == "sync" or self.timing.delay_steps == 0 or not self._chunks
+        return self.timing.execution == "sync" or self.timing.delay_steps == 0 or self.is_empty
 
     def plan(self, step: int) -> dict[str, np.ndarray] | None:
         """Return the action planned for a step."""
         decay = self.timing.ensemble_decay
-        return choose_action(self._chunks, step, ensemble_decay=decay, rotations=self.rotations)
+        return choose_action(self._chunks, step, ensemble_decay=decay, means=self.means)
 
     def rest(self, step: int) -> Sequence[Command]:
         """Return what is left of the newest chunk."""
@@ -214,7 +220,7 @@ class Schedule:
         due = self._chunks[-1].start + num_steps if self._prediction is None else self._prediction.start + every
         return (step - due) % every == 0
 
-    def begin(self, step: int, result: "Future[list[list[Command]]]", place: int) -> None:
+    def begin(self, step: int, result: Running, place: int) -> None:
         """Note that a prediction from the observation of a step has begun."""
         self._prediction = _Prediction(step, result, place)
 
@@ -243,9 +249,3 @@ class Schedule:
         else:
             end = None if whole or self.timing.execution != "sync" else self.timing.open_loop_steps
             self._chunks = [chunk._replace(actions=chunk.actions[:end])]
-
-
-def _nearest_rotation(matrix: Float64[np.ndarray, "3 3"]) -> Float64[np.ndarray, "3 3"]:
-    U, _, V = np.linalg.svd(matrix)
-    # no reflection
-    return U @ np.diag([1.0, 1.0, np.linalg.det(U @ V)]) @ V
