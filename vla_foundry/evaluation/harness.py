@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from vla_foundry.serving.policies import Served, load_policy
 from vla_foundry.serving.websocket_server import VLA_EVAL_PATH
 from vla_foundry.storage.uri import read_object
 
+# how long the harness may take to end when it is told to, seconds
+_GRACE_S = 10.0
 _SERVED = ("checkpoint", "client_map", "device", "use_ema", "open_loop_steps", "num_inference_steps", "dataset", "name")
 
 
@@ -76,10 +79,12 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
                 "says why."
             )
         tasks = read_aggregates(files)
+        if not any(episodes for episodes, _ in tasks.values()):
+            raise ValueError(f"'{params.harness_command} run' ended with code {code} and ran no episode: see {own}.")
         settings = given | dict(served.metadata.info)
         rates = {}
-        for task, (episodes, facts) in tasks.items():
-            path = folder / _as_folder(task) / ROLLOUTS_FOLDER / time / RESULTS_NAME
+        for (task, (episodes, facts)), name in zip(tasks.items(), name_folders(list(tasks)), strict=True):
+            path = folder / name / ROLLOUTS_FOLDER / time / RESULTS_NAME
             write_results(path, episodes, max_sample_size=len(episodes), settings=settings | facts)
             rates[task] = count_successes(episodes)
         write_summary(folder / SUMMARY_NAME, rates, name=served.metadata.name, settings=settings)
@@ -94,7 +99,10 @@ def find_harness(command: str) -> list[str]:
     Raises:
         ValueError: there is no such command; the message says how to get it.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"harness_command '{command}' cannot be read: {error}.") from None
     if not words or shutil.which(words[0]) is None:
         raise ValueError(
             f"harness_command '{command}' is not found. Install the harness (`uv tool install vla-eval`), or give its "
@@ -110,13 +118,19 @@ async def _serve_and_run(params: ServeParams, served: Served, command: list[str]
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with open_server(params, served) as ports:
         url = f"ws://{params.host}:{ports.websocket}{VLA_EVAL_PATH}"
-        process = await asyncio.create_subprocess_exec(*command, "--server-url", url)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, "--server-url", url)
+        except OSError as error:
+            raise ValueError(f"harness_command {command[0]} cannot be run: {error.strerror}.") from None
         try:
             return await process.wait()
         finally:
             if process.returncode is None:
                 process.terminate()
-                await process.wait()
+                try:
+                    await asyncio.wait_for(process.wait(), _GRACE_S)
+                except TimeoutError:
+                    process.kill()
 
 
 def read_aggregates(files: Sequence[Path]) -> dict[str, tuple[list[EpisodeResult], dict[str, Any]]]:
@@ -134,14 +148,21 @@ def read_aggregates(files: Sequence[Path]) -> dict[str, tuple[list[EpisodeResult
             if values.get("partial"):
                 sys.stderr.write(f"warning: the harness did not finish {values['benchmark']}.\n")
             for found in values["tasks"]:
-                task = found["task"] if len(files) == 1 else f"{file.stem.removesuffix('_aggregate')}: {found['task']}"
-                tasks[task] = ([_read_episode(task, episode) for episode in found["episodes"]], facts)
+                name = found["task"]
+                if not isinstance(name, str):
+                    raise ValueError(f"task is {name!r}")
+                task = name if len(files) == 1 else f"{file.stem.removesuffix('_aggregate')}: {name}"
+                episodes = [_read_episode(task, episode) for episode in found["episodes"]]
+                tasks.setdefault(task, ([], facts))[0].extend(episodes)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a result file of the harness ({error!r}).") from None
     return tasks
 
 
 def _read_episode(task: str, values: Mapping[str, Any]) -> EpisodeResult:
+    seed, num_steps = values["episode_id"], values.get("steps")
+    if not (isinstance(seed, int) and isinstance(num_steps, int | None)):
+        raise ValueError(f"episode_id is {seed!r} and steps {num_steps!r}")
     reason = values.get("failure_reason")
     if reason:
         outcome, message = "invalid", f"{reason}: {values.get('failure_detail') or ''}".rstrip(": ")
@@ -151,15 +172,22 @@ def _read_episode(task: str, values: Mapping[str, Any]) -> EpisodeResult:
         raise ValueError(f"success is {values['metrics']['success']!r}")
     return EpisodeResult(
         task=task,
-        seed=values["episode_id"],
+        seed=seed,
         outcome=outcome,
-        num_steps=values.get("steps"),
+        num_steps=num_steps,
         failure_message=message,
     )
 
 
-def _as_folder(task: str) -> str:
-    return re.sub(r"[^\w@-]+", "_", task)[:120].strip("_") or "task"
+def name_folders(tasks: Sequence[str]) -> list[str]:
+    """Return a folder for each task, each another one."""
+    names: list[str] = []
+    for task in tasks:
+        name = re.sub(r"[^\w@-]+", "_", task)[:120].strip("_") or "task"
+        taken = {other.casefold() for other in names}
+        numbered = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        names.append(next(each for each in numbered if each.casefold() not in taken))
+    return names
 
 
 def main(argv: list[str]) -> None:

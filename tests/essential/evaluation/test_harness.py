@@ -9,7 +9,7 @@ import pytest
 
 from tests.essential.inference.conftest import arm as arm
 from vla_foundry.evaluation.evaluate import main
-from vla_foundry.evaluation.harness import find_harness, read_aggregates
+from vla_foundry.evaluation.harness import find_harness, name_folders, read_aggregates
 from vla_foundry.evaluation.results import find_results, read_results, read_summary
 
 EPISODES: list[dict[str, Any]] = [
@@ -57,9 +57,14 @@ def test_outcomes_come_in_our_layout(arm: Any, tmp_path: Path, capsys: pytest.Ca
     assert settings["benchmark"] == "toy"
     assert len(settings["weights_sha256"]) == 64
     assert read_summary(tmp_path / "out/mine/summary.json")["lift the lid/now"].num_invalid == 1
-    config.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"ended with code 3 and left no results"):
-        main([*words, "--harness_command", command])
+    for given, fault in (({}, "code 3 and left no results"), (AGGREGATE | {"tasks": []}, "code 0 and ran no episode")):
+        config.write_text(json.dumps(given), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"ended with {fault}"):
+            main([*words, "--harness_command", command])
+    (tmp_path / "no_program").write_bytes(b"\0")
+    (tmp_path / "no_program").chmod(0o755)
+    with pytest.raises(ValueError, match=r"harness_command .*no_program cannot be run: Exec format error"):
+        main([*words, "--harness_command", str(tmp_path / "no_program")])
     # both before the checkpoint is loaded
     with pytest.raises(ValueError, match=r"harness_command 'no-such-harness' is not found. Install"):
         main([*words, "--harness_command", "no-such-harness"])
@@ -72,6 +77,9 @@ def test_outcomes_come_in_our_layout(arm: Any, tmp_path: Path, capsys: pytest.Ca
     [
         {"tasks": [{"task": "a", "episodes": [{"episode_id": 0, "metrics": {}}]}]},
         {"tasks": [{"task": "a", "episodes": [{"episode_id": 0, "metrics": {"success": "yes"}}]}]},
+        {"tasks": [{"task": 5, "episodes": EPISODES}]},
+        {"tasks": [{"task": "a", "episodes": [EPISODES[0] | {"episode_id": "first"}]}]},
+        {"tasks": [{"task": "a", "episodes": [EPISODES[0] | {"steps": "many"}]}]},
         {"tasks": None},
     ],
 )
@@ -82,5 +90,25 @@ def test_a_broken_result_file_is_named(change: dict[str, Any], tmp_path: Path) -
         read_aggregates([file])
 
 
+def test_no_episode_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "toy_aggregate.json"
+    twice = [{"task": "a", "episodes": [episode]} for episode in EPISODES]
+    file.write_text(json.dumps(AGGREGATE | {"tasks": twice}), encoding="utf-8")
+    assert [episode.seed for episode in read_aggregates([file])["a"][0]] == [0, 1, 2]
+    # names that make the same folder, also where case does not count
+    tasks = [
+        "lift the lid",
+        "lift the lid.",
+        "Lift_the_lid",
+        "lift the lid 2",
+        *("x" * 200 + end for end in "ab"),
+        "..",
+    ]
+    expected = ["lift_the_lid", "lift_the_lid_2", "Lift_the_lid_3", "lift_the_lid_2_2", "x" * 120, "x" * 120 + "_2"]
+    assert name_folders(tasks) == [*expected, "task"]
+
+
 def test_the_command_is_words() -> None:
     assert find_harness(f"{sys.executable} -m vla_eval") == [sys.executable, "-m", "vla_eval"]
+    with pytest.raises(ValueError, match="harness_command '\"vla' cannot be read: No closing quotation"):
+        find_harness('"vla')
