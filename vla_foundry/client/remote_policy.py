@@ -108,16 +108,7 @@ class RemotePolicy:
         if token is not None and not (token.isascii() and token.isprintable() and token):
             raise ValueError("token must be one line of ASCII letters, digits and signs. Is a line break at its end?")
         self._call_metadata = None if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
-        if tls_certificate is None:
-            self._channel = grpc.insecure_channel(server, options=_OPTIONS)
-        else:
-            certificate = Path(tls_certificate).read_bytes()
-            try:
-                ssl.create_default_context(cafile=tls_certificate)
-            except ssl.SSLError as error:
-                raise ValueError(f"{tls_certificate} is not a certificate (PEM): {error.reason}.") from None
-            credentials = grpc.ssl_channel_credentials(certificate)
-            self._channel = grpc.secure_channel(server, credentials, options=_OPTIONS)
+        self._channel = _open_channel(server, tls_certificate)
         self._methods = {
             name: self._channel.unary_unary(
                 f"/{SERVICE}/{name}",
@@ -369,8 +360,19 @@ class RemotePolicy:
             raise ConnectionError(f"{self.server}: {code.name.lower()}: {details}") from None
 
 
+def _open_channel(server: str, tls_certificate: str | None) -> grpc.Channel:
+    if tls_certificate is None:
+        return grpc.insecure_channel(server, options=_OPTIONS)
+    certificate = Path(tls_certificate).read_bytes()
+    try:
+        ssl.create_default_context(cafile=tls_certificate)
+    except ssl.SSLError as error:
+        raise ValueError(f"{tls_certificate} is not a certificate (PEM): {error.reason}.") from None
+    return grpc.secure_channel(server, grpc.ssl_channel_credentials(certificate), options=_OPTIONS)
+
+
 class _Client:
-    """One robot's episode."""
+    """One robot's episode, whose chunks the server keeps."""
 
     def __init__(self, name: str) -> None:
         self.name = name

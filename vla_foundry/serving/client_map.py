@@ -1,18 +1,22 @@
 """Turn the observations of websocket clients into the policy's fields, and its actions into their vectors.
 
 A client map names the columns of the client's vectors and what they mean on both sides. What can be converted exactly
-is: rotation formats, and the range and sign of grippers. Anything else is refused by name before an episode begins.
+is: rotation formats and frames, scales, the range and sign of grippers, mirrored pictures. Anything else is refused by
+name before an episode begins.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from vla_foundry.client.messages import RAW, CameraInfo, FieldInfo, Image, Metadata
 from vla_foundry.config.yaml_source import find_config
+from vla_foundry.images.codec import image_from_array, image_to_array
+from vla_foundry.images.geometry import scale_image
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.serving import ClientMapParams, ClientPartParams, PartMeaning
 from vla_foundry.params.experiment import load_params_from_yaml
@@ -64,6 +68,8 @@ class ClientMap:
         self._state = [self._create_part(part, metadata.fields, is_action=False) for part in params.state]
         self._actions = [self._create_part(part, metadata.actions, is_action=True) for part in params.actions]
         self._action_width = max(part.columns[1] for part in params.actions) if params.actions else 0
+        # (height, width); 0: any
+        self._sizes = {camera.name: (camera.height, camera.width) for camera in metadata.cameras}
         self._check_cameras(metadata.cameras)
         self._check_complete(self._state, metadata.fields, "state", "the policy observes")
         self._check_complete(self._actions, metadata.actions, "actions", "the policy commands")
@@ -83,6 +89,13 @@ class ClientMap:
                 f"the observation lacks the image '{missing[0]}'; it has {', '.join(map(str, images)) or 'none'}."
             )
         return [to_image(camera, images[name]) for camera, name in self.params.cameras.items()]
+
+    def adapt_image(self, camera: str, pixels: np.ndarray) -> np.ndarray:
+        """Return a decoded picture, uint8 (H, W, 3), as the policy's camera would have taken it."""
+        if camera in self.params.mirrored:
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        size = self._sizes.get(camera, (0, 0)) if camera in self.params.scaled else (0, 0)
+        return image_to_array(scale_image(image_from_array(pixels), size)) if all(size) else pixels
 
     def read_state(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         """Return the policy's fields from the client's vectors.
@@ -140,7 +153,12 @@ class ClientMap:
         pair = (ours, theirs) if is_action else (theirs, ours)
         if ours.rotation is None and params.columns[1] - params.columns[0] != end - first:
             raise ValueError(f"{where}: {end - first} columns cannot be {params.columns[1] - params.columns[0]}.")
-        return _Part(params, name, first, end, _create_conversion(where, *pair))
+        turn = None if params.turn is None else np.reshape(params.turn, (3, 3))
+        if turn is not None and not np.allclose((turn @ turn.T, np.linalg.det(turn) * np.eye(3)), np.eye(3), atol=1e-6):
+            raise ValueError(f"{where}: turn is not a rotation matrix.")
+        # back to the client
+        turn = turn.T if turn is not None and is_action else turn
+        return _Part(params, name, first, end, _create_conversion(where, *pair, turn))
 
     def _meaning_of(self, name: str, own: PartMeaning) -> PartMeaning:
         """Return what the policy's numbers mean: what the map says, else what the spec says."""
@@ -154,6 +172,7 @@ class ClientMap:
             rotation=own.rotation or described.rotation,
             gripper=own.gripper
             or (None if gripper is None else GripperParams(open=gripper.open, closed=gripper.closed)),
+            scale=own.scale,
         )
 
     def _check_cameras(self, cameras: Sequence[CameraInfo]) -> None:
@@ -224,8 +243,14 @@ class OwnNames(ClientMap):
         }
 
 
-def _create_conversion(where: str, source: PartMeaning, target: PartMeaning) -> Convert:
+def _create_conversion(where: str, source: PartMeaning, target: PartMeaning, turn: np.ndarray | None) -> Convert:
     """Return the exact conversion from one meaning to another.
+
+    Args:
+        where: the part, for messages.
+        source: what the numbers mean.
+        target: what they shall mean.
+        turn: multiplied to a rotation's matrix, from the right; None: nothing.
 
     Raises:
         ValueError: there is none; the message says what differs.
@@ -239,14 +264,23 @@ def _create_conversion(where: str, source: PartMeaning, target: PartMeaning) -> 
                 f"{where}: its {name} is {one or 'unknown'} on one side and {other or 'unknown'} on the other, which "
                 "cannot be converted. If the spec does not say what the policy's numbers mean, say it under `own`."
             )
-    if source.rotation is not None and target.rotation is not None and source.rotation != target.rotation:
-        given, wanted = source.rotation, target.rotation
-        return lambda values: matrix_to_rotation(rotation_to_matrix(values.astype(np.float64), given), wanted)
+    steps: list[Convert] = []
+    if source.scale != 1:
+        steps.append(lambda values: values * source.scale)
+    if (
+        source.rotation is not None
+        and target.rotation is not None
+        and not (turn is None and source.rotation == target.rotation)
+    ):
+        given, wanted, matrix = source.rotation, target.rotation, np.eye(3) if turn is None else turn
+        steps.append(lambda values: matrix_to_rotation(rotation_to_matrix(values, given) @ matrix, wanted))
     if source.gripper is not None and target.gripper is not None and source.gripper != target.gripper:
         before, after = source.gripper, target.gripper
         scale = (after.closed - after.open) / (before.closed - before.open)
-        return lambda values: after.open + (values - before.open) * scale
-    return lambda values: values
+        steps.append(lambda values: after.open + (values - before.open) * scale)
+    if target.scale != 1:
+        steps.append(lambda values: values / target.scale)
+    return lambda values: reduce(lambda found, step: step(found), steps, values)
 
 
 def _format_of(part: ClientPartParams) -> str:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +29,10 @@ _QUANTILES = (0.5, 0.95, 0.99)
 _MIN_PIXELS, _PIXELS_FACTOR = 1 << 22, 4
 # characters of an instruction, a client's name, and the description of an error
 _MAX_INSTRUCTION, _MAX_NAME, _MAX_ERROR = 10_000, 256, 600
+
+
+# camera and pixels -> pixels
+AdaptImage = Callable[[str, np.ndarray], np.ndarray]
 
 
 class DrainingError(RuntimeError):
@@ -113,8 +117,9 @@ class PolicyService:
         instruction: str = "",
         step: int | None = None,
         whole_chunk: bool = False,
+        adapt_image: AdaptImage | None = None,
     ) -> Reply:
-        """Return the action for an observation; see Engine.act.
+        """Return the action for an observation; see Engine.act, and ClientMap.adapt_image.
 
         Raises:
             ValueError: the observation lacks something, or the client has no episode; the message names the client.
@@ -122,7 +127,7 @@ class PolicyService:
         """
         self._write_log(protocol, client, images=images, fields=fields, instruction=instruction, step=step)
         with self._answered(protocol, client):
-            observation = await self._read(images, fields, instruction)
+            observation = await self._read(images, fields, instruction, adapt_image)
             reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
         return self._timed(reply)
 
@@ -150,12 +155,18 @@ class PolicyService:
         return self._timed(reply)
 
     async def _read(
-        self, images: Sequence[Image], fields: Mapping[str, np.ndarray], instruction: str
+        self,
+        images: Sequence[Image],
+        fields: Mapping[str, np.ndarray],
+        instruction: str,
+        adapt_image: AdaptImage | None = None,
     ) -> RobotObservation:
         if len(instruction) > _MAX_INSTRUCTION:
             raise ValueError(f"the instruction has {len(instruction)} characters, over {_MAX_INSTRUCTION}.")
         with self.times.measured("decode"):
             decoded = await self._decode_images(images)
+            if adapt_image is not None:
+                decoded = {camera: adapt_image(camera, pixels) for camera, pixels in decoded.items()}
         return RobotObservation(images=decoded, fields=fields, instruction=instruction)
 
     def _timed(self, reply: Reply) -> Reply:

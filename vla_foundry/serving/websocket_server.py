@@ -213,6 +213,7 @@ class _OpenpiSession(_Session):
             images=self._map.read_images(observation),
             fields=self._map.read_state(observation),
             instruction=self._read_instruction(observation),
+            adapt_image=self._map.adapt_image,
             step=step,
             whole_chunk=True,
         )
@@ -297,6 +298,7 @@ class _VlaEvalSession(_Session):
             images=self._map.read_images(images if isinstance(images, dict) else {}),
             fields=self._map.read_state(observation),
             instruction=self._read_instruction(observation),
+            adapt_image=self._map.adapt_image,
         )
         # float32 by the protocol
         return "action", {"actions": self._map.write_actions(reply.actions).astype(np.float32)}

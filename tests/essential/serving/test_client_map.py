@@ -1,5 +1,6 @@
 """What a client's numbers become, and back; what cannot be converted is refused by name."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,45 @@ def test_the_map_of_libero_fits_its_field_map() -> None:
     }
     # the same numbers: nothing is scaled or turned
     assert found.write_actions(actions).tolist() == [1, 2, 3, 4, 5, 6, -1]
+    # the harness's picture of a bottom-up one, and preprocessing's
+    raw = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    for camera in ("agentview", "eye_in_hand"):
+        np.testing.assert_array_equal(found.adapt_image(camera, raw[::-1, ::-1]), raw[::-1])
+    assert found.params.observation_params["quat_no_antipodal"]
+
+
+def test_pictures_of_another_size_are_scaled_if_the_map_says_so() -> None:
+    cameras = [CameraInfo("front", 3, 2)]
+    picture = np.repeat(np.repeat(np.arange(18, dtype=np.uint8).reshape(2, 3, 3), 4, axis=0), 4, axis=1)
+    metadata = Metadata(cameras=cameras, fields=METADATA.fields, actions=METADATA.actions)
+    for scaled, shape in (([], (8, 12, 3)), (["front"], (2, 3, 3))):
+        params = ClientMapParams(cameras={"front": "a"}, scaled=scaled, state=state(), actions=actions())
+        assert ClientMap(params, metadata, SPEC).adapt_image("front", picture).shape == shape
+    with pytest.raises(ValueError, match="mirrored and scaled name 'back', which is none of cameras"):
+        ClientMapParams(cameras={"front": "a"}, mirrored=["back"], actions=[])
+
+
+def test_scales_and_frames_of_the_hand_are_converted_both_ways() -> None:
+    turn = rotation_to_matrix(np.array([0.0, 0.5, 0.0]), "axis_angle")
+    given = {"field": "turn", "columns": (0, 3), "rotation": "axis_angle", "representation": "absolute"}
+    part = ClientPartParams(**given, turn=tuple(turn.ravel().tolist()), scale=0.5)
+    metadata = Metadata(fields=METADATA.fields[1:], actions=METADATA.fields[1:])
+    found = ClientMap(ClientMapParams(state=[part], actions=[part]), metadata, SPEC)
+    vector = np.array([0.2, -0.4, 0.8])
+    expected = rotation_to_matrix(vector / 2, "axis_angle") @ turn
+    fields = found.read_state({"states": vector})
+    np.testing.assert_allclose(rotation_to_matrix(fields["turn"], "rot_6d_rows"), expected, atol=1e-12)
+    np.testing.assert_allclose(found.write_actions(fields), vector, atol=1e-9)
+    mirror = (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    for changes, fault in (
+        ({"turn": (1.0,) * 9}, "turn is not a rotation"),
+        ({"turn": mirror}, "turn is not a rotation"),
+        ({"turn": (1.0,) * 8}, "turn is a matrix of 9 numbers"),
+        ({"representation": "delta"}, "turn is a matrix of 9 numbers, for parts with a rotation and representation"),
+        ({"scale": 0.0}, r"scale \(0\) must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            ClientMap(ClientMapParams(state=[replace(part, **changes)], actions=[]), metadata, SPEC)
 
 
 @pytest.mark.parametrize(("name", "width"), [("simpler", 7), ("calvin", 8)])
@@ -209,6 +249,13 @@ def test_the_maps_of_other_benchmarks_fit_lerobot_datasets(name: str, width: int
         }
     )
     found = load_client_map(f"client_maps/{name}.yaml", metadata, spec)
-    fields = found.read_state({"states": np.array([0.1, 0.2, 0.3, 1.0, 0.0, 0.0, 0.0, 1.0])})
-    assert fields["observation.state"].shape == (width,)
-    assert found.write_actions({"action": np.array([0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])})[6] == 1.0
+    # a hand that points down, as Bridge measures it: no rotation
+    half = np.sqrt(0.5)
+    fields = found.read_state({"states": np.array([0.1, 0.2, 0.3, half, 0.0, half, 0.0, 1.0])})
+    kept = {"simpler": [0.1, 0.2, 0.3, 0, 0, 0, 1], "calvin": [0.1, 0.2, 0.3, half, 0, half, 0, 1]}
+    np.testing.assert_allclose(fields["observation.state"], kept[name], atol=1e-9)
+    written = found.write_actions({"action": np.array([0.5, 0.0, 0.0, 0.0, 0.0, 0.4, 1.0])})
+    # CALVIN's files scale; to open is 1 on both sides
+    np.testing.assert_allclose(
+        written, {"simpler": [0.5, 0, 0, 0, 0, 0.4, 1], "calvin": [0.01, 0, 0, 0, 0, 0.02, 1]}[name]
+    )

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -85,6 +86,34 @@ def test_openpi_gets_the_chunk_of_each_step(arm: Any, served: Served) -> None:
         assert np.array_equal(again["actions"], replies[0]["actions"])
         other = ask(connection, openpi_observation(recording, 0, seed=6, episode=2))
         assert not np.array_equal(other["actions"], replies[0]["actions"])
+
+
+def test_a_map_turns_mirrored_pictures_back(arm: Any, served: Served, tmp_path: Path) -> None:
+    recording, metadata = arm.recordings[0], served.metadata
+    state = [
+        {"field": field.name, "columns": [0, field.width], "key": field.name, "own": {"rotation": None}}
+        | ({"rotation": field.rotation} if field.rotation else {})
+        for field in metadata.fields
+    ]
+    ends = np.cumsum([field.width for field in metadata.actions]).tolist()
+    columns = [[end - field.width, end] for field, end in zip(metadata.actions, ends, strict=True)]
+    actions = [
+        {"field": field.name, "columns": part}
+        | ({"rotation": field.rotation} if field.rotation else {})
+        | ({"gripper": {"open": 1, "closed": 0}} if field.width == 1 else {})
+        for field, part in zip(metadata.actions, columns, strict=True)
+    ]
+    cameras = {"rig.front": "front", "rig.wrist": "wrist"}
+    given = {"cameras": cameras, "mirrored": ["rig.front"], "state": state, "actions": actions, "instruction": "prompt"}
+    (tmp_path / "map.yaml").write_text(json.dumps(given), encoding="utf-8")
+    expected = act_in_process(arm, recording, seed=5, num_steps=1)[0]
+    observation = openpi_observation(recording, 0, seed=5)
+    for camera, name in cameras.items():
+        observation[name] = observation.pop(camera)
+    observation["front"] = np.ascontiguousarray(observation["front"][:, ::-1])
+    with serve(served, client_map=str(tmp_path / "map.yaml")) as ports, openpi(ports.websocket) as (connection, _):
+        found = ask(connection, observation)["actions"]
+    assert np.array_equal(found[0], join(expected, served))
 
 
 @pytest.mark.parametrize(

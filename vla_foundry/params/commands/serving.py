@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, Positive, Size, Steps
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Finite, Location, Positive, Size, Steps
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.runs import InferenceParams
 
@@ -111,6 +111,8 @@ class PartMeaning(BaseParams):
     rotation: str | None = None
     # the ends of a gripper; null: not a gripper
     gripper: GripperParams | None = None
+    # one unit of these numbers, in metres or radians
+    scale: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,8 @@ class ClientPartParams(PartMeaning):
     columns: tuple[Steps, Steps]
     # observations: key of the client's vector
     key: str = "states"
+    # rotations of another frame of the hand: the policy's matrix is the client's times this one (row by row)
+    turn: tuple[Finite, ...] | None = None
     # actions: name of the part in the client's own description
     name: str = ""
     # what the policy's numbers mean, where the dataset's spec does not say it
@@ -132,6 +136,10 @@ class ClientPartParams(PartMeaning):
         super().__post_init__()
         if not self.columns[0] < self.columns[1]:
             raise ValueError(f"columns {list(self.columns)} must be [first, end) with first < end.")
+        if self.turn is not None and (
+            len(self.turn) != 9 or self.rotation is None or self.representation != "absolute"
+        ):
+            raise ValueError("turn is a matrix of 9 numbers, for parts with a rotation and representation: absolute.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,10 @@ class ClientMapParams(BaseParams):
 
     # camera of the policy -> the client's name of its picture
     cameras: dict[str, str] = dataclasses.field(default_factory=dict)
+    # cameras whose pictures the client mirrors left to right; they are turned back
+    mirrored: list[str] = dataclasses.field(default_factory=list)
+    # cameras whose pictures have another size at the client; they are scaled, which training did not do
+    scaled: list[str] = dataclasses.field(default_factory=list)
     # columns of the client's vectors -> fields of the observation
     state: list[ClientPartParams] = dataclasses.field(default_factory=list)
     # fields of the action -> columns of the vector that the client expects
@@ -148,3 +160,9 @@ class ClientMapParams(BaseParams):
     instruction: str = "task_description"
     # vla-eval: settings of the benchmark that the policy needs, such as {send_state: true}
     observation_params: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        foreign = [name for name in (*self.mirrored, *self.scaled) if name not in self.cameras]
+        if foreign:
+            raise ValueError(f"mirrored and scaled name '{foreign[0]}', which is none of cameras.")
