@@ -25,7 +25,7 @@ from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matri
 from vla_foundry.robotics.spec import DatasetSpec
 
 Convert = Callable[[np.ndarray], np.ndarray]
-_FIELD = re.compile(r"(?P<name>.+?)(\[(?P<first>\d+):(?P<end>\d+)\])?")
+_FIELD = re.compile(r"(?P<name>.+?)(\[(?P<first>\d{1,6}):(?P<end>\d{1,6})\])?")
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,15 @@ class ClientMap:
         first, end = (int(match["first"]), int(match["end"])) if match and match["first"] else (0, widths[name])
         if not 0 <= first < end <= widths[name]:
             raise ValueError(f"{where} has {widths[name]} columns.")
-        theirs, ours = params, self._meaning_of(name, params.own)
+        theirs, ours = params, self._meaning_of(where, name, params.own)
         for side, meaning, width in (
             ("the client's", theirs, params.columns[1] - params.columns[0]),
             ("the policy's", ours, end - first),
         ):
-            wanted = None if meaning.rotation is None else rotation_width(meaning.rotation)
+            try:
+                wanted = None if meaning.rotation is None else rotation_width(meaning.rotation)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
             if wanted not in (None, width):
                 raise ValueError(
                     f"{where}: {side} {width} columns cannot be a rotation as {meaning.rotation} ({wanted})."
@@ -160,20 +163,28 @@ class ClientMap:
         turn = turn.T if turn is not None and is_action else turn
         return _Part(params, name, first, end, _create_conversion(where, *pair, turn))
 
-    def _meaning_of(self, name: str, own: PartMeaning) -> PartMeaning:
-        """Return what the policy's numbers mean: what the map says, else what the spec says."""
+    def _meaning_of(self, where: str, name: str, own: PartMeaning) -> PartMeaning:
+        """Return what the policy's numbers mean: what the spec says, and the map where the spec does not.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
         described = None if self._spec is None else self._spec.fields.get(name)
         if described is None:
             return own
-        representation = "delta" if described.representation == "delta" else "absolute"
         gripper = described.gripper
-        return PartMeaning(
-            representation=own.representation or representation,
-            rotation=own.rotation or described.rotation,
-            gripper=own.gripper
-            or (None if gripper is None else GripperParams(open=gripper.open, closed=gripper.closed)),
-            scale=own.scale,
-        )
+        # absolute is what a spec says that says nothing
+        said = {
+            "representation": "delta" if described.representation == "delta" else None,
+            "rotation": described.rotation,
+            "gripper": None if gripper is None else GripperParams(open=gripper.open, closed=gripper.closed),
+        }
+        for key, value in said.items():
+            if value is not None and getattr(own, key) not in (None, value):
+                raise ValueError(f"{where}: its {key} is {value} in the spec, but {getattr(own, key)} under `own`.")
+        given = {key: value if value is not None else getattr(own, key) for key, value in said.items()}
+        given["representation"] = given["representation"] or "absolute"
+        return PartMeaning(**given, scale=own.scale)
 
     def _check_cameras(self, cameras: Sequence[CameraInfo]) -> None:
         names = [camera.name for camera in cameras]
@@ -273,7 +284,7 @@ def _create_conversion(where: str, source: PartMeaning, target: PartMeaning, tur
         and not (turn is None and source.rotation == target.rotation)
     ):
         given, wanted, matrix = source.rotation, target.rotation, np.eye(3) if turn is None else turn
-        steps.append(lambda values: matrix_to_rotation(rotation_to_matrix(values, given) @ matrix, wanted))
+        steps.append(lambda values: matrix_to_rotation(rotation_to_matrix(values, given, field=where) @ matrix, wanted))
     if source.gripper is not None and target.gripper is not None and source.gripper != target.gripper:
         before, after = source.gripper, target.gripper
         scale = (after.closed - after.open) / (before.closed - before.open)

@@ -70,6 +70,9 @@ def test_rotations_and_grippers_are_converted() -> None:
     assert fields["place"].tolist() == [1.0, 2.0, 3.0]
     np.testing.assert_allclose(fields["turn"], matrix_to_rotation(turn, "rot_6d_rows"), atol=1e-12)
 
+    with pytest.raises(ValueError, match="client map: state: field 'turn' is not a rotation: a value is not finite"):
+        found.read_state({"states": np.full(6, np.nan)})
+
     chunk = {
         "move": np.array([[0.1, 0.2, 0.3]] * 2, np.float32),
         "twist": np.stack([matrix_to_rotation(turn, "quaternion_xyzw")] * 2),
@@ -123,6 +126,11 @@ def test_a_state_that_is_not_numbers_is_refused(vector: Any) -> None:
         ({"state": state(representation="delta")}, "its representation is delta on one side and absolute on the other"),
         ({"state": state(rotation="axis_angle")}, "its rotation is axis_angle on one side and unknown on the other"),
         ({"state": state(rotation="quaternion_xyzw")}, "3 columns cannot be a rotation as quaternion_xyzw"),
+        ({"state": state(rotation="euler_xzz")}, "field 'place': rotation format 'euler_xzz' is unknown"),
+        (
+            {"actions": actions(own=PartMeaning(gripper=GripperParams(open=0.0, closed=0.08)))},
+            "field 'grip': its gripper is .* in the spec, but .* under `own`",
+        ),
         ({"cameras": {}}, "cameras lacks 'front', which the policy looks through"),
         ({"cameras": {"front": "a", "back": "b"}}, "camera 'back' is unknown"),
     ],
@@ -141,6 +149,8 @@ def test_a_meaning_may_be_given_where_the_spec_has_none() -> None:
     np.testing.assert_array_equal(found.write_actions({"grip": np.array([0.25])}), [0.5])
     with pytest.raises(ValueError, match="say it under `own`"):
         ClientMap(ClientMapParams(actions=[ClientPartParams(**part)]), metadata, spec)
+    with pytest.raises(ValueError, match="open and closed must differ, both are 1"):
+        GripperParams(open=1.0, closed=1.0)
 
 
 def test_without_a_map_the_names_are_the_policys() -> None:

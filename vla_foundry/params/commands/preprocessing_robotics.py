@@ -136,6 +136,11 @@ class GripperParams(BaseParams):
     # value of the closed gripper
     closed: Finite
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.open == self.closed:
+            raise ValueError(f"open and closed must differ, both are {self.open:g}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FieldParams(BaseParams):
