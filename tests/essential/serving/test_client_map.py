@@ -149,6 +149,11 @@ def test_a_meaning_may_be_given_where_the_spec_has_none() -> None:
     np.testing.assert_array_equal(found.write_actions({"grip": np.array([0.25])}), [0.5])
     with pytest.raises(ValueError, match="say it under `own`"):
         ClientMap(ClientMapParams(actions=[ClientPartParams(**part)]), metadata, spec)
+    for meaning in ({"gripper": CLOSE_POSITIVE}, {"rotation": "quaternion_xyzw"}):
+        with pytest.raises(
+            ValueError, match=r"scale \(2\) is for distances and angles, not (a gripper|quaternion_xyzw)"
+        ):
+            PartMeaning(scale=2.0, **meaning)
     with pytest.raises(ValueError, match="open and closed must differ, both are 1"):
         GripperParams(open=1.0, closed=1.0)
 

@@ -114,6 +114,12 @@ class PartMeaning(BaseParams):
     # one unit of these numbers, in metres or radians
     scale: Positive = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        has_unit = self.rotation is None or self.rotation == "axis_angle" or self.rotation.startswith("euler_")
+        if self.scale != 1 and not (has_unit and self.gripper is None):
+            raise ValueError(f"scale ({self.scale:g}) is for distances and angles, not {self.rotation or 'a gripper'}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientPartParams(PartMeaning):
