@@ -29,6 +29,8 @@ _QUANTILES = (0.5, 0.95, 0.99)
 _MIN_PIXELS, _PIXELS_FACTOR = 1 << 22, 4
 # characters of an instruction, a client's name, and the description of an error
 _MAX_INSTRUCTION, _MAX_NAME, _MAX_ERROR = 10_000, 256, 600
+# of an episode: numbers of steps are 64 bits
+_MAX_STEPS = 1 << 62
 
 
 # camera and pixels -> pixels
@@ -127,6 +129,7 @@ class PolicyService:
         """
         self._write_log(protocol, client, images=images, fields=fields, instruction=instruction, step=step)
         with self._answered(protocol, client):
+            _check_step(step)
             observation = await self._read(images, fields, instruction, adapt_image)
             reply = await self.engine.act((protocol, client), observation, step=step, whole_chunk=whole_chunk)
         return self._timed(reply)
@@ -139,6 +142,10 @@ class PolicyService:
         """
         self._write_log(protocol, client, predict=request)
         with self._answered(protocol, client):
+            _check_step(request.step)
+            num_rows, most = max((array.rows for array in request.rest), default=0), self.metadata.chunk_steps
+            if num_rows > most:
+                raise ValueError(f"{num_rows} actions are left of the chunk, but a chunk has {most}.")
             if len(request.steps) > self.metadata.steps_back + 1:
                 raise ValueError(f"{len(request.steps)} steps; the policy looks {self.metadata.steps_back} steps back.")
             robot = RobotSteps(
@@ -272,6 +279,11 @@ class Times:
         start = time.perf_counter()
         yield
         self.add(stage, 1000 * (time.perf_counter() - start))
+
+
+def _check_step(step: int | None) -> None:
+    if step is not None and step >= _MAX_STEPS:
+        raise ValueError(f"step {step} is too large: an episode has at most {_MAX_STEPS} steps.")
 
 
 def describe_error(error: Exception) -> str:
