@@ -55,6 +55,9 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # an action must not be asked for twice
     ("grpc.enable_retries", 0),
+    # try often, so that a robot finds a server that comes back; the defaults grow to 2 minutes
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
 ]
 # gRPC takes much longer ones for no time at all
 _MAX_TIMEOUT_S = 86400

@@ -314,6 +314,29 @@ def test_requests_under_way_are_answered_at_the_end() -> None:
     assert all(b"actions" in message for message in found)
 
 
+def test_a_client_finds_a_server_that_comes_back() -> None:
+    with serve(load_odd(kind="fine")) as ports:
+        policy = RemotePolicy(f"127.0.0.1:{ports.grpc}", timeout_s=1.0)
+        policy.reset(0)
+    down_until = time.monotonic() + 2.5
+    while time.monotonic() < down_until:
+        with pytest.raises(ConnectionError):
+            policy.act(ODD)
+        time.sleep(0.1)
+    with serve(load_odd(kind="fine"), port=ports.grpc):
+        up_since = time.monotonic()
+        while True:
+            try:
+                policy.reset(0)
+                break
+            except ConnectionError:
+                # it would take seconds, and minutes after a longer absence
+                assert time.monotonic() < up_since + 1
+                time.sleep(0.02)
+        assert policy.act(ODD)["action"].shape == (2,)
+        policy.close()
+
+
 def test_a_client_says_itself_what_cannot_be_sent() -> None:
     with serve(load_odd(kind="fine")) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
         with pytest.raises(ValueError, match=r"seed must be from 0 to 2\*\*64 - 1, got -1"):
