@@ -32,6 +32,12 @@ from vla_foundry.serving.engine import FullError, NoSessionError, PolicyFailedEr
 from vla_foundry.serving.service import DrainingError, PolicyService, describe_error
 
 _SERVING, _NOT_SERVING = 1, 2
+
+
+class UnknownServiceError(LookupError):
+    """A client asks for the health of a service that does not exist."""
+
+
 # exception -> status
 _CODES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (NoSessionError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -40,6 +46,7 @@ _CODES: list[tuple[type[Exception], grpc.StatusCode]] = [
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
     (PolicyFailedError, grpc.StatusCode.INTERNAL),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (UnknownServiceError, grpc.StatusCode.NOT_FOUND),
 ]
 
 Handler = Callable[[Any], Awaitable[Any]]
@@ -85,6 +92,8 @@ def create_grpc_server(
     own, simulator = _OwnService(service, check_robot), _LbmService(service)
 
     async def check_health(request: HealthRequest) -> HealthResponse:
+        if request.service and request.service not in handlers:
+            raise UnknownServiceError(f"there is no service '{request.service}'.")
         return HealthResponse(status=_NOT_SERVING if service.is_draining else _SERVING)
 
     handlers: dict[str, dict[str, tuple[type, Handler]]] = {

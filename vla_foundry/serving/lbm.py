@@ -223,7 +223,7 @@ def write_action(action: Mapping[str, np.ndarray]) -> PosesAndGrippers:
     """Return an action, {field: (C,)}, as poses and grippers.
 
     Raises:
-        ValueError: a field is neither a pose nor a gripper of LBM's data.
+        ValueError: a field is neither a pose nor a gripper of LBM's data, or is half a pose.
     """
     poses: dict[str, RigidTransform] = {}
     grippers = []
@@ -239,6 +239,9 @@ def write_action(action: Mapping[str, np.ndarray]) -> PosesAndGrippers:
             poses.setdefault(robot, RigidTransform()).rotation = matrix.reshape(9).tolist()
         else:
             raise ValueError(f"action field '{name}' is neither a pose nor a gripper of the LBM simulator.")
+    half = next((robot for robot, pose in poses.items() if not (len(pose.translation) and len(pose.rotation))), None)
+    if half is not None:
+        raise ValueError(f"the policy commands half a pose of {half}: the LBM simulator needs its xyz and its rot_6d.")
     arms = [RobotPoseStatus(robot_name=robot, pose=pose) for robot, pose in poses.items()]
     return PosesAndGrippers(pose_status=arms, gripper_status=grippers)
 

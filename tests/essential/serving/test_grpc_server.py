@@ -187,7 +187,12 @@ def test_a_token_is_asked_for(served: Served) -> None:
 
 def check_health(address: str) -> int:
     with grpc.insecure_channel(address) as channel:
-        answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        with pytest.raises(grpc.RpcError) as error:
+            check(b"\x0a\x04none", timeout=10)
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
+        assert check(b"\x0a\x23vla_foundry.policy.v1.PolicyService") == b"\x08\x01"
+        answer = check(b"", timeout=10)
     # field 1, a number
     assert answer[0] == 0x08
     return answer[1]

@@ -141,3 +141,8 @@ def test_actions_that_the_simulator_does_not_know_are_refused() -> None:
     lbm.check_actions(["robot__action__poses__a__xyz", "robot__action__poses__a__rot_6d", "robot__action__grippers__g"])
     with pytest.raises(ValueError, match="'action' is neither a pose nor a gripper"):
         lbm.check_actions(["action"])
+    for part in ("xyz", "rot_6d"):
+        with pytest.raises(
+            ValueError, match="commands half a pose of a: the LBM simulator needs its xyz and its rot_6d"
+        ):
+            lbm.check_actions([f"robot__action__poses__a__{part}"])
