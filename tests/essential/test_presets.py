@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ from vla_foundry.config.resolve import resolve
 from vla_foundry.config.yaml_source import preset_root
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params import HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.commands.preprocessing_robotics import ActionFieldsParams, FieldMapParams
+from vla_foundry.params.commands.preprocessing_robotics import (
+    ActionFieldsParams,
+    FieldMapParams,
+    RoboticsPreprocessParams,
+)
 from vla_foundry.params.commands.serving import ClientMapParams
 from vla_foundry.params.commands.simulators import EnvironmentMapParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
@@ -143,6 +148,45 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
     bare = parse(TrainExperimentParams, words, prog="train").params
     with pytest.raises(ValueError, match=r"data\.dataset_manifest is empty"):
         resolve(bare, read_facts(bare, world_size, offline=True))
+
+
+# presets that users of the earlier implementation name, besides those that test_migrations names in the paper's commands.
+# Left out: `sagemaker/launch_training.py`, a launcher that this package does not have; the Ray cluster of AWS; the U-Net
+# of images; 3,900 lines of LBM's instructions; and training jobs on data of their authors.
+EARLIER_MODELS = (
+    *("qwen_05b", "vlm_11m", "vlm_100m", "vlm_1b", "vlm_3b", "vlm_3b_gemma2_2b", "smolvlm_load_llm"),
+    *("paligemma_load_llm", "vit_tiny", "vit_paligemma", "vit_smolvlm2_256m", "vit_smolvlm2_256m_224"),
+    *("diffusion_policy", "vla_diffusion_11m", "vla_diffusion_100m", "vla_diffusion_1b", "vla_diffusion_paligemma2"),
+    *("vla_smolvlm_256m", "vla_smolvlm_foundry_backbone"),
+)
+IN_PRESETS = "include vla_foundry/config_presets"
+
+
+@pytest.mark.parametrize("name", EARLIER_MODELS)
+def test_models_of_the_earlier_implementation_resolve_on_the_command_line(name: str) -> None:
+    words = ["--model", f"{IN_PRESETS}/models/{name}.yaml", "--hparams", f"{IN_PRESETS}/hparams/diffusion_policy.yaml"]
+    words += ["--data", f"{IN_PRESETS}/data/{'vla_diffusion' if 'vla' in name else 'diffusion_policy'}.yaml"]
+    words += ["--data.camera_names", f"{IN_PRESETS}/data/lbm/lbm_data_camera_names_4cameras.yaml"]
+    words += ["--data.augmentation.image", f"{IN_PRESETS}/data/lbm/lbm_image_augmentation_params.yaml"]
+    parsed = parse(TrainExperimentParams, [*words, "--total_train_samples", "512"], prog="train")
+    data: Any = parsed.params.data
+    assert not parsed.notices
+    assert data.camera_names == ["scene_right_0", "scene_left_0", "wrist_left_plus", "wrist_right_minus"]
+    assert (data.lowdim_future_timesteps, data.augmentation.image.crop.shape) == (14, (224, 224))
+    assert parsed.params.hparams.lr == 5e-4
+
+
+def test_robot_data_of_the_earlier_implementation_is_preprocessed_by_its_names() -> None:
+    lbm = f"{IN_PRESETS.removeprefix('include ')}/data/lbm"
+    words = ["--type", "spartan", "--config_path", f"{lbm}/../robotics_preprocessing_params_1past_14future.yaml"]
+    words += ["--source_episodes", "[a]", "--output_dir", "b", "--camera_names"]
+    words += [f"include {lbm}/lbm_data_camera_names_6cameras.yaml"]
+    words += ["--data_discard_keys", f"include {lbm}/lbm_data_discard_key.yaml"]
+    words += ["--action_fields_config_path", f"{lbm}/lbm_action_fields.yaml"]
+    params: Any = parse(RoboticsPreprocessParams, words, prog="preprocess").params
+    assert (len(params.camera_names), len(params.data_discard_keys), params.max_padding_right) == (6, 8, 15)
+    fields = load_params_from_yaml(ActionFieldsParams, params.action_fields_config_path)
+    assert fields.action_index_fields == [3, 9, 12, 18, 19, 20]
 
 
 def count_parameters(params: TransformerParams) -> tuple[int, int]:
