@@ -9,25 +9,21 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vla_foundry.config.command_line import EXPECTED_ERRORS, describe_error
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.world import World
@@ -48,7 +44,7 @@ def start_process_group(params: DistributedParams, world: World) -> None:
     CPU tensors always use gloo, so that hosts can agree without touching the accelerator.
 
     Raises:
-        ValueError: NCCL without a GPU.
+        ValueError: NCCL without a GPU, or the other ranks cannot be reached.
     """
     on_gpu = world.device.startswith("cuda")
     if params.dist_backend == "nccl" and not on_gpu:
@@ -60,15 +56,21 @@ def start_process_group(params: DistributedParams, world: World) -> None:
         return
     if on_gpu:
         torch.cuda.set_device(world.device)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if on_gpu and params.dist_backend != "gloo" else "gloo",
-        # a single process needs no rendezvous
-        init_method=None if world.world_size == 1 else params.dist_url,
-        store=dist.HashStore() if world.world_size == 1 else None,  # pyright: ignore[reportPrivateImportUsage]
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=timedelta(seconds=params.timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if on_gpu and params.dist_backend != "gloo" else "gloo",
+            # a single process needs no rendezvous
+            init_method=None if world.world_size == 1 else params.dist_url,
+            store=dist.HashStore() if world.world_size == 1 else None,  # pyright: ignore[reportPrivateImportUsage]
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timedelta(seconds=params.timeout_s),
+        )
+    except dist.DistError as error:
+        raise ValueError(
+            f"rank {world.rank} on {socket.gethostname()} did not reach the other ranks: {str(error).splitlines()[0]} "
+            "Does each node start, and does its network reach the address of the launcher?"
+        ) from error
 
 
 def stop_process_group() -> None:
@@ -281,87 +283,6 @@ def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
     if is_failed:
         raise SystemExit(2)
     return result
-
-
-# the store that the ranks met through holds the error of each rank that failed
-_ERROR_KEY = "vla_foundry/error of rank {}"
-_SECONDS_TO_HEAR, _SECONDS_BETWEEN_LOOKS = 5.0, 0.1
-
-
-@contextmanager
-def naming_lost_ranks(world: World) -> Iterator[None]:
-    """Collective: call on every rank. If another rank fails inside, say which and why, not that a connection broke.
-
-    Raises:
-        ValueError: another rank failed, or its process is gone; one line.
-    """
-    if world.world_size == 1:
-        yield
-        return
-    places = gather_objects(_find_place())
-    store = distributed_c10d._get_default_store()
-    try:
-        yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it before their connections break
-        is_expected = isinstance(error, EXPECTED_ERRORS)
-        line = describe_error(error) if is_expected else f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-        if not _is_of_connection(error):
-            _report(store, world.rank, f"rank {world.rank} on {places[world.rank][0]} failed: {line}")
-            raise
-        # the launcher soon stops the others, perhaps before they have said which rank is gone: this process ends anyway
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        found = _find_lost_rank(store, places, world.rank)
-        raise ValueError(found or f"the connection to the other ranks failed, and none says why: {line}") from error
-
-
-def _find_place() -> tuple[str, str, int]:
-    """Return this process's host, name space of processes, and number."""
-    with suppress(OSError):
-        return socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid()
-    return socket.gethostname(), "", os.getpid()
-
-
-def _is_of_connection(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in ("gloo/", "NCCL"))
-
-
-def _report(store: distributed_c10d.Store, rank: int, line: str) -> None:
-    # the store is gone with the process that held it
-    with suppress(RuntimeError):
-        store.set(_ERROR_KEY.format(rank), line)
-
-
-def _find_lost_rank(store: distributed_c10d.Store, places: Sequence[tuple[str, str, int]], rank: int) -> str | None:
-    """Return which rank failed and why, from what it reported or because its process on this host is gone."""
-    deadline = time.monotonic() + _SECONDS_TO_HEAR
-    while time.monotonic() < deadline:
-        # who finds a process gone reports it before leaving, so look at the reports again before believing it
-        gone = [other for other, place in enumerate(places) if place[:2] == places[rank][:2] and _is_gone(place[2])]
-        try:
-            reported = [other for other in range(len(places)) if store.check([_ERROR_KEY.format(other)])]
-            if reported:
-                return store.get(_ERROR_KEY.format(reported[0])).decode()
-        except RuntimeError:
-            gone = gone or [0]
-        if gone:
-            line = (
-                f"rank {gone[0]} on {places[gone[0]][0]} (process {places[gone[0]][2]}) ended without a word. It was "
-                "killed, perhaps because memory ran out: see its node's log."
-            )
-            _report(store, gone[0], line)
-            return line
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return None
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
 
 
 # each saves a checkpoint and ends the run with 128 + its number, as shells report it

@@ -24,11 +24,11 @@ from vla_foundry.training.distributed import (
     broadcast_object,
     leave_process,
     main_rank_first,
-    naming_lost_ranks,
     parallelize,
     start_process_group,
     stop_process_group,
 )
+from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
 from vla_foundry.training.optimizer import describe_groups
 from vla_foundry.training.remote_sync import RemoteSync

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.run_folder import list_step_folders
+from vla_foundry.training import lost_ranks
 from vla_foundry.training.distributed import start_process_group
 from vla_foundry.world import World
 
@@ -147,7 +149,8 @@ SCRIPT = """
 import os, sys, torch.distributed as dist
 from vla_foundry.config.command_line import run_command
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.distributed import StopSignal, barrier, naming_lost_ranks, start_process_group
+from vla_foundry.training.distributed import StopSignal, barrier, start_process_group
+from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.world import read_world
 def main(argv):
     world = read_world(0)
@@ -179,6 +182,78 @@ def test_ranks_name_the_one_that_is_lost_and_why(launch, tmp_path: Path, way: st
     assert re.search(rf"^error: {wanted}", done.stderr, re.MULTILINE), done.stderr
     assert re.search(rf"^error: process 2: {wanted}", done.stderr, re.MULTILINE), done.stderr
     assert "gloo" not in done.stderr
+
+
+class DeafStore(dist.HashStore):
+    """A store on a host that is cut off."""
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(5)
+        return False
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Fails in rank 0 of six; returns the error that its user sees: (error, store)."""
+
+    def fail(error: Exception, store: dist.Store) -> str:
+        monkeypatch.setattr(lost_ranks, "gather_objects", lambda place: [lost_ranks._Place(*item) for item in PLACES])
+        monkeypatch.setattr(lost_ranks.distributed_c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(lost_ranks.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(lost_ranks, "_SECONDS_TO_HEAR", 0.0)
+        monkeypatch.setattr(lost_ranks, "_SECONDS_TO_ANSWER", 1.0)
+        with pytest.raises(ValueError, match="rank") as raised, lost_ranks.naming_lost_ranks(World(world_size=6)):
+            raise error
+        return str(raised.value)
+
+    return fail
+
+
+# two ranks on each of three hosts, of which this process is rank 0
+PLACES = [
+    (f"node-{rank // 2}", "" if rank else "here", os.getpid(), f"10.0.0.{rank // 2}") for rank in range(6)
+]  # host, name space, process, address
+GLOO = "[/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:22662: Connection reset by peer"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error"
+
+
+@pytest.mark.parametrize(
+    ("error", "alive", "message"),
+    [
+        (
+            RuntimeError(GLOO),
+            (1, 4),
+            r"connection to rank 5 on node-2 is lost, without a word",
+        ),
+        (RuntimeError(GLOO), (), r"connection to rank 4 on node-2, rank 5 on node-2 is lost"),
+        (dist.DistBackendError(NCCL), (1, 2, 3), r"connection to rank 4 on node-2, rank 5 on node-2 is lost"),
+        (dist.DistBackendError(NCCL), (), r"connection to rank 1 on node-0, rank 2 on node-1, rank 3 .* and 2 more is"),
+        (dist.DistNetworkError("Broken pipe"), range(1, 6), r"all of them are alive\. Look at the network"),
+        (RuntimeError(f"{NCCL}\nncclRemoteError"), (1, 2, 3, 5), r"rank 4 on node-2 is lost"),
+        (
+            dist.DistBackendError(NCCL),
+            "rank 3 on node-1 failed: KeyError: 'fish'",
+            r"^rank 3 on node-1 failed",
+        ),
+    ],
+)
+def test_ranks_of_other_hosts_are_named_without_the_words_of_their_transport(
+    error: Exception, alive: Any, message: str, lose: Callable[..., str]
+) -> None:
+    store = dist.HashStore()
+    if isinstance(alive, str):
+        store.set("vla_foundry/error of rank 3", alive)
+    for rank in () if isinstance(alive, str) else alive:
+        store.set(f"vla_foundry/rank {rank} is alive", "")
+    said = lose(error, store)
+    assert re.search(message, said)
+    assert not any(word in said for word in ("NCCL", "gloo", "\n"))
+
+
+def test_a_store_that_never_answers_is_not_waited_for(lose: Callable[..., str]) -> None:
+    start = time.monotonic()
+    assert "rank 4 on node-2, rank 5 on node-2 is lost" in lose(RuntimeError(GLOO), DeafStore())
+    assert time.monotonic() - start < 4
 
 
 def test_nccl_without_a_gpu_is_refused() -> None:
