@@ -150,8 +150,8 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
         resolve(bare, read_facts(bare, world_size, offline=True))
 
 
-# presets that users of the earlier implementation name, besides those that test_migrations names in the paper's commands.
-# Left out: `sagemaker/launch_training.py`, a launcher that this package does not have; the Ray cluster of AWS; the U-Net
+# presets that users of the earlier implementation name, besides those in the paper's commands (test_migrations). Left
+# out: `sagemaker/launch_training.py`, a launcher that this package does not have yet; the Ray cluster of AWS; the U-Net
 # of images; 3,900 lines of LBM's instructions; and training jobs on data of their authors.
 EARLIER_MODELS = (
     *("qwen_05b", "vlm_11m", "vlm_100m", "vlm_1b", "vlm_3b", "vlm_3b_gemma2_2b", "smolvlm_load_llm"),

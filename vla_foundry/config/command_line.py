@@ -251,8 +251,11 @@ def _import(module: str, what: str) -> None:
         raise ValueError(f"{what} cannot be imported: {error}.") from error
 
 
-def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
+def decode_tree(cls: Any, tree: Node, path: str = "", decoding: Decoding | None = None) -> Parsed:
     """Decode a tree into a dataclass or a role's concrete class; `path` is its config path.
+
+    Args:
+        decoding: what was found before; None: nothing.
 
     Raises:
         ValueError: a key is unknown, or a value is wrong or missing.
@@ -260,7 +263,7 @@ def decode_tree(cls: Any, tree: Node, path: str = "") -> Parsed:
     takes_plugins = any(PLUGINS_FLAG in schema.accepted_keys(member) for member in schema.concrete_classes(cls))
     if isinstance(tree, Branch) and not takes_plugins:
         tree = without(tree, PLUGINS_FLAG)
-    decoding = Decoding(root=cls)
+    decoding = decoding or Decoding(root=cls)
     try:
         params = decode(cls, tree, decoding, path)
     except MissingError as error:

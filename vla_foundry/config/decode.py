@@ -262,6 +262,14 @@ def _combine(tree: Any, moved: Any, path: str, names: tuple[str, str]) -> Any:
     return tree if ranks[0] > max(ranks[1], 0) else moved
 
 
+def imply(cls: type, tree: Branch, decoding: Decoding) -> Branch:
+    """Add to a whole config what its sections imply for each other, so that one of them can be decoded alone."""
+    for migration in migrations_of(cls):
+        if migration.implied is not None:
+            tree = _imply(tree, migration.implied(tree, ""), decoding, "")
+    return tree
+
+
 def _imply(tree: Node, implied: dict[str, Any], decoding: Decoding, path: str) -> Branch:
     """Add the values that an old mapping implies where it gives none."""
     for key, value in implied.items():

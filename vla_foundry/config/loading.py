@@ -1,12 +1,13 @@
 """Load params from a config file, and write params as YAML."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import yaml
 
 from vla_foundry.config import schema
 from vla_foundry.config.command_line import PLUGINS_FLAG, Parsed, check_file_plugins, decode_tree, print_notices
+from vla_foundry.config.decode import Decoding, imply
 from vla_foundry.config.schema import ChoiceParams
 from vla_foundry.config.tree import TYPE_KEY, Branch
 from vla_foundry.config.values import is_ambiguous
@@ -37,11 +38,14 @@ def read_params(cls: Any, path: str, root: Any = None) -> Parsed:
     tree = load_mapping(str(path))
     check_file_plugins(tree)
     section = None if root is None or issubclass(cls, root) else _section_name(cls, tree, root)
-    if section is None:
+    if root is None or section is None:
         return decode_tree(cls, tree)
-    node = tree.children[section]
+    # other sections may tell how an earlier version understood this one
+    decoding = Decoding(root=cls)
+    node = imply(root, tree, decoding).children[section]
     assert isinstance(node, Branch)
-    return decode_tree(cls, node, section)
+    own = {key: value for key, value in decoding.implied.items() if key.startswith(f"{section}.")}
+    return decode_tree(cls, node, section, replace(decoding, implied=own))
 
 
 def _section_name(cls: Any, tree: Branch, root: Any) -> str | None:

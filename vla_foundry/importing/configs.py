@@ -15,12 +15,11 @@ from vla_foundry.config.yaml_source import parse_inline
 from vla_foundry.importing.source import Source, read_vlm_config, read_yaml
 from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.migrations import BF16_PRECISIONS, list_rounded_transformers
 from vla_foundry.params.models.roles import ModelParams
 
 _POLICY = "diffusion_policy"
 _STARTS = ("resume_from_checkpoint", "resume_weights_only")
-# precisions that rounded attention keys, and with them the rotary frequencies, to bf16
-_BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
 # the processor `simple_vlm` and the tokenizer it used
 _SIMPLE_VLM, _SIMPLE_VLM_TOKENIZER = "simple_vlm", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 # processors without a counterpart here
@@ -86,8 +85,14 @@ def _translate_model(source: Source, params: ImportParams, has_bf16_tables: bool
             backbone.pop("vlm_experiment_dir", None)
             model["vision_language_backbone"] = backbone
     model = _without_starts(model, "model", lines)
-    is_rounded = has_bf16_tables or source.precision in _BF16_PRECISIONS
-    return (_round_frequencies(model, "model", lines, source.precision) if is_rounded else model), lines
+    if has_bf16_tables or source.precision in BF16_PRECISIONS:
+        for path in list_rounded_transformers(parse_inline(dump_value(model)), "model", source.precision):
+            lines.append(f"parity: {path}.rope_bf16_frequencies is true (trained in bf16)")
+            section = model
+            for key in path.split(".")[1:]:
+                section = section[key]
+            section["rope_bf16_frequencies"] = True
+    return model, lines
 
 
 def _without_starts(section: Any, path: str, lines: list[str]) -> Any:
@@ -98,21 +103,6 @@ def _without_starts(section: Any, path: str, lines: list[str]) -> Any:
     if start is not None:
         lines.append(f"{path}.{_STARTS[0]} ({start}) is left out: the weights are in the checkpoint.")
     return {key: _without_starts(value, f"{path}.{key}", lines) for key, value in section.items() if key not in _STARTS}
-
-
-def _round_frequencies(section: Any, path: str, lines: list[str], precision: str | None) -> Any:
-    """Return a model section whose native transformers round their rotary frequencies if training did."""
-    if not isinstance(section, dict):
-        return section
-    found = {key: _round_frequencies(value, f"{path}.{key}", lines, precision) for key, value in section.items()}
-    is_native = section.get("type") == "transformer"
-    # under autocast, query and key norms ran in fp32, and so the rotary tables stayed fp32
-    has_fp32_keys = section.get("qk_norm") and "lp_layer_norm" not in section.get("norm_type", "")
-    in_fp32 = has_fp32_keys and precision != "pure_bf16"
-    if is_native and section.get("positional_embedding_type", "rotary") == "rotary" and not in_fp32:
-        lines.append(f"parity: {path}.rope_bf16_frequencies is true (trained in bf16)")
-        found["rope_bf16_frequencies"] = True
-    return found
 
 
 def _translate_data(source: Source, old: dict[str, Any], params: ImportParams) -> tuple[dict[str, Any], list[str]]:

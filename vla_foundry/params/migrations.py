@@ -7,7 +7,7 @@ from typing import Any
 
 from vla_foundry.config.decode import find_text
 from vla_foundry.config.schema import Migration, Retyped, register_migrations
-from vla_foundry.config.tree import Branch, Leaf
+from vla_foundry.config.tree import Branch, Leaf, Node, merge, place
 from vla_foundry.config.values import decode_value
 from vla_foundry.config.yaml_source import load_mapping
 from vla_foundry.run_folder import MODEL_CONFIG_NAME
@@ -34,6 +34,9 @@ _VIT_KEYS = (
 # keys of a clip_backbone alone
 _CLIP_KEYS = ("disable_text", "freeze_text_encoder", "freeze_image_encoder")
 _RESIZING_METHODS = ("center_crop", "resize_no_crop", "resize_fit")
+# precisions that rounded attention keys, and with them the rotary frequencies, to bf16
+BF16_PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "pure_bf16")
+_ROUNDED = "rope_bf16_frequencies"
 # beside a published policy: model config of the vision-language model that it started from
 _VLM_CONFIG_NAME = "vlm_config_model.yaml"
 
@@ -90,14 +93,47 @@ def _imply_vlm(tree: Branch, path: str) -> dict[str, Any]:
     names = [find_text(tree, key) for key in ("vlm_experiment_dir", _STARTS[0])]
     names = [None if name == "null" else name for name in names]
     places = list(vlm_config_places(folder, *names))
-    for place in places:
+    for location in places:
         try:
-            return {"vlm": _without_starts(load_mapping(place))}
+            return {"vlm": _without_starts(load_mapping(location))}
         except FileNotFoundError:
             continue
     if names[0] is not None:
         raise FileNotFoundError(f"{given.origin.prefix}{path}.vlm_experiment_dir: there is no {' nor '.join(places)}.")
     return {}
+
+
+def _imply_rounded_frequencies(tree: Branch, path: str) -> dict[str, Any]:
+    """Return which transformers of an earlier run rounded their rotary frequencies, as training in bf16 did."""
+    model, precision = tree.children.get("model"), find_text(tree, "hparams.precision")
+    # only configs that the earlier implementation saved say what this was
+    is_saved = find_text(tree, "hparams.world_size") is not None
+    if not is_saved or precision not in BF16_PRECISIONS or not isinstance(model, Branch):
+        return {}
+    implied = {}
+    backbone = model.children.get("vision_language_backbone")
+    if isinstance(backbone, Branch) and (vlm := _imply_vlm(backbone, "model.vision_language_backbone").get("vlm")):
+        implied["model.vision_language_backbone.vlm"] = vlm
+        model = merge(model, place(("vision_language_backbone", "vlm"), vlm))
+    return implied | {f"{found}.{_ROUNDED}": "true" for found in list_rounded_transformers(model, "model", precision)}
+
+
+def list_rounded_transformers(tree: Node, path: str, precision: str | None) -> list[str]:
+    """Return the config paths of the native transformers that training in bf16 gave rounded rotary frequencies.
+
+    Args:
+        precision: that of the run, under its earlier name; None: only known to be bf16.
+    """
+    if not isinstance(tree, Branch):
+        return []
+    below = (list_rounded_transformers(node, f"{path}.{key}", precision) for key, node in tree.children.items())
+    inner = [found for paths in below for found in paths]
+    # under autocast, query and key norms ran in fp32, and so the rotary tables stayed fp32
+    has_fp32_norm = "lp_layer_norm" not in (find_text(tree, "norm_type") or "")
+    has_fp32_keys = has_fp32_norm and find_text(tree, "qk_norm") in ("true", "True")
+    in_fp32 = has_fp32_keys and precision != "pure_bf16"
+    is_rotary = find_text(tree, "positional_embedding_type") in (None, "rotary")
+    return inner + ([path] if find_text(tree, "type") == "transformer" and is_rotary and not in_fp32 else [])
 
 
 def vlm_config_places(folder: str | None, experiment: str | None, checkpoint: str | None) -> Iterator[str]:
@@ -132,6 +168,7 @@ MIGRATIONS: dict[str, Migration] = {
             "remote_sync_fixed_path": "remote_sync is the one place that a run is copied to",
         },
         values={"save_path": {"null": None}},
+        implied=_imply_rounded_frequencies,
     ),
     "DataParams": Migration(
         ignored={

@@ -16,14 +16,17 @@ from vla_foundry.importing.configs import match_field_config
 from vla_foundry.inference.loading import load_run_model
 from vla_foundry.inference.observations import RobotObservation
 from vla_foundry.inference.policy import Policy
+from vla_foundry.models import create_model
 from vla_foundry.models.action_heads.action_head import ActionWindow
 from vla_foundry.models.backbones.backbone import Conditioning
+from vla_foundry.models.weights import load_model_checkpoint
 from vla_foundry.params import ModelParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.commands.runs import ImportParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 
 XYZ = "robot__action__poses__left::panda__xyz_relative"
 SPEED = "speed"
+DEVICE = torch.device("cpu")
 
 
 @pytest.fixture
@@ -61,6 +64,35 @@ def test_the_config_is_the_same_in_our_terms(run: tuple[Path, list[str]]) -> Non
         assert line in lines
     kept = yaml.safe_load((folder / "imported" / "config.yaml").read_text(encoding="utf-8"))
     assert kept["hparams"]["loss_function"] == "mse"
+
+
+@torch.no_grad()
+def test_the_loading_snippet_gives_the_numbers_of_the_import(
+    run: tuple[Path, list[str]], policy_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params: Any = load_params_from_yaml(ModelParams, str(policy_source / "config.yaml"))
+    model: Any = create_model(params, load_pretrained=False)
+    load_model_checkpoint(model, str(policy_source / "checkpoints" / "checkpoint_1.pt"))
+    assert "rope_bf16_frequencies is true" in capsys.readouterr().err
+    imported: Any = load_run_model(
+        load_params_from_yaml(ModelParams, str(run[0] / "config_model.yaml")), str(run[0]), str(run[0]), None, DEVICE
+    )
+    transformers = [params.action_head.transformer, params.vision_language_backbone.vlm.transformer]
+    assert all(transformer.rope_bf16_frequencies for transformer in transformers)
+    mine, theirs = model.state_dict(), imported.state_dict()
+    assert mine.keys() == theirs.keys()
+    tables = [dict(found.named_buffers()) for found in (model, imported)]
+    assert sum(name.endswith(".cos") for name in tables[0]) >= 2
+    for name, table in tables[0].items():
+        torch.testing.assert_close(table, tables[1][name], rtol=0, atol=0)
+    # a config of ours, or one that is not that of a run, says nothing of earlier code
+    text = (policy_source / "config.yaml").read_text(encoding="utf-8")
+    for old, new in (("precision: amp_bfloat16", "precision: fp32"), ("world_size: 8", "")):
+        assert old in text
+        changed = policy_source / "changed.yaml"
+        changed.write_text(text.replace(old, new), encoding="utf-8")
+        params = load_params_from_yaml(ModelParams, str(changed))
+        assert not params.action_head.transformer.rope_bf16_frequencies
 
 
 def test_numbers_are_normalized_as_they_were(run: tuple[Path, list[str]], policy_source: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_config_that_an_earlier_version_saved_loads(write: Write) -> None:
     assert (params.hparams.warmup, params.hparams.decay) == (1000.0, 0.3)
     assert (params.save_path, params.total_train_samples, params.distributed.fsdp) == ("experiments", 14_000_000, True)
     assert params.data.dataset_cache.cache_size_gb == 100.0
-    assert params.model == TransformerParams()
+    assert params.model == TransformerParams(rope_bf16_frequencies=True)
 
 
 def test_what_has_no_effect_any_more_is_said_by_name_with_a_reason(write: Write) -> None:
@@ -86,7 +86,7 @@ def test_what_has_no_effect_any_more_is_said_by_name_with_a_reason(write: Write)
         assert f"{name} (" in notice
     for name in ("rank", "local_rank", "device", "use_distributed", "world_size", "ddp_static_graph"):
         assert f"distributed.{name} (" in notice
-    assert notice.startswith("without effect: ")
+    assert notice.startswith("as in the earlier implementation, model.rope_bf16_frequencies is true; without effect: ")
 
 
 @pytest.mark.parametrize("place", ["\nfree: 1\n", "data: {free: 1}", "hparams: {free: 1}", "model: {free: 1}"])
@@ -107,9 +107,12 @@ def test_old_names_of_precisions_mean_the_new_ones(write: Write, old: str, new: 
 
 def test_a_whole_runs_config_gives_the_section_that_is_asked_for(write: Write) -> None:
     path = write("config.yaml", REFERENCE_CONFIG)
-    assert load_params_from_yaml(ModelParams, path) == TransformerParams()
-    assert load_params_from_yaml(TransformerParams, path) == TransformerParams()
-    assert load_params_from_yaml(HyperParams, path).global_batch_size == 512
+    # trained in bf16
+    rounded = TransformerParams(rope_bf16_frequencies=True)
+    assert load_params_from_yaml(ModelParams, path) == load_params_from_yaml(TransformerParams, path) == rounded
+    parsed = read_params(HyperParams, path, TrainExperimentParams)
+    assert parsed.params.global_batch_size == 512
+    assert not any("rope" in notice for notice in parsed.notices)
     assert load_params_from_yaml(DataParams, path).type == "text"
 
 
