@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.loading import dump_value
 from vla_foundry.datagen.processes import check_settings, create_processes, get_simulator
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED
@@ -48,6 +49,8 @@ from vla_foundry.world import num_cores
 REPORT = "meta/demos.json"
 # file that maps an episode's instruction to all its wordings
 INSTRUCTIONS = "meta/instructions.json"
+# field map for preprocessing: what the columns of the data mean
+FIELD_MAP = "meta/field_map.yaml"
 _PROGRESS, _SETTINGS = "_progress", "settings.json"
 # increment it when the same settings give other episodes
 _VERSION = 2
@@ -69,6 +72,21 @@ def features_of(simulator: Simulator, params: DemosParams) -> LeRobotFeatures:
         cameras={f"{IMAGES}.{camera}": (params.image_size, params.image_size) for camera in params.cameras},
         video=params.video,
     )
+
+
+def describe_fields(simulator: Simulator) -> dict[str, Any]:
+    """Return the field map of the dataset: fields as they are recorded, the action cut into its parts."""
+    fields: dict[str, Any] = {f"{OBSERVATION}.{field}": {} for field in simulator.field_names}
+    end = 0
+    for name, part in simulator.action_parts.items():
+        known = {key: getattr(part, key) for key in ("unit", "frame", "rotation") if getattr(part, key) is not None}
+        known |= {"gripper": asdict(part.gripper)} if part.gripper is not None else {}
+        columns = [end, end + part.width]
+        fields[f"{ACTION}.{name}"] = {"source": ACTION, "columns": columns, **known} | {
+            "representation": part.representation
+        }
+        end += part.width
+    return {"fields": fields if end else {**fields, ACTION: {}}}
 
 
 def record_episode(simulator: Simulator, params: DemosParams, *, task: str, number: int, path: Path) -> None:
@@ -156,7 +174,8 @@ def record_demos(params: DemosParams) -> dict[str, Any]:
                 for _ in run(_record, [(params, str(parts), index) for index in missing]):
                     advance(1)
             instructions = {text: list(found[task][0]) for task in params.tasks for text in found[task][0]}
-            return _publish(params, output, instructions, found[params.tasks[0]][1])
+            _, features, fields = found[params.tasks[0]]
+            return _publish(params, output, instructions, features, fields)
 
 
 def main(argv: list[str]) -> None:
@@ -219,12 +238,12 @@ def _by_task(params: DemosParams) -> Iterator[int]:
         yield from range(number, params.episodes * len(params.tasks), len(params.tasks))
 
 
-def _look_at(params: DemosParams, task: str) -> tuple[str, tuple[tuple[str, ...], LeRobotFeatures]]:
-    """Return a task, and its simulator's instructions and columns."""
+def _look_at(params: DemosParams, task: str) -> tuple[str, tuple[tuple[str, ...], LeRobotFeatures, dict[str, Any]]]:
+    """Return a task, and its simulator's instructions, columns and field map."""
     simulator = _get_simulator(params, task)
     if not simulator.has_expert:
         raise ValueError(f"simulator '{params.simulator}' has no expert for '{task}' to record.")
-    return task, (simulator.instructions, features_of(simulator, params))
+    return task, (simulator.instructions, features_of(simulator, params), describe_fields(simulator))
 
 
 def _get_simulator(params: DemosParams, task: str) -> Simulator:
@@ -239,13 +258,18 @@ def _record(params: DemosParams, parts: str, index: int) -> None:
 
 
 def _publish(
-    params: DemosParams, output: Path, instructions: dict[str, list[str]], features: LeRobotFeatures
+    params: DemosParams,
+    output: Path,
+    instructions: dict[str, list[str]],
+    features: LeRobotFeatures,
+    fields: dict[str, Any],
 ) -> dict[str, Any]:
     """Join the episodes to a dataset and move it into place; may be killed at any point and called again.
 
     Args:
         instructions: all wordings of each instruction.
         features: columns of the dataset.
+        fields: what they mean.
     """
     progress = output / _PROGRESS
     parts = [_part(progress / "episodes", index) for index in range(params.episodes * len(params.tasks))]
@@ -256,6 +280,7 @@ def _publish(
         writer.add_episode(part)
     writer.finish()
     _write_json(joined / INSTRUCTIONS, {"version": 1, "variants": instructions})
+    write_text(str(joined / FIELD_MAP), dump_value(fields))
     report = _report_on(params, parts)
     _write_json(joined / REPORT, report)
     _sync(joined)

@@ -52,7 +52,7 @@ class GymnasiumSimulator(Simulator):
         self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int], env_id: str, field_map: str
     ) -> None:
         described = load_map(field_map)
-        (known,), _ = self.defaults(env_id=env_id, field_map=field_map)
+        known = _name_task(described, env_id)
         if task != known:
             raise ValueError(unknown_name_message(f"task of {field_map}", task, [known]))
         for camera in cameras:
@@ -84,8 +84,7 @@ class GymnasiumSimulator(Simulator):
     def defaults(cls, **source: str) -> tuple[tuple[str, ...], str]:
         """See Simulator."""
         described = load_map(source["field_map"])
-        task = described.task or re.sub(r".*[:/]", "", source["env_id"])
-        return (task,), next(iter(described.cameras))
+        return (_name_task(described, source["env_id"]),), next(iter(described.cameras))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -173,6 +172,8 @@ class GymnasiumSimulator(Simulator):
                 role="action",
                 gripper=part.gripper and GripperRange(open=part.gripper.open, closed=part.gripper.closed),
             )
+            if part.range is not None:
+                self.action_space.low[first:last], self.action_space.high[first:last] = part.range
         if end != width:
             raise ValueError(f"actions covers {end} of the action's {width} numbers.")
         self.action_names = tuple(
@@ -212,6 +213,25 @@ class GymnasiumSimulator(Simulator):
         return self._sensed[key]
 
 
+class PresetSimulator(GymnasiumSimulator):
+    """Base of simulators whose environments and maps come with the package."""
+
+    # task -> id of its environment, and its map; the first is the default
+    presets: Mapping[str, tuple[str, str]]
+
+    def __init__(self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int]) -> None:
+        if task not in self.presets:
+            raise ValueError(unknown_name_message(f"task of {type(self).__name__}", task, list(self.presets)))
+        env_id, field_map = self.presets[task]
+        super().__init__(task, cameras=cameras, image_size=image_size, env_id=env_id, field_map=field_map)
+
+    @classmethod
+    def defaults(cls, **source: str) -> tuple[tuple[str, ...], str]:
+        """See Simulator."""
+        env_id, field_map = next(iter(cls.presets.values()))
+        return super().defaults(env_id=env_id, field_map=field_map)
+
+
 def load_map(field_map: str) -> EnvironmentMapParams:
     """Load a field map: a path, or a preset (`simulators/pusht.yaml`).
 
@@ -247,6 +267,10 @@ def create_environment(env_id: str, described: EnvironmentMapParams) -> Any:
         return gymnasium.make(name, disable_env_checker=True, **options)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"env_id {env_id} cannot be made: {' '.join(str(error).split())}") from None
+
+
+def _name_task(described: EnvironmentMapParams, env_id: str) -> str:
+    return described.task or re.sub(r".*[:/]", "", env_id)
 
 
 @contextmanager

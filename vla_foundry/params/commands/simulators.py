@@ -45,6 +45,8 @@ class ActionPartParams(ColumnsParams):
     rotation: str | None = None
     # the ends of a gripper
     gripper: GripperParams | None = None
+    # least and largest value; null: the environment's
+    range: tuple[Finite, Finite] | None = None
     # field whose current value, sent as this part, holds the robot still; null: 0 does
     rest: Name | None = None
     # size of a large action, in its unit: demonstrations scale their noise with it; null: half the action's range
