@@ -30,13 +30,14 @@ from vla_foundry.batch import Batch
 from vla_foundry.client.chunks import Chunk, Command, DelayForecast, Execution, Schedule, Timing, count_delay_steps
 from vla_foundry.client.messages import join_rows
 from vla_foundry.client.observation import RobotSteps
+from vla_foundry.inference.cuda_graphs import GraphedSampler, Sample
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.inference.window_actions import decode_commands, encode_guidance, encode_past
 from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.randomness import draw_index
-from vla_foundry.robotics.rotations import matrix_to_rotation, mean_rotation
+from vla_foundry.robotics.rotations import mean_rotation
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec
 
 Precision = Literal["fp32", "bf16"]
@@ -73,6 +74,7 @@ class Policy:
         ensemble_decay: average the chunks that have an action for a step, with weights exp(-ensemble_decay i), i = 0
             for the oldest (temporal ensembling); None: the newest chunk decides.
         precision: what the model computes in; bf16: autocast, faster on a GPU.
+        cuda_graphs: replay predictions as CUDA graphs.
 
     Raises:
         ValueError: open_loop_steps exceeds the predicted steps, or the model does not fit the execution.
@@ -89,8 +91,12 @@ class Policy:
         delay_steps: int | None = None,
         ensemble_decay: float | None = None,
         precision: Precision = "fp32",
+        cuda_graphs: bool = False,
     ) -> None:
         self.model: Any = model
+        if cuda_graphs and self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a GPU, but the policy is on the device '{self.device}'. Leave it out.")
+        self._sample: Sample = GraphedSampler(self._run_model) if cuda_graphs else self._run_model
         self.spec = files.spec
         self.open_loop_steps = files.choose_open_loop_steps(open_loop_steps)
         self._timing = Timing(
@@ -210,17 +216,9 @@ class Policy:
 
     def warm_up(self) -> None:
         """Predict from black images, so that the first robot does not wait for what the device prepares."""
-        fields = {}
-        for name, field in self.observed.items():
-            turn = field.rotation
-            fields[name] = np.zeros(field.width) if turn is None else matrix_to_rotation(np.eye(3), turn)
-        images = {}
-        for camera in self.cameras:
-            width, height = camera.original_size or self.spec.cameras[camera.name].size
-            images[camera.name] = np.zeros((height, width, 3), np.uint8)
         client = object()
         self.reset(seed=0, client=client)
-        self.act_many({client: RobotObservation(images=images, fields=fields, instruction="warm up")})
+        self.act_many({client: self._files.imagine_observation()})
         if self.can_be_guided:
             # the first guided prediction is slow too
             self._prepare([self._find(client)], delay_steps=1)()
@@ -428,14 +426,15 @@ class Policy:
         references = [client.history.references() for client in clients]
 
         def predict() -> Sequence[Sequence[Command]]:
-            given = torch.tensor(seeds, device=self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                actions = self.model.sample(inputs, seeds=given, num_steps=self.num_inference_steps)
-            values = actions.float().cpu().numpy()
+            values = self._sample(inputs, torch.tensor(seeds, device=self.device)).cpu().numpy()
             pairs = zip(values, references, strict=True)
             return [decode_commands(chunk, own, self._files.actions, self.commanded) for chunk, own in pairs]
 
         return predict
+
+    def _run_model(self, inputs: dict[str, Any], seeds: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model.sample(inputs, seeds=seeds, num_steps=self.num_inference_steps).float()
 
     def _encode(self, clients: Sequence[_Client]) -> Batch:
         batch = self._encoder.encode([client.history.window(client.instruction) for client in clients])

@@ -4,6 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from vla_foundry.client.observation import RobotObservation
 from vla_foundry.data.kept import check_kept_inputs
 from vla_foundry.data.robotics import load_normalizer, load_spec
 from vla_foundry.images.geometry import ImageOperations
@@ -20,6 +23,7 @@ from vla_foundry.params.experiment import TrainExperimentParams, load_experiment
 from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.robotics.fit import WindowSpec, add_live_poses, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
+from vla_foundry.robotics.rotations import matrix_to_rotation
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec
 from vla_foundry.robotics.transforms import ActionTransform, FieldTransform, RelativePoses
 from vla_foundry.run_folder import CONFIG_NAME, PREPROCESSING_CONFIG_NAME
@@ -60,6 +64,17 @@ class PolicyFiles:
     def load_model(self, checkpoint: str, *, device: str, use_ema: bool | None) -> "nn.Module":
         """Load the model; see `load_run_model`."""
         return load_run_model(self.params.model, self.run_folder, checkpoint, use_ema, choose_device(device))
+
+    def imagine_observation(self) -> RobotObservation:
+        """Return an observation with black images and a robot at rest."""
+        fields, images = {}, {}
+        for name, field in self.window_spec.observed.items():
+            turn = field.rotation
+            fields[name] = np.zeros(field.width) if turn is None else matrix_to_rotation(np.eye(3), turn)
+        for camera in self.cameras:
+            width, height = camera.original_size or self.spec.cameras[camera.name].size
+            images[camera.name] = np.zeros((height, width, 3), np.uint8)
+        return RobotObservation(images=images, fields=fields, instruction="warm up")
 
     def check_robot(self, robot: NamedSpec) -> None:
         """See Policy.check_robot."""

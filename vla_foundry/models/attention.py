@@ -4,6 +4,9 @@ No dense T x T mask is ever built: the CPU attends segment by segment, a GPU use
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,7 +131,32 @@ def _are_whole_rows(documents: Documents, is_causal: bool) -> bool:
     return bool((documents.num_per_row <= 2).all() and (is_first | may_follow).all())
 
 
+# None: they are copied each time
+_CONSTANTS: ContextVar[dict[Any, Tensor] | None] = ContextVar("constants", default=None)
+
+
+@contextmanager
+def keep_constants() -> Iterator[dict[Any, Tensor]]:
+    """Copy layouts of the same values to a device once, while the block runs; a CUDA graph copies nothing."""
+    constants: dict[Any, Tensor] = {}
+    before = _CONSTANTS.set(constants)
+    try:
+        yield constants
+    finally:
+        _CONSTANTS.reset(before)
+
+
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    constants = _CONSTANTS.get()
+    if constants is None:
+        return _copy(array, device)
+    key = (array.shape, array.dtype.str, array.tobytes(), device)
+    if key not in constants:
+        constants[key] = _copy(array, device)
+    return constants[key]
+
+
+def _copy(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)

@@ -100,8 +100,9 @@ class Rotation(NamedTuple):
 
     def at(self, positions: Int[Tensor, " B"]) -> "Rotation":
         """Return the angles of one token per row, (B, 1, 1, K/2)."""
+        rows = torch.arange(len(positions), device=positions.device)
         cos, sin = (
-            table[positions, None] if table.ndim == 3 else table[torch.arange(len(positions)), positions, None]
+            table[positions, None] if table.ndim == 3 else table[rows, positions, None]
             for table in (self.cos, self.sin)
         )
         return Rotation(cos, sin, self.in_float32)

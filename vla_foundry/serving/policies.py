@@ -50,6 +50,7 @@ def _load_run(params: ServeParams, checkpoint: str) -> Served:
         dataset=params.dataset,
         precision=None if params.precision == "auto" else params.precision,
         compile_blocks=params.compile,
+        cuda_graphs=params.cuda_graphs,
     )
     name = params.name or name_of(find_run_folder(checkpoint))
     info = {
@@ -81,7 +82,9 @@ def _load_run(params: ServeParams, checkpoint: str) -> Served:
         image_indices=policy.image_indices,
         executions=["async", "realtime"] if policy.can_be_guided else ["async"],
     )
-    return Served(policy, metadata, check_robot, "fast" if policy.device.type == "cuda" else "exact")
+    # a graph for each number of clients would be many
+    is_fast = policy.device.type == "cuda" and not params.cuda_graphs
+    return Served(policy, metadata, check_robot, "fast" if is_fast else "exact")
 
 
 def _describe(name: str, field: FieldDescription) -> FieldInfo:

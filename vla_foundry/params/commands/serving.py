@@ -10,7 +10,15 @@ from vla_foundry.config.schema import BaseParams, Bounds, Count, Finite, Locatio
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.runs import InferenceParams
 
-_OF_A_CHECKPOINT = ("open_loop_steps", "num_inference_steps", "dataset", "use_ema", "precision", "compile")
+_OF_A_CHECKPOINT = (
+    "open_loop_steps",
+    "num_inference_steps",
+    "dataset",
+    "use_ema",
+    "precision",
+    "compile",
+    "cuda_graphs",
+)
 Port = Annotated[int, Bounds(least=0, most=65535, fix="0 takes a free one.")]
 
 
@@ -50,6 +58,8 @@ class ServeParams(InferenceParams):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     # torch.compile each block: faster on a GPU, after a slow start
     compile: bool = False
+    # replay predictions as CUDA graphs, one client at a time: fewer launches on a GPU
+    cuda_graphs: bool = False
     # exact: a client's actions do not depend on the other clients; fast: waiting clients share a prediction;
     # auto: exact on the CPU, fast on a GPU
     batching: Literal["auto", "exact", "fast"] = "auto"
@@ -80,6 +90,8 @@ class ServeParams(InferenceParams):
                 raise ValueError(
                     f"{foreign[0]} is for checkpoints. Leave it out, or give policy_args that say the same."
                 )
+        if self.cuda_graphs and self.batching == "fast":
+            raise ValueError("cuda_graphs serve one client at a time. Leave batching out, or give exact.")
         if self.policy is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.policy):
             raise ValueError(f"policy must be module:Class, such as my_package.policies:Wave, got '{self.policy}'.")
         if (self.tls_certificate is None) != (self.tls_key is None):
