@@ -70,7 +70,7 @@ def published(published_folder: Path) -> Rollouts:
 
 @pytest.mark.shared_data
 def test_published_files_give_the_published_counts(published: Rollouts) -> None:
-    rates = count_outcomes(found.table, invalid_is_failure=True)
+    rates = count_outcomes(published.table, invalid_is_failure=True)
     assert {rate.num_trials for rate in rates.values()} == {200} == set(published.budgets.values())
     assert len({task for _, task in rates}) == 19 == len(published.task_names)
     for model, (seen, unseen) in PUBLISHED.items():
