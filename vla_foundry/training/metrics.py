@@ -77,9 +77,9 @@ class MetricLog:
             self._terminal.advance(step)
 
     def say(self, line: str) -> None:
-        """Print one line for the user."""
+        """Print one line for the user; wandb copies what is printed, so it must not tell where their home is."""
         if self._terminal is not None:
-            self._terminal.say(line)
+            self._terminal.say(hide_home(line))
 
     def close(self) -> None:
         """Flush and close all sinks."""

@@ -127,6 +127,16 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.5)]
 
 
+def test_what_is_said_tells_nobody_where_the_users_home_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = create_metric_log(PARAMS, tmp_path, is_main=True, total_steps=5, first_step=0)
+    log.say(f"Saved {tmp_path}/runs/a")
+    log.close()
+    assert "Saved ~/runs/a" in capsys.readouterr().out
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = create_metric_log(replace(PARAMS, wandb=True), tmp_path, is_main=False, total_steps=5, first_step=0)
     log.write("train", 1, {"loss": 1.5})
