@@ -59,7 +59,10 @@ async def _serve(params: ServeParams, served: Served, token: str | None) -> None
 
     def end(number: int) -> None:
         if stop.is_set():
-            # the second time: at once
+            sys.stderr.write(
+                "warning: a second signal: the server ends at once, and requests under way get no answer.\n"
+            )
+            sys.stderr.flush()
             os._exit(128 + number)
         stop.set()
 

@@ -2,9 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import runpy
+import signal
 import ssl
 import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -441,3 +445,53 @@ def test_a_taken_port_is_one_line(served: Served) -> None:
                 serve(served, **port),
             ):
                 pass
+
+
+def test_logged_requests_are_replayed_as_the_docs_say(arm: Any, served: Served, tmp_path: Path) -> None:
+    recording, log = arm.recordings[0], tmp_path / "requests.jsonl"
+    with serve(served, request_log=str(log)) as ports:
+        found = act_remotely(ports.grpc, recording, seed=3, num_steps=5)
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    script = page.split("## Replay")[1].split("```python\n")[1].split("```")[0]
+    printed: list[Any] = []
+    with serve(served) as ports:
+        script = script.replace("127.0.0.1:50051", f"127.0.0.1:{ports.grpc}").replace("requests.jsonl", str(log))
+        (tmp_path / "replay.py").write_text(script, encoding="utf-8")
+        runpy.run_path(str(tmp_path / "replay.py"), {"print": lambda client, action: printed.append(action)})
+    assert_equal(printed, found)
+
+
+SLOW_POLICY = """
+import time
+class Slow:
+    def reset(self, seed): pass
+    def act(self, observation): time.sleep(30)
+"""
+
+
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_POLICY, encoding="utf-8")
+    words = ["--policy", "slow:Slow"]
+    command = [sys.executable, "-m", "vla_foundry.cli", "serve", *words, "--port", "0", "--websocket_port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        try:
+            with RemotePolicy(line.split("grpc ")[1].split(",")[0], timeout_s=20.0) as policy:
+                policy.reset(0)
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    call = pool.submit(policy.act, ODD)
+                    time.sleep(0.3)
+                    start = time.monotonic()
+                    server.send_signal(signal.SIGTERM)
+                    time.sleep(0.3)
+                    assert server.poll() is None
+                    server.send_signal(signal.SIGTERM)
+                    out, err = server.communicate(timeout=20)
+                    assert time.monotonic() - start < 5
+                    with pytest.raises(ConnectionError):
+                        call.result()
+        finally:
+            server.kill()
+    assert (server.returncode, out) == (128 + signal.SIGTERM, "")
+    assert err == "warning: a second signal: the server ends at once, and requests under way get no answer.\n"
