@@ -16,6 +16,9 @@ MAX_RECORD_BYTES = 64 << 20
 MAX_DEPTH = 100
 # 128 bits have 39 digits; tokenizers write "no limit" as a whole number of 31
 MAX_DIGITS = 40
+# YAML is what people write, and slow to parse
+MAX_YAML_BYTES = 16 << 20
+MAX_YAML_NODES = 500_000
 # nodes that the aliases of a YAML file may add to those it spells out
 MAX_ALIASED_NODES = 100_000
 
@@ -134,7 +137,7 @@ def _fault_of_text(item: Any) -> str | None:
 def parse_yaml(text: str, name: str) -> Any:
     """Parse a YAML document into plain values; see compose_yaml."""
     with _yaml_faults(name):
-        _check_nodes(text)
+        _check_size(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # it is one of PyYAML's two safe loaders
 
 
@@ -149,7 +152,7 @@ def compose_yaml(text: str, name: str, *, has_lines: bool = True) -> yaml.Node |
         ValueError: it is not YAML, exceeds a limit, or an anchor contains itself.
     """
     with _yaml_faults(name, has_lines):
-        _check_nodes(text)
+        _check_size(text)
         return yaml.compose(text, Loader=_Loader)
 
 
@@ -167,8 +170,10 @@ def _yaml_faults(name: str, has_lines: bool = True) -> Iterator[None]:
         raise ValueError(f"{name}: not valid YAML: a value does not fit its type ({error!r}).") from None
 
 
-def _check_nodes(text: str) -> None:
-    """Check depth and aliases while they are events: PyYAML makes nodes, and values of them, by recursion."""
+def _check_size(text: str) -> None:
+    """Check size, depth and aliases while they are events: PyYAML makes nodes, and values of them, by recursion."""
+    if len(text) > MAX_YAML_BYTES:
+        raise yaml.YAMLError(f"it has {len(text):,} letters; at most {MAX_YAML_BYTES:,} are read")
     # of each open list or mapping: its anchor, the nodes before it, and the deepest level reached in it
     opened: list[tuple[str | None, int, int]] = []
     # anchor -> nodes and levels of its value, aliases expanded
@@ -197,5 +202,7 @@ def _check_nodes(text: str) -> None:
                 anchors[event.anchor] = 1, 0
         if opened:
             opened[-1] = *opened[-1][:2], max(level, opened[-1][2])
+        if num_nodes - num_aliased > MAX_YAML_NODES:
+            fault = f"it has more than {MAX_YAML_NODES:,} values"
         if fault or level > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=fault or _TOO_DEEP, problem_mark=event.start_mark)

@@ -34,7 +34,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from vla_foundry.parsing import parse_json, parse_object
+from vla_foundry.parsing import MAX_BYTES, parse_json, parse_object
 from vla_foundry.shards import sha256_of
 
 CONFIG_NAME = "config.yaml"
@@ -183,7 +183,7 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     if not mark.is_file():
         return f"{mark} is missing, so the checkpoint was never finished"
     try:
-        listed = parse_object(mark.read_bytes(), str(mark))
+        listed = parse_object(_read_limited(mark), str(mark))
     except ValueError as error:
         return str(error).removesuffix(".")
     for name, entry in listed.items():
@@ -202,10 +202,17 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     return None
 
 
+def _read_limited(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read.")
+    return path.read_bytes()
+
+
 def read_side_file(path: Path) -> Any:
     """Return the contents of a JSON file of a run folder; None if it is missing or damaged, which a resume survives."""
     try:
-        return parse_json(path.read_bytes(), str(path))
+        return parse_json(_read_limited(path), str(path))
     except (FileNotFoundError, ValueError):
         return None
 

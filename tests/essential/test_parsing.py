@@ -6,7 +6,16 @@ import random
 import pytest
 import yaml
 
-from vla_foundry.parsing import MAX_DEPTH, compose_yaml, parse_json, parse_object, parse_record, parse_yaml
+from vla_foundry.parsing import (
+    MAX_DEPTH,
+    MAX_YAML_BYTES,
+    MAX_YAML_NODES,
+    compose_yaml,
+    parse_json,
+    parse_object,
+    parse_record,
+    parse_yaml,
+)
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500, 990, 100_000])
@@ -53,6 +62,19 @@ def test_a_tokenizer_of_152_000_tokens_passes() -> None:
     vocab = {f"token{number}": number for number in range(152_000)}
     content = {"model": {"vocab": vocab, "merges": [[f"a{number}", "b"] for number in range(151_000)]}}
     assert parse_json(json.dumps(content), "tokenizer.json") == content
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: " + "x" * MAX_YAML_BYTES, "16,777,219 letters; at most 16,777,216"),
+        ("a:\n" + "- b\n" * MAX_YAML_NODES, "has more than 500,000 values"),
+    ],
+)
+def test_a_large_yaml_file_is_refused_at_once(text: str, fault: str) -> None:
+    """Minutes of parsing otherwise."""
+    with pytest.raises(ValueError, match=f"x.yaml.*{fault}"):
+        parse_yaml(text, "x.yaml")
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500, 100_000])

@@ -59,6 +59,7 @@ def test_the_newest_complete_checkpoint_of_a_run_is_found(tmp_path: Path) -> Non
         (COMPLETE_NAME, lambda file: file.write_text('{"x": ["9", "a"]}', encoding="utf-8"), "'x' must be"),
         (COMPLETE_NAME, lambda file: file.write_text('{"x": [' + "1" * 5000 + "]}", encoding="utf-8"), "5,000 digits"),
         (COMPLETE_NAME, lambda file: file.write_text("[" * 10**5, encoding="utf-8"), "more than 100 deep"),
+        (COMPLETE_NAME, lambda file: os.truncate(file, 2**40), "at most 536,870,912 are read"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, damage, fault: str) -> None:
