@@ -137,7 +137,7 @@ def _fault_of_text(item: Any) -> str | None:
 def parse_yaml(text: str, name: str) -> Any:
     """Parse a YAML document into plain values; see compose_yaml."""
     with _yaml_faults(name):
-        _check_size(text)
+        _check_nodes(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # it is one of PyYAML's two safe loaders
 
 
@@ -152,7 +152,7 @@ def compose_yaml(text: str, name: str, *, has_lines: bool = True) -> yaml.Node |
         ValueError: it is not YAML, exceeds a limit, or an anchor contains itself.
     """
     with _yaml_faults(name, has_lines):
-        _check_size(text)
+        _check_nodes(text)
         return yaml.compose(text, Loader=_Loader)
 
 
@@ -170,16 +170,25 @@ def _yaml_faults(name: str, has_lines: bool = True) -> Iterator[None]:
         raise ValueError(f"{name}: not valid YAML: a value does not fit its type ({error!r}).") from None
 
 
-def _check_size(text: str) -> None:
-    """Check size, depth and aliases while they are events: PyYAML makes nodes, and values of them, by recursion."""
+def _events(text: str) -> Iterator[yaml.Event]:
     if len(text) > MAX_YAML_BYTES:
         raise yaml.YAMLError(f"it has {len(text):,} letters; at most {MAX_YAML_BYTES:,} are read")
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > MAX_YAML_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"it has more than {MAX_YAML_NODES:,} values", problem_mark=event.start_mark
+            )
+        yield event
+
+
+def _check_nodes(text: str) -> None:
+    """Check depth and aliases while they are events: PyYAML makes nodes, and values of them, by recursion."""
     # of each open list or mapping: its anchor, the nodes before it, and the deepest level reached in it
     opened: list[tuple[str | None, int, int]] = []
     # anchor -> nodes and levels of its value, aliases expanded
     anchors: dict[str, tuple[int, int]] = {}
     num_nodes = num_aliased = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in _events(text):
         level, fault = len(opened), None
         if isinstance(event, yaml.AliasEvent):
             added, levels = anchors.get(event.anchor, (1, 0))
@@ -202,7 +211,5 @@ def _check_size(text: str) -> None:
                 anchors[event.anchor] = 1, 0
         if opened:
             opened[-1] = *opened[-1][:2], max(level, opened[-1][2])
-        if num_nodes - num_aliased > MAX_YAML_NODES:
-            fault = f"it has more than {MAX_YAML_NODES:,} values"
         if fault or level > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=fault or _TOO_DEEP, problem_mark=event.start_mark)

@@ -129,7 +129,7 @@ class LocalStorage:
         if os.path.isfile(path):
             names = [path]
         elif os.path.isdir(path):
-            names = _files_below(path)
+            names = list(_files_below(path))
         elif is_pattern(path):
             names = [name for name in glob.glob(path, recursive=True, include_hidden=True) if os.path.isfile(name)]
             if not names:
@@ -160,8 +160,12 @@ class LocalStorage:
             os.unlink(path)
 
 
-def _files_below(folder: str) -> list[str]:
-    names: list[str] = []
+def has_files(uri: str) -> bool:
+    """True if a local folder holds a file, at any depth; it is not listed as a whole."""
+    return any(_files_below(_local(uri)))
+
+
+def _files_below(folder: str) -> Iterator[str]:
     seen: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
@@ -169,8 +173,7 @@ def _files_below(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        names.extend(path for name in files if os.path.isfile(path := os.path.join(here, name)))
-    return names
+        yield from (path for name in files if os.path.isfile(path := os.path.join(here, name)))
 
 
 def is_pattern(name: str) -> bool:

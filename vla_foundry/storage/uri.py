@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from vla_foundry.parsing import MAX_BYTES, parse_json, parse_object, parse_yaml
-from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage, name_errors
+from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage, has_files, is_pattern, name_errors
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
@@ -166,6 +166,8 @@ def exists(uri: str) -> bool:
         return True
     except FileNotFoundError:
         pass
+    if not is_remote(uri) and not is_pattern(uri):
+        return has_files(uri)
     try:
         return bool(list_sizes(uri))
     except FileNotFoundError:

@@ -411,3 +411,16 @@ def test_a_truncated_download_is_tried_again_and_said_if_it_stays_so(
     assert os.listdir(tmp_path) == ["x"]
     server.shutdown()
     server.server_close()
+
+
+def test_a_folder_exists_without_a_list_of_all_that_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--checkpoint /` walked the whole disk."""
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    (tmp_path / "full" / "deep").mkdir(parents=True)
+    (tmp_path / "full" / "deep" / "file").touch()
+    (tmp_path / "[odd]").mkdir()
+    (tmp_path / "[odd]" / "file").touch()
+    assert not uri.exists(str(tmp_path / "empty"))
+    assert uri.exists(str(tmp_path / "[odd]"))
+    monkeypatch.setattr(uri, "list_sizes", None)
+    assert uri.exists(str(tmp_path / "full"))
