@@ -129,6 +129,8 @@ async def open_server(params: ServeParams, served: Served, token: str | None = N
                 yield Ports(port, None if websocket is None else websocket.sockets[0].getsockname()[1])
             finally:
                 await asyncio.gather(service.drain(_GRACE_S), server.stop(_GRACE_S))
+                # connections that wait for an endless prediction must end too
+                engine.end()
                 if websocket is not None:
                     websocket.close()
                     await websocket.wait_closed()

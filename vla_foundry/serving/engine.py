@@ -67,6 +67,8 @@ class _Request:
     observation: RobotObservation | None = None
     step: int | None = None
     whole_chunk: bool = False
+    # it runs though its caller has given up: sessions begin and end in the policy as they do here
+    must_run: bool = False
     future: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     since: float = field(default_factory=time.perf_counter)
 
@@ -74,7 +76,7 @@ class _Request:
 class Engine:
     """Answers requests of many clients with one policy, in one thread.
 
-    A client's requests are answered in their order. An observation whose caller has given up is dropped unseen.
+    A client's requests are answered in their order. Predictions whose caller has given up are dropped unmade.
 
     Args:
         policy: the policy.
@@ -108,16 +110,23 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
         self._task: asyncio.Task | None = None
         self._running: Future[Any] = self._thread.submit(list)
+        self._batch: list[_Request] = []
+        self._is_ended = False
 
     async def __aenter__(self) -> "Engine":
         self._task = asyncio.create_task(self._work())
         return self
 
-    async def __aexit__(self, *error: object) -> None:
+    def end(self) -> None:
+        """Answer no more requests: those that wait, or run in the policy, are cancelled."""
         assert self._task is not None
+        self._is_ended = True
         self._task.cancel()
-        for request in self._queue:
+        for request in (*self._queue, *self._batch):
             request.future.cancel()
+
+    async def __aexit__(self, *error: object) -> None:
+        self.end()
         # a prediction that never ends must not keep the server
         ended, _ = concurrent.futures.wait([self._running], timeout=_END_S)
         self._thread.shutdown(wait=bool(ended))
@@ -139,7 +148,7 @@ class Engine:
             raise FullError(f"the server has its {self.max_clients} clients (max_clients). Try again later.")
         self.sessions[client] = time.monotonic()
         try:
-            await self._ask(_Request(client=client, run=lambda: self.policy.reset(seed, client=client)))
+            await self._ask(_Request(client=client, run=lambda: self.policy.reset(seed, client=client), must_run=True))
         except (ValueError, PolicyFailedError):
             await self.forget(client)
             raise
@@ -147,7 +156,7 @@ class Engine:
     async def forget(self, client: Hashable) -> None:
         """End a client's session; unknown clients are no error."""
         if self.sessions.pop(client, None) is not None:
-            await self._ask(_Request(client=client, run=lambda: self.policy.forget(client)))
+            await self._ask(_Request(client=client, run=partial(self.policy.forget, client), must_run=True))
 
     async def act(
         self, client: Hashable, observation: RobotObservation, *, step: int | None = None, whole_chunk: bool = False
@@ -202,6 +211,8 @@ class Engine:
         self.sessions[client] = time.monotonic()
 
     def _ask(self, request: _Request) -> asyncio.Future:
+        if self._is_ended:
+            request.future.cancel()
         self._queue.append(request)
         self._arrived.set()
         return request.future
@@ -211,7 +222,7 @@ class Engine:
         for client in [client for client, last in self.sessions.items() if last < limit]:
             del self.sessions[client]
             # without waiting: this client's request must keep its place
-            self._ask(_Request(client=client, run=partial(self.policy.forget, client)))
+            self._ask(_Request(client=client, run=partial(self.policy.forget, client), must_run=True))
 
     async def _work(self) -> None:
         while True:
@@ -220,7 +231,7 @@ class Engine:
                 await self._arrived.wait()
             if self.window_s and self._queue[0].run is None:
                 await self._wait_for_others()
-            batch = self._take()
+            batch = self._batch = self._take()
             if batch:
                 self._running = self._thread.submit(attempt, lambda batch=batch: self._run(batch))
                 found = await asyncio.wrap_future(self._running)
@@ -246,7 +257,7 @@ class Engine:
         kept: deque[_Request] = deque()
         while self._queue:
             request = self._queue.popleft()
-            if request.run is None and request.future.done():
+            if request.future.done() and not request.must_run:
                 continue
             is_alone = request.run is not None or request.whole_chunk
             if request.client in blocked or len(batch) == self.batch_size or (batch and is_alone):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.client import RobotObservation
+from vla_foundry.client.observation import RobotSteps
 from vla_foundry.serving.engine import Engine, NoSessionError, PolicyFailedError
 from vla_foundry.serving.policies import _PerClient
 
@@ -72,6 +73,36 @@ def test_a_session_that_nobody_waits_to_end_is_forgotten() -> None:
         await busy
         await engine.act(0, OBSERVATION)
         assert list(policy._clients) == [0]
+
+    run(use)
+
+
+def test_a_chunk_that_nobody_waits_for_is_not_predicted() -> None:
+    asked: list[int] = []
+
+    async def use(engine: Engine, policy: _PerClient) -> None:
+        policy.predict_from = lambda robot, client: asked.append(robot.step) or {"action": np.zeros((1, 1))}
+        await reset(engine, "a")
+        busy = asyncio.create_task(engine.act("a", OBSERVATION))
+        await asyncio.sleep(0)
+        steps = [RobotSteps(step=step, observations=[], actions=[], rest=[], delay_steps=0) for step in range(2)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.predict("a", steps[0]), 1e-4)
+        await asyncio.gather(busy, engine.predict("a", steps[1]))
+        assert asked == [1]
+
+    run(use)
+
+
+def test_an_endless_prediction_keeps_nobody_at_the_end() -> None:
+    async def use(engine: Engine, policy: _PerClient) -> None:
+        await reset(engine, "a", "b")
+        asked = [asyncio.create_task(engine.act(client, OBSERVATION)) for client in "ab"]
+        await asyncio.sleep(0.02)
+        engine.end()
+        calls = [*asked, engine.forget("a"), engine.reset("c", 0)]
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 0.05)
+        assert {type(each) for each in found} == {asyncio.CancelledError}
 
     run(use)
 
