@@ -10,10 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgpack
 import numpy as np
 import pytest
@@ -23,8 +24,12 @@ from websockets.sync.client import ClientConnection, connect
 from tests.essential.inference.test_policy import observe
 from tests.essential.serving.conftest import serve
 from tests.essential.serving.test_grpc_server import act_in_process
+from vla_foundry.client import RemotePolicy, RobotObservation
+from vla_foundry.client.wire import decode, encode
 from vla_foundry.images.codec import encode_png, image_from_array
-from vla_foundry.serving.policies import Served
+from vla_foundry.params.commands.serving import ServeParams
+from vla_foundry.serving import lbm
+from vla_foundry.serving.policies import Served, load_policy
 
 
 def pack(message: Any, *, bytes_keys: bool) -> bytes:
@@ -297,3 +302,38 @@ def test_a_token_is_asked_for(arm: Any, served: Served) -> None:
                 pass
         with openpi(port, additional_headers={"Authorization": "Api-Key secret"}) as (connection, _):
             assert ask(connection, openpi_observation(arm.recordings[0], 0))["actions"].shape == (6, 10)
+
+
+def test_the_template_waves_over_all_protocols() -> None:
+    """gRPC, the LBM simulator's service, openpi and vla-eval get the same actions of a class without torch."""
+    observed, commanded = "robot__actual__grippers__right::hand", "robot__action__grippers__right::hand"
+    args = {"field": observed, "action": commanded, "amplitude": 0.25, "period": 4}
+    wave = load_policy(ServeParams(policy="examples.wave_policy:WavePolicy", policy_args=args))
+    start, expected = np.array([0.5]), [[0.5], [0.75], [0.5], [0.25]]
+    found: dict[str, list[list[float]]] = {}
+    with serve(wave) as ports, ExitStack() as stack:
+        remote = stack.enter_context(RemotePolicy(f"127.0.0.1:{ports.grpc}"))
+        remote.reset(0)
+        observation = RobotObservation(images={}, fields={observed: start})
+        found["grpc"] = [remote.act(observation)[commanded].tolist() for _ in range(4)]
+        channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{ports.grpc}"))
+        lbm_call = {
+            name: channel.unary_unary(f"/lbm_policy_interface.{name}Service/{name}")
+            for name in ("PolicyStep", "PolicyReset")
+        }
+        lbm_call["PolicyReset"](encode(lbm.PolicyResetRequest("a")))
+        hands = lbm.PosesAndGrippers(gripper_status=[lbm.RobotGripperStatus("right::hand", 0.5)])
+        step = encode(lbm.PolicyStepRequest("a", lbm.MultiarmObservation(robot=lbm.RobotState(actual=hands))))
+        replies = [decode(lbm.PolicyStepResponse, lbm_call["PolicyStep"](step)) for _ in range(4)]
+        found["lbm"] = [[hand.gripper_position for hand in reply.action.gripper_status] for reply in replies]  # pyright: ignore[reportOptionalMemberAccess]
+        connection, _ = stack.enter_context(openpi(ports.websocket))
+        # a chunk is one action
+        found["openpi"] = [ask(connection, {observed: start})["actions"][0].tolist() for _ in range(4)]
+        address = f"ws://127.0.0.1:{ports.websocket}/vla_eval"
+        client = VlaEvalClient(stack.enter_context(connect(address, compression=None)))
+        client.ask("hello", {"harness_version": "0.8.0", "protocol_version": 1})
+        client.send("episode_start", {"task": {"name": "wave"}})
+        answers = [client.ask("observation", {observed: start, "task_description": ""}) for _ in range(4)]
+        found["vla_eval"] = [answer["payload"]["actions"].tolist() for answer in answers]
+    for protocol, actions in found.items():
+        np.testing.assert_allclose(actions, expected, atol=1e-12, err_msg=protocol)
