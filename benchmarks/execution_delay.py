@@ -25,8 +25,8 @@ from vla_foundry.params.commands.evaluation import EvaluateParams
 
 EXECUTIONS = ("blocking", "async", "realtime")
 COLORS = {"blocking": "#888888", "async": "#c8743c", "realtime": "#4878a8"}
-# latencies that are tried, in durations of a chunk: beyond 1 no action of a chunk is still of use
-SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 2)
+# latencies that are tried, in durations of a chunk; from 1 on, no action of a chunk is of use when it is there
+SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
 class Cell(NamedTuple):
@@ -73,18 +73,22 @@ def print_table(cells: dict[str, list[Cell]], latencies: list[float]) -> None:
 
 
 def draw(cells: dict[str, list[Cell]], latencies: list[float], path: Path) -> None:
-    """Plot success rates with their 95% Wilson intervals."""
-    figure = Figure(figsize=(6, 3.6), dpi=100, layout="tight")
-    axes = figure.subplots()
+    """Plot success rates with their 95% Wilson intervals, and the mean time of the successful episodes."""
+    figure = Figure(figsize=(8.4, 3.2), dpi=90, layout="tight")
+    left, right = figure.subplots(1, 2)
     for name, found in cells.items():
         rates = [cell.rate for cell in found]
         shares = [rate.num_successes / max(rate.num_trials, 1) for rate in rates]
         low, high = zip(*(rate.interval for rate in rates), strict=True)
-        axes.plot(latencies, shares, "o-", color=COLORS[name], label=name)
-        axes.fill_between(latencies, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
-    axes.set(ylim=(0, 1.02), xlabel="latency of a prediction (ms)", ylabel="success rate")
-    axes.grid(alpha=0.25)
-    axes.legend()
+        left.plot(latencies, shares, "o-", color=COLORS[name], label=name)
+        left.fill_between(latencies, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
+        seconds = [np.nan if cell.seconds is None else cell.seconds for cell in found]
+        right.plot(latencies, seconds, "o-", color=COLORS[name])
+    left.set(ylim=(0, 1.02), xlabel="latency of a prediction (ms)", ylabel="success rate")
+    right.set(ylim=(0, None), xlabel="latency of a prediction (ms)", ylabel="time of a success (s)")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    left.legend()
     figure.savefig(path)
 
 
@@ -96,7 +100,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--simulator", default="metaworld")
     parser.add_argument("--plugins", default="", help="modules that register simulators, comma-separated")
-    parser.add_argument("--latencies", help="milliseconds, comma-separated; default: 0 to 2 durations of a chunk")
+    parser.add_argument("--latencies", help="milliseconds, comma-separated; default: 0 to the duration of a chunk")
     parser.add_argument("--episodes", default="0:40")
     parser.add_argument("--open_loop_steps", type=int, default=None)
     parser.add_argument("--max_steps", type=int, default=None)

@@ -1,22 +1,23 @@
 """Measure what the policy server costs over the bare model call, whether clients disturb each other, and its memory.
 
-Starts `vla-foundry serve` on this machine and predicts at every step (open_loop_steps 1). `times_bare` is a round trip
-over the same prediction in this process, `times_policy` over the policy's own time in the server (medians). `company`
-has 8 clients at once, of which one sends garbage and one dies in the middle of a message; `same_actions` says whether
-the others got what they get alone, bit for bit. `soak` is the server's resident memory before and after many requests
-in many episodes. Prints one JSON object.
+Starts `vla-foundry serve` on this machine, with one thread for the model as here, and predicts at every step
+(open_loop_steps 1). A call of the model in this process (`bare`) comes before each request, so that both sides find
+caches that the other has used. `over_bare` is a ratio of medians, `more_ms` what a round trip took longer than the call
+before it (median). `company` has 8 clients at once, of which one sends garbage and one dies in the middle of a message;
+`same_actions` says whether the others got what they get alone, bit for bit. `soak` is the server's resident memory
+after each fifth of many requests in many episodes. Prints one JSON object.
 
     uv run python benchmarks/serving.py --checkpoint experiments/tiny_policy
 """
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ from vla_foundry.inference import Policy
 from vla_foundry.robotics.rotations import matrix_to_rotation
 
 GRPC, WEBSOCKET = 50061, 8061
+NUM_WARM = 5
 
 
 def create_observation(metadata: Metadata) -> RobotObservation:
@@ -49,23 +51,32 @@ def create_observation(metadata: Metadata) -> RobotObservation:
     return RobotObservation(images=images, fields=fields, instruction="go")
 
 
-def measure(acts: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time calls of each `act(step)` in turn, so that other load on the machine meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in acts}
-    for step in range(rounds + 5):
-        for name, act in acts.items():
+def measure(
+    bare: Callable[[int], Any], asks: dict[str, Callable[[int], Any]], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Time calls of each `ask(step)` in turn with `bare`, so that other load on the machine meets all alike."""
+    bares: list[float] = []
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in asks}
+    for step in range(rounds + NUM_WARM):
+        for name, ask in asks.items():
             start = time.perf_counter()
-            act(step)
-            times[name].append(1000 * (time.perf_counter() - start))
-    bare = np.quantile(times["bare"][5:], 0.5)
-    return {
-        name: {
-            "p50_ms": float(np.quantile(values[5:], 0.5)),
-            "p99_ms": float(np.quantile(values[5:], 0.99)),
-            "times_bare": float(np.quantile(values[5:], 0.5) / bare),
+            bare(step)
+            middle = time.perf_counter()
+            ask(step)
+            end = time.perf_counter()
+            if step >= NUM_WARM:
+                bares.append(1000 * (middle - start))
+                pairs[name].append((bares[-1], 1000 * (end - middle)))
+    found = {"bare": {"p50_ms": float(np.quantile(bares, 0.5)), "p99_ms": float(np.quantile(bares, 0.99))}}
+    for name, values in pairs.items():
+        before, taken = np.array(values).T
+        found[name] = {
+            "p50_ms": float(np.quantile(taken, 0.5)),
+            "p99_ms": float(np.quantile(taken, 0.99)),
+            "over_bare": float(np.quantile(taken, 0.5) / np.quantile(bares, 0.5)),
+            "more_ms": float(np.quantile(taken - before, 0.5)),
         }
-        for name, values in times.items()
-    }
+    return found
 
 
 def pack(message: Any, *, bytes_keys: bool) -> bytes:
@@ -143,45 +154,45 @@ def measure_company(observation: RobotObservation, expected: list[Any], rounds: 
     }
 
 
-def read_policy_ms() -> float:
-    """Return the median time that the policy took in the server, from its metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{WEBSOCKET}/metrics") as response:
-        text = response.read().decode()
-    return float(text.split('vla_foundry_milliseconds{quantile="0.5",stage="policy"} ')[1].split()[0])
-
-
 def read_memory_mib(pid: int) -> float:
     """Return a process's resident memory."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def soak(observation: RobotObservation, pid: int, num_requests: int) -> dict[str, float]:
-    """Ask in episodes of 20 steps, each a new client; the first tenth warms the allocator up."""
-    before = 0.0
+def soak(observation: RobotObservation, pid: int, num_requests: int) -> dict[str, Any]:
+    """Ask in episodes of 20 steps, each a new client; return the memory after each fifth."""
+    memory = []
     for number in range(num_requests // 20):
-        if number == num_requests // 200:
-            before = read_memory_mib(pid)
         with RemotePolicy(f"127.0.0.1:{GRPC}") as policy:
             policy.reset(number)
             for _ in range(20):
                 policy.act(observation)
-    return {"requests": num_requests, "before_mib": before, "after_mib": read_memory_mib(pid)}
+        if (number + 1) % (num_requests // 100) == 0:
+            memory.append(read_memory_mib(pid))
+    return {"requests": num_requests, "memory_mib": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--num_inference_steps", type=int, default=4)
+    parser.add_argument("--num_inference_steps", type=int, help="default: the policy's own")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--soak", type=int, default=2000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     command = [sys.executable, "-m", "vla_foundry.cli", "serve", "--checkpoint", args.checkpoint, "--device", "cpu"]
-    command += ["--open_loop_steps", "1", "--num_inference_steps", str(args.num_inference_steps)]
+    command += ["--open_loop_steps", "1"]
+    if args.num_inference_steps is not None:
+        command += ["--num_inference_steps", str(args.num_inference_steps)]
     command += ["--port", str(GRPC), "--websocket_port", str(WEBSOCKET)]
     found: dict[str, Any] = {"checkpoint": args.checkpoint, "rounds": args.rounds}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, ExitStack() as stack:
+    # the bare call has one thread too
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server,
+        ExitStack() as stack,
+    ):
         stack.callback(server.terminate)
         assert server.stdout is not None
         if not server.stdout.readline():
@@ -194,19 +205,15 @@ def main() -> None:
             args.checkpoint, device="cpu", open_loop_steps=1, num_inference_steps=args.num_inference_steps
         )
         policy.reset(0)
-        acts: dict[str, Callable[[int], Any]] = {"bare": lambda step: policy.act(observation)}
         remote.reset(0)
-        acts["grpc"] = lambda step: remote.act(observation)
+        asks: dict[str, Callable[[int], Any]] = {"grpc": lambda step: remote.act(observation)}
         for name, path, ask in (("openpi", "", ask_openpi), ("vla_eval", "/vla_eval", ask_vla_eval)):
             address = f"ws://127.0.0.1:{WEBSOCKET}{path}"
             connection = stack.enter_context(connect(address, compression=None, max_size=None))
             if name == "openpi":
                 connection.recv()
-            acts[name] = lambda step, ask=ask, connection=connection: ask(connection, observation, step)
-        found |= measure(acts, args.rounds)
-        policy_ms = read_policy_ms()
-        for name in ("grpc", "openpi", "vla_eval"):
-            found[name]["times_policy"] = found[name]["p50_ms"] / policy_ms
+            asks[name] = lambda step, ask=ask, connection=connection: ask(connection, observation, step)
+        found |= measure(lambda step: policy.act(observation), asks, args.rounds)
         sys.stderr.write(f"{json.dumps(found)}\n")
         found["company"] = measure_company(observation, expected, args.rounds)
         sys.stderr.write(f"{json.dumps(found['company'])}\n")
