@@ -4,6 +4,7 @@
 <output>/<name>/summary.json                          success rates with 95% Wilson intervals
 <output>/<name>/contact_sheet.png                     pictures of a few episodes, from start to end
 
+With `--until_decided BASELINE` a task's rollouts end when a sequential test has told the two apart (comparison/).
 results.json is written after each batch of episodes; a restarted evaluation runs only missing episodes.
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import Actor, Candidate, create_baseline
+from vla_foundry.evaluation.comparison.family import find_family
+from vla_foundry.evaluation.comparison.stopping import StoppingRule, open_rule
 from vla_foundry.evaluation.pictures import write_contact_sheet
 from vla_foundry.evaluation.results import (
     RESULTS_NAME,
@@ -33,7 +36,7 @@ from vla_foundry.evaluation.results import (
 from vla_foundry.evaluation.rollout_worker import RobotFacts, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run_batch
 from vla_foundry.params.commands.evaluation import EvaluateParams
-from vla_foundry.progress import show_progress
+from vla_foundry.progress import say, show_progress
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import complete_params, describe_source, find_source
 from vla_foundry.storage.uri import read_object
@@ -72,9 +75,10 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
     )
     folder = Path(params.output) / candidate.name
     tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
+    rule = _open_rule(params, candidate, tasks)
     total = len(params.tasks) * len(params.seeds)
     with ExitStack() as stack:
-        if any(task.missing_batches(params) for task in tasks):
+        if any(task.is_open(params, rule) for task in tasks):
             pool = stack.enter_context(create_pool(setup, num_workers))
             # check every name before writing anything
             robots = pool.describe(params.tasks)
@@ -86,7 +90,11 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
             advance = stack.enter_context(show_progress("episodes", total, num_done))
             for task, facts, actor in zip(tasks, robots, actors, strict=True):
                 for seeds in task.missing_batches(params):
-                    advance(task.run(pool, actor, seeds, params=params, facts=facts))
+                    if task.is_open(params, rule):
+                        advance(task.run(pool, actor, seeds, params=params, facts=facts))
+        if rule:
+            for task in tasks:
+                say(rule.describe(task.task, task.outcomes(), task.max_sample_size))
         return _summarize(folder, params, candidate, tasks)
 
 
@@ -152,6 +160,17 @@ class TaskRollouts:
             groups.setdefault(seed // params.batch_size, []).append(seed)
         return [tuple(group) for group in groups.values() if self.num_final(group) < len(group)]
 
+    def outcomes(self) -> dict[int, bool]:
+        """Return {seed: success} of the episodes that count, by seed."""
+        return {
+            seed: episode.outcome == "success" for seed, episode in sorted(self.episodes.items()) if episode.is_final
+        }
+
+    def is_open(self, params: EvaluateParams, rule: StoppingRule | None) -> bool:
+        """Return whether more episodes must run."""
+        is_decided = rule and rule.decide(self.task, self.outcomes(), self.max_sample_size).better is not None
+        return not is_decided and bool(self.missing_batches(params))
+
     def run(
         self, pool: RolloutPool, actor: Actor, seeds: tuple[int, ...], *, params: EvaluateParams, facts: RobotFacts
     ) -> int:
@@ -189,7 +208,22 @@ class TaskRollouts:
 def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]:
     """Return what the outcomes of all tasks depend on, besides the seeds of the episodes."""
     common = {name: getattr(params, name) for name in ("policy", "simulator", "max_steps", "seed")}
-    return {**common, **describe_source(params), **candidate.settings}
+    family = find_family(Path(params.output), candidate.name)
+    declared = {"family": family and family.digest}
+    return {**common, **describe_source(params), **candidate.settings, **declared}
+
+
+def _open_rule(params: EvaluateParams, candidate: Candidate, tasks: Sequence[TaskRollouts]) -> StoppingRule | None:
+    if params.until_decided is None:
+        return None
+    return open_rule(
+        params.until_decided,
+        policy=candidate.name,
+        tasks=params.tasks,
+        alpha=params.alpha,
+        family=find_family(Path(params.output), candidate.name),
+        budgets={task.task: task.max_sample_size for task in tasks},
+    )
 
 
 def _summarize(

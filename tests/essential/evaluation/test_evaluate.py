@@ -255,3 +255,36 @@ def test_wilsons_interval_inverts_the_score_test(successes: int, trials: int, in
         if 0 < bound < 1:
             deviation = abs(successes - trials * bound) / math.sqrt(trials * bound * (1 - bound))
             assert deviation == pytest.approx(1.959964, abs=1e-5)
+
+
+def test_rollouts_end_when_the_test_has_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(create_params(tmp_path, policy="null", episodes="0:40"))
+    capsys.readouterr()
+    given = {"policy": "expert", "episodes": "0:40", "until_decided": str(tmp_path / "null")}
+    rates = evaluate(create_params(tmp_path, **given))
+    num = rates["easy"].num_trials
+    assert 8 <= num <= 16
+    assert f"easy: expert is better than null, decided after {num}"[:-2] in capsys.readouterr().out
+    # what is not needed stays pending, and the same command runs nothing more
+    episodes = read_episodes(tmp_path / "expert/easy")
+    assert [episode["is_pending"] for episode in episodes] == [False] * num + [True] * (40 - num)
+    assert evaluate(create_params(tmp_path, **given)) == rates
+    # equal policies use the whole budget
+    rates = evaluate(create_params(tmp_path, **{**given, "policy": "null", "name": "null2"}))
+    assert rates["easy"].num_trials == 40
+    assert "not decided against null after 40 of 40 rollouts" in capsys.readouterr().out
+
+
+def test_a_declared_family_is_fixed_with_the_first_rollout(tmp_path: Path) -> None:
+    manifest = tmp_path / "family.yaml"
+    manifest.write_text("models: [random, expert]\n", encoding="utf-8")
+    evaluate(create_params(tmp_path))
+    manifest.write_text("models: [random, expert]\nalpha: 0.1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"made with other settings \(family "):
+        evaluate(create_params(tmp_path))
+    manifest.unlink()
+    with pytest.raises(ValueError, match=r"made with other settings \(family .* -> None"):
+        evaluate(create_params(tmp_path))
+    manifest.write_text("models: [expert]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="does not declare the model 'random', only expert"):
+        evaluate(create_params(tmp_path))

@@ -24,7 +24,7 @@ from vla_foundry.evaluation.comparison.aggregate import (
     follow_aggregate,
     macro_difference,
 )
-from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, level_for, pairs_of, separate
+from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, level_for, pair_name, pairs_of, separate
 from vla_foundry.evaluation.comparison.letters import assign_letters
 from vla_foundry.evaluation.comparison.published import PublishedCount
 from vla_foundry.evaluation.comparison.rollouts import Rollouts, count_outcomes
@@ -199,7 +199,7 @@ class _Sheet:
         pairs = pairs_of(models)
         strata = [self.stratum(*pair, task, n_max) for pair in pairs]
         if dead_time(n_max) < n_max <= MAX_ROLLOUTS:
-            names = [f"{task}: {' | '.join(sorted(pair))}" for pair in pairs]
+            names = [pair_name(task, *pair) for pair in pairs]
             decide = partial(_decide_sequential, self.family, strata, n_max, names)
         else:
             decide = partial(_decide_aggregate, self.family, [self.follow([stratum]) for stratum in strata])

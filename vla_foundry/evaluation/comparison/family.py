@@ -87,6 +87,21 @@ def read_family(root: Path) -> Family | None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def find_family(root: Path, model: str) -> Family | None:
+    """Read the manifest of a folder to which the rollouts of a model are to be written; None if there is none.
+
+    Raises:
+        ValueError: the manifest is broken, or does not declare the model.
+    """
+    family = read_family(root)
+    if family and model not in family.models:
+        raise ValueError(
+            f"{root / FAMILY_NAME} does not declare the model '{model}', only {', '.join(family.models)}. Give another "
+            "--name, or declare it before the first rollout of any model."
+        )
+    return family
+
+
 _KEYS: dict[str, tuple[type, ...]] = {
     "models": (list,),
     "tasks": (list, type(None)),
@@ -168,6 +183,11 @@ def separate(num_models: int, decide: Callable[[int], tuple[np.ndarray, np.ndarr
 def level_for(size: int) -> int:
     """Return by what alpha is divided for a set of pairs: its size, or the next one that has a table."""
     return next((known for known in SIZES if known >= size), size)
+
+
+def pair_name(task: str, first: str, second: str) -> str:
+    """Return the name under which the draws of a comparison are made, whatever the order of the pair."""
+    return f"{task}: {' | '.join(sorted((first, second)))}"
 
 
 def pairs_of(models: Sequence[str]) -> list[tuple[str, str]]:
