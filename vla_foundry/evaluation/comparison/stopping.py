@@ -122,6 +122,8 @@ def open_rule(
         ValueError: the baseline lacks a task, is not in the family, or no test exists for a budget.
     """
     found = read_baseline(baseline, seed=family.seed if family else 0)
+    if found.name == policy:
+        raise ValueError(f"until_decided: the policy and the baseline have one name, '{policy}'. Give another --name.")
     missing = [task for task in tasks if not found.outcomes.get(task)]
     if missing:
         known = ", ".join(sorted(found.outcomes)) or "none"
@@ -136,8 +138,6 @@ def open_rule(
             )
         num_columns = len(family.tasks or tasks) + 1 if family.scope == "all" else 1
         level = level_for(num_columns * len(family.models) * (len(family.models) - 1) // 2)
-    if found.name == policy:
-        raise ValueError(f"until_decided: the policy and the baseline have one name, '{policy}'. Give another --name.")
     if family.is_paired and not found.has_seeds:
         raise ValueError(f"until_decided: the family is paired, but the rollouts of {found.name} have no seeds.")
     for budget in sorted(set(budgets.values())):
