@@ -13,6 +13,7 @@ import ssl
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import msgpack
@@ -263,7 +264,7 @@ class _VlaEvalSession(_Session):
         if reply is not None:
             kind, payload = reply
             frame = {"type": kind, "payload": payload, "seq": sequence, "timestamp": time.time()}
-            with self._service.times.measured("encode"):
+            with self._service.times.measured("encode") if kind == "action" else nullcontext():
                 packed = _pack(frame, bytes_keys=False)
             await self._connection.send(packed)
 
