@@ -42,6 +42,8 @@ SPEC_VERSION = 1
 PUBLISHED_LANGUAGE_TYPES = ("original", "randomized", "verbose", "alternative")
 # bytes of a remote shard to read to find its first sample
 _FIRST_BYTES = 16 << 20
+# steps, pixels or columns
+_MOST = 1_000_000
 _POSITION, _ROTATION = "__xyz", "__rot_6d"
 
 Layout = Literal["episodes", "samples"]
@@ -153,7 +155,7 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
     Raises:
         ValueError: the text is not a spec or has another version; the message names the key.
     """
-    values = parse_json(text, origin)
+    values = parse_json(text, origin, finite=True)
     if not isinstance(values, dict) or values.get("version") != SPEC_VERSION:
         found = values.get("version") if isinstance(values, dict) else None
         raise ValueError(f"{origin} is not a robotics spec of version {SPEC_VERSION} (its version is {found!r}).")
@@ -161,19 +163,21 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
         spec = DatasetSpec(
             layout=_choice(values["layout"], Layout, "layout"),
             fps=None if values["fps"] is None else float(values["fps"]),
-            past_lowdim_steps=int(values["past_lowdim_steps"]),
-            future_lowdim_steps=int(values["future_lowdim_steps"]),
-            image_indices=tuple(int(index) for index in values["image_indices"]),
+            past_lowdim_steps=_whole(values["past_lowdim_steps"], "past_lowdim_steps"),
+            future_lowdim_steps=_whole(values["future_lowdim_steps"], "future_lowdim_steps"),
+            image_indices=tuple(_whole(index, "image_indices", -_MOST) for index in values["image_indices"]),
             padding_strategy=str(values["padding_strategy"]),
             cameras={name: _parse_camera(value) for name, value in values["cameras"].items()},
             fields={name: _parse_field(name, value) for name, value in values["fields"].items()},
-            pose_groups=parse_pose_groups(values.get("pose_groups", ()), f"{origin}: pose_groups"),
+            pose_groups=parse_pose_groups(values.get("pose_groups", ()), "pose_groups"),
             language_types=tuple(str(kind) for kind in values.get("language_types", ())),
         )
     except KeyError as error:
         raise ValueError(f"{origin} lacks the key {error}.") from None
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{origin} is not a robotics spec ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     if spec.fps is not None and not spec.fps > 0:
         raise ValueError(f"{origin}: fps ({spec.fps:g}) must be above 0.")
     return spec
@@ -183,8 +187,8 @@ def _parse_camera(value: Mapping[str, Any]) -> CameraDescription:
     width, height = value["size"]
     original = value.get("original_size")
     return CameraDescription(
-        size=(int(width), int(height)),
-        original_size=None if original is None else (int(original[0]), int(original[1])),
+        size=(_whole(width, "size", 1), _whole(height, "size", 1)),
+        original_size=None if original is None else (_whole(original[0], "size", 1), _whole(original[1], "size", 1)),
         is_depth=bool(value.get("is_depth", False)),
     )
 
@@ -194,20 +198,26 @@ def _parse_field(name: str, value: Mapping[str, Any]) -> FieldDescription:
     gripper = value.get("gripper")
     (width,) = value["shape"]
     known |= {
-        "shape": (int(width),),
+        "shape": (_whole(width, f"fields.{name}.shape"),),
         "gripper": None if gripper is None else GripperRange(open=gripper["open"], closed=gripper["closed"]),
         "representation": _choice(value.get("representation", "absolute"), Representation, f"fields.{name}"),
         "role": _choice(value.get("role", "observation"), Role, f"fields.{name}"),
         "names": tuple(str(column) for column in value.get("names", ())),
     }
     if len(known["names"]) not in (0, width):
-        raise ValueError(f"robotics spec: fields.{name} has {width} columns, but {len(known['names'])} names.")
+        raise ValueError(f"fields.{name} has {width} columns, but {len(known['names'])} names.")
     return FieldDescription(**known)
+
+
+def _whole(value: Any, what: str, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= _MOST:
+        raise ValueError(f"{what} must be a whole number from {least:,} to {_MOST:,}, got {value!r}.")
+    return value
 
 
 def _choice(value: Any, choices: Any, what: str) -> Any:
     if value not in get_args(choices):
-        raise ValueError(f"robotics spec: {what} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+        raise ValueError(f"{what} must be one of {', '.join(get_args(choices))}, got {value!r}.")
     return value
 
 
@@ -240,8 +250,11 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
             f"{PREPROCESSING_CONFIG_NAME} beside it. Make the dataset with `vla-foundry preprocess robotics`."
         ) from None
     try:
-        past, future = int(values["past_lowdim_steps"]), int(values["future_lowdim_steps"])
-        image_indices = tuple(int(index) for index in values["image_indices"])
+        past, future = (
+            _whole(values["past_lowdim_steps"], "past_lowdim_steps"),
+            _whole(values["future_lowdim_steps"], "future_lowdim_steps"),
+        )
+        image_indices = tuple(_whole(index, "image_indices", -_MOST) for index in values["image_indices"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{location} is not a published preprocessing config ({type(error).__name__}: {error})."
