@@ -246,6 +246,10 @@ def test_latency_needs_a_policy_and_an_execution_needs_latency() -> None:
     for values, message in (
         ({"checkpoint": "run", "execution": "async"}, r"execution 'async' needs simulated_latency_ms"),
         ({"policy": "null", "simulated_latency_ms": 5.0}, r"simulated_latency_ms needs a checkpoint"),
+        (
+            {"policy_server": "here:1", "server_timeout_s": 1e9},
+            r"server_timeout_s .* must be above 0 and at most 86400",
+        ),
         ({"policy_server": "localhost:1", "ensemble_decay": 0.1}, r"ensemble_decay needs a checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):

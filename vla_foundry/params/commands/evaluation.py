@@ -12,7 +12,6 @@ from vla_foundry.config.schema import (
     NonNegative,
     NonNegativeInt,
     NumThreads,
-    Positive,
     Size,
 )
 from vla_foundry.params.commands.datagen import ImageSize, SimulatorParams
@@ -36,7 +35,7 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     server_token_file: Location | None = None
     server_certificate: Location | None = None
     # deadline of each call to the server, seconds
-    server_timeout_s: Positive = 60.0
+    server_timeout_s: Annotated[float, Bounds(above=0, most=86_400)] = 60.0
     # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
     # name of the policy in the results; null: the run's name, or the value of `policy`
