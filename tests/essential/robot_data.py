@@ -55,7 +55,7 @@ def draw_rotations(rng: np.random.Generator, count: int) -> np.ndarray:
     return q * np.sign(np.linalg.det(q))[:, None, None]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def create_recording() -> Callable[..., Recording]:
     """Make up an episode."""
 
@@ -188,7 +188,7 @@ def _size_of(image: bytes) -> list[int]:
     return list(Image.open(io.BytesIO(image)).size)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_robot_data() -> Callable[..., Path]:
     """Write recordings as a robotics dataset, in either layout, with its spec and statistics."""
 

@@ -142,7 +142,7 @@ ERRORS = [
     (["--hparams.lr_cooldown_end", "1"], r"hparams\.lr_cooldown_end \(1\.0\) must not be above lr \(0\.001\)\."),
     (["--name", "a/b"], r"name 'a/b' cannot be the name of a folder\."),
     # files and plug-ins
-    (["--model", "include no.yaml"], r"Config file 'no\.yaml' was not found"),
+    (["--model", "include no.yaml"], r"--model: Config file 'no\.yaml' was not found"),
     (["--model.resume_from_checkpoint", "no/run"], r"model\.resume_from_checkpoint: no/run does not exist\."),
     (["--plugins", "no_such_plugin"], r"--plugins: the plug-in no_such_plugin was not found\."),
     # words that are no flags

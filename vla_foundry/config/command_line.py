@@ -42,6 +42,8 @@ ENTRY_POINT_GROUP = "vla_foundry.plugins"
 # what a user can mend; any other exception is a bug
 EXPECTED_ERRORS = (ValueError, OSError)
 _ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
+# letters of a printed error
+_MAX_LINE = 2000
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
 
@@ -351,14 +353,16 @@ def _tell_launcher(line: str) -> None:
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Describe an error that the user can fix in one line; a full disk with the space that is left."""
+    """Describe an error that the user can fix in one line, not too long; a full disk with the space that is left."""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
         if error.errno == errno.ENOSPC:
             folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
             message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
-    return " ".join(message.split()) or repr(error)
+    line = " ".join(message.split()) or repr(error)
+    # a value that it shows may have a million letters; the key is at the start, and the fix at the end
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
 
 
 def unknown_command_message(name: str, known: list[str]) -> str:

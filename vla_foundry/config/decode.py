@@ -24,7 +24,7 @@ from vla_foundry.config.tree import (
     to_value,
     without,
 )
-from vla_foundry.config.values import as_list, decode_value
+from vla_foundry.config.values import as_list, decode_value, show
 from vla_foundry.config.yaml_source import PRESETS, is_null, load_config, parse_inline
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, run_folder_candidates
@@ -56,7 +56,7 @@ def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
         ValueError: a key is unknown, or a value is wrong or missing; one line with the config path and its origin.
     """
     if isinstance(tree, Leaf):
-        shown = "null" if is_null(tree.value) else "no keys" if tree.value is True else f"'{_show(tree)}'"
+        shown = "null" if is_null(tree.value) else "no keys" if tree.value is True else f"'{show(tree.value)}'"
         raise ValueError(f"{tree.origin.prefix}{path or 'the config'} must be a mapping of keys, got {shown}.")
     slot = cls
     if issubclass(cls, ChoiceParams):
@@ -82,10 +82,6 @@ def decode(cls: Any, tree: Node, decoding: Decoding, path: str = "") -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(_with_path(str(error), cls, decoding, path)) from None
-
-
-def _show(leaf: Leaf) -> str:
-    return leaf.value.text if isinstance(leaf.value, Scalar) else str(leaf.value)
 
 
 def _join(path: str, key: str) -> str:

@@ -61,7 +61,7 @@ def _wrong_type(hint: Any, value: Value, path: str, origin: Origin) -> ValueErro
     wanted = " or ".join(dict.fromkeys(_must_be(option) for option in options(hint)))
     if isinstance(value, Scalar) and abs(_decode_float(value.text) or 0) >= _LARGEST_INT:
         wanted = wanted.replace(_MUST_BE[int], f"{_MUST_BE[int]} below 10^18")
-    shown = "null" if is_null(value) else f"'{_show(value)}'" if isinstance(value, Scalar) else _show(value)
+    shown = "null" if is_null(value) else f"'{show(value)}'" if isinstance(value, Scalar) else show(value)
     return ValueError(f"{origin.prefix}{path} must be {wanted}, got {shown}.")
 
 
@@ -75,7 +75,8 @@ def _must_be(hint: Any) -> str:
     return _MUST_BE.get(hint) or f"a mapping {describe_type(hint)}"
 
 
-def _show(value: Value) -> str:
+def show(value: Value) -> str:
+    """Return a value for messages, cut if it is long."""
     text = value.text if isinstance(value, Scalar) else str(_plain(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 

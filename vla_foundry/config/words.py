@@ -115,7 +115,10 @@ def _flag_node(cls: Any, name: str, text: str | None) -> tuple[bool, Node]:
     stripped = text.strip()
     holds_list = any(schema.is_list(option) for hint in hints for option in schema.options(hint))
     if (holds_keys or holds_list) and stripped.startswith(_INCLUDE):
-        return True, load_config(stripped.removeprefix(_INCLUDE).strip())
+        try:
+            return True, load_config(stripped.removeprefix(_INCLUDE).strip())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--{name}: {error}") from None
     if holds_keys and stripped.startswith("{"):
         try:
             return False, parse_inline(stripped)

@@ -19,6 +19,7 @@ from vla_foundry.params import DataParams, ModelParams, TrainExperimentParams, c
 from vla_foundry.params.commands.preprocessing_robotics import FieldParams
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.commands.serving import ClientPartParams
+from vla_foundry.params.commands.simulators import ActionPartParams, StateFieldParams, SuccessParams
 
 
 def test_a_leading_tilde_is_expanded_in_every_path_of_flags_and_files(
@@ -126,7 +127,12 @@ def put(hint: Any, value: Any) -> Any:
 def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line() -> None:
     needed = {str: "x", int: 1, float: 1.0, list[str]: ["x"], list[int]: [1], dict[str, FieldParams]: {"x": {}}}
     needed |= {list[ClientPartParams]: [], tuple[schema.Steps, schema.Steps]: [0, 1], tuple[int, int]: [0, 1]}
-    needed |= {DataParams: {"type": Scalar("text")}, ModelParams: {"type": Scalar("transformer")}}
+    needed |= {dict[str, StateFieldParams]: {"x": {}}, dict[str, ActionPartParams]: {"x": {}}}
+    needed |= {
+        SuccessParams: {"terminated": True},
+        DataParams: {"type": Scalar("text")},
+        ModelParams: {"type": Scalar("transformer")},
+    }
     seen = 0
     for cls in all_params_classes():
         hints = schema.field_types(cls)
