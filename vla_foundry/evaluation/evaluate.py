@@ -55,6 +55,10 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: a name is unknown, the policy does not fit the robot, or the folder holds other results.
     """
+    if params.simulator == "lbm":
+        from vla_foundry.evaluation.lbm import evaluate_in_lbm
+
+        return evaluate_in_lbm(params)
     params, default_camera = complete_params(params)
     camera = params.camera or default_camera
     if params.policy != "checkpoint":

@@ -113,24 +113,42 @@ def find_harness(command: str) -> list[str]:
 
 async def _serve_and_run(params: ServeParams, served: Served, command: list[str]) -> int:
     """Run the command against a server on a free port; return its exit code."""
+    cancel_on_sigterm()
+    async with open_server(params, served) as ports:
+        url = f"ws://{params.host}:{ports.websocket}{VLA_EVAL_PATH}"
+        return await run_program([*command, "--server-url", url], "harness_command")
+
+
+def cancel_on_sigterm() -> None:
+    """Cancel the running task when this process is told to end."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    async with open_server(params, served) as ports:
-        url = f"ws://{params.host}:{ports.websocket}{VLA_EVAL_PATH}"
-        try:
-            process = await asyncio.create_subprocess_exec(*command, "--server-url", url)
-        except OSError as error:
-            raise ValueError(f"harness_command {command[0]} cannot be run: {error.strerror}.") from None
-        try:
-            return await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-                try:
-                    await asyncio.wait_for(process.wait(), _GRACE_S)
-                except TimeoutError:
-                    process.kill()
+
+
+async def run_program(command: Sequence[str], flag: str) -> int:
+    """Run a program to its end, or end it if this task is cancelled; return its exit code.
+
+    Args:
+        command: its words.
+        flag: config key that names it, for messages.
+
+    Raises:
+        ValueError: it cannot be run.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(*command)
+    except OSError as error:
+        raise ValueError(f"{flag} {command[0]} cannot be run: {error.strerror}.") from None
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), _GRACE_S)
+            except TimeoutError:
+                process.kill()
 
 
 def read_aggregates(files: Sequence[Path]) -> dict[str, tuple[list[EpisodeResult], dict[str, Any]]]:

@@ -23,7 +23,7 @@ ImageSize = Annotated[int, Bounds(least=16, most=100_000)]
 class SimulatorParams(BaseParams):
     """Shared by the commands that run robots in a simulator."""
 
-    # metaworld, pusht, aloha, gymnasium (any registered environment), or that of a plug-in
+    # metaworld, pusht, aloha, gymnasium (any registered environment), or that of a plug-in; evaluate also takes lbm
     simulator: Name = "metaworld"
     # tasks of the simulator, such as drawer-open-v3, or drawer-open-v3@half (it starts half open); empty: its default
     tasks: list[Name] = field(default_factory=list)

@@ -1,10 +1,12 @@
 """Params of the commands that judge a policy: `evaluate` and `action-error`."""
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vla_foundry.config.schema import (
+    BaseParams,
     Bounds,
     Count,
     Location,
@@ -19,6 +21,33 @@ from vla_foundry.params.commands.runs import InferenceParams
 
 # demonstrations use seeds from here on, so that no policy is evaluated on a start it has seen
 FIRST_DEMO_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBMParams(BaseParams):
+    """How to run the LBM simulator."""
+
+    # its Docker image
+    image: str = "toyotaresearch/lbm-eval-oss:vla-foundry"
+    # the script in the image that runs a task
+    launcher: str = "/opt/lbm_eval/launch_sim.sh"
+    # command of an installed lbm_eval, in place of the image; null: the image
+    command: str | None = None
+    # GPU that renders
+    gpu: NonNegativeInt = 0
+    # port of our gRPC server
+    port: Annotated[int, Bounds(least=1, most=65535)] = 50051
+    # processes of the simulator
+    num_processes: Size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            is_empty = self.command is not None and not shlex.split(self.command)
+        except ValueError as error:
+            raise ValueError(f"command '{self.command}' cannot be read: {error}.") from None
+        if is_empty:
+            raise ValueError("command is empty. Leave it out to run the Docker image.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +67,10 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     server_timeout_s: Annotated[float, Bounds(above=0, most=86_400)] = 60.0
     # checkpoint: the trained policy; null: zero actions; random: uniform actions; expert: the simulator's own
     policy: Literal["checkpoint", "null", "random", "expert"] = "checkpoint"
+    # simulator lbm: its image or command
+    lbm: LBMParams = field(default_factory=LBMParams)
+    # simulator lbm: print the commands that would run it
+    dry_run: bool = False
     # name of the policy in the results; null: the run's name, or the value of `policy`
     name: Name | None = None
     # seeds of the starts, first:end; demonstrations use seeds from 1,000,000 on
@@ -95,6 +128,10 @@ class EvaluateParams(InferenceParams, SimulatorParams):
         if self.policy_server is not None and (self.open_loop_steps or self.num_inference_steps):
             raise ValueError("open_loop_steps and num_inference_steps belong to the server: give them to `serve`.")
         self._check_time()
+        if self.dry_run and self.simulator != "lbm":
+            raise ValueError("dry_run is for simulator 'lbm', whose commands it prints. Leave it out.")
+        if self.lbm.command is not None and self.seeds.start:
+            raise ValueError(f"episodes ('{self.episodes}') must start at 0 for lbm.command, which counts from there.")
         if self.images == "other_episode" and self.batch_size < 2:
             raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
         num_seeds = len(self.seeds)
