@@ -164,13 +164,9 @@ def separate(num_models: int, decide: Callable[[int], tuple[np.ndarray, np.ndarr
     Returns:
         The better model of each pair and the rollouts that it took, (pairs,) each, in the order of combinations.
     """
-    # of the sizes that one level stands for, the smallest decides
-    levels: dict[int, int] = {}
-    for size in null_sizes(num_models):
-        levels.setdefault(level_for(size), size)
     num_pairs = num_models * (num_models - 1) // 2
     separated, better, stop = np.ones(num_pairs, bool), np.full(num_pairs, -1), np.zeros(num_pairs, int)
-    for level, size in sorted(levels.items(), reverse=True):
+    for level, size in closed_levels(num_models).items():
         if not separated.any():
             break
         found, needed = decide(level)
@@ -178,6 +174,14 @@ def separate(num_models: int, decide: Callable[[int], tuple[np.ndarray, np.ndarr
         better = np.where(found >= 0, found, better)
         stop = np.where(found >= 0, np.maximum(stop, needed), stop)
     return np.where(separated, better, -1), stop
+
+
+def closed_levels(num_models: int) -> dict[int, int]:
+    """Return what the closed test divides alpha by, from the largest on, and the least k that each stands for."""
+    levels: dict[int, int] = {}
+    for size in null_sizes(num_models):
+        levels.setdefault(level_for(size), size)
+    return dict(sorted(levels.items(), reverse=True))
 
 
 def level_for(size: int) -> int:

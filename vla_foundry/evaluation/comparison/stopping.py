@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.evaluation.comparison.family import Family, level_for, pair_name
+from vla_foundry.evaluation.comparison.family import Family, closed_levels, level_for, pair_name
 from vla_foundry.evaluation.comparison.published import find_published, published_counts
 from vla_foundry.evaluation.comparison.result_files import read_files
-from vla_foundry.evaluation.comparison.sequential import Decision, draw_decisions, find_table, run_test
+from vla_foundry.evaluation.comparison.sequential import Decision, StepTable, draw_decisions, find_table, run_test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,9 @@ class StoppingRule:
     policy: str
     baseline: Baseline
     family: Family
-    # over which the family's alpha is divided: its pairs, or its pairs in all columns
-    level: int
+    # what the family's alpha is divided by. The policies are told apart if the test says so at each of these levels:
+    # then the closed test of the whole family separates them, whatever the other pairs come to
+    levels: tuple[int, ...]
 
     def decide(self, task: str, outcomes: Mapping[int, bool], n_max: int) -> Decision:
         """Run the test on the rollouts that there are.
@@ -93,9 +94,13 @@ class StoppingRule:
         if self.family.is_paired:
             seeds = sorted(other.keys() & outcomes.keys())
             first, second = [other[seed] for seed in seeds], [outcomes[seed] for seed in seeds]
-        table = find_table(n_max, self.family.alpha / (2 * self.level), is_paired=self.family.is_paired)
         name = pair_name(task, self.baseline.name, self.policy)
-        return run_test(table, [first, second], seed=self.family.seed, purpose=name)
+        found = [
+            run_test(table, [first, second], seed=self.family.seed, purpose=name)
+            for table in _tables(self.family, self.levels, n_max)
+        ]
+        undecided = [decision for decision in found if decision.better is None]
+        return undecided[0] if undecided else max(found, key=lambda decision: decision.stop)
 
     def describe(self, task: str, outcomes: Mapping[int, bool], n_max: int) -> str:
         """Say in one line what the test found, and what it saved."""
@@ -128,7 +133,7 @@ def open_rule(
     if missing:
         known = ", ".join(sorted(found.outcomes)) or "none"
         raise ValueError(f"until_decided: {found.name} has no rollouts of '{missing[0]}'; it has: {known}.")
-    level = 1
+    levels = (1,)
     if family is None:
         family = Family(models=(found.name, policy), alpha=Fraction(alpha).limit_denominator(1_000_000))
     else:
@@ -136,10 +141,17 @@ def open_rule(
             raise ValueError(
                 f"until_decided: the declared family does not hold {found.name}; it has: {', '.join(family.models)}."
             )
-        num_columns = len(family.tasks or tasks) + 1 if family.scope == "all" else 1
-        level = level_for(num_columns * len(family.models) * (len(family.models) - 1) // 2)
+        levels = tuple(closed_levels(len(family.models)))
+        if family.scope == "all":
+            # as `compare` counts them
+            num_columns = len(family.tasks or tasks) + (len(family.tasks or tasks) > 1)
+            levels = (level_for(num_columns * len(family.models) * (len(family.models) - 1) // 2),)
     if family.is_paired and not found.has_seeds:
         raise ValueError(f"until_decided: the family is paired, but the rollouts of {found.name} have no seeds.")
     for budget in sorted(set(budgets.values())):
-        find_table(budget, family.alpha / (2 * level), is_paired=family.is_paired)
-    return StoppingRule(policy=policy, baseline=found, family=family, level=level)
+        _tables(family, levels, budget)
+    return StoppingRule(policy=policy, baseline=found, family=family, levels=levels)
+
+
+def _tables(family: Family, levels: Sequence[int], n_max: int) -> list[StepTable]:
+    return [find_table(n_max, family.alpha / (2 * level), is_paired=family.is_paired) for level in levels]

@@ -39,7 +39,7 @@ def simulate(rate: float, baseline_rate: float, *, is_paired: bool, num: int = 4
         other, mine = np.random.default_rng(seed).random((2, 100)) < [[baseline_rate], [rate]]
         baseline = Baseline(name="b", outcomes={"lift": dict(enumerate(other.tolist()))}, has_seeds=True)
         family = Family(models=("a", "b"), seed=seed, is_paired=is_paired)
-        rule = StoppingRule(policy="a", baseline=baseline, family=family, level=1)
+        rule = StoppingRule(policy="a", baseline=baseline, family=family, levels=(1,))
         found.append(run_until_decided(rule, mine.tolist(), batch_size=10))
     return found
 
@@ -90,9 +90,9 @@ def test_a_declared_family_divides_the_error_and_must_hold_the_baseline(tmp_path
         policy = given.get("policy", "pi")
         return open_rule(baseline, policy=policy, tasks=["lift"], alpha=0.05, family=family, budgets={"lift": 50})
 
-    assert rule_of(None).level == 1
-    assert rule_of(Family(models=("pi", "null", "random"))).level == 3
-    assert rule_of(Family(models=("pi", "null", "random"), tasks=("lift",), scope="all")).level == 6
+    assert rule_of(None).levels == (1,)
+    assert rule_of(Family(models=("pi", "null", "random"))).levels == (3, 1)
+    assert rule_of(Family(models=("pi", "null", "random"), tasks=("lift",), scope="all")).levels == (3,)
     successes = dict(enumerate([True, False] * 25))
     stops = [
         rule_of(family).decide("lift", successes, 50).stop for family in (None, Family(models=("pi", "null", "x", "y")))
