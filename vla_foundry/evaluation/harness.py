@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_foundry.config.command_line import parse_command
+from vla_foundry.evaluation.comparison.family import find_family
 from vla_foundry.evaluation.results import (
     RESULTS_NAME,
     ROLLOUTS_FOLDER,
@@ -66,6 +67,7 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
     # runs that begin within a second must not meet
     time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S-%f")
     folder = Path(params.output) / served.metadata.name
+    family = find_family(Path(params.output), served.metadata.name)
     with lock_folder(folder, what="evaluation", flag="--name or --output"):
         own = folder / "harness" / time
         own.mkdir(parents=True)
@@ -81,7 +83,7 @@ def evaluate_in_harness(params: HarnessParams) -> dict[str, SuccessRate]:
         tasks = read_aggregates(files)
         if not any(episodes for episodes, _ in tasks.values()):
             raise ValueError(f"'{params.harness_command} run' ended with code {code} and ran no episode: see {own}.")
-        settings = given | dict(served.metadata.info)
+        settings = given | dict(served.metadata.info) | {"family": family and family.digest}
         rates = {}
         for (task, (episodes, facts)), name in zip(tasks.items(), name_folders(list(tasks)), strict=True):
             path = folder / name / ROLLOUTS_FOLDER / time / RESULTS_NAME

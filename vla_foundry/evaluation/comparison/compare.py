@@ -36,6 +36,7 @@ from vla_foundry.registry import unknown_name_message
 # name of the column over all tasks
 AGGREGATE = "all tasks"
 _Z95 = 1.959964
+_NONE = np.zeros(0, int), np.zeros(0, int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,10 @@ def compare(rollouts: Rollouts, family: Family | None = None) -> Comparison:
             "of the folder."
         )
     missing = [model for model in family.models if model not in found]
-    if missing:
+    if missing and not family.is_declared:
         raise ValueError(unknown_name_message("model", missing[0], found))
+    if missing:
+        notes.append(f"Of the declared models these have no rollouts yet: {', '.join(missing)}.")
     tasks = sorted({task for model, task in outcomes if model in family.models})
     for task in family.tasks or ():
         if task not in tasks:
@@ -154,8 +157,13 @@ class _Sheet:
     num_columns: int
 
     def models_on(self, tasks: Sequence[str]) -> list[str]:
-        """Return the models that have rollouts on each of the tasks."""
-        return [model for model in self.family.models if all(self.outcomes.get((model, task)) for task in tasks)]
+        """Return the models that have rollouts, on each of the tasks."""
+        there = {model for model, _ in self.outcomes}
+        return [
+            model
+            for model in self.family.models
+            if model in there and all(self.outcomes.get((model, task)) for task in tasks)
+        ]
 
     def n_max(self, task: str, models: Sequence[str]) -> int:
         """Return the planned rollouts of a task.
@@ -183,11 +191,22 @@ class _Sheet:
         return Stratum(outcomes=values, n_max=n_max)
 
     def separate(
-        self, num_models: int, decide: Callable[[int], tuple[np.ndarray, np.ndarray]]
+        self, models: Sequence[str], decide: Callable[[int], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.family.scope == "column":
-            return separate(num_models, decide)
-        return decide(level_for(self.num_columns * (num_models * (num_models - 1) // 2)))
+        """Decide the pairs of the models that are there; a declared family is corrected for those that are not, too."""
+        declared = self.family.models if self.family.is_declared else tuple(models)
+        pairs = pairs_of(declared)
+        if self.family.scope == "all":
+            return decide(level_for(self.num_columns * len(pairs)))
+        is_there = np.array([pair[0] in models and pair[1] in models for pair in pairs], bool)
+
+        def decide_all(level: int) -> tuple[np.ndarray, np.ndarray]:
+            better, stop = np.full(len(pairs), -1), np.zeros(len(pairs), int)
+            better[is_there], stop[is_there] = decide(level)
+            return better, stop
+
+        better, stop = separate(len(declared), decide_all)
+        return better[is_there], stop[is_there]
 
     def compare_task(self, task: str) -> Column:
         models = self.models_on([task])
@@ -203,7 +222,7 @@ class _Sheet:
             decide = partial(_decide_sequential, self.family, strata, n_max, names)
         else:
             decide = partial(_decide_aggregate, self.family, [self.follow([stratum]) for stratum in strata])
-        better, stop = self.separate(len(models), decide)
+        better, stop = self.separate(models, decide) if pairs else _NONE
         rates = {model: self.rates[model, task] for model in models}
         means = {model: rate.num_successes / rate.num_trials for model, rate in rates.items()}
         results = []
@@ -227,14 +246,15 @@ class _Sheet:
 
     def compare_all(self, tasks: Sequence[str]) -> Column:
         """Compare the mean rates over the tasks that every model of the family ran."""
-        common = [task for task in tasks if len(self.models_on([task])) == len(self.family.models)]
+        present = self.models_on([])
+        common = [task for task in tasks if self.models_on([task]) == present]
         left_out = tuple(task for task in tasks if task not in common)
-        models = list(self.family.models) if common else []
+        models = present if common else []
         n_max = {task: self.n_max(task, models) for task in common}
         pairs = pairs_of(models)
         strata = [[self.stratum(*pair, task, n_max[task]) for task in common] for pair in pairs]
         decide = partial(_decide_aggregate, self.family, [self.follow(each) for each in strata])
-        better, stop = self.separate(len(models), decide) if pairs else (np.zeros(0, int), np.zeros(0, int))
+        better, stop = self.separate(models, decide) if pairs else _NONE
         rates, means = {}, {}
         for model in models:
             of_model = [self.rates[model, task] for task in common]

@@ -5,7 +5,7 @@ results.json, so that rollouts under another declaration are never mixed in. Wha
 letter.
 
     models: [pi, baseline]          # all pairs are compared
-    tasks: [lift, push]             # columns; null: every task. The mean over tasks is one more column
+    tasks: [lift, push]             # columns; null: every task. The mean over tasks is one more
     alpha: 0.05                     # probability of any separation if all are equal
     family: column                  # column: alpha holds for each column; all: for all columns together
     max_sample_size: 200            # rollouts of each model on each task; null: as in the results
@@ -130,6 +130,8 @@ def _to_family(values: dict[Any, Any]) -> Family:
     if not 0 < (alpha := values.get("alpha", 0.05)) < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
     tasks = values.get("tasks")
+    if scope == "all" and not tasks:
+        raise ValueError("family: all needs `tasks`, the columns over which the error holds.")
     return Family(
         models=tuple(values["models"]),
         tasks=tuple(tasks) if tasks is not None else None,

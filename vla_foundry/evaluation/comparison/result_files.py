@@ -179,12 +179,13 @@ def _read_harness(path: Path, root: Path) -> list[Run]:
             _checked(shown)
             _read_harness_episodes(run, task["episodes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: '{ascii(shown)[1:60]}': {error}.") from None
+            raise ValueError(f"{path}: task {ascii(shown)[:60]}: {error}.") from None
         runs.append(run)
     return runs
 
 
-def _read_harness_episodes(run: Run, episodes: list[dict[str, Any]]) -> None:
+def _read_harness_episodes(run: Run, episodes: list[Any]) -> None:
+    _check("episode", episodes, (dict,), lambda value: True, "an object")
     numbers: list[Any] = [episode.get("episode_id", position) for position, episode in enumerate(episodes)]
     index: list[Any] = [int(number) if isinstance(number, str) and number.isdecimal() else number for number in numbers]
     _check("episode_id", index, (int,), lambda value: 0 <= value < _MAX_INDEX, "a whole number from 0")
@@ -193,7 +194,7 @@ def _read_harness_episodes(run: Run, episodes: list[dict[str, Any]]) -> None:
     succeeded = [
         None if reason else episode["metrics"].get("success") for episode, reason in zip(episodes, reasons, strict=True)
     ]
-    right = [bool(reason) or isinstance(success, bool) for success, reason in zip(succeeded, reasons, strict=True)]
+    right = [bool(reason) or success in (True, False) for success, reason in zip(succeeded, reasons, strict=True)]
     _check("success of episode", right, (bool,), bool, "true or false, or have a failure_reason")
     run.outcome = [
         "invalid" if reason else "success" if success else "failure"

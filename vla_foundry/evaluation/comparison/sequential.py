@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def make_table(n_max: int, alpha: float | Fraction, *, is_paired: bool = False) 
     """Make one side of a test; n_max = 200 takes seconds.
 
     Raises:
-        ValueError: n_max or alpha is out of range.
+        ValueError: n_max or alpha is out of range, or SciPy is not installed.
     """
     if not dead_time(max(n_max, 1)) < n_max <= MAX_ROLLOUTS:
         raise ValueError(f"A sequential test needs 5 to {MAX_ROLLOUTS} rollouts of each policy, not {n_max}.")
@@ -100,6 +101,11 @@ def make_table(n_max: int, alpha: float | Fraction, *, is_paired: bool = False) 
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
     points = _points(n_max, is_paired, refinement=4)
+    if find_spec("scipy") is None:
+        raise ValueError(
+            f"A sequential test of {n_max} rollouts at alpha {alpha} has no table yet, and making it needs scipy, "
+            "which is not installed: uv pip install 'vla-foundry[evaluation]'"
+        )
     # between the points of the programs the risk is a little higher
     target = 0.9998 * float(alpha)
     while True:

@@ -144,6 +144,26 @@ def test_what_was_declared_must_be_there_and_not_be_exceeded(tmp_path: Path) -> 
         compare(rollouts, Family(models=("model_a", "model_b"), max_sample_size=10))
 
 
+def test_models_that_have_not_run_yet_change_no_letter(tmp_path: Path) -> None:
+    for number, rate in enumerate((0.4, 0.65, 0.5)):
+        write(tmp_path, f"m{number}", "lift", draw(rate, 100, number), budget=100)
+    family = Family(models=("m0", "m1", "m2", "m3"), is_declared=True)
+    rollouts = read_rollouts(tmp_path)
+    before = compare(rollouts, family)
+    assert any("no rollouts yet: m3" in note for note in before.notes)
+    part = Rollouts(
+        table=rollouts.table.filter([model != "m2" for model in rollouts.table["model"].to_pylist()]),
+        budgets=rollouts.budgets,
+    )
+    decisions = [
+        {(pair.first, pair.second): pair.better for pair in compare(found, family).columns[0].pairs}
+        for found in (rollouts, part)
+    ]
+    assert decisions[1] == {("m0", "m1"): decisions[0]["m0", "m1"]}
+    # among two models alone the same rollouts decide
+    assert compare(part, Family(models=("m0", "m1"))).columns[0].pairs[0].better == "m1"
+
+
 def test_correcting_over_all_columns_separates_less(tmp_path: Path) -> None:
     for task in range(4):
         for number, rate in enumerate((0.45, 0.7)):

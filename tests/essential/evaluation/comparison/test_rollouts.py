@@ -207,6 +207,25 @@ def test_files_of_the_harness_are_read_and_failures_with_a_reason_are_invalid(tm
     assert [(rate.num_successes, rate.num_trials) for rate in both] == [(1, 2), (1, 3)]
 
 
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        ([1], "episode 0 must be an object, not 1"),
+        ([{"metrics": None}], "no attribute 'get'"),
+        ([{"episode_id": -1, "metrics": {"success": True}}], "episode_id 0 must be a whole number from 0, not -1"),
+        ([{"metrics": {"success": 0.4}}], "success of episode 0 must be true or false"),
+        ([{"episode_id": 1, "metrics": {"success": True}}] * 2, "episode 1 of 'b: t' is there twice"),
+    ],
+)
+def test_broken_files_of_the_harness_are_named_with_the_fault(
+    tmp_path: Path, episodes: list[Any], message: str
+) -> None:
+    values = {"benchmark": "b", "tasks": [{"task": "t", "episodes": episodes}]}
+    (tmp_path / "x.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_rollouts(tmp_path)
+
+
 def test_the_harness_files_of_our_own_command_are_not_counted_twice(tmp_path: Path) -> None:
     write(tmp_path, "mine/put_mug", [episode(0)])
     harness_file(tmp_path / "mine" / "harness" / "t")
