@@ -188,6 +188,12 @@ def _check_count(value: Any, name: str) -> int:
     return value
 
 
+def _check_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"the name of a sample or episode must be text, got {key!r}")
+    return key
+
+
 def format_manifest(entries: Iterable[ManifestEntry]) -> str:
     """Format a manifest, one JSON object per line, omitting unknown values."""
     rows = ({key: value for key, value in asdict(entry).items() if value is not None} for entry in entries)
@@ -306,17 +312,23 @@ def parse_episode_header(text: str | bytes, origin: str) -> EpisodeHeader:
         if values["version"] != EPISODE_VERSION:
             raise ValueError(f"version {values['version']}, not {EPISODE_VERSION}")
         num_frames = _check_count(values["num_frames"], "'num_frames'")
-        anchors = tuple(_check_count(anchor, "each of 'anchors'") for anchor in values["anchors"])
+        anchors = _parse_anchors(values["anchors"])
         extensions = {name: camera["extension"] for name, camera in values["cameras"].items()}
         unknown = [extension for extension in extensions.values() if extension not in ("jpg", "png")]
         if unknown:
             raise ValueError(f"a camera has the extension {unknown[0]!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{origin} is not an episode of version {EPISODE_VERSION} ({error}).") from None
-    is_ascending = all(first < second for first, second in pairwise(anchors))
-    if anchors and (anchors[-1] >= num_frames or not is_ascending):
+    if anchors and anchors[-1] >= num_frames:
         raise ValueError(f"{origin}: its anchors do not ascend within its {num_frames} frames.")
     return EpisodeHeader(num_frames=num_frames, anchors=anchors, extensions=extensions)
+
+
+def _parse_anchors(values: Iterable[Any]) -> tuple[int, ...]:
+    anchors = tuple(_check_count(anchor, "each of 'anchors'") for anchor in values)
+    if any(first >= second for first, second in pairwise(anchors)):
+        raise ValueError("'anchors' do not ascend")
+    return anchors
 
 
 def format_index(index: ShardIndex) -> str:
@@ -377,7 +389,7 @@ def parse_index(text: str, origin: str) -> ShardIndex:
         if "episodes" in values:
             episodes = tuple(_parse_episode_spans(*entry) for entry in values["episodes"])
             return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], episodes=episodes)
-        samples = tuple((key, _parse_spans(members)) for key, members in values["samples"])
+        samples = tuple((_check_key(key), _parse_spans(members)) for key, members in values["samples"])
         return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], samples=samples)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{origin} is not a shard index ({error}). Delete it; it will be made again.") from None
@@ -396,7 +408,9 @@ def _parse_episode_spans(key: str, anchors: list[Any], members: dict[str, Any], 
         camera: tuple(_parse_span(camera, offset, size) for offset, size in zip(flat[::2], flat[1::2], strict=True))
         for camera, flat in frames.items()
     }
-    return EpisodeSpans(key=key, anchors=tuple(anchors), members=_parse_spans(members), frames=spans)
+    return EpisodeSpans(
+        key=_check_key(key), anchors=_parse_anchors(anchors), members=_parse_spans(members), frames=spans
+    )
 
 
 _CHECKSUM_MARK = ',"crc32":'

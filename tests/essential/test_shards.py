@@ -314,6 +314,11 @@ def test_cut_tar_is_an_error(size: int):
         '{"version": 1}',
         '{"version": 1, "num_sequences": 1, "num_bytes": 1, "samples": [["a"]]}',
         '{"version": 1, "num_sequences": 1, "num_bytes": 1, "records": {}}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "samples": [[null, {}]]}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "episodes": [[null, [0], {}, {}]]}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "episodes": [["a", [Infinity], {}, {}]]}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "episodes": [["a", "x", {}, {}]]}',
+        '{"version": 1, "num_sequences": 1, "num_bytes": 1, "episodes": [["a", [1, 1], {}, {}]]}',
     ],
 )
 def test_wrong_index_is_named(text: str):

@@ -32,6 +32,7 @@ from vla_foundry.robotics.spec import (
     describe_published_field,
     find_published_pose_groups,
     format_spec,
+    parse_padding,
 )
 from vla_foundry.robotics.statistics_format import format_statistics
 from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME
@@ -176,7 +177,7 @@ def _describe_data(
         past_lowdim_steps=min(int(part["past_lowdim_steps"]) for part in preprocessing),
         future_lowdim_steps=min(int(part["future_lowdim_steps"]) for part in preprocessing),
         image_indices=tuple(int(index) for index in first["image_indices"]),
-        padding_strategy=str(first.get("padding_strategy", "copy")),
+        padding_strategy=parse_padding(first.get("padding_strategy", "copy")),
         cameras={name: CameraDescription(size=stored, original_size=None) for name in first["camera_names"]},
         fields=fields,
         pose_groups=find_published_pose_groups(fields),

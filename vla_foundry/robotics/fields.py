@@ -135,6 +135,9 @@ def parse_pose_groups(values: Sequence[Mapping[str, str]], origin: str = "pose_g
         unknown = sorted(value.keys() - set(allowed))
         if unknown:
             raise ValueError(unknown_name_message(f"{origin}[{number}]", unknown[0], list(allowed)))
+        wrong = [key for key in value if not isinstance(value[key], str)]
+        if wrong:
+            raise ValueError(f"{origin}[{number}].{wrong[0]} must be text, got {value[wrong[0]]!r}.")
         group = PoseGroup(**value)
         relative = [key for key in (group.position_key, group.rotation_key) if is_relative_field(key)]
         if relative:

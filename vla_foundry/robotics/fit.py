@@ -7,7 +7,7 @@ Everything is matched by name, and every contradiction is one line. A camera who
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, cast, get_args
+from typing import Any
 
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.episode_blocks import RESCALED_INTRINSICS
@@ -357,10 +357,9 @@ def create_window_spec(
     sizes = {name: (camera.size[1], camera.size[0]) for name, camera in spec.cameras.items()}
     other = next(iter(sizes.values()), (224, 224))
     image_sizes = tuple(other if camera is None else sizes[camera] for camera in cameras)
-    assert spec.padding_strategy in get_args(PaddingStrategy), spec.padding_strategy
     return WindowSpec(
         window=window,
-        padding=cast(PaddingStrategy, spec.padding_strategy),
+        padding=spec.padding_strategy,
         actions=actions,
         proprioception=proprioception,
         cameras=tuple(camera or name for camera, name in zip(cameras, camera_names, strict=True)),
@@ -382,7 +381,7 @@ def create_statistics_window(spec: DatasetSpec, window: Window) -> WindowSpec:
     nothing = FieldSources(stored={}, pose_groups=(), fields={})
     return WindowSpec(
         window=window,
-        padding=cast(PaddingStrategy, spec.padding_strategy),
+        padding=spec.padding_strategy,
         actions=replace(nothing, stored=spec.fields),
         proprioception=nothing,
         cameras=(),

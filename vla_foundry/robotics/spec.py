@@ -22,7 +22,13 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 from vla_foundry.parsing import parse_json, parse_object
-from vla_foundry.robotics.fields import PoseGroup, absolute_field, is_relative_field, parse_pose_groups
+from vla_foundry.robotics.fields import (
+    PaddingStrategy,
+    PoseGroup,
+    absolute_field,
+    is_relative_field,
+    parse_pose_groups,
+)
 from vla_foundry.run_folder import PREPROCESSING_CONFIG_NAME
 from vla_foundry.shards import parse_manifest
 from vla_foundry.storage.uri import (
@@ -49,6 +55,8 @@ _POSITION, _ROTATION = "__xyz", "__rot_6d"
 Layout = Literal["episodes", "samples"]
 Representation = Literal["absolute", "relative", "delta"]
 Role = Literal["observation", "action"]
+_Stored = Literal["float32", "float64"]
+_Switch = Literal[True, False]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +125,7 @@ class DatasetSpec:
     future_lowdim_steps: int
     # frame offsets of the images from the anchor: fixed in the layout "samples", a suggestion in "episodes"
     image_indices: tuple[int, ...]
-    padding_strategy: str
+    padding_strategy: PaddingStrategy
     # in dataset order
     cameras: dict[str, CameraDescription]
     fields: dict[str, FieldDescription]
@@ -162,15 +170,15 @@ def parse_spec(text: str, origin: str) -> DatasetSpec:
     try:
         spec = DatasetSpec(
             layout=_choice(values["layout"], Layout, "layout"),
-            fps=None if values["fps"] is None else float(values["fps"]),
+            fps=None if values["fps"] is None else _number(values["fps"], "fps"),
             past_lowdim_steps=_whole(values["past_lowdim_steps"], "past_lowdim_steps"),
             future_lowdim_steps=_whole(values["future_lowdim_steps"], "future_lowdim_steps"),
             image_indices=tuple(_whole(index, "image_indices", -_MOST) for index in values["image_indices"]),
-            padding_strategy=str(values["padding_strategy"]),
+            padding_strategy=parse_padding(values["padding_strategy"]),
             cameras={name: _parse_camera(value) for name, value in values["cameras"].items()},
             fields={name: _parse_field(name, value) for name, value in values["fields"].items()},
             pose_groups=parse_pose_groups(values.get("pose_groups", ()), "pose_groups"),
-            language_types=tuple(str(kind) for kind in values.get("language_types", ())),
+            language_types=tuple(_text(kind, "language_types") for kind in values.get("language_types", ())),
         )
     except KeyError as error:
         raise ValueError(f"{origin} lacks the key {error}.") from None
@@ -189,24 +197,52 @@ def _parse_camera(value: Mapping[str, Any]) -> CameraDescription:
     return CameraDescription(
         size=(_whole(width, "size", 1), _whole(height, "size", 1)),
         original_size=None if original is None else (_whole(original[0], "size", 1), _whole(original[1], "size", 1)),
-        is_depth=bool(value.get("is_depth", False)),
+        is_depth=_choice(value.get("is_depth", False), _Switch, "is_depth"),
     )
 
 
 def _parse_field(name: str, value: Mapping[str, Any]) -> FieldDescription:
     known = {field.name: value[field.name] for field in fields(FieldDescription) if field.name in value}
+    path = f"fields.{name}"
     gripper = value.get("gripper")
     (width,) = value["shape"]
     known |= {
-        "shape": (_whole(width, f"fields.{name}.shape"),),
-        "gripper": None if gripper is None else GripperRange(open=gripper["open"], closed=gripper["closed"]),
-        "representation": _choice(value.get("representation", "absolute"), Representation, f"fields.{name}"),
-        "role": _choice(value.get("role", "observation"), Role, f"fields.{name}"),
-        "names": tuple(str(column) for column in value.get("names", ())),
+        "shape": (_whole(width, f"{path}.shape"),),
+        "dtype": _choice(value.get("dtype", "float32"), _Stored, f"{path}.dtype"),
+        "gripper": None
+        if gripper is None
+        else GripperRange(**{end: _number(gripper[end], f"{path}.gripper.{end}") for end in ("open", "closed")}),
+        "representation": _choice(value.get("representation", "absolute"), Representation, path),
+        "role": _choice(value.get("role", "observation"), Role, path),
+        "is_discrete": _choice(value.get("is_discrete", False), _Switch, f"{path}.is_discrete"),
+        "names": tuple(_text(column, f"{path}.names") for column in value.get("names", ())),
     }
+    for key in ("unit", "frame", "rotation"):
+        known[key] = None if value.get(key) is None else _text(value[key], f"{path}.{key}")
     if len(known["names"]) not in (0, width):
         raise ValueError(f"fields.{name} has {width} columns, but {len(known['names'])} names.")
     return FieldDescription(**known)
+
+
+def parse_padding(value: Any) -> PaddingStrategy:
+    """Return what fills the steps beyond an episode's ends.
+
+    Raises:
+        ValueError: nothing is registered by this name.
+    """
+    return _choice(value, PaddingStrategy, "padding_strategy")
+
+
+def _number(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or abs(value) > _MOST:
+        raise ValueError(f"{what} must be a number from -{_MOST:,} to {_MOST:,}, got {value!r}.")
+    return float(value)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, got {value!r}.")
+    return value
 
 
 def _whole(value: Any, what: str, least: int = 0) -> int:
@@ -216,8 +252,10 @@ def _whole(value: Any, what: str, least: int = 0) -> int:
 
 
 def _choice(value: Any, choices: Any, what: str) -> Any:
-    if value not in get_args(choices):
-        raise ValueError(f"{what} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+    allowed = get_args(choices)
+    # 1 == True
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
     return value
 
 
@@ -255,6 +293,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
             _whole(values["future_lowdim_steps"], "future_lowdim_steps"),
         )
         image_indices = tuple(_whole(index, "image_indices", -_MOST) for index in values["image_indices"])
+        padding = parse_padding(values.get("padding_strategy", "copy"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{location} is not a published preprocessing config ({type(error).__name__}: {error})."
@@ -271,7 +310,7 @@ def _describe_published(folder: str, manifest: str) -> DatasetSpec:
         past_lowdim_steps=past,
         future_lowdim_steps=future,
         image_indices=image_indices,
-        padding_strategy=str(values.get("padding_strategy", "copy")),
+        padding_strategy=padding,
         cameras=_describe_cameras(metadata, values.get("resize_images_size")),
         fields=fields,
         pose_groups=find_published_pose_groups(fields),

@@ -12,7 +12,6 @@ Every cell is either in buffers (all its values) or in digests. Older states use
 hold one array `buffer`. Numbers are always finite: where a count is 0, all other values are 0.
 """
 
-import ast
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,6 +26,8 @@ from vla_foundry.robotics.tdigest import Sketch, compress_sketch
 
 # cells with at most this many values are written value by value
 _MAX_BUFFER = 1000
+# beyond it, a float64 no longer counts
+_MAX_COUNT = 2.0**53
 
 
 def parse_statistics(
@@ -56,7 +57,7 @@ def parse_statistics(
             raise ValueError(f"{origin}: field '{name}' holds no usable statistics (it is not an object).")
         try:
             result[name] = _parse_field(values[name], anchor_index)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{origin}: field '{name}' holds no usable statistics ({reason}).") from None
     return result
@@ -65,12 +66,14 @@ def parse_statistics(
 def _parse_field(value: Mapping[str, Any], anchor_index: int | None) -> FieldStatistics:
     has_steps = value.get("mean_per_timestep") is not None
     suffix = "_per_timestep" if has_steps else ""
-    mean = np.array(value["mean" + suffix], dtype=np.float64)
+    mean = _numbers(value["mean" + suffix], "mean" + suffix)
     if not has_steps:
         mean = mean.reshape(1, -1)
     if mean.ndim != 2:
         raise ValueError(f"its mean has {mean.ndim} axes")
-    count = np.array(value["count"], dtype=np.float64).reshape(-1)
+    count = _numbers(value["count"], "count").reshape(-1)
+    if not ((count >= 0) & (count <= _MAX_COUNT)).all():
+        raise ValueError(f"its count ({count.min():g} to {count.max():g}) must be from 0 to 2^53")
     if not has_steps:
         count = count.sum(keepdims=True)
     if len(count) != len(mean):
@@ -79,15 +82,18 @@ def _parse_field(value: Mapping[str, Any], anchor_index: int | None) -> FieldSta
 
     def read(key: str, empty: float) -> Float64[np.ndarray, "T C"]:
         # the std of windows with one value is written as a single 0
-        array = np.broadcast_to(np.array(value[key + suffix], dtype=np.float64), mean.shape)
+        array = np.broadcast_to(_numbers(value[key + suffix], key + suffix), mean.shape)
         array = np.where(is_empty, empty, array)
         if not np.isfinite(array[count > 0]).all():
             raise ValueError(f"its {key + suffix} is not finite")
         return array
 
+    anchor = value.get("anchor_index", anchor_index if has_steps else 0)
+    if anchor is not None and (type(anchor) is not int or not 0 <= anchor < len(mean)):
+        raise ValueError(f"its anchor_index must be a step from 0 to {len(mean) - 1}, got {anchor!r}")
     state = value.get("tdigest_state_per_timestep" if has_steps else "tdigest_state")
     return FieldStatistics(
-        anchor_index=value.get("anchor_index", anchor_index if has_steps else 0),
+        anchor_index=anchor,
         count=count,
         mean_per_timestep=read("mean", 0.0),
         m2_per_timestep=np.square(read("std", 0.0)) * np.maximum(count - 1, 0)[:, None],
@@ -99,11 +105,18 @@ def _parse_field(value: Mapping[str, Any], anchor_index: int | None) -> FieldSta
     )
 
 
+def _numbers(value: Any, key: str) -> np.ndarray:
+    array = np.array(value)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"its {key} must hold numbers only")
+    return array.astype(np.float64)
+
+
 def _parse_percentiles(value: Mapping[str, Any], suffix: str, shape: tuple[int, ...]) -> dict[int, np.ndarray] | None:
     found = {percentile: value.get(f"percentile_{percentile}{suffix}") for percentile in PERCENTILES}
     if any(entry is None for entry in found.values()):
         return None
-    arrays = {key: np.array(entry, dtype=np.float64).reshape(shape) for key, entry in found.items()}
+    arrays = {key: _numbers(entry, f"percentile_{key}{suffix}").reshape(shape) for key, entry in found.items()}
     for key, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"its percentile_{key}{suffix} is not finite")
@@ -113,14 +126,15 @@ def _parse_percentiles(value: Mapping[str, Any], suffix: str, shape: tuple[int, 
 def _parse_state(state: Mapping[str, Any], count: Float[np.ndarray, " T"], shape: tuple[int, int]) -> Sketch | None:
     cells: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for index, data in _buffers(state, shape):
-        values = np.array(data, dtype=np.float64)
+        values = _numbers(data, "digest")
         cells[_flat_index(index, shape)] = (values, np.ones(len(values)))
     for index, means, weights in _digests(state):
-        cells[_flat_index(index, shape)] = (np.array(means, np.float64), np.array(weights, np.float64))
+        cells[_flat_index(index, shape)] = (_numbers(means, "digest"), _numbers(weights, "digest"))
     size = max((len(means) for means, _ in cells.values()), default=0)
     all_means, all_weights = np.full((shape[0] * shape[1], size), np.inf), np.zeros((shape[0] * shape[1], size))
     for cell, (means, weights) in cells.items():
-        if len(means) != len(weights) or not np.isfinite(means).all() or not (weights > 0).all():
+        is_sound = np.isfinite(means).all() and ((weights > 0) & (weights <= _MAX_COUNT)).all()
+        if means.ndim != 1 or means.shape != weights.shape or not is_sound:
             raise ValueError(f"the digest of cell {cell} is broken")
         order = np.argsort(means, kind="stable")
         all_means[cell, : len(means)], all_weights[cell, : len(means)] = means[order], weights[order]
@@ -134,39 +148,46 @@ def _parse_state(state: Mapping[str, Any], count: Float[np.ndarray, " T"], shape
     return Sketch(all_means, all_weights)
 
 
-def _flat_index(index: Any, shape: tuple[int, int]) -> int:
-    index = [int(i) for i in np.atleast_1d(index)]
+def _flat_index(index: tuple[int, ...], shape: tuple[int, int]) -> int:
     step, column = index if len(index) == 2 else (0, *index)
     if not (0 <= step < shape[0] and 0 <= column < shape[1]):
-        raise ValueError(f"its digest has a cell {index}")
+        raise ValueError(f"its digest has a cell {list(index)}")
     return step * shape[1] + column
 
 
-def _buffers(state: Mapping[str, Any], shape: tuple[int, int]) -> Iterable[tuple[Any, Any]]:
+def _cell(index: Any) -> tuple[int, ...]:
+    # "(0, 1)" as a key, [0, 1] or 1 in a list
+    parts = index.strip("()").split(",") if isinstance(index, str) else np.atleast_1d(index).tolist()
+    return tuple(int(part) for part in parts if part != "")
+
+
+def _buffers(state: Mapping[str, Any], shape: tuple[int, int]) -> Iterable[tuple[tuple[int, ...], Any]]:
     buffers = state.get("buffers")
     if buffers and "indices" in buffers:
-        yield from zip(buffers["indices"], buffers["data"], strict=True)
+        yield from zip(map(_cell, buffers["indices"]), buffers["data"], strict=True)
     elif buffers:
-        yield from ((ast.literal_eval(key), data) for key, data in buffers.items())
+        yield from ((_cell(key), data) for key, data in buffers.items())
     elif state.get("buffer") is not None:
         # one array for all cells, filled up to each cell's count, with the values along the last or first axis
-        buffer = np.array(state["buffer"], dtype=np.float64)
+        buffer = _numbers(state["buffer"], "buffer")
         own_shape = tuple(state.get("shape", shape))
         if buffer.shape[:-1] != own_shape:
             buffer = np.moveaxis(buffer, 0, -1)
+        if buffer.shape[:-1] != own_shape:
+            raise ValueError(f"its buffer of shape {buffer.shape} does not have the shape {list(own_shape)}")
         counts = np.broadcast_to(np.array(state["counts"], dtype=np.int64), own_shape)
-        in_digests = {tuple(np.atleast_1d(index).tolist()) for index, _, _ in _digests(state)}
+        in_digests = {index for index, _, _ in _digests(state)}
         for index in np.ndindex(own_shape):
             if counts[index] and index not in in_digests:
                 yield index, buffer[index][: counts[index]]
 
 
-def _digests(state: Mapping[str, Any]) -> Iterable[tuple[Any, Any, Any]]:
+def _digests(state: Mapping[str, Any]) -> Iterable[tuple[tuple[int, ...], Any, Any]]:
     digests = state.get("digests") or {}
     if "indices" in digests:
-        yield from zip(digests["indices"], digests["means"], digests["weights"], strict=True)
+        yield from zip(map(_cell, digests["indices"]), digests["means"], digests["weights"], strict=True)
     else:
-        yield from ((ast.literal_eval(key), entry["means"], entry["weights"]) for key, entry in digests.items())
+        yield from ((_cell(key), entry["means"], entry["weights"]) for key, entry in digests.items())
 
 
 def format_statistics(statistics: Mapping[str, FieldStatistics]) -> str:

@@ -78,6 +78,25 @@ def test_columns_have_as_many_names_as_there_are_or_none():
         ({"future_lowdim_steps": float("inf")}, "here: 'future_lowdim_steps' must be a finite number"),
         ({"image_indices": "a"}, "here: image_indices must be a whole number"),
         ({"fps": float("inf")}, "here: 'fps' must be a finite number"),
+        ({"fps": "20"}, "here: fps must be a number"),
+        ({"padding_strategy": [1]}, "here: padding_strategy must be one of copy, zero, reflect, got"),
+        ({"language_types": [None]}, "here: language_types must be text, got None"),
+        ({"cameras": {"a": {"size": [8, 8], "is_depth": 1}}}, "here: is_depth must be one of True, False, got 1"),
+        (
+            {"fields": {"a": {"shape": [3], "dtype": "object"}}},
+            r"here: fields\.a\.dtype must be one of float32, float64",
+        ),
+        ({"fields": {"a": {"shape": [3], "unit": 5}}}, r"here: fields\.a\.unit must be text, got 5"),
+        ({"fields": {"a": {"shape": [3], "rotation": True}}}, r"here: fields\.a\.rotation must be text, got True"),
+        ({"fields": {"a": {"shape": [3], "is_discrete": "no"}}}, r"here: fields\.a\.is_discrete must be one of True"),
+        (
+            {"fields": {"a": {"shape": [1], "gripper": {"open": "1", "closed": 0}}}},
+            r"here: fields\.a\.gripper\.open must be a number",
+        ),
+        (
+            {"pose_groups": [{"name": "a", "position_key": "b", "rotation_key": 6}]},
+            r"here: pose_groups\[0\]\.rotation_key must be text, got 6",
+        ),
         ({"pose_groups": [{"name": "a"}]}, "needs the keys name, position_key, rotation_key"),
     ],
 )

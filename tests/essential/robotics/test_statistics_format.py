@@ -247,3 +247,23 @@ def test_packed_arrays_unpack_to_the_same_statistics() -> None:
     statistics = collect(*sample(3000, seed=7), max_exact=200)
     back = unpack_statistics(pack_statistics(statistics))
     assert format_statistics(back) == format_statistics(statistics)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": ["1"]}, "its mean must hold numbers only"),
+        ({"mean": [True]}, "its mean must hold numbers only"),
+        ({"count": [-3]}, "its count .*must be from 0 to"),
+        ({"count": float("inf")}, "its count .*must be from 0 to"),
+        ({"anchor_index": 1}, "its anchor_index must be a step from 0 to 0, got 1"),
+        ({"anchor_index": "a"}, "its anchor_index must be a step from 0 to 0, got 'a'"),
+        ({"tdigest_state": {"buffers": {"{": [1]}}}, "invalid literal"),
+        ({"tdigest_state": {"buffers": {"indices": [[float("inf")]], "data": [[1]]}}}, "infinity to integer"),
+        ({"tdigest_state": {"buffer": [[1]], "shape": [999_999_999], "counts": 0}}, "its buffer of shape"),
+    ],
+)
+def test_nonsense_in_a_field_is_named(change: dict, message: str) -> None:
+    value = {"mean": [1], "std": [1], "min": [0], "max": [2], "count": [3]} | change
+    with pytest.raises(ValueError, match=rf"^stats.json: field 'x' holds no usable statistics \(.*{message}"):
+        parse_statistics(json.dumps({"x": value}), "stats.json")

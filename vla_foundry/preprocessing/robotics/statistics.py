@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.progress import say
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, format_arrays, parse_episode
-from vla_foundry.robotics.fields import PaddingStrategy, Window, is_relative_field
+from vla_foundry.robotics.fields import Window, is_relative_field
 from vla_foundry.robotics.fit import create_statistics_window, find_contradictions
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec, read_spec
 from vla_foundry.robotics.statistics import MERGE_WIDTH, FieldStatistics, merge_field_statistics, merge_statistics
@@ -230,7 +230,7 @@ def _read_episode(job: _Job, episode: EpisodeSpans, read: Callable[[MemberSpan],
         np.array(info.anchors, dtype=np.int64),
         info.num_frames,
         job.window,
-        padding=cast(PaddingStrategy, job.spec.padding_strategy),
+        padding=job.spec.padding_strategy,
         pose_groups=job.spec.pose_groups,
     ):
         yield values, ~windows.is_padding
