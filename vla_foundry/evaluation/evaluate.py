@@ -17,7 +17,7 @@ from typing import Any
 
 from vla_foundry.config.command_line import named_plugins, parse_command
 from vla_foundry.evaluation.actors import Actor, Candidate, create_baseline
-from vla_foundry.evaluation.comparison.family import find_family
+from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, find_family
 from vla_foundry.evaluation.comparison.stopping import StoppingRule, open_rule
 from vla_foundry.evaluation.pictures import write_contact_sheet
 from vla_foundry.evaluation.results import (
@@ -134,7 +134,7 @@ class TaskRollouts:
         if path is None:
             time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
             path = folder / ROLLOUTS_FOLDER / time / RESULTS_NAME
-            budget = params.max_sample_size or len(params.seeds)
+            budget = _plan_rollouts(params, find_family(Path(params.output), candidate.name))
             return cls(path, task, {}, max_sample_size=budget, settings=settings)
         episodes, found = read_results(path)
         changed = [f"{key} {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
@@ -215,6 +215,18 @@ def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]
     family = find_family(Path(params.output), candidate.name)
     declared = {"family": family and family.digest}
     return {**common, **describe_source(params), **candidate.settings, **declared}
+
+
+def _plan_rollouts(params: EvaluateParams, family: Family | None) -> int:
+    """Return the budget of a task's rollouts: as given, as declared, or the episodes."""
+    declared = family and family.max_sample_size
+    budget = params.max_sample_size or declared or len(params.seeds)
+    if declared and max(budget, len(params.seeds)) != declared:
+        raise ValueError(
+            f"{FAMILY_NAME} declares max_sample_size {declared}, but {max(budget, len(params.seeds))} rollouts of a "
+            f"task are requested. Give --max_sample_size {declared} and at most as many --episodes."
+        )
+    return budget
 
 
 def _open_rule(params: EvaluateParams, candidate: Candidate, tasks: Sequence[TaskRollouts]) -> StoppingRule | None:

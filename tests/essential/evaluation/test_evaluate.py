@@ -285,6 +285,11 @@ def test_a_declared_family_is_fixed_with_the_first_rollout(tmp_path: Path) -> No
     manifest.unlink()
     with pytest.raises(ValueError, match=r"made with other settings \(family .* -> None"):
         evaluate(create_params(tmp_path))
+    manifest.write_text("models: [random, expert]\nmax_sample_size: 8\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="declares max_sample_size 8, but 9 rollouts of a task are requested"):
+        evaluate(create_params(tmp_path, tasks=["hard"], max_sample_size=9))
+    evaluate(create_params(tmp_path, tasks=["hard"]))
+    assert json.loads(results_file(tmp_path / "random/hard").read_text("utf-8"))["max_sample_size_per_model"] == 8
     manifest.write_text("models: [expert]\n", encoding="utf-8")
     with pytest.raises(ValueError, match="does not declare the model 'random', only expert"):
         evaluate(create_params(tmp_path))

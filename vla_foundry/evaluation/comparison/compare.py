@@ -124,6 +124,12 @@ def compare(rollouts: Rollouts, family: Family | None = None) -> Comparison:
     tasks = list(family.tasks or tasks)
     rates = count_outcomes(rollouts.table)
     num_columns = len(tasks) + (len(tasks) > 1) if family.scope == "all" else 1
+    unplanned = sorted({model for model, task in outcomes if (model, task) not in rollouts.budgets})
+    if unplanned and family.max_sample_size is None:
+        notes.append(
+            f"The files of {', '.join(unplanned)} do not say how many rollouts were planned: taken to be all that "
+            "there are. Declare max_sample_size beforehand."
+        )
     sheet = _Sheet(rollouts=rollouts, family=family, outcomes=outcomes, rates=rates, num_columns=num_columns)
     columns = [sheet.compare_task(task) for task in tasks]
     if len(tasks) > 1:

@@ -96,7 +96,9 @@ def make_table(n_max: int, alpha: float | Fraction, *, is_paired: bool = False) 
         ValueError: n_max or alpha is out of range, or SciPy is not installed.
     """
     if not dead_time(max(n_max, 1)) < n_max <= MAX_ROLLOUTS:
-        raise ValueError(f"A sequential test needs 5 to {MAX_ROLLOUTS} rollouts of each policy, not {n_max}.")
+        raise ValueError(
+            f"A sequential test needs 5 to {MAX_ROLLOUTS} rollouts of each policy (max_sample_size), not {n_max}."
+        )
     alpha = as_fraction(alpha)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")

@@ -120,7 +120,7 @@ def test_unfit_baselines_are_named_before_a_rollout_is_spent(tmp_path: Path) -> 
         opened(str(tmp_path))
     with pytest.raises(ValueError, match="null has no rollouts of 'push'; it has: lift"):
         opened(one, "push")
-    with pytest.raises(ValueError, match="needs 5 to 500 rollouts of each policy, not 4"):
+    with pytest.raises(ValueError, match=r"needs 5 to 500 rollouts of each policy \(max_sample_size\), not 4"):
         opened(one, budget=4)
     paired = Family(models=("pi", "CS/LBM-MT"), is_paired=True)
     with pytest.raises(ValueError, match="the rollouts of CS/LBM-MT have no seeds"):
