@@ -23,6 +23,10 @@ _COMMANDS = {
         "vla_foundry.evaluation.evaluate:main",
         "run a policy in a simulator, or in other benchmarks (evaluate harness)",
     ),
+    "report": (
+        "vla_foundry.evaluation.report.command:main",
+        "compare the policies of a folder: one HTML page, tables and figures",
+    ),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",

@@ -33,11 +33,13 @@ def posterior_density(parameters: tuple[float, float], rates: np.ndarray) -> np.
 def macro_posterior(rates: Sequence[SuccessRate]) -> tuple[float, float]:
     """Return the Beta distribution with the mean and variance of the mean of independent posteriors, one per task.
 
-    Every task counts alike, whatever its number of rollouts.
+    Every task counts alike, whatever its number of rollouts. The tasks share the weight of one uniform prior: one for
+    each would draw the mean of many tasks to 50%, so far that a rate near 0 or 1 falls out of its own interval.
     """
-    posteriors = [stats.beta(*beta_posterior(rate.num_successes, rate.num_trials)) for rate in rates]
-    mean = float(np.mean([posterior.mean() for posterior in posteriors]))
-    variance = float(sum(posterior.var() for posterior in posteriors)) / len(posteriors) ** 2
+    a = np.array([rate.num_successes for rate in rates]) + 1 / len(rates)
+    b = np.array([rate.num_trials - rate.num_successes for rate in rates]) + 1 / len(rates)
+    mean = float(np.mean(a / (a + b)))
+    variance = float(np.sum(a * b / (a + b) ** 2 / (a + b + 1))) / len(rates) ** 2
     strength = mean * (1 - mean) / variance - 1
     return mean * strength, (1 - mean) * strength
 

@@ -45,12 +45,16 @@ def test_the_macro_posterior_has_the_moments_of_the_mean_over_tasks() -> None:
     rates = [rate(3, 10), rate(49, 50), rate(0, 5)]
     a, b = macro_posterior(rates)
     generator = np.random.default_rng(0)
-    posteriors = [beta_posterior(found.num_successes, found.num_trials) for found in rates]
+    # a third of a uniform prior each
+    posteriors = [(1 / 3 + found.num_successes, 1 / 3 + found.num_trials - found.num_successes) for found in rates]
     draws = np.mean([generator.beta(*parameters, 200_000) for parameters in posteriors], axis=0)
-    assert stats.beta(a, b).mean() == pytest.approx(np.mean([4 / 12, 50 / 52, 1 / 7]))
+    assert stats.beta(a, b).mean() == pytest.approx(np.mean([10 / 32, 148 / 152, 1 / 17]))
     assert stats.beta(a, b).std() == pytest.approx(draws.std(), rel=0.01)
     grid = np.linspace(0, 1, 2001)
     assert np.trapezoid(posterior_density((a, b), grid), grid) == pytest.approx(1, abs=1e-6)
+    # 16 uniform priors would put the mean's interval above the mean
+    low, high = stats.beta(*macro_posterior([rate(0, 200)] * 14 + [rate(10, 200), rate(21, 200)])).interval(0.95)
+    assert (low, high) == (pytest.approx(0.007, abs=5e-4), pytest.approx(0.0135, abs=5e-4))
     assert macro_posterior([rate(3, 10)]) == pytest.approx(beta_posterior(3, 10))
 
 

@@ -1,4 +1,4 @@
-"""Params of the commands that judge a policy: `evaluate` and `action-error`."""
+"""Params of the commands that judge a policy: `evaluate`, `action-error` and `report`."""
 
 import re
 import shlex
@@ -215,3 +215,23 @@ class ActionErrorParams(InferenceParams):
     num_inference_steps: Size | None = None
     # seed of the order of samples
     seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportParams(BaseParams):
+    """Compare the policies of a folder: one HTML page, and its tables and figures as files."""
+
+    # folder with the results of any number of policies
+    results: Location
+    # folder for the report; null: `report` in the folder with the results
+    output: Location | None = None
+    # models to show; empty: all. Letters do not depend on it: family.yaml says which models are compared
+    models: list[str] = field(default_factory=list)
+    # tasks to show, or groups of tasks; empty: all
+    tasks: list[str] = field(default_factory=list)
+    # for what the error holds: each column, or all columns together; null: as family.yaml says, else each column
+    family: Literal["column", "all"] | None = None
+    # name of a published policy to compare all models with too, such as CS/Foundry-Qwen3VLA-2.1B
+    against: str | None = None
+    # which of several runs of an episode counts; error: it is one
+    duplicates: Literal["error", "latest", "first"] = "error"

@@ -1,0 +1,1 @@
+"""Report of a comparison: one HTML page without a server, and its numbers and figures as files."""

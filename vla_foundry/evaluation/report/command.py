@@ -1,0 +1,121 @@
+"""`vla-foundry report DIR`: compare the policies of a folder, and write a page, tables and figures.
+
+<output>/report.html              everything on one page, without a server or the network
+<output>/report.md                its main tables
+<output>/<table>.csv              each table in full; rates as fractions
+<output>/violins.png, .svg        posteriors of the success rates over all tasks
+<output>/heat_map.png, .svg       success rates by model and task
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.evaluation.comparison.compare import compare, compare_against
+from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, read_family
+from vla_foundry.evaluation.comparison.published import find_published
+from vla_foundry.evaluation.comparison.rollouts import Rollouts, count_outcomes, read_rollouts
+from vla_foundry.evaluation.report.contents import collect, is_aggregate
+from vla_foundry.evaluation.report.figures import draw_figures
+from vla_foundry.evaluation.report.page import write_markdown, write_page
+from vla_foundry.params.commands.evaluation import ReportParams
+from vla_foundry.registry import unknown_name_message
+from vla_foundry.storage.uri import write_bytes
+
+PAGE_NAME = "report.html"
+_RECORDINGS = (".mp4", ".webm", ".gif")
+_PICTURES = ("contact_sheet.png", "pictures.png", "recording.html")
+
+
+def write_report(params: ReportParams) -> Path:
+    """Write the report of a folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: there are no results.
+        ValueError: a name is unknown, a result file or the family is broken, or more was run than planned.
+    """
+    root = Path(params.results)
+    rollouts = read_rollouts(root, duplicates=params.duplicates)
+    family = _family(params, root, rollouts)
+    comparison = compare(rollouts, family)
+    if not comparison.columns:
+        raise ValueError(f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid.")
+    family = comparison.family
+    against = []
+    if params.against is not None:
+        rates = count_outcomes(rollouts.table)
+        published = find_published(params.against)
+        against = compare_against(rates, published, models=family.models, alpha=float(family.alpha))
+        if not against:
+            raise ValueError(
+                f"against: no task here was published for {params.against}; it has: {', '.join(sorted(published))}."
+            )
+    tasks = [column.name for column in comparison.columns if not is_aggregate(column)]
+    contents = collect(
+        rollouts,
+        comparison,
+        models=_pick("model", params.models, family.models, {}),
+        tasks=_pick("task", params.tasks, tasks, _other_names(rollouts, tasks)),
+        against=params.against,
+        published=against,
+    )
+    folder = Path(params.output) if params.output is not None else root / "report"
+    title = f"Comparison of policies: {root.resolve().name}"
+    files = {f"{name}.csv": table.to_csv().encode() for name, table in contents.tables.items()}
+    files |= draw_figures(contents)
+    files["report.md"] = write_markdown(contents, title).encode()
+    files[PAGE_NAME] = write_page(contents, title, find_recordings(root), folder.resolve()).encode()
+    for name, content in files.items():
+        write_bytes(str(folder / name), content)
+    return folder / PAGE_NAME
+
+
+def _family(params: ReportParams, root: Path, rollouts: Rollouts) -> Family | None:
+    family = read_family(root)
+    if params.family is None or (family and family.scope == params.family):
+        return family
+    if family is None:
+        models = sorted(set(rollouts.table["model"].to_pylist()))
+        return Family(models=tuple(models), scope=params.family)
+    if params.family == "column":
+        raise ValueError(
+            f"{root / FAMILY_NAME} declares the family 'all'; --family column would correct for fewer comparisons."
+        )
+    return replace(family, scope="all")
+
+
+def _pick(
+    kind: str, picked: Sequence[str], known: Sequence[str], others: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """Return the names that a reader picked, or all."""
+    for name in picked:
+        if name not in known and name not in others:
+            raise ValueError(unknown_name_message(kind, name, [*known, *others]))
+    chosen = {each for name in picked for each in ([name] if name in known else others[name])}
+    return tuple(name for name in known if not picked or name in chosen)
+
+
+def _other_names(rollouts: Rollouts, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the tasks of each group, and of each name that is shown for a task."""
+    shown = {rollouts.task_names.get(task, task): (task,) for task in tasks}
+    return shown | dict(rollouts.task_groups)
+
+
+def find_recordings(root: Path) -> list[Path]:
+    """Return videos and pictures below a folder of results, without following links to other folders."""
+    found = []
+    for folder, _, names in os.walk(root.resolve()):
+        found += [Path(folder, name) for name in names if name.endswith(_RECORDINGS) or name in _PICTURES]
+    return sorted(found, key=lambda path: (len(path.parts), path))
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry report`: print the place of the page."""
+    params = parse_command(ReportParams, argv, prog="vla-foundry report", positional=("results",))
+    sys.stdout.write(f"{write_report(params)}\n")

@@ -1,0 +1,267 @@
+"""The report as one HTML page that needs no server and no network, and as Markdown."""
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from vla_foundry.evaluation.comparison.compare import Column
+from vla_foundry.evaluation.report.contents import KINDS, Contents, is_aggregate, ordered_pair
+from vla_foundry.evaluation.report.drawings import PATTERNS, draw_bars, draw_differences, draw_seeds, draw_violins
+from vla_foundry.evaluation.report.tables import Table, escape, escape_markdown, percent
+
+# nothing is loaded or run, whatever the data held
+_HEAD = """<!doctype html><html lang=en><head><meta charset=utf-8>
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name=viewport content="width=device-width,initial-scale=1"><title>{title}</title><style>
+body{{font:15px/1.45 system-ui,sans-serif;color:#111;background:#fff;max-width:1240px;margin:0 auto}}
+body{{padding:0 12px 40px}}h1{{font-size:1.5em}}h2{{margin-top:1.8em;border-bottom:2px solid #1b3a5c}}
+h1,figcaption,summary,li,p{{overflow-wrap:anywhere}}td,th{{overflow-wrap:break-word}}
+.cards{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:16px;align-items:start}}
+figure{{margin:8px 0;min-width:0}}figcaption{{font-weight:600;margin:4px 0}}
+svg[role]{{width:100%;max-width:560px;height:auto;display:block;font-family:inherit}}
+svg text{{paint-order:stroke;stroke:#fff;stroke-width:3px}}
+.scroll{{overflow-x:auto;max-width:100%;margin:6px 0}}table{{border-collapse:collapse;font-size:13px}}
+caption{{text-align:left;font-weight:600;padding:4px 0}}td:first-child{{max-width:26em;min-width:10em}}
+th,td{{border:1px solid #bbb;padding:2px 6px;text-align:left;vertical-align:top}}.seeds td{{min-width:12em}}
+.n,.heat td{{text-align:right;white-space:nowrap}}.heat th{{font-weight:400;max-width:12em;min-width:5.5em}}
+.heat td:first-child{{min-width:0}}.heat thead th{{vertical-align:bottom;max-width:6.5em}}.heat small{{display:block}}
+details{{border:1px solid #ccc;border-radius:4px;padding:4px 8px;margin:6px 0;min-width:0}}
+summary{{cursor:pointer;padding:4px 0}}
+{shades}
+@media print{{td{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}}}</style></head><body>"""
+# the heat map's shades, from white to dark, in steps of 10%
+_NUM_SHADES = 11
+
+
+def write_page(contents: Contents, title: str, recordings: Sequence[Path], folder: Path) -> str:
+    """Return the page.
+
+    Args:
+        recordings: videos and pictures to link.
+        folder: where the page will lie.
+    """
+    parts = [_HEAD.format(title=escape(title), shades=_shades()), PATTERNS, f"<h1>{escape(title)}</h1>"]
+    parts += [_facts(contents), _overview(contents), _heat_map(contents), _violins(contents), _differences(contents)]
+    if contents.against is not None:
+        parts.append(_section("Against a published policy", contents.tables["against"].to_html()))
+    parts += [_seeds(contents), _failures(contents), _floor(contents), _budget(contents)]
+    parts.append(_recordings(recordings, folder))
+    return "\n".join(parts) + "</body></html>\n"
+
+
+def describe(contents: Contents) -> list[str]:
+    """Say how the comparison was made, a line each."""
+    family = contents.comparison.family
+    over = "each task, and the mean over tasks," if family.scope == "column" else "all tasks and their mean together"
+    declared = (
+        f"declared before the rollouts (SHA-256 {family.digest[:16]})"
+        if family.is_declared
+        else "not declared beforehand"
+    )
+    shown = len(contents.models)
+    return [
+        f"All pairs of {len(family.models)} models are compared; the family is {declared}."
+        + (f" {shown} of them are shown here, which changes no letter." if shown < len(family.models) else ""),
+        f"Two models that share a letter are not told apart. If all are equal, any are told apart on {over} with a "
+        f"probability of at most {percent(float(family.alpha))}%.",
+        "Tasks are compared by a sequential test (STEP), the mean over tasks by a group-sequential one: both may be "
+        "looked at while rollouts come in, up to the number that was planned.",
+        "Invalid episodes, in which the simulator or the infrastructure failed, are not trials.",
+        *contents.comparison.notes,
+    ]
+
+
+def write_markdown(contents: Contents, title: str) -> str:
+    """Return the report as Markdown; the pairs of single tasks and the seeds are in the CSV files only."""
+    last = contents.columns[-1].name
+    tables = [
+        contents.tables["rates"].only(last, f"{last}: success rates with the 95% interval of the posterior"),
+        _rates_by_task(contents),
+        contents.tables["pairs"].only(last, f"{last}: differences of pairs with the 95% interval of each alone"),
+        *(contents.tables[name] for name in ("against", "readings", "failures", "reasons", "trivial", "budget")
+          if name in contents.tables),
+    ]  # fmt: skip
+    parts = [
+        f"# {escape_markdown(title)}\n",
+        "\n".join(f"- {escape_markdown(line)}" for line in describe(contents)) + "\n",
+    ]
+    parts += [f"**{escape_markdown(table.caption)}**\n\n{table.to_markdown()}" for table in tables if table.rows]
+    return "\n".join(parts)
+
+
+def _rates_by_task(contents: Contents) -> Table:
+    columns = [column for column in contents.columns if not is_aggregate(column)]
+    rows = []
+    for model in contents.models:
+        found = [contents.violins.get((column.name, model)) for column in columns]
+        rows.append((model, *(each and f"{percent(each.rate)} {each.letters}" for each in found)))
+    titles = {"model": "text"} | {column.name: "text" for column in columns}
+    return Table(name="by_task", caption="Success rates in percent and letters, by task", columns=titles, rows=rows)
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{title}</h2>{''.join(parts)}</section>"
+
+
+def _figure(title: str, drawing: str, table: str) -> str:
+    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}{table}</figure>"
+
+
+def _folded(title: str, *parts: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def _facts(contents: Contents) -> str:
+    lines = "".join(f"<li>{escape(line)}" for line in describe(contents))
+    return f"<ul>{lines}</ul>"
+
+
+def _draw_violins(contents: Contents, column: Column) -> str:
+    violins = [contents.violins[column.name, model] for model in contents.shown_on(column)]
+    label = f"{contents.title(column)}: posteriors of success rates; the table below has the numbers"
+    return draw_violins(violins, label)
+
+
+def _overview(contents: Contents) -> str:
+    column = contents.columns[-1]
+    text = (
+        "<p>Each shape is the posterior of a success rate (uniform prior), the line its 95% interval, the dot the "
+        "rate. A dashed line is the floor: the rate of a policy that does nothing."
+    )
+    left = f"<p>Left out, because some model lacks it: {escape(', '.join(column.left_out))}." if column.left_out else ""
+    table = contents.tables["rates"].only(column.name, f"{contents.title(column)}: success rates")
+    return _section(
+        "Success rates",
+        text,
+        left,
+        _figure(contents.title(column), _draw_violins(contents, column), table.to_html()),
+        contents.tables["readings"].to_html(),
+    )
+
+
+def _violins(contents: Contents) -> str:
+    cards = []
+    for column in contents.columns:
+        if not is_aggregate(column) and len(contents.columns) > 1:
+            table = contents.tables["rates"].only(column.name, f"{contents.title(column)}: success rates")
+            drawing = _draw_violins(contents, column)
+            cards.append(_figure(contents.title(column), drawing, _folded("Table", table.to_html())))
+    return _section("Each task", f'<div class="cards">{"".join(cards)}</div>') if cards else ""
+
+
+def _heat_map(contents: Contents) -> str:
+    columns = [column for column in contents.columns if not is_aggregate(column)]
+    head = "".join(f"<th scope=col>{escape(contents.title(column))}" for column in columns)
+    rows = []
+    for model in contents.models:
+        cells = [_heat_cell(contents, column, model) for column in columns]
+        rows.append(f"<tr><th scope=row>{escape(model)}{''.join(cells)}")
+    caption = "Success rate in percent, and letters within the task; darker is higher"
+    return _section(
+        "Heat map",
+        f'<div class="scroll heat" tabindex=0 role=region aria-label="{caption}"><table><caption>{caption}</caption>'
+        f"<thead><tr><th scope=col>model{head}<tbody>{''.join(rows)}</table></div>",
+    )
+
+
+def _heat_cell(contents: Contents, column: Column, model: str) -> str:
+    violin = contents.violins.get((column.name, model))
+    if violin is None:
+        return "<td>-"
+    shade = round(violin.rate * (_NUM_SHADES - 1))
+    return f"<td class=h{shade}>{percent(violin.rate)}<small>{violin.letters}</small>"
+
+
+def _shades() -> str:
+    rules = []
+    for number in range(_NUM_SHADES):
+        share = number / (_NUM_SHADES - 1)
+        red, green, blue = (round(255 + share * (dark - 255)) for dark in (16, 48, 82))
+        rules.append(f".h{number}{{background:rgb({red},{green},{blue});color:{'#fff' if share > 0.45 else '#000'}}}")
+    return "".join(rules)
+
+
+def _differences(contents: Contents) -> str:
+    parts = []
+    for column in reversed(contents.columns):
+        pairs = [pair for pair in column.pairs if pair.first in contents.models and pair.second in contents.models]
+        if pairs:
+            parts.append(_pairs_of(contents, column, len(pairs), sum(pair.better is not None for pair in pairs)))
+    text = (
+        "<p>Rate of the first model minus that of the second, with the 95% interval of this pair alone. A filled dot: "
+        "the pair is separated in its family. Rollouts of each: how many the decision took."
+    )
+    return _section("Differences between pairs", text, *parts) if parts else ""
+
+
+def _pairs_of(contents: Contents, column: Column, num_pairs: int, num_separated: int) -> str:
+    rows = []
+    for pair in column.pairs:
+        if pair.first in contents.models and pair.second in contents.models:
+            first, second, difference, interval = ordered_pair(pair, column)
+            rows.append((f"{first} \N{MINUS SIGN} {second}", difference, interval, pair.better is not None))
+    title = contents.title(column)
+    drawing = draw_differences(rows, f"{title}: differences of pairs; the table below has the numbers")
+    table = contents.tables["pairs"].only(column.name, f"{title}: differences of pairs")
+    return _folded(f"{title}: {num_separated} of {num_pairs} pairs separated", drawing, table.to_html())
+
+
+def _seeds(contents: Contents) -> str:
+    parts = []
+    for column in contents.columns:
+        models = contents.shown_on(column)
+        if is_aggregate(column) or not models:
+            continue
+        seeds = sorted({seed for model in models for seed in contents.outcomes[model, column.name]})
+        rows = [(model, [contents.outcomes[model, column.name].get(seed) for seed in seeds]) for model in models]
+        title = f"{contents.title(column)}: seeds {seeds[0]} to {seeds[-1]}"
+        drawing = draw_seeds(rows, f"{title}, outcome of each; the table below lists them")
+        table = contents.tables["seeds"].only(column.name, title).to_html()
+        parts.append(_folded(title, drawing, f'<div class="seeds">{table}</div>'))
+    text = (
+        "<p>One mark per seed, from left to right. Full bar: success; light full bar: success of a start that succeeds "
+        "by itself; low mark: failure; high red mark: invalid; nothing: not run."
+    )
+    return _section("Every seed", text, *parts)
+
+
+def _failures(contents: Contents) -> str:
+    table, reasons = contents.tables["failures"], contents.tables["reasons"]
+    rows = [(row[0], row[1:], f"{sum(row[3:6])} invalid") for row in table.rows]
+    drawing = draw_bars(rows, KINDS, "Episodes by outcome; the table has the numbers")
+    more = reasons.to_html() if reasons.rows else "<p>No episode left a message."
+    return _section("Failures and invalid episodes", _figure(table.caption, drawing, table.to_html()), more)
+
+
+def _floor(contents: Contents) -> str:
+    table = contents.tables["trivial"]
+    if not table.rows:
+        return _section(
+            "Floor", "<p>No start is known to succeed by itself. A null policy shows whether there are any."
+        )
+    rows = [(f"{row[0]}: {row[1]}", (row[2], row[3] - row[2]), f"{percent(row[4])}%") for row in table.rows]
+    drawing = draw_bars(
+        rows, ("trivial", "other starts"), "Starts that succeed by themselves; the table has the numbers"
+    )
+    text = "<p>The null policy, or nearly every model of the set, succeeds on these starts before a policy can act."
+    return _section("Floor", text, _figure(table.caption, drawing, table.to_html()))
+
+
+def _budget(contents: Contents) -> str:
+    table = contents.tables["budget"]
+    rows = [(row[0], (row[3], row[4]), f"{row[3]:,} of {row[2]:,}") for row in table.rows]
+    drawing = draw_bars(rows, ("run", "not run"), "Rollouts run and planned; the table has the numbers")
+    return _section("Budget", _figure(table.caption, drawing, table.to_html()))
+
+
+def _recordings(paths: Sequence[Path], folder: Path) -> str:
+    if not paths:
+        return _section("Recordings", "<p>There are no videos or pictures below the results.")
+    links = []
+    for path in paths:
+        place = os.path.relpath(path, folder)
+        href = html.escape(quote(os.fsencode(place).replace(os.sep.encode(), b"/")))
+        links.append(f'<li><a href="{href}">{escape(place)}</a>')
+    return _section("Recordings", _folded(f"{len(paths)} videos and pictures", f"<ul>{''.join(links)}</ul>"))
