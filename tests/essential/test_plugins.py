@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from vla_foundry.config.command_line import parse
+from vla_foundry.config.command_line import import_plugins, parse, run_command
 from vla_foundry.models.registry import count_flops_per_token, list_blocks
 from vla_foundry.params import TrainExperimentParams
 
@@ -250,6 +250,14 @@ def test_an_installed_package_can_announce_plugins(tmp_path: Path, monkeypatch: 
         ("import not_there_at_all\n", "needs the module not_there_at_all, which is not installed"),
         ("def (\n", "cannot be imported: invalid syntax"),
         ("from vla_foundry import nothing_like_this\n", "cannot be imported: cannot import name"),
+        ("\n1 / 0\n", r"cannot be imported: ZeroDivisionError: division by zero \(.*broken_plugin\.py, line 2\)\.$"),
+        ("import sys\nsys.exit(3)\n", r"cannot be imported: SystemExit: 3 \(.*broken_plugin\.py, line 2\)\.$"),
+        ("raise GeneratorExit\n", r"cannot be imported: GeneratorExit \(.*broken_plugin\.py, line 1\)\.$"),
+        ("raise FileNotFoundError('x')\n", r"cannot be imported: FileNotFoundError: x \("),
+        (
+            "class E(ValueError):\n    def __str__(self):\n        raise OSError\nraise E\n",
+            r"cannot be imported: E: <exception str\(\) failed> \(.*broken_plugin\.py, line 4\)\.$",
+        ),
     ],
 )
 def test_a_broken_plugin_is_one_line(
@@ -262,6 +270,44 @@ def test_a_broken_plugin_is_one_line(
         (tmp_path / "broken_plugin.py").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         parse(TrainExperimentParams, ["--plugins", "broken_plugin"], prog="train")
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        (
+            "[].pop()",
+            r"IndexError: pop .*\. It came through a plug-in PLACE; its traceback is kept in .*",
+            1,
+        ),
+        ("sys.exit('no')", r"a plug-in PLACE ended the command: SystemExit: no\.", 1),
+        ("sys.exit(3)", r"a plug-in PLACE ended the command: SystemExit: 3\.", 1),
+        ("raise GeneratorExit", r"GeneratorExit\. It came through a plug-in PLACE; .*", 1),
+        ("raise Mute", r"Mute: <exception str\(\) failed>\. It came through a plug-in PLACE; .*", 1),
+        ("raise MuteValue", r"<exception str\(\) failed>", 2),
+    ],
+)
+def test_a_fault_in_a_plugins_code_names_its_line(
+    body: str,
+    message: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, os.getcwd()])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "faulty_plugin", raising=False)
+    mute = "class Mute{0}({1}):\n    def __str__(self): raise OSError\n"
+    text = f"import sys\n{mute.format('', 'Exception')}{mute.format('Value', 'ValueError')}def fail(): {body}\n"
+    (tmp_path / "faulty_plugin.py").write_text(text, encoding="utf-8")
+    import_plugins(["faulty_plugin"], "--plugins")
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda words: sys.modules["faulty_plugin"].fail(), [])
+    assert stop.value.code == code
+    place = rf"\({tmp_path}/faulty_plugin\.py, line 6\)"
+    assert re.fullmatch(f"error: {message.replace('PLACE', place)}\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mark", ["config_model.yaml", "checkpoints", "manifest.jsonl"])

@@ -46,6 +46,8 @@ _ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
 _MAX_LINE = 2000
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
+# those that installed packages declare
+_installed: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,7 @@ def import_installed_plugins() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         owner = f" of the package {entry.dist.name}" if entry.dist is not None else ""
         _import(entry.module, f"The plug-in {entry.value}{owner}")
+        _installed.append(entry.module)
 
 
 def import_plugins(modules: Iterable[str], origin: str) -> None:
@@ -249,8 +252,23 @@ def _import(module: str, what: str) -> None:
                 f"{what} was not found. Give a module that Python can import, as my_package.my_module."
             ) from None
         raise ValueError(f"{what} needs the module {error.name}, which is not installed.") from error
-    except (ImportError, SyntaxError, TypeError) as error:
+    except (ImportError, SyntaxError) as error:
         raise ValueError(f"{what} cannot be imported: {error}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the border to code that is not ours, which may even call sys.exit
+        raise ValueError(f"{what} cannot be imported: {describe_any(error)}{_place_of(error, module)}.") from error
+
+
+def _place_of(error: BaseException, *plugins: str) -> str:
+    """Return " (FILE, line N)" of the innermost code of a plug-in that an error came through; "" if there is none."""
+    packages = {module.partition(".")[0] for module in plugins} - {"vla_foundry"}
+    places = [
+        f" ({frame.f_code.co_filename}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages
+    ]
+    return places[-1] if places else ""
 
 
 def decode_tree(cls: Any, tree: Node, path: str = "", decoding: Decoding | None = None) -> Parsed:
@@ -288,7 +306,8 @@ def _migration_notice(decoding: Decoding) -> list[str]:
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a command. Print an error that the user can fix as one line `error: ...`; `--debug` shows the traceback.
 
-    An error that no user can fix is a bug: one line names it and the file that keeps its traceback.
+    An error that no user can fix is a bug: one line names it and the file that keeps its traceback. If it came through
+    a plug-in, the line names the plug-in's file and line.
 
     Raises:
         SystemExit: 2 after an error that the user can fix, 1 after another one, 130 after an interrupt, 141 if nobody
@@ -300,18 +319,27 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except Exception as error:  # the border of the process
+    except SystemExit as error:
+        if error.code and (place := _place_of(error, *_named, *_installed)):
+            _print_error(f"a plug-in{place} ended the command: SystemExit: {error.code}.")
+            raise SystemExit(1) from None
+        raise
+    except BaseException as error:  # the border of the process
         if isinstance(error, BrokenPipeError) and _has_lost_reader():
             raise SystemExit(128 + signal.SIGPIPE) from None
         if is_debug:
             raise
         is_expected = isinstance(error, EXPECTED_ERRORS)
-        where = "" if is_first_process() else f"process {read_rank()}: "
-        line = f"error: {where}{describe_error(error) if is_expected else _describe_bug(error)}"
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{line}\n")
-        _tell_launcher(line)
+        _print_error(describe_error(error) if is_expected else _describe_bug(error))
         raise SystemExit(2 if is_expected else 1) from None
+
+
+def _print_error(text: str) -> None:
+    where = "" if is_first_process() else f"process {read_rank()}: "
+    line = f"error: {where}{text}"
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{line}\n")
+    _tell_launcher(line)
 
 
 def _has_lost_reader() -> bool:
@@ -327,12 +355,20 @@ def _has_lost_reader() -> bool:
     return True
 
 
-def _describe_bug(error: Exception) -> str:
+def describe_any(error: BaseException) -> str:
+    """Return an error's type and text in one line, whatever its own methods do."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    # without the module of its type
+    kind, colon, rest = text.partition(":")
+    return " ".join(f"{kind.rpartition('.')[2]}{colon}{rest}".split())[:500]
+
+
+def _describe_bug(error: BaseException) -> str:
     """Describe an unexpected error in one line, and keep its traceback in a file."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    what = describe_any(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({what}). Use a smaller batch, sequence, image or model; --debug shows where."
-    kept = "which --debug shows"
+    kept = "shown by --debug"
     with (
         contextlib.suppress(OSError),
         tempfile.NamedTemporaryFile(
@@ -341,6 +377,8 @@ def _describe_bug(error: Exception) -> str:
     ):
         file.writelines(traceback.format_exception(error))
         kept = f"kept in {file.name}"
+    if place := _place_of(error, *_named, *_installed):
+        return f"{what}. It came through a plug-in{place}; its traceback is {kept}."
     return f"{what}. This is a bug. Please report it at {_ISSUES}, with the command and the traceback {kept}."
 
 
@@ -354,13 +392,14 @@ def _tell_launcher(line: str) -> None:
 
 def describe_error(error: ValueError | OSError) -> str:
     """Describe an error that the user can fix in one line, not too long; a full disk with the space that is left."""
-    message = str(error)
+    # str(error) may fail: an error can be of a user's own class
+    message = "".join(traceback.format_exception_only(error)).partition(": ")[2]
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
         if error.errno == errno.ENOSPC:
             folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
             message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
-    line = " ".join(message.split()) or repr(error)
+    line = " ".join(message.split()) or type(error).__name__
     # a value that it shows may have a million letters; the key is at the start, and the fix at the end
     return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
 

@@ -32,10 +32,11 @@ def load_language_model(params: GenerateParams) -> "tuple[nn.Module, Any, list[i
         raise ValueError(
             f"checkpoint {params.checkpoint} holds a model of type '{model_params.type}', not a language model."
         )
-    tokenizer_name = params.tokenizer or join_uri(run_folder, TOKENIZER_FOLDER)
-    if params.tokenizer is None and not exists(tokenizer_name):
-        raise FileNotFoundError(f"{run_folder} has no tokenizer. Name one with --tokenizer.")
-    if params.tokenizer is None:
+    tokenizer_name = params.tokenizer
+    if tokenizer_name is None:
+        tokenizer_name = join_uri(run_folder, TOKENIZER_FOLDER)
+        if not exists(tokenizer_name):
+            raise FileNotFoundError(f"{run_folder} has no tokenizer. Name one with --tokenizer.")
         check_kept_inputs(run_folder, params.checkpoint)
 
     # import torch last, so that the errors above appear within a second

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from vla_foundry.config.command_line import EXPECTED_ERRORS, describe_error
+from vla_foundry.config.command_line import EXPECTED_ERRORS, describe_any, describe_error
 from vla_foundry.training.distributed import gather_objects
 from vla_foundry.world import World
 
@@ -52,7 +52,7 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the other ranks must hear of it before their connections break
         is_expected = isinstance(error, EXPECTED_ERRORS)
-        line = describe_error(error) if is_expected else f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        line = describe_error(error) if is_expected else describe_any(error)
         if not _is_of_connection(error):
             text = f"rank {world.rank} on {places[world.rank].host} failed: {line}"
             _ask(lambda: store.set(_ERROR_KEY.format(world.rank), text))

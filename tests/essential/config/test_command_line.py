@@ -350,7 +350,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(SystemExit):
         run_command(fail, ["a"])
-    assert capsys.readouterr().err.endswith("with the command and the traceback which --debug shows.\n")
+    assert capsys.readouterr().err.endswith("with the command and the traceback shown by --debug.\n")
 
 
 def test_lack_of_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
