@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from vla_foundry.datagen.processes import check_settings, create_processes, get_
 from vla_foundry.datagen.scene_captions import DIRECTIONS, GRID, LEVEL, Attributes, cell_of, describe_scene
 from vla_foundry.params.commands.datagen import ScenesParams
 from vla_foundry.run_folder import lock_folder
-from vla_foundry.simulators import Layout, SceneSimulator, SimulatorState
+from vla_foundry.simulators import SIMULATORS, Layout, SceneSimulator, SimulatorState
 from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
@@ -90,6 +90,8 @@ def generate_scenes(params: ScenesParams) -> dict[str, int]:
     Raises:
         ValueError: the folder is in use or holds scenes of other settings, or this machine cannot render.
     """
+    if params.camera is None:
+        params = replace(params, camera=SIMULATORS.get(params.simulator).defaults()[1])
     output = Path(params.output)
     with lock_folder(output, what="folder of scenes", flag="--output"):
         _claim(output, params)
@@ -179,6 +181,7 @@ def _draw(params: ScenesParams, task: str, split: str, indices: Sequence[int]) -
     """Draw and write scenes; runs in a worker process."""
     from PIL import Image
 
+    assert params.camera is not None
     simulator = get_simulator(params.simulator, task, (params.camera,), params.image_size)
     if not isinstance(simulator, SceneSimulator):
         raise ValueError(f"simulator '{params.simulator}' cannot arrange scenes.")

@@ -72,6 +72,9 @@ class GymnasiumSimulator(Simulator):
             self.action_space = _as_box(self._environment.action_space)
             self._describe_actions(described)
             self._read(self._environment.reset(seed=0)[0])
+            if any(described.cameras[name].source is None for name in cameras):
+                # MuJoCo's renderer aims its camera at what it sees first: let that be the same in every process
+                self._draw()
             self.field_names = {
                 name: _names_of(part, len(values))
                 for (name, part), values in zip(described.fields.items(), self.sense().values(), strict=True)
@@ -116,18 +119,20 @@ class GymnasiumSimulator(Simulator):
 
     def render(self, camera: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
         """See Simulator."""
-        params = self._map.cameras[camera or self.cameras[0]]
-        if params.source is not None:
-            image = self._find(f"cameras.{camera}: source", params.source)
-        elif self._environment.render_mode is None:
-            raise ValueError(f"{self.robot} cannot render. Take a camera with a source: the key of an image.")
-        else:
-            image = self._environment.render()
+        camera = camera or (*self.cameras, *self._map.cameras)[0]
+        params = self._map.cameras[camera]
+        source = params.source
+        image = self._draw() if source is None else self._find(f"cameras.{camera}: source", source)
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"camera '{camera}' of {self.robot} does not give images: uint8 (height, width, 3).")
         width, height = self.image_size
         pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
         return resize_image(pixels, (height, width), method=params.resize)[0].movedim(0, -1).numpy().copy()
+
+    def _draw(self) -> Any:
+        if self._environment.render_mode is None:
+            raise ValueError(f"{self.robot} cannot render. Take a camera with a source: the key of an image.")
+        return self._environment.render()
 
     @property
     def has_expert(self) -> bool:
@@ -143,8 +148,11 @@ class GymnasiumSimulator(Simulator):
         """See Simulator."""
         widths = [part.width for part in self.action_parts.values()]
         given = [np.nan if part.scale is None else part.scale for part in self._map.actions.values()]
-        scale = np.repeat(given, widths)
-        return np.where(np.isnan(scale), super().action_scale, scale)
+        given = np.repeat(given, widths)
+        scale = np.where(np.isnan(given), super().action_scale, given)
+        if not np.isfinite(scale).all():
+            raise ValueError(f"The actions of {self.robot} have no range. Give them a scale or a range in the map.")
+        return scale
 
     def close(self) -> None:
         """Free the environment."""

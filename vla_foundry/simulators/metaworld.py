@@ -145,7 +145,7 @@ class MetaworldSimulator(SceneSimulator):
 
     def render(self, camera: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
         """See Simulator."""
-        return self._renderer.render(self._data, _find_camera(camera or self.cameras[0]))
+        return self._renderer.render(self._data, _find_camera(camera or (*self.cameras, "workspace")[0]))
 
     def project(self, camera: str, position: Float[np.ndarray, "3"]) -> tuple[float, float]:
         """Return where a point appears: (column, row) as fractions of the image from the top left corner."""

@@ -48,6 +48,10 @@ class PushTSimulator(PresetSimulator):
         "push-t@keypoints": ("gym_pusht:gym_pusht/PushT-v0", "simulators/pusht_keypoints.yaml"),
     }
 
+    def _draw(self) -> Any:
+        # its render() would draw the last action into the picture, that of the last episode too
+        return self._environment.unwrapped._render(visualize=False)
+
 
 @register_expert("pusht")
 def create_expert(environment: Any) -> Callable[[], np.ndarray]:

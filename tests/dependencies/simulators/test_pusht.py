@@ -30,6 +30,21 @@ def test_it_senses_the_agent_and_if_asked_the_corners_of_the_block() -> None:
         create("pusht")
 
 
+def test_pictures_show_this_episode_and_no_action() -> None:
+    seen = []
+    with create("push-t@keypoints", cameras=("top",), image_size=64) as used:
+        used.reset(seed=1)
+        used.step(np.array([300.0, 40.0]))
+        for _ in range(2):
+            seen.append(used.reset(seed=2)[0])
+            used.step(np.array([80.0, 400.0]))
+    for kind in ("images", "fields"):
+        for name, values in seen[0][kind].items():
+            np.testing.assert_array_equal(values, seen[1][kind][name])
+    red, green, blue = (seen[0]["images"]["top"][..., channel].astype(int) for channel in range(3))
+    assert not ((red > 150) & (green < 100) & (blue < 100)).any()
+
+
 def test_pushes_do_what_the_expert_computes() -> None:
     """The block moves and turns by what was computed, but for the slop of the physics."""
     pushes = expert._predict_pushes()

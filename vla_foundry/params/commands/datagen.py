@@ -108,8 +108,8 @@ class ScenesParams(BaseParams):
     simulator: Name = "metaworld"
     # tasks whose things are shown, in turn
     tasks: list[Name] = field(default_factory=lambda: list(_TASKS))
-    # camera to render
-    camera: Name = "workspace"
+    # camera to render; null: the simulator's default
+    camera: Name | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
