@@ -86,13 +86,19 @@ def _fisher(num0: int, num1: int) -> np.ndarray:
 
 
 def _worst_case(ordering: np.ndarray, s0: int, s1: int) -> float:
-    # equal p-values may differ in their last bits
-    region = (ordering <= ordering[s0, s1] * (1 + 1e-9)).astype(float)
-    rates = np.sin(np.linspace(0, np.pi / 2, 1025)) ** 2
+    # equal p-values may differ in their last bits; for each s0 the tables with the largest s1 count
+    first = (ordering > ordering[s0, s1] * (1 + 1e-9)).sum(axis=1)
     num0, num1 = (size - 1 for size in ordering.shape)
-    pmf0 = stats.binom.pmf(np.arange(num0 + 1), num0, rates[:, None])
-    pmf1 = stats.binom.pmf(np.arange(num1 + 1), num1, rates[:, None])
-    return float(((pmf0 @ region) * pmf1).sum(axis=1).max())
+    return float((_binomial(num0)[0] * _binomial(num1)[1][:, first]).sum(axis=1).max())
+
+
+@lru_cache(maxsize=32)
+def _binomial(num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return, at many success rates, the probability of each count, and of at least each count 0 .. num + 1."""
+    rates = np.sin(np.linspace(0, np.pi / 2, 1025)) ** 2
+    pmf = stats.binom.pmf(np.arange(num + 1), num, rates[:, None])
+    tails = np.cumsum(pmf[:, ::-1], axis=1)[:, ::-1]
+    return pmf, np.concatenate([tails, np.zeros((len(rates), 1))], axis=1)
 
 
 def stratified_p_value(first: Sequence[SuccessRate], second: Sequence[SuccessRate]) -> float:
