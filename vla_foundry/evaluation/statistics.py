@@ -9,8 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 from scipy import stats
+from scipy.special import gammaln
 
 from vla_foundry.evaluation.results import SuccessRate, wilson_interval
+
+# rates with unlike numbers of rollouts are rounded to multiples of its inverse
+_LATTICE = 4000
 
 
 def beta_posterior(num_successes: int, num_trials: int) -> tuple[float, float]:
@@ -81,8 +85,14 @@ def boschloo_p_value(first: SuccessRate, second: SuccessRate) -> float:
 @lru_cache(maxsize=32)
 def _fisher(num0: int, num1: int) -> np.ndarray:
     """Return Fisher's p-value, one-sided for p0 < p1, of each table (num0 + 1, num1 + 1)."""
-    s0, s1 = np.mgrid[: num0 + 1, : num1 + 1]
-    return stats.hypergeom.sf(s1 - 1, num0 + num1, s0 + s1, num1)
+    counts = [gammaln(n + 1) - gammaln(np.arange(n + 1) + 1) - gammaln(n - np.arange(n + 1) + 1) for n in (num0, num1)]
+    total = np.add.outer(np.arange(num0 + 1), np.arange(num1 + 1))
+    ways = gammaln(num0 + num1 + 1) - gammaln(total + 1) - gammaln(num0 + num1 - total + 1)
+    p_values = np.exp(np.add.outer(*counts) - ways)
+    # of one sum of successes, all tables with a larger s1
+    for s0 in range(1, num0 + 1):
+        p_values[s0, :-1] += p_values[s0 - 1, 1:]
+    return p_values
 
 
 def _worst_case(ordering: np.ndarray, s0: int, s1: int) -> float:
@@ -111,7 +121,7 @@ def stratified_p_value(first: Sequence[SuccessRate], second: Sequence[SuccessRat
     tasks = [(a, b) for a, b in zip(first, second, strict=True) if a.num_trials and b.num_trials]
     # a lattice of differences; rounding to it moves the sum by less than the margin
     scale = math.lcm(*(n for a, b in tasks for n in (a.num_trials, b.num_trials)))
-    scale = scale if scale * len(tasks) <= 100_000 else 20_000
+    scale = scale if scale * len(tasks) <= 100_000 else _LATTICE
     total = np.ones(1)
     offset = found = 0
     for a, b in tasks:
@@ -123,7 +133,7 @@ def stratified_p_value(first: Sequence[SuccessRate], second: Sequence[SuccessRat
         total = np.convolve(total, pmf) if len(pmf) * len(total) < 1e7 else _fft_convolve(total, pmf)
         offset += int(moves[0])
         found += int(moves[b.num_successes - lows[0]])
-    margin = len(tasks) if scale == 20_000 else 0
+    margin = len(tasks) if scale == _LATTICE else 0
     place = found - offset
     above, below = total[max(0, place - margin) :].sum(), total[: max(0, place + margin + 1)].sum()
     return float(min(1.0, 2 * min(above, below)))
