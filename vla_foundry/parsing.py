@@ -14,6 +14,8 @@ MAX_BYTES = 512 << 20
 # one record of a dataset: a line of JSON lines, or a JSON member of a sample
 MAX_RECORD_BYTES = 64 << 20
 MAX_DEPTH = 100
+# lists and objects of a document; an empty one has three bytes there and 64 in memory
+MAX_LISTS = 8 << 20
 # 128 bits have 39 digits; tokenizers write "no limit" as a whole number of 31
 MAX_DIGITS = 40
 # YAML is what people write, and slow to parse
@@ -74,6 +76,9 @@ def _parse_json(text: str | bytes, name: str, max_bytes: int, fault_of: Callable
         raise ValueError(f"{name} has {len(text):,} bytes of JSON; at most {max_bytes:,} are read.")
     try:
         text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        num_lists, max_lists = text.count("[") + text.count("{"), max(MAX_LISTS, max_bytes // 32)
+        if num_lists > max_lists:
+            raise ValueError(f"{name} has {num_lists:,} lists and objects; at most {max_lists:,} are read.")
         # many times faster than a regular expression
         has_long_number = b"0" * (MAX_DIGITS + 1) in text.encode("utf-8", "replace").translate(_ZEROS)
         value = json.loads(text, parse_int=_read_int) if has_long_number else json.loads(text)
@@ -83,7 +88,7 @@ def _parse_json(text: str | bytes, name: str, max_bytes: int, fault_of: Callable
         raise ValueError(f"{name} is not JSON ({error}).") from None
     except RecursionError:
         raise ValueError(f"{name} {_TOO_DEEP}.") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+    if num_lists > MAX_DEPTH and _is_deep(value):
         raise ValueError(f"{name} {_TOO_DEEP}.")
     if has_long_number or _SUSPECT.search(text):
         for key, item in _walk(value):
