@@ -5,6 +5,7 @@ B batch rows, T tokens, S samples.
 | key         | type         | meaning                                                                              |
 |-------------|--------------|--------------------------------------------------------------------------------------|
 | modality    | str          | "text", ...: one modality per microbatch                                              |
+| dataset     | str          | which dataset of a mixture it is; absent otherwise                                    |
 | positions   | int64 [S]    | positions of this microbatch's samples in the plan                                    |
 | input_ids   | int32 [B, T] | tokens; values in padding are unspecified                                             |
 | target_mask | bool [B, T]  | True where the token at this position is a supervised target; never at position 0     |

@@ -63,14 +63,14 @@ def resolve_known(params: P, facts: Any) -> Resolved[P]:
     Raises:
         ValueError: sections do not fit together, as far as that is known.
     """
-    derivation = _Derivation(sources={}, unresolved={}, notices=[], facts=facts)
+    derivation = _Derivation(sources={}, unresolved={}, notices=[])
     order, notices = params.derivation_order, derivation.notices
     try:
         for name in order:
             # a section's second pass may fill values that its first left open
             for path in [path for path in derivation.unresolved if path.startswith(f"{name}.")]:
                 del derivation.unresolved[path]
-            params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, name)})
+            params = replace(params, **{name: derivation.derive_section(getattr(params, name), params, facts, name)})
         params = derivation.fill(params, params.derive(params, facts), "")
         for name in dict.fromkeys(order):
             notices += _check(getattr(params, name), params, facts, name)
@@ -89,14 +89,14 @@ class _Derivation:
     unresolved: dict[str, str]
     # lines for the user
     notices: list[str]
-    facts: Any
 
-    def derive_section(self, section: Any, root: Any, path: str) -> Any:
+    def derive_section(self, section: Any, root: Any, facts: Any, path: str) -> Any:
         """Return the section, and the sections in it, with derived values."""
-        section = self.fill(section, section.derive(root, self.facts), path)
+        section = self.fill(section, section.derive(root, facts), path)
         inner: dict[str, Any] = {}
         for name, key, part in _parts(section):
-            derived = self.derive_section(part, root, _join(path, name, key))
+            seen, known = section.view(root, facts, name, key)
+            derived = self.derive_section(part, seen, known, _join(path, name, key))
             inner[name] = derived if key is None else inner.get(name, {}) | {key: derived}
         return replace(section, **inner) if inner else section
 
@@ -128,7 +128,10 @@ def _join(*keys: str | None) -> str:
 
 
 def _check(section: BaseParams, root: BaseParams, facts: Any, path: str) -> list[str]:
-    below = [_check(part, root, facts, _join(path, name, key)) for name, key, part in _parts(section)]
+    below = [
+        _check(part, *section.view(root, facts, name, key), _join(path, name, key))
+        for name, key, part in _parts(section)
+    ]
     return [*section.check(root, facts, path), *itertools.chain(*below)]
 
 

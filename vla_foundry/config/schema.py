@@ -148,6 +148,15 @@ class BaseParams:
         """
         return {}
 
+    def view(self, root: Any, facts: Any, name: str, key: str | None) -> tuple[Any, Any]:
+        """Return the root and the facts that a section in this one derives from and is checked against.
+
+        Args:
+            name: the field that holds the section.
+            key: its key, if the field is a dict of sections.
+        """
+        return root, facts
+
     def check(self, root: Any, facts: Any, path: str) -> list[str]:
         """Check this section against the others after everything is derived; the root comes last.
 

@@ -20,6 +20,7 @@ from vla_foundry.data.kept import (
 )
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
@@ -62,6 +63,8 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         ValueError: a manifest is malformed.
     """
     data = params.data
+    if isinstance(data, MixtureDataParams):
+        return _read_mixture(params, data, world_size, offline=offline)
     checkpoint_models = _read_checkpoint_models(params.model, offline)
     model_configs = _read_model_configs(params.model, offline)
     for model in checkpoint_models.values():
@@ -105,6 +108,18 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         checkpoint_models=checkpoint_models,
         model_configs=model_configs,
     )
+
+
+def _read_mixture(params: TrainExperimentParams, data: MixtureDataParams, world_size: int, *, offline: bool) -> Facts:
+    """Read the facts of each dataset as if it were the only one; the model's are those of the main one."""
+    if not data.datasets:
+        return read_facts(replace(params, data=DataParams()), world_size, offline=offline)
+    parts = {}
+    for name in data.datasets:
+        facts = read_facts(data.part_of(params, name), world_size, offline=offline)
+        # the datasets share the machine
+        parts[name] = replace(facts, num_cpus=max(1, facts.num_cpus // len(data.datasets)))
+    return replace(parts[str(data.main_dataset())], parts=parts)
 
 
 def _with_image_token(tokenizer: TokenizerFacts | None) -> TokenizerFacts | None:

@@ -126,6 +126,10 @@ class DataLoader:
         """Return everything that determines the sample order, in plain JSON types."""
         return describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
 
+    def progress(self, global_batch: int) -> dict[str, float]:
+        """Return what to log about the data before a global batch: nothing, for the step says it."""
+        return {}
+
     def check_plan(self, saved_description: dict[str, Any]) -> None:
         """Check that a checkpoint's `describe()` matches this loader.
 
@@ -383,10 +387,15 @@ def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
         for number, (row, saved_row) in enumerate(zip(rows, saved_rows, strict=True)):
             changes += _dataset_changes(f"dataset {number} ({row['manifest']})", saved_row, row)
     if changes:
-        raise ValueError(
-            f"The order of the data differs from the checkpoint's: {'; '.join(changes)}. Restore it, or continue with "
-            "--data.accept_changed_data true (samples may be repeated or skipped)."
-        )
+        raise changed_order(changes)
+
+
+def changed_order(changes: Sequence[str]) -> ValueError:
+    """Return the error of a run that continues on data in another order."""
+    return ValueError(
+        f"The order of the data differs from the checkpoint's: {'; '.join(changes)}. Restore it, or continue with "
+        "--data.accept_changed_data true (samples may be repeated or skipped)."
+    )
 
 
 def _dataset_changes(where: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ ranks or workers:
 
 1. Batch -> dataset. Each batch holds each dataset's share, rounded down or up; a keyed permutation assigns the slots
    of a batch to datasets.
-2. Dataset -> ordinal. The number of samples a dataset contributes before batch b has a closed form (see `_num_before`).
+2. Dataset -> ordinal. The number of samples a dataset contributes before batch b has a closed form (see
+   `Interleaving.num_before`).
 3. Ordinal -> (epoch, shard, row). Each epoch permutes the shards, then the samples within blocks of shards.
 
 The plan does no I/O. It holds a few integers per shard and resolves a position in O(log shards).
@@ -60,6 +61,65 @@ class _Layout:
     block_keys: np.ndarray
 
 
+class Interleaving:
+    """Which dataset each position belongs to, in closed form: shares hold over any range of batches.
+
+    Args:
+        weights: relative share of each dataset; any positive numbers.
+        batch_size: positions in a batch.
+        seed: seed of the permutation that assigns a batch's slots to datasets.
+    """
+
+    def __init__(self, weights: Sequence[float], batch_size: int, seed: int) -> None:
+        self.batch_size = batch_size
+        self._seed = seed
+        self._boundaries = _share_boundaries(weights, batch_size)
+
+    @property
+    def num_datasets(self) -> int:
+        """Number of datasets."""
+        return len(self._boundaries) - 1
+
+    @property
+    def shares(self) -> list[int]:
+        """Each dataset's share of a batch, in units of 2**-32 positions; they sum to batch_size * 2**32."""
+        return np.diff(self._boundaries).tolist()
+
+    def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return each position's dataset, and its ordinal among that dataset's positions; int64 [n] each."""
+        if self.num_datasets == 1:
+            return np.zeros_like(positions), positions
+        batch, slot = np.divmod(positions, self.batch_size)
+        slot = permute(slot, self.batch_size, hash_ints(hash_int(self._seed, _SLOTS), batch))
+        batches, of_position = np.unique(batch, return_inverse=True)
+        edges = ((self._boundaries + _reversed_bits(batches)[:, None]) >> _UNIT_BITS)[of_position]  # (n, D + 1)
+        dataset = (slot[:, None] >= edges[:, 1:]).sum(axis=1)
+        rows = np.arange(len(positions))
+        return dataset, self.num_before(batches)[of_position, dataset] + slot - edges[rows, dataset]
+
+    def num_before(self, batches: np.ndarray) -> np.ndarray:
+        """Return how many positions of each dataset precede each batch, int64 [batches, datasets].
+
+        Batch b gives the first d datasets floor((A_d + v_b) / U) slots, where A_d is their share of a batch in units
+        of 1 / U and v_b is b with its binary digits reversed (the van der Corput sequence). So each dataset's count in
+        a batch is its share rounded down or up. The same holds for its total over the batches
+        [k * 2**j, (k + 1) * 2**j). The sum over all b' < b is split into such aligned ranges, one per binary digit
+        of b.
+        """
+        whole, fraction = np.divmod(self._boundaries, _UNIT)
+        batches = batches[:, None, None]  # (batches, boundaries, digits)
+        digit = np.arange(_UNIT_BITS, dtype=np.int64)
+        in_range = (batches >> digit) & 1
+        lowest = _reversed_bits(batches) & ((1 << (_UNIT_BITS - 1 - digit)) - 1)
+        threshold = (_UNIT - fraction)[:, None]  # round up if v_b is at or above the threshold
+        missing = np.maximum(threshold - lowest, 0)
+        num_below = -((-missing) >> (_UNIT_BITS - digit))
+        num_up = (in_range * ((1 << digit) - num_below)).sum(axis=2)
+        periods = batches[:, :, 0] >> _UNIT_BITS
+        before = whole * batches[:, :, 0] + num_up + periods * fraction
+        return np.diff(before, axis=1)
+
+
 class SamplePlan:
     """The sample order.
 
@@ -96,7 +156,7 @@ class SamplePlan:
         self.global_batch_size = global_batch_size
         self.block_size = block_size
         self.shuffle = shuffle
-        self._boundaries = _share_boundaries(weights, global_batch_size)
+        self._interleaving = Interleaving(weights, global_batch_size, seed)
         self._layouts: OrderedDict[tuple[int, int], _Layout] = OrderedDict()
         assert len(weights) == len(shard_sizes), "one weight per dataset"
         if block_size < 1:
@@ -118,7 +178,7 @@ class SamplePlan:
     @property
     def shares(self) -> list[int]:
         """Each dataset's share of a global batch, in units of 2**-32 samples; they sum to G * 2**32."""
-        return np.diff(self._boundaries).tolist()
+        return self._interleaving.shares
 
     def locate(self, positions: np.ndarray) -> Location:
         """Return the sample at each position.
@@ -127,7 +187,7 @@ class SamplePlan:
             positions: int64 [n], each >= 0.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        dataset, ordinal = self._dataset_ordinals(positions)
+        dataset, ordinal = self._interleaving.place(positions)
         num_samples = np.asarray(self.num_samples_of, dtype=np.int64)[dataset]
         epoch, index = np.divmod(ordinal, num_samples)
         shard, row = np.empty_like(positions), np.empty_like(positions)
@@ -145,7 +205,7 @@ class SamplePlan:
             attempt: 0 for the first replacement, 1 if that is bad too, and so on.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        dataset, ordinal = self._dataset_ordinals(positions)
+        dataset, ordinal = self._interleaving.place(positions)
         num_samples = np.asarray(self.num_samples_of, dtype=np.int64)[dataset]
         epoch, index = np.divmod(ordinal, num_samples)
         draws = hash_ints(hash_ints(hash_int(self.seed, _REPLACEMENT, attempt), positions), epoch)
@@ -169,7 +229,7 @@ class SamplePlan:
         limits = np.asarray(self.num_samples_of)
         while high - low > 1:  # full batches: find the largest number that no dataset runs out in
             middle = (low + high) // 2
-            fits = bool((self._num_before(np.asarray([middle]))[0] <= limits).all())
+            fits = bool((self._interleaving.num_before(np.asarray([middle]))[0] <= limits).all())
             low, high = (middle, high) if fits else (low, middle)
         batch = np.arange(low * self.global_batch_size, (low + 1) * self.global_batch_size)
         repeated = np.flatnonzero(self.locate(batch).epoch)
@@ -178,7 +238,7 @@ class SamplePlan:
     def shards_ahead(self, position: int) -> list[tuple[int, int]]:
         """Return (dataset, shard) pairs in the order they are needed: the blocks at `position`, then the next ones."""
         batch = np.asarray([position // self.global_batch_size])
-        ordinals = [position] if self.num_datasets == 1 else self._num_before(batch)[0].tolist()
+        ordinals = [position] if self.num_datasets == 1 else self._interleaving.num_before(batch)[0].tolist()
         now: list[tuple[int, int]] = []
         later: list[tuple[int, int]] = []
         for dataset, ordinal in enumerate(ordinals):
@@ -192,40 +252,6 @@ class SamplePlan:
                 following, block = self._layout(dataset, epoch + 1), 0
             later += [(dataset, shard) for shard in _shards_of_block(following, block)]
         return list(dict.fromkeys(now + later))
-
-    def _dataset_ordinals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return each position's dataset, and its ordinal among that dataset's samples."""
-        if self.num_datasets == 1:
-            return np.zeros_like(positions), positions
-        batch, slot = np.divmod(positions, self.global_batch_size)
-        slot = permute(slot, self.global_batch_size, hash_ints(hash_int(self.seed, _SLOTS), batch))
-        batches, of_position = np.unique(batch, return_inverse=True)
-        edges = ((self._boundaries + _reversed_bits(batches)[:, None]) >> _UNIT_BITS)[of_position]  # (n, D + 1)
-        dataset = (slot[:, None] >= edges[:, 1:]).sum(axis=1)
-        rows = np.arange(len(positions))
-        return dataset, self._num_before(batches)[of_position, dataset] + slot - edges[rows, dataset]
-
-    def _num_before(self, batches: np.ndarray) -> np.ndarray:
-        """Return how many samples of each dataset precede each batch, int64 [batches, datasets].
-
-        Batch b gives the first d datasets floor((A_d + v_b) / U) slots, where A_d is their share of a batch in units
-        of 1 / U and v_b is b with its binary digits reversed (the van der Corput sequence). So each dataset's count in
-        a batch is its share rounded down or up. The same holds for its total over the batches
-        [k * 2**j, (k + 1) * 2**j). The sum over all b' < b is split into such aligned ranges, one per binary digit
-        of b.
-        """
-        whole, fraction = np.divmod(self._boundaries, _UNIT)
-        batches = batches[:, None, None]  # (batches, boundaries, digits)
-        digit = np.arange(_UNIT_BITS, dtype=np.int64)
-        in_range = (batches >> digit) & 1
-        lowest = _reversed_bits(batches) & ((1 << (_UNIT_BITS - 1 - digit)) - 1)
-        threshold = (_UNIT - fraction)[:, None]  # round up if v_b is at or above the threshold
-        missing = np.maximum(threshold - lowest, 0)
-        num_below = -((-missing) >> (_UNIT_BITS - digit))
-        num_up = (in_range * ((1 << digit) - num_below)).sum(axis=2)
-        periods = batches[:, :, 0] >> _UNIT_BITS
-        before = whole * batches[:, :, 0] + num_up + periods * fraction
-        return np.diff(before, axis=1)
 
     def _shuffle_in_blocks(self, layout: _Layout, index: np.ndarray) -> np.ndarray:
         if not self.shuffle:

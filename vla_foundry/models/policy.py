@@ -7,6 +7,7 @@ actions      = action head.sample(conditioning, window)
 The head of the paper is in action_heads/flow_transformer.py.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from vla_foundry.batch import Batch, LossOutput
 from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, HeadWidths, create_action_head
 from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
 from vla_foundry.models.batch_handlers import to_device
-from vla_foundry.models.registry import register_batch_handler, register_model
+from vla_foundry.models.registry import BatchHandler, create_batch_handler, register_batch_handler, register_model
 from vla_foundry.models.weights import Entry
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.models.backbones import BackboneParams, VLMBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import RobotPolicyParams
 
 # in checkpoints of the earlier implementation: the backbone, and the head's modules by the first part of their names
@@ -50,7 +52,16 @@ class RobotPolicy(nn.Module):
         self.vision_language_backbone: Any = vision_language_backbone
         self.action_head: Any = action_head
 
-    def forward(
+    def forward(self, *, language: dict[str, Any] | None = None, **robot: Any) -> LossOutput:
+        """Return the loss of robot samples, or of text and captions, which train the backbone alone.
+
+        Args:
+            language: inputs of the language model; None: the samples are of robots.
+            robot: arguments of `robot_loss`.
+        """
+        return self.robot_loss(**robot) if language is None else self.vision_language_backbone.model(**language)
+
+    def robot_loss(
         self,
         *,
         observation: dict[str, Any],
@@ -193,9 +204,12 @@ class RoboticsBatchHandler:
         self.backbone = params.model.vision_language_backbone
         self.seed = params.hparams.seed
         self._prepare_observation = OBSERVATIONS.get(self.backbone.type)
+        self._language = _create_language_handler(params, self.backbone) if params.data.has_language() else None
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         """Return what RobotPolicy.forward takes."""
+        if self._language is not None and batch["modality"] != "robotics":
+            return {"language": self._language.prepare(batch, device)}
         positions = torch.as_tensor(batch["positions"], dtype=torch.int64)
         return {
             **self.prepare_sampling(batch, device),
@@ -229,10 +243,28 @@ class RoboticsBatchHandler:
         return inputs
 
     def count_targets(self, inputs: dict[str, Any]) -> Tensor:
-        """Return the number of valid action values: predicted steps x existing dimensions."""
+        """Return the number of valid action values, predicted steps x existing dimensions; or of supervised tokens."""
+        if self._language is not None and "language" in inputs:
+            return self._language.count_targets(inputs["language"])
         future_mask: Tensor = inputs["future_mask"]
         num_steps = future_mask.sum(1)
         action_dim_mask: Tensor | None = inputs.get("action_dim_mask")
         if action_dim_mask is None:
             return num_steps.sum() * inputs["actions"].shape[-1]
         return (num_steps * action_dim_mask.sum(1)).sum()
+
+
+def _create_language_handler(params: TrainExperimentParams, backbone: BackboneParams) -> BatchHandler:
+    """Create the batch handler of the language model in a backbone.
+
+    Raises:
+        ValueError: the backbone has none.
+    """
+    if isinstance(backbone, VLMBackboneParams):
+        return create_batch_handler(dataclasses.replace(params, model=backbone.model_params()))
+    if isinstance(backbone, VLMFoundryBackboneParams) and backbone.vlm is not None:
+        return create_batch_handler(dataclasses.replace(params, model=backbone.vlm))
+    raise ValueError(
+        f"model.vision_language_backbone.type '{backbone.type}' writes no text, so it cannot learn from text or "
+        "captions in data.datasets. Use vlm_foundry_backbone or vlm_backbone."
+    )

@@ -9,6 +9,7 @@ import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
 from vla_foundry.config.schema import BaseParams, Count, Derived, Location, MissingError, Name, Unavailable
 from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
@@ -93,6 +94,11 @@ class TrainExperimentParams(BaseParams):
             if self.total_train_samples is None:
                 raise MissingError("There is no budget. Give --total_train_samples N or --num_epochs N.")
             return {}
+        if facts.parts:
+            raise ValueError(
+                f"num_epochs ({self.num_epochs}) is not defined for a mixture: its datasets take their epochs at "
+                "different times. Give --total_train_samples N."
+            )
         counts = [dataset.num_samples for dataset in facts.datasets]
         missing = next((count for count in counts if isinstance(count, Unavailable)), None)
         if missing is not None:
@@ -113,10 +119,14 @@ class TrainExperimentParams(BaseParams):
         """Check that the budget, the data and the model fit together."""
         _check_weights(self)
         notices = _check_budget(self, facts)
-        if not self.data.allow_multiple_epochs:
-            _check_enough(self, facts)
-        notices += _check_seq_len(self.data, self, facts)
-        return notices + _check_tokens(self, facts)
+        mixture = self.data if isinstance(self.data, MixtureDataParams) else None
+        parts = [] if mixture is None else [(mixture.part_of(self, name), known) for name, known in facts.parts.items()]
+        for part, known in parts or [(self, facts)]:
+            if not (part.data.allow_multiple_epochs or self.data.allow_multiple_epochs):
+                _check_enough(part, known)
+            notices += _check_seq_len(part.data, part, known)
+            notices += _check_tokens(part, known)
+        return notices
 
 
 def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:

@@ -131,3 +131,5 @@ class Facts:
     checkpoint_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # checkpoint of a model part -> params of the model trained in its run
     checkpoint_models: dict[str, Any] = field(default_factory=dict)
+    # dataset of a mixture -> what is known if it were the run's only one; the facts above are the main dataset's
+    parts: "dict[str, Facts]" = field(default_factory=dict)

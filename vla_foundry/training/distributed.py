@@ -102,11 +102,14 @@ def parallelize(
     world: World,
     grad_checkpointing: bool = False,
     compile_blocks: bool = False,
+    is_mixture: bool = False,
 ) -> nn.Module:
     """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
 
     Args:
         model: on the CPU, the same on every rank; `list_blocks` names the units to wrap.
+        is_mixture: microbatches use different parts of the model, the same ones on every rank. DDP expects all parts,
+            so `reduce_unsharded_gradients` takes its place.
 
     Returns:
         The module that a training step calls: the model itself, or its DDP wrapper.
@@ -122,7 +125,7 @@ def parallelize(
     if params.fsdp:
         return _shard(model, blocks, params, world)
     model.to(world.device)
-    if world.world_size == 1:
+    if world.world_size == 1 or is_mixture:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC)
 
@@ -171,13 +174,18 @@ def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
         yield
 
 
-def reduce_unsharded_gradients(module: nn.Module) -> None:
-    """Collective: call on every rank. Average the gradients of scalars, which FSDP does not reduce."""
-    if isinstance(module, FSDPModule):
-        for parameter in module.parameters():
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
-                all_reduce(parameter.grad)
-                parameter.grad.div_(dist.get_world_size())
+def reduce_unsharded_gradients(forward: nn.Module) -> None:
+    """Collective: call on every rank. Average the gradients that no wrapper reduces: FSDP's scalars; in a mixture, all.
+
+    Args:
+        forward: what `parallelize` returned.
+    """
+    if isinstance(forward, DistributedDataParallel) or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for parameter in forward.parameters():
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            all_reduce(parameter.grad)
+            parameter.grad.div_(dist.get_world_size())
 
 
 def reshard(module: nn.Module) -> None:

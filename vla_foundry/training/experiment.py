@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vla_foundry.data import DataLoader, create_dataloader
+from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder
@@ -139,7 +140,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
 
 def create_loaders(
     params: TrainExperimentParams, world: World, stack: ExitStack
-) -> tuple[DataLoader, DataLoader | None]:
+) -> tuple[DataLoader | MixtureLoader, DataLoader | MixtureLoader | None]:
     """Create the training loader and, if the params ask for it, the validation loader."""
     hparams = params.hparams
     create = partial(
@@ -177,6 +178,7 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         world=world,
         grad_checkpointing=hparams.grad_checkpointing,
         compile_blocks=hparams.torchcompile,
+        is_mixture=isinstance(params.data, MixtureDataParams),
     )
     return create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params))
 
@@ -216,7 +218,7 @@ def describe_jump(state: TrainState, saved: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_data(params: TrainExperimentParams, loader: DataLoader, saved: dict[str, Any]) -> list[str]:
+def check_data(params: TrainExperimentParams, loader: DataLoader | MixtureLoader, saved: dict[str, Any]) -> list[str]:
     """Check that the data still comes in the order recorded in the checkpoint.
 
     Returns:
@@ -239,7 +241,7 @@ def prepare_folder(
     world: World,
     folder: Path,
     state: TrainState,
-    loader: DataLoader,
+    loader: DataLoader | MixtureLoader,
     log: MetricLog,
     *,
     first_step: int,

@@ -1,7 +1,7 @@
 """The training loop: take data, step, log, validate, save. It depends on no modality or wrapper.
 
-A step's loss is the mean over the valid targets of the whole global batch, over all ranks and microbatches (for
-several modalities, their means weighted by share of samples). Gradients therefore do not depend on accumulation,
+A step's loss is the mean over the valid targets of the whole global batch, over all ranks and microbatches (in
+a mixture, the means of the datasets weighted by share of samples). Gradients therefore do not depend on accumulation,
 the number of ranks or padding.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vla_foundry.batch import Batch
+from vla_foundry.batch import Batch, LossOutput
 from vla_foundry.models.registry import BatchHandler, count_flops_per_token
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
@@ -37,6 +37,7 @@ class Loader(Protocol):
 
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]: ...
     def describe(self) -> dict[str, Any]: ...
+    def progress(self, global_batch: int) -> dict[str, float]: ...
 
 
 @dataclass(kw_only=True)
@@ -117,25 +118,27 @@ def train_step(
 ) -> StepResult:
     """Collective: call on every rank. Run one optimizer step on one global batch, without a host sync."""
     inputs = [handler.prepare(batch, world.device) for batch in microbatches]
-    modalities = [str(batch["modality"]) for batch in microbatches]
+    datasets = [name_of(batch) for batch in microbatches]
 
     # the valid targets of the whole global batch, before the first backward
-    counts = count_targets(handler, modalities, inputs)
-    weights = {name: modalities.count(name) / len(modalities) / counts[name].clamp(min=1) for name in counts}
+    counts = count_targets(handler, datasets, inputs)
+    weights = {name: datasets.count(name) / len(datasets) / counts[name].clamp(min=1) for name in counts}
 
     # forward and backward; gradients are exchanged in the last backward only, and averaged over ranks there
     seed_dropout(hparams.seed, state.step, world.rank)
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     log_sums: dict[str, Tensor] = {}
-    for index, (modality, kwargs) in enumerate(zip(modalities, inputs, strict=True)):
-        with gradient_sync(state.forward, enabled=index == len(inputs) - 1):
+    is_joint = len(counts) == 1
+    for index, (dataset, kwargs) in enumerate(zip(datasets, inputs, strict=True)):
+        # a part that the last microbatch does not use has gradients of earlier ones
+        with gradient_sync(state.forward, enabled=not is_joint or index == len(inputs) - 1):
             with autocast(hparams.precision, world.device):
                 output = state.forward(**kwargs)
-            share = output.sum * weights[modality]
+            share = output.sum * weights[dataset]
             (share * world.world_size).backward()
         loss += share.detach()
-        for name, value in {**output.logs, "count": output.count}.items():
+        for name, value in name_logs(output, microbatches[index]).items():
             log_sums[name] = log_sums.get(name, 0.0) + value.detach().double()
     all_reduce(loss)
 
@@ -153,6 +156,19 @@ def train_step(
     )
 
 
+def name_of(batch: Batch) -> str:
+    """Return what a microbatch's loss is averaged with: its dataset in a mixture, else its modality."""
+    return str(batch.get("dataset") or batch["modality"])
+
+
+def name_logs(output: LossOutput, batch: Batch) -> dict[str, Tensor]:
+    """Return a microbatch's sums to log, and their divisor as "count"; in a mixture with "/" and the dataset."""
+    if "dataset" not in batch:
+        return {**output.logs, "count": output.count}
+    sums = {**output.logs, "loss": output.sum, "count": output.count}
+    return {f"{name}/{batch['dataset']}": value for name, value in sums.items()}
+
+
 def autocast(precision: str, device: str) -> AbstractContextManager[object]:
     """Return a context that computes in bf16 if the precision asks for it."""
     if precision in ("amp_bfloat16", "pure_bf16"):
@@ -161,15 +177,15 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
 
 
 def count_targets(
-    handler: BatchHandler, modalities: Sequence[str], inputs: Sequence[dict[str, Any]]
+    handler: BatchHandler, datasets: Sequence[str], inputs: Sequence[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Collective: call on every rank. Count the valid targets of each modality over all ranks, as float64 scalars.
+    """Collective: call on every rank. Count the valid targets of each dataset over all ranks, as float64 scalars.
 
-    All ranks have the same modality at the same index.
+    All ranks have the same dataset at the same index.
     """
     counts: dict[str, Tensor] = {}
-    for modality, kwargs in zip(modalities, inputs, strict=True):
-        counts[modality] = counts.get(modality, 0.0) + handler.count_targets(kwargs).double()
+    for dataset, kwargs in zip(datasets, inputs, strict=True):
+        counts[dataset] = counts.get(dataset, 0.0) + handler.count_targets(kwargs).double()
     return dict(zip(counts, all_reduce(torch.stack(list(counts.values()))).unbind(), strict=True))
 
 
@@ -194,7 +210,7 @@ def log_metrics(run: Run, meter: Meter) -> None:
     Raises:
         ValueError: too many updates in a row were skipped.
     """
-    run.log.write("train", run.state.step, meter.read(run.state))
+    run.log.write("train", run.state.step, {**meter.read(run.state), **run.loader.progress(run.state.step)})
     limit = run.params.hparams.max_skipped_steps
     longest = meter.longest_skipped_row
     if longest >= limit:
@@ -216,7 +232,7 @@ def is_validation_due(run: Run, saves: Sequence[int]) -> bool:
 def validate(run: Run) -> None:
     """Collective: call on every rank. Log the validation loss, using the averaged weights if there are any.
 
-    The loader gives all ranks the same number of microbatches of the same modalities, so all run the same passes.
+    The loader gives all ranks the same number of microbatches of the same datasets, so all run the same passes.
     """
     assert run.validation_loader is not None
     state, world = run.state, run.world
@@ -229,7 +245,7 @@ def validate(run: Run) -> None:
                 output = state.model(**run.handler.prepare(batch, world.device))
             num_samples = torch.full_like(output.sum, len(batch["positions"]), dtype=torch.float64)
             sums = torch.stack([output.sum.double(), output.count.double(), num_samples])
-            totals[batch["modality"]] = totals.get(batch["modality"], 0.0) + sums
+            totals[name_of(batch)] = totals.get(name_of(batch), 0.0) + sums
         # weights gathered from the average must not be used for training
         reshard(state.model)
     state.model.train()

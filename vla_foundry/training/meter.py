@@ -66,7 +66,7 @@ class StepResult:
     grad_norm: Tensor
     # 1.0 if the weights were updated, else 0.0
     updated: Tensor
-    # the model's own sums on this rank, and their divisor under "count"
+    # the model's own sums on this rank, and their divisor under "count"; see `loop.name_logs`
     log_sums: dict[str, Tensor]
 
 
@@ -135,14 +135,13 @@ class Meter:
         logs = dict(zip(names, values[7:], strict=False))
         loss, norm, updated, lr, skipped, targets, longest = values[7 + len(names) :]
         self.longest_skipped_row = int(longest)
-        count = logs.pop("count")
         ranks = self._world.world_size
         # ranks start their first interval at different times: take the mean
         seconds = elapsed / ranks + time.perf_counter() - read_at
         metrics: dict[str, Any] = {
             # means over the steps that updated the weights
             "loss": loss / updated if updated else None,
-            **{name: value / count if count else None for name, value in logs.items()},
+            **_means(logs),
             "lr": lr,
             "grad_norm": norm / updated if updated else None,
             "tokens_per_second": tokens / seconds,
@@ -161,6 +160,17 @@ class Meter:
             metrics["dropped_reasons"] = dict(sum(gather_objects(self._dropped), Counter()))
         self.restart()
         return metrics
+
+
+def _means(sums: dict[str, float]) -> dict[str, float | None]:
+    """Divide sums by their counts; those of a mixture's datasets are called NAME/DATASET, as are their counts."""
+    parts = {key: key.partition("/") for key in sums}
+    counts = {dataset: sums[key] for key, (name, _, dataset) in parts.items() if name == "count"}
+    return {
+        name + f"_{dataset}" * bool(dataset): sums[key] / counts[dataset] if counts[dataset] else None
+        for key, (name, _, dataset) in parts.items()
+        if name != "count"
+    }
 
 
 def _read_memory(device: str) -> float:

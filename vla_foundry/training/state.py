@@ -100,7 +100,7 @@ def update_weights(state: TrainState, loss: Tensor, *, max_norm: float | None) -
     """
     counters = state.counters
     parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
-    reduce_unsharded_gradients(state.model)
+    reduce_unsharded_gradients(state.forward)
     norm = gradient_norm(parameters)
     skip = 1.0 - (norm.isfinite() & loss.to(norm.device).isfinite()).float()
     if max_norm is not None:

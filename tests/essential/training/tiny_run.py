@@ -146,6 +146,9 @@ class TinyLoader:
     def describe(self) -> dict[str, Any]:
         return {"global_batch_size": self.global_batch_size}
 
+    def progress(self, global_batch: int) -> dict[str, float]:
+        return {}
+
 
 @dataclass
 class Recorder:

@@ -67,7 +67,7 @@ class LanguageModelBackbone(Backbone):
 
     Args:
         width: width of a hidden state.
-        head: the output head; frozen unless tied, because it gets no gradient. None if absent.
+        head: the output head; frozen unless tied or trained on language, because it gets no gradient. None if absent.
         table: the token embeddings.
         token_std: initial standard deviation of the observation token.
     """
@@ -81,7 +81,7 @@ class LanguageModelBackbone(Backbone):
         if head is not None:
             weight: Any = head.weight
             self._head_size = weight.numel()
-            if weight is not table.weight:
+            if weight is not table.weight and not params.language_loss:
                 head.requires_grad_(False)
         self._token_std = token_std
         self.observation_token = None

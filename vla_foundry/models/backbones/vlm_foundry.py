@@ -33,7 +33,7 @@ class VLMFoundryBackbone(LanguageModelBackbone):
         table = transformer.embeddings if is_native else transformer.model.get_input_embeddings()
         super().__init__(model, params, width=width, head=head, table=table, token_std=width**-0.5)
         self.final_norm = params.final_norm
-        if is_native and not self.final_norm:
+        if is_native and not self.final_norm and not params.language_loss:
             # no gradient reaches it
             transformer.norm.requires_grad_(False)
 

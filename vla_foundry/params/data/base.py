@@ -116,6 +116,10 @@ class DataParams(ChoiceParams):
         """Return `action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
         return {}
 
+    def has_language(self) -> bool:
+        """Return whether samples without a robot are among the data, for a policy to learn from too."""
+        return False
+
     def robot_window(self) -> Window | None:
         """Return the steps of a sample, for types that have them; None: not known yet."""
         return None

@@ -41,6 +41,14 @@ class LanguageBackboneParams(BackboneParams):
     conditioning: Literal["observation_token", "prefix"] = "observation_token"
     # number of last layers whose hidden states are concatenated
     num_vlm_layers_to_use: Depth = 4
+    # train its output head and final norm too; null: if the data has text or captions besides the robots
+    language_loss: bool | None = None
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Derive whether the language model still learns to write."""
+        if self.language_loss is not None:
+            return {}
+        return {"language_loss": Derived(root.data.has_language(), "the data")}
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the language model has as many layers as the head reads."""
@@ -64,15 +72,17 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
     final_norm: bool = field(default=True, metadata=LEGACY)
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """Derive the architecture from the run that provides the weights."""
+        """Also derive the architecture from the run that provides the weights."""
+        derived = super().derive(root, facts)
         if self.vlm is not None:
-            return {}
+            return derived
         if self.resume_from_checkpoint is None:
             needs = Unavailable("a run of type vlm in resume_from_checkpoint, or an architecture in vlm")
-            return {"vlm": Derived(needs, "nothing")}
+            return derived | {"vlm": Derived(needs, "nothing")}
         found = facts.checkpoint_models.get(self.resume_from_checkpoint)
         if found is None:
-            return {"vlm": Derived(Unavailable(f"the config of {self.resume_from_checkpoint}"), "nothing")}
+            needs = Unavailable(f"the config of {self.resume_from_checkpoint}")
+            return derived | {"vlm": Derived(needs, "nothing")}
         if not isinstance(found, VLMParams):
             raise ValueError(
                 f"model.vision_language_backbone.resume_from_checkpoint ({self.resume_from_checkpoint}) is of type "
@@ -82,7 +92,7 @@ class VLMFoundryBackboneParams(LanguageBackboneParams):
         fresh: dict[str, Any] = {"resume_from_checkpoint": None, "resume_weights_only": False, "freeze": False}
         parts = {name: replace(getattr(found, name), **fresh) for name in ("vit", "transformer")}
         whole = replace(found, **fresh, **parts)
-        return {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
+        return derived | {"vlm": Derived(whole, f"the config of {self.resume_from_checkpoint}")}
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the limits of its language model, minus the observation token."""
@@ -108,8 +118,8 @@ class VLMBackboneParams(PublishedParams, LanguageBackboneParams):
     vocab_size: NumTokens | None = None
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """Derive the number of tokens from the data's tokenizer."""
-        return self.model_params().derive(root, facts)
+        """Also derive the number of tokens from the data's tokenizer."""
+        return super().derive(root, facts) | self.model_params().derive(root, facts)
 
     def model_params(self) -> VLMHFParams:
         """Return the params of the wrapped model."""

@@ -1,0 +1,219 @@
+"""Mix datasets of several types into one stream of microbatches, in an order that is a function of the position.
+
+Global batches consist of blocks of data.modality_block samples. A block holds samples of one dataset, so that at every
+moment all ranks work on the same one. Which dataset a block is of, and which of the dataset's blocks it is, has a
+closed form (`Interleaving`): a dataset's samples before any batch are its share, rounded to one block. So each dataset
+has an order of its own, which no other dataset, its end or its weight changes.
+"""
+
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_foundry.batch import Batch
+from vla_foundry.data import loader as single
+from vla_foundry.data.loader import DataLoader, Split
+from vla_foundry.data.plan import Interleaving
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
+from vla_foundry.randomness import hash_int
+from vla_foundry.world import World
+
+# keys of draws: which dataset a block is of; the order within each dataset
+_BLOCKS, _DATASETS = 11, 12
+
+
+class MixtureLoader:
+    """Loads one rank's microbatches of a mixture. See `create_dataloader`.
+
+    Args:
+        loaders: the datasets' loaders by name; to each of them, a block is a global batch.
+        interleaving: which dataset each block is of.
+        world: this rank.
+        per_gpu_batch_size: samples per microbatch.
+        block_size: samples in a block.
+        is_training: False: each dataset in turn, from its first sample to its last.
+    """
+
+    def __init__(
+        self,
+        loaders: dict[str, DataLoader],
+        interleaving: Interleaving,
+        world: World,
+        *,
+        per_gpu_batch_size: int,
+        block_size: int,
+        is_training: bool,
+    ) -> None:
+        self._loaders = loaders
+        self._interleaving = interleaving
+        self._world = world
+        self._per_gpu_batch_size = per_gpu_batch_size
+        self._block_size = block_size
+        self._is_training = is_training
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in all datasets, each counted once."""
+        return sum(loader.num_samples for loader in self._loaders.values())
+
+    @property
+    def num_microbatches(self) -> int | None:
+        """Number of microbatches that `microbatches(0)` yields, the same on every rank; None: unlimited."""
+        counts = [loader.num_microbatches for loader in self._loaders.values()]
+        return None if self._is_training else sum(count for count in counts if count is not None)
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that determines the sample order, in plain JSON types."""
+        total = sum(self._interleaving.shares)
+        shares = {
+            name: round(share / total, 9) for name, share in zip(self._loaders, self._interleaving.shares, strict=True)
+        }
+        return {
+            "modality_block": self._block_size,
+            "global_batch_size": self._interleaving.batch_size * self._block_size,
+            "shares": shares,
+            "mixture": {name: loader.describe() for name, loader in self._loaders.items()},
+        }
+
+    def check_plan(self, saved_description: dict[str, Any]) -> None:
+        """Check that a checkpoint's `describe()` matches this loader.
+
+        Raises:
+            ValueError: the sample order changed; the message says why.
+        """
+        current, saved = self.describe(), saved_description
+        changes = [
+            f"{name} was {saved.get(key)}, is {current[key]}"
+            for key, name in (
+                ("global_batch_size", "hparams.global_batch_size"),
+                ("modality_block", "data.modality_block"),
+                ("shares", "the datasets' shares"),
+            )
+            if saved.get(key) != current[key]
+        ]
+        if changes:
+            raise single.changed_order(changes)
+        for name, loader in self._loaders.items():
+            loader.check_plan(saved["mixture"][name])
+
+    def progress(self, global_batch: int) -> dict[str, float]:
+        """Return how many passes over each dataset come before a global batch, to log."""
+        blocks = self._blocks_before(global_batch)
+        return {
+            f"epochs_{name}": count * self._block_size / loader.num_samples
+            for (name, loader), count in zip(self._loaders.items(), blocks, strict=True)
+        }
+
+    def _blocks_before(self, global_batch: int) -> list[int]:
+        return self._interleaving.num_before(np.asarray([global_batch]))[0].tolist()
+
+    def start(self, first_global_batch: int) -> None:
+        """Start the worker processes."""
+        for loader, block in zip(self._loaders.values(), self._blocks_before(first_global_batch), strict=True):
+            loader.start(block)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's microbatches from the beginning; see `microbatches`."""
+        return self.microbatches(0)
+
+    def microbatches(self, first_global_batch: int) -> Iterator[Batch]:
+        """Yield this rank's microbatches; each also has the name of its `dataset`. See DataLoader.microbatches."""
+        if not self._is_training:
+            for name, loader in self._loaders.items():
+                for batch in loader.microbatches(0):
+                    yield {**batch, "dataset": name}
+            return
+        names = list(self._loaders)
+        firsts = self._blocks_before(first_global_batch)
+        streams = [loader.microbatches(first) for loader, first in zip(self._loaders.values(), firsts, strict=True)]
+        size = self._per_gpu_batch_size
+        per_block = self._block_size // (self._world.world_size * size)
+        for block in itertools.count(first_global_batch * self._interleaving.batch_size):
+            dataset = int(self._interleaving.place(np.asarray([block]))[0][0])
+            for number in range(per_block):
+                first = block * self._block_size + (number * self._world.world_size + self._world.rank) * size
+                batch = next(streams[dataset])
+                yield {**batch, "dataset": names[dataset], "positions": torch.arange(first, first + size)}
+
+    def save_files(self, folder: Path) -> None:
+        """Write the files that inference needs when the datasets are not available."""
+        for loader in self._loaders.values():
+            loader.save_files(folder)
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        for loader in self._loaders.values():
+            loader.close()
+
+
+def create_dataloader(
+    params: DataParams,
+    world: World | None = None,
+    *,
+    global_batch_size: int | None = None,
+    per_gpu_batch_size: int = 1,
+    seed: int | None = None,
+    split: Split = "train",
+    total_samples: int | None = None,
+    **options: Any,
+) -> DataLoader | MixtureLoader:
+    """Create a rank's loader of one dataset or of a mixture; see `vla_foundry.data.loader.create_dataloader`.
+
+    Raises:
+        FileNotFoundError: a manifest or a shard is missing.
+        ValueError: params, manifests and shards contradict each other.
+    """
+    if not isinstance(params, MixtureDataParams):
+        return single.create_dataloader(
+            params,
+            world,
+            global_batch_size=global_batch_size,
+            per_gpu_batch_size=per_gpu_batch_size,
+            seed=seed,
+            split=split,
+            total_samples=total_samples,
+            **options,
+        )
+    world = world or World()
+    unit = world.world_size * per_gpu_batch_size
+    batch_size = global_batch_size or unit
+    block = params.modality_block or unit
+    if batch_size % block or block % unit:
+        raise ValueError(
+            f"data.modality_block ({block}) must be a multiple of {unit} (num_ranks x hparams.per_gpu_batch_size) and "
+            f"divide hparams.global_batch_size ({batch_size})."
+        )
+    seed = params.seed or 0 if seed is None else seed
+    counts = params.num_val_samples(total_samples)
+    loaders = {}
+    for name, part in params.datasets.items():
+        if split == "validation" and counts[name] is None:
+            continue
+        # by name: the order of a dataset does not depend on the others
+        part = replace(part, allow_multiple_epochs=part.allow_multiple_epochs or params.allow_multiple_epochs)
+        loaders[name] = single.create_dataloader(
+            part,
+            world,
+            global_batch_size=block,
+            per_gpu_batch_size=per_gpu_batch_size,
+            seed=hash_int(seed, _DATASETS, zlib.crc32(name.encode())) >> 1,
+            split=split,
+            total_samples=counts[name],
+        )
+    weights = [params.shares()[name] for name in loaders]
+    interleaving = Interleaving(weights, batch_size // block, hash_int(seed, _BLOCKS))
+    return MixtureLoader(
+        loaders,
+        interleaving,
+        world,
+        per_gpu_batch_size=per_gpu_batch_size,
+        block_size=block,
+        is_training=split == "train",
+    )
