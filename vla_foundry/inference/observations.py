@@ -17,8 +17,8 @@ from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     ComputeRelativePoses,
     EncodeRobot,
-    NormalizeFields,
     PrepareCameraImages,
+    create_proprioception_stage,
     join_robot_samples,
 )
 from vla_foundry.data.pipelines.stages import Failure, Sample, Stage, apply_stages
@@ -285,10 +285,12 @@ class ObservationEncoder:
         self.params, self.processor = params, processor
         # actions are the output
         self._spec = replace(spec, actions=FieldSources(stored={}, pose_groups=(), fields={}), calibration=())
-        self._num_actions = sum(normalizer.widths[name] for name in params.action_fields)
+        num_actions = sum(normalizer.widths[name] for name in params.action_fields)
+        # a model of several robots has more columns
+        self._action_dim_mask = np.arange(params.padded_action_dim or num_actions) < num_actions
         stages: list[Stage] = [
             ComputeRelativePoses(),
-            NormalizeFields("proprioception", params.proprioception_fields, normalizer, Window(params.window.past, 0)),
+            create_proprioception_stage(params, normalizer),
             PrepareCameraImages(params),
             EncodeRobot(params, processor),
         ]
@@ -311,7 +313,7 @@ class ObservationEncoder:
                 raise ValueError(f"the observation cannot be used: {made.description}.") from None
             samples.append(made)
         batch = join_robot_samples(samples, self.processor, self.params)
-        batch["action_dim_mask"] = np.ones((len(samples), self._num_actions), dtype=bool)
+        batch["action_dim_mask"] = np.tile(self._action_dim_mask, (len(samples), 1))
         return {
             key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()
         }

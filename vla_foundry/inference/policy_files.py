@@ -171,7 +171,7 @@ def create_action_transform(
     anchor = spec.window.anchor
     return ActionTransform(
         poses=RelativePoses(spec.actions.pose_groups, anchor),
-        fields=FieldTransform.create(data.action_fields, normalizer, anchor=anchor),
+        fields=FieldTransform.create(data.action_fields, normalizer, anchor=anchor, width=data.padded_action_dim),
         rotations=rotations,
     )
 

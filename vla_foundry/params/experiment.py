@@ -31,8 +31,8 @@ _MAX_NAME_BYTES = 200
 class TrainExperimentParams(BaseParams):
     """One training run."""
 
-    # the data derives from the model first, then the model takes its widths from the data
-    derivation_order = ("hparams", "distributed", "ema", "model", "data", "model")
+    # the data derives from the model first, robots that share a model agree on widths, and the model takes them
+    derivation_order = ("hparams", "distributed", "ema", "model", "data", "data", "model")
 
     # modules to import first; they register your own models, data types and so on
     plugins: list[Name] = field(default_factory=list)

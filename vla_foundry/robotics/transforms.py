@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,8 @@ class SelectFields:
     fields: tuple[str, ...]
     # number of columns of each field
     widths: tuple[int, ...]
+    # columns of zeros after the last field, where a model's robots differ in width
+    padding: int = 0
 
     @classmethod
     def create(cls, fields: Sequence[str], widths: Mapping[str, int], *, what: str = "field") -> "SelectFields":
@@ -150,7 +152,7 @@ class SelectFields:
     @property
     def width(self) -> int:
         """Number of columns of the whole array."""
-        return sum(self.widths)
+        return sum(self.widths) + self.padding
 
     @property
     def slices(self) -> dict[str, slice]:
@@ -206,13 +208,19 @@ class FieldTransform:
     anchor: int
 
     @classmethod
-    def create(cls, fields: Sequence[str], normalizer: RoboticsNormalizer, *, anchor: int) -> "FieldTransform":
+    def create(
+        cls, fields: Sequence[str], normalizer: RoboticsNormalizer, *, anchor: int, width: int | None = None
+    ) -> "FieldTransform":
         """Create the transform for some of a normalizer's fields.
+
+        Args:
+            width: columns of the array, the last of which are padding; None: those of the fields.
 
         Raises:
             ValueError: a field is unknown or given twice.
         """
-        return cls(SelectFields.create(fields, normalizer.widths), normalizer, anchor)
+        select = SelectFields.create(fields, normalizer.widths)
+        return cls(replace(select, padding=0 if width is None else width - select.width), normalizer, anchor)
 
     def apply(
         self, fields: Mapping[str, Float[np.ndarray, "*N T _"]]
@@ -229,7 +237,10 @@ class FieldTransform:
             ValueError: a field has the wrong width, or all fields are missing.
         """
         values, is_there = self.select.apply(fields)
-        normalized = self.normalizer.normalize(values, self.select.fields, anchor=self.anchor)
+        own = sum(self.select.widths)
+        normalized = self.normalizer.normalize(values[..., :own], self.select.fields, anchor=self.anchor)
+        if self.select.padding:
+            normalized = np.concatenate([normalized, values[..., own:]], axis=-1)
         if not is_there.all():
             normalized[..., ~is_there] = 0
         return normalized.astype(np.float32), is_there
@@ -244,7 +255,10 @@ class FieldTransform:
             {field: (*N, T, its columns)} in the units of the data.
         """
         values = values.astype(np.float64) if isinstance(values, np.ndarray) else values
-        return self.select.invert(self.normalizer.denormalize(values, self.select.fields, anchor=self.anchor))
+        if values.shape[-1] == self.select.width:
+            values = values[..., : sum(self.select.widths)]
+        fields = replace(self.select, padding=0)
+        return fields.invert(self.normalizer.denormalize(values, self.select.fields, anchor=self.anchor))
 
 
 @dataclass(frozen=True, eq=False)

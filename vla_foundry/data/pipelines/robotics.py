@@ -129,6 +129,7 @@ class NormalizeFields(_FieldStage):
         normalizer: normalizer of these fields.
         window: the steps to keep; later ones are cut off.
         mask_key: where the mask of the columns that the robot has goes; None: nowhere.
+        width: columns of the array, the last of which are padding; None: those of the fields.
     """
 
     def __init__(
@@ -139,10 +140,11 @@ class NormalizeFields(_FieldStage):
         window: Window,
         *,
         mask_key: str | None = None,
+        width: int | None = None,
     ) -> None:
         self.key, self.mask_key = key, mask_key
         self.num_steps = window.num_steps
-        self.transform = FieldTransform.create(fields, normalizer, anchor=window.anchor)
+        self.transform = FieldTransform.create(fields, normalizer, anchor=window.anchor, width=width)
 
     def apply_to_dataset(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
         """Normalize; drop samples with values that are not finite.
@@ -151,7 +153,9 @@ class NormalizeFields(_FieldStage):
             ValueError: a field has the wrong width, or the robot has none of the fields.
         """
         if not self.transform.select.fields and self.mask_key is None:
-            return list(samples)
+            padding = self.transform.select.padding
+            zeros = np.zeros((self.num_steps, padding), np.float32)
+            return [{**sample, self.key: zeros} for sample in samples] if padding else list(samples)
         fields = _stack_fields([sample["window"] for sample in samples], self.transform.select.fields)
         used = {name: values[:, : self.num_steps] for name, values in fields.items()}
         normalized, mask = self.transform.apply(used)
@@ -318,6 +322,17 @@ def encode_prompt(images: Sequence[Tensor], turns: Sequence[Turn], processor: Pr
     return {name: value for name, value in inputs.items() if name != "target_mask"}
 
 
+def create_proprioception_stage(params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> NormalizeFields:
+    """Create the stage for the observed steps: those after the anchor are still to come."""
+    return NormalizeFields(
+        "proprioception",
+        params.proprioception_fields,
+        normalizer,
+        Window(params.window.past, 0),
+        width=params.padded_proprioception_dim,
+    )
+
+
 class RoboticsPipeline(Pipeline):
     """Makes batches of robot samples.
 
@@ -332,12 +347,14 @@ class RoboticsPipeline(Pipeline):
         self.encode = EncodeRobot(self.params)
         window, normalizer = self.params.window, self.normalizer
         self.actions = NormalizeFields(
-            "actions", self.params.action_fields, normalizer, window, mask_key="action_dim_mask"
+            "actions",
+            self.params.action_fields,
+            normalizer,
+            window,
+            mask_key="action_dim_mask",
+            width=self.params.padded_action_dim,
         )
-        # steps after the anchor have not been observed yet
-        self.proprioception = NormalizeFields(
-            "proprioception", self.params.proprioception_fields, normalizer, Window(window.past, 0)
-        )
+        self.proprioception = create_proprioception_stage(self.params, normalizer)
         default: tuple[Stage, ...] = (ComputeRelativePoses(), self.actions, self.proprioception)
         if self.params.use_language:
             default = (*default, ChooseInstruction(self.params))

@@ -102,8 +102,14 @@ class MixtureDataParams(DataParams):
         return windows[0] if windows else None
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
-        """Derive the seed and the block."""
+        """Derive the seed, the block, and the common widths of the robots, once each has its own."""
         derived = {}
+        widths = {name: width for name, width in self.robot_widths().items() if width is not None}
+        if widths:
+            robots = {name: part for name, part in self.datasets.items() if part.robot_widths()}
+            padded: dict[str, Any] = {f"padded_{name}": width for name, width in widths.items()}
+            wide = {name: replace(part, **padded) for name, part in robots.items()}
+            derived["datasets"] = Derived(self.datasets | wide, "the widest robot")
         if self.seed is None:
             derived["seed"] = Derived(root.hparams.seed, "hparams.seed")
         if self.modality_block is None:

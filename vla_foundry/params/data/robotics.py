@@ -179,6 +179,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     action_dim: Size | None = None
     # total width of proprioception_fields; null: as in the data
     proprioception_dim: Steps | None = None
+    # columns of the model's actions, the last of which are padding; null: action_dim, or in a mixture the widest robot's
+    padded_action_dim: Size | None = None
+    # columns of the model's proprioception, likewise
+    padded_proprioception_dim: Steps | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,8 +235,12 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         return image_names(self.camera_names or [], self.image_indices or [])
 
     def robot_widths(self) -> dict[str, int | None]:
-        """Return `action_dim` and `proprioception_dim`; None: not known yet."""
-        return {"action_dim": self.action_dim, "proprioception_dim": self.proprioception_dim}
+        """Return `action_dim` and `proprioception_dim` of the model; None: not known yet."""
+        own, padded = self.proprioception_dim, self.padded_proprioception_dim
+        return {
+            "action_dim": self.padded_action_dim or self.action_dim,
+            "proprioception_dim": own if padded is None else padded,
+        }
 
     def robot_window(self) -> Window | None:
         """Return the steps of a sample; None: not known yet."""
@@ -406,6 +414,11 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         if given is not None and given != found:
             raise ValueError(
                 f"data.{name} ({given}) must equal the {found} columns of data.{fields}. Leave data.{name} out."
+            )
+        padded = getattr(self, f"padded_{name}")
+        if padded is not None and padded < found:
+            raise ValueError(
+                f"data.padded_{name} ({padded}) is less than the {found} columns of data.{fields}. Leave it out."
             )
 
 
