@@ -149,12 +149,7 @@ class BaseParams:
         return {}
 
     def view(self, root: Any, facts: Any, name: str, key: str | None) -> tuple[Any, Any]:
-        """Return the root and the facts that a section in this one derives from and is checked against.
-
-        Args:
-            name: the field that holds the section.
-            key: its key, if the field is a dict of sections.
-        """
+        """Return root and facts for the section in field `name` (at `key`, if that is a dict of sections)."""
         return root, facts
 
     def check(self, root: Any, facts: Any, path: str) -> list[str]:
@@ -425,11 +420,9 @@ def _step(hint: Any, key: str) -> list[Any]:
     if section is not None:
         found = [str] * (key == "type" and is_role(section))
         for member in concrete_classes(section):
-            if key in field_types(member):
-                found.append(field_types(member)[key])
-                continue
-            new_keys = [migration.renamed[key] for migration in migrations_of(member) if key in migration.renamed]
-            found += [hint for new_key in new_keys for hint in lookup(member, new_key)]
+            news = [migration.renamed[key] for migration in migrations_of(member) if key in migration.renamed]
+            own = field_types(member)
+            found += [own[key]] if key in own else [hint for new in news for hint in lookup(member, new)]
         return found
     return [value_type or Any] if value_type is not None or hint is Any else []
 

@@ -9,6 +9,7 @@ has an order of its own, which no other dataset, its end or its weight changes.
 import itertools
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ from vla_foundry.world import World
 
 # keys of draws: which dataset a block is of; the order within each dataset
 _BLOCKS, _DATASETS = 11, 12
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the dataset in an error of its loader."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"data.datasets.{name}: {error}") from None
 
 
 class MixtureLoader:
@@ -101,7 +111,8 @@ class MixtureLoader:
         if changes:
             raise single.changed_order(changes)
         for name, loader in self._loaders.items():
-            loader.check_plan(saved["mixture"][name])
+            with _naming(name):
+                loader.check_plan(saved["mixture"][name])
 
     def progress(self, global_batch: int) -> dict[str, float]:
         """Return how many passes over each dataset come before a global batch, to log."""
@@ -127,8 +138,9 @@ class MixtureLoader:
         """Yield this rank's microbatches; each also has the name of its `dataset`. See DataLoader.microbatches."""
         if not self._is_training:
             for name, loader in self._loaders.items():
-                for batch in loader.microbatches(0):
-                    yield {**batch, "dataset": name}
+                with _naming(name):
+                    for batch in loader.microbatches(0):
+                        yield {**batch, "dataset": name}
             return
         names = list(self._loaders)
         firsts = self._blocks_before(first_global_batch)
@@ -139,7 +151,8 @@ class MixtureLoader:
             dataset = int(self._interleaving.place(np.asarray([block]))[0][0])
             for number in range(per_block):
                 first = block * self._block_size + (number * self._world.world_size + self._world.rank) * size
-                batch = next(streams[dataset])
+                with _naming(names[dataset]):
+                    batch = next(streams[dataset])
                 yield {**batch, "dataset": names[dataset], "positions": torch.arange(first, first + size)}
 
     def save_files(self, folder: Path) -> None:
@@ -153,35 +166,32 @@ class MixtureLoader:
             loader.close()
 
 
-def create_dataloader(
-    params: DataParams,
-    world: World | None = None,
+def create_dataloader(params: DataParams, world: World | None = None, **options: Any) -> DataLoader | MixtureLoader:
+    """Create a rank's loader of one dataset or of a mixture.
+
+    Args:
+        params: the data params.
+        world: this rank; None: one process.
+        options: see `vla_foundry.data.loader.create_dataloader`; a mixture takes no `pipeline`.
+
+    Raises:
+        FileNotFoundError: a manifest or a shard is missing.
+        ValueError: params, manifests and shards contradict each other.
+    """
+    create = _create_mixture if isinstance(params, MixtureDataParams) else single.create_dataloader
+    return create(params, world or World(), **options)  # pyright: ignore[reportArgumentType]
+
+
+def _create_mixture(
+    params: MixtureDataParams,
+    world: World,
     *,
     global_batch_size: int | None = None,
     per_gpu_batch_size: int = 1,
     seed: int | None = None,
     split: Split = "train",
     total_samples: int | None = None,
-    **options: Any,
-) -> DataLoader | MixtureLoader:
-    """Create a rank's loader of one dataset or of a mixture; see `vla_foundry.data.loader.create_dataloader`.
-
-    Raises:
-        FileNotFoundError: a manifest or a shard is missing.
-        ValueError: params, manifests and shards contradict each other.
-    """
-    if not isinstance(params, MixtureDataParams):
-        return single.create_dataloader(
-            params,
-            world,
-            global_batch_size=global_batch_size,
-            per_gpu_batch_size=per_gpu_batch_size,
-            seed=seed,
-            split=split,
-            total_samples=total_samples,
-            **options,
-        )
-    world = world or World()
+) -> MixtureLoader:
     unit = world.world_size * per_gpu_batch_size
     batch_size = global_batch_size or unit
     block = params.modality_block or unit
@@ -196,22 +206,20 @@ def create_dataloader(
     for name, part in params.datasets.items():
         if split == "validation" and counts[name] is None:
             continue
-        # by name: the order of a dataset does not depend on the others
-        part = replace(part, allow_multiple_epochs=part.allow_multiple_epochs or params.allow_multiple_epochs)
-        loaders[name] = single.create_dataloader(
-            part,
-            world,
-            global_batch_size=block,
-            per_gpu_batch_size=per_gpu_batch_size,
-            seed=hash_int(seed, _DATASETS, zlib.crc32(name.encode())) >> 1,
-            split=split,
-            total_samples=counts[name],
-        )
-    weights = [params.shares()[name] for name in loaders]
-    interleaving = Interleaving(weights, batch_size // block, hash_int(seed, _BLOCKS))
+        with _naming(name):
+            loaders[name] = single.create_dataloader(
+                replace(part, allow_multiple_epochs=part.allow_multiple_epochs or params.allow_multiple_epochs),
+                world,
+                global_batch_size=block,
+                per_gpu_batch_size=per_gpu_batch_size,
+                # by name: the order of a dataset does not depend on the others
+                seed=hash_int(seed, _DATASETS, zlib.crc32(name.encode())) >> 1,
+                split=split,
+                total_samples=counts[name],
+            )
     return MixtureLoader(
         loaders,
-        interleaving,
+        Interleaving([params.shares()[name] for name in loaders], batch_size // block, hash_int(seed, _BLOCKS)),
         world,
         per_gpu_batch_size=per_gpu_batch_size,
         block_size=block,

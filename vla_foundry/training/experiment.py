@@ -259,7 +259,7 @@ def prepare_folder(
 
     def write() -> dict[str, Any]:
         notices = write_configs(params, folder)
-        notices += copy_tokenizer(params.data, folder)
+        notices += copy_tokenizer(params.data.main(), folder)
         loader.save_files(folder)
         with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
             save_model_files(state.model, aside)

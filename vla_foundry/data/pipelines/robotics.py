@@ -324,13 +324,8 @@ def encode_prompt(images: Sequence[Tensor], turns: Sequence[Turn], processor: Pr
 
 def create_proprioception_stage(params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> NormalizeFields:
     """Create the stage for the observed steps: those after the anchor are still to come."""
-    return NormalizeFields(
-        "proprioception",
-        params.proprioception_fields,
-        normalizer,
-        Window(params.window.past, 0),
-        width=params.padded_proprioception_dim,
-    )
+    observed, width = Window(params.window.past, 0), params.padded_proprioception_dim
+    return NormalizeFields("proprioception", params.proprioception_fields, normalizer, observed, width=width)
 
 
 class RoboticsPipeline(Pipeline):
@@ -346,14 +341,8 @@ class RoboticsPipeline(Pipeline):
         self.normalizer = create_normalization(self.params, read_specs(self.params.dataset_manifest)).normalizer
         self.encode = EncodeRobot(self.params)
         window, normalizer = self.params.window, self.normalizer
-        self.actions = NormalizeFields(
-            "actions",
-            self.params.action_fields,
-            normalizer,
-            window,
-            mask_key="action_dim_mask",
-            width=self.params.padded_action_dim,
-        )
+        fields, width = self.params.action_fields, self.params.padded_action_dim
+        self.actions = NormalizeFields("actions", fields, normalizer, window, mask_key="action_dim_mask", width=width)
         self.proprioception = create_proprioception_stage(self.params, normalizer)
         default: tuple[Stage, ...] = (ComputeRelativePoses(), self.actions, self.proprioception)
         if self.params.use_language:

@@ -116,6 +116,10 @@ class DataParams(ChoiceParams):
         """Return `action_dim` and `proprioception_dim` (None: not known yet), for types that have them."""
         return {}
 
+    def main(self) -> "DataParams":
+        """Return the params of the data that the model is made for: these, but of a mixture one of its datasets."""
+        return self
+
     def has_language(self) -> bool:
         """Return whether samples without a robot are among the data, for a policy to learn from too."""
         return False

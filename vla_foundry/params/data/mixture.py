@@ -54,6 +54,11 @@ class MixtureDataParams(DataParams):
         order = (RoboticsDataParams, ImageProcessorParams, DataParams)
         return next((name for kind in order for name, part in self.datasets.items() if isinstance(part, kind)), None)
 
+    def main(self) -> DataParams:
+        """Return the main dataset."""
+        name = self.main_dataset()
+        return self if name is None else self.datasets[name]
+
     def num_val_samples(self, total: int | None) -> dict[str, int | None]:
         """Return how many samples of each dataset to validate on; None: the dataset has no validation data."""
         has = [name for name, part in self.datasets.items() if part.val_dataset_manifest]
@@ -82,8 +87,7 @@ class MixtureDataParams(DataParams):
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer of the main dataset."""
-        main = self.main_dataset()
-        return None if main is None else self.datasets[main].tokenizer_name()
+        return None if self.main() is self else self.main().tokenizer_name()
 
     def robot_widths(self) -> dict[str, int | None]:
         """Return `action_dim` and `proprioception_dim` of the widest robot; narrower ones are padded."""

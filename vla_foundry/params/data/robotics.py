@@ -179,7 +179,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     action_dim: Size | None = None
     # total width of proprioception_fields; null: as in the data
     proprioception_dim: Steps | None = None
-    # columns of the model's actions, the last of which are padding; null: action_dim, or in a mixture the widest robot's
+    # columns of the model's actions, the last ones padding; null: action_dim, or in a mixture the widest robot's
     padded_action_dim: Size | None = None
     # columns of the model's proprioception, likewise
     padded_proprioception_dim: Steps | None = None
