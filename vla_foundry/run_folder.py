@@ -48,6 +48,7 @@ NORMALIZER_NAME = "normalizer.json"
 STATISTICS_NAME = "stats.json"
 PREPROCESSING_CONFIG_NAME = "preprocessing_config.yaml"
 MODEL_FILES_FOLDER = "model_files"
+DATASETS_FOLDER = "datasets"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 MODEL_WEIGHTS_NAME = "model.safetensors"

@@ -21,6 +21,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.data import loader as single
 from vla_foundry.data.loader import DataLoader, Split
 from vla_foundry.data.plan import Interleaving
+from vla_foundry.data.robotics import find_dataset_folder
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.randomness import hash_int
@@ -43,6 +44,7 @@ class MixtureLoader:
     """Loads one rank's microbatches of a mixture. See `create_dataloader`.
 
     Args:
+        params: the data params.
         loaders: the datasets' loaders by name; to each of them, a block is a global batch.
         interleaving: which dataset each block is of.
         world: this rank.
@@ -53,6 +55,7 @@ class MixtureLoader:
 
     def __init__(
         self,
+        params: MixtureDataParams,
         loaders: dict[str, DataLoader],
         interleaving: Interleaving,
         world: World,
@@ -61,6 +64,7 @@ class MixtureLoader:
         block_size: int,
         is_training: bool,
     ) -> None:
+        self._params = params
         self._loaders = loaders
         self._interleaving = interleaving
         self._world = world
@@ -157,8 +161,8 @@ class MixtureLoader:
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""
-        for loader in self._loaders.values():
-            loader.save_files(folder)
+        for name, loader in self._loaders.items():
+            loader.save_files(Path(find_dataset_folder(self._params, str(folder), name)))
 
     def close(self) -> None:
         """Stop the worker processes."""
@@ -218,6 +222,7 @@ def _create_mixture(
                 total_samples=counts[name],
             )
     return MixtureLoader(
+        params,
         loaders,
         Interleaving([params.shares()[name] for name in loaders], batch_size // block, hash_int(seed, _BLOCKS)),
         world,

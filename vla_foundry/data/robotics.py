@@ -4,6 +4,7 @@ normalizer.json             how each field is normalized: the input of `Robotics
 stats.json                  statistics of these fields over all training datasets
 robotics.json               the model's spec: its cameras in order, its fields and what they mean
 preprocessing_config.yaml   how images and windows were made; {0: ..., 1: ...} for several datasets
+datasets/NAME/              the same of the other robots of a mixture
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import DatasetFacts
 from vla_foundry.robotics.fields import Window
@@ -34,7 +36,13 @@ from vla_foundry.robotics.spec import (
 )
 from vla_foundry.robotics.statistics import FieldStatistics, merge_statistics
 from vla_foundry.robotics.statistics_format import format_statistics, parse_statistics
-from vla_foundry.run_folder import NORMALIZER_NAME, PREPROCESSING_CONFIG_NAME, STATISTICS_NAME, read_side_file
+from vla_foundry.run_folder import (
+    DATASETS_FOLDER,
+    NORMALIZER_NAME,
+    PREPROCESSING_CONFIG_NAME,
+    STATISTICS_NAME,
+    read_side_file,
+)
 from vla_foundry.storage.uri import is_remote, join_uri, parent_uri, read_object, read_text, read_yaml, write_text
 
 
@@ -190,6 +198,11 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
     if any(configs):
         kept: Any = configs[0] if len(configs) == 1 else dict(enumerate(configs))
         write_text(str(folder / PREPROCESSING_CONFIG_NAME), yaml.safe_dump(kept, sort_keys=False))
+
+
+def find_dataset_folder(params: MixtureDataParams, run_folder: str, name: str) -> str:
+    """Return where a run keeps the files of one dataset of its mixture: the main one's lie in the run folder itself."""
+    return run_folder if name == params.main_dataset() else join_uri(run_folder, f"{DATASETS_FOLDER}/{name}")
 
 
 def load_normalizer(folder: str | Path) -> RoboticsNormalizer:

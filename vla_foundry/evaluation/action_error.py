@@ -58,7 +58,7 @@ def measure_action_error(params: ActionErrorParams) -> dict[str, FieldError]:
         FileNotFoundError: the run or its validation data does not exist.
         ValueError: the run does not hold a policy, or has no validation data.
     """
-    files = load_policy_files(params.checkpoint)
+    files = load_policy_files(params.checkpoint, dataset=params.dataset)
     if count := len(params.val_dataset_manifest):
         held_out = {
             "manifest": params.val_dataset_manifest,

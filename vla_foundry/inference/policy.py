@@ -129,7 +129,7 @@ class Policy:
         *,
         device: str = "auto",
         use_ema: bool | None = None,
-        dataset: int | None = None,
+        dataset: int | str | None = None,
         precision: Precision | None = "fp32",
         compile_blocks: bool = False,
         **options: Any,
@@ -140,7 +140,8 @@ class Policy:
             path: run folder (its newest checkpoint) or step folder; local, s3:// or hf://.
             device: "cpu", "cuda", "cuda:N"; "auto": a GPU if there is one.
             use_ema: use the averaged weights; None: if the checkpoint has them.
-            dataset: index of the robot's dataset, if the run's datasets were preprocessed with different image options.
+            dataset: the robot's dataset: its name in a mixture (default: the first robot), or its index, if the run's
+                datasets were preprocessed with different image options.
             precision: what the model computes in; None: bf16 on a GPU, fp32 on the CPU.
             compile_blocks: torch.compile each block; the first predictions are slow.
             options: other keyword arguments of the class.

@@ -8,7 +8,7 @@ import numpy as np
 
 from vla_foundry.client.observation import RobotObservation
 from vla_foundry.data.kept import check_kept_inputs
-from vla_foundry.data.robotics import load_normalizer, load_spec
+from vla_foundry.data.robotics import find_dataset_folder, load_normalizer, load_spec
 from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.inference.loading import (
     choose_device,
@@ -18,9 +18,12 @@ from vla_foundry.inference.loading import (
     with_run_files,
 )
 from vla_foundry.inference.observations import Camera, find_name
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fit import WindowSpec, add_live_poses, find_contradictions
 from vla_foundry.robotics.normalization import RoboticsNormalizer
 from vla_foundry.robotics.rotations import matrix_to_rotation
@@ -114,7 +117,7 @@ class PolicyFiles:
         return steps or (num_predicted + 1) // 2
 
 
-def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyFiles:
+def load_policy_files(checkpoint: str, *, dataset: int | str | None = None) -> PolicyFiles:
     """Read the files of a checkpoint's run.
 
     Args:
@@ -129,14 +132,17 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
     model, data = params.model, params.data
     if not isinstance(model, RobotPolicyParams):
         raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model.type}', which is not a policy.")
+    folder = run_folder
+    if isinstance(data, MixtureDataParams):
+        data, folder, dataset = _choose_robot(data, run_folder, dataset)
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on robotics.")
     # use one prompt, so that the same instruction gives the same behavior
     data = dataclasses.replace(data, prompts=data.prompts[:1])
     check_kept_inputs(run_folder, checkpoint)
     processor = load_run_processor(run_folder) if data.use_language else None
-    spec, normalizer = load_spec(run_folder), load_normalizer(run_folder)
-    options = _read_image_options(run_folder, dataset)
+    spec, normalizer = load_spec(folder), load_normalizer(folder)
+    options = _read_image_options(folder, dataset)
     window_spec = data.create_window_spec(NamedSpec("the run", add_live_poses(spec, data.parse_groups() or ())))
     return PolicyFiles(
         run_folder=run_folder,
@@ -149,6 +155,18 @@ def load_policy_files(checkpoint: str, *, dataset: int | None = None) -> PolicyF
         actions=create_action_transform(data, window_spec, normalizer),
         processor=processor,
     )
+
+
+def _choose_robot(
+    data: MixtureDataParams, run_folder: str, name: int | str | None
+) -> tuple[DataParams, str, int | str | None]:
+    """Return the params of one robot of a mixture, the folder of its files, and the index of its dataset."""
+    robots = [robot for robot, part in data.datasets.items() if isinstance(part, RoboticsDataParams)]
+    if name is None or str(name).isdigit():
+        return data.main(), run_folder, name
+    if name not in robots:
+        raise ValueError(unknown_name_message("dataset", str(name), robots))
+    return data.datasets[str(name)], find_dataset_folder(data, run_folder, str(name)), None
 
 
 def create_action_transform(
@@ -192,7 +210,7 @@ def _create_camera(name: str, spec: DatasetSpec, options: dict[str, Any]) -> Cam
     )
 
 
-def _read_image_options(run_folder: str, dataset: int | None) -> dict[str, Any]:
+def _read_image_options(run_folder: str, dataset: int | str | None) -> dict[str, Any]:
     location = join_uri(run_folder, PREPROCESSING_CONFIG_NAME)
     if not exists(location):
         return _IMAGE_OPTIONS
@@ -200,9 +218,10 @@ def _read_image_options(run_folder: str, dataset: int | None) -> dict[str, Any]:
     if 0 not in config:
         return _choose_options(config)
     if dataset is not None:
-        if dataset not in config:
+        number = int(dataset) if str(dataset).isdigit() else -1
+        if number not in config:
             raise ValueError(f"dataset ({dataset}) must be one of the run's: {', '.join(map(str, config))}.")
-        return _choose_options(config[dataset])
+        return _choose_options(config[number])
     first, *others = (_choose_options(each) for each in config.values())
     for number, other in enumerate(others, start=1):
         changed = next((key for key in first if first[key] != other[key]), None)

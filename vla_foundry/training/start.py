@@ -25,6 +25,7 @@ from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
     CONFIG_NAME,
+    DATASETS_FOLDER,
     METRICS_NAME,
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
@@ -52,7 +53,7 @@ from vla_foundry.world import World
 # what a start writes to a run folder, and what the run then logs there
 _START_FILES = frozenset((
     CONFIG_NAME, MODEL_CONFIG_NAME, TOKENIZER_FOLDER, PROCESSOR_FOLDER, NORMALIZER_NAME, STATISTICS_NAME, SPEC_NAME,
-    PREPROCESSING_CONFIG_NAME, MODEL_FILES_FOLDER,
+    PREPROCESSING_CONFIG_NAME, MODEL_FILES_FOLDER, DATASETS_FOLDER,
 ))  # fmt: skip
 _LOG_FILES = frozenset((METRICS_NAME, PROVENANCE_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb"))
 # params that say how to start a run, not what it trains

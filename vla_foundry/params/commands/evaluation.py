@@ -193,8 +193,8 @@ class HarnessParams(InferenceParams):
     open_loop_steps: Count | None = None
     # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: Count | None = None
-    # index of the robot's dataset, if the run's datasets were preprocessed with different image options
-    dataset: Annotated[int, Bounds(least=0)] | None = None
+    # the robot's dataset: its name in a mixture, or its index where their image options differ
+    dataset: Name | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,8 @@ class ActionErrorParams(InferenceParams):
     checkpoint: Location
     # JSON file for the mean squared errors of each field at each step; null: none
     output: Location | None = None
+    # the robot's dataset: its name in a mixture, or its index where their image options differ
+    dataset: Name | None = None
     # manifests of held-out data; empty: the validation data of the run
     val_dataset_manifest: list[Location] = field(default_factory=list)
     # held-out samples; null: all

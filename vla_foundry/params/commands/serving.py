@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Finite, Location, Positive, Size, Steps
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Finite, Location, Name, Positive, Size, Steps
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.runs import InferenceParams
 
@@ -52,8 +52,8 @@ class ServeParams(InferenceParams):
     open_loop_steps: Count | None = None
     # sampling steps from noise to actions; null: as in the model's params
     num_inference_steps: Count | None = None
-    # index of the robot's dataset, if the run's datasets were preprocessed with different image options
-    dataset: Annotated[int, Bounds(least=0)] | None = None
+    # the robot's dataset: its name in a mixture, or its index where their image options differ
+    dataset: Name | None = None
     # what the model computes in; auto: bf16 on a GPU, fp32 on the CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     # torch.compile each block: faster on a GPU, after a slow start
