@@ -120,8 +120,10 @@ def format_action_errors(errors: Mapping[str, FieldError]) -> list[str]:
     width = max(map(len, (title, *errors)))
     lines = [f"  {title:{width}}{'first step':>16}{'last step':>16}{'all, squared':>16}"]
     for field, error in errors.items():
+        # an action that never changes leaves the constant no error
+        ratio = f"{error.ratio:.2f}" if error.ratio < 1e6 else f"{error.ratio:.0e}"
         steps = (f"{error.policy[step] ** 0.5:.3f}/{error.mean_action[step] ** 0.5:.3f}" for step in (0, -1))
-        lines.append(f"  {field:{width}}" + "".join(f"{text:>16}" for text in (*steps, f"{error.ratio:.2f}")))
+        lines.append(f"  {field:{width}}" + "".join(f"{text:>16}" for text in (*steps, ratio)))
     return [*lines, "  (policy / best constant action)"]
 
 
