@@ -1,7 +1,6 @@
 """Read the facts needed to resolve a config: manifests, tokenizers, specs, earlier runs, cores, processes."""
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -38,7 +37,7 @@ from vla_foundry.run_folder import (
     run_folder_candidates,
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, parse_manifest
-from vla_foundry.storage.hub import find_snapshot
+from vla_foundry.storage.hub import HUB_NAME, find_snapshot
 from vla_foundry.storage.uri import exists, file_test, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.world import read_ranks_per_node
@@ -46,8 +45,6 @@ from vla_foundry.world import read_ranks_per_node
 # parts of a model that see no tokens, and no images
 _WITHOUT_TOKENS = (ImageEncoderParams, ViTBackboneParams, ActionHeadParams)
 _WITHOUT_IMAGES = (LanguageModelParams, ActionHeadParams)
-# owner/name on the Hugging Face hub, or a legacy name without an owner
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool = False) -> Facts:
@@ -287,7 +284,7 @@ def _locate(name: str, *, fetch: bool = False) -> str | None:
         fetch: fetch it to the cache if it is not there; see `find_snapshot`.
     """
     repository = name.removeprefix("hf://")
-    if os.path.isdir(name) or _HUB_NAME.fullmatch(repository) is None:
+    if os.path.isdir(name) or HUB_NAME.fullmatch(repository) is None:
         return name
     return find_snapshot(repository, fetch=fetch)
 
@@ -339,11 +336,15 @@ def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | N
     """Return the facts about the tokenizer named by data.tokenizer, or None if they cannot be read.
 
     Raises:
-        FileNotFoundError: the name can only be a local folder, and the folder does not exist.
+        FileNotFoundError: it does not exist.
+        ValueError: it is on the hub, which cannot be reached.
     """
     if name is None:
         return None
-    location = _locate(name) or f"hf://{name.removeprefix('hf://')}"
+    try:
+        location = _locate(name, fetch=not offline) or f"hf://{name.removeprefix('hf://')}"
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"data.tokenizer or data.processor: {error}") from None
     if is_remote(location) and offline:
         return None
     try:

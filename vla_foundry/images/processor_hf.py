@@ -302,6 +302,6 @@ def load_hugging_face_processor(name: str, **options: Any) -> HuggingFaceProcess
     """
     from transformers import AutoProcessor
 
-    with loading_published(f"data.processor '{name}'"):
+    with loading_published(f"data.processor '{name}'", name=name):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     return HuggingFaceProcessor(processor, **options)

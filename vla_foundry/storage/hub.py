@@ -1,6 +1,7 @@
 """Read and write Hugging Face repositories by huggingface_hub: `hf://[datasets/|spaces/]owner/repo[@revision]/path`."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,15 +46,24 @@ def _client_errors() -> tuple[type[BaseException], ...]:
     return tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
+# owner/name on the Hugging Face hub, or a legacy name without an owner
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
 @contextmanager
-def loading_published(what: str, outcome: str = "cannot be loaded") -> Iterator[None]:
+def loading_published(what: str, outcome: str = "cannot be loaded", *, name: str | None = None) -> Iterator[None]:
     """Turn all that Hugging Face's libraries raise about missing, broken or unknown files into a one-line ValueError.
 
     Args:
         what: the message's subject, such as "model.hf_pretrained 'owner/name'".
         outcome: what the message says of it.
+        name: what is loaded, folder or name on the hub, to be fetched first: without a network the libraries themselves
+            would try again for minutes.
     """
     try:
+        repository = (name or "").removeprefix("hf://")
+        if HUB_NAME.fullmatch(repository) is not None and not os.path.isdir(repository):
+            find_snapshot(repository, fetch=True)
         yield
     except Exception as error:  # the border to libraries, which may raise anything: tokenizers raises Exception itself
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

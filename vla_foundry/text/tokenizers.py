@@ -258,7 +258,7 @@ def _is_hub_name(name: str) -> bool:
 def _load(location: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    with loading_published(f"Tokenizer '{name}'"):
+    with loading_published(f"Tokenizer '{name}'", name=location):
         tokenizer = AutoTokenizer.from_pretrained(location, use_fast=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"Tokenizer '{name}' has no fast form ({TOKENIZER_NAME}). Choose another.")

@@ -350,7 +350,7 @@ def _copy_folder(source: str, target: Path) -> None:
 def _save_named(name: str, target: Path) -> None:
     from transformers import AutoTokenizer
 
-    with loading_published(f"data.tokenizer '{name}'"):
+    with loading_published(f"data.tokenizer '{name}'", name=name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     with replace_folder(target) as aside:
         tokenizer.save_pretrained(str(aside))

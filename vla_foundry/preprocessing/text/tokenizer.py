@@ -102,7 +102,7 @@ def _read_folder(folder: str) -> dict[str, bytes]:
 def _read_by_transformers(name: str) -> dict[str, bytes]:
     from transformers import AutoTokenizer
 
-    with loading_published(f"--tokenizer '{name}'"):
+    with loading_published(f"--tokenizer '{name}'", name=name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"--tokenizer '{name}' has no fast form ({TOKENIZER_NAME}). Choose another tokenizer.")
