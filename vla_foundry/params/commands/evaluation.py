@@ -79,7 +79,7 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     max_sample_size: Count | None = None
     # stop a task's rollouts when a sequential test tells the policy and this baseline apart: a folder with the results
     # of one policy, or the name of a published one, such as CS/Foundry-Qwen3VLA-2.1B; null: run all
-    until_decided: str | None = None
+    until_decided: Location | None = None
     # probability that until_decided finds a difference on a task where there is none; a family.yaml in the output
     # folder replaces it
     alpha: Annotated[float, Bounds(above=0, most=0.5)] = 0.05
