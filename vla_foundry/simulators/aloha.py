@@ -15,3 +15,8 @@ class AlohaSimulator(PresetSimulator):
         "transfer-cube": ("gym_aloha:gym_aloha/AlohaTransferCube-v0", "simulators/aloha_transfer_cube.yaml"),
         "insertion": ("gym_aloha:gym_aloha/AlohaInsertion-v0", "simulators/aloha_insertion.yaml"),
     }
+
+    def close(self) -> None:
+        """Free the renderer, which gym-aloha would leave to the end of the process."""
+        self._environment.unwrapped._env.close()
+        super().close()
