@@ -42,7 +42,8 @@ def write_report(params: ReportParams) -> Path:
     """
     root = Path(params.results)
     rollouts = read_rollouts(root, duplicates=params.duplicates)
-    family = _family(params, root, rollouts)
+    declared = read_family(root)
+    family = _family(params, declared, rollouts)
     comparison = compare(rollouts, family)
     if not comparison.columns:
         raise ValueError(f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid.")
@@ -57,13 +58,15 @@ def write_report(params: ReportParams) -> Path:
                 f"against: no task here was published for {params.against}; it has: {', '.join(sorted(published))}."
             )
     tasks = [column.name for column in comparison.columns if not is_aggregate(column)]
+    there = {model for column in comparison.columns for model in column.models}
     contents = collect(
         rollouts,
         comparison,
-        models=_pick("model", params.models, family.models, {}),
+        models=_pick("model", params.models, [model for model in family.models if model in there], {}),
         tasks=_pick("task", params.tasks, tasks, _other_names(rollouts, tasks)),
         against=params.against,
         published=against,
+        digest=declared.digest if declared else None,
     )
     folder = Path(params.output) if params.output is not None else root / "report"
     title = f"Comparison of policies: {root.resolve().name}"
@@ -76,8 +79,7 @@ def write_report(params: ReportParams) -> Path:
     return folder / PAGE_NAME
 
 
-def _family(params: ReportParams, root: Path, rollouts: Rollouts) -> Family | None:
-    family = read_family(root)
+def _family(params: ReportParams, family: Family | None, rollouts: Rollouts) -> Family | None:
     if params.family is None or (family and family.scope == params.family):
         return family
     if family is None:
@@ -85,7 +87,7 @@ def _family(params: ReportParams, root: Path, rollouts: Rollouts) -> Family | No
         return Family(models=tuple(models), scope=params.family)
     if params.family == "column":
         raise ValueError(
-            f"{root / FAMILY_NAME} declares the family 'all'; --family column would correct for fewer comparisons."
+            f"{FAMILY_NAME} declares the family 'all'; --family column would correct for fewer comparisons."
         )
     return replace(family, scope="all")
 

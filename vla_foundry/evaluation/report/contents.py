@@ -37,6 +37,8 @@ class Contents:
     outcomes: Mapping[tuple[str, str], Mapping[int, str]]
     tables: Mapping[str, Table]
     against: str | None = None
+    # SHA-256 of the declared family; None: none was declared
+    digest: str | None = None
 
     def shown_on(self, column: Column) -> list[str]:
         """Return the picked models that have rollouts in a column, from the best to the worst."""
@@ -56,6 +58,7 @@ def collect(
     tasks: Sequence[str],
     against: str | None = None,
     published: Sequence[AgainstPublished] = (),
+    digest: str | None = None,
 ) -> Contents:
     """Compute all tables.
 
@@ -64,6 +67,7 @@ def collect(
         tasks: to show, of the family; the mean over all tasks is always shown.
         against: name of a published policy.
         published: comparisons with it.
+        digest: SHA-256 of the declared family.
     """
     columns = tuple(
         column for column in comparison.columns if column.models and (column.name in tasks or is_aggregate(column))
@@ -100,6 +104,7 @@ def collect(
         outcomes=outcomes,
         tables={each.name: each for each in tables},
         against=against,
+        digest=digest,
     )
 
 

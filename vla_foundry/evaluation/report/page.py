@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vla_foundry.evaluation.comparison.compare import Column
+from vla_foundry.evaluation.comparison.family import FAMILY_NAME
 from vla_foundry.evaluation.report.contents import KINDS, Contents, is_aggregate, ordered_pair
 from vla_foundry.evaluation.report.drawings import PATTERNS, draw_bars, draw_differences, draw_seeds, draw_violins
 from vla_foundry.evaluation.report.tables import Table, escape, escape_markdown, percent
@@ -56,13 +57,13 @@ def describe(contents: Contents) -> list[str]:
     family = contents.comparison.family
     over = "each task, and the mean over tasks," if family.scope == "column" else "all tasks and their mean together"
     declared = (
-        f"declared before the rollouts (SHA-256 {family.digest[:16]})"
-        if family.is_declared
-        else "not declared beforehand"
+        f"{FAMILY_NAME} declares the family (SHA-256 {contents.digest[:16]})."
+        if contents.digest
+        else "No family was declared beforehand."
     )
     shown = len(contents.models)
     return [
-        f"All pairs of {len(family.models)} models are compared; the family is {declared}."
+        f"All pairs of {len(family.models)} models are compared. {declared}"
         + (f" {shown} of them are shown here, which changes no letter." if shown < len(family.models) else ""),
         f"Two models that share a letter are not told apart. If all are equal, any are told apart on {over} with a "
         f"probability of at most {percent(float(family.alpha))}%.",

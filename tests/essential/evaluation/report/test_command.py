@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from vla_foundry.evaluation.comparison.family import read_family
 from vla_foundry.evaluation.report.command import main, write_report
 from vla_foundry.params.commands.evaluation import ReportParams
 
@@ -111,7 +112,7 @@ def test_what_a_reader_picks_changes_no_letter(tmp_path: Path, capsys: pytest.Ca
 def test_the_family_of_a_manifest_is_never_weakened(tmp_path: Path) -> None:
     for model in ("a", "b", "c"):
         write(tmp_path, model, "lift", [True, False] * 10)
-    (tmp_path / "family.yaml").write_text("models: [a, b]\nfamily: all\n", encoding="utf-8")
+    (tmp_path / "family.yaml").write_text("models: [a, b, later]\ntasks: [lift]\nfamily: all\n", encoding="utf-8")
     with pytest.raises(ValueError, match="declares the family 'all'"):
         write_report(ReportParams(results=str(tmp_path), family="column"))
     with pytest.raises(ValueError, match="model 'c' is unknown"):
@@ -121,6 +122,10 @@ def test_the_family_of_a_manifest_is_never_weakened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no task here was published"):
         write_report(ReportParams(results=str(tmp_path), against="CS/LBM-MT"))
     assert not (tmp_path / "report").exists()
+    page = write_report(ReportParams(results=str(tmp_path)))
+    assert {row["model"] for row in rows_of(page.parent / "budget.csv")} == {"a", "b"}
+    digest = read_family(tmp_path).digest  # type: ignore[union-attr]
+    assert f"family.yaml declares the family (SHA-256 {digest[:16]})" in page.read_text(encoding="utf-8")
 
 
 def test_trivial_starts_are_shown_and_episodes_that_do_not_count_are_refused(tmp_path: Path) -> None:
