@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, BinaryIO, Literal
 
 from vla_foundry.parsing import MAX_RECORD_BYTES, parse_object
@@ -269,12 +269,16 @@ def _index_records(file: BinaryIO, members: dict[str, MemberSpan], num_bytes: in
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its token records are not whole ({type(error).__name__}: {error})") from None
-    token_size = {"uint16": 2, "uint32": 4}[records.dtype]
-    if records.tokens.size != num_records * record_length * token_size:
-        raise ValueError(f"it has {records.tokens.size} bytes of tokens for {num_records} records of {record_length}")
-    if records.document_offsets.size != 8 * (num_records + 1):
-        raise ValueError(f"it has {records.document_offsets.size} bytes of offsets for {num_records} records")
+    _check_sizes(records, num_records)
     return ShardIndex(num_sequences=num_records, num_bytes=num_bytes, records=records)
+
+
+def _check_sizes(records: TokenRecords, count: int) -> None:
+    token_size = {"uint16": 2, "uint32": 4}[records.dtype]
+    if records.tokens.size != count * records.record_length * token_size:
+        raise ValueError(f"it has {records.tokens.size} bytes of tokens for {count} records of {records.record_length}")
+    if records.document_offsets.size != 8 * (count + 1):
+        raise ValueError(f"it has {records.document_offsets.size} bytes of offsets for {count} records")
 
 
 def _index_episode(file: BinaryIO, key: str, members: dict[str, MemberSpan]) -> EpisodeSpans:
@@ -376,23 +380,40 @@ def parse_index(text: str, origin: str) -> ShardIndex:
             raise ValueError("its checksum differs")
         if values["version"] != INDEX_VERSION:
             raise ValueError(f"version {values['version']}, not {INDEX_VERSION}")
-        for name in ("num_sequences", "num_bytes"):
-            _check_count(values[name], f"'{name}'")
+        count, num_bytes = (_check_count(values[name], f"'{name}'") for name in ("num_sequences", "num_bytes"))
         if "records" in values:
             _check_count(values["records"]["record_length"], "'record_length'")
             spans = {name: _parse_span(name, **values["records"][name]) for name in _RECORD_SPANS}
             fields: dict[str, Any] = {**values["records"], **spans}
             if fields["dtype"] not in TOKENS_SUFFIX:
                 raise ValueError(f"its tokens are {fields['dtype']}")
-            records = TokenRecords(**fields)
-            return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], records=records)
-        if "episodes" in values:
+            index = ShardIndex(num_sequences=count, num_bytes=num_bytes, records=TokenRecords(**fields))
+        elif "episodes" in values:
             episodes = tuple(_parse_episode_spans(*entry) for entry in values["episodes"])
-            return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], episodes=episodes)
-        samples = tuple((_check_key(key), _parse_spans(members)) for key, members in values["samples"])
-        return ShardIndex(num_sequences=values["num_sequences"], num_bytes=values["num_bytes"], samples=samples)
+            index = ShardIndex(num_sequences=count, num_bytes=num_bytes, episodes=episodes)
+        else:
+            samples = tuple((_check_key(key), _parse_spans(members)) for key, members in values["samples"])
+            index = ShardIndex(num_sequences=count, num_bytes=num_bytes, samples=samples)
+        _check_index(index)
+        return index
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{origin} is not a shard index ({error}). Delete it; it will be made again.") from None
+
+
+def _check_index(index: ShardIndex) -> None:
+    """Check that an index contradicts neither itself nor the size of its tar."""
+    if index.records is not None:
+        _check_sizes(index.records, index.num_sequences)
+        spans: Iterable[MemberSpan] = [getattr(index.records, name) for name in _RECORD_SPANS]
+    else:
+        count = sum(len(episode.anchors) for episode in index.episodes) or len(index.samples)
+        if count != index.num_sequences:
+            raise ValueError(f"it lists {count} samples, and says {index.num_sequences}")
+        members = [episode.members for episode in index.episodes] + [spans for _, spans in index.samples]
+        frames = (spans for episode in index.episodes for spans in episode.frames.values())
+        spans = chain(chain.from_iterable(spans.values() for spans in members), chain.from_iterable(frames))
+    if any(span.offset + span.size > index.num_bytes for span in spans):
+        raise ValueError("a member lies beyond its tar")
 
 
 def _parse_spans(members: dict[str, Any]) -> dict[str, MemberSpan]:

@@ -60,11 +60,11 @@ def find_files(file: BinaryIO) -> tuple[list[tuple[str, Bytes | str]], bool]:
                     content = contents[_place(member.name)] = _content_of(member, contents)
                     found.append((member.name, content))
                 end = tar.offset
-        except tarfile.TarError as error:
+            file.seek(end)
+        except (tarfile.TarError, OverflowError, ValueError) as error:
             file.seek(0)
             packed = ", but compressed: unpack it" if file.read(4).startswith(_COMPRESSED) else ""
             raise ValueError(f"not a readable tar ({error}){packed}") from None
-        file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
             raise ValueError(f"not a readable tar (the header at byte {end} is damaged or cut off)")

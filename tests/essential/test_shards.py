@@ -352,14 +352,17 @@ def test_an_index_without_a_checksum_is_read():
         ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": ["512", 3]}]]', "offset of 'txt' must be a whole number"),
         ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": [512, 3e9]}]]', "size of 'txt' must be a whole number"),
         ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": [-512, 3]}]]', "offset of 'txt' must be a whole number"),
-        ('"num_bytes": 9', '"num_bytes": Infinity', "'num_bytes' must be a whole number from 0 to 2^48, got inf"),
+        ('"num_bytes": 999', '"num_bytes": Infinity', "'num_bytes' must be a whole number from 0 to 2^48, got inf"),
         ('"num_sequences": 1', '"num_sequences": ' + "9" * 5000, "'num_sequences' is a number of 5,000 digits"),
         ('"num_sequences": 1', '"num_sequences": ' + "9" * 30, "'num_sequences' must be a whole number"),
         ('[["a", {"txt": [512, 3]}]]', "[" * 100_000, "more than 100 deep"),
+        ('[["a", {"txt": [512, 3]}]]', '[["a", {"txt": [512, 488]}]]', "a member lies beyond its tar"),
+        ('[["a", {"txt": [512, 3]}]]', '[[["a"], {"txt": [512, 3]}]]', "the name of a sample or episode must be text"),
+        ('"num_sequences": 1', '"num_sequences": 2', "it lists 1 samples, and says 2"),
     ],
 )
 def test_numbers_of_an_index_are_named(part: str, replacement: str, message: str):
-    text = '{"version": 1, "num_sequences": 1, "num_bytes": 9, "samples": [["a", {"txt": [512, 3]}]]}'
+    text = '{"version": 1, "num_sequences": 1, "num_bytes": 999, "samples": [["a", {"txt": [512, 3]}]]}'
     assert parse_index(text, "i").samples == (("a", {"txt": MemberSpan(offset=512, size=3)}),)
     with pytest.raises(ValueError, match=rf"^i is not a shard index.*{re.escape(message)}"):
         parse_index(text.replace(part, replacement), "i")

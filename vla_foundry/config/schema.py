@@ -172,6 +172,8 @@ class BaseParams:
 def _check_value(value: Any, annotation: Any, name: str) -> Any:
     if isinstance(value, str):
         _check_text(value, name, is_line=annotation in (ONE_LINE, EXPANDED))
+        if annotation == EXPANDED and "://" not in value and re.search(rb"[^/]{256}", value.encode()):
+            raise ValueError(f"{name} holds a name of more than 255 bytes, which no file has.")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         (annotation if isinstance(annotation, Bounds) else Bounds()).check(value, name)
     return value

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from decimal import Decimal
 from functools import reduce
 from operator import or_
@@ -141,9 +142,10 @@ def _decode_int(text: str) -> int | None:
     if _INT.fullmatch(text):
         return int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
-        number = Decimal(text.replace("_", ""))
-        if abs(number) < _LARGEST_INT and number == number.to_integral_value():
-            return int(number)
+        with suppress(ArithmeticError):  # an exponent of twenty digits
+            number = Decimal(text.replace("_", ""))
+            if abs(number) < _LARGEST_INT and number == number.to_integral_value():
+                return int(number)
     return None
 
 

@@ -87,7 +87,9 @@ def load_index(file: BinaryIO, path: str) -> ShardIndex:
     try:
         index = index_shard(file)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. Make the shard again, or take it out of the manifest.") from None
+        raise ValueError(
+            f"{path}: {str(error).rstrip('.')}. Make the shard again, or take it out of the manifest."
+        ) from None
     text = format_index(index)
     try:
         write_text(beside, text)

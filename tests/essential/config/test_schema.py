@@ -160,6 +160,7 @@ def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line()
     [
         ('name: "a\\nb"', r"config\.yaml:1: name holds '\\n', a control character"),
         ('save_path: "runs\\0"', r"config\.yaml:1: save_path holds '\\x00', a control character"),
+        ("save_path: runs/" + 128 * "é", r"save_path holds a name of more than 255 bytes"),
         ('wandb_tags: ["a", "b\\x1b[2J"]', r"wandb_tags\[1\] holds '\\x1b'"),
         ('data: {prompts: ["a\\0"], type: image_caption}', r"data\.prompts\[0\] holds '\\x00'"),
         (

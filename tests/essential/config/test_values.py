@@ -77,6 +77,8 @@ def test_what_users_type_becomes_the_type_of_the_field(hint: Any, text: str, exp
         (int, "1.5", "a.b must be a whole number, got '1.5'."),
         (int, "true", "a.b must be a whole number, got 'true'."),
         (int, "1e400", "a.b must be a whole number below 10^18, got '1e400'."),
+        (int, "1e" + 99 * "7", f"a.b must be a whole number below 10^18, got '1e{55 * '7'}...'."),
+        (int, "1e-" + 99 * "7", f"a.b must be a whole number, got '1e-{54 * '7'}...'."),
         (int, "null", "a.b must be a whole number, got null."),
         (int | None, "ten", "a.b must be a whole number or null, got 'ten'."),
         (float, "abc", "a.b must be a number, got 'abc'."),

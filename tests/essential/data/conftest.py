@@ -36,7 +36,7 @@ def _write_manifest(folder: Path, counts: dict[str, int], with_checksums: bool) 
     return folder / "manifest.jsonl"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_records() -> Callable[..., Path]:
     """Write a dataset of tokenized records; `documents[n]` are the ends of the documents in record n of the dataset."""
 
@@ -75,7 +75,7 @@ def write_records() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_samples() -> Callable[..., Path]:
     """Write a dataset of WebDataset samples: each shard is a list of {suffix: bytes}."""
 
