@@ -86,7 +86,7 @@ def test_instructions_hold_from_their_start_up_to_their_end():
     ("change", "message"),
     [
         ({"version": 2}, "version 2, not 1"),
-        ({"anchors": [2, 0]}, "anchors do not ascend within its 3 frames"),
+        ({"anchors": [2, 0]}, "'anchors' do not ascend"),
         ({"anchors": [0, 3]}, "anchors do not ascend within its 3 frames"),
         ({"anchors": [-1]}, "each of 'anchors' must be a whole number from 0"),
         ({"anchors": ["0"]}, "each of 'anchors' must be a whole number from 0"),
