@@ -136,8 +136,8 @@ def draw_bars(rows: Sequence[tuple[str, Sequence[int], str]], kinds: Sequence[st
     parts, x = [], _LEFT
     for kind, pattern in zip(kinds, _PATTERNS, strict=False):
         parts.append(f'<rect x="{x}" y="4" width="10" height="10" fill="{pattern}" stroke="#000" stroke-width=".5"/>')
-        parts.append(f'<text x="{x + 13}" y="13" font-size="11">{escape(kind)}</text>')
-        x += 24 + 6 * len(kind)
+        parts.append(f'<text x="{x + 13}" y="13" font-size="10">{escape(kind)}</text>')
+        x += 20 + round(5.4 * len(kind))
     for number, (name, counts, note) in enumerate(rows):
         top, x = 20 + 28 * number, float(_LEFT)
         parts.append(_label(top, name, note))

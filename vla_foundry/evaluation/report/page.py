@@ -154,7 +154,8 @@ def _violins(contents: Contents) -> str:
 
 def _heat_map(contents: Contents) -> str:
     columns = [column for column in contents.columns if not is_aggregate(column)]
-    head = "".join(f"<th scope=col>{escape(contents.title(column))}" for column in columns)
+    # a line may break after an arrow
+    head = "".join(f"<th scope=col>{escape(contents.title(column))}" for column in columns).replace("→", "→<wbr>")
     rows = []
     for model in contents.models:
         cells = [_heat_cell(contents, column, model) for column in columns]
