@@ -9,16 +9,21 @@ import itertools
 import math
 import posixpath
 import re
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vla_foundry.parsing import parse_object
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import read_columns, read_schema
+from vla_foundry.shards import MAX_COUNT
 from vla_foundry.storage.uri import exists, join_uri, list_visible, read_object, read_text
 
 _VERSIONS = {"2.0": 2, "2.1": 2, "3.0": 3}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# what follows the colon in {episode_index:06d}
+_PATH_FORMAT = re.compile(r"0?[0-9]{0,2}d?")
+_MAX_FPS = 1_000_000
 _CAMERA_TYPES = ("image", "video")
 _NUM_CHANNELS = (1, 3, 4)
 # features that say where a row belongs; those named next.* say how an episode ended
@@ -89,7 +94,8 @@ class DatasetInfo:
     total_episodes: int
     # path templates
     data_path: str
-    video_path: str | None
+    # "": none
+    video_path: str
     # episodes per folder, in version 2
     chunks_size: int
     # task_index -> text
@@ -102,6 +108,10 @@ class DatasetInfo:
             ValueError: the template has other keys than LeRobot's, or leads out of the dataset.
         """
         try:
+            for _, name, form, _ in string.Formatter().parse(template):
+                # a width of ten digits would fill the memory
+                if name is not None and not (name.isidentifier() and _PATH_FORMAT.fullmatch(form or "")):
+                    raise ValueError(f"{{{name}:{form}}} is not a number's name and width, as {{episode_index:06d}}")
             path = template.format(**values)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -177,28 +187,45 @@ def read_info(root: str) -> DatasetInfo:
         info = DatasetInfo(
             root=root,
             major=_VERSIONS[version],
-            fps=float(values["fps"]),
-            features={name: _parse_feature(value) for name, value in values["features"].items()},
-            total_episodes=int(values["total_episodes"]),
-            data_path=str(values["data_path"]),
-            video_path=values.get("video_path"),
-            chunks_size=int(values.get("chunks_size") or 1000),
+            fps=_fps_of(values["fps"]),
+            features={name: _parse_feature(name, value) for name, value in values["features"].items()},
+            total_episodes=_count_of(values["total_episodes"], "total_episodes", 0),
+            data_path=_text_of(values["data_path"], "data_path"),
+            video_path=_text_of(values.get("video_path") or "", "video_path"),
+            chunks_size=_count_of(values.get("chunks_size") or 1000, "chunks_size"),
         )
     except KeyError as error:
         raise ValueError(f"{uri} lacks the key {error}.") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{uri} is not as LeRobot writes it ({error}).") from None
-    if not 0 < info.fps < float("inf"):
-        raise ValueError(f"{uri}: fps ({info.fps:g}) must be above 0.")
     for name, feature in info.features.items():
         if feature.is_camera and (len(feature.shape) != 3 or min(feature.shape) < 1):
             raise ValueError(f"{uri}: camera '{name}' must have a shape of three sizes, got {list(feature.shape)}.")
     return replace(info, tasks=_read_tasks(info))
 
 
-def _parse_feature(value: dict[str, Any]) -> Feature:
+def _fps_of(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= _MAX_FPS:
+        raise ValueError(f"fps must be a number above 0, and at most {_MAX_FPS:,}, got {value!r}")
+    return float(value)
+
+
+def _count_of(value: Any, key: str, least: int = 1) -> int:
+    number = whole_number(value)
+    if number is None or not least <= number <= MAX_COUNT:
+        raise ValueError(f"{key} must be a whole number from {least} to 2^48, got {value!r}")
+    return number
+
+
+def _text_of(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, got {value!r}")
+    return value
+
+
+def _parse_feature(feature: str, value: dict[str, Any]) -> Feature:
     details = value.get("info") or value.get("video_info") or {}
-    shape = tuple(int(size) for size in value["shape"])
+    shape = tuple(_count_of(size, f"features.{feature}.shape", 0) for size in value["shape"])
     names = _column_names(value.get("names"))
     return Feature(
         dtype=str(value["dtype"]),
@@ -292,7 +319,7 @@ def _entries_of_v2(info: DatasetInfo) -> Iterator[EpisodeEntry]:
         videos = {}
         for camera in info.cameras:
             if info.features[camera].dtype == "video":
-                videos[camera] = VideoSpan(uri=info.uri(info.video_path or "", video_key=camera, **values))
+                videos[camera] = VideoSpan(uri=info.uri(info.video_path, video_key=camera, **values))
         yield EpisodeEntry(
             root=info.root,
             index=index,
@@ -361,7 +388,7 @@ def _entry_of_row(info: DatasetInfo, row: dict[str, Any], where: str, video_came
                 f"{where}: episode {row['episode_index']} has length {length} ({length / info.fps:g} s), but its video "
                 f"of '{camera}' goes from_timestamp {start:g} to_timestamp {stop:g}."
             )
-        uri = info.uri(info.video_path or "", video_key=camera, chunk_index=chunk, file_index=file)
+        uri = info.uri(info.video_path, video_key=camera, chunk_index=chunk, file_index=file)
         videos[camera] = VideoSpan(uri=uri, start=float(start))
     return EpisodeEntry(
         root=info.root,

@@ -169,9 +169,26 @@ def v2_wrong_rate(broken: Broken) -> str:
 
 @breaks
 def v2_rate_of_nothing(broken: Broken) -> str:
-    rate = broken.random.choice([0, -10, None, "fast"])
+    rate = broken.random.choice([0, -10, None, "fast", float("inf"), 1e300, True])
     broken.edit_json(lambda info: info.update(fps=rate))
-    return r"meta/info\.json(: fps \(.*\) must be above 0| is not as LeRobot writes it)"
+    return r"meta/info\.json is not as LeRobot writes it \(fps must be a number above 0"
+
+
+@breaks
+def v2_absurd_counts(broken: Broken) -> str:
+    key = broken.random.choice(["total_episodes", "chunks_size"])
+    value = broken.random.choice([float("inf"), -1, 10**39, 2.5, "9", [1]])
+    broken.edit_json(lambda info: info.update({key: value}))
+    return rf"meta/info\.json is not as LeRobot writes it \({key} must be a whole number from"
+
+
+@breaks
+def v2_path_as_wide_as_the_memory(broken: Broken) -> str:
+    form = broken.random.choice(
+        ["{episode_index:099999999999d}", "{episode_index:{episode_index}}", "{episode_index.real}"]
+    )
+    broken.edit_json(lambda info: info.update(data_path=f"data/{form}.parquet"))
+    return r"info\.json has the path 'data/.*', which cannot be filled in \(.* is not a number's name and width"
 
 
 @breaks
