@@ -127,6 +127,15 @@ class DelayForecast:
         """Return the delay to expect, in steps."""
         return max(self._measured, default=0) if self._fixed is None else self._fixed
 
+    def describe_late(self, chunk_steps: int, open_loop_steps: int) -> str:
+        """Return what to do about a chunk that was used up before the next one was there."""
+        delay, spare = self.forecast(), chunk_steps - self.forecast()
+        if 0 < spare < open_loop_steps:
+            advice = f"lower the policy's open_loop_steps from {open_loop_steps} to {spare}"
+        else:
+            advice = "use execution sync, a faster machine, or a policy with longer chunks, if this goes on"
+        return f"it takes {delay} steps or more, and a chunk has {chunk_steps} actions. Hold the robot, and {advice}."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

@@ -256,6 +256,7 @@ def raw_image(camera: str, image: np.ndarray) -> Image:
     Raises:
         ValueError: it has another shape or type.
     """
+    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"The image of camera '{camera}' is {image.dtype} {image.shape}, not uint8 (H, W, 3).")
     return Image(camera=camera, encoding=RAW, height=image.shape[0], width=image.shape[1], data=image.tobytes())

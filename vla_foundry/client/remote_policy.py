@@ -15,6 +15,7 @@ only waits for the first:
 """
 
 import operator
+import re
 import ssl
 import time
 import uuid
@@ -61,6 +62,13 @@ _OPTIONS = [
 ]
 # gRPC takes much longer ones for no time at all
 _MAX_TIMEOUT_S = 86400
+# what gRPC says of a connection, and what may help
+_HINTS = {
+    "Socket closed": "Is this the gRPC port, and does the server need tls_certificate?",
+    "WRONG_VERSION_NUMBER": "Is this the gRPC port of a server with TLS?",
+    "Hostname Verification": "The server's certificate must name this host, as its subjectAltName.",
+    "CERTIFICATE_VERIFY_FAILED": "tls_certificate must be the server's certificate, or its authority's.",
+}
 _TO_REQUEST = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -238,11 +246,8 @@ class RemotePolicy:
         """
         actions = self.act_many({None: observation})
         if None not in actions:
-            raise TimeoutError(
-                f"The next chunk of {self.server} is late: it takes {self.delay_steps} steps or more, and a chunk has "
-                f"{self.metadata.chunk_steps} actions. Hold the robot, or lower the server's open_loop_steps "
-                f"({self.open_loop_steps})."
-            )
+            late = self._delays.describe_late(self.metadata.chunk_steps, self.open_loop_steps)
+            raise TimeoutError(f"The next chunk of {self.server} is late: {late}")
         return actions[None]
 
     def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
@@ -360,10 +365,15 @@ class RemotePolicy:
                 raise TimeoutError(f"{self.server} did not answer within {self.timeout_s:g} s.") from None
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise PermissionError(f"{self.server}: {details}") from None
-            raise ConnectionError(f"{self.server}: {code.name.lower()}: {details}") from None
+            hints = [hint for sign, hint in _HINTS.items() if sign in (details or "")]
+            raise ConnectionError(" ".join([f"{self.server}: {code.name.lower()}: {details}", *hints])) from None
 
 
 def _open_channel(server: str, tls_certificate: str | None) -> grpc.Channel:
+    # gRPC takes a missing port for 443, and a large one modulo 65536
+    address = re.fullmatch(r"(\[[^\[\]/]+\]|[^\s:/]+):(\d{1,5})", server)
+    if address is None or not 0 < int(address[2]) < 65536:
+        raise ValueError(f"server must be HOST:PORT, such as 127.0.0.1:50051, got '{server}'.")
     if tls_certificate is None:
         return grpc.insecure_channel(server, options=_OPTIONS)
     certificate = Path(tls_certificate).read_bytes()

@@ -269,10 +269,8 @@ class Policy:
         """
         actions = self.act_many({None: observation})
         if None not in actions:
-            raise TimeoutError(
-                f"The next chunk is late: a prediction takes {self._delays.forecast()} steps or more, and a chunk has "
-                f"{self.chunk_steps} actions. Hold the robot, or lower open_loop_steps ({self.open_loop_steps})."
-            )
+            late = self._delays.describe_late(self.chunk_steps, self.open_loop_steps)
+            raise TimeoutError(f"The next chunk is late: {late}")
         return actions[None]
 
     def act_many(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:

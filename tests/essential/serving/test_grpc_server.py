@@ -370,6 +370,15 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "certificate.pem"), str(folder / "key.pem")
 
 
+@pytest.mark.parametrize(
+    "server", ["127.0.0.1", "localhost:", "http://localhost:50051", "localhost:99999", "::1:1", ""]
+)
+def test_an_address_is_a_host_and_a_port(server: str) -> None:
+    # gRPC takes no port for 443, and 99999 for 34463
+    with pytest.raises(ValueError, match=r"server must be HOST:PORT, such as 127\.0\.0\.1:50051, got"):
+        RemotePolicy(server)
+
+
 def test_tls_and_token(certificate: tuple[str, str]) -> None:
     path, key = certificate
     settings: dict[str, Any] = {"host": "0.0.0.0", "tls_certificate": path, "tls_key": key, "token_file": "given"}
@@ -384,8 +393,10 @@ def test_tls_and_token(certificate: tuple[str, str]) -> None:
         for token in ("secret\n", "s\u00e9cret", ""):
             with pytest.raises(ValueError, match="token must be one line of ASCII"):
                 RemotePolicy(address, token=token, tls_certificate=path)
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError, match="does the server need tls_certificate"):
             RemotePolicy(address, token="secret", timeout_s=5.0)
+        with pytest.raises(ConnectionError, match="must name this host, as its subjectAltName"):
+            RemotePolicy(f"[::ffff:127.0.0.1]:{ports.grpc}", token="secret", tls_certificate=path)
         with pytest.raises(ValueError, match="is not a certificate"):
             RemotePolicy(address, token="secret", tls_certificate=key)
         context = ssl.create_default_context(cafile=path)

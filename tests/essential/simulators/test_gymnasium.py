@@ -179,7 +179,7 @@ def test_a_map_that_does_not_fit_is_one_line(field_map: Path, change: tuple[str,
 
 def test_names_that_are_unknown_are_one_line(field_map: Path, tmp_path: Path) -> None:
     given: Any = {"simulator": "gymnasium", "policy": "null", "output": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="simulator 'gymnasium' needs field_map"):
+    with pytest.raises(ValueError, match="simulator 'gymnasium' needs field_map, such as simulators/reacher"):
         EvaluateParams(**given, env_id=ID)
     with pytest.raises(ValueError, match="env_id is for simulator 'gymnasium', not 'toy'"):
         EvaluateParams(**given | {"simulator": "toy"}, env_id=ID)

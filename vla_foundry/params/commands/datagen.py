@@ -36,10 +36,10 @@ class SimulatorParams(BaseParams):
         super().__post_init__()
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks must hold each name once, got {self.tasks}.")
-        for name in ("env_id", "field_map"):
+        for name, example in (("env_id", "Reacher-v5"), ("field_map", "simulators/reacher.yaml")):
             if (self.simulator == "gymnasium") != (getattr(self, name) is not None):
                 raise ValueError(
-                    f"simulator 'gymnasium' needs {name}."
+                    f"simulator 'gymnasium' needs {name}, such as {example}."
                     if self.simulator == "gymnasium"
                     else f"{name} is for simulator 'gymnasium', not '{self.simulator}'. Leave it out."
                 )
