@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla_foundry.run_folder import find_checkpoint
 from vla_foundry.training.checkpoint import load_checkpoint
-from vla_foundry.training.loop import seed_dropout, train, train_step
+from vla_foundry.training.loop import create_meter, seed_dropout, train, train_step
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.world import World
 
@@ -140,21 +140,29 @@ def test_a_global_batch_without_targets_changes_nothing_and_is_no_fault(tiny, tm
     assert all(torch.equal(value, before[name]) for name, value in run.state.parameters.items())
 
 
-def test_modalities_weigh_by_their_share_of_samples(tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["modality", "dataset"])
+def test_modalities_and_datasets_weigh_by_their_share_of_samples(tiny, tmp_path: Path, key: str) -> None:
     run = tiny.create_run(tiny.create_params(tmp_path), World())
     batches = [run.loader.read(np.arange(start, start + 4)) for start in (0, 4, 8, 12)]
     for index, batch in enumerate(batches):
-        batch["modality"] = "image_caption" if index == 2 else "text"
+        batch[key] = "other" if index == 2 else "text"
     sums, counts = {}, {}
     with torch.no_grad():
         for batch in batches:
             output = run.state.model(**run.handler.prepare(batch, "cpu"))
-            name = batch["modality"]
+            name = batch[key]
             sums[name] = sums.get(name, 0.0) + float(output.sum)
             counts[name] = counts.get(name, 0) + int(output.count)
-    expected = 0.75 * sums["text"] / counts["text"] + 0.25 * sums["image_caption"] / counts["image_caption"]
+    expected = 0.75 * sums["text"] / counts["text"] + 0.25 * sums["other"] / counts["other"]
     result = train_step(run.state, batches, handler=run.handler, hparams=run.params.hparams, world=World())
     assert float(result.loss) == pytest.approx(expected, rel=1e-12)
+    if key == "dataset":
+        meter = create_meter(run)
+        meter.add_data(batches, 0.0)
+        meter.add_step(result)
+        logged = meter.read(run.state)
+        for name in ("text", "other"):
+            assert logged[f"loss_{name}"] == pytest.approx(sums[name] / counts[name], rel=1e-12)
 
 
 def test_frozen_weights_stay_and_take_no_memory(tiny, tmp_path: Path) -> None:
