@@ -1,4 +1,4 @@
-"""Seeded fuzz: absurd settings cost one line that names them, and nothing else. Each case can be run alone."""
+"""Seeded fuzz: absurd settings, damaged shards and bombs cost one line that names them; each case can be run alone."""
 
 import copy
 import gzip
@@ -40,8 +40,18 @@ from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
-from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.shards import format_index, index_shard
+from vla_foundry.params.experiment import (
+    TrainExperimentParams,
+    load_experiment_params_from_yaml,
+    load_params_from_yaml,
+)
+from vla_foundry.params.models.roles import ModelParams
+from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import read_info
+from vla_foundry.robotics.spec import parse_spec
+from vla_foundry.robotics.statistics_format import parse_statistics
+from vla_foundry.shards import format_index, index_shard, parse_episode_header, parse_index, parse_manifest
+from vla_foundry.storage.uri import read_text
+from vla_foundry.text.tokenizers import load_tokenizer, read_vocabulary
 
 _DIGITS = "7" * 5000
 # what no honest config holds, as a word of the command line or a value of a YAML file
@@ -414,8 +424,8 @@ def datasets(
     captions = [[{"png": picture, "txt": b"a b"}, {"png": picture, "json": b'{"caption": "c"}'}] * 2] * 2
     lists = [[{"json.gz": gzip.compress(json.dumps(list(range(9))).encode())}] * 4] * 2
     common: dict[str, Any] = {"num_workers": 0, "allow_multiple_epochs": True, "max_bad_fraction": 1.0}
-    text = common | {"seq_len": 8, "vocab_size": 300}
-    images = common | {"image_size": 16, "img_num_tokens": 2, "seq_len": 64}
+    text: dict[str, Any] = common | {"seq_len": 8, "vocab_size": 300}
+    images: dict[str, Any] = common | {"image_size": 16, "img_num_tokens": 2, "seq_len": 64}
     made: dict[str, DataParams] = {
         "records": TextDataParams(dataset_manifest=[str(write_records(folder / "records", [4, 4], 9))], **text),
         "lists": TextDataParams(dataset_manifest=[str(write_samples(folder / "lists", lists))], **text),
@@ -427,7 +437,7 @@ def datasets(
     }
     for layout in ("samples", "episodes"):
         manifest = write_robot_data(folder / layout, recordings, layout=layout, episodes_per_shard=1)
-        fields = {"action_fields": ACTIONS, "proprioception_fields": PROPRIOCEPTION}
+        fields: dict[str, Any] = {"action_fields": ACTIONS, "proprioception_fields": PROPRIOCEPTION}
         made[layout] = RoboticsDataParams(dataset_manifest=[str(manifest)], **images, **fields)
     return made
 
@@ -483,12 +493,61 @@ def test_a_damaged_shard_costs_its_samples_or_one_line(
         line = describe_error(error)
         assert str(tmp_path) in line
         assert len(line) < 2000
-        print(f"E {kind} {line[:400]}")
     else:
         for batch in batches:
             assert len(batch["positions"]) == 4
             for value in batch.values():
                 assert not torch.is_tensor(value) or torch.isfinite(value.float()).all()
-            print(f"OK {kind} {batch['dropped']}")
             assert not any("Memory" in reason or "Recursion" in reason for reason in batch["dropped"])
     assert _peak_memory() - before < 1 << 20
+
+
+_DOCUMENTS = [
+    *(text.decode("latin1") for text in _JSONS),
+    '{"version": ' + _DIGITS + "}",
+    '{"a": ' * 90 + "1" + "}" * 90,
+]
+_YAMLS = [
+    "a0: &a0 [x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(4 * [f'*a{n - 1}'])}]\n" for n in range(1, 40)),
+    *(
+        "- " * 500,
+        "- " * 100_000,
+        "{a: " * 100_000,
+        "? " * 500,
+        "a: &a [*a]",
+        "a: " + _DIGITS,
+        "!!python/name:os.system",
+    ),
+]
+# file -> what reads it
+_READERS: dict[str, Callable[[Path], Any]] = {
+    "manifest.jsonl": lambda path: parse_manifest(read_text(str(path)), str(path)),
+    "shard.index.json": lambda path: parse_index(read_text(str(path)), str(path)),
+    "episode.json": lambda path: parse_episode_header(path.read_bytes(), str(path)),
+    "robotics.json": lambda path: parse_spec(read_text(str(path)), str(path)),
+    "stats.json": lambda path: parse_statistics(read_text(str(path)), str(path)),
+    "meta/info.json": lambda path: read_info(str(path.parents[1])),
+    "tokenizer.json": lambda path: load_tokenizer(str(path.parent)),
+    "vocabulary/tokenizer.json": lambda path: read_vocabulary(path.parent),
+    "config.yaml": lambda path: load_experiment_params_from_yaml(str(path)),
+    "model.yaml": lambda path: load_params_from_yaml(ModelParams, str(path)),
+}
+
+
+@pytest.mark.parametrize("name", _READERS)
+def test_a_bomb_in_any_file_costs_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for text in _YAMLS if name.endswith("yaml") else _DOCUMENTS:
+        path.write_text(text, encoding="latin1")
+        fault = _fault_of(_READERS[name], path)
+        assert str(tmp_path) in fault or (not fault and len(text) < 5000), text[:50]
+        assert len(fault) < 2100
+
+
+def _fault_of(read: Callable[[Path], Any], path: Path) -> str:
+    try:
+        read(path)
+    except EXPECTED_ERRORS as error:
+        return describe_error(error)
+    return ""
