@@ -87,7 +87,7 @@ def _read_published(path: Path, name: str, *, model: str, time: str) -> list[Run
         runs = []
         for task, of_task in by_task.items():
             shown = _checked(task if settings is not None else as_pascal_case(task))
-            run = Run(model=model, task=shown, path=name, time=time, budget=budget, is_null=is_null)
+            run = Run(model=model, task=shown, path=_checked(name), time=time, budget=budget, is_null=is_null)
             _read_columns(run, of_task)
             runs.append(run)
     except (TypeError, ValueError) as error:
@@ -176,7 +176,7 @@ def _read_harness(path: Path, root: Path) -> list[Run]:
         shown = f"{benchmark}: {task['task']}"
         run = Run(model=model, task=shown, path=name, time=time if isinstance(time, str) else "", budget=None)
         try:
-            _checked(shown)
+            _checked(name + shown)
             _read_harness_episodes(run, task["episodes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: task {ascii(shown)[:60]}: {error}.") from None

@@ -14,7 +14,7 @@ _WIDTH = 400
 _LEFT, _RIGHT = 8, 392
 _DARK, _MIDDLE, _LIGHT, _WARN = "#1b3a5c", "#7d9bbd", "#d8e2ee", "#b3261e"
 # characters of a label
-_LONGEST = 60
+_LONGEST = 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def _axis(low: float, high: float, bottom: int) -> str:
 
 
 def _label(top: int, name: str, note: str) -> str:
-    longest = _LONGEST - len(note)
+    longest = _LONGEST - len(note) - 6 if note else _LONGEST
     shown = clean(name)
     shown = shown if len(shown) <= longest else f"{shown[: max(8, longest - 1)]}\N{HORIZONTAL ELLIPSIS}"
     right = f'<text x="{_RIGHT}" y="{top + 12}" font-size="11.5" text-anchor="end">{escape(note)}</text>'

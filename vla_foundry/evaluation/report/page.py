@@ -62,6 +62,9 @@ def describe(contents: Contents) -> list[str]:
         else "No family was declared beforehand."
     )
     shown = len(contents.models)
+    compared = {model for column in contents.comparison.columns for model in column.models}
+    others = sorted(set(contents.rollouts.table["model"].unique().to_pylist()) - compared)
+    aside = f"Not compared, being outside the family or without a rollout that counts: {', '.join(others)}."
     return [
         f"All pairs of {len(family.models)} models are compared. {declared}"
         + (f" {shown} of them are shown here, which changes no letter." if shown < len(family.models) else ""),
@@ -70,6 +73,7 @@ def describe(contents: Contents) -> list[str]:
         "Tasks are compared by a sequential test (STEP), the mean over tasks by a group-sequential one: both may be "
         "looked at while rollouts come in, up to the number that was planned.",
         "Invalid episodes, in which the simulator or the infrastructure failed, are not trials.",
+        *([aside] if others else []),
         *contents.comparison.notes,
     ]
 

@@ -283,6 +283,12 @@ def test_broken_files_are_named_with_the_fault(tmp_path: Path, episodes: list[An
         read_rollouts(tmp_path)
 
 
+def test_a_folder_whose_name_is_not_text_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "bad\udcff/PutMug", [episode(0)])
+    with pytest.raises(ValueError, match="which is not text"):
+        read_rollouts(tmp_path)
+
+
 def test_misplaced_files_and_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no results"):
         read_rollouts(tmp_path)

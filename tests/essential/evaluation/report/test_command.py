@@ -67,6 +67,7 @@ def test_a_report_shows_what_happened_and_runs_nothing_from_data(tmp_path: Path)
     write(root, "good", HOSTILE, [True] * 50, folder="task")
     path = write(root, hostile, HOSTILE, [None, None, *[False] * 48], folder="task")
     write(root, "=cmd()", HOSTILE, [False] * 50, folder="task")
+    write(root, "\u4e2d\u202e\n", HOSTILE, [None] * 3, folder="task")
     video = path.parent / 'x "><img src=x onerror=alert(1)>%23#.mp4'
     video.touch()
     (root / "good" / "contact_sheet.png").touch()
@@ -81,6 +82,7 @@ def test_a_report_shows_what_happened_and_runs_nothing_from_data(tmp_path: Path)
     assert len(links) == 2
     assert hostile in found.text
     assert "<b>No space</b>" in found.text
+    assert "without a rollout that counts: \u4e2d\ufffd\ufffd." in found.text
     for name in ("violins.svg", "heat_map.svg"):
         assert "<script>" not in (page.parent / name).read_text(encoding="utf-8")
     assert "<script" not in (page.parent / "report.md").read_text(encoding="utf-8")
