@@ -24,10 +24,10 @@ figure{{margin:8px 0;min-width:0}}figcaption{{font-weight:600;margin:4px 0}}
 svg[role]{{width:100%;max-width:560px;height:auto;display:block;font-family:inherit}}
 svg text{{paint-order:stroke;stroke:#fff;stroke-width:3px}}
 .scroll{{overflow-x:auto;max-width:100%;margin:6px 0}}table{{border-collapse:collapse;font-size:13px}}
-caption{{text-align:left;font-weight:600;padding:4px 0}}td:first-child{{max-width:26em;min-width:10em}}
+caption{{text-align:left;font-weight:600;padding:4px 0}}tbody th{{max-width:26em;min-width:10em;font-weight:400}}
 th,td{{border:1px solid #bbb;padding:2px 6px;text-align:left;vertical-align:top}}.seeds td{{min-width:12em}}
 .n,.heat td{{text-align:right;white-space:nowrap}}.heat th{{font-weight:400;max-width:12em;min-width:5.5em}}
-.heat td:first-child{{min-width:0}}.heat thead th{{vertical-align:bottom;max-width:6.5em}}.heat small{{display:block}}
+.heat thead th{{vertical-align:bottom;max-width:6.5em}}.heat small{{display:block}}
 details{{border:1px solid #ccc;border-radius:4px;padding:4px 8px;margin:6px 0;min-width:0}}
 summary{{cursor:pointer;padding:4px 0}}
 {shades}

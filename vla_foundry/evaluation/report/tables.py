@@ -66,10 +66,10 @@ class Table:
     def to_html(self) -> str:
         """Format as an HTML table that a phone scrolls by itself; end tags that HTML leaves out are left out."""
         head = "".join(f"<th scope=col>{escape(name)}" for name in self._titles())
-        lines = [
-            "<tr>" + "".join(f"<td{'' if kind == 'text' else ' class=n'}>{escape(cell)}" for kind, cell in cells)
-            for cells in self._formatted()
-        ]
+        lines = []
+        for (_, first), *cells in self._formatted():
+            rest = (f"<td{'' if kind == 'text' else ' class=n'}>{escape(cell)}" for kind, cell in cells)
+            lines.append(f"<tr><th scope=row>{escape(first)}{''.join(rest)}")
         return (
             f'<div class=scroll tabindex=0 role=region aria-label="{escape(self.caption)}">'
             f"<table><caption>{escape(self.caption)}</caption><thead><tr>{head}<tbody>{''.join(lines)}</table></div>"

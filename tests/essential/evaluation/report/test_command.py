@@ -81,6 +81,10 @@ def test_a_report_shows_what_happened_and_runs_nothing_from_data(tmp_path: Path)
     assert all((page.parent / link).exists() for link in links)
     assert len(links) == 2
     assert hostile in found.text
+    # a screen reader finds a table below each figure, and a phone its own width
+    parts = page.read_text(encoding="utf-8").split("<svg viewBox")
+    assert all("<table>" in part for part in parts[1:])
+    assert ("name", "viewport") in found.attributes
     assert "<b>No space</b>" in found.text
     assert "without a rollout that counts: \u4e2d\ufffd\ufffd." in found.text
     for name in ("violins.svg", "heat_map.svg"):
