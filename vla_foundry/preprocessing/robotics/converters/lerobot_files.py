@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vla_foundry.images.codec import MAX_PIXELS, check_size
 from vla_foundry.preprocessing.robotics.converters.converter import name_broken_file
 from vla_foundry.preprocessing.sources import check_unique
 from vla_foundry.storage.uri import open_input
@@ -29,6 +30,7 @@ _EXACT = 1e-3
 # |a|, |b|, |c|, |d| of display matrices, and how far they may be from whole numbers
 _QUARTER_TURNS = ((1, 0, 0, 1), (0, 1, 1, 0))
 _MATRIX_ROUNDING = 1e-3
+_DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 
 
 @contextmanager
@@ -287,7 +289,8 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
     # a file object instead of a name, because FFmpeg takes some names for protocols
     with open_input(uri) as file:
         try:
-            container = av.open(file, mode="r")
+            # opening decodes a frame, and the header of the file may say less than that has
+            container = av.open(file, mode="r", options=dict(_DECODER_OPTIONS))
         except (av.error.FFmpegError, OSError, ValueError) as error:
             _raise_unless_broken(error)
             raise ValueError(f"{uri} is not a readable video, or is cut off ({_reason(error)}).") from None
@@ -296,12 +299,16 @@ def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.Vi
                 raise ValueError(f"{uri} is not a readable video, or is cut off (no video stream in it).")
             stream = container.streams.video[0]
             if stream.time_base is None or not stream.width or not stream.height:
-                raise ValueError(f"{uri}: the header of the video is damaged.")
+                raise ValueError(
+                    f"{uri}: the header of the video is damaged, or its frames have more than {MAX_PIXELS:,} pixels."
+                )
             if stream.sample_aspect_ratio not in (None, 0, 1):
                 raise ValueError(
                     f"{uri}: its pixels are not square ({stream.sample_aspect_ratio}). Scale the video: "
                     "ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT."
                 )
+            check_size((stream.height, stream.width), f"{uri}: a frame")
+            stream.codec_context.options = dict(_DECODER_OPTIONS)
             stream.codec_context.thread_count = 1
             yield container, stream
 

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from vla_foundry.preprocessing.robotics.converters import lerobot_files
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import VideoFrames
 
 NUM_FRAMES, RATE = 47, 10
@@ -170,6 +171,19 @@ def test_a_frame_that_was_dropped_is_named(tmp_path: Path, images: np.ndarray) -
         container.mux(stream.encode())
     with pytest.raises(ValueError, match=r"frame 6 of the episode at 0\.600 s: 1\.00 frames away"):
         frames_at(path, np.arange(12) / FPS)
+
+
+def test_a_frame_too_large_to_decode_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: np.ndarray, recordings: ModuleType
+) -> None:
+    path = tmp_path / "video.mp4"
+    recordings.write_video(path, images)
+    monkeypatch.setattr(lerobot_files, "_DECODER_OPTIONS", {"max_pixels": str(images[0, ..., 0].size - 1)})
+    with pytest.raises(
+        ValueError,
+        match=r"video\.mp4.*(or its frames have more than|can be decoded)",
+    ):
+        frames_at(path, np.arange(3) / FPS)
 
 
 def test_memory_holds_a_few_frames_of_a_long_video(tmp_path: Path, recordings: ModuleType) -> None:
