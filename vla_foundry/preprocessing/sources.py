@@ -162,6 +162,20 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
             yield pq.ParquetFile(cast(BinaryIO, unpacked) if file.packing else source)
 
 
+def read_batches(parquet: Any, columns: Sequence[str], max_rows: int, groups: Sequence[int] | None = None) -> Any:
+    """Return batches of rows: fewer rows where one value could be large, because a dictionary repeats it at no cost."""
+    metadata = parquet.metadata
+    chunks = (
+        metadata.row_group(group).column(column)
+        for group in (range(metadata.num_row_groups) if groups is None else groups)
+        for column in range(metadata.num_columns)
+    )
+    wanted = (chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{key}.") for key in columns))
+    largest = max((chunk.total_uncompressed_size for chunk in wanted), default=1)
+    rows = max(1, min(max_rows, 4 * MAX_RECORD_BYTES // max(1, largest)))
+    return parquet.iter_batches(rows, row_groups=groups, columns=list(columns), use_threads=False)
+
+
 def rows_of(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Yield the rows of a batch of parquet; an exception for a row with a text that is not UTF-8."""
     try:

@@ -24,6 +24,7 @@ from vla_foundry.preprocessing.sources import (
     look_up,
     open_parquet,
     open_source,
+    read_batches,
     read_json_rows,
     rows_of,
 )
@@ -267,7 +268,7 @@ def _read_parquet(file: SourceFile, columns: Sequence[str]) -> Iterator[dict[str
         if not all(any(path == key or path.startswith(f"{key}.") for path in paths) for key in columns):
             yield dict.fromkeys(parquet.schema_arrow.names)
             return
-        for batch in parquet.iter_batches(_PARQUET_ROWS, columns=list(columns), use_threads=False):
+        for batch in read_batches(parquet, columns, _PARQUET_ROWS):
             yield from rows_of(batch)
 
 

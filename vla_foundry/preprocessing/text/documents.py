@@ -17,6 +17,7 @@ from vla_foundry.preprocessing.sources import (
     look_up,
     open_parquet,
     open_source,
+    read_batches,
     read_json_rows,
     rows_of,
 )
@@ -198,7 +199,7 @@ def _read_parquet(unit: Unit, text_key: str) -> Iterator[tuple[str, Any]]:
         first, stop = (metadata.num_row_groups * part // unit.num_parts for part in (unit.part, unit.part + 1))
         row = sum(metadata.row_group(number).num_rows for number in range(first))
         groups = list(range(first, stop))
-        for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[text_key], use_threads=False):
+        for batch in read_batches(parquet, [text_key], _PARQUET_ROWS, groups):
             for values in rows_of(batch):
                 yield f"row {row}", values
                 row += 1

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_foundry.preprocessing.sources import SourceFile
+from vla_foundry.preprocessing.sources import SourceFile, read_batches
 from vla_foundry.preprocessing.text.documents import (
     Piece,
     Skipped,
@@ -253,3 +253,13 @@ def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path):
     (tmp_path / "a.txt").write_text("xy", encoding="utf-8")
     with pytest.raises(ValueError, match="has changed since it was listed"):
         list(read_unit(unit, text_key="text", max_bytes=100))
+
+
+def test_a_long_value_that_a_dictionary_repeats_is_read_a_few_rows_at_once(tmp_path: Path) -> None:
+    # a file of a few hundred bytes; 256 rows of it would be 2 GB
+    path = tmp_path / "a.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["x" * (8 << 20)]))
+    pq.write_table(pa.table({"text": column, "n": list(range(300))}), path, compression="zstd", store_schema=False)
+    parquet = pq.ParquetFile(path)
+    assert next(read_batches(parquet, ["text"], 256)).num_rows <= 32
+    assert [batch.num_rows for batch in read_batches(parquet, ["n"], 256)] == [256, 44]
