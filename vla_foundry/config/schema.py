@@ -23,10 +23,7 @@ LEGACY = {"is_legacy": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The range of a number, as an annotation of its type: `Annotated[int, Bounds(least=1)]`.
-
-    NaN is never in it. An infinity is, if it is one of the ends; whole numbers have 64 bits.
-    """
+    """The range of a number: `Annotated[int, Bounds(least=1)]`. NaN is out of it, and infinity unless it is an end."""
 
     least: int | float | None = None
     above: int | float | None = None
@@ -128,8 +125,8 @@ class Derived:
 class BaseParams:
     """Base of every config dataclass.
 
-    `__post_init__` checks the class's own fields: here the ranges of numbers and the characters of texts, in subclasses
-    what else holds. A message begins with the name of a field, and the engine prepends the config path.
+    `__post_init__` checks the class's own fields: here ranges and characters, in subclasses what else holds. A message
+    begins with the name of a field, and the engine prepends the config path.
     """
 
     # root of a config only: its sections in the order in which they are derived; a section may appear twice
@@ -422,9 +419,9 @@ def _step(hint: Any, key: str) -> list[Any]:
     if section is not None:
         found = [str] * (key == "type" and is_role(section))
         for member in concrete_classes(section):
-            news = [migration.renamed[key] for migration in migrations_of(member) if key in migration.renamed]
-            own = field_types(member)
-            found += [own[key]] if key in own else [hint for new in news for hint in lookup(member, new)]
+            own, tables = field_types(member), [migration.renamed for migration in migrations_of(member)]
+            news = [lookup(member, table[key]) for table in tables if key in table and key not in own]
+            found += [own[key]] if key in own else list(itertools.chain(*news))
         return found
     return [value_type or Any] if value_type is not None or hint is Any else []
 
