@@ -65,6 +65,12 @@ def load_candidate(params: EvaluateParams, camera: str) -> Candidate:
             raise ValueError(" ".join([does_not_fit, *faults, str(error)])) from None
         if faults:
             raise ValueError(" ".join([does_not_fit, *faults]))
+        if pauses is not None and not pauses.is_blocking and pauses.num_steps >= subject.chunk_steps:
+            raise ValueError(
+                f"simulated_latency_ms ({params.simulated_latency_ms:g}) is {pauses.num_steps} control steps, and a "
+                f"chunk has {subject.chunk_steps} actions, so with execution '{params.execution}' each comes too late. "
+                "Use execution blocking, or a lower latency."
+            )
         shows_other_episode = params.images == "other_episode"
         return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=shows_other_episode, pauses=pauses)
 
@@ -97,6 +103,8 @@ class _Subject:
     origin: str
     name: str
     spec: DatasetSpec
+    # predicted actions of a chunk
+    chunk_steps: int
     check_robot: Callable[[NamedSpec], None]
     weights_sha256: str | None
 
@@ -118,6 +126,7 @@ def _load_checkpoint(params: EvaluateParams, checkpoint: str) -> _Subject:
         origin=checkpoint,
         name=name_of(find_run_folder(checkpoint)),
         spec=policy.spec,
+        chunk_steps=policy.chunk_steps,
         check_robot=policy.check_robot,
         weights_sha256=digest_weights(checkpoint, params.use_ema),
     )
@@ -154,6 +163,7 @@ def _connect(params: EvaluateParams) -> _Subject:
         origin=params.policy_server,
         name=policy.metadata.name,
         spec=parse_spec(policy.metadata.spec_json, f"the spec of {params.policy_server}"),
+        chunk_steps=policy.metadata.chunk_steps,
         check_robot=lambda robot: policy.check_robot(robot.name, format_spec(robot.spec)),
         weights_sha256=policy.metadata.info.get("weights_sha256"),
     )

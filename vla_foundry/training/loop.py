@@ -135,6 +135,8 @@ def train_step(
         with gradient_sync(state.forward, enabled=not is_joint or index == len(inputs) - 1):
             with autocast(hparams.precision, world.device):
                 output = state.forward(**kwargs)
+            if not isinstance(output, LossOutput):
+                raise ValueError(f"The model's forward returned {type(output).__name__}, not a LossOutput (batch.py).")
             share = output.sum * weights[dataset]
             (share * world.world_size).backward()
         loss += share.detach()

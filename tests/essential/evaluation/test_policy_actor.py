@@ -205,6 +205,8 @@ def test_the_simulator_moves_on_while_the_policy_thinks(run: Path) -> None:
     late = [actor.act(seen)[0] for _ in range(6)]
     assert [step for step in range(6) if late[step][0] == 0] == [4]
     assert late[4][1] == late[3][1]
+    with pytest.raises(ValueError, match=r"simulated_latency_ms \(400\) is 4 control steps, and a chunk has 4 actions"):
+        first_actions(run, simulated_latency_ms=400.0, execution="realtime")
 
 
 def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
