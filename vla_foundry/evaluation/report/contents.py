@@ -42,7 +42,7 @@ class Contents:
 
     def shown_on(self, column: Column) -> list[str]:
         """Return the picked models that have rollouts in a column, from the best to the worst."""
-        return [model for model in column.models if model in self.models]
+        return shown_models(column, self.models)
 
     def title(self, column: Column) -> str:
         """Return the name of a column to show."""
@@ -72,7 +72,7 @@ def collect(
     columns = tuple(
         column for column in comparison.columns if column.models and (column.name in tasks or is_aggregate(column))
     )
-    order = [model for model in columns[-1].models if model in models]
+    order = shown_models(columns[-1], models)
     models = (*order, *(model for model in models if model not in order))
     family = comparison.family.models
     kept = pc.and_(  # type: ignore[attr-defined]
@@ -113,6 +113,16 @@ def is_aggregate(column: Column) -> bool:
     return column.name not in column.tasks
 
 
+def shown_models(column: Column, models: Sequence[str]) -> list[str]:
+    """Return the picked models that have rollouts in a column, from the best to the worst."""
+    return [model for model in column.models if model in models]
+
+
+def shown_pairs(column: Column, models: Sequence[str]) -> list[PairResult]:
+    """Return the pairs of picked models in a column."""
+    return [pair for pair in column.pairs if pair.first in models and pair.second in models]
+
+
 def ordered_pair(pair: PairResult, column: Column) -> tuple[str, str, float, tuple[float, float]]:
     """Return the better-ranked model of a pair, the other one, and the first's rate minus the second's."""
     (low, high), ranks = pair.interval, {model: rank for rank, model in enumerate(column.models)}
@@ -150,7 +160,7 @@ def _violins(
 ) -> dict[tuple[str, str], Violin]:
     from scipy import stats
 
-    keys = [(column, model) for column in columns for model in column.models if model in models]
+    keys = [(column, model) for column in columns for model in shown_models(column, models)]
     parameters = []
     for column, model in keys:
         counts = [rates[model, task] for task in column.tasks]
@@ -195,10 +205,9 @@ def _rates(columns: Sequence[Column], violins: Mapping[tuple[str, str], Violin])
 def _pairs(columns: Sequence[Column], models: Sequence[str]) -> Table:
     rows = []
     for column in columns:
-        for pair in column.pairs:
-            if pair.first in models and pair.second in models:
-                first, second, difference, interval = ordered_pair(pair, column)
-                rows.append((column.name, first, second, difference, *interval, pair.better, pair.num_rollouts))
+        for pair in shown_pairs(column, models):
+            first, second, difference, interval = ordered_pair(pair, column)
+            rows.append((column.name, first, second, difference, *interval, pair.better, pair.num_rollouts))
     return Table(
         name="pairs",
         caption="Differences of pairs with the 95% interval of each alone",
@@ -220,7 +229,7 @@ def _readings(column: Column, models: Sequence[str], table: pa.Table) -> Table:
         count_outcomes(table, without_trivial=True),
     )
     rows = []
-    for model in (model for model in column.models if model in models):
+    for model in shown_models(column, models):
         means = []
         for rates in readings:
             counted = [rates[model, task] for task in column.tasks]
@@ -243,7 +252,7 @@ def _seeds(
     rows = []
     for column in columns:
         if not is_aggregate(column):
-            for model in (model for model in column.models if model in models):
+            for model in shown_models(column, models):
                 found = outcomes[model, column.name]
                 kinds = (("success", "trivial"), ("failure",), ("invalid",), ("trivial",))
                 rows.append((column.name, model, *(_ranges(found, kind) for kind in kinds)))

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from vla_foundry.evaluation.comparison.compare import Column
+from vla_foundry.evaluation.comparison.compare import Column, PairResult
 from vla_foundry.evaluation.comparison.family import FAMILY_NAME
-from vla_foundry.evaluation.report.contents import KINDS, Contents, is_aggregate, ordered_pair
+from vla_foundry.evaluation.report.contents import (
+    KINDS,
+    Contents,
+    is_aggregate,
+    ordered_pair,
+    shown_pairs,
+)
 from vla_foundry.evaluation.report.drawings import PATTERNS, draw_bars, draw_differences, draw_seeds, draw_violins
 from vla_foundry.evaluation.report.tables import Table, escape, escape_markdown, percent
 
@@ -192,9 +198,9 @@ def _shades() -> str:
 def _differences(contents: Contents) -> str:
     parts = []
     for column in reversed(contents.columns):
-        pairs = [pair for pair in column.pairs if pair.first in contents.models and pair.second in contents.models]
+        pairs = shown_pairs(column, contents.models)
         if pairs:
-            parts.append(_pairs_of(contents, column, len(pairs), sum(pair.better is not None for pair in pairs)))
+            parts.append(_pairs_of(contents, column, pairs))
     text = (
         "<p>Rate of the first model minus that of the second, with the 95% interval of this pair alone. A filled dot: "
         "the pair is separated in its family. Rollouts of each: how many the decision took."
@@ -202,16 +208,16 @@ def _differences(contents: Contents) -> str:
     return _section("Differences between pairs", text, *parts) if parts else ""
 
 
-def _pairs_of(contents: Contents, column: Column, num_pairs: int, num_separated: int) -> str:
+def _pairs_of(contents: Contents, column: Column, pairs: Sequence[PairResult]) -> str:
     rows = []
-    for pair in column.pairs:
-        if pair.first in contents.models and pair.second in contents.models:
-            first, second, difference, interval = ordered_pair(pair, column)
-            rows.append((f"{first} \N{MINUS SIGN} {second}", difference, interval, pair.better is not None))
+    for pair in pairs:
+        first, second, difference, interval = ordered_pair(pair, column)
+        rows.append((f"{first} \N{MINUS SIGN} {second}", difference, interval, pair.better is not None))
+    num_separated = sum(pair.better is not None for pair in pairs)
     title = contents.title(column)
     drawing = draw_differences(rows, f"{title}: differences of pairs; the table below has the numbers")
     table = contents.tables["pairs"].only(column.name, f"{title}: differences of pairs")
-    return _folded(f"{title}: {num_separated} of {num_pairs} pairs separated", drawing, table.to_html())
+    return _folded(f"{title}: {num_separated} of {len(pairs)} pairs separated", drawing, table.to_html())
 
 
 def _seeds(contents: Contents) -> str:
