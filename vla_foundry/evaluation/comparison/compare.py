@@ -24,8 +24,16 @@ from vla_foundry.evaluation.comparison.aggregate import (
     follow_aggregate,
     macro_difference,
 )
-from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, level_for, pair_name, pairs_of, separate
-from vla_foundry.evaluation.comparison.letters import assign_letters
+from vla_foundry.evaluation.comparison.family import (
+    FAMILY_NAME,
+    Family,
+    assign_letters,
+    count_columns,
+    level_for,
+    pair_name,
+    pairs_of,
+    separate,
+)
 from vla_foundry.evaluation.comparison.published import PublishedCount
 from vla_foundry.evaluation.comparison.rollouts import Rollouts, count_outcomes
 from vla_foundry.evaluation.comparison.sequential import MAX_ROLLOUTS, dead_time, draw_decisions, find_table, run_tests
@@ -123,7 +131,7 @@ def compare(rollouts: Rollouts, family: Family | None = None) -> Comparison:
             raise ValueError(unknown_name_message("task", task, tasks))
     tasks = list(family.tasks or tasks)
     rates = count_outcomes(rollouts.table)
-    num_columns = len(tasks) + (len(tasks) > 1) if family.scope == "all" else 1
+    num_columns = count_columns(len(tasks)) if family.scope == "all" else 1
     unplanned = sorted({model for model, task in outcomes if (model, task) not in rollouts.budgets})
     if unplanned and family.max_sample_size is None:
         notes.append(

@@ -16,7 +16,7 @@ letter.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -191,6 +191,11 @@ def level_for(size: int) -> int:
     return next((known for known in SIZES if known >= size), size)
 
 
+def count_columns(num_tasks: int) -> int:
+    """Return how many columns tasks make: each is one, and the mean over several is one more."""
+    return num_tasks + (num_tasks > 1)
+
+
 def pair_name(task: str, first: str, second: str) -> str:
     """Return the name under which the draws of a comparison are made, whatever the order of the pair."""
     return f"{task}: {' | '.join(sorted((first, second)))}"
@@ -199,3 +204,43 @@ def pair_name(task: str, first: str, second: str) -> str:
 def pairs_of(models: Sequence[str]) -> list[tuple[str, str]]:
     """Return all pairs, in the order of `separate`."""
     return list(itertools.combinations(models, 2))
+
+
+def assign_letters(models: Sequence[str], separated: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Give each model its letters: two share one if and only if they are not separated (Piepho 2004).
+
+    Args:
+        models: from the best to the worst, which gets the last letters.
+        separated: pairs that differ, in either order.
+
+    Returns:
+        The letters of each model, in the order of `models`; after z come aa, ab, ..., and then letters are separated
+        by spaces.
+    """
+    ranks = {model: rank for rank, model in enumerate(models)}
+    columns = [frozenset(ranks.values())] if models else []
+    for first, second in separated:
+        pair = {ranks[first], ranks[second]}
+        split = [column for column in columns if pair <= column]
+        columns = [column for column in columns if not pair <= column]
+        for column in split:
+            for rank in sorted(pair):
+                part = column - {rank}
+                if not any(part <= other for other in columns):
+                    columns = [other for other in columns if not other <= part] + [part]
+    columns.sort(key=lambda column: (min(column), -len(column), sorted(column)))
+    names = [_letter(number) for number in range(len(columns))]
+    between = "" if len(names) <= 26 else " "
+    return {
+        model: between.join(name for name, column in zip(names, columns, strict=True) if rank in column)
+        for model, rank in ranks.items()
+    }
+
+
+def _letter(number: int) -> str:
+    letters = ""
+    number += 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters

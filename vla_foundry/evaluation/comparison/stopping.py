@@ -11,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_foundry.evaluation.comparison.family import Family, closed_levels, level_for, pair_name
+from vla_foundry.evaluation.comparison.family import (
+    Family,
+    closed_levels,
+    count_columns,
+    level_for,
+    pair_name,
+    pairs_of,
+)
 from vla_foundry.evaluation.comparison.published import find_published, published_counts
 from vla_foundry.evaluation.comparison.result_files import read_files
 from vla_foundry.evaluation.comparison.sequential import Decision, StepTable, draw_decisions, find_table, run_test
@@ -143,9 +150,8 @@ def open_rule(
             )
         levels = tuple(closed_levels(len(family.models)))
         if family.scope == "all":
-            # as `compare` counts them
-            num_columns = len(family.tasks or tasks) + (len(family.tasks or tasks) > 1)
-            levels = (level_for(num_columns * len(family.models) * (len(family.models) - 1) // 2),)
+            num_pairs = len(pairs_of(family.models))
+            levels = (level_for(count_columns(len(family.tasks or tasks)) * num_pairs),)
     if family.is_paired and not found.has_seeds:
         raise ValueError(f"until_decided: the family is paired, but the rollouts of {found.name} have no seeds.")
     for budget in sorted(set(budgets.values())):
