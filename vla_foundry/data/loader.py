@@ -375,11 +375,7 @@ def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: they do not; the message says what changed.
     """
-    changes = [
-        f"{name} was {saved.get(key)}, is {current[key]}"
-        for key, name in _NAMES.items()
-        if saved.get(key) != current[key]
-    ]
+    changes = list_changes(saved, current, _NAMES)
     rows, saved_rows = current["datasets"], saved.get("datasets", [])
     if len(rows) != len(saved_rows):
         changes.append(f"data.dataset_manifest had {len(saved_rows)} datasets, has {len(rows)}")
@@ -388,6 +384,19 @@ def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
             changes += _dataset_changes(f"dataset {number} ({row['manifest']})", saved_row, row)
     if changes:
         raise changed_order(changes)
+
+
+def list_changes(saved: dict[str, Any], current: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """Return a line for each key of a description that changed.
+
+    Args:
+        names: {key: its name in messages}.
+    """
+    return [
+        f"{name} was {saved.get(key)}, is {current[key]}"
+        for key, name in names.items()
+        if saved.get(key) != current[key]
+    ]
 
 
 def changed_order(changes: Sequence[str]) -> ValueError:
@@ -399,11 +408,8 @@ def changed_order(changes: Sequence[str]) -> ValueError:
 
 
 def _dataset_changes(where: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    changes = [
-        f"{where}: {name} was {saved.get(key)}, is {current[key]}"
-        for key, name in _DATASET_NAMES.items()
-        if key != "digest" and saved.get(key) != current[key]
-    ]
+    names = {key: f"{where}: {name}" for key, name in _DATASET_NAMES.items() if key != "digest"}
+    changes = list_changes(saved, current, names)
     if not changes and saved.get("digest") != current["digest"]:
         changes.append(f"{where}: {_DATASET_NAMES['digest']} changed")
     return changes

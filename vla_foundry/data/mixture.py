@@ -29,6 +29,12 @@ from vla_foundry.world import World
 
 # keys of draws: which dataset a block is of; the order within each dataset
 _BLOCKS, _DATASETS = 11, 12
+# key of `describe` -> its name in messages
+_NAMES = {
+    "global_batch_size": "hparams.global_batch_size",
+    "modality_block": "data.modality_block",
+    "shares": "the datasets' shares",
+}
 
 
 @contextmanager
@@ -102,21 +108,12 @@ class MixtureLoader:
         Raises:
             ValueError: the sample order changed; the message says why.
         """
-        current, saved = self.describe(), saved_description
-        changes = [
-            f"{name} was {saved.get(key)}, is {current[key]}"
-            for key, name in (
-                ("global_batch_size", "hparams.global_batch_size"),
-                ("modality_block", "data.modality_block"),
-                ("shares", "the datasets' shares"),
-            )
-            if saved.get(key) != current[key]
-        ]
+        changes = single.list_changes(saved_description, self.describe(), _NAMES)
         if changes:
             raise single.changed_order(changes)
         for name, loader in self._loaders.items():
             with _naming(name):
-                loader.check_plan(saved["mixture"][name])
+                loader.check_plan(saved_description["mixture"][name])
 
     def progress(self, global_batch: int) -> dict[str, float]:
         """Return how many passes over each dataset come before a global batch, to log."""
