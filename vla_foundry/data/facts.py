@@ -37,7 +37,7 @@ from vla_foundry.run_folder import (
     run_folder_candidates,
 )
 from vla_foundry.shards import MANIFEST_NAME, PROVENANCE_NAME, ManifestEntry, parse_manifest
-from vla_foundry.storage.hub import HUB_NAME, find_snapshot
+from vla_foundry.storage.hub import find_published
 from vla_foundry.storage.uri import exists, file_test, is_remote, join_uri, parent_uri, read_text
 from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.world import read_ranks_per_node
@@ -77,7 +77,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
     if isinstance(data, ImageProcessorParams):
         tokenizer = _with_image_token(tokenizer)
         image_weights = _list_weights(params, offline, besides=_WITHOUT_IMAGES)
-        processor = None if name is None else _locate(name)
+        processor = None if name is None else find_published(name)
     _check_checkpoint(params.model.resume_from_checkpoint, "model.resume_from_checkpoint", offline)
     has_spec = isinstance(data, RoboticsDataParams)
     specs = (find_run_spec(name, offline) for name in list_checkpoints(params.model)) if has_spec else ()
@@ -241,7 +241,7 @@ def _list_model_weights(model: BaseParams, besides: tuple[type, ...]) -> dict[st
         return {model.resume_from_checkpoint: model.resume_from_checkpoint}
     found: dict[str, str] = {}
     if isinstance(model, PublishedParams) and model.hf_load_weights:
-        place = _locate(model.hf_pretrained)
+        place = find_published(model.hf_pretrained)
         is_known = place is not None and (os.path.isdir(place) or place.startswith(TIMM_PREFIX))
         found = {model.hf_pretrained: place} if place is not None and is_known else {}
     for _, part in _parts(model):
@@ -267,7 +267,7 @@ def _read_model_configs(model: BaseParams, offline: bool) -> dict[str, dict[str,
         if isinstance(part, ViTHFParams) and "/" not in name and not os.path.isdir(name):
             continue  # its derived name is timm's
         try:
-            folder = _locate(name, fetch=not offline)
+            folder = find_published(name, fetch=not offline)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{path}.hf_pretrained: {error}") from None
         if folder is not None and exists(join_uri(folder, "config.json")):
@@ -275,18 +275,6 @@ def _read_model_configs(model: BaseParams, offline: bool) -> dict[str, dict[str,
         elif not offline:
             raise FileNotFoundError(f"{path}.hf_pretrained: {name} is not a folder with a config.json.")
     return configs
-
-
-def _locate(name: str, *, fetch: bool = False) -> str | None:
-    """Return the folder of a published model or tokenizer: the one named, or its place in the hub's cache.
-
-    Args:
-        fetch: fetch it to the cache if it is not there; see `find_snapshot`.
-    """
-    repository = name.removeprefix("hf://")
-    if os.path.isdir(name) or HUB_NAME.fullmatch(repository) is None:
-        return name
-    return find_snapshot(repository, fetch=fetch)
 
 
 def _parts(model: BaseParams) -> list[tuple[str, BaseParams]]:
@@ -342,7 +330,7 @@ def _read_named_tokenizer(name: str | None, offline: bool) -> TokenizerFacts | N
     if name is None:
         return None
     try:
-        location = _locate(name, fetch=not offline) or f"hf://{name.removeprefix('hf://')}"
+        location = find_published(name, fetch=not offline) or f"hf://{name.removeprefix('hf://')}"
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.tokenizer or data.processor: {error}") from None
     if is_remote(location) and offline:

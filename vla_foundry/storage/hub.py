@@ -47,7 +47,7 @@ def _client_errors() -> tuple[type[BaseException], ...]:
 
 
 # owner/name on the Hugging Face hub, or a legacy name without an owner
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @contextmanager
@@ -61,9 +61,8 @@ def loading_published(what: str, outcome: str = "cannot be loaded", *, name: str
             would try again for minutes.
     """
     try:
-        repository = (name or "").removeprefix("hf://")
-        if HUB_NAME.fullmatch(repository) is not None and not os.path.isdir(repository):
-            find_snapshot(repository, fetch=True)
+        if name is not None:
+            find_published(name, fetch=True)
         yield
     except Exception as error:  # the border to libraries, which may raise anything: tokenizers raises Exception itself
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -152,6 +151,18 @@ class HubStorage:
         with _named_errors(uri):
             if _file_system().exists(uri):
                 _file_system().rm_file(uri)
+
+
+def find_published(name: str, *, fetch: bool = False) -> str | None:
+    """Return the folder of a published model or tokenizer: the one named, or its place in the hub's cache.
+
+    Args:
+        fetch: fetch it to the cache if it is not there; see `find_snapshot`.
+    """
+    repository = name.removeprefix("hf://")
+    if os.path.isdir(name) or _HUB_NAME.fullmatch(repository) is None:
+        return name
+    return find_snapshot(repository, fetch=fetch)
 
 
 def find_snapshot(repository: str, *, fetch: bool) -> str | None:
