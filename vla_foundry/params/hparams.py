@@ -8,11 +8,33 @@ from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived, Epsilo
 _WARMUP_STEPS = 1000
 # a learning rate or weight; more than this is a typing error
 _Rate = Annotated[float, Bounds(least=0, most=1000)]
+_PeakRate = Annotated[float, Bounds(above=0, most=1000, fix="To keep weights unchanged, freeze them.")]
 _Multiplier = Annotated[float, Bounds(above=0, most=1000, fix="To keep a part unchanged, freeze it.")]
 _StepsOrFraction = Annotated[float, Bounds(least=0, most=10**12)]
 # the plan of the data counts in 30 bits
 _Batch = Annotated[int, Bounds(least=1, below=2**30)]
 _Beta = Annotated[float, Bounds(least=0, below=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup(BaseParams):
+    """Weights, by patterns of their names, that are trained in their own way, or not at all."""
+
+    # names as in the table before training, with * for any characters: ["*.vit.*", "*.embeddings.weight"]
+    patterns: list[str] = field(default_factory=list)
+    # peak learning rate; null: hparams.lr times hparams.lr_multipliers
+    lr: _PeakRate | None = None
+    # weight decay of its matrices; null: hparams.wd
+    wd: _Rate | None = None
+    # do not train these weights
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.patterns:
+            raise ValueError('patterns is empty. Name weights, for example ["*.vit.*"].')
+        if self.freeze and (self.lr is not None or self.wd is not None):
+            raise ValueError("freeze is true, so lr and wd have no effect. Remove them, or set freeze to false.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +53,8 @@ class HyperParams(BaseParams):
     lr: Annotated[float, Bounds(above=0, most=1000)] = 1e-4
     # learning-rate factors by prefix of weight names: {vit: 0.1}
     lr_multipliers: dict[str, _Multiplier] = field(default_factory=dict)
+    # weights with their own learning rate, weight decay or freezing, by group; the last group that matches counts
+    parameter_groups: dict[str, ParameterGroup] = field(default_factory=dict)
     # shape of the learning rate over steps
     lr_scheduler: Literal["cosine", "constant", "linear", "warmup_constant_decay"] = "cosine"
     # warm-up: steps, or a fraction of all steps if below 1; null: 1000 steps, but at most a tenth of the run

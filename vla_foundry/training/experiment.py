@@ -31,7 +31,7 @@ from vla_foundry.training.distributed import (
 )
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
-from vla_foundry.training.optimizer import describe_groups
+from vla_foundry.training.optimizer import describe_groups, freeze_weights
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import copy_tokenizer, find_start, record_start, remove_unfinished, write_configs
@@ -171,6 +171,7 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
     # sharded models could be created on the meta device here and allocated after sharding
     model = create_model(params.model, load_pretrained=not is_restored)
     cast_parameters(model, hparams.precision)
+    freeze_weights(model, hparams)
     model.train()
     forward = parallelize(
         model,

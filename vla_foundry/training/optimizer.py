@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.registry import unknown_name_message
 
 # modules whose `weight` maps features to features and therefore decays
@@ -40,34 +41,74 @@ def create_optimizer(
         parameters: the model's, by the names that `hparams.lr_multipliers` uses.
 
     Raises:
-        ValueError: nothing is trainable, or a multiplier names no part of the model.
+        ValueError: nothing is trainable, a multiplier names no part of the model, or a group has frozen weights only.
     """
     decayed = decayed_parameters(model)
+    own = _find_groups(params, parameters)
     multipliers = _find_multipliers(params.lr_multipliers, parameters)
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    multipliers |= {name: group.lr / params.lr for name, group in own.items() if group.lr is not None}
+    groups: dict[tuple[float, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
+            wd = own[name].wd if name in own else None
+            decay = (params.wd if wd is None else wd) if parameter in decayed else 0.0
             # one kernel cannot take sharded and whole tensors together
-            key = (parameter in decayed, isinstance(parameter, DTensor), multipliers[name])
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((decay, isinstance(parameter, DTensor), multipliers[name]), []).append(parameter)
     if not groups:
-        raise ValueError("No weight of the model is trainable. Set model.freeze to false in at least one part of it.")
+        raise ValueError(
+            "No weight of the model is trainable. Set freeze to false in at least one part of model, or in one of "
+            "hparams.parameter_groups."
+        )
     rates = {multiplier: lr if multiplier == 1.0 else torch.zeros_like(lr) for multiplier in multipliers.values()}
     return torch.optim.AdamW(
         [
             {
                 "params": members,
-                "weight_decay": params.wd if has_decay else 0.0,
+                "weight_decay": decay,
                 "lr": rates[multiplier],
                 "lr_multiplier": multiplier,
             }
-            for (has_decay, _, multiplier), members in groups.items()
+            for (decay, _, multiplier), members in groups.items()
         ],
         lr=lr,
         betas=(params.beta1, params.beta2),
         eps=params.eps,
         fused=True,
     )
+
+
+def freeze_weights(model: nn.Module, params: HyperParams) -> None:
+    """Freeze what `hparams.parameter_groups` freeze; call it before the model is distributed.
+
+    Raises:
+        ValueError: a group's pattern matches no weight, or another group takes all that it matches.
+    """
+    parameters = dict(model.named_parameters())
+    for name, group in _find_groups(params, parameters).items():
+        if group.freeze:
+            parameters[name].requires_grad_(False)
+
+
+def _find_groups(params: HyperParams, parameters: Mapping[str, nn.Parameter]) -> dict[str, ParameterGroup]:
+    """Return the group of each parameter that has one: the last whose patterns match its name."""
+    found: dict[str, str] = {}
+    for key, group in params.parameter_groups.items():
+        for pattern in group.patterns:
+            matches = [name for name in parameters if fnmatchcase(name, pattern)]
+            if not matches:
+                raise ValueError(
+                    f"hparams.parameter_groups.{key}.patterns: '{pattern}' matches no weight. Names are such as "
+                    f"{summarize_names(parameters, 8)}."
+                )
+            found |= dict.fromkeys(matches, key)
+    for key, group in params.parameter_groups.items():
+        members = [name for name, owner in found.items() if owner == key]
+        path = f"hparams.parameter_groups.{key}"
+        if not members:
+            raise ValueError(f"{path} has no weights left: later groups match all of them too. Put it after them.")
+        if not group.freeze and not any(parameters[name].requires_grad for name in members):
+            raise ValueError(f"{path} has frozen weights only ({summarize_names(members)}). Remove it, or a freeze.")
+    return {name: params.parameter_groups[key] for name, key in found.items()}
 
 
 def _find_multipliers(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:

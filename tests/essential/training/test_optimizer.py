@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from vla_foundry.params.ema import EMAParams
-from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.training.optimizer import (
     clip_gradients,
     decayed_parameters,
     describe_groups,
+    freeze_weights,
     gradient_norm,
     summarize_names,
 )
@@ -143,3 +144,48 @@ def test_a_multiplier_of_no_part_is_named() -> None:
         updated({"vti": 0.1})
     with pytest.raises(ValueError, match=r"lr_multipliers\.vit \(0\) must be above 0"):
         HyperParams(lr_multipliers={"vit": 0.0})
+
+
+def grouped(**groups: ParameterGroup) -> list[str]:
+    """The table of a model of three layers with these groups."""
+    model = nn.ModuleDict({"vit": nn.Linear(2, 2), "text": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    hparams = HyperParams(
+        lr=0.01, wd=0.1, warmup=0.0, lr_multipliers={"text": 0.5}, parameter_groups=groups, lr_scheduler="constant"
+    )
+    freeze_weights(model, hparams)
+    state = create_train_state(model, model, hparams=hparams, ema=EMAParams(), total_steps=10)
+    return describe_groups(state.optimizer, state.parameters, hparams.lr)
+
+
+def test_groups_by_pattern_have_their_own_rate_decay_and_freezing() -> None:
+    table = grouped(
+        all_biases=ParameterGroup(patterns=["*.bias"], lr=0.02),
+        text=ParameterGroup(patterns=["te?t.*"], wd=0.0),
+        vision=ParameterGroup(patterns=["vit.*"], freeze=True),
+    )
+    assert table == [
+        "weight decay 0, lr 0.005: 2 tensors, 6 weights (text.weight, text.bias)",
+        "weight decay 0.1, lr 0.01: 1 tensors, 4 weights (head.weight)",
+        "weight decay 0, lr 0.02: 1 tensors, 2 weights (head.bias)",
+        "frozen: 2 tensors, 6 weights (vit.weight, vit.bias)",
+    ]
+
+
+def test_groups_that_would_do_nothing_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"parameter_groups\.vision\.patterns: 'vti\.\*' matches no weight.*vit\.weight"
+    ):
+        grouped(vision=ParameterGroup(patterns=["vti.*"], freeze=True))
+    with pytest.raises(ValueError, match=r"parameter_groups\.a has no weights left"):
+        grouped(a=ParameterGroup(patterns=["vit.*"], lr=0.1), b=ParameterGroup(patterns=["*"], lr=0.1))
+    with pytest.raises(ValueError, match="No weight of the model is trainable"):
+        grouped(a=ParameterGroup(patterns=["*"], freeze=True))
+    with pytest.raises(ValueError, match="freeze is true"):
+        ParameterGroup(patterns=["*"], freeze=True, lr=0.1)
+    with pytest.raises(ValueError, match="patterns is empty"):
+        ParameterGroup(lr=0.1)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    hparams = HyperParams(warmup=0.0, parameter_groups={"first": ParameterGroup(patterns=["0.*"], lr=0.1)})
+    with pytest.raises(ValueError, match=r"parameter_groups\.first has frozen weights only"):
+        freeze_weights(model, hparams)
