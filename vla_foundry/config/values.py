@@ -185,7 +185,8 @@ def as_list(value: Value, path: str, origin: Origin) -> list[Value] | None:
         try:
             parsed = to_value(parse_inline(text))
         except ValueError:
-            raise ValueError(f"{path} must be a list such as [a,b] or [0.5,0.5], got '{text}'.") from None
+            hint = """ YAML needs quotes around an entry such as "*.bias".""" if "*" in text else ""
+            raise ValueError(f"{path} must be a list such as [a,b] or [0.5,0.5], got '{text}'.{hint}") from None
         return parsed if isinstance(parsed, list) else None
     if "," in text and not any(mark in text for mark in "{}()[] "):
         return [Scalar(part) for part in text.split(",")]

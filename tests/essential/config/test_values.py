@@ -88,6 +88,7 @@ def test_what_users_type_becomes_the_type_of_the_field(hint: Any, text: str, exp
         (list[str], "[a, null]", "a.b[1] must be text, got null."),
         (list[int], "[1, x]", "a.b[1] must be a whole number, got 'x'."),
         (list[int], "[1, 2", "a.b must be a list such as [a,b] or [0.5,0.5], got '[1, 2'."),
+        (list[str], "[*.bias]", """got '[*.bias]'. YAML needs quotes around an entry such as "*.bias"."""),
         (tuple[float, float], "[1]", "a.b must have 2 entries, got 1."),
         (dict[str, int], "3", "a.b must be a mapping {text: int}, got '3'."),
         (Literal["fp32", "pure_bf16"], "fp23", "Did you mean 'fp32'? Choose one of: fp32, pure_bf16."),
