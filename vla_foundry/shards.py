@@ -19,7 +19,7 @@ from itertools import chain, pairwise
 from typing import Any, BinaryIO, Literal
 
 from vla_foundry.parsing import MAX_RECORD_BYTES, parse_object
-from vla_foundry.tars import find_files
+from vla_foundry.tars import find_files, refuse_pipe
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
@@ -177,6 +177,7 @@ def _parse_manifest_line(line: str, where: str) -> ManifestEntry:
     if not (sha256 is None or isinstance(sha256, str)):
         raise ValueError(f"{where}: 'sha256' must be text, got {sha256!r}.")
     shard = values["shard"].removesuffix(".tar")
+    refuse_pipe(shard, f"{where}: ")
     if shard.startswith("/") or ".." in shard.split("/"):
         raise ValueError(f"{where}: shard '{shard}' leaves the manifest's folder. Use a path inside it.")
     return ManifestEntry(shard=shard, num_sequences=count, num_bytes=num_bytes, sha256=sha256)

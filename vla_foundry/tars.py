@@ -17,6 +17,8 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")
 _MAGIC = re.compile(rb"ustar[\0 ]")
 # GNU types of members: the files of a folder, a label, the rest of a file that began in another volume
 _FOLDER, _LABEL, _CONTINUED = b"D", b"V", b"M"
+# WebDataset's form of a shell command in place of a path, also within braces and lists
+_PIPE = re.compile(r"(?:^|::|[{,])[\s'\"]*pipe\s*:", re.IGNORECASE)
 # longest chain of symbolic links
 _MAX_LINKS = 40
 _CHUNK = 1 << 20
@@ -32,6 +34,16 @@ class _Header(tarfile.TarInfo):
             prefix = bytes(buf[345:500]).partition(b"\0")[0].decode(encoding, errors)
             header.name = header.name.removeprefix(prefix + "/")
         return header
+
+
+def refuse_pipe(name: str, where: str = "") -> None:
+    """Check that a path or URI is not WebDataset's `pipe:cat x.tar`.
+
+    Raises:
+        ValueError: it is; the message begins with `where`.
+    """
+    if _PIPE.search(name):
+        raise ValueError(f"{where}{name[:80]!r} is a shell command, which is never run. Name a file instead.")
 
 
 def find_files(file: BinaryIO) -> tuple[list[tuple[str, Bytes | str]], bool]:

@@ -93,6 +93,8 @@ def test_manifest_is_read_back():
         ('{"shard": "a", "num_sequences": true}', "got True"),
         ('{"shard": "../a", "num_sequences": 1}', "leaves the manifest's folder"),
         ('{"shard": "/a", "num_sequences": 1}', "leaves the manifest's folder"),
+        ('{"shard": "pipe:touch x", "num_sequences": 1}', "m line 1: 'pipe:touch x' is a shell command"),
+        ('{"shard": "{a,PIPE :x}", "num_sequences": 1}', "is a shell command, which is never run"),
         ('{"shard": "a", "num_sequences": 1}\n{"shard": "a.tar", "num_sequences": 1}', "'a' more than once"),
         ('{"shard": "a", "num_sequences": 1, "num_bytes": "x"}', "num_bytes"),
         ('{"shard": "a", "num_sequences": Infinity}', "line 1: 'num_sequences' must be a whole number"),

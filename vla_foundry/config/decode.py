@@ -29,6 +29,7 @@ from vla_foundry.config.yaml_source import PRESETS, is_null, load_config, parse_
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.run_folder import MODEL_CONFIG_NAME, run_folder_candidates
 from vla_foundry.storage.uri import is_remote
+from vla_foundry.tars import refuse_pipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,8 +330,11 @@ def _decode_field(hint: Any, node: Node, decoding: Decoding, path: str) -> Any:
 
 
 def _expand_home(value: Any, annotation: Any, name: str) -> Any:
-    """Expand a leading `~` or `~user` of a location: the one place where this is done for what users give."""
-    if annotation is not schema.EXPANDED or not isinstance(value, str) or not value.startswith("~"):
+    """Expand a leading `~` or `~user` of a location that a user gives; the one place for it. Refuse `pipe:`."""
+    if annotation is not schema.EXPANDED or not isinstance(value, str):
+        return value
+    refuse_pipe(value, f"{name}: ")
+    if not value.startswith("~"):
         return value
     expanded = os.path.expanduser(value)
     if expanded == value:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from vla_foundry.parsing import MAX_BYTES, parse_json, parse_object, parse_yaml
 from vla_foundry.storage.local import IncompleteDownload, Listed, LocalStorage, has_files, is_pattern, name_errors
+from vla_foundry.tars import refuse_pipe
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOCAL = LocalStorage()
@@ -35,6 +36,7 @@ class Storage(Protocol):
 
 
 def _scheme_of(uri: str) -> str:
+    refuse_pipe(uri)
     match = _SCHEME.match(uri)
     return match.group(1).lower() if match else ""
 

@@ -10,6 +10,7 @@ import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
@@ -230,6 +231,15 @@ def test_local_paths_need_no_remote_package():
 )
 def test_join_uri(parts: tuple[str, ...], joined: str):
     assert uri.join_uri(*parts) == joined
+
+
+@pytest.mark.parametrize("name", ["pipe:touch x", " Pipe : touch x", "{a.tar,pipe:touch x}", "a.tar::PIPE:touch x"])
+@pytest.mark.parametrize("use", [uri.open_input, uri.exists, uri.is_remote, uri.absolute_uri, uri.list_files])
+def test_shell_commands_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, use: Any):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a shell command, which is never run"):
+        use(name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("part", ["/etc", "s3://b/x"])
