@@ -23,6 +23,9 @@ class Run:
     time: str
     budget: int | None
     is_null: bool = False
+    # SHA-256 of the family that was declared when the file was begun; None: there was none, or the file is not ours
+    declared: str | None = None
+    is_ours: bool = False
     index: list[int] = field(default_factory=list)
     outcome: list[str] = field(default_factory=list)
     seconds: list[float | None] = field(default_factory=list)
@@ -78,7 +81,9 @@ def _read_published(path: Path, name: str, *, model: str, time: str) -> list[Run
     if not isinstance(episodes, list) or not all(isinstance(episode, dict) for episode in episodes):
         raise ValueError(f"{path}: evaluations must be a list of episodes.")
     settings = values.get("settings")
-    is_null = isinstance(settings, dict) and settings.get("policy") == "null"
+    is_ours = isinstance(settings, dict)
+    is_null = is_ours and settings.get("policy") == "null"
+    declared = settings.get("family") if is_ours else None
     by_task: dict[Any, list[dict[str, Any]]] = {}
     try:
         for episode in episodes:
@@ -87,7 +92,8 @@ def _read_published(path: Path, name: str, *, model: str, time: str) -> list[Run
         runs = []
         for task, of_task in by_task.items():
             shown = _checked(task if settings is not None else as_pascal_case(task))
-            run = Run(model=model, task=shown, path=_checked(name), time=time, budget=budget, is_null=is_null)
+            run = Run(model=model, task=shown, path=_checked(name), time=time, budget=budget)
+            run.is_ours, run.is_null, run.declared = is_ours, is_null, declared
             _read_columns(run, of_task)
             runs.append(run)
     except (TypeError, ValueError) as error:

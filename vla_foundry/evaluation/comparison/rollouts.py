@@ -53,6 +53,8 @@ class Rollouts:
     table: pa.Table
     # (model, task) -> rollouts planned before the first one; unknown for vla-eval
     budgets: Mapping[tuple[str, str], int]
+    # model -> SHA-256 of the families under which its rollouts were begun (None: none); our files only
+    declared: Mapping[str, frozenset[str | None]] = field(default_factory=dict)
     # what a reader should know of how runs were merged, a line each
     audit: tuple[str, ...] = ()
     # task -> its name to show
@@ -89,9 +91,15 @@ def read_rollouts(root: str | Path, *, duplicates: Duplicates = "error") -> Roll
         _merge(found, duplicates, audit)
         if budget := _budget_of(found, duplicates, audit):
             budgets[key] = budget
+    declared: dict[str, frozenset[str | None]] = {}
+    for run in runs:
+        if run.is_ours:
+            declared[run.model] = declared.get(run.model, frozenset()) | {run.declared}
     names, groups = read_names(root / "rename.yaml")
     table = _to_table([run for _, found in sorted(by_key.items()) for run in found])
-    return Rollouts(table=table, budgets=budgets, audit=tuple(audit), task_names=names, task_groups=groups)
+    return Rollouts(
+        table=table, budgets=budgets, declared=declared, audit=tuple(audit), task_names=names, task_groups=groups
+    )
 
 
 def count_outcomes(

@@ -48,6 +48,7 @@ def write_report(params: ReportParams) -> Path:
     if not comparison.columns:
         raise ValueError(f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid.")
     family = comparison.family
+    comparison = replace(comparison, notes=(*_late_declarations(declared, rollouts), *comparison.notes))
     against = []
     if params.against is not None:
         rates = count_outcomes(rollouts.table)
@@ -76,6 +77,9 @@ def write_report(params: ReportParams) -> Path:
     files[PAGE_NAME] = write_page(contents, title, find_recordings(root), folder.resolve()).encode()
     for name, content in files.items():
         write_bytes(str(folder / name), content)
+    if params.against is None:
+        # of an earlier report of other results
+        (folder / "against.csv").unlink(missing_ok=True)
     return folder / PAGE_NAME
 
 
@@ -90,6 +94,19 @@ def _family(params: ReportParams, family: Family | None, rollouts: Rollouts) -> 
             f"{FAMILY_NAME} declares the family 'all'; --family column would correct for fewer comparisons."
         )
     return replace(family, scope="all")
+
+
+def _late_declarations(family: Family | None, rollouts: Rollouts) -> list[str]:
+    """Return a warning if models have rollouts that were begun under another declaration than the present one."""
+    digest = family and family.digest
+    late = sorted(model for model, begun in rollouts.declared.items() if begun != {digest})
+    if not late:
+        return []
+    changed = "declared or changed" if family else "removed"
+    return [
+        f"WARNING: {FAMILY_NAME} was {changed} after rollouts of {', '.join(late)} had begun. A family that is chosen "
+        "with outcomes in sight does not hold its error."
+    ]
 
 
 def _pick(

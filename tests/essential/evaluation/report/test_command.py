@@ -195,3 +195,28 @@ def test_the_ten_published_wins_are_found_against_published_counts(tmp_path: Pat
     assert sorted(verdicts.values()) == ["better"] * 11 + ["not separated"] * 6
     assert verdicts["BimanualStackPlatesOnTableFromDryingRack"] == "not separated"
     assert verdicts["all tasks"] == "better"
+    write_report(ReportParams(results=str(tmp_path / "r")))
+    assert not (page.parent / "against.csv").exists()
+
+
+def test_a_family_declared_after_the_first_rollout_is_told(tmp_path: Path) -> None:
+    manifest = tmp_path / "family.yaml"
+    manifest.write_text("models: [a, b]\n", encoding="utf-8")
+    digest = read_family(tmp_path).digest  # type: ignore[union-attr]
+    for model, declared in (("a", digest), ("b", digest)):
+        path = write(tmp_path, model, "lift", [True, False] * 10)
+        values = json.loads(path.read_text(encoding="utf-8")) | {"settings": {"family": declared}}
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    def warnings() -> list[str]:
+        text = Page(write_report(ReportParams(results=str(tmp_path)))).text
+        return [line for line in text.splitlines() if "WARNING" in line]
+
+    assert warnings() == []
+    manifest.write_text("models: [b, a]\nalpha: 0.2\n", encoding="utf-8")
+    assert [line for line in warnings() if "changed after rollouts of a, b had begun" in line]
+    manifest.unlink()
+    assert [line for line in warnings() if "removed after rollouts of a, b had begun" in line]
+    manifest.write_text("models: [a, b]\n", encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(digest, "").replace('""', "null"), encoding="utf-8")
+    assert [line for line in warnings() if "changed after rollouts of b had begun" in line]
