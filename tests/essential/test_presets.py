@@ -45,6 +45,15 @@ BACKBONE = ("--model.vision_language_backbone.resume_from_checkpoint", "vlm")
 NEEDS = {
     "training_jobs/vlm_quickstart.yaml": TOKENIZER,
     "training_jobs/vla_quickstart.yaml": (*TOKENIZER, *BACKBONE),
+    "training_jobs/vla_quickstart_cotrained.yaml": (
+        *BACKBONE,
+        *(
+            "--data.datasets.robots.tokenizer",
+            "words/tokenizer",
+            "--data.datasets.captions.tokenizer",
+            "words/tokenizer",
+        ),
+    ),
     "training_jobs/vla_foundry_mt.yaml": (*TOKENIZER, *BACKBONE),
     "training_jobs/vla_foundry_st.yaml": (*TOKENIZER, *BACKBONE),
     "training_jobs/vla_foundry_ft.yaml": (*TOKENIZER, "--model.resume_from_checkpoint", "vlm"),
@@ -138,15 +147,21 @@ def test_a_training_job_resolves_and_has_its_data_from_the_command_line(
     # the paper's models are made for many GPUs
     world_size = 128 if "1.2b" in name else 64 if "foundry" in name or "qwen" in name else 1
     words = ["--config_path", f"config_presets/{name}", *NEEDS.get(name, ())]
-    manifests = ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
+    sections = ("data.datasets.robots", "data.datasets.captions") if "cotrained" in name else ("data",)
+    manifests = [
+        word
+        for section in sections
+        for split in ("dataset", "val_dataset")
+        for word in (f"--{section}.{split}_manifest", manifest)
+    ]
     params = parse(TrainExperimentParams, [*words, *manifests], prog="train").params
-    if isinstance(params.data, RoboticsDataParams):
-        save_spec(tmp_path, params.data)
+    if isinstance(params.data.main(), RoboticsDataParams):
+        save_spec(tmp_path, params.data.main())
     resolved = resolve(params, read_facts(params, world_size, offline=True))
     assert resolved.data.num_workers is not None
     assert resolved.total_train_samples is not None
     bare = parse(TrainExperimentParams, words, prog="train").params
-    with pytest.raises(ValueError, match=r"data\.dataset_manifest is empty"):
+    with pytest.raises(ValueError, match=r"data(\.datasets\.robots)?\.dataset_manifest is empty"):
         resolve(bare, read_facts(bare, world_size, offline=True))
 
 
