@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -14,8 +15,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+class Advance(Protocol):
+    """Reports completed work, and what else the user wants to see of it."""
+
+    def __call__(self, weight: int, note: str = "", /) -> None: ...
+
+
 @contextmanager
-def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+def show_progress(title: str, total: int, done: int) -> Iterator[Advance]:
     """Yield a function that reports completed work: a progress bar on a terminal, else an occasional line."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -23,10 +30,15 @@ def show_progress(title: str, total: int, done: int) -> Iterator[Callable[[int],
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
         with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True),
         ) as bar:
-            row = bar.add_task(title, total=total, completed=done)
-            yield lambda weight: bar.advance(row, weight)
+            row = bar.add_task(title, total=total, completed=done, note="")
+            yield lambda weight, note="", /: bar.update(row, advance=weight, note=note)
         return
     lines = _ProgressLines(title, total, done)
     yield lines.advance
@@ -40,7 +52,7 @@ class _ProgressLines:
         self._first_done = done
         self._start = self._last_line = time.monotonic()
 
-    def advance(self, weight: int) -> None:
+    def advance(self, weight: int, note: str = "", /) -> None:
         self._done += weight
         now = time.monotonic()
         is_end = self._done >= self._total and self._last_line > self._start
@@ -50,5 +62,6 @@ class _ProgressLines:
         seconds = now - self._start
         left = seconds * (self._total - self._done) / max(self._done - self._first_done, 1)
         percentage = 100 * self._done / max(self._total, 1)
-        sys.stderr.write(f"{self._title}: {percentage:.1f}% after {seconds:.0f} s, ETA {left:.0f} s\n")
+        rest = f", {note}" if note else ""
+        sys.stderr.write(f"{self._title}: {percentage:.1f}% after {seconds:.0f} s, ETA {left:.0f} s{rest}\n")
         sys.stderr.flush()

@@ -135,6 +135,8 @@ class RemotePolicy:
         self._calls: dict[Hashable, Any] = {}
         # requests for actions or chunks, over all clients
         self.num_predicted = 0
+        # whose were asked for when actions were last chosen
+        self.predicted: set[Hashable] = set()
         self.metadata: Metadata = self._call("GetMetadata", MetadataRequest(client=self._prefix))
         if self.metadata.protocol_version != PROTOCOL_VERSION:
             raise ConnectionError(
@@ -283,6 +285,7 @@ class RemotePolicy:
     def _update_chunks(self, episodes: Mapping[Any, RemoteEpisode]) -> None:
         """Receive the chunks that are there, and ask for those that are due."""
         waiting = []
+        self.predicted = set()
         for name, episode in episodes.items():
             schedule, step = episode.schedule, episode.step
             try:
@@ -298,6 +301,7 @@ class RemotePolicy:
                 )
                 call = self._calls[name] = self._send("Predict", request)
                 self.num_predicted += 1
+                self.predicted.add(name)
                 answer = Answer(call.done, lambda call=call: self._wait(call))
                 if schedule.waits:
                     waiting.append((episode, answer))
@@ -311,6 +315,7 @@ class RemotePolicy:
     def _ask_actions(self, observations: Mapping[Any, RobotObservation]) -> dict[Any, dict[str, np.ndarray]]:
         """Return the actions of the server's chunks."""
         calls = {}
+        self.predicted = set(observations)
         for name, observation in observations.items():
             session = self._find(name)
             request = ActRequest(

@@ -13,10 +13,10 @@ from vla_foundry.randomness import draw_uniforms
 
 @runtime_checkable
 class Actor(Protocol):
-    """Acts in the episodes of a batch; each episode has a slot."""
+    """Acts in episodes; those that run at a time have different slots."""
 
-    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
-        """Start a batch: {slot: seed of its episode}, and the instruction of all episodes."""
+    def begin(self, slot: int, seed: int, instruction: str) -> None:
+        """Start an episode in a slot."""
         ...
 
     def needs_images(self, slot: int) -> bool:
@@ -27,8 +27,8 @@ class Actor(Protocol):
         """Return the action of each slot; None: the simulator's expert acts."""
         ...
 
-    def mean_latency_ms(self, slot: int) -> float | None:
-        """Return the mean time of a prediction in the slot's episode; None: nothing was predicted."""
+    def end(self, slot: int) -> float | None:
+        """End the slot's episode; return the mean time of its predictions, milliseconds; None: there were none."""
         ...
 
 
@@ -84,7 +84,7 @@ class NullActor:
     def __init__(self, facts: RobotFacts) -> None:
         self.facts = facts
 
-    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
+    def begin(self, slot: int, seed: int, instruction: str) -> None:
         """See Actor."""
 
     def needs_images(self, slot: int) -> bool:
@@ -103,7 +103,7 @@ class NullActor:
         found = [reply.fields[fields[name]] if name in fields else np.zeros(parts[name].width) for name in parts]
         return np.concatenate(found).astype(np.float32)
 
-    def mean_latency_ms(self, slot: int) -> float | None:
+    def end(self, slot: int) -> float | None:
         """See Actor."""
         return None
 
@@ -127,9 +127,9 @@ class RandomActor(NullActor):
         self._episodes: dict[int, int] = {}
         self._steps: dict[int, int] = {}
 
-    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
+    def begin(self, slot: int, seed: int, instruction: str) -> None:
         """See Actor."""
-        self._episodes, self._steps = dict(seeds), dict.fromkeys(seeds, 0)
+        self._episodes[slot], self._steps[slot] = seed, 0
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""

@@ -5,11 +5,12 @@
 <output>/<name>/contact_sheet.png                     pictures of a few episodes, from start to end
 
 With `--until_decided BASELINE` a task's rollouts end when a sequential test has told the two apart (comparison/).
-results.json is written after each batch of episodes; a restarted evaluation runs only missing episodes.
+results.json is written every few seconds; a restarted evaluation runs only missing episodes.
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from vla_foundry.evaluation.results import (
     SUMMARY_NAME,
     EpisodeResult,
     SuccessRate,
+    add_rates,
     count_successes,
     find_results,
     read_results,
@@ -34,7 +36,7 @@ from vla_foundry.evaluation.results import (
     write_summary,
 )
 from vla_foundry.evaluation.rollout_worker import RobotFacts, SimulatorSetup
-from vla_foundry.evaluation.rollouts import Batch, RolloutPool, create_pool, run_batch
+from vla_foundry.evaluation.rollouts import Episode, RolloutPool, create_pool, run_episodes
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import say, show_progress
 from vla_foundry.run_folder import lock_folder
@@ -43,6 +45,8 @@ from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
+# how often results.json is written
+_SECONDS_BETWEEN_WRITES = 2.0
 
 
 def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
@@ -67,7 +71,6 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         from vla_foundry.evaluation.policy_actor import load_candidate
 
         candidate = load_candidate(params, camera)
-    num_workers = min(params.num_workers or num_cores(), params.batch_size, len(params.seeds))
     setup = SimulatorSetup(
         simulator=params.simulator,
         cameras=candidate.cameras,
@@ -80,26 +83,50 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
     folder = Path(params.output) / candidate.name
     tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
     rule = _open_rule(params, candidate, tasks)
-    total = len(params.tasks) * len(params.seeds)
+    num_missing = sum(len(task.missing(params, rule)) for task in tasks)
     with ExitStack() as stack:
-        if any(task.is_open(params, rule) for task in tasks):
-            pool = stack.enter_context(create_pool(setup, num_workers))
+        if num_missing:
+            pool = stack.enter_context(create_pool(setup, min(params.num_workers or num_cores(), num_missing)))
             # check every name before writing anything
             robots = pool.describe(params.tasks)
+            if params.simulated_latency_ms is not None and len({facts.fps for facts in robots}) > 1:
+                raise ValueError(
+                    "simulated_latency_ms is so many steps of one rate: evaluate tasks of each rate apart."
+                )
             actors = [candidate.create_actor(facts) for facts in robots]
             stack.enter_context(lock_folder(folder, what="evaluation", flag="--name or --output"))
             # another process may have written to the folder before it was locked
             tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
-            num_done = sum(task.num_final(params.seeds) for task in tasks)
-            advance = stack.enter_context(show_progress("episodes", total, num_done))
-            for task, facts, actor in zip(tasks, robots, actors, strict=True):
-                for seeds in task.missing_batches(params):
-                    if task.is_open(params, rule):
-                        advance(task.run(pool, actor, seeds, params=params, facts=facts))
+            queue = (
+                episode
+                for task, facts, actor in zip(tasks, robots, actors, strict=True)
+                for episode in task.plan(params, facts, actor, rule)
+            )
+            _run_all(stack, pool, queue, tasks, total=len(params.tasks) * len(params.seeds), num_missing=num_missing)
         if rule:
             for task in tasks:
                 say(rule.describe(task.task, task.outcomes(), task.max_sample_size))
         return _summarize(folder, params, candidate, tasks)
+
+
+def _run_all(
+    stack: ExitStack,
+    pool: RolloutPool,
+    queue: Iterable[Episode],
+    tasks: "Sequence[TaskRollouts]",
+    *,
+    total: int,
+    num_missing: int,
+) -> None:
+    """Run episodes; write results as they end, and the last ones when the stack is left."""
+    advance = stack.enter_context(show_progress("episodes", total, total - num_missing))
+    by_name = {task.task: task for task in tasks}
+    for task in tasks:
+        stack.callback(task.write)
+    for result in run_episodes(pool, queue):
+        by_name[result.task].add(result)
+        rate = add_rates(count_successes(list(task.episodes.values())) for task in tasks)
+        advance(1, f"success {rate.format()}")
 
 
 class TaskRollouts:
@@ -111,6 +138,7 @@ class TaskRollouts:
         task: str,
         episodes: dict[int, EpisodeResult],
         *,
+        seeds: Sequence[int],
         max_sample_size: int,
         settings: dict[str, Any],
     ) -> None:
@@ -118,8 +146,12 @@ class TaskRollouts:
         self.task = task
         # by seed; only those that have run
         self.episodes = episodes
+        self.seeds = seeds
         self.max_sample_size = max_sample_size
         self.settings = settings
+        # when the file was written, and whether it lacks something
+        self._last_write = 0.0
+        self._is_written = True
 
     @classmethod
     def open(cls, params: EvaluateParams, candidate: Candidate, task: str) -> "TaskRollouts":
@@ -132,10 +164,10 @@ class TaskRollouts:
         settings = {**_settings_of(params, candidate), "instruction": params.instructions.get(task)}
         path = find_results(folder)
         if path is None:
-            time = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-            path = folder / ROLLOUTS_FOLDER / time / RESULTS_NAME
+            now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+            path = folder / ROLLOUTS_FOLDER / now / RESULTS_NAME
             budget = _plan_rollouts(params, find_family(Path(params.output), candidate.name))
-            return cls(path, task, {}, max_sample_size=budget, settings=settings)
+            return cls(path, task, {}, seeds=params.seeds, max_sample_size=budget, settings=settings)
         episodes, found = read_results(path)
         changed = [f"{key} {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
         if changed:
@@ -151,48 +183,50 @@ class TaskRollouts:
                 f"{params.max_sample_size or len(seeds)} are requested. Give another --name or --output."
             )
         done = {episode.seed: episode for episode in episodes if episode.outcome is not None}
-        return cls(path, task, done, max_sample_size=budget, settings=settings)
+        return cls(path, task, done, seeds=params.seeds, max_sample_size=budget, settings=settings)
 
-    def num_final(self, seeds: Sequence[int]) -> int:
-        """Return how many of the episodes have ended in success or failure."""
-        return sum(seed in self.episodes and self.episodes[seed].is_final for seed in seeds)
+    def missing(self, params: EvaluateParams, rule: StoppingRule | None) -> list[int]:
+        """Return the seeds of episodes that must run."""
+        if rule and rule.decide(self.task, self.outcomes(), self.max_sample_size).better is not None:
+            return []
+        return [seed for seed in params.seeds if not (seed in self.episodes and self.episodes[seed].is_final)]
 
-    def missing_batches(self, params: EvaluateParams) -> list[tuple[int, ...]]:
-        """Return the batches of seeds with unfinished episodes; batches start at multiples of the batch size."""
-        groups: dict[int, list[int]] = {}
-        for seed in params.seeds:
-            groups.setdefault(seed // params.batch_size, []).append(seed)
-        return [tuple(group) for group in groups.values() if self.num_final(group) < len(group)]
+    def plan(
+        self, params: EvaluateParams, facts: RobotFacts, actor: Actor, rule: StoppingRule | None
+    ) -> Iterator[Episode]:
+        """Yield the episodes to run, each when it is to begin, until the rule has decided."""
+        for seed in self.missing(params, rule):
+            if rule and not self.missing(params, rule):
+                return
+            yield Episode(
+                task=self.task,
+                seed=seed,
+                instruction=params.instructions.get(self.task, facts.instruction),
+                fps=float(facts.fps),
+                actor=actor,
+                pictures=str(self.pictures_of(seed)) if seed in self.pictured(params) else None,
+                shown_seed=seed + 1 if params.images == "other_episode" else None,
+            )
 
     def outcomes(self) -> dict[int, bool]:
-        """Return {seed: success} of the episodes that count, by seed."""
-        return {
-            seed: episode.outcome == "success" for seed, episode in sorted(self.episodes.items()) if episode.is_final
-        }
+        """Return {seed: success} of the episodes that count, by seed, up to the first that has not ended.
 
-    def is_open(self, params: EvaluateParams, rule: StoppingRule | None) -> bool:
-        """Return whether more episodes must run."""
-        is_decided = rule and rule.decide(self.task, self.outcomes(), self.max_sample_size).better is not None
-        return not is_decided and bool(self.missing_batches(params))
+        Short episodes end first, and they are the successes: in the order of their ends no test would be valid.
+        """
+        found = {}
+        for seed in sorted({*self.episodes, *self.seeds}):
+            if seed not in self.episodes:
+                break
+            if self.episodes[seed].is_trial:
+                found[seed] = self.episodes[seed].outcome == "success"
+        return found
 
-    def run(
-        self, pool: RolloutPool, actor: Actor, seeds: tuple[int, ...], *, params: EvaluateParams, facts: RobotFacts
-    ) -> int:
-        """Run a batch, keep its new results and write the file; return how many episodes became final."""
-        before = self.num_final(seeds)
-        batch = Batch(
-            task=self.task,
-            seeds=seeds,
-            instruction=params.instructions.get(self.task, facts.instruction),
-            fps=float(facts.fps),
-            pictures={seed: str(self.pictures_of(seed)) for seed in seeds if seed in self.pictured(params)},
-        )
-        for result in run_batch(pool, actor, batch):
-            # finished episodes run again only to complete the batch
-            if not (result.seed in self.episodes and self.episodes[result.seed].is_final):
-                self.episodes[result.seed] = result
-        self.write(params.seeds)
-        return self.num_final(seeds) - before
+    def add(self, result: EpisodeResult) -> None:
+        """Keep a result, and write the file if that was long ago."""
+        self.episodes[result.seed] = result
+        self._is_written = False
+        if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
+            self.write()
 
     def pictured(self, params: EvaluateParams) -> Sequence[int]:
         """Return the seeds whose pictures are kept."""
@@ -202,11 +236,14 @@ class TaskRollouts:
         """Return the file of an episode's pictures."""
         return self.path.parent / self.task / f"demonstration_{seed}" / "pictures.png"
 
-    def write(self, seeds: Sequence[int]) -> None:
-        """Write the file: finished episodes, and pending ones of `seeds`."""
-        known = sorted({*self.episodes, *seeds})
+    def write(self) -> None:
+        """Write what the file lacks: finished episodes, and pending ones."""
+        if self._is_written:
+            return
+        known = sorted({*self.episodes, *self.seeds})
         episodes = [self.episodes.get(seed, EpisodeResult(task=self.task, seed=seed)) for seed in known]
         write_results(self.path, episodes, max_sample_size=self.max_sample_size, settings=self.settings)
+        self._is_written, self._last_write = True, time.monotonic()
 
 
 def _settings_of(params: EvaluateParams, candidate: Candidate) -> dict[str, Any]:

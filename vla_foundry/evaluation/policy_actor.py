@@ -71,8 +71,7 @@ def load_candidate(params: EvaluateParams, camera: str) -> Candidate:
                 f"chunk has {subject.chunk_steps} actions, so with execution '{params.execution}' each comes too late. "
                 "Use execution blocking, or a lower latency."
             )
-        shows_other_episode = params.images == "other_episode"
-        return PolicyActor(policy, layout, seed=params.seed, shows_other_episode=shows_other_episode, pauses=pauses)
+        return PolicyActor(policy, layout, seed=params.seed, pauses=pauses)
 
     return Candidate(
         name=params.name or subject.name,
@@ -85,6 +84,7 @@ def load_candidate(params: EvaluateParams, camera: str) -> Candidate:
             "num_inference_steps": params.num_inference_steps,
             "images": params.images,
             "batch_size": params.batch_size,
+            "batch_shape": "fixed",  # earlier versions predicted for as many as ran
             "simulated_latency_ms": params.simulated_latency_ms,
             # it makes no difference while the simulator waits
             "execution": None if params.simulated_latency_ms is None else params.execution,
@@ -120,6 +120,7 @@ def _load_checkpoint(params: EvaluateParams, checkpoint: str) -> _Subject:
         # until the robot's rate is known
         delay_steps=0,
         ensemble_decay=params.ensemble_decay,
+        batch_size=params.batch_size,
     )
     return _Subject(
         policy=policy,
@@ -199,13 +200,12 @@ class Pauses:
 
 
 class PolicyActor:
-    """Acts with a policy in the episodes of a batch; each episode is one client of the policy.
+    """Acts with a policy; each slot is one client of the policy.
 
     Args:
         policy: a Policy, or a RemotePolicy.
         layout: layout of the robot's action.
         seed: seed of the policy's noise, combined with the episode's.
-        shows_other_episode: show each slot the pictures of the next one.
         pauses: what the robot does during predictions, except the first: an episode's time begins with its first
             action. None: predictions take no time.
     """
@@ -216,35 +216,33 @@ class PolicyActor:
         layout: SelectFields,
         *,
         seed: int,
-        shows_other_episode: bool,
         pauses: Pauses | None = None,
     ) -> None:
         self.policy = policy
         self.layout = layout
         self.seed = seed
-        self.shows_other_episode = shows_other_episode
-        self._instruction = ""
-        self._slots: list[int] = []
-        # latest pictures of each slot
-        self._images: dict[int, dict[str, np.ndarray]] = {}
+        self._instructions: dict[int, str] = {}
         self._latencies: dict[int, list[float]] = {}
         self.pauses = pauses
         # actions sent last, and those of robots that hold still, with the number of steps to hold
         self._sent: dict[int, np.ndarray] = {}
         self._held: dict[int, tuple[int, np.ndarray]] = {}
 
-    def begin(self, seeds: Mapping[int, int], instruction: str) -> None:
+    def begin(self, slot: int, seed: int, instruction: str) -> None:
         """See Actor."""
-        for slot in self._slots:
-            self.policy.forget(slot)
-        self._instruction, self._slots = instruction, list(seeds)
-        self._images, self._latencies = {}, {slot: [] for slot in seeds}
-        self._sent, self._held = {}, {}
+        self._instructions[slot], self._latencies[slot] = instruction, []
+        for values in (self._sent, self._held):
+            values.pop(slot, None)
         if self.pauses is not None:
             self.policy.set_delay_steps(0 if self.pauses.is_blocking else self.pauses.num_steps)
-        for slot, episode in seeds.items():
-            seed = draw_index(_NUM_SEEDS, seed=self.seed, position=episode, purpose="evaluated episode")
-            self.policy.reset(seed, client=slot)
+        noise = draw_index(_NUM_SEEDS, seed=self.seed, position=seed, purpose="evaluated episode")
+        self.policy.reset(noise, client=slot)
+
+    def end(self, slot: int) -> float | None:
+        """See Actor."""
+        self.policy.forget(slot)
+        found = self._latencies.pop(slot)
+        return float(np.mean(found)) if found else None
 
     def needs_images(self, slot: int) -> bool:
         """See Actor."""
@@ -275,41 +273,25 @@ class PolicyActor:
         if not observed:
             return {}
         observations: dict[int, RobotObservation] = {}
-        named = {slot: name_observation(reply.images, reply.fields) for slot, reply in observed.items()}
-        self._images |= {slot: images for slot, (images, _) in named.items() if images}
-        for slot, (images, fields) in named.items():
-            if images and self.shows_other_episode:
-                images = self._images[self._neighbour(slot)]
-            observations[slot] = RobotObservation(images=images, fields=fields, instruction=self._instruction)
-        num_predicted = self.policy.num_predicted
+        for slot, reply in observed.items():
+            images, fields = name_observation(reply.images, reply.fields)
+            observations[slot] = RobotObservation(images=images, fields=fields, instruction=self._instructions[slot])
         start = time.perf_counter()
         actions = self.policy.act_many(observations)
-        has_predicted = self.policy.num_predicted > num_predicted
-        if has_predicted:
-            # the batch runs in lockstep, so every episode waited for the prediction
-            for slot in observed:
-                self._latencies[slot].append(1000 * (time.perf_counter() - start))
+        predicted = self.policy.predicted
+        for slot in predicted:
+            self._latencies[slot].append(1000 * (time.perf_counter() - start))
         result = {slot: self.layout.apply(action)[0].astype(np.float32) for slot, action in actions.items()}
         for slot in observed:
             if slot not in result:
                 # the policy is late
                 result[slot] = self._stay(slot)
                 self.policy.correct(self.layout.invert(result[slot]), client=slot)
-            elif has_predicted and self.pauses is not None and self.pauses.is_blocking and slot in self._sent:
+            elif slot in predicted and self.pauses is not None and self.pauses.is_blocking and slot in self._sent:
                 self._held[slot] = (self.pauses.num_steps, result[slot])
                 result[slot] = self._hold(slot)
             self._sent[slot] = result[slot]
         return result
-
-    def mean_latency_ms(self, slot: int) -> float | None:
-        """See Actor."""
-        found = self._latencies[slot]
-        return float(np.mean(found)) if found else None
-
-    def _neighbour(self, slot: int) -> int:
-        """Return the next slot that has pictures; the slot itself if no other has."""
-        after = [other for other in self._slots if other > slot] + [other for other in self._slots if other <= slot]
-        return next(other for other in after if other in self._images)
 
 
 def describe_robot(facts: RobotFacts, cameras: Sequence[str], image_size: tuple[int, int]) -> DatasetSpec:

@@ -6,10 +6,13 @@
         skill_type, scenario_index                     task and seed of the start
         is_success, is_pending, total_time             true or false (null: invalid episode); simulated seconds
         failure_message                                what went wrong, unless the policy simply did not succeed
-        outcome, instruction, num_steps, latency_ms    our additions; outcome is success, failure, invalid or null
+        outcome, instruction, num_steps, latency_ms    our additions; outcome is success, failure, trivial, invalid or
+                                                       null
+        failure_kind                                   our addition, where there is one: FailureKind
       settings                    our addition: everything the outcomes depend on
 
-An episode is invalid if the simulator failed. It is not a trial, and runs again when the evaluation resumes.
+An episode is invalid if the simulator failed; it runs again when the evaluation resumes. It is trivial if the start is
+a success already. Neither is a trial.
 """
 
 import json
@@ -27,7 +30,9 @@ RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
 ROLLOUTS_FOLDER = "rollouts"
 
-Outcome = Literal["success", "failure", "invalid"]
+Outcome = Literal["success", "failure", "trivial", "invalid"]
+# timeout: no success within the step limit; terminated: the simulator ended the episode; the last two are invalid
+FailureKind = Literal["timeout", "terminated", "action_not_finite", "simulator_failed", "worker_died"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +47,20 @@ class EpisodeResult:
     num_steps: int | None = None
     # seconds of simulated time
     seconds: float | None = None
-    # mean time to predict a chunk of actions for the whole batch; None: nothing was predicted
+    # mean time that the episode waited for a chunk of actions; None: nothing was predicted
     latency_ms: float | None = None
     failure_message: str | None = None
+    failure_kind: FailureKind | None = None
+
+    @property
+    def is_trial(self) -> bool:
+        """True if the episode counts."""
+        return self.outcome in ("success", "failure")
 
     @property
     def is_final(self) -> bool:
-        """True if the episode counts."""
-        return self.outcome in ("success", "failure")
+        """True if the episode does not run again."""
+        return self.is_trial or self.outcome == "trivial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +70,7 @@ class SuccessRate:
     num_successes: int
     num_trials: int
     num_invalid: int = 0
+    num_trivial: int = 0
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -69,16 +81,18 @@ class SuccessRate:
         """Format as `successes/trials = rate [low, high]`."""
         low, high = self.interval
         share = f"{self.num_successes / self.num_trials:.0%}" if self.num_trials else "-"
-        invalid = f", {self.num_invalid} invalid" if self.num_invalid else ""
-        return f"{self.num_successes}/{self.num_trials} = {share} [{low:.0%}, {high:.0%}]{invalid}"
+        others = {"invalid": self.num_invalid, "trivial": self.num_trivial}
+        rest = "".join(f", {number} {name}" for name, number in others.items() if number)
+        return f"{self.num_successes}/{self.num_trials} = {share} [{low:.0%}, {high:.0%}]{rest}"
 
 
 def count_successes(episodes: Sequence[EpisodeResult]) -> SuccessRate:
     """Count episodes; only successes and failures are trials."""
     return SuccessRate(
         num_successes=sum(episode.outcome == "success" for episode in episodes),
-        num_trials=sum(episode.is_final for episode in episodes),
+        num_trials=sum(episode.is_trial for episode in episodes),
         num_invalid=sum(episode.outcome == "invalid" for episode in episodes),
+        num_trivial=sum(episode.outcome == "trivial" for episode in episodes),
     )
 
 
@@ -89,6 +103,7 @@ def add_rates(rates: Iterable[SuccessRate]) -> SuccessRate:
         num_successes=sum(rate.num_successes for rate in rates),
         num_trials=sum(rate.num_trials for rate in rates),
         num_invalid=sum(rate.num_invalid for rate in rates),
+        num_trivial=sum(rate.num_trivial for rate in rates),
     )
 
 
@@ -163,7 +178,12 @@ def read_summary(path: Path) -> dict[str, SuccessRate]:
     """Read the success rate of each task from a summary.json."""
     tasks = read_object(str(path))["tasks"]
     return {
-        task: SuccessRate(num_successes=counts["successes"], num_trials=counts["trials"], num_invalid=counts["invalid"])
+        task: SuccessRate(
+            num_successes=counts["successes"],
+            num_trials=counts["trials"],
+            num_invalid=counts["invalid"],
+            num_trivial=counts.get("trivial", 0),
+        )
         for task, counts in tasks.items()
     }
 
@@ -173,6 +193,7 @@ def _rate_to_json(rate: SuccessRate) -> dict[str, Any]:
         "successes": rate.num_successes,
         "trials": rate.num_trials,
         "invalid": rate.num_invalid,
+        "trivial": rate.num_trivial,
         "success_rate": rate.num_successes / rate.num_trials if rate.num_trials else None,
         "interval_95": list(rate.interval),
     }
@@ -180,10 +201,13 @@ def _rate_to_json(rate: SuccessRate) -> dict[str, Any]:
 
 def _to_json(episode: EpisodeResult) -> dict[str, Any]:
     values = asdict(episode)
+    if episode.failure_kind is None:
+        # as in files of earlier versions
+        del values["failure_kind"]
     return {
         "skill_type": values.pop("task"),
         "scenario_index": values.pop("seed"),
-        "is_success": episode.outcome == "success" if episode.is_final else None,
+        "is_success": episode.outcome == "success" if episode.is_trial else None,
         "is_pending": episode.outcome is None,
         "total_time": values.pop("seconds"),
         "failure_message": values.pop("failure_message"),
@@ -199,5 +223,6 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
         task=values["skill_type"],
         seed=values["scenario_index"],
         seconds=values["total_time"],
+        failure_kind=values.get("failure_kind"),
         **{key: values[key] for key in ("instruction", "outcome", "num_steps", "latency_ms", "failure_message")},
     )

@@ -1,7 +1,6 @@
-"""A worker process with simulators: it starts episodes, applies actions and returns what the robot senses.
+"""A worker process with a simulator: it starts episodes, applies actions and returns what the robot senses.
 
-It does not know the policy. The parent sends a list of requests and receives their answers in the same order. The
-process ends when its parent does.
+It does not know the policy. The parent sends a request and receives its answer. The process ends when its parent does.
 """
 
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 
 from vla_foundry.config.command_line import import_installed_plugins, import_plugins
 from vla_foundry.evaluation.pictures import FrameStrip
+from vla_foundry.evaluation.results import FailureKind
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.simulators import Simulator, create_simulator
 
@@ -63,7 +63,7 @@ class RobotFacts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reply:
-    """The state of a slot after a request."""
+    """The state of an episode after a request."""
 
     images: Mapping[str, np.ndarray]
     fields: Mapping[str, np.ndarray]
@@ -72,6 +72,8 @@ class Reply:
     is_success: bool
     # the episode has ended
     is_over: bool
+    # why, if not by success
+    failure_kind: FailureKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,38 +83,36 @@ class Failure:
     message: str
 
 
-@dataclass
-class _Slot:
-    simulator: Simulator
-    task: str
-    num_steps: int = 0
-    strip: FrameStrip | None = None
-
-
 class RolloutWorker:
-    """The simulators of a process: one per slot, reused while the slot's task stays the same.
+    """The simulator of a process, reused while the task stays the same.
 
     Args:
-        setup: how to create each of them.
+        setup: how to create it.
     """
 
     def __init__(self, setup: SimulatorSetup) -> None:
         self.setup = setup
-        self._slots: dict[int, _Slot] = {}
+        self._task: str | None = None
+        # the episode's, and one that shows another episode, if the policy is to see that
+        self._simulators: list[Simulator] = []
+        self._num_steps = 0
+        self._strip: FrameStrip | None = None
+        self._shown: Mapping[str, np.ndarray] = {}
+        self._is_shown_over = False
 
-    def handle(self, slot: int, request: "Request") -> RobotFacts | Reply | Failure:
+    def handle(self, request: "Request") -> RobotFacts | Reply | Failure:
         """Answer a request. A simulator that fails is closed, and the answer says why."""
         try:
-            return request(self, slot)
+            return request(self)
         except Exception as error:  # process border: the parent names the episode and counts it
-            self._drop(slot)
+            self.close()
             return Failure(message=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
-    def describe(self, slot: int, *, task: str) -> RobotFacts:
+    def describe(self, *, task: str) -> RobotFacts:
         """Describe the robot of a task, even if the simulator lacks the cameras."""
         camera_fault = None
         try:
-            simulator = self._open(slot, task).simulator
+            (simulator,) = self._open(task, 1)
         except ValueError as error:
             if not self.setup.cameras:
                 raise
@@ -131,73 +131,89 @@ class RolloutWorker:
             camera_fault=camera_fault,
         )
 
-    def begin(self, number: int, *, task: str, seed: int, pictures: str | None = None) -> Reply:
-        """Start an episode in a slot, replacing the previous one.
+    def begin(self, *, task: str, seed: int, pictures: str | None = None, shown_seed: int | None = None) -> Reply:
+        """Start an episode, replacing the previous one.
 
         Args:
-            number: number of the slot.
             task: task of the simulator.
             seed: seed of the start.
             pictures: file for pictures of the episode, written when it ends; None: no pictures.
+            shown_seed: the policy sees the pictures of this start, where the same actions are applied; None: its own.
         """
-        slot = self._open(number, task)
-        slot.num_steps = 0
-        slot.strip = None if pictures is None else FrameStrip(Path(pictures))
-        slot.simulator.renders_images = True
-        observation, _ = slot.simulator.reset(seed=seed)
-        self._keep_picture(slot)
-        return Reply(**observation, num_steps=0, is_success=False, is_over=False)
+        seeds = [seed] if shown_seed is None else [seed, shown_seed]
+        simulators = self._open(task, len(seeds))
+        self._num_steps = 0
+        self._strip = None if pictures is None else FrameStrip(Path(pictures))
+        self._is_shown_over = False
+        simulators[-1].renders_images = True
+        found = [simulator.reset(seed=each) for simulator, each in zip(simulators, seeds, strict=True)]
+        (observation, info), self._shown = found[0], found[-1][0]["images"]
+        is_success = bool(info.get("success", False))
+        self._keep_picture(is_last=is_success)
+        fields = observation["fields"]
+        return Reply(images=self._shown, fields=fields, num_steps=0, is_success=is_success, is_over=is_success)
 
-    def step(self, number: int, *, action: np.ndarray | None, with_images: bool) -> Reply:
-        """Apply an action in a slot.
+    def step(self, *, action: np.ndarray | None, with_images: bool) -> Reply:
+        """Apply an action.
 
         Args:
-            number: number of the slot.
             action: what to do; None: the simulator's expert acts.
             with_images: render the images of the next observation.
         """
-        slot = self._slots[number]
-        simulator = slot.simulator
-        simulator.renders_images = with_images
-        observation, _, is_terminated, is_truncated, info = simulator.step(
-            simulator.expert() if action is None else action
-        )
-        slot.num_steps += 1
+        simulator, shown = self._simulators[0], self._simulators[-1]
+        action = simulator.expert() if action is None else action
+        simulator.renders_images = with_images and shown is simulator
+        observation, _, is_terminated, is_truncated, info = simulator.step(action)
+        images = observation["images"] if shown is simulator else self._show(shown, action, with_images)
+        self._num_steps += 1
         most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
-        is_over = info["success"] or is_terminated or is_truncated or slot.num_steps >= most
-        self._keep_picture(slot, is_last=is_over)
-        return Reply(**observation, num_steps=slot.num_steps, is_success=info["success"], is_over=is_over)
+        is_late = is_truncated or self._num_steps >= most
+        is_over = bool(info["success"] or is_terminated or is_late)
+        self._keep_picture(is_last=is_over)
+        return Reply(
+            images=images,
+            fields=observation["fields"],
+            num_steps=self._num_steps,
+            is_success=bool(info["success"]),
+            is_over=is_over,
+            failure_kind=None if info["success"] or not is_over else "terminated" if is_terminated else "timeout",
+        )
+
+    def _show(self, simulator: Simulator, action: np.ndarray, with_images: bool) -> Mapping[str, np.ndarray]:
+        """Move the other episode too, as long as it lasts, and return its pictures."""
+        if not self._is_shown_over:
+            simulator.renders_images = True
+            observation, _, is_terminated, is_truncated, _ = simulator.step(action)
+            self._is_shown_over, self._shown = is_terminated or is_truncated, observation["images"]
+        return self._shown if with_images else {}
 
     def close(self) -> None:
-        """Close all simulators."""
-        for slot in list(self._slots):
-            self._drop(slot)
+        """Close the simulators."""
+        while self._simulators:
+            self._simulators.pop().close()
 
-    def _drop(self, slot: int) -> None:
-        dropped = self._slots.pop(slot, None)
-        if dropped is not None:
-            dropped.simulator.close()
-
-    def _open(self, slot: int, task: str) -> _Slot:
-        if slot not in self._slots or self._slots[slot].task != task:
-            self._drop(slot)
-            self._slots[slot] = _Slot(self._create(task, cameras=self.setup.cameras), task)
-        return self._slots[slot]
+    def _open(self, task: str, number: int) -> list[Simulator]:
+        if self._task != task or len(self._simulators) > number:
+            self.close()
+        self._task = task
+        while len(self._simulators) < number:
+            self._simulators.append(self._create(task, cameras=self.setup.cameras))
+        return self._simulators
 
     def _create(self, task: str, *, cameras: tuple[str, ...]) -> Simulator:
         setup = self.setup
         return create_simulator(setup.simulator, task, cameras=cameras, image_size=setup.image_size, **setup.source)
 
-    def _keep_picture(self, slot: _Slot, *, is_last: bool = False) -> None:
-        strip = slot.strip
-        if strip is not None and (is_last or strip.wants(slot.num_steps)):
-            strip.add(slot.num_steps, slot.simulator.render(self.setup.picture_camera))
+    def _keep_picture(self, *, is_last: bool) -> None:
+        strip = self._strip
+        if strip is not None and (is_last or strip.wants(self._num_steps)):
+            strip.add(self._num_steps, self._simulators[0].render(self.setup.picture_camera))
             if is_last:
                 strip.save()
 
 
-# a call of one of the worker's methods: request(worker, slot)
-Request: TypeAlias = Callable[[RolloutWorker, int], RobotFacts | Reply]
+# a call of one of the worker's methods
+Request: TypeAlias = Callable[[RolloutWorker], RobotFacts | Reply]
 
 
 def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
@@ -209,6 +225,6 @@ def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
     worker = RolloutWorker(setup)
     try:
         while True:
-            connection.send([worker.handle(slot, request) for slot, request in connection.recv()])
+            connection.send(worker.handle(connection.recv()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         worker.close()

@@ -1,15 +1,16 @@
-"""Run batches of episodes in lockstep: simulators in worker processes, one policy in this process.
+"""Run episodes from a queue: simulators in worker processes, one policy in this process.
 
-All episodes of a batch start together and step together. So neither the number of processes nor their speed affects
-which episodes share a prediction.
+A worker that is free takes the next episode. The policy answers whoever asks, so a slow episode delays no other. What
+it answers depends on the episode alone (inference.Policy), so neither the number of workers nor their speed matters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -27,39 +28,56 @@ from vla_foundry.evaluation.rollout_worker import (
 )
 
 _SECONDS_TO_END = 5
+# how often an episode runs whose worker dies
+_ATTEMPTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """A worker died before it answered."""
+
+    reason: str
 
 
 class RolloutPool:
-    """Worker processes with simulators. Slot s lives in process s modulo their number.
+    """Worker processes with a simulator each. One that died is started again when it is asked next.
 
     Args:
-        connections: to the processes.
+        setup: how to create the simulators.
+        num_workers: number of processes.
     """
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
-        self._connections = connections
+    def __init__(self, setup: SimulatorSetup, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._setup = setup
+        self._workers: dict[int, tuple[Connection, BaseProcess]] = {}
+        # those that owe an answer
+        self._asked: set[int] = set()
 
-    def ask(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
-        """Send (slot, request) pairs; return the answers in the same order.
+    def send(self, number: int, request: Request) -> None:
+        """Ask a worker that owes no answer."""
+        if number not in self._workers:
+            self._start(number)
+        connection, _ = self._workers[number]
+        self._asked.add(number)
+        # if it is dead, the wait for its answer tells
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.send(request)
 
-        Raises:
-            ValueError: a process died.
-        """
-        shares: dict[int, list[int]] = {}
-        for number, (slot, _) in enumerate(requests):
-            shares.setdefault(slot % len(self._connections), []).append(number)
-        answers: list[Any] = [None] * len(requests)
-        try:
-            for process, numbers in shares.items():
-                self._connections[process].send([requests[number] for number in numbers])
-            for process, numbers in shares.items():
-                for number, answer in zip(numbers, self._connections[process].recv(), strict=True):
-                    answers[number] = answer
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise ValueError(
-                "A simulator process died, most likely because the machine ran out of memory. Lower num_workers "
-                f"({len(self._connections)}) or batch_size and run the command again: finished episodes are kept."
-            ) from None
+    def wait(self) -> dict[int, Any]:
+        """Wait until workers have answered; return what they say: their answers, or a Death."""
+        owing = {number: self._workers[number] for number in self._asked}
+        # a process of the simulator's own can keep a dead worker's end open, so the worker is watched too
+        ready = set(wait([each for connection, process in owing.values() for each in (connection, process.sentinel)]))
+        answers = {}
+        for number, (connection, process) in owing.items():
+            if ready.isdisjoint((connection, process.sentinel)):
+                continue
+            self._asked.remove(number)
+            try:
+                answers[number] = connection.recv() if connection.poll() else Death(reason=self._bury(number))
+            except (EOFError, ConnectionResetError):
+                answers[number] = Death(reason=self._bury(number))
         return answers
 
     def describe(self, tasks: Sequence[str]) -> list[RobotFacts]:
@@ -68,95 +86,166 @@ class RolloutPool:
         Raises:
             ValueError: a simulator, task or camera is unknown, or the simulator cannot be created.
         """
-        # one slot per process, so that no process keeps more than one simulator
-        num_slots = len(self._connections)
-        answers = self.ask(
-            [(number % num_slots, partial(RolloutWorker.describe, task=task)) for number, task in enumerate(tasks)]
-        )
-        for answer in answers:
-            if isinstance(answer, Failure):
-                raise ValueError(answer.message)
-        return answers
+        found = []
+        for start in range(0, len(tasks), self.num_workers):
+            group = tasks[start : start + self.num_workers]
+            # every worker, so that all are there when episodes begin
+            for number in range(self.num_workers):
+                self.send(number, partial(RolloutWorker.describe, task=group[number % len(group)]))
+            answers: dict[int, Any] = {}
+            while len(answers) < self.num_workers:
+                answers |= self.wait()
+            for number in range(len(group)):
+                answer = answers[number]
+                if isinstance(answer, Death):
+                    raise ValueError(f"A simulator cannot be created: {answer.reason}")
+                if isinstance(answer, Failure):
+                    raise ValueError(answer.message)
+                found.append(answer)
+        return found
 
-
-@contextmanager
-def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool]:
-    """Start worker processes; stop them at the end of the block."""
-    # spawn: no process inherits another's OpenGL context or threads
-    context = get_context("spawn")
-    connections, processes = [], []
-    try:
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve_rollouts, args=(theirs, setup), daemon=True)
-            process.start()
-            # if both ends stayed open here, the process would never see us close ours
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
-        yield RolloutPool(connections)
-    finally:
-        for connection in connections:
+    def close(self) -> None:
+        """End the processes."""
+        for connection, _ in self._workers.values():
             connection.close()
-        for process in processes:
+        for _, process in self._workers.values():
             process.join(_SECONDS_TO_END)
             process.kill()
             process.join()
 
+    def _start(self, number: int) -> None:
+        # spawn: no process inherits another's OpenGL context or threads
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve_rollouts, args=(theirs, self._setup), daemon=True)
+        process.start()
+        # if both ends stayed open here, the process would never see us close ours
+        theirs.close()
+        self._workers[number] = (ours, process)
+
+    def _bury(self, number: int) -> str:
+        """Remove a dead worker; return what it died of."""
+        connection, process = self._workers.pop(number)
+        connection.close()
+        process.join(_SECONDS_TO_END)
+        process.kill()
+        process.join()
+        code = process.exitcode or 0
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return f"the simulator's process ended {how}" + (": is there enough memory?" if code == -9 else ".")
+
+
+@contextmanager
+def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool]:
+    """Yield worker processes; end them at the end of the block."""
+    pool = RolloutPool(setup, num_workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Episodes of one task that run in lockstep."""
+class Episode:
+    """An episode to run."""
 
     task: str
-    seeds: tuple[int, ...]
+    seed: int
     instruction: str
     # control steps per second
     fps: float
-    # seed -> file for pictures of its episode, where they are kept
-    pictures: Mapping[int, str]
+    actor: Actor
+    # file for its pictures, where they are kept
+    pictures: str | None = None
+    # seed of another start, whose pictures the policy sees
+    shown_seed: int | None = None
 
 
-def run_batch(pool: RolloutPool, actor: Actor, batch: Batch) -> list[EpisodeResult]:
-    """Run a batch to the end. A simulator that fails invalidates only its own episode."""
-    results = [
-        EpisodeResult(task=batch.task, seed=seed, instruction=batch.instruction, num_steps=0) for seed in batch.seeds
-    ]
-    requests: list[tuple[int, Request]] = [
-        (slot, partial(RolloutWorker.begin, task=batch.task, seed=seed, pictures=batch.pictures.get(seed)))
-        for slot, seed in enumerate(batch.seeds)
-    ]
-    actor.begin(dict(enumerate(batch.seeds)), batch.instruction)
-    while requests:
-        live: dict[int, Reply] = {}
-        for (slot, _), answer in zip(requests, pool.ask(requests), strict=True):
-            results[slot] = _advance(results[slot], answer)
-            if results[slot].outcome is None:
-                live[slot] = answer
-        actions = actor.act(live) if live else {}
-        requests = []
-        for slot, action in actions.items():
+@dataclass
+class _Run:
+    episode: Episode
+    result: EpisodeResult
+    # how often it began
+    attempt: int = 0
+
+
+def run_episodes(pool: RolloutPool, episodes: Iterable[Episode]) -> Iterator[EpisodeResult]:
+    """Run episodes, each taken as soon as a worker is free, and yield their results as they end.
+
+    A simulator that fails invalidates only its own episode. If its process dies, the episode runs once more.
+    """
+    waiting = iter(episodes)
+    runs: dict[int, _Run] = {}
+    free = list(range(pool.num_workers))
+    while True:
+        while free and (episode := next(waiting, None)) is not None:
+            number = free.pop(0)
+            runs[number] = _Run(episode, _begin_result(episode))
+            _begin(pool, number, runs[number])
+        if not runs:
+            return
+        replies: dict[int, Reply] = {}
+        for number, answer in pool.wait().items():
+            run = runs[number]
+            if isinstance(answer, Death) and run.attempt < _ATTEMPTS:
+                _begin(pool, number, run)
+                continue
+            run.result = _advance(run.result, answer)
+            if isinstance(answer, Reply) and run.result.outcome is None:
+                replies[number] = answer
+        _act(pool, runs, replies)
+        for number in [number for number, run in runs.items() if run.result.outcome is not None]:
+            yield _finish(runs.pop(number), number)
+            free.append(number)
+
+
+def _begin_result(episode: Episode) -> EpisodeResult:
+    return EpisodeResult(task=episode.task, seed=episode.seed, instruction=episode.instruction, num_steps=0)
+
+
+def _begin(pool: RolloutPool, number: int, run: _Run) -> None:
+    episode = run.episode
+    run.result, run.attempt = _begin_result(episode), run.attempt + 1
+    episode.actor.begin(number, episode.seed, episode.instruction)
+    begin = partial(RolloutWorker.begin, task=episode.task, seed=episode.seed, pictures=episode.pictures)
+    pool.send(number, partial(begin, shown_seed=episode.shown_seed))
+
+
+def _act(pool: RolloutPool, runs: Mapping[int, _Run], replies: Mapping[int, Reply]) -> None:
+    """Send each worker that waits the policy's action."""
+    groups: dict[Actor, dict[int, Reply]] = {}
+    for number, reply in replies.items():
+        groups.setdefault(runs[number].episode.actor, {})[number] = reply
+    for actor, observed in groups.items():
+        for number, action in actor.act(observed).items():
             if action is not None and not np.isfinite(action).all():
                 message = f"The policy's action {action.tolist()} is not finite."
-                results[slot] = replace(results[slot], outcome="failure", failure_message=message)
+                failed = replace(runs[number].result, outcome="failure", failure_message=message)
+                runs[number].result = replace(failed, failure_kind="action_not_finite")
             else:
-                step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(slot))
-                requests.append((slot, step))
-    return [_finish(result, batch, actor, slot) for slot, result in enumerate(results)]
+                step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(number))
+                pool.send(number, step)
 
 
-def _advance(result: EpisodeResult, answer: Reply | Failure) -> EpisodeResult:
+def _advance(result: EpisodeResult, answer: Reply | Failure | Death) -> EpisodeResult:
+    if isinstance(answer, Death):
+        message = f"In {_ATTEMPTS} attempts {answer.reason}"
+        return replace(result, outcome="invalid", failure_message=message, failure_kind="worker_died")
     if isinstance(answer, Failure):
-        return replace(result, outcome="invalid", failure_message=answer.message)
-    result = replace(result, num_steps=answer.num_steps)
-    return replace(result, outcome="success" if answer.is_success else "failure") if answer.is_over else result
+        return replace(result, outcome="invalid", failure_message=answer.message, failure_kind="simulator_failed")
+    result = replace(result, num_steps=answer.num_steps, failure_kind=answer.failure_kind)
+    if not answer.is_over:
+        return result
+    outcome = "failure" if not answer.is_success else "success" if answer.num_steps else "trivial"
+    return replace(result, outcome=outcome)
 
 
-def _finish(result: EpisodeResult, batch: Batch, actor: Actor, slot: int) -> EpisodeResult:
+def _finish(run: _Run, number: int) -> EpisodeResult:
+    result, episode = run.result, run.episode
     assert result.num_steps is not None
-    latency = actor.mean_latency_ms(slot)
+    latency = episode.actor.end(number)
     return replace(
         result,
-        seconds=None if result.outcome == "invalid" else round(result.num_steps / batch.fps, 6),
+        seconds=None if result.outcome == "invalid" else round(result.num_steps / episode.fps, 6),
         latency_ms=None if latency is None else round(latency, 3),
     )

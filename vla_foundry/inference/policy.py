@@ -30,6 +30,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.client.chunks import Chunk, Command, DelayForecast, Execution, Schedule, Timing, count_delay_steps
 from vla_foundry.client.messages import join_rows
 from vla_foundry.client.observation import RobotSteps
+from vla_foundry.inference.batching import group_robots
 from vla_foundry.inference.cuda_graphs import GraphedSampler, Sample
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
@@ -75,6 +76,8 @@ class Policy:
             for the oldest (temporal ensembling); None: the newest chunk decides.
         precision: what the model computes in; bf16: autocast, faster on a GPU.
         cuda_graphs: replay predictions as CUDA graphs.
+        batch_size: robots in each prediction, exactly (the last one is repeated), so that bits do not depend on who
+            else asks; None: all who ask.
 
     Raises:
         ValueError: open_loop_steps exceeds the predicted steps, or the model does not fit the execution.
@@ -92,6 +95,7 @@ class Policy:
         ensemble_decay: float | None = None,
         precision: Precision = "fp32",
         cuda_graphs: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         self.model: Any = model
         if cuda_graphs and self.device.type != "cuda":
@@ -113,7 +117,8 @@ class Policy:
         # one thread: predictions do not compete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self.num_inference_steps = num_inference_steps
-        self.precision = precision
+        self.precision, self._batch_size = precision, batch_size
+        self.predicted: list[Hashable] = []  # for whom, when actions were last chosen
         self._files = files
         self._handler: Any = RoboticsBatchHandler(files.params)
         # chunks so far, over all clients
@@ -318,14 +323,14 @@ class Policy:
         found = {name: self._find(name) for name in clients}
         for client in found.values():
             self._delays.add(client.schedule.receive(client.step))
-        due = [client for client in found.values() if client.schedule.is_due(client.step)]
+        self.predicted = [name for name, client in found.items() if client.schedule.is_due(client.step)]
+        due = [found[name] for name in self.predicted]
         waiting = [client for client in due if client.schedule.waits]
-        if waiting:
-            for client, actions in zip(waiting, self._predict(waiting), strict=True):
+        for group in group_robots(waiting, self._batch_size):
+            for client, actions in zip(group, self._predict(group), strict=True):
                 client.schedule.add(Chunk(client.step, actions))
-        later = [client for client in due if client not in waiting]
-        if later:
-            self._begin(later)
+        for group in group_robots([client for client in due if client not in waiting], self._batch_size):
+            self._begin(group)
         actions = {}
         for name, client in found.items():
             action = client.schedule.plan(client.step)
@@ -412,6 +417,9 @@ class Policy:
         self, clients: Sequence[_Client], *, delay_steps: int | None = None
     ) -> Callable[[], Sequence[Sequence[Command]]]:
         """Return the prediction from the clients' last observations, which later ones do not change."""
+        references = [client.history.references() for client in clients]
+        self.num_predicted += len(clients)
+        clients = [*clients, *[clients[-1]] * ((self._batch_size or 0) - len(clients))]
         inputs = self._handler.prepare_sampling(self._encode(clients), self.device)
         if delay_steps is None and self._timing.execution == "realtime":
             delay_steps = self._delays.forecast()
@@ -421,13 +429,11 @@ class Policy:
         seeds = [
             draw_index(_NUM_SEEDS, seed=client.seed, position=client.step, purpose="policy.noise") for client in clients
         ]
-        self.num_predicted += len(clients)
-        references = [client.history.references() for client in clients]
 
         def predict() -> Sequence[Sequence[Command]]:
             values = self._sample(inputs, torch.tensor(seeds, device=self.device)).cpu().numpy()
-            pairs = zip(values, references, strict=True)
-            return [decode_commands(chunk, own, self._files.actions, self.commanded) for chunk, own in pairs]
+            pairs = zip(values, references, strict=False)  # without those that are repeated
+            return [decode_commands(*pair, self._files.actions, self.commanded) for pair in pairs]
 
         return predict
 

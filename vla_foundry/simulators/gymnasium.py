@@ -98,7 +98,8 @@ class GymnasiumSimulator(Simulator):
         self._read(observation)
         self._return = 0.0
         self._act = self._create_expert and self._create_expert(self._environment.unwrapped)
-        return self.observe(), {**info, "success": False}
+        key = self._map.success.info
+        return self.observe(), {**info, "success": key is not None and bool(info.get(key, False))}
 
     def step(self, action: Float[np.ndarray, " A"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Advance one control step."""

@@ -101,8 +101,8 @@ def run(toy_simulator: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def create_params(run: Path, output: Path, **values: Any) -> EvaluateParams:
-    given: dict[str, Any] = {"tasks": ["easy", "hard"], "checkpoint": str(run), "episodes": "0:5", "batch_size": 3}
-    given |= {"simulator": "toy", "num_workers": 1, "device": "cpu", "output": str(output)}
+    given: dict[str, Any] = {"tasks": ["easy", "hard"], "checkpoint": str(run), "episodes": "0:5", "num_workers": 1}
+    given |= {"simulator": "toy", "device": "cpu", "output": str(output)}
     return EvaluateParams(**given | values)
 
 
@@ -129,6 +129,18 @@ def test_a_policy_does_the_same_on_any_number_of_processes(
     assert len({steps for _, steps in alone.values()}) > 1
     evaluate(create_params(run, tmp_path, num_workers=3))
     assert read_steps(tmp_path / "toy_run") == alone
+    for num_workers in (1, 3):
+        evaluate(create_params(run, tmp_path, num_workers=num_workers, batch_size=4, name=f"by{num_workers}"))
+    assert read_steps(tmp_path / "by1") == read_steps(tmp_path / "by3")
+
+
+def test_an_action_does_not_depend_on_who_else_asks(run: Path) -> None:
+    for batch_size in (1, 4):
+        actor, seen = first_actions(run, batch_size=batch_size)
+        together = actor.act(seen)
+        for slot in seen:
+            actor, _ = first_actions(run, batch_size=batch_size)
+            np.testing.assert_array_equal(actor.act({slot: seen[slot]})[slot], together[slot])
 
 
 def test_a_served_policy_does_the_same(
@@ -217,22 +229,33 @@ def first_actions(run: Path, **values: Any) -> tuple[Any, dict[int, Reply]]:
         simulator="toy", cameras=candidate.cameras, picture_camera="front", image_size=(16, 16), max_steps=None
     )
     worker = RolloutWorker(setup)
-    actor = candidate.create_actor(worker.describe(0, task="easy"))
-    actor.begin({0: 10, 1: 11}, "move right")
-    assert all(actor.needs_images(slot) for slot in (0, 1))
-    return actor, {slot: worker.begin(slot, task="easy", seed=10 + slot) for slot in (0, 1)}
+    actor = candidate.create_actor(worker.describe(task="easy"))
+    for slot in (0, 1):
+        actor.begin(slot, 10 + slot, "move right")
+        assert actor.needs_images(slot)
+    return actor, {slot: worker.begin(task="easy", seed=10 + slot) for slot in (0, 1)}
 
 
-def test_images_can_be_exchanged(run: Path) -> None:
-    actor, seen = first_actions(run)
-    own = actor.act(seen)
-    actor, seen = first_actions(run, images="other_episode")
-    exchanged = actor.act(seen)
-    actor, seen = first_actions(run)
-    by_hand = {slot: replace(seen[slot], images=seen[1 - slot].images) for slot in seen}
-    for slot, action in actor.act(by_hand).items():
-        np.testing.assert_array_equal(action, exchanged[slot])
-        assert not np.array_equal(action, own[slot])
+def test_images_can_be_those_of_another_episode() -> None:
+    """The pictures are those of the other start after the same actions; the fields are the episode's own."""
+    setup = SimulatorSetup(
+        simulator="toy", cameras=("front",), picture_camera="front", image_size=(16, 16), max_steps=None
+    )
+    workers = [RolloutWorker(setup) for _ in range(3)]
+    found = [
+        workers[0].begin(task="easy", seed=3, shown_seed=4),
+        workers[1].begin(task="easy", seed=3),
+        workers[2].begin(task="easy", seed=4),
+    ]
+    action = np.array([0.5, 0.1], np.float32)
+    for with_images in (True, False, True):
+        mixed, own, other = found
+        np.testing.assert_array_equal(mixed.fields["place"], own.fields["place"])
+        assert mixed.images.keys() == own.images.keys()
+        for camera in mixed.images:
+            np.testing.assert_array_equal(mixed.images[camera], other.images[camera])
+            assert not np.array_equal(mixed.images[camera], own.images[camera])
+        found = [worker.step(action=action, with_images=with_images) for worker in workers]
 
 
 def test_noise_has_a_seed_of_its_own(run: Path) -> None:

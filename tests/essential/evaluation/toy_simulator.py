@@ -1,10 +1,12 @@
 """A simulator without physics, for tests: a bright bar is to be moved to the right edge of the picture.
 
 Imported as a plug-in, here and in the processes of rollouts. The task "breaks" fails as a program at odd seeds, unless
-there is a file named `mended` in the working directory; "dies" ends its process.
+there is a file named `mended` in the working directory; "dies" ends its process, "dies_once" once a seed. "slow" waits
+at seed 0 until four other seeds have ended; "done" starts with success.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Toy(Simulator):
         return (), cls.camera
 
     def __init__(self, task: str, *, cameras: Sequence[str], image_size: tuple[int, int]) -> None:
-        if task not in ("easy", "hard", "breaks", "dies"):
+        if task not in ("easy", "hard", "breaks", "dies", "dies_once", "slow", "done"):
             raise ValueError(f"toy task '{task}' is unknown.")
         for camera in cameras:
             if camera != self.camera:
@@ -47,7 +49,7 @@ class Toy(Simulator):
         super().reset(seed=seed)
         self.seed, self.place, self.num_steps = seed or 0, np.random.default_rng(seed).uniform(0, 0.4), 0
         self.effort = 0.0
-        return self.observe(), {"success": False}
+        return self.observe(), {"success": self.task == "done"}
 
     def sense(self) -> dict[str, np.ndarray]:
         return {"place": np.array([self.place], np.float32), "opening": np.array([self.effort], np.float32)}
@@ -58,9 +60,19 @@ class Toy(Simulator):
             raise RuntimeError("a line search did not converge")
         if self.task == "dies" and self.num_steps == 2 and not Path("mended").exists():
             os._exit(1)
+        died = Path(f"died{self.seed}")
+        if self.task == "dies_once" and self.num_steps == 2 and not died.exists():
+            died.touch()
+            os._exit(1)
+        for _ in range(6000):
+            if self.task != "slow" or self.seed or len(list(Path().glob("ended*"))) == 4:
+                break
+            time.sleep(0.01)
         self.effort = float(np.clip(action[1], -1, 1))
         self.place = float(np.clip(self.place + 0.25 * np.clip(action[0], -1, 1), 0, 1))
         is_success = self.place > (0.95 if self.task == "hard" else 0.8)
+        if self.task == "slow" and is_success:
+            Path(f"ended{self.seed}").touch()
         return self.observe(), float(is_success), False, False, {"success": is_success}
 
     def render(self, camera: str | None = None) -> np.ndarray:

@@ -110,7 +110,7 @@ def _read_columns(run: Run, episodes: list[dict[str, Any]]) -> None:
     _check("failure_message", messages, (str, NoneType), lambda value: True, "text or null")
     # our files say what an episode's outcome was; elsewhere any exception ends in is_success = false
     told = [episode.get("outcome", "untold") for episode in episodes]
-    _check("outcome", told, (str, NoneType), _TOLD.__contains__, "success, failure, invalid or null")
+    _check("outcome", told, (str, NoneType), _TOLD.__contains__, "success, failure, trivial, invalid or null")
     run.outcome = [
         _TOLD[outcome] or ("pending" if episode.get("is_pending") else _outcome_of(success, message))
         for outcome, success, message, episode in zip(told, succeeded, messages, episodes, strict=True)
@@ -125,7 +125,7 @@ def _read_columns(run: Run, episodes: list[dict[str, Any]]) -> None:
 
 
 # what our files call an outcome, and what it is called here
-_TOLD = {"success": "success", "failure": "failure", "invalid": "invalid", None: "pending", "untold": None}
+_TOLD = {name: name for name in ("success", "failure", "trivial", "invalid")} | {None: "pending", "untold": None}
 
 
 def _check(

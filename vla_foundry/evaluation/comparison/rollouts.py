@@ -131,7 +131,7 @@ def count_outcomes(
 
 
 # which of two runs of an episode says more about the policy
-_RANKS = {"success": 2, "failure": 2, "invalid": 1, "pending": 0}
+_RANKS = {"success": 2, "failure": 2, "trivial": 2, "invalid": 1, "pending": 0}
 
 
 def _merge(runs: list[Run], duplicates: Duplicates, audit: list[str]) -> None:
@@ -226,9 +226,11 @@ def find_trivial(runs: Iterable[Run]) -> set[tuple[str, str, int]]:
     for run in runs:
         group = _set_of(run.model)
         for index, outcome, seconds in zip(run.index, run.outcome, run.seconds, strict=True):
+            key = (group, run.task, index)
+            if outcome == "trivial":
+                trivial.add(key)
             if seconds is None or outcome not in ("success", "failure"):
                 continue
-            key = (group, run.task, index)
             num_models[key] = num_models.get(key, 0) + 1
             if outcome == "success":
                 if seconds < TRIVIAL_SECONDS + 1e-6:

@@ -101,12 +101,13 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     seed: NonNegativeInt = 0
     # instructions that replace a task's own, by task: {drawer-open-v3: close the drawer}
     instructions: dict[str, str] = field(default_factory=dict)
-    # images the policy sees: its own episode's or, to test whether it uses them, another episode's in its batch
+    # images the policy sees: its own episode's or, to test whether it uses them, those of the next seed's start, where
+    # the same actions are applied
     images: Literal["own", "other_episode"] = "own"
-    # episodes of a task that run in parallel and share a prediction batch; the grouping affects the last bits of
-    # their numbers
-    batch_size: Size = 16
-    # simulator processes; they do not affect outcomes; null: one per core
+    # robots in each prediction, always as many (some may be repeated): it affects the last bits of their numbers. 1 is
+    # exact: equal to a server's batching 'exact'; raise it on a GPU to about num_workers
+    batch_size: Size = 1
+    # simulator processes, one episode each at a time; they do not affect outcomes; null: one per core
     num_workers: NumThreads | None = None
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
@@ -132,8 +133,6 @@ class EvaluateParams(InferenceParams, SimulatorParams):
             raise ValueError("dry_run is for simulator 'lbm', whose commands it prints. Leave it out.")
         if self.lbm.command is not None and self.seeds.start:
             raise ValueError(f"episodes ('{self.episodes}') must start at 0 for lbm.command, which counts from there.")
-        if self.images == "other_episode" and self.batch_size < 2:
-            raise ValueError("images 'other_episode' needs a batch_size of at least 2.")
         num_seeds = len(self.seeds)
         if self.max_sample_size is not None and self.max_sample_size < num_seeds:
             raise ValueError(
