@@ -27,6 +27,10 @@ _COMMANDS = {
         "vla_foundry.evaluation.report.command:main",
         "compare the policies of a folder: one HTML page, tables and figures",
     ),
+    "dashboard": (
+        "vla_foundry.evaluation.dashboard.server:main",
+        "show a folder's comparison live in the browser, and queue evaluations",
+    ),
     "action-error": (
         "vla_foundry.evaluation.action_error:main",
         "compare a policy's actions with held-out demonstrations",

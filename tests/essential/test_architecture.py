@@ -45,6 +45,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "websockets": ("serving/", "client/"),
     "msgpack": ("serving/",),
     "prometheus_client": ("serving/",),
+    "gradio": ("evaluation/dashboard/",),
+    "uvicorn": ("evaluation/dashboard/",),
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
     "gymnasium": ("simulators/",),

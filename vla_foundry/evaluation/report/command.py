@@ -10,18 +10,18 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.evaluation.comparison.compare import compare, compare_against
+from vla_foundry.evaluation.comparison.compare import AgainstPublished, Comparison, compare, compare_against
 from vla_foundry.evaluation.comparison.family import FAMILY_NAME, Family, read_family
 from vla_foundry.evaluation.comparison.published import find_published
 from vla_foundry.evaluation.comparison.rollouts import Rollouts, count_outcomes, read_rollouts
-from vla_foundry.evaluation.report.contents import collect, is_aggregate
+from vla_foundry.evaluation.report.contents import Contents, collect, is_aggregate
 from vla_foundry.evaluation.report.figures import draw_figures
 from vla_foundry.evaluation.report.page import write_markdown, write_page
-from vla_foundry.params.commands.evaluation import ReportParams
+from vla_foundry.params.commands.evaluation import ComparisonParams, ReportParams
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.storage.uri import write_bytes
 
@@ -30,11 +30,54 @@ _RECORDINGS = (".mp4", ".webm", ".gif")
 _PICTURES = ("contact_sheet.png", "pictures.png", "recording.html")
 
 
-def write_report(params: ReportParams) -> Path:
-    """Write the report of a folder.
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The policies of a folder, compared: what a reader picks is taken from it."""
 
-    Returns:
-        The page.
+    root: Path
+    rollouts: Rollouts
+    comparison: Comparison
+    # models that have rollouts which count
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    # name of a published policy, and the comparisons with it
+    against: str | None
+    published: tuple[AgainstPublished, ...]
+    # SHA-256 of the declared family; None: none was declared
+    digest: str | None
+
+    @property
+    def title(self) -> str:
+        """Return the title of the report."""
+        return f"Comparison of policies: {self.root.resolve().name}"
+
+    def pick(self, models: Sequence[str], tasks: Sequence[str]) -> Contents:
+        """Return what a report of some models, and tasks or groups of tasks, shows; empty: of all.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        return collect(
+            self.rollouts,
+            self.comparison,
+            models=_pick("model", models, self.models, {}),
+            tasks=_pick("task", tasks, self.tasks, _other_names(self.rollouts, self.tasks)),
+            against=self.against,
+            published=self.published,
+            digest=self.digest,
+        )
+
+    def render(self, contents: Contents, folder: Path) -> dict[str, bytes]:
+        """Return {file name: content} of a report that will lie in a folder."""
+        files = {f"{name}.csv": table.to_csv().encode() for name, table in contents.tables.items()}
+        files |= draw_figures(contents)
+        files["report.md"] = write_markdown(contents, self.title).encode()
+        files[PAGE_NAME] = write_page(contents, self.title, find_recordings(self.root), folder.resolve()).encode()
+        return files
+
+
+def compare_folder(params: ComparisonParams) -> Compared:
+    """Read and compare the policies of a folder.
 
     Raises:
         FileNotFoundError: there are no results.
@@ -43,8 +86,7 @@ def write_report(params: ReportParams) -> Path:
     root = Path(params.results)
     rollouts = read_rollouts(root, duplicates=params.duplicates)
     declared = read_family(root)
-    family = _family(params, declared, rollouts)
-    comparison = compare(rollouts, family)
+    comparison = compare(rollouts, _family(params, declared, rollouts))
     if not comparison.columns:
         raise ValueError(f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid.")
     family = comparison.family
@@ -58,24 +100,32 @@ def write_report(params: ReportParams) -> Path:
             raise ValueError(
                 f"against: no task here was published for {params.against}; it has: {', '.join(sorted(published))}."
             )
-    tasks = [column.name for column in comparison.columns if not is_aggregate(column)]
     there = {model for column in comparison.columns for model in column.models}
-    contents = collect(
-        rollouts,
-        comparison,
-        models=_pick("model", params.models, [model for model in family.models if model in there], {}),
-        tasks=_pick("task", params.tasks, tasks, _other_names(rollouts, tasks)),
+    return Compared(
+        root=root,
+        rollouts=rollouts,
+        comparison=comparison,
+        models=tuple(model for model in family.models if model in there),
+        tasks=tuple(column.name for column in comparison.columns if not is_aggregate(column)),
         against=params.against,
-        published=against,
+        published=tuple(against),
         digest=declared.digest if declared else None,
     )
-    folder = Path(params.output) if params.output is not None else root / "report"
-    title = f"Comparison of policies: {root.resolve().name}"
-    files = {f"{name}.csv": table.to_csv().encode() for name, table in contents.tables.items()}
-    files |= draw_figures(contents)
-    files["report.md"] = write_markdown(contents, title).encode()
-    files[PAGE_NAME] = write_page(contents, title, find_recordings(root), folder.resolve()).encode()
-    for name, content in files.items():
+
+
+def write_report(params: ReportParams) -> Path:
+    """Write the report of a folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: there are no results.
+        ValueError: a name is unknown, a result file or the family is broken, or more was run than planned.
+    """
+    compared = compare_folder(params)
+    folder = Path(params.output) if params.output is not None else compared.root / "report"
+    for name, content in compared.render(compared.pick(params.models, params.tasks), folder).items():
         write_bytes(str(folder / name), content)
     if params.against is None:
         # of an earlier report of other results
@@ -83,7 +133,7 @@ def write_report(params: ReportParams) -> Path:
     return folder / PAGE_NAME
 
 
-def _family(params: ReportParams, family: Family | None, rollouts: Rollouts) -> Family | None:
+def _family(params: ComparisonParams, family: Family | None, rollouts: Rollouts) -> Family | None:
     if params.family is None or (family and family.scope == params.family):
         return family
     if family is None:
@@ -130,8 +180,13 @@ def find_recordings(root: Path) -> list[Path]:
     """Return videos and pictures below a folder of results, without following links to other folders."""
     found = []
     for folder, _, names in os.walk(root.resolve()):
-        found += [Path(folder, name) for name in names if name.endswith(_RECORDINGS) or name in _PICTURES]
+        found += [Path(folder, name) for name in names if is_recording(name)]
     return sorted(found, key=lambda path: (len(path.parts), path))
+
+
+def is_recording(name: str) -> bool:
+    """Return whether a file of this name is a video or picture of episodes."""
+    return name.endswith(_RECORDINGS) or name in _PICTURES
 
 
 def main(argv: list[str]) -> None:

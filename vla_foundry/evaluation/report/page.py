@@ -275,5 +275,5 @@ def _recordings(paths: Sequence[Path], folder: Path) -> str:
     for path in paths:
         place = os.path.relpath(path, folder)
         href = html.escape(quote(os.fsencode(place).replace(os.sep.encode(), b"/")))
-        links.append(f'<li><a href="{href}">{escape(place)}</a>')
+        links.append(f'<li><a href="{href}" target=_blank>{escape(place)}</a>')
     return _section("Recordings", _folded(f"{len(paths)} videos and pictures", f"<ul>{''.join(links)}</ul>"))

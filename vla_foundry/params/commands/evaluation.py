@@ -219,20 +219,51 @@ class ActionErrorParams(InferenceParams):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportParams(BaseParams):
-    """Compare the policies of a folder: one HTML page, and its tables and figures as files."""
+class ComparisonParams(BaseParams):
+    """Shared by the commands that compare the policies of a folder."""
 
     # folder with the results of any number of policies
     results: Location
-    # folder for the report; null: `report` in the folder with the results
-    output: Location | None = None
-    # models to show; empty: all. Letters do not depend on it: family.yaml says which models are compared
-    models: list[str] = field(default_factory=list)
-    # tasks to show, or groups of tasks; empty: all
-    tasks: list[str] = field(default_factory=list)
     # for what the error holds: each column, or all columns together; null: as family.yaml says, else each column
     family: Literal["column", "all"] | None = None
     # name of a published policy to compare all models with too, such as CS/Foundry-Qwen3VLA-2.1B
     against: str | None = None
     # which of several runs of an episode counts; error: it is one
     duplicates: Literal["error", "latest", "first"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportParams(ComparisonParams):
+    """Compare the policies of a folder: one HTML page, and its tables and figures as files."""
+
+    # folder for the report; null: `report` in the folder with the results
+    output: Location | None = None
+    # models to show; empty: all. Letters do not depend on it: family.yaml says which models are compared
+    models: list[str] = field(default_factory=list)
+    # tasks to show, or groups of tasks; empty: all
+    tasks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardParams(ComparisonParams):
+    """Show a folder's report live in the browser, and queue, watch and stop evaluations that write to it."""
+
+    # address to listen on; others than loopback need a password
+    host: Name = "127.0.0.1"
+    # port; 0: any free one, which is printed
+    port: Annotated[int, Bounds(least=0, most=65535)] = 7860
+    # file with the password that browsers must give, under any user name; the variable VLA_FOUNDRY_PASSWORD may hold it
+    # instead. A word of the command line could be read by every user of the machine
+    password_file: Location | None = None
+    # certificate and key (PEM files) for https; without them a password can be read on the way
+    tls_certificate: Location | None = None
+    tls_key: Location | None = None
+    # folders whose checkpoints may be evaluated
+    checkpoints: list[Location] = field(default_factory=lambda: ["experiments"])
+    # evaluations at a time
+    parallel: Size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together: give both or none.")

@@ -22,6 +22,14 @@ _OF_A_CHECKPOINT = (
 Port = Annotated[int, Bounds(least=0, most=65535, fix="0 takes a free one.")]
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address to listen on."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeParams(InferenceParams):
     """Serve a policy to robots and simulators over the network."""
@@ -107,10 +115,7 @@ class ServeParams(InferenceParams):
         """True if only this machine can connect, or TLS and a token keep strangers out."""
         if self.tls_certificate is not None and self.token_file is not None:
             return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
 
 @dataclass(frozen=True, kw_only=True)
