@@ -121,7 +121,7 @@ def _to_family(values: dict[Any, Any]) -> Family:
             raise ValueError(f"{key} must be {' or '.join(each.__name__ for each in _KEYS[key])}, got {value!r:.40}.")
     for key in ("models", "tasks"):
         if not all(isinstance(name, str) and name for name in values.get(key) or ()):
-            raise ValueError(f"{key} must be a list of names.")
+            raise ValueError(f'{key} must be a list of names. YAML needs quotes around "null" and numbers.')
     budget = values.get("max_sample_size")
     if (budget is not None and budget < 1) or values.get("seed", 0) < 0:
         raise ValueError("max_sample_size must be at least 1, and seed at least 0.")

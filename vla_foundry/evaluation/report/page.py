@@ -2,7 +2,7 @@
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -40,6 +40,8 @@ summary{{cursor:pointer;padding:4px 0}}
 @media print{{td{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}}}</style></head><body>"""
 # the heat map's shades, from white to dark, in steps of 10%
 _NUM_SHADES = 11
+# so many pairs are told in words
+_FEW_PAIRS = 10
 
 
 def write_page(contents: Contents, title: str, recordings: Sequence[Path], folder: Path) -> str:
@@ -81,7 +83,23 @@ def describe(contents: Contents) -> list[str]:
         "Invalid episodes, in which the simulator or the infrastructure failed, are not trials.",
         *([aside] if others else []),
         *contents.comparison.notes,
+        *_verdicts(contents),
     ]
+
+
+def _verdicts(contents: Contents) -> Iterator[str]:
+    """Say which pairs the last column tells apart, if they are few, and how much of the budget was run."""
+    column = contents.columns[-1]
+    pairs = shown_pairs(column, contents.models)
+    for pair in pairs if len(pairs) <= _FEW_PAIRS else ():
+        first, second, *_ = ordered_pair(pair, column)
+        if pair.better is None:
+            verdict = f"{first} and {second} are not told apart after"
+        else:
+            verdict = f"{pair.better} is better than {second if pair.better == first else first}, decided after"
+        yield f"{contents.title(column)}: {verdict} {pair.num_rollouts} of {column.n_max} rollouts of each."
+    _, _, planned, run, *_ = zip(*contents.tables["budget"].rows, strict=True)
+    yield f"{sum(run):,} of {sum(planned):,} planned rollouts were run; {sum(planned) - sum(run):,} are saved so far."
 
 
 def write_markdown(contents: Contents, title: str) -> str:

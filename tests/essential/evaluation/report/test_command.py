@@ -104,6 +104,9 @@ def test_what_a_reader_picks_changes_no_letter(tmp_path: Path, capsys: pytest.Ca
             write(tmp_path / "r", f"m{number}", task, [index < rate for index in range(50)])
     (tmp_path / "r" / "rename.yaml").write_text("tasks: {lift: Lift it}\ntask_groups: {easy: [push]}", encoding="utf-8")
     main([str(tmp_path / "r")])
+    page = (tmp_path / "r" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "mean of 2: m3 is better than m0, decided after " in page
+    assert "400 of 400 planned rollouts were run; 0 are saved so far." in page
     whole = {(row["task"], row["model"]): row for row in rows_of(tmp_path / "r" / "report" / "rates.csv")}
     main([str(tmp_path / "r"), "--models", "m1,m2", "--tasks", "Lift it", "--output", str(tmp_path / "part")])
     part = {(row["task"], row["model"]): row for row in rows_of(tmp_path / "part" / "rates.csv")}
