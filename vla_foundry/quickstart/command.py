@@ -1,8 +1,10 @@
 """`vla-foundry quickstart`: run the stages and show their results."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from rich.console import Console
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.quickstart.llm import create_llm_stage
-from vla_foundry.quickstart.steps import Stage, run_steps
-from vla_foundry.quickstart.vla import create_vla_stage
+from vla_foundry.quickstart.steps import FULL, Sizes, Stage, run_steps
+from vla_foundry.quickstart.vla import comparison_page, create_vla_stage
 from vla_foundry.quickstart.vlm import create_vlm_stage
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
@@ -20,10 +22,10 @@ from vla_foundry.simulators.mujoco_renderer import choose_opengl
 # installs a renderer that needs no GPU, on Debian and Ubuntu
 _INSTALL = ("apt-get", "install", "--yes", "libosmesa6")
 
-_STAGES: dict[str, Callable[[Path, QuickstartParams], Stage]] = {
-    "llm": lambda output_dir, _: create_llm_stage(output_dir),
-    "vlm": lambda output_dir, _: create_vlm_stage(output_dir),
-    "vla": lambda output_dir, params: create_vla_stage(output_dir, ablations=params.ablations),
+_STAGES: dict[str, Callable[[Path, Sizes, QuickstartParams], Stage]] = {
+    "llm": lambda output_dir, sizes, _: create_llm_stage(output_dir, sizes),
+    "vlm": lambda output_dir, sizes, _: create_vlm_stage(output_dir, sizes),
+    "vla": lambda output_dir, sizes, params: create_vla_stage(output_dir, sizes, ablations=params.ablations),
 }
 
 
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> None:
         require_renderer(may_install=params.install_system_packages)
     console = Console(soft_wrap=True, highlight=False)
     output_dir = Path(params.output_dir)
-    stages = [_STAGES[name](output_dir, params) for name in params.stages]
+    sizes = FULL if params.full else Sizes()
+    stages = [_STAGES[name](output_dir, sizes, params) for name in params.stages]
     steps = [step for stage in stages for step in stage.steps]
     with lock_folder(output_dir, what="quickstart folder", flag="--output_dir"):
         run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
@@ -48,6 +51,17 @@ def main(argv: list[str]) -> None:
     summary.write_text(page, encoding="utf-8")
     console.print(f"\n{page}", markup=False)
     console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")
+    if "vla" in params.stages:
+        page = comparison_page(output_dir)
+        console.print(
+            f"The comparison of the policies, on one page: {page}\nOpen it: {opening_command(page)}", markup=False
+        )
+
+
+def opening_command(page: Path, platform: str = sys.platform) -> str:
+    """Return the command that opens a page in this system's browser."""
+    opener = {"darwin": "open", "win32": "start"}.get(platform, "xdg-open")
+    return shlex.join((opener, str(page)))
 
 
 def require_renderer(

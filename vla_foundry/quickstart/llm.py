@@ -14,7 +14,7 @@ from vla_foundry.params import load_experiment_params_from_yaml
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.quickstart.docstrings import harvest_docstrings
-from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
+from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, training_step, words_of
 from vla_foundry.run_folder import CONFIG_NAME, METRICS_NAME
 from vla_foundry.world import World, num_cores
 
@@ -25,55 +25,50 @@ PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
 PROMPTS = ("Return the", "Compute the eigenvalues of")
 
 
-def create_llm_stage(output_dir: Path) -> Stage:
+def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
     """Build the language stage, which writes below `<output_dir>/llm`."""
     folder = output_dir / "llm"
     text, tokenizer, shards, run = folder / "text", folder / "tokenizer", folder / "shards", folder / "runs" / "llm"
     summary, figure = folder / "summary.txt", folder / "loss.png"
 
-    def preprocess(split: str) -> Step:
-        target = shards / split
-        return Step(
-            name=f"preprocess_{split}",
-            what=f"Tokenize and pack the {split} text into shards",
-            words=words_of("preprocess text", source=text / split, output=target, tokenizer=tokenizer, seq_len=SEQ_LEN),
-            outputs=(target / "manifest.jsonl",),
-            folder=target,
-        )
-
     steps = (
         Step(
             name="harvest",
             what="Collect real English: docstrings of the standard library, numpy and scipy",
+            seconds=8,
             function=lambda: _harvest(text),
             outputs=(text / "train" / "docstrings.jsonl", text / "validation" / "docstrings.jsonl"),
         ),
         Step(
             name="tokenizer",
             what=f"Train a byte-level BPE tokenizer with {VOCAB_SIZE:,} tokens",
+            seconds=3,
             words=words_of("preprocess tokenizer", source=text / "train", output=tokenizer, vocab_size=VOCAB_SIZE),
             outputs=(tokenizer / "tokenizer.json",),
             folder=tokenizer,
         ),
-        preprocess("train"),
-        preprocess("validation"),
+        *(_preprocess(split, text, shards, tokenizer) for split in ("train", "validation")),
         training_step(
             "train_llm",
             "Train the language model",
+            seconds=50,
             preset=PRESET,
             run=run,
             shards=shards,
             num_processes=count_trainers(),
+            flags=sizes.training_flags(sizes.llm_samples),
         ),
         Step(
             name="llm_report",
             what="Compare with a model that ignores context",
+            seconds=4,
             function=lambda: write_llm_report(run, summary=summary, figure=figure),
             outputs=(summary, figure),
         ),
         Step(
             name="generate",
             what="Continue two prompts",
+            seconds=5,
             words=(
                 *words_of("generate", checkpoint=run),
                 *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
@@ -84,11 +79,27 @@ def create_llm_stage(output_dir: Path) -> Stage:
     return Stage(steps=steps, summary=summary)
 
 
+def _preprocess(split: str, text: Path, shards: Path, tokenizer: Path) -> Step:
+    words = words_of("preprocess text", source=text / split, output=shards / split, tokenizer=tokenizer)
+    return Step(
+        name=f"preprocess_{split}",
+        what=f"Tokenize and pack the {split} text into shards",
+        seconds=4,
+        # in one process: Ray would take longer to start
+        words=(*words, *words_of("", seq_len=SEQ_LEN, num_workers=0)),
+        outputs=(shards / split / "manifest.jsonl",),
+        folder=shards / split,
+    )
+
+
 def _harvest(text: Path) -> None:
     counts = harvest_docstrings(text, packages=PACKAGES, num_processes=num_cores())
     for split in ("train", "validation"):
         megabytes = counts[f"{split}_characters"] / 1e6
         print(f"  {split}: {counts[f'{split}_documents']:,} docstrings, {megabytes:.1f} MB")  # noqa: T201
+    with (text / "train" / "docstrings.jsonl").open(encoding="utf-8") as file:
+        first = parse_object(file.readline(), file.name)["text"]
+    print(f"  the first: {' '.join(first.split())[:100]}...")  # noqa: T201
 
 
 def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:

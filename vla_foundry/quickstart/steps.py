@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +22,32 @@ from vla_foundry.world import num_cores
 
 # the batch sizes of the stages' presets are divisible by it
 _MAX_TRAINERS = 16
+# between two progress lines of a long step
+_SECONDS_BETWEEN_LINES = 30
 # when the version of one of these changes, all steps run again
 _PINNED_PACKAGES = ("vla-foundry", "torch", "numpy", "tokenizers", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much data each stage makes and trains on; samples of None: as many as its preset says."""
+
+    llm_samples: int | None = None
+    scenes: int = 6_000
+    held_out_scenes: int = 300
+    vlm_samples: int | None = None
+    # demonstrations of each task
+    demos: int = 20
+    vla_samples: int | None = None
+
+    @staticmethod
+    def training_flags(samples: int | None) -> dict[str, object]:
+        """Return the flag that sets how many samples a run trains on."""
+        return {} if samples is None else {"total_train_samples": samples}
+
+
+# `--full true`
+FULL = Sizes(llm_samples=2_400, scenes=9_000, held_out_scenes=500, vlm_samples=30_000, demos=50, vla_samples=45_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +58,15 @@ class Step:
     name: str
     # headline for the user
     what: str
+    # seconds on two idle cores, for the progress line
+    seconds: int = 1
     # words of `vla-foundry <words>`, run as a subprocess; without words, `function` runs in this process
     words: tuple[str, ...] = ()
     # processes that train together under torchrun; the first word is then `train`
     num_processes: int = 1
     function: Callable[[], object] | None = None
+    # what the function writes, if that is known beforehand: a change of it runs the step again
+    text: str = ""
     # file for the command's standard output
     output: Path | None = None
     # files it writes; the step is not done while one is missing
@@ -60,14 +89,17 @@ def words_of(command: str, **flags: object) -> tuple[str, ...]:
 
 
 def count_trainers() -> int:
-    """Return how many processes train together: one per core, rounded down to a power of two that divides a batch."""
-    return 1 << (min(num_cores(), _MAX_TRAINERS).bit_length() - 1)
+    """Return how many processes train together: one per GPU, or core; a power of two, which divides a batch."""
+    import torch
+
+    return 1 << (min(torch.cuda.device_count() or num_cores(), _MAX_TRAINERS).bit_length() - 1)
 
 
 def training_step(
     name: str,
     what: str,
     *,
+    seconds: int,
     preset: str,
     run: Path,
     shards: Path,
@@ -91,7 +123,9 @@ def training_step(
         share = params.hparams.global_batch_size // num_processes
         words += words_of("", **{"hparams.per_gpu_batch_size": share, "data.num_workers": 0})
     outputs = (run / "metrics.jsonl",)
-    return Step(name=name, what=what, words=words, num_processes=num_processes, outputs=outputs, folder=run)
+    return Step(
+        name=name, what=what, seconds=seconds, words=words, num_processes=num_processes, outputs=outputs, folder=run
+    )
 
 
 class StepFailedError(ValueError):
@@ -112,31 +146,85 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         StepFailedError: a command failed; earlier steps stay done.
     """
     markers.mkdir(parents=True, exist_ok=True)
+    clock = _Clock(steps, console)
     fingerprint = json.dumps({name: metadata.version(name) for name in _PINNED_PACKAGES})
     for number, step in enumerate(steps, start=1):
-        fingerprint = hashlib.sha256((fingerprint + step.name + shlex.join(step.words)).encode()).hexdigest()
+        fingerprint = hashlib.sha256(
+            (fingerprint + step.name + shlex.join(step.words) + step.text).encode()
+        ).hexdigest()
         started, done = markers / f"{step.name}.started", markers / f"{step.name}.done"
         console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
+        clock.begin(step)
         if step.words:
             console.print(f"  $ {shlex.join(_shown_command(step))}", markup=False)
         if not overwrite and _holds(done, fingerprint) and all(path.exists() for path in step.outputs):
             console.print("  done before; skipped")
+            clock.skip(step)
             continue
+        clock.show()
         done.unlink(missing_ok=True)
         if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
         started.write_text(fingerprint, encoding="utf-8")
-        start = time.monotonic()
-        _run(step)
+        _run(step, clock.show)
         done.write_text(fingerprint, encoding="utf-8")
-        console.print(f"  {time.monotonic() - start:.0f} s")
+        console.print(f"  {clock.end(step)}")
 
 
 def _holds(marker: Path, fingerprint: str) -> bool:
     return marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
 
 
-def _run(step: Step) -> None:
+class _Clock:
+    """The progress of all steps together: what is done of their usual seconds, and how long the rest takes here."""
+
+    def __init__(self, steps: Sequence[Step], console: Console) -> None:
+        self._total = sum(step.seconds for step in steps)
+        # usual seconds of steps that are over, and of those among them that ran now
+        self._over = self._ran = 0.0
+        self._step = steps[0]
+        self._start = self._step_start = time.monotonic()
+        self._step_cpu = _cpu_seconds()
+        self._console = console
+
+    def begin(self, step: Step) -> None:
+        self._step, self._step_start, self._step_cpu = step, time.monotonic(), _cpu_seconds()
+
+    def skip(self, step: Step) -> None:
+        self._over += step.seconds
+
+    def end(self, step: Step) -> str:
+        """Return how long the step took."""
+        self._over += step.seconds
+        self._ran += step.seconds
+        return f"{time.monotonic() - self._step_start:.0f} s, {_cpu_seconds() - self._step_cpu:.0f} s of CPU time"
+
+    def show(self) -> None:
+        """Print the progress line."""
+        now = time.monotonic()
+        elapsed = now - self._start
+        # a step that takes longer than usual is taken to be nearly over
+        inside = min((now - self._step_start) * self.pace, 0.95 * self._step.seconds)
+        left = (self._total - self._over - inside) / self.pace
+        self._console.print(
+            f"  \\[quickstart {(self._over + inside) / self._total:.0%} after {elapsed / 60:.1f} min, "
+            f"about {left / 60:.0f} min left]"
+        )
+
+    @property
+    def pace(self) -> float:
+        """Usual seconds that pass in a second here."""
+        ran_for = self._step_start - self._start
+        # a first guess counts as much as a minute
+        return (self._ran + 60) / (ran_for + 60)
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def _run(step: Step, show_progress: Callable[[], None]) -> None:
     if step.function is not None:
         step.function()
         return
@@ -146,15 +234,22 @@ def _run(step: Step) -> None:
         # one thread each: matrices of these sizes gain more from processes than from threads
         environment |= {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", *_torchrun_words(step)]
-    if step.output is None:
-        finished = subprocess.run(command, env=environment, check=False)
-    else:
-        with step.output.open("w", encoding="utf-8") as file:
-            finished = subprocess.run(command, env=environment, check=False, stdout=file)
-    if finished.returncode != 0:
+    with ExitStack() as stack:
+        file = stack.enter_context(step.output.open("w", encoding="utf-8")) if step.output else None
+        process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=file))
+        stack.callback(process.kill)
+        while not _ends_within(process, _SECONDS_BETWEEN_LINES):
+            show_progress()
+    if process.returncode != 0:
         raise StepFailedError(
-            f"The step '{step.name}' ended with code {finished.returncode}. Start the quickstart again to resume."
+            f"The step '{step.name}' ended with code {process.returncode}. Start the quickstart again to resume."
         )
+
+
+def _ends_within(process: subprocess.Popen[bytes], seconds: int) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
 
 
 def _shown_command(step: Step) -> tuple[str, ...]:

@@ -1,137 +1,200 @@
-"""The action stage: demonstrations -> shards -> a policy that starts from the VLM -> success in closed loop."""
+"""The action stage: demonstrations -> shards -> policies from the VLM and from nothing -> their comparison."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from vla_foundry.evaluation.results import SUMMARY_NAME, SuccessRate, add_rates, read_summary
-from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
+from vla_foundry.evaluation.comparison.compare import Column, Comparison, PairResult, compare
+from vla_foundry.evaluation.comparison.family import FAMILY_NAME, read_family
+from vla_foundry.evaluation.comparison.rollouts import read_rollouts
+from vla_foundry.evaluation.report.command import PAGE_NAME
+from vla_foundry.evaluation.results import SUMMARY_NAME, add_rates, read_summary
+from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, training_step, words_of
 
 # each starts half open, so that only the instruction, not the picture, says whether to open or to close
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
-NUM_DEMOS = 50
-NUM_EPISODES = 20
+# rollouts of each policy on each task, at most; until_decided looks after each batch
+NUM_EPISODES, BATCH_SIZE = 32, 8
 # control steps of an episode; trained policies took up to 130
 MAX_STEPS = 200
 FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
 PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
-# folder of an evaluation -> its label in the report
+# model in the results -> its label on the page
 _LABELS = {
-    "vla": "policy",
+    "policy": "from the vision-language model",
+    "from_nothing": "the same, trained from nothing",
     "null": "no motion",
     "random": "random motion",
-    "other_images": "policy, pictures of another episode",
-    "wrong_instruction": "policy, told the opposite",
-    "vla_from_scratch": "the same policy, trained from scratch",
 }
-_GOAL, _ERROR_GOAL = 0.6, 0.5
+_ABLATIONS = {"other_images": "policy, pictures of another episode", "wrong_instruction": "policy, told the opposite"}
+_GOAL, _ERROR_GOAL = 0.8, 0.5
 _COLUMN_WIDTH = 13
+# what is compared, declared before the first rollout
+_FAMILY = f"""models: {json.dumps(list(_LABELS))}
+tasks: {json.dumps(TASKS)}
+alpha: 0.05
+max_sample_size: {NUM_EPISODES}
+"""
 
 
-def create_vla_stage(output_dir: Path, *, ablations: bool) -> Stage:
+def create_vla_stage(output_dir: Path, sizes: Sizes, *, ablations: bool) -> Stage:
     """Build the action stage, which writes below `<output_dir>/vla` and starts from the run in `vlm`.
 
     Args:
-        ablations: also evaluate the policy with other pictures, with wrong instructions, and trained from scratch.
+        ablations: also evaluate the policy with other pictures and with wrong instructions.
     """
     folder, vlm_run = output_dir / "vla", output_dir / "vlm" / "runs" / "vlm"
-    demos, shards, run = folder / "demos", folder / "shards", folder / "runs" / "vla"
-    summary, figure, action_error = folder / "summary.txt", folder / "success.png", folder / "action_error.txt"
-    names = [name for name in _LABELS if ablations or name in ("vla", "null", "random")]
+    demos, shards, results = folder / "demos", folder / "shards", folder / "evaluation"
+    summary, action_error, page = folder / "summary.txt", folder / "action_error.txt", comparison_page(output_dir)
+    run, scratch = folder / "runs" / "vla", folder / "runs" / "vla_from_nothing"
     steps = (
         Step(
             name="demos",
             what="Record scripted experts that move the robot, as a LeRobot dataset",
-            words=words_of("demos", tasks=",".join(TASKS), episodes=NUM_DEMOS, output_dir=demos),
+            seconds=25,
+            words=words_of("demos", tasks=",".join(TASKS), episodes=sizes.demos, output_dir=demos),
             outputs=(demos / "meta" / "demos.json",),
             folder=demos,
         ),
         _preprocess(demos, shards),
-        training_step(
-            "train_vla",
-            "Train the policy, starting from the vision-language model",
-            preset=PRESET,
-            run=run,
-            shards=shards,
-            num_processes=count_trainers(),
-            flags={"model.vision_language_backbone.resume_from_checkpoint": vlm_run},
+        _train(
+            "train_vla", "Train a policy that starts from the vision-language model", sizes, run, _from_vlm(vlm_run)
         ),
-        _evaluate(folder, "evaluate", "Evaluate the policy in closed loop", name="vla", checkpoint=run),
-        _evaluate(folder, "evaluate_null", "Without a policy: null actions", name="null", policy="null"),
-        _evaluate(folder, "evaluate_random", "Without a policy: random actions", name="random", policy="random"),
+        _train(
+            "train_from_nothing",
+            "Train the same policy from nothing, on the same samples in the same order",
+            sizes,
+            scratch,
+            _from_nothing(vlm_run),
+        ),
+        *_comparison_steps(results, run, scratch, page),
         Step(
             name="action_error",
             what="Compare predicted actions with those of held-out demonstrations",
+            seconds=12,
             words=words_of("action-error", checkpoint=run),
             output=action_error,
             outputs=(action_error,),
         ),
-        *(ablation_steps(folder, vlm_run=vlm_run) if ablations else ()),
+        *(ablation_steps(folder) if ablations else ()),
         Step(
             name="vla_report_with_ablations" if ablations else "vla_report",
             what="Collect the results",
-            function=lambda: write_vla_report(
-                folder / "evaluation", names, action_error, summary=summary, figure=figure
-            ),
-            outputs=(summary, figure),
+            function=lambda: write_vla_report(folder, summary=summary, ablations=ablations),
+            outputs=(summary,),
         ),
     )
     return Stage(steps=steps, summary=summary)
 
 
-def ablation_steps(folder: Path, *, vlm_run: Path) -> list[Step]:
-    """Return the steps that remove something from the policy: its pictures, its instruction, its pretraining.
+def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> list[Step]:
+    """Return the steps from the declaration to the report."""
+    return [
+        Step(
+            name="declare",
+            what="Declare what is compared, before the first rollout",
+            function=lambda: _declare(results),
+            text=_FAMILY,
+            outputs=(results / FAMILY_NAME,),
+            # rollouts under another declaration
+            folder=results,
+        ),
+        _evaluate(results, "policy", "Evaluate the policy in closed loop", checkpoint=run, name="policy"),
+        _evaluate(
+            results,
+            "from_nothing",
+            "Evaluate the one from nothing, on each task until a sequential test tells them apart",
+            checkpoint=scratch,
+            name="from_nothing",
+            until_decided=results / "policy",
+        ),
+        *(
+            _evaluate(
+                results,
+                name,
+                f"Without a policy: {name} actions",
+                policy=name,
+                until_decided=results / "policy",
+                num_pictured=0,
+            )
+            for name in ("null", "random")
+        ),
+        Step(
+            name="report",
+            what="Compare them on one page",
+            seconds=5,
+            words=("report", str(results)),
+            outputs=(page,),
+            folder=page.parent,
+        ),
+    ]
+
+
+def comparison_page(output_dir: Path) -> Path:
+    """Return the page that compares the policies."""
+    return output_dir / "vla" / "evaluation" / "report" / PAGE_NAME
+
+
+def ablation_steps(folder: Path) -> list[Step]:
+    """Return the steps that take something from the policy: its pictures or its instruction.
 
     Args:
         folder: folder of the action stage.
-        vlm_run: folder of the vision-language run, whose architecture the policy trained from scratch shares.
     """
-    run, scratch = folder / "runs" / "vla", folder / "runs" / "vla_from_scratch"
-    swapped = {task: _opposite_instruction(task) for task in TASKS}
+    results, run = folder / "ablations", folder / "runs" / "vla"
+    swapped = ", ".join(f"{task}: {_opposite_instruction(task)}" for task in TASKS)
     return [
         _evaluate(
-            folder,
-            "evaluate_other_images",
+            results,
+            "other_images",
             "Show the policy pictures of another episode",
             name="other_images",
             checkpoint=run,
             images="other_episode",
         ),
         _evaluate(
-            folder,
-            "evaluate_wrong_instruction",
+            results,
+            "wrong_instruction",
             "Tell the policy the opposite",
             name="wrong_instruction",
             checkpoint=run,
-            instructions="{" + ", ".join(f"{task}: {text}" for task, text in swapped.items()) + "}",
-        ),
-        training_step(
-            "train_vla_from_scratch",
-            "Train the same policy from scratch",
-            preset=PRESET,
-            run=scratch,
-            shards=folder / "shards",
-            num_processes=count_trainers(),
-            flags={
-                "model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}",
-                # the VLM itself started from the LLM's checkpoint
-                "model.vision_language_backbone.vlm.transformer.resume_from_checkpoint": "null",
-                "data.processor": vlm_run / "processor",
-            },
-        ),
-        _evaluate(
-            folder,
-            "evaluate_from_scratch",
-            "Evaluate that policy in closed loop",
-            name="vla_from_scratch",
-            checkpoint=scratch,
+            instructions="{" + swapped + "}",
         ),
     ]
+
+
+def _from_vlm(run: Path) -> dict[str, object]:
+    return {"model.vision_language_backbone.resume_from_checkpoint": run}
+
+
+def _from_nothing(vlm_run: Path) -> dict[str, object]:
+    """Return the flags of the same architecture and tokenizer, without the weights of the VLM and the LLM."""
+    return {
+        "model.vision_language_backbone.vlm": f"include {vlm_run / 'config_model.yaml'}",
+        # the VLM itself started from the LLM's checkpoint
+        "model.vision_language_backbone.vlm.transformer.resume_from_checkpoint": "null",
+        "data.processor": vlm_run / "processor",
+    }
+
+
+def _train(name: str, what: str, sizes: Sizes, run: Path, start: dict[str, object]) -> Step:
+    return training_step(
+        name,
+        what,
+        seconds=120,
+        preset=PRESET,
+        run=run,
+        shards=run.parent.parent / "shards",
+        num_processes=count_trainers(),
+        flags={**start, **sizes.training_flags(sizes.vla_samples)},
+    )
 
 
 def _preprocess(demos: Path, shards: Path) -> Step:
     return Step(
         name="preprocess_demos",
         what="Write the demonstrations to shards, a tenth of them held out",
+        seconds=8,
         words=words_of(
             "preprocess robotics",
             type="lerobot",
@@ -151,18 +214,24 @@ def _preprocess(demos: Path, shards: Path) -> Step:
     )
 
 
-def _evaluate(folder: Path, step: str, what: str, *, name: str, **flags: object) -> Step:
-    results = folder / "evaluation" / name
+def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
     options = {
         "tasks": ",".join(TASKS),
         "episodes": f"0:{NUM_EPISODES}",
+        "batch_size": BATCH_SIZE,
         "max_steps": MAX_STEPS,
-        "output": results.parent,
-        "name": name,
+        "output": results,
     }
     words = words_of("evaluate", **options, **flags)
     # results of other weights or settings are deleted, not resumed
-    return Step(name=step, what=what, words=words, outputs=(results / SUMMARY_NAME,), folder=results)
+    return Step(
+        name=f"evaluate_{folder}",
+        what=what,
+        seconds=50,
+        words=words,
+        outputs=(results / folder / SUMMARY_NAME,),
+        folder=results / folder,
+    )
 
 
 def _opposite_instruction(task: str) -> str:
@@ -170,63 +239,75 @@ def _opposite_instruction(task: str) -> str:
     return f"{'close' if rest.startswith('open') else 'open'} the {thing}"
 
 
-def write_vla_report(evaluation: Path, names: Sequence[str], action_error: Path, *, summary: Path, figure: Path) -> str:
-    """Write the page, and plot success rates with their intervals.
+def _declare(results: Path) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    (results / FAMILY_NAME).write_text(_FAMILY, encoding="utf-8")
+    print("".join(f"  {line}\n" for line in _FAMILY.splitlines()), end="")  # noqa: T201
+
+
+def write_vla_report(folder: Path, *, summary: Path, ablations: bool = False) -> str:
+    """Write the page of the action stage.
 
     Args:
-        evaluation: folder that `vla-foundry evaluate` wrote to.
-        names: evaluations, in the order of the page.
-        action_error: file with the table that `vla-foundry action-error` printed.
+        folder: of the action stage: evaluation/ with the results of all policies, action_error.txt.
         summary: text file to write.
-        figure: PNG to write.
+        ablations: show those of ablations/ too.
 
     Returns:
         The page.
     """
-    evaluations = {_LABELS[name]: read_summary(evaluation / name / SUMMARY_NAME) for name in names}
+    results = folder / "evaluation"
+    comparison = compare(read_rollouts(results), read_family(results))
     text = "\n".join(
         (
-            "Action stage: success in closed loop, with 95% Wilson intervals",
-            *_format_rates(evaluations),
-            f"  goal: {_GOAL:.0%} of all for the policy, at most 10% without one",
-            *action_error.read_text(encoding="utf-8").rstrip("\n").split("\n"),
+            "Action stage: success in closed loop; policies that share a letter are not told apart",
+            *_format_rates(comparison),
+            *_format_decisions(comparison),
+            *(_format_ablations(folder / "ablations") if ablations else ()),
+            f"  goal: {_GOAL:.0%} for the policy, at most 10% without one, and the one from nothing told apart from it",
+            *(folder / "action_error.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"),
             f"  goal: at most {_ERROR_GOAL:.2f} in the last column",
-            f"  figure                {figure}",
-            f"  pictures of episodes  {evaluation / names[0] / 'contact_sheet.png'}",
+            f"  pictures of episodes  {results / 'policy' / 'contact_sheet.png'}",
         )
     )
-    _draw_rates(evaluations, figure)
     summary.write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def _format_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]]) -> list[str]:
-    """Format a table: a row per policy, a column per task, and a column for all tasks with the interval."""
-    tasks = list(next(iter(evaluations.values())))
-    width = max(map(len, evaluations))
-    heads = "".join(f"{task.partition('-v3')[0]:>{_COLUMN_WIDTH}}" for task in tasks)
-    lines = [f"  {'':{width}}{heads}{'all':>25}"]
-    for label, rates in evaluations.items():
-        counts = (f"{rates[task].num_successes}/{rates[task].num_trials}" for task in tasks)
-        cells = "".join(f"{count:>{_COLUMN_WIDTH}}" for count in counts)
-        lines.append(f"  {label:{width}}{cells}{add_rates(rates.values()).format():>25}")
-    return lines
+def _format_rates(comparison: Comparison) -> Iterator[str]:
+    """Format a table: a row per policy, a column per task, and the mean over tasks."""
+    *tasks, mean = comparison.columns
+    width = max(map(len, _LABELS.values()))
+    heads = "".join(f"{task.name.partition('-v3')[0]:>{_COLUMN_WIDTH}}" for task in tasks)
+    yield f"  {'':{width}}{heads}{'mean':>{_COLUMN_WIDTH}}"
+    for model, label in _LABELS.items():
+        rates = (task.rates[model] for task in tasks)
+        counts = [f"{rate.num_successes}/{rate.num_trials}" for rate in rates]
+        cells = [f"{count} {task.letters[model]:<2}" for count, task in zip(counts, tasks, strict=True)]
+        cells.append(f"{mean.means[model]:.0%} {mean.letters[model]:<2}")
+        yield f"  {label:{width}}{''.join(f'{cell:>{_COLUMN_WIDTH}}' for cell in cells)}".rstrip()
 
 
-def _draw_rates(evaluations: Mapping[str, Mapping[str, SuccessRate]], path: Path) -> None:
-    """Plot success rates over all tasks, with their intervals, as a PNG."""
-    from matplotlib.figure import Figure
+def _format_decisions(comparison: Comparison) -> Iterator[str]:
+    """Say whether the policy is told apart from each other one, and how many rollouts that saved."""
+    *tasks, mean = comparison.columns
+    for pair in mean.pairs:
+        if "policy" in (pair.first, pair.second):
+            other = _LABELS[pair.second if pair.first == "policy" else pair.first]
+            yield f"  policy against '{other}': {_describe_decision(pair, mean)}"
+    planned = sum(task.n_max for task in tasks) * len(_LABELS)
+    run = sum(rate.num_trials for task in tasks for rate in task.rates.values())
+    yield f"  rollouts: {run} of {planned} planned; {planned - run} saved by the sequential test"
 
-    labels = list(evaluations)
-    figure = Figure(figsize=(7, 0.6 + 0.5 * len(evaluations)), dpi=120, layout="tight")
-    axes = figure.subplots()
-    for place, label in enumerate(reversed(labels)):
-        total = add_rates(evaluations[label].values())
-        rate = total.num_successes / max(total.num_trials, 1)
-        low, high = total.interval
-        axes.barh(place, rate, color="#4878a8", height=0.6)
-        axes.errorbar(rate, place, xerr=[[rate - low], [high - rate]], color="#222222", capsize=3)
-    axes.set_yticks(range(len(evaluations)), labels[::-1])
-    axes.set(xlim=(0, 1), xlabel="success rate over all tasks")
-    axes.grid(axis="x", alpha=0.25)
-    figure.savefig(path)
+
+def _describe_decision(pair: PairResult, mean: Column) -> str:
+    if pair.better is None:
+        return f"not told apart after {pair.num_rollouts} of {mean.n_max} rollouts of each"
+    verb = "better" if pair.better == "policy" else "worse"
+    return f"{verb}, decided after {pair.num_rollouts} of {mean.n_max} rollouts of each"
+
+
+def _format_ablations(results: Path) -> Iterator[str]:
+    for name, label in _ABLATIONS.items():
+        total = add_rates(read_summary(results / name / SUMMARY_NAME).values())
+        yield f"  {label:<36}{total.format()}"

@@ -6,12 +6,10 @@ from pathlib import Path
 from vla_foundry.datagen.scene_captions import AttributeScore, score_captions
 from vla_foundry.datagen.scenes import SPLITS
 from vla_foundry.inference.caption import Question, answer, load_captioner
-from vla_foundry.quickstart.steps import Stage, Step, count_trainers, training_step, words_of
+from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, training_step, words_of
 
 # objects whose state is visible at 64 pixels; that of a button is not
 TASKS = ("drawer-open-v3", "window-open-v3", "door-open-v3", "faucet-open-v3", "stick-push-v3")
-NUM_SCENES = 9000
-NUM_VALIDATION_SCENES = 500
 PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
 # held-out scenes whose captions are printed
 SHOWN = (0, 1, 2)
@@ -31,7 +29,7 @@ _ROWS: dict[str, tuple[str, float | None]] = {
 _NUM_DRAWN = 8
 
 
-def create_vlm_stage(output_dir: Path) -> Stage:
+def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
     """Build the vision-language stage, which writes below `<output_dir>/vlm` and starts from the run in `llm`."""
     folder, llm_run = output_dir / "vlm", output_dir / "llm" / "runs" / "llm"
     scenes, shards, run = folder / "scenes", folder / "shards", folder / "runs" / "vlm"
@@ -43,16 +41,18 @@ def create_vlm_stage(output_dir: Path) -> Stage:
         return Step(
             name=f"preprocess_scenes_{split}",
             what=f"Write the {split} scenes to shards",
+            seconds=6,
             words=words_of("preprocess image_caption", source=scenes / split, output=target, num_workers=0),
             outputs=(target / "manifest.jsonl",),
             folder=target,
         )
 
-    flags = {"num_scenes": NUM_SCENES, "num_validation_scenes": NUM_VALIDATION_SCENES, "tasks": ",".join(TASKS)}
+    flags = {"num_scenes": sizes.scenes, "num_validation_scenes": sizes.held_out_scenes, "tasks": ",".join(TASKS)}
     steps = (
         Step(
             name="scenes",
             what="Render scenes in MuJoCo and describe them in words",
+            seconds=120,
             words=words_of("scenes", output=scenes, **flags),
             outputs=tuple(scenes / split for split in SPLITS),
             folder=scenes,
@@ -61,15 +61,17 @@ def create_vlm_stage(output_dir: Path) -> Stage:
         training_step(
             "train_vlm",
             "Train the vision-language model, starting from the language model",
+            seconds=130,
             preset=PRESET,
             run=run,
             shards=shards,
             num_processes=count_trainers(),
-            flags={"model.transformer.resume_from_checkpoint": llm_run},
+            flags={"model.transformer.resume_from_checkpoint": llm_run, **sizes.training_flags(sizes.vlm_samples)},
         ),
         Step(
             name="caption",
             what="Caption three held-out scenes",
+            seconds=6,
             words=(
                 *words_of("caption", checkpoint=run),
                 *(word for index in SHOWN for word in ("--image", str(held_out / f"{index:08d}.png"))),
@@ -78,6 +80,7 @@ def create_vlm_stage(output_dir: Path) -> Stage:
         Step(
             name="vlm_report",
             what="Caption all held-out scenes and score the captions",
+            seconds=15,
             function=lambda: write_vlm_report(run, held_out, summary=summary, figure=figure),
             outputs=(summary, figure),
         ),

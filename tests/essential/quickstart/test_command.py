@@ -7,7 +7,14 @@ import pytest
 
 from vla_foundry.cli import usage
 from vla_foundry.params.commands.runs import QuickstartParams
-from vla_foundry.quickstart.command import create_llm_stage, create_vla_stage, create_vlm_stage, require_renderer
+from vla_foundry.quickstart.command import (
+    create_llm_stage,
+    create_vla_stage,
+    create_vlm_stage,
+    opening_command,
+    require_renderer,
+)
+from vla_foundry.quickstart.steps import FULL, Sizes, Stage
 
 
 def test_stages_come_in_order_from_the_first() -> None:
@@ -27,12 +34,43 @@ def test_ablations_are_of_the_policy() -> None:
 
 
 def test_no_two_steps_share_a_marker_and_each_command_is_public(tmp_path: Path) -> None:
-    stages = [create_llm_stage(tmp_path), create_vlm_stage(tmp_path), create_vla_stage(tmp_path, ablations=True)]
+    stages = all_stages(tmp_path, Sizes())
     steps = [step for stage in stages for step in stage.steps]
     assert len({step.name for step in steps}) == len(steps)
     commands = {step.words[0] for step in steps if step.words}
-    assert commands == {"preprocess", "train", "generate", "scenes", "caption", "demos", "evaluate", "action-error"}
+    assert commands == {"preprocess", "train", "generate", "scenes", "caption", "demos", "evaluate", "action-error"} | {
+        "report"
+    }
     assert all(f"\n  {command} " in usage() for command in commands)
+
+
+def all_stages(folder: Path, sizes: Sizes) -> list[Stage]:
+    return [
+        create_llm_stage(folder, sizes),
+        create_vlm_stage(folder, sizes),
+        create_vla_stage(folder, sizes, ablations=True),
+    ]
+
+
+def test_full_trains_each_model_on_more(tmp_path: Path) -> None:
+    small, full = (
+        {step.name: step.words for stage in all_stages(tmp_path, sizes) for step in stage.steps}
+        for sizes in (Sizes(), FULL)
+    )
+    changed = {name: full[name] for name in full if full[name] != small[name]}
+    samples = {
+        name: words[words.index("--total_train_samples") + 1]
+        for name, words in changed.items()
+        if "--total_train_samples" in words
+    }
+    assert samples == {"train_llm": "2400", "train_vlm": "30000", "train_vla": "45000", "train_from_nothing": "45000"}
+    assert changed.keys() - samples.keys() == {"scenes", "demos"}
+
+
+def test_the_command_that_opens_the_page_is_that_of_the_system() -> None:
+    page = Path("my results/report.html")
+    assert opening_command(page, "linux") == "xdg-open 'my results/report.html'"
+    assert opening_command(page, "darwin").startswith("open ")
 
 
 class System:

@@ -1,12 +1,13 @@
 """Each step of the quickstart is done once, again if it changed, and goes on after an interruption."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from vla_foundry.quickstart.steps import Step, StepFailedError, run_steps
+from vla_foundry.quickstart.steps import Step, StepFailedError, count_trainers, run_steps
 
 
 @pytest.fixture
@@ -76,6 +77,40 @@ def test_an_interrupted_step_keeps_what_it_had(tmp_path: Path, console: Console)
         run_steps([step], tmp_path / "done", console, overwrite=False)
     run_steps([step], tmp_path / "done", console, overwrite=False)
     assert partial.read_text(encoding="utf-8") == "half"
+
+
+@pytest.mark.parametrize(("gpus", "cores", "trainers"), [(0, 4, 4), (0, 6, 4), (1, 16, 1), (8, 64, 8)])
+def test_one_process_trains_per_gpu_or_else_per_core(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int, trainers: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("vla_foundry.quickstart.steps.num_cores", lambda: cores)
+    assert count_trainers() == trainers
+
+
+def test_the_progress_line_covers_all_steps(tmp_path: Path, console: Console) -> None:
+    steps = [
+        Step(name=name, what=name, seconds=seconds, function=lambda: None) for name, seconds in (("a", 30), ("b", 90))
+    ]
+    run_steps(steps, tmp_path / "done", console, overwrite=False)
+    run_steps(
+        [*steps, Step(name="c", what="c", seconds=120, function=lambda: None)],
+        tmp_path / "done",
+        console,
+        overwrite=False,
+    )
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = [line.strip() for line in text.splitlines() if "[quickstart" in line]
+    # the first two are skipped in the second run
+    assert [line.split()[1] for line in lines] == ["0%", "25%", "50%"]
+    assert lines[0] == "[quickstart 0% after 0.0 min, about 2 min left]"
+
+
+def test_a_step_runs_again_if_what_it_writes_changes(tmp_path: Path, console: Console) -> None:
+    step, calls = counting_step(tmp_path, "one")
+    for text in ("a", "a", "b"):
+        run_steps([replace(step, text=text)], tmp_path / "done", console, overwrite=False)
+    assert calls == ["one", "one"]
 
 
 def test_a_failed_command_stops_the_quickstart(tmp_path: Path, console: Console, capfd: pytest.CaptureFixture) -> None:

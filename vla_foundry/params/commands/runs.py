@@ -143,6 +143,8 @@ class QuickstartParams(BaseParams):
     stages: list[Name] = field(default_factory=lambda: list(STAGES))
     # output folder; a second run resumes from its contents
     output_dir: Location = "quickstart_output"
+    # train on more data for longer: 50 demonstrations of each task instead of 20, 45,000 samples instead of 30,000
+    full: bool = False
     # also evaluate the policy with pictures of other episodes, with the wrong instruction, and trained from scratch
     ablations: bool = False
     # install the simulator's rendering library (libosmesa6, with apt-get) if missing
