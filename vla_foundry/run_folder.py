@@ -4,6 +4,7 @@
       config.yaml, config_model.yaml   the resolved config, whole and its model section
       provenance.json                  versions, commit and command that made the run
       metrics.jsonl                    one JSON object per line
+      data_faults.jsonl                one JSON object per sample that could not be used; absent if there is none
       tokenizer/                       a Hugging Face tokenizer folder, where data is text
       processor/                       the processor of images and text, with its tokenizer
       normalizer.json, stats.json      how the numbers of robot data were normalised, and by what statistics
@@ -41,6 +42,7 @@ CONFIG_NAME = "config.yaml"
 MODEL_CONFIG_NAME = "config_model.yaml"
 PROVENANCE_NAME = "provenance.json"
 METRICS_NAME = "metrics.jsonl"
+DATA_FAULTS_NAME = "data_faults.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 PROCESSOR_FOLDER = "processor"
 PROCESSOR_CONFIG_NAME = "config_processor.json"

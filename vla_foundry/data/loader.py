@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +18,7 @@ import torch.utils.data
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.cache import ShardCache
+from vla_foundry.data.faults import Fault, FaultLog
 from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline
 from vla_foundry.data.plan import PLAN_VERSION, SamplePlan
@@ -91,6 +93,10 @@ class DataLoader:
         self._datasets = reader.datasets
         self._num_read = 0
         self._num_dropped = 0
+        # faulty samples that no log has yet
+        self._faults: list[Fault] = []
+        self._fault_log: FaultLog | None = None
+        self._name: str | None = None
         self._iterator: Any = None
         # the global batch that `_iterator` begins at, until `microbatches` takes it over
         self._started: int | None = None
@@ -180,19 +186,38 @@ class DataLoader:
             )
 
     def _accept(self, message: Message | Failure) -> Batch:
+        report: Report | Failure = message if isinstance(message, Failure) else message.report
+        if report.faults:
+            self._faults += report.faults
+            self._write_faults()
         if isinstance(message, Failure):
             raise ValueError(message.text)
-        report: Report = message.report
-        num_dropped = sum(report.dropped.values())
+        num_dropped = len(report.faults)
         self._num_read += report.num_samples + num_dropped
         self._num_dropped += num_dropped
         limit = self._params.max_bad_fraction * max(self._num_read, _MIN_JUDGED_SAMPLES)
         if num_dropped and self._num_dropped > limit:
             raise ValueError(
                 f"{self._num_dropped} of {self._num_read} samples cannot be used, more than data.max_bad_fraction "
-                f"({self._params.max_bad_fraction:g}) allows; the last one: {report.last_dropped}."
+                f"({self._params.max_bad_fraction:g}) allows; the last one: {report.faults[-1]}."
             )
         return message.unpack()
+
+    def keep_faults(self, log: FaultLog, dataset: str | None = None) -> None:
+        """Write all faulty samples to a log, those that were met before included.
+
+        Args:
+            log: the log.
+            dataset: the dataset's name in a mixture.
+        """
+        self._fault_log, self._name = log, dataset
+        self._write_faults()
+
+    def _write_faults(self) -> None:
+        if self._fault_log is not None:
+            named = [fault if self._name is None else replace(fault, dataset=self._name) for fault in self._faults]
+            self._fault_log.add(named)
+            self._faults.clear()
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""

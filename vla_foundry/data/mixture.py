@@ -19,6 +19,7 @@ import torch
 
 from vla_foundry.batch import Batch
 from vla_foundry.data import loader as single
+from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.loader import DataLoader, Split
 from vla_foundry.data.plan import Interleaving
 from vla_foundry.data.robotics import find_dataset_folder
@@ -155,6 +156,11 @@ class MixtureLoader:
                 with _naming(names[dataset]):
                     batch = next(streams[dataset])
                 yield {**batch, "dataset": names[dataset], "positions": torch.arange(first, first + size)}
+
+    def keep_faults(self, log: FaultLog) -> None:
+        """Write all faulty samples to a log, under the names of their datasets."""
+        for name, loader in self._loaders.items():
+            loader.keep_faults(log, name)
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""

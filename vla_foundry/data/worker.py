@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process, resource_tracker
 from typing import Any
 
@@ -26,7 +26,8 @@ import torch.utils.data
 from vla_foundry.batch import Batch
 from vla_foundry.config.command_line import describe_error
 from vla_foundry.data.cache import LookAhead
-from vla_foundry.data.pipelines.stages import Pipeline, Rows
+from vla_foundry.data.faults import Fault
+from vla_foundry.data.pipelines.stages import Drops, Pipeline, Rows
 from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
@@ -150,8 +151,8 @@ class Report:
     """Sample counts of a microbatch, for the trainer."""
 
     num_samples: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    last_dropped: str = ""
+    # the samples that were replaced
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class Failure:
     """The error that a worker sends instead of a microbatch."""
 
     text: str
+    # the bad samples that led to it
+    faults: tuple[Fault, ...] = ()
 
     def pin_memory(self) -> "Failure":
         return self
@@ -192,23 +195,24 @@ class Microbatches(torch.utils.data.Dataset):
         """Return microbatches, up to the first failure."""
         messages: list[Message | Failure] = []
         for number in numbers:
+            drops = Drops()
             try:
-                messages.append(self._create_message(number))
+                messages.append(self._create_message(number, drops))
             except (ValueError, OSError) as error:
-                messages.append(Failure(describe_error(error)))
+                messages.append(Failure(describe_error(error), tuple(drops.faults)))
                 break
         return messages
 
-    def _create_message(self, number: int) -> Message:
+    def _create_message(self, number: int, drops: Drops) -> Message:
         positions, location = self._locate(number)
         if self._is_remote and len(positions):
             self._fetch_ahead(int(positions[0]))
-        rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training)
+        rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training, drops=drops)
         batch = self._pipeline.create_batch(rows) if len(rows) else self._pipeline.create_empty_batch()
         batch["modality"] = self._reader.datasets[0].modality
         batch["positions"] = positions
-        batch["dropped"] = dict(rows.drops.counts)
-        report = Report(num_samples=len(rows), dropped=batch["dropped"], last_dropped=rows.drops.last)
+        batch["dropped"] = dict(drops.counts)
+        report = Report(num_samples=len(rows), faults=tuple(drops.faults))
         return pack(batch, report, for_transport=torch.utils.data.get_worker_info() is not None)
 
     def _locate(self, number: int) -> tuple[np.ndarray, Location]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
+from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
@@ -56,6 +57,8 @@ def train(params: TrainExperimentParams, world: World) -> None:
     with ExitStack() as stack, naming_lost_ranks(world):
         run = create_run(params, world, folder, stack)
         stopped_by = loop.train(run)
+        for line in describe_faults(folder) if world.is_main else []:
+            run.log.say(line)
         # the other ranks need not wait for the copies to remote storage that end this block
         stop_process_group()
     code = 128 + stopped_by if stopped_by else 0
@@ -63,6 +66,14 @@ def train(params: TrainExperimentParams, world: World) -> None:
         leave_process(code)
     if code:
         raise SystemExit(code)
+
+
+def describe_faults(folder: Path) -> list[str]:
+    """Say how many faulty samples a run has met, and where they are named."""
+    log = FaultLog(folder)
+    count = log.count()
+    what = "1 faulty sample was" if count == 1 else f"{count} faulty samples were"
+    return [f"{what} replaced; see {log.path}"] if count else []
 
 
 def find_run_folder(params: TrainExperimentParams) -> Path:
@@ -94,7 +105,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     main_rank_first(world, lambda: stack.enter_context(lock_folder(folder, what="run folder", flag="--name")))
     main_rank_first(world, lambda: remove_unfinished(folder))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
-    loader, validation_loader = create_loaders(params, world, stack)
+    loader, validation_loader = loaders = create_loaders(params, world, stack)
     loader.start(0 if checkpoint is None else read_step(checkpoint))  # it loads while the model is made
     state = create_state(params, world, is_restored=checkpoint is not None)
     is_validation_owed = False
@@ -107,7 +118,7 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
-    prepare = cache(partial(prepare_folder, params, world, folder, state, loader, log, first_step=state.step))
+    prepare = cache(partial(prepare_folder, params, world, folder, state, loaders, log, first_step=state.step))
     if main_rank_first(world, lambda: bool(list_step_folders(folder))):
         # what its files contradict is an error before a step
         prepare()
@@ -242,7 +253,7 @@ def prepare_folder(
     world: World,
     folder: Path,
     state: TrainState,
-    loader: DataLoader | MixtureLoader,
+    loaders: tuple[DataLoader | MixtureLoader, DataLoader | MixtureLoader | None],
     log: MetricLog,
     *,
     first_step: int,
@@ -261,7 +272,7 @@ def prepare_folder(
     def write() -> dict[str, Any]:
         notices = write_configs(params, folder)
         notices += copy_tokenizer(params.data.main(), folder)
-        loader.save_files(folder)
+        loaders[0].save_files(folder)
         with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
             save_model_files(state.model, aside)
         inputs = describe_inputs(str(folder))
@@ -272,7 +283,11 @@ def prepare_folder(
             log.say(f"note: {notice}")
         return inputs
 
-    return main_rank_first(world, write)
+    inputs = main_rank_first(world, write)
+    for loader in loaders:
+        if loader is not None:
+            loader.keep_faults(FaultLog(folder))
+    return inputs
 
 
 def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:

@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
     CONFIG_NAME,
+    DATA_FAULTS_NAME,
     DATASETS_FOLDER,
     METRICS_NAME,
     MODEL_CONFIG_NAME,
@@ -55,7 +56,9 @@ _START_FILES = frozenset((
     CONFIG_NAME, MODEL_CONFIG_NAME, TOKENIZER_FOLDER, PROCESSOR_FOLDER, NORMALIZER_NAME, STATISTICS_NAME, SPEC_NAME,
     PREPROCESSING_CONFIG_NAME, MODEL_FILES_FOLDER, DATASETS_FOLDER,
 ))  # fmt: skip
-_LOG_FILES = frozenset((METRICS_NAME, PROVENANCE_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb"))
+_LOG_FILES = frozenset((
+    METRICS_NAME, DATA_FAULTS_NAME, PROVENANCE_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb",
+))  # fmt: skip
 # params that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
 
@@ -153,7 +156,7 @@ def fetch_checkpoint(
         source: the remote folder.
         run_folder: where the step folder goes.
         notify: called with one line for each damaged checkpoint that is skipped.
-        with_metrics: download metrics.jsonl too, so that the continued run appends to it.
+        with_metrics: download metrics.jsonl and data_faults.jsonl too, so that the continued run appends to them.
 
     Returns:
         The step folder; None if `source` has no checkpoint.
@@ -192,13 +195,18 @@ def fetch_checkpoint(
             continue
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        metrics = join_uri(source, METRICS_NAME)
-        if with_metrics and metrics in files:
-            download(metrics, str(run_folder / METRICS_NAME))
+        if with_metrics:
+            _fetch_logs(source, files, run_folder)
         return final
     if faults:
         raise ValueError(f"{faults[0]} {source} has no other usable checkpoint.")
     return None
+
+
+def _fetch_logs(source: str, files: Container[str], run_folder: Path) -> None:
+    for name in (METRICS_NAME, DATA_FAULTS_NAME):
+        if join_uri(source, name) in files:
+            download(join_uri(source, name), str(run_folder / name))
 
 
 def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from vla_foundry.batch import Batch
 from vla_foundry.data import DataLoader, create_dataloader
+from vla_foundry.data.faults import Fault, FaultLog
 from vla_foundry.params.data.base import DatasetCacheParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.world import World
@@ -238,6 +240,58 @@ def test_few_bad_samples_are_counted(loaders: Loaders, create_spoilt: Callable, 
     assert (loader._num_dropped, loader._num_read) == (3, 303)
 
 
+def read_faults(log: FaultLog) -> list[tuple[str, str, str]]:
+    lines = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    assert all(line["dataset"].endswith("manifest.jsonl") and "gzipped" in line["detail"] for line in lines)
+    return [(Path(line["shard"]).name, line["member"], line["reason"]) for line in lines]
+
+
+def test_same_faults_give_the_same_batches_and_the_same_list(
+    loaders: Loaders, create_spoilt: Callable, tmp_path: Path
+) -> None:
+    manifest, reason = create_spoilt(60), "decode_json_tokens: BadGzipFile"
+    expected = [
+        (f"shard_{shard:06d}.tar", f"{shard:04d}{row:028x}", reason)
+        for shard, row in ((0, 0), (0, 60), (0, 120), (1, 30), (1, 90))
+    ]
+    whole: list[int] = []
+    for world_size, num_workers in ((1, 0), (2, 0), (1, 2), (2, 2)):
+        name = f"run_{world_size}_{num_workers}"
+        streams = []
+        for rank in range(world_size):
+            loader = loaders.create(manifest, rank=rank, world_size=world_size, num_workers=num_workers)
+            # two epochs; the log comes after the first batches, as in training
+            first = take(loader, 4)
+            assert rank > 0 or not (tmp_path / name).exists()
+            loader.keep_faults(FaultLog(tmp_path / name))
+            streams.append(first + take(loader, 300 // world_size - 4, world_size))
+        found = records([batch for slot in zip(*streams, strict=True) for batch in slot])
+        whole = whole or found
+        assert found == whole
+        assert sorted(read_faults(FaultLog(tmp_path / name))) == expected
+        # a resumed run meets them again
+        resumed = loaders.create(manifest)
+        resumed.keep_faults(FaultLog(tmp_path / name))
+        take(resumed, 150)
+        assert sorted(read_faults(FaultLog(tmp_path / name))) == expected
+
+
+def test_several_writers_list_each_fault_once_and_mend_a_cut_line(tmp_path: Path) -> None:
+    faults = [
+        Fault(dataset="d", shard="s.tar", member=f"{number}\n", reason="r", detail="\u00e9" * 3000)
+        for number in range(40)
+    ]
+    FaultLog(tmp_path).add(faults[:2])
+    path = FaultLog(tmp_path).path
+    path.write_bytes(path.read_bytes()[:-10])  # killed while it wrote
+    logs = [FaultLog(tmp_path) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda job: logs[job % 4].add(faults[job % 7 : job % 7 + 33]), range(40)))
+    members = [json.loads(line)["member"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sorted(members) == sorted(fault.member for fault in faults[:39])
+    assert FaultLog(tmp_path).count() == 39
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_samples_stop_the_run(loaders: Loaders, create_spoilt: Callable, num_workers: int) -> None:
     loader = loaders.create(create_spoilt(10), num_workers=num_workers)
@@ -249,10 +303,15 @@ def test_too_many_bad_samples_stop_the_run(loaders: Loaders, create_spoilt: Call
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_dataset_stops_at_once(loaders: Loaders, create_spoilt: Callable, num_workers: int) -> None:
+def test_unreadable_dataset_stops_at_once_and_its_faults_are_listed(
+    loaders: Loaders, create_spoilt: Callable, tmp_path: Path, num_workers: int
+) -> None:
+    loader = loaders.create(create_spoilt(1), num_workers=num_workers)
+    loader.keep_faults(FaultLog(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"9 samples in a row of .*shard_00000\d\.tar 000.*Not a gzipped") as caught:
-        take(loaders.create(create_spoilt(1), num_workers=num_workers), 1)
+        take(loader, 1)
     assert "\n" not in str(caught.value)
+    assert len(read_faults(FaultLog(tmp_path / "run"))) >= 9
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -183,6 +183,25 @@ def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams, man
         assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK"), f"{path} is a pickle"
 
 
+def test_faulty_samples_are_listed_once_over_a_resume_and_counted_at_the_end(
+    params: TrainExperimentParams, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(manifest.parent, tmp_path / "data"))
+    flip_a_byte(data / "shard_000001.tar")
+    changed = {"dataset_manifest": [str(data / manifest.name)], "max_bad_fraction": 1.0, "allow_multiple_epochs": True}
+    whole = replace(params, data=replace(params.data, **changed))
+    train(replace(whole, name="whole", total_train_samples=96), World())
+    path = Path(params.save_path) / "whole" / "data_faults.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert f"{len(lines)} faulty samples were replaced; see {path}\n" in capsys.readouterr().out
+    assert len(set(lines)) == len(lines) > 1
+    assert {json.loads(line)["reason"] for line in lines} == {"damaged shard"}
+    train(whole, World())
+    train(replace(whole, total_train_samples=96, resume="auto"), World())
+    resumed = Path(params.save_path) / "run" / "data_faults.jsonl"
+    assert resumed.read_text(encoding="utf-8").splitlines() == lines
+
+
 def test_a_run_folder_is_never_overwritten(params: TrainExperimentParams) -> None:
     train(params, World())
     config = Path(params.save_path) / "run" / "config.yaml"

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vla_foundry.batch import Batch
+from vla_foundry.data.faults import Fault
 from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import Dropped, SampleShard, Shard, ShardReader, TokenShard
 from vla_foundry.params.data.base import DataParams
@@ -108,17 +109,19 @@ def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure
 
 @dataclass
 class Drops:
-    """Counts of bad samples that were replaced."""
+    """Bad samples that were replaced, in the order they were met."""
 
-    # {reason: count}
-    counts: Counter[str] = field(default_factory=Counter)
-    # the last one: shard, key and reason
-    last: str = ""
+    faults: list[Fault] = field(default_factory=list)
 
-    def add(self, reason: str, description: str) -> None:
-        """Count one bad sample."""
-        self.counts[reason] += 1
-        self.last = description
+    @property
+    def counts(self) -> Counter[str]:
+        """The number of bad samples by reason."""
+        return Counter(fault.reason for fault in self.faults)
+
+    @property
+    def last(self) -> str:
+        """Describe the last one: shard, key and reason."""
+        return str(self.faults[-1]) if self.faults else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +175,9 @@ class Rows:
             ]
             results = apply_stages([sample for sample, _ in samples], stages)
             failed = []
-            for number, result, (_, origin) in zip(waiting, results, samples, strict=True):
+            for number, place, result, (_, key) in zip(waiting, places, results, samples, strict=True):
                 if isinstance(result, Failure):
-                    self.drops.add(result.reason, f"{origin} ({result.description})")
+                    self.drops.faults.append(self._describe_fault(location, place, key, result))
                     failed.append(number)
                 else:
                     found[number] = result
@@ -188,15 +191,15 @@ class Rows:
         )
 
     def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
-        """Return the input of the first stage, and where it was read from."""
+        """Return the input of the first stage, and its key in the shard."""
         dataset, shard, row = (int(array[place]) for array in location[:3])
-        key = f"record {row}"
+        key = f"row {row}"
         try:
             opened = self.reader.open(dataset, shard)
         except Dropped as error:
-            return _describe_failure(error, "read"), self.reader.datasets[dataset].shard_uri(shard)
+            return _describe_failure(error, "read"), key
         try:
-            key = key if isinstance(opened, TokenShard) else opened.key(row)
+            key = f"record {row}" if isinstance(opened, TokenShard) else opened.key(row)
             draws = {
                 "__seed__": self.plan.seed,
                 "__position__": int(self.positions[number]),
@@ -204,14 +207,21 @@ class Rows:
                 "__is_training__": self.is_training,
             }
             sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
-            return sample, f"{opened.uri} {key}"
+            return sample, key
         except OSError as error:
             if error.errno is None:  # a decoder's
-                return _describe_failure(error, "read"), f"{opened.uri} {key}"
+                return _describe_failure(error, "read"), key
             # the disk's, not the sample's: which samples are dropped must not depend on it
             raise OSError(error.errno, f"{error.strerror} (while reading {key})", opened.uri) from error
         except Exception as error:  # a broken sample must not end the run: count it
-            return _describe_failure(error, "read"), f"{opened.uri} {key}"
+            return _describe_failure(error, "read"), key
+
+    def _describe_fault(self, location: Location, place: int, key: str, failure: Failure) -> Fault:
+        dataset = self.reader.datasets[int(location.dataset[place])]
+        shard = dataset.shard_uri(int(location.shard[place]))
+        return Fault(
+            dataset=dataset.manifest, shard=shard, member=key, reason=failure.reason, detail=failure.description
+        )
 
 
 def read_content(dataset: int, shard: Shard, row: int) -> Sample:
