@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -187,15 +188,23 @@ def test_faulty_samples_are_listed_once_over_a_resume_and_counted_at_the_end(
     params: TrainExperimentParams, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = Path(shutil.copytree(manifest.parent, tmp_path / "data"))
-    flip_a_byte(data / "shard_000001.tar")
-    changed = {"dataset_manifest": [str(data / manifest.name)], "max_bad_fraction": 1.0, "allow_multiple_epochs": True}
+    with tarfile.open(data / "shard_000001.tar") as tar:
+        (tokens,) = (member for member in tar.getmembers() if member.name.endswith("tokens.u16"))
+    with (data / "shard_000001.tar").open("r+b") as file:
+        for record in (3, 20, 40):  # a token that the model does not have
+            file.seek(tokens.offset_data + 2 * 33 * record)
+            file.write(b"\xff\xff")
+    lines = [json.loads(line) for line in (data / manifest.name).read_text(encoding="utf-8").splitlines()]
+    counts = [{key: line[key] for key in ("shard", "num_sequences")} for line in lines]
+    (data / manifest.name).write_text("".join(json.dumps(line) + "\n" for line in counts), encoding="utf-8")
+    changed = {"dataset_manifest": [str(data / manifest.name)], "vocab_size": 64, "allow_multiple_epochs": True}
     whole = replace(params, data=replace(params.data, **changed))
     train(replace(whole, name="whole", total_train_samples=96), World())
     path = Path(params.save_path) / "whole" / "data_faults.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     assert f"{len(lines)} faulty samples were replaced; see {path}\n" in capsys.readouterr().out
-    assert len(set(lines)) == len(lines) > 1
-    assert {json.loads(line)["reason"] for line in lines} == {"damaged shard"}
+    assert sorted(json.loads(line)["member"] for line in lines) == ["record 20", "record 3", "record 40"]
+    assert {json.loads(line)["reason"] for line in lines} == {"unknown token"}
     train(whole, World())
     train(replace(whole, total_train_samples=96, resume="auto"), World())
     resumed = Path(params.save_path) / "run" / "data_faults.jsonl"
