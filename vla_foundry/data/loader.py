@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 import torch.utils.data
 
@@ -131,6 +132,14 @@ class DataLoader:
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the sample order, in plain JSON types."""
         return describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
+
+    def mix(self, num_samples: int) -> dict[str, tuple[float, int]]:
+        """Return of each manifest its share of the samples, and how many of the first `num_samples` it really has."""
+        numbers = self._plan.locate(np.arange(num_samples)).dataset
+        counts = np.bincount(numbers, minlength=len(self._datasets)).tolist()
+        shares = [share / sum(self._plan.shares) for share in self._plan.shares]
+        names = [dataset.manifest for dataset in self._datasets]
+        return dict(zip(names, zip(shares, counts, strict=True), strict=True))
 
     def progress(self, global_batch: int) -> dict[str, float]:
         """Return what to log about the data before a global batch: nothing, for the step says it."""

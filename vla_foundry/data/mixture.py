@@ -72,7 +72,7 @@ class MixtureLoader:
         is_training: bool,
     ) -> None:
         self._params = params
-        self._loaders = loaders
+        self.loaders = loaders
         self._interleaving = interleaving
         self._world = world
         self._per_gpu_batch_size = per_gpu_batch_size
@@ -82,25 +82,25 @@ class MixtureLoader:
     @property
     def num_samples(self) -> int:
         """Number of samples in all datasets, each counted once."""
-        return sum(loader.num_samples for loader in self._loaders.values())
+        return sum(loader.num_samples for loader in self.loaders.values())
 
     @property
     def num_microbatches(self) -> int | None:
         """Number of microbatches that `microbatches(0)` yields, the same on every rank; None: unlimited."""
-        counts = [loader.num_microbatches for loader in self._loaders.values()]
+        counts = [loader.num_microbatches for loader in self.loaders.values()]
         return None if self._is_training else sum(count for count in counts if count is not None)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the sample order, in plain JSON types."""
         total = sum(self._interleaving.shares)
         shares = {
-            name: round(share / total, 9) for name, share in zip(self._loaders, self._interleaving.shares, strict=True)
+            name: round(share / total, 9) for name, share in zip(self.loaders, self._interleaving.shares, strict=True)
         }
         return {
             "modality_block": self._block_size,
             "global_batch_size": self._interleaving.batch_size * self._block_size,
             "shares": shares,
-            "mixture": {name: loader.describe() for name, loader in self._loaders.items()},
+            "mixture": {name: loader.describe() for name, loader in self.loaders.items()},
         }
 
     def check_plan(self, saved_description: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class MixtureLoader:
         changes = single.list_changes(saved_description, self.describe(), _NAMES)
         if changes:
             raise single.changed_order(changes)
-        for name, loader in self._loaders.items():
+        for name, loader in self.loaders.items():
             with _naming(name):
                 loader.check_plan(saved_description["mixture"][name])
 
@@ -121,7 +121,7 @@ class MixtureLoader:
         blocks = self._blocks_before(global_batch)
         return {
             f"epochs_{name}": count * self._block_size / loader.num_samples
-            for (name, loader), count in zip(self._loaders.items(), blocks, strict=True)
+            for (name, loader), count in zip(self.loaders.items(), blocks, strict=True)
         }
 
     def _blocks_before(self, global_batch: int) -> list[int]:
@@ -129,7 +129,7 @@ class MixtureLoader:
 
     def start(self, first_global_batch: int) -> None:
         """Start the worker processes."""
-        for loader, block in zip(self._loaders.values(), self._blocks_before(first_global_batch), strict=True):
+        for loader, block in zip(self.loaders.values(), self._blocks_before(first_global_batch), strict=True):
             loader.start(block)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -139,14 +139,14 @@ class MixtureLoader:
     def microbatches(self, first_global_batch: int) -> Iterator[Batch]:
         """Yield this rank's microbatches; each also has the name of its `dataset`. See DataLoader.microbatches."""
         if not self._is_training:
-            for name, loader in self._loaders.items():
+            for name, loader in self.loaders.items():
                 with _naming(name):
                     for batch in loader.microbatches(0):
                         yield {**batch, "dataset": name}
             return
-        names = list(self._loaders)
+        names = list(self.loaders)
         firsts = self._blocks_before(first_global_batch)
-        streams = [loader.microbatches(first) for loader, first in zip(self._loaders.values(), firsts, strict=True)]
+        streams = [loader.microbatches(first) for loader, first in zip(self.loaders.values(), firsts, strict=True)]
         size = self._per_gpu_batch_size
         per_block = self._block_size // (self._world.world_size * size)
         for block in itertools.count(first_global_batch * self._interleaving.batch_size):
@@ -159,17 +159,17 @@ class MixtureLoader:
 
     def keep_faults(self, log: FaultLog) -> None:
         """Write all faulty samples to a log, under the names of their datasets."""
-        for name, loader in self._loaders.items():
+        for name, loader in self.loaders.items():
             loader.keep_faults(log, name)
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""
-        for name, loader in self._loaders.items():
+        for name, loader in self.loaders.items():
             loader.save_files(Path(find_dataset_folder(self._params, str(folder), name)))
 
     def close(self) -> None:
         """Stop the worker processes."""
-        for loader in self._loaders.values():
+        for loader in self.loaders.values():
             loader.close()
 
 

@@ -27,7 +27,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.config.command_line import describe_error
 from vla_foundry.data.cache import LookAhead
 from vla_foundry.data.faults import Fault
-from vla_foundry.data.pipelines.stages import Drops, Pipeline, Rows
+from vla_foundry.data.pipelines.stages import RECORDING, Drops, Pipeline, Rows
 from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
@@ -208,7 +208,10 @@ class Microbatches(torch.utils.data.Dataset):
         if self._is_remote and len(positions):
             self._fetch_ahead(int(positions[0]))
         rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training, drops=drops)
-        batch = self._pipeline.create_batch(rows) if len(rows) else self._pipeline.create_empty_batch()
+        if len(rows):
+            batch = RECORDING.time("whole", len(rows), self._pipeline.create_batch, rows)
+        else:
+            batch = self._pipeline.create_empty_batch()
         batch["modality"] = self._reader.datasets[0].modality
         batch["positions"] = positions
         batch["dropped"] = dict(drops.counts)

@@ -5,13 +5,14 @@ with captions is shown as its shard stores it.
 """
 
 import io
+import json
 import os
 import sys
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate, islice
 
-from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.command_line import CONFIG_FLAG, parse_command
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.facts import read_facts
@@ -21,7 +22,7 @@ from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipel
 from vla_foundry.data.pipelines.stages import read_record
 from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
 from vla_foundry.data.robotics import read_specs
-from vla_foundry.params.commands.runs import InspectParams
+from vla_foundry.params.commands.runs import InspectConfigParams, InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
 from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
@@ -29,10 +30,14 @@ from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, parse_manifest
 from vla_foundry.storage.uri import absolute_uri, exists, file_test, join_uri, parent_uri, read_text
+from vla_foundry.viz.data_report import format_report, measure
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
 
+_USAGE = """usage: vla-foundry data inspect DIR | --training RUN [--sample N] [--output FILE.png]
+       vla-foundry data inspect --config_path FILE [--num_samples N] [--output SHEET.png] [--json true] [flags of train]
+"""
 # smallest side of a figure's images, in pixels
 _LEAST_SIDE = 64
 # longest text shown, in characters
@@ -53,13 +58,29 @@ def main(argv: list[str]) -> None:
     """
     what = argv[0] if argv else "--help"
     if what in ("--help", "-h"):
-        sys.stdout.write("usage: vla-foundry data inspect DIR | --training RUN [--sample N] [--output FILE.png]\n")
+        sys.stdout.write(_USAGE)
         return
     if what != "inspect":
         raise ValueError(unknown_name_message("data", what, ["inspect"]))
-    params = parse_command(InspectParams, argv[1:], prog="vla-foundry data inspect", positional=("dataset",))
+    prog = "vla-foundry data inspect"
+    if any(word.partition("=")[0] == f"--{CONFIG_FLAG}" for word in argv):
+        for line in inspect_config(parse_command(InspectConfigParams, argv[1:], prog=prog)):
+            sys.stdout.write(f"{line}\n")
+        return
+    params = parse_command(InspectParams, argv[1:], prog=prog, positional=("dataset",))
     for line in inspect_data(params):
         sys.stdout.write(f"{line}\n")
+
+
+def inspect_config(params: InspectConfigParams) -> list[str]:
+    """Measure the data of a training config and return the report, line by line.
+
+    Raises:
+        ValueError: the config does not fit the data, or the data cannot be read.
+        FileNotFoundError: a file that the config names does not exist.
+    """
+    report = measure(resolve(params, read_facts(params, 1)))
+    return [json.dumps(report, indent=2)] if params.json else format_report(report)
 
 
 def inspect_data(params: InspectParams) -> list[str]:

@@ -10,7 +10,9 @@ from PIL import Image
 
 from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import InspectParams
+from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.robotics.spec import DatasetSpec, parse_spec
+from vla_foundry.shards import format_manifest
 from vla_foundry.viz.inspection import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample
 from vla_foundry.viz.sample_figure import draw_sample
@@ -215,3 +217,59 @@ def test_a_run_without_robot_data_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"trains on data\.type text"):
         inspect_data(InspectParams(training=str(config), output=str(tmp_path / "s.png")))
+
+
+def test_a_config_is_measured_before_training(robot_data, tmp_path, capsys):
+    config, sheet = tmp_path / "config.yaml", tmp_path / "new" / "sheet.png"
+    config.write_text(TRAINING.replace("MANIFEST", str(robot_data.folder / "manifest.jsonl")), encoding="utf-8")
+    words = ["data", "inspect", "--config_path", str(config), "--num_samples", "8", "--output", str(sheet)]
+    main([*words, "--json", "true"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == 8
+    assert report["mix"] == {"robotics": {"weight": 1.0, "share": 1.0, "samples": 8}}
+    measured = report["datasets"]["robotics"]
+    assert measured["tokens"] is None  # no language
+    assert {"read", "ComputeRelativePoses", "PrepareCameraImages", "batch"} <= measured["ms_per_sample"].keys()
+    assert measured["bad_samples"] == {}
+    assert open_picture(sheet).shape[1] == 6 * 224
+    main(words)
+    assert "robotics: 8 samples, 100.0% (its weight: 100.0%)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def texts(tmp_path) -> dict[str, str]:
+    """Manifests of 8 and 4 records of 17 tokens."""
+    manifests = {}
+    for name, count in (("short", 8), ("long", 4)):
+        packer = RecordPacker(17, "uint16")
+        for _ in range(count):
+            packer.add(np.full(17, 3, np.uint16), np.asarray([17]))
+        (tmp_path / name).mkdir()
+        entry = write_records(str(tmp_path / name), "shard_000000", packer.take(count))
+        (tmp_path / name / "manifest.jsonl").write_text(format_manifest([entry]), encoding="utf-8")
+        manifests[name] = str(tmp_path / name / "manifest.jsonl")
+    return manifests
+
+
+def test_the_realised_mix_of_a_mixture_is_counted(texts, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    part = "{{type: text, dataset_manifest: [{}], seq_len: 16}}"
+    config.write_text(
+        "total_train_samples: 8\nmodel: {type: transformer, hidden_dim: 32, n_heads: 2, n_layers: 1, vocab_size: 64}\n"
+        f"data: {{type: mixture, datasets: {{a: {part.format(texts['short'])}, b: {part.format(texts['long'])}}}, "
+        "weights: {a: 3, b: 1}, modality_block: 1}\n"
+        "hparams: {global_batch_size: 4, per_gpu_batch_size: 1, warmup: 0.1}\n",
+        encoding="utf-8",
+    )
+    # more samples than the data has: training would need epochs, the report does not
+    main(["data", "inspect", "--config_path", str(config), "--num_samples", "40", "--json", "true"])
+    report = json.loads(capsys.readouterr().out)
+    assert {name: (mix["samples"], mix["share"], mix["weight"]) for name, mix in report["mix"].items()} == {
+        "a": (30, 0.75, 0.75),
+        "b": (10, 0.25, 0.25),
+    }
+    tokens = report["datasets"]["b"]["tokens"]
+    assert tokens == {"min": 17, "p50": 17, "p95": 17, "max": 17, "seq_len": 16, "truncated_share": 0.0}
+    assert report["datasets"]["b"]["padding_share"] == 0.0
+    assert report["contact_sheet"] is None
+    assert not list(tmp_path.glob("*.png"))

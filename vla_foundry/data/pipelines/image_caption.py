@@ -186,7 +186,7 @@ class Encode:
         elif length > self.max_tokens:
             raise Dropped("too long", f"{length} tokens do not fit into data.seq_len + 1 = {self.max_tokens}")
         # decoded images are large: they must not wait for the rest of the microbatch
-        return {**sample, "inputs": inputs, "images": None}
+        return {**sample, "inputs": inputs, "num_tokens": length, "images": None}
 
 
 def create_image_processor(params: ImageProcessorParams) -> Processor:

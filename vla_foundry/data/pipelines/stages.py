@@ -8,13 +8,15 @@ raising `Dropped` with a reason; any other error marks the sample as broken. Eit
 and another sample of the same dataset, chosen by a hash of the position, replaces it.
 """
 
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from vla_foundry.data.reader import Dropped, SampleShard, Shard, ShardReader, To
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.registry import Registry
 
+T = TypeVar("T")
 Sample: TypeAlias = dict[str, Any]
 Stage: TypeAlias = "Callable[[Sample], Sample | None] | BatchStage"
 # (dataset number, open shard, row) -> input of the first stage
@@ -58,6 +61,48 @@ class Failure:
     error: Exception | None = None
 
 
+class Recording:
+    """What the stages make in this process, and how long they take; `data inspect` switches it on."""
+
+    def __init__(self) -> None:
+        self._is_on = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        # samples that came out of the last stage
+        self.samples: list[Sample] = []
+        # {step: [(milliseconds per sample, number of samples)]}
+        self.times: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Record within the block."""
+        self._is_on = True
+        try:
+            yield
+        finally:
+            self._is_on = False
+            self.clear()
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Record samples."""
+        if self._is_on:
+            self.samples += samples
+
+    def time(self, step: str, num_samples: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function and return its result; record the time."""
+        if not self._is_on:
+            return function(*arguments)
+        started = time.perf_counter()
+        result = function(*arguments)
+        self.times[step].append((1000 * (time.perf_counter() - started) / max(num_samples, 1), num_samples))
+        return result
+
+
+RECORDING = Recording()
+
+
 def _describe_failure(error: Exception, step: str) -> Failure:
     if isinstance(error, Dropped):
         return Failure(error.reason, f"{error.reason}: {error}", error)
@@ -86,7 +131,7 @@ def _apply_each(sample: Sample, stages: Sequence[Any]) -> Sample | Failure:
     for stage in stages:
         step = name_of_stage(stage)
         try:
-            result = stage(sample)
+            result = RECORDING.time(step, 1, stage, sample)
         except Exception as error:  # a broken sample or an error in a user's stage must not end the run: count it
             return _describe_failure(error, step)
         if result is None:
@@ -98,7 +143,7 @@ def _apply_each(sample: Sample, stages: Sequence[Any]) -> Sample | Failure:
 def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure]:
     step = name_of_stage(stage)
     try:
-        results = stage.apply(samples)
+        results = RECORDING.time(step, len(samples), stage.apply, samples)
     except Exception as error:  # as above
         if len(samples) == 1:
             return [_describe_failure(error, step)]
@@ -182,7 +227,9 @@ class Rows:
                 else:
                     found[number] = result
             if not failed:
-                return [found[number] for number in order]
+                made = [found[number] for number in order]
+                RECORDING.add(made)
+                return made
             waiting, places = failed, range(len(failed))
             location = self.plan.replacements(self.positions[waiting], attempt)
         manifest = self.reader.datasets[int(location.dataset[0])].manifest
@@ -206,7 +253,12 @@ class Rows:
                 "__piece__": int(location.piece[place]),
                 "__is_training__": self.is_training,
             }
-            sample = {"__key__": key, "__url__": opened.uri, **draws, **read(dataset, opened, row)}
+            sample = {
+                "__key__": key,
+                "__url__": opened.uri,
+                **draws,
+                **RECORDING.time("read", 1, read, dataset, opened, row),
+            }
             return sample, key
         except OSError as error:
             if error.errno is None:  # a decoder's

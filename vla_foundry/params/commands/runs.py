@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from vla_foundry.config.schema import FPS, BaseParams, Bounds, Location, Name, NonNegativeInt, Size
+from vla_foundry.params.experiment import TrainExperimentParams
 
 _Temperature = Annotated[float, Bounds(least=0, most=1000, fix="0 takes the likeliest token.")]
 _Probability = Annotated[float, Bounds(above=0, most=1, fix="1 draws among all tokens.")]
@@ -128,6 +129,23 @@ class InspectParams(BaseParams):
         super().__post_init__()
         if (self.dataset is None) == (self.training is None):
             raise ValueError("Give either a dataset (vla-foundry data inspect FOLDER) or --training RUN.")
+        if not self.output.endswith(".png"):
+            raise ValueError(f"output '{self.output}' must be a .png file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfigParams(TrainExperimentParams):
+    """Measure the data of a training config: mix, token lengths, padding, times of stages, bad samples and pictures."""
+
+    # samples to read, in training order; rounded up to whole microbatches
+    num_samples: Size = 256
+    # PNG for the contact sheet; it is written if the data has pictures
+    output: Location = "contact_sheet.png"
+    # print JSON
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.output.endswith(".png"):
             raise ValueError(f"output '{self.output}' must be a .png file.")
 
