@@ -1,6 +1,6 @@
 """The actor interface of rollouts, and baselines to compare a policy with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,8 +27,8 @@ class Actor(Protocol):
         """Return the action of each slot; None: the simulator's expert acts."""
         ...
 
-    def end(self, slot: int) -> float | None:
-        """End the slot's episode; return the mean time of its predictions, milliseconds; None: there were none."""
+    def end(self, slot: int) -> Sequence[float]:
+        """End the slot's episode; return how long it waited for each prediction, milliseconds."""
         ...
 
 
@@ -66,7 +66,7 @@ def create_baseline(params: EvaluateParams, camera: str) -> Candidate:
     return Candidate(
         name=params.name or params.policy,
         # baselines need no images; naming the camera makes the simulator check it
-        cameras=(camera,) if params.num_pictured else (),
+        cameras=(camera,) if params.num_pictured or params.save_videos != "none" else (),
         picture_camera=camera,
         image_size=(params.image_size, params.image_size),
         settings={},
@@ -103,9 +103,9 @@ class NullActor:
         found = [reply.fields[fields[name]] if name in fields else np.zeros(parts[name].width) for name in parts]
         return np.concatenate(found).astype(np.float32)
 
-    def end(self, slot: int) -> float | None:
+    def end(self, slot: int) -> Sequence[float]:
         """See Actor."""
-        return None
+        return ()
 
 
 class RandomActor(NullActor):

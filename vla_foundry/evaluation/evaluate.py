@@ -11,7 +11,7 @@ Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on 
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import say, show_progress
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import complete_params, describe_source, find_source
+from vla_foundry.storage.local import TEMPORARY_SUFFIX
 from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
@@ -77,6 +78,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         picture_camera=candidate.picture_camera,
         image_size=candidate.image_size,
         max_steps=params.max_steps,
+        timeout_s=params.simulator_timeout_s,
         source=find_source(params),
         plugins=named_plugins(),
     )
@@ -102,7 +104,7 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
                 for task, facts, actor in zip(tasks, robots, actors, strict=True)
                 for episode in task.plan(params, facts, actor, rule)
             )
-            _run_all(stack, pool, queue, tasks, total=len(params.tasks) * len(params.seeds), num_missing=num_missing)
+            _run_all(stack, params, pool, queue, tasks, num_missing=num_missing)
         if rule:
             for task in tasks:
                 say(rule.describe(task.task, task.outcomes(), task.max_sample_size))
@@ -111,20 +113,23 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
 
 def _run_all(
     stack: ExitStack,
+    params: EvaluateParams,
     pool: RolloutPool,
     queue: Iterable[Episode],
     tasks: "Sequence[TaskRollouts]",
     *,
-    total: int,
     num_missing: int,
 ) -> None:
     """Run episodes; write results as they end, and the last ones when the stack is left."""
+    if params.save_videos != "none":
+        import av  # noqa: F401  before workers need it
+    total = len(params.tasks) * len(params.seeds)
     advance = stack.enter_context(show_progress("episodes", total, total - num_missing))
     by_name = {task.task: task for task in tasks}
     for task in tasks:
         stack.callback(task.write)
     for result in run_episodes(pool, queue):
-        by_name[result.task].add(result)
+        by_name[result.task].add(params, result)
         rate = add_rates(count_successes(list(task.episodes.values())) for task in tasks)
         advance(1, f"success {rate.format()}")
 
@@ -149,6 +154,8 @@ class TaskRollouts:
         self.seeds = seeds
         self.max_sample_size = max_sample_size
         self.settings = settings
+        # seeds whose videos are kept
+        self._videos = {seed for seed in episodes if self.video_of(seed).exists()}
         # when the file was written, and whether it lacks something
         self._last_write = 0.0
         self._is_written = True
@@ -205,6 +212,7 @@ class TaskRollouts:
                 fps=float(facts.fps),
                 actor=actor,
                 pictures=str(self.pictures_of(seed)) if seed in self.pictured(params) else None,
+                video=str(self.video_of(seed)) if self._is_filmed(params, seed) else None,
                 shown_seed=seed + 1 if params.images == "other_episode" else None,
             )
 
@@ -221,8 +229,10 @@ class TaskRollouts:
                 found[seed] = self.episodes[seed].outcome == "success"
         return found
 
-    def add(self, result: EpisodeResult) -> None:
-        """Keep a result, and write the file if that was long ago."""
+    def add(self, params: EvaluateParams, result: EpisodeResult) -> None:
+        """Keep a result, and its video if it is wanted; write the file if that was long ago."""
+        if params.save_videos != "none":
+            self._keep_video(params, result)
         self.episodes[result.seed] = result
         self._is_written = False
         if time.monotonic() - self._last_write > _SECONDS_BETWEEN_WRITES:
@@ -235,6 +245,30 @@ class TaskRollouts:
     def pictures_of(self, seed: int) -> Path:
         """Return the file of an episode's pictures."""
         return self.path.parent / self.task / f"demonstration_{seed}" / "pictures.png"
+
+    def video_of(self, seed: int) -> Path:
+        """Return the file of an episode's video."""
+        return self.pictures_of(seed).with_name("video.mp4")
+
+    def _is_filmed(self, params: EvaluateParams, seed: int) -> bool:
+        """Return whether to film an episode that begins."""
+        if params.save_videos == "failures":
+            return len(self._videos) < params.max_videos
+        return params.save_videos == "all" and seed in params.seeds[: params.max_videos]
+
+    def _keep_video(self, params: EvaluateParams, result: EpisodeResult) -> None:
+        """Keep the video of an episode that has ended, or remove it."""
+        video = self.video_of(result.seed)
+        # of an attempt that did not end
+        video.with_name(video.name + TEMPORARY_SUFFIX).unlink(missing_ok=True)
+        is_failure = result.outcome == "failure"
+        if params.save_videos == "all" or (is_failure and len(self._videos) < params.max_videos):
+            self._videos |= {result.seed} if video.exists() else set()
+            return
+        video.unlink(missing_ok=True)
+        with suppress(OSError):
+            # unless pictures are in it
+            video.parent.rmdir()
 
     def write(self) -> None:
         """Write what the file lacks: finished episodes, and pending ones."""

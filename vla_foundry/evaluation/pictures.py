@@ -1,4 +1,4 @@
-"""Pictures of episodes: a strip of frames per episode, and a contact sheet of strips with outcomes."""
+"""Pictures of episodes: a strip of frames or a video per episode, and a contact sheet of strips with outcomes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vla_foundry.evaluation.results import EpisodeResult
+from vla_foundry.preprocessing.robotics.lerobot_recording import VideoEncoder
+from vla_foundry.storage.local import TEMPORARY_SUFFIX
 
 # pictures in a strip
 NUM_PICTURES = 6
@@ -45,6 +47,39 @@ class FrameStrip:
         chosen = [int(steps[np.abs(steps - at).argmin()]) for at in wanted]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate([self._frames[step] for step in chosen], axis=1)).save(self.path, "PNG")
+
+
+class Film:
+    """An mp4 of an episode, encoded as it comes. The file appears when it is saved.
+
+    Args:
+        path: mp4 to write.
+        fps: frames per second.
+    """
+
+    def __init__(self, path: Path, fps: int) -> None:
+        self.path = path
+        self._fps = fps
+        self._partial = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self._encoder: VideoEncoder | None = None
+
+    def wants(self, step: int) -> bool:
+        """Return whether to add the picture after `step` actions: every one."""
+        return True
+
+    def add(self, step: int, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Add a picture; the encoding has only even sizes, so an odd row or column at the edge is left out."""
+        height, width = (size // 2 * 2 for size in image.shape[:2])
+        if self._encoder is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._encoder = VideoEncoder(self._partial, fps=self._fps, size=(height, width))
+        self._encoder.add(image[:height, :width])
+
+    def save(self) -> None:
+        """Write the rest, and let the file appear."""
+        assert self._encoder is not None
+        self._encoder.close()
+        self._partial.replace(self.path)
 
 
 # pixels

@@ -238,11 +238,10 @@ class PolicyActor:
         noise = draw_index(_NUM_SEEDS, seed=self.seed, position=seed, purpose="evaluated episode")
         self.policy.reset(noise, client=slot)
 
-    def end(self, slot: int) -> float | None:
+    def end(self, slot: int) -> Sequence[float]:
         """See Actor."""
         self.policy.forget(slot)
-        found = self._latencies.pop(slot)
-        return float(np.mean(found)) if found else None
+        return self._latencies.pop(slot)
 
     def needs_images(self, slot: int) -> bool:
         """See Actor."""

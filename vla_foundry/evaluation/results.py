@@ -8,7 +8,7 @@
         failure_message                                what went wrong, unless the policy simply did not succeed
         outcome, instruction, num_steps, latency_ms    our additions; outcome is success, failure, trivial, invalid or
                                                        null
-        failure_kind                                   our addition, where there is one: FailureKind
+        failure_kind, latency_p50_ms, latency_p99_ms   our additions, where there are any; FailureKind
       settings                    our addition: everything the outcomes depend on
 
 An episode is invalid if the simulator failed; it runs again when the evaluation resumes. It is trivial if the start is
@@ -33,6 +33,7 @@ ROLLOUTS_FOLDER = "rollouts"
 Outcome = Literal["success", "failure", "trivial", "invalid"]
 # timeout: no success within the step limit; terminated: the simulator ended the episode; the last two are invalid
 FailureKind = Literal["timeout", "terminated", "action_not_finite", "simulator_failed", "worker_died"]
+_OPTIONAL = ("failure_kind", "latency_p50_ms", "latency_p99_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,10 @@ class EpisodeResult:
     num_steps: int | None = None
     # seconds of simulated time
     seconds: float | None = None
-    # mean time that the episode waited for a chunk of actions; None: nothing was predicted
+    # times that the episode waited for a chunk of actions: mean, median, 99th percentile; None: nothing was predicted
     latency_ms: float | None = None
+    latency_p50_ms: float | None = None
+    latency_p99_ms: float | None = None
     failure_message: str | None = None
     failure_kind: FailureKind | None = None
 
@@ -200,10 +203,8 @@ def _rate_to_json(rate: SuccessRate) -> dict[str, Any]:
 
 
 def _to_json(episode: EpisodeResult) -> dict[str, Any]:
-    values = asdict(episode)
-    if episode.failure_kind is None:
-        # as in files of earlier versions
-        del values["failure_kind"]
+    # without additions that say nothing: as in files of earlier versions
+    values = {key: value for key, value in asdict(episode).items() if value is not None or key not in _OPTIONAL}
     return {
         "skill_type": values.pop("task"),
         "scenario_index": values.pop("seed"),
@@ -223,6 +224,6 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
         task=values["skill_type"],
         seed=values["scenario_index"],
         seconds=values["total_time"],
-        failure_kind=values.get("failure_kind"),
+        **{key: values.get(key) for key in _OPTIONAL},
         **{key: values[key] for key in ("instruction", "outcome", "num_steps", "latency_ms", "failure_message")},
     )

@@ -5,7 +5,7 @@ It does not know the policy. The parent sends a request and receives its answer.
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeAlias
@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from vla_foundry.config.command_line import import_installed_plugins, import_plugins
-from vla_foundry.evaluation.pictures import FrameStrip
+from vla_foundry.evaluation.pictures import Film, FrameStrip
 from vla_foundry.evaluation.results import FailureKind
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.simulators import Simulator, create_simulator
@@ -32,6 +32,8 @@ class SimulatorSetup:
     image_size: tuple[int, int]
     # actions after which an episode ends; None: the simulator's own limit
     max_steps: int | None
+    # seconds in which it must answer
+    timeout_s: float = 600.0
     # further words for the simulator (create_simulator)
     source: dict[str, str] = field(default_factory=dict)
     # modules that register simulators
@@ -74,6 +76,7 @@ class Reply:
     is_over: bool
     # why, if not by success
     failure_kind: FailureKind | None = None
+    failure_message: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class RolloutWorker:
         # the episode's, and one that shows another episode, if the policy is to see that
         self._simulators: list[Simulator] = []
         self._num_steps = 0
-        self._strip: FrameStrip | None = None
+        self._recorders: list[FrameStrip | Film] = []
         self._shown: Mapping[str, np.ndarray] = {}
         self._is_shown_over = False
 
@@ -131,19 +134,30 @@ class RolloutWorker:
             camera_fault=camera_fault,
         )
 
-    def begin(self, *, task: str, seed: int, pictures: str | None = None, shown_seed: int | None = None) -> Reply:
+    def begin(
+        self,
+        *,
+        task: str,
+        seed: int,
+        pictures: str | None = None,
+        video: str | None = None,
+        shown_seed: int | None = None,
+    ) -> Reply:
         """Start an episode, replacing the previous one.
 
         Args:
             task: task of the simulator.
             seed: seed of the start.
             pictures: file for pictures of the episode, written when it ends; None: no pictures.
+            video: mp4 of the episode; None: no video.
             shown_seed: the policy sees the pictures of this start, where the same actions are applied; None: its own.
         """
         seeds = [seed] if shown_seed is None else [seed, shown_seed]
         simulators = self._open(task, len(seeds))
         self._num_steps = 0
-        self._strip = None if pictures is None else FrameStrip(Path(pictures))
+        self._recorders = [] if pictures is None else [FrameStrip(Path(pictures))]
+        if video is not None:
+            self._recorders.append(Film(Path(video), simulators[0].fps))
         self._is_shown_over = False
         simulators[-1].renders_images = True
         found = [simulator.reset(seed=each) for simulator, each in zip(simulators, seeds, strict=True)]
@@ -160,6 +174,11 @@ class RolloutWorker:
             action: what to do; None: the simulator's expert acts.
             with_images: render the images of the next observation.
         """
+        if action is not None and not np.isfinite(action).all():
+            self._keep_picture(is_last=True)
+            failed = Reply(images={}, fields={}, num_steps=self._num_steps, is_success=False, is_over=True)
+            message = f"The policy's action {action.tolist()} is not finite."
+            return replace(failed, failure_kind="action_not_finite", failure_message=message)
         simulator, shown = self._simulators[0], self._simulators[-1]
         action = simulator.expert() if action is None else action
         simulator.renders_images = with_images and shown is simulator
@@ -205,11 +224,14 @@ class RolloutWorker:
         return create_simulator(setup.simulator, task, cameras=cameras, image_size=setup.image_size, **setup.source)
 
     def _keep_picture(self, *, is_last: bool) -> None:
-        strip = self._strip
-        if strip is not None and (is_last or strip.wants(self._num_steps)):
-            strip.add(self._num_steps, self._simulators[0].render(self.setup.picture_camera))
+        wanting = [recorder for recorder in self._recorders if is_last or recorder.wants(self._num_steps)]
+        if not wanting:
+            return
+        image = self._simulators[0].render(self.setup.picture_camera)
+        for recorder in wanting:
+            recorder.add(self._num_steps, image)
             if is_last:
-                strip.save()
+                recorder.save()
 
 
 # a call of one of the worker's methods

@@ -4,6 +4,7 @@ A worker that is free takes the next episode. The policy answers whoever asks, s
 it answers depends on the episode alone (inference.Policy), so neither the number of workers nor their speed matters.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -51,15 +52,15 @@ class RolloutPool:
         self.num_workers = num_workers
         self._setup = setup
         self._workers: dict[int, tuple[Connection, BaseProcess]] = {}
-        # those that owe an answer
-        self._asked: set[int] = set()
+        # those that owe an answer, and until when
+        self._asked: dict[int, float] = {}
 
     def send(self, number: int, request: Request) -> None:
         """Ask a worker that owes no answer."""
         if number not in self._workers:
             self._start(number)
         connection, _ = self._workers[number]
-        self._asked.add(number)
+        self._asked[number] = time.monotonic() + self._setup.timeout_s
         # if it is dead, the wait for its answer tells
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(request)
@@ -68,16 +69,18 @@ class RolloutPool:
         """Wait until workers have answered; return what they say: their answers, or a Death."""
         owing = {number: self._workers[number] for number in self._asked}
         # a process of the simulator's own can keep a dead worker's end open, so the worker is watched too
-        ready = set(wait([each for connection, process in owing.values() for each in (connection, process.sentinel)]))
-        answers = {}
+        watched = [each for connection, process in owing.values() for each in (connection, process.sentinel)]
+        ready = set(wait(watched, max(0.0, min(self._asked.values()) - time.monotonic())))
+        answers: dict[int, Any] = {}
         for number, (connection, process) in owing.items():
-            if ready.isdisjoint((connection, process.sentinel)):
+            is_late = time.monotonic() > self._asked[number]
+            if ready.isdisjoint((connection, process.sentinel)) and not is_late:
                 continue
-            self._asked.remove(number)
             try:
-                answers[number] = connection.recv() if connection.poll() else Death(reason=self._bury(number))
+                answers[number] = connection.recv() if connection.poll() else Death(reason=self._bury(number, is_late))
             except (EOFError, ConnectionResetError):
-                answers[number] = Death(reason=self._bury(number))
+                answers[number] = Death(reason=self._bury(number, False))
+            del self._asked[number]
         return answers
 
     def describe(self, tasks: Sequence[str]) -> list[RobotFacts]:
@@ -108,8 +111,9 @@ class RolloutPool:
         """End the processes."""
         for connection, _ in self._workers.values():
             connection.close()
+        end = time.monotonic() + _SECONDS_TO_END
         for _, process in self._workers.values():
-            process.join(_SECONDS_TO_END)
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
 
@@ -123,13 +127,15 @@ class RolloutPool:
         theirs.close()
         self._workers[number] = (ours, process)
 
-    def _bury(self, number: int) -> str:
-        """Remove a dead worker; return what it died of."""
+    def _bury(self, number: int, is_late: bool) -> str:
+        """Remove a worker that is dead, or too late; return what it died of."""
         connection, process = self._workers.pop(number)
         connection.close()
-        process.join(_SECONDS_TO_END)
+        process.join(0 if is_late else _SECONDS_TO_END)
         process.kill()
         process.join()
+        if is_late:
+            return f"the simulator did not answer within simulator_timeout_s ({self._setup.timeout_s:g} s)."
         code = process.exitcode or 0
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return f"the simulator's process ended {how}" + (": is there enough memory?" if code == -9 else ".")
@@ -157,6 +163,8 @@ class Episode:
     actor: Actor
     # file for its pictures, where they are kept
     pictures: str | None = None
+    # mp4 of it, where there may be one
+    video: str | None = None
     # seed of another start, whose pictures the policy sees
     shown_seed: int | None = None
 
@@ -207,8 +215,8 @@ def _begin(pool: RolloutPool, number: int, run: _Run) -> None:
     episode = run.episode
     run.result, run.attempt = _begin_result(episode), run.attempt + 1
     episode.actor.begin(number, episode.seed, episode.instruction)
-    begin = partial(RolloutWorker.begin, task=episode.task, seed=episode.seed, pictures=episode.pictures)
-    pool.send(number, partial(begin, shown_seed=episode.shown_seed))
+    begin = partial(RolloutWorker.begin, task=episode.task, seed=episode.seed, shown_seed=episode.shown_seed)
+    pool.send(number, partial(begin, pictures=episode.pictures, video=episode.video))
 
 
 def _act(pool: RolloutPool, runs: Mapping[int, _Run], replies: Mapping[int, Reply]) -> None:
@@ -218,13 +226,8 @@ def _act(pool: RolloutPool, runs: Mapping[int, _Run], replies: Mapping[int, Repl
         groups.setdefault(runs[number].episode.actor, {})[number] = reply
     for actor, observed in groups.items():
         for number, action in actor.act(observed).items():
-            if action is not None and not np.isfinite(action).all():
-                message = f"The policy's action {action.tolist()} is not finite."
-                failed = replace(runs[number].result, outcome="failure", failure_message=message)
-                runs[number].result = replace(failed, failure_kind="action_not_finite")
-            else:
-                step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(number))
-                pool.send(number, step)
+            step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(number))
+            pool.send(number, step)
 
 
 def _advance(result: EpisodeResult, answer: Reply | Failure | Death) -> EpisodeResult:
@@ -233,7 +236,8 @@ def _advance(result: EpisodeResult, answer: Reply | Failure | Death) -> EpisodeR
         return replace(result, outcome="invalid", failure_message=message, failure_kind="worker_died")
     if isinstance(answer, Failure):
         return replace(result, outcome="invalid", failure_message=answer.message, failure_kind="simulator_failed")
-    result = replace(result, num_steps=answer.num_steps, failure_kind=answer.failure_kind)
+    result = replace(result, num_steps=answer.num_steps)
+    result = replace(result, failure_kind=answer.failure_kind, failure_message=answer.failure_message)
     if not answer.is_over:
         return result
     outcome = "failure" if not answer.is_success else "success" if answer.num_steps else "trivial"
@@ -243,9 +247,10 @@ def _advance(result: EpisodeResult, answer: Reply | Failure | Death) -> EpisodeR
 def _finish(run: _Run, number: int) -> EpisodeResult:
     result, episode = run.result, run.episode
     assert result.num_steps is not None
-    latency = episode.actor.end(number)
-    return replace(
-        result,
-        seconds=None if result.outcome == "invalid" else round(result.num_steps / episode.fps, 6),
-        latency_ms=None if latency is None else round(latency, 3),
-    )
+    if result.outcome != "invalid":
+        result = replace(result, seconds=round(result.num_steps / episode.fps, 6))
+    waits = episode.actor.end(number)
+    if not waits:
+        return result
+    mean, median, high = (round(float(value), 3) for value in (np.mean(waits), *np.percentile(waits, [50, 99])))
+    return replace(result, latency_ms=mean, latency_p50_ms=median, latency_p99_ms=high)

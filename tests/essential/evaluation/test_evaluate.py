@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_foundry.config.command_line import named_plugins, parse_command
+from vla_foundry.config.command_line import parse_command
 from vla_foundry.evaluation.actors import ExpertActor, NullActor, RandomActor, create_baseline
 from vla_foundry.evaluation.comparison.stopping import open_rule
 from vla_foundry.evaluation.evaluate import TaskRollouts, evaluate, main
 from vla_foundry.evaluation.results import EpisodeResult, wilson_interval
 from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts, RolloutWorker, SimulatorSetup
-from vla_foundry.evaluation.rollouts import Episode, create_pool, run_episodes
 from vla_foundry.params.commands.evaluation import FIRST_DEMO_SEED, EvaluateParams
 from vla_foundry.run_folder import lock_folder
 
@@ -114,6 +116,39 @@ def test_an_evaluation_goes_on_with_what_is_missing(tmp_path: Path, random_episo
     assert path.stat().st_mtime_ns == before
 
 
+def test_a_killed_evaluation_goes_on_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    words = [
+        "--plugins",
+        "toy_simulator",
+        "--simulator",
+        "toy",
+        "--tasks",
+        "slow",
+        "--policy",
+        "expert",
+        "--name",
+        "killed",
+    ]
+    words += ["--episodes", "0:4", "--num_workers", "2", "--num_pictured", "0", "--output", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "vla_foundry.cli", "evaluate", *words], env=environment)
+    while not [*tmp_path.glob("killed/slow/rollouts/*/results.json")]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    # seed 0 ran, and its like will end now
+    assert read_episodes(tmp_path / "killed/slow")[0]["is_pending"]
+    for number in range(4):
+        Path(f"ended{number}").touch()
+    evaluate(create_params(tmp_path, tasks=["slow"], policy="expert", episodes="0:4", name="killed", num_pictured=0))
+    evaluate(create_params(tmp_path, tasks=["easy"], policy="expert", episodes="0:4"))
+    found = [{**episode, "skill_type": "easy"} for episode in read_episodes(tmp_path / "killed/slow")]
+    assert found == read_episodes(tmp_path / "expert/easy")
+
+
 def test_a_failing_simulator_makes_episodes_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     params = create_params(tmp_path / "out", tasks=["breaks"], policy="expert")
@@ -150,28 +185,6 @@ def test_a_start_that_is_a_success_is_no_trial(tmp_path: Path) -> None:
     assert (rate.num_trials, rate.num_trivial, rate.format()) == (0, 2, "0/0 = - [0%, 100%], 2 trivial")
     episode = read_episodes(tmp_path / "null/done")[0]
     assert (episode["outcome"], episode["is_success"], episode["num_steps"]) == ("trivial", None, 0)
-
-
-def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
-    class Broken(NullActor):
-        def act(self, observed: Any) -> dict[int, np.ndarray | None]:
-            return {slot: np.array([np.nan if slot == 1 else 1.0, 0]) for slot in observed}
-
-    setup = SimulatorSetup(
-        simulator="toy",
-        cameras=(),
-        picture_camera="front",
-        image_size=(16, 16),
-        max_steps=None,
-        plugins=named_plugins(),
-    )
-    with create_pool(setup, 2) as pool:
-        actor = Broken(pool.describe(["easy"])[0])
-        episodes = [Episode(task="easy", seed=seed, instruction="", fps=10.0, actor=actor) for seed in range(2)]
-        results = sorted(run_episodes(pool, episodes), key=lambda result: result.seed)
-    assert [result.outcome for result in results] == ["success", "failure"]
-    assert results[1].failure_message == "The policy's action [nan, 0.0] is not finite."
-    assert (results[1].failure_kind, results[1].num_steps) == ("action_not_finite", 0)
 
 
 def describe_toy() -> RobotFacts:
@@ -305,9 +318,9 @@ def test_the_sequential_test_sees_outcomes_in_the_order_of_seeds(tmp_path: Path)
     begun = [next(plan).seed for _ in range(20)]
     success = EpisodeResult(task="easy", seed=0, outcome="success", num_steps=3)
     for seed in begun[1:]:
-        task.add(replace(success, seed=seed))
+        task.add(params, replace(success, seed=seed))
     assert (task.outcomes(), next(plan).seed) == ({}, 20)
-    task.add(success)
+    task.add(params, success)
     assert len(task.outcomes()) == 20
     assert list(plan) == []
 

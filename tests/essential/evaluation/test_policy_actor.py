@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.essential.evaluation.test_rollouts import ShuffledPool, by_seed, create_setup, list_episodes
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
@@ -21,6 +22,7 @@ from vla_foundry.datagen.demos import record_demos
 from vla_foundry.evaluation.evaluate import evaluate
 from vla_foundry.evaluation.policy_actor import load_candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RolloutWorker, SimulatorSetup
+from vla_foundry.evaluation.rollouts import run_episodes
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
@@ -129,9 +131,27 @@ def test_a_policy_does_the_same_on_any_number_of_processes(
     assert len({steps for _, steps in alone.values()}) > 1
     evaluate(create_params(run, tmp_path, num_workers=3))
     assert read_steps(tmp_path / "toy_run") == alone
-    for num_workers in (1, 3):
-        evaluate(create_params(run, tmp_path, num_workers=num_workers, batch_size=4, name=f"by{num_workers}"))
-    assert read_steps(tmp_path / "by1") == read_steps(tmp_path / "by3")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_policy_does_the_same_for_1_4_and_16_environments(
+    run: Path, alone: dict[tuple[str, int], tuple[str, int]], tmp_path: Path, batch_size: int
+) -> None:
+    """Whoever answers first, and whoever dies."""
+    candidate = load_candidate(create_params(run, tmp_path, batch_size=batch_size), "front")
+    setup = create_setup(cameras=candidate.cameras, image_size=candidate.image_size)
+    actor = candidate.create_actor(RolloutWorker(setup).describe(task="easy"))
+    episodes = [replace(each, instruction="move right") for each in list_episodes(["easy", "hard"], actor, 5)]
+    found = []
+    for num_workers in (1, 4, 16):
+        pool = ShuffledPool(setup, num_workers, seed=num_workers, deaths=0.1)
+        results = by_seed([*run_episodes(pool, episodes)])
+        assert pool.died
+        assert all(result.latency_p50_ms <= result.latency_p99_ms for result in results)
+        found.append({(result.task, result.seed): (result.outcome, result.num_steps) for result in results})
+    assert found[1:] == found[:1] * 2
+    if batch_size == 1:
+        assert found[0] == alone
 
 
 def test_an_action_does_not_depend_on_who_else_asks(run: Path) -> None:
@@ -289,6 +309,10 @@ def test_rollouts_of_other_settings_are_not_mixed(run: Path, tmp_path: Path) -> 
     assert (settings["images"], settings["open_loop_steps"]) == ("other_episode", 2)
     with pytest.raises(ValueError, match=r"made with other settings \(images other_episode -> own\)"):
         evaluate(create_params(run, tmp_path, **values))
+    # so are those of versions that ran episodes in lock-step
+    path.write_text(path.read_text(encoding="utf-8").replace('"batch_shape": "fixed",', ""), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"made with other settings \(batch_shape None -> fixed\)"):
+        evaluate(create_params(run, tmp_path, **values, images="other_episode"))
 
 
 def test_a_policy_of_another_robot_is_refused(run: Path, tmp_path: Path) -> None:

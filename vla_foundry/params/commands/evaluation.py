@@ -109,6 +109,12 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     batch_size: Size = 1
     # simulator processes, one episode each at a time; they do not affect outcomes; null: one per core
     num_workers: NumThreads | None = None
+    # seconds in which a simulator must answer; then it is killed, and its episode runs once more
+    simulator_timeout_s: Annotated[float, Bounds(above=0, most=86_400)] = 600.0
+    # mp4 of every step: of episodes that fail, or of the first ones; none renders no more than the policy needs
+    save_videos: Literal["none", "failures", "all"] = "none"
+    # most videos of a task
+    max_videos: Count = 10
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
     # camera of these pictures, for policies without images; null: the simulator's default
@@ -131,6 +137,8 @@ class EvaluateParams(InferenceParams, SimulatorParams):
         self._check_time()
         if self.dry_run and self.simulator != "lbm":
             raise ValueError("dry_run is for simulator 'lbm', whose commands it prints. Leave it out.")
+        if self.save_videos != "none" and self.simulator == "lbm":
+            raise ValueError("save_videos is not for simulator 'lbm', which makes recordings of its own. Leave it out.")
         if self.lbm.command is not None and self.seeds.start:
             raise ValueError(f"episodes ('{self.episodes}') must start at 0 for lbm.command, which counts from there.")
         num_seeds = len(self.seeds)
