@@ -13,8 +13,8 @@ from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, tra
 
 # each starts half open, so that only the instruction, not the picture, says whether to open or to close
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
-# rollouts of each policy on each task, at most; until_decided looks after each batch
-NUM_EPISODES, BATCH_SIZE = 32, 8
+# rollouts of each policy on each task, at most
+NUM_EPISODES = 32
 # control steps of an episode; trained policies took up to 130
 MAX_STEPS = 200
 FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
@@ -218,7 +218,6 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
     options = {
         "tasks": ",".join(TASKS),
         "episodes": f"0:{NUM_EPISODES}",
-        "batch_size": BATCH_SIZE,
         "max_steps": MAX_STEPS,
         "output": results,
     }
