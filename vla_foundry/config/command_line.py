@@ -209,6 +209,11 @@ def named_plugins() -> tuple[str, ...]:
     return tuple(dict.fromkeys(_named))
 
 
+def agreed_plugins() -> tuple[str, ...]:
+    """Return the plug-ins that the user has named or installed: code that may run."""
+    return tuple(dict.fromkeys((*_named, *_installed)))
+
+
 def import_installed_plugins() -> None:
     """Import the plug-ins that installed packages declare as entry points.
 

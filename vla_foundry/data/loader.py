@@ -21,7 +21,7 @@ from vla_foundry.batch import Batch
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.faults import Fault, FaultLog
 from vla_foundry.data.indexing import user_cache_folder
-from vla_foundry.data.pipelines.stages import PIPELINES, Pipeline
+from vla_foundry.data.pipelines.stages import Pipeline, create_pipeline
 from vla_foundry.data.plan import PLAN_VERSION, SamplePlan
 from vla_foundry.data.reader import Dataset, ShardReader
 from vla_foundry.data.worker import (
@@ -131,7 +131,9 @@ class DataLoader:
 
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the sample order, in plain JSON types."""
-        return describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
+        description = describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
+        stages = self._pipeline.stages.describe()
+        return {**description, "stages": None if stages == self._params.default_stages() else stages}
 
     def mix(self, num_samples: int) -> dict[str, tuple[float, int]]:
         """Return of each manifest its share of the samples, and how many of the first `num_samples` it really has."""
@@ -273,7 +275,7 @@ def create_dataloader(
     _check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
     datasets, weights = _read_datasets(params, "" if is_training else "val_")
-    pipeline = PIPELINES.get(datasets[0].modality)(params) if pipeline is None else pipeline
+    pipeline = create_pipeline(datasets[0].modality, params) if pipeline is None else pipeline
     reader = _create_reader(params, datasets)
     plan = SamplePlan(
         [[entry.num_sequences for entry in dataset.entries] for dataset in datasets],
@@ -282,7 +284,7 @@ def create_dataloader(
         global_batch_size=global_batch_size,
         block_size=params.shuffle_buffer_size,
         shuffle=params.shuffle and is_training,
-        pieces=pipeline.pieces_per_row(reader),
+        pieces=[count * pipeline.stages.samples_per_row for count in pipeline.pieces_per_row(reader)],
     )
     schedule = Schedule(
         rank=world.rank,
@@ -300,8 +302,7 @@ def create_dataloader(
 def _create_reader(params: DataParams, datasets: list[Dataset]) -> ShardReader:
     cache_params = params.dataset_cache
     folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
-    cache = ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9))
-    return ShardReader(datasets, cache)
+    return ShardReader(datasets, ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9)))
 
 
 def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:
@@ -313,11 +314,8 @@ def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: i
 
 
 def _read_datasets(params: DataParams, prefix: Literal["", "val_"]) -> tuple[list[Dataset], list[float]]:
-    if prefix:
-        names, modalities = params.val_dataset_manifest, params.val_dataset_modality
-        weights = params.val_dataset_weighting
-    else:
-        names, modalities, weights = params.dataset_manifest, params.dataset_modality, params.dataset_weighting
+    kinds = ("manifest", "modality", "weighting")
+    names, modalities, weights = (getattr(params, f"{prefix}dataset_{kind}") for kind in kinds)
     if not names:
         raise ValueError(f"data.{prefix}dataset_manifest is empty. Name at least one manifest.jsonl.")
     weights = weights or [1.0] * len(names)
@@ -362,6 +360,7 @@ _NAMES = {
     "shuffle_buffer_size": "data.shuffle_buffer_size",
     "global_batch_size": "hparams.global_batch_size",
     "seq_len": "data.seq_len",
+    "stages": "the list of stages",
 }
 _DATASET_NAMES = {
     "modality": "modality",

@@ -207,7 +207,15 @@ class Microbatches(torch.utils.data.Dataset):
         positions, location = self._locate(number)
         if self._is_remote and len(positions):
             self._fetch_ahead(int(positions[0]))
-        rows = Rows(positions, location, self._plan, self._reader, is_training=self._schedule.is_training, drops=drops)
+        rows = Rows(
+            positions,
+            location,
+            self._plan,
+            self._reader,
+            is_training=self._schedule.is_training,
+            drops=drops,
+            samples_per_row=self._pipeline.stages.samples_per_row,
+        )
         if len(rows):
             batch = RECORDING.time("whole", len(rows), self._pipeline.create_batch, rows)
         else:

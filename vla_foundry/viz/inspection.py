@@ -148,6 +148,7 @@ def read_training_sample(training: str, number: int) -> RobotSample:
     if not isinstance(data, RoboticsDataParams):
         raise ValueError(f"{path} trains on data.type {data.type}. Give the dataset itself: data inspect FOLDER.")
     pipeline = RoboticsPipeline(replace(data, num_workers=0))
+    pipeline.stages = pipeline.stages.with_params(data)
     seed = params.hparams.seed if data.seed is None else data.seed
     return _read_sample(pipeline, number, seed=seed, global_batch_size=params.hparams.global_batch_size)
 

@@ -240,7 +240,7 @@ class ImageCaptionPipeline(Pipeline):
         self.packs = params.pack is not False
         self.encode = Encode(params, max_tokens=params.seq_len + 1, truncate_answers=params.truncate_answers)
         default = (CreateTurns(params.prompts, params.caption_key), PrepareImages(params.augmentation), self.encode)
-        self.stages = default if stages is None else tuple(stages)
+        self.stages = self.name_stages(params, default) if stages is None else stages
 
     def check(self, reader: ShardReader) -> None:
         """See Pipeline. Load the processor, so that its errors appear before any process starts."""

@@ -348,7 +348,7 @@ class RoboticsPipeline(Pipeline):
         if self.params.use_language:
             default = (*default, ChooseInstruction(self.params))
         default = (*default, PrepareCameraImages(self.params), self.encode)
-        self.stages = default if stages is None else tuple(stages)
+        self.stages = self.name_stages(self.params, default) if stages is None else stages
         self.read = ReadWindow([])
 
     def check(self, reader: ShardReader) -> None:

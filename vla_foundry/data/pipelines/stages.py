@@ -1,11 +1,12 @@
 """Define pipelines: ordered stages that turn the content of shards into samples, and samples into a batch.
 
-A stage is a callable `sample -> sample | None`; a `BatchStage` takes many samples at once. A sample is a dictionary:
-`__key__` and `__url__` as in WebDataset, each member's bytes by its suffix ("json.gz"), and whatever stages add;
-`__piece__` says which piece of a stored row the sample is, where rows are cut. Random draws are keyed by `__seed__`
-and `__position__`; if `__is_training__` is False, nothing is random. A stage drops a sample by returning None or by
-raising `Dropped` with a reason; any other error marks the sample as broken. Either way the sample is counted by reason,
-and another sample of the same dataset, chosen by a hash of the position, replaces it.
+A stage is a callable `sample -> sample | None`; a `BatchStage` takes many samples at once; see named.py for those of
+users. A sample is a dictionary: `__key__` and `__url__` as in WebDataset, each member's bytes by its suffix
+("json.gz"), and whatever stages add; `__piece__` says which piece of a stored row the sample is, where rows are cut,
+and `__part__` which of the samples that users' stages make of it. Random draws are keyed by `__seed__` and
+`__position__`; if `__is_training__` is False, nothing is random. A stage drops a sample by returning None or by raising
+`Dropped` with a reason; any other error marks the sample as broken. Either way the sample is counted by reason, and
+another sample of the same dataset, chosen by a hash of the position, replaces it.
 """
 
 import time
@@ -22,31 +23,27 @@ import numpy as np
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.faults import Fault
+from vla_foundry.data.pipelines.named import (
+    BatchStage,
+    Sample,
+    Stage,
+    Stages,
+    Unselected,
+    name_of_stage,
+)
 from vla_foundry.data.plan import Location, SamplePlan
 from vla_foundry.data.reader import Dropped, SampleShard, Shard, ShardReader, TokenShard
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.registry import Registry
 
 T = TypeVar("T")
-Sample: TypeAlias = dict[str, Any]
-Stage: TypeAlias = "Callable[[Sample], Sample | None] | BatchStage"
 # (dataset number, open shard, row) -> input of the first stage
 ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
-# replacements to try for one bad sample before the dataset counts as unreadable
+# broken replacements to try for one bad sample before the dataset counts as unreadable
 MAX_REPLACEMENTS = 8
-
-
-class BatchStage(ABC):
-    """A stage that takes many samples at once, for when that is faster than one by one."""
-
-    @abstractmethod
-    def apply(self, samples: Sequence[Sample]) -> "list[Sample | ValueError]":
-        """Return one result per sample: the sample, or the error that drops it (`Dropped`) or marks it as broken.
-
-        Raises:
-            ValueError: some sample is broken; the stage is applied to halves until the broken ones are found.
-        """
+# replacements to try where users' stages drop samples
+_MAX_UNSELECTED = 1000
 
 
 @dataclass(frozen=True)
@@ -157,11 +154,13 @@ class Drops:
     """Bad samples that were replaced, in the order they were met."""
 
     faults: list[Fault] = field(default_factory=list)
+    # {reason: count} of samples that users' stages dropped: they are not bad
+    unselected: Counter[str] = field(default_factory=Counter)
 
     @property
     def counts(self) -> Counter[str]:
-        """The number of bad samples by reason."""
-        return Counter(fault.reason for fault in self.faults)
+        """The number of replaced samples by reason."""
+        return Counter(fault.reason for fault in self.faults) + self.unselected
 
     @property
     def last(self) -> str:
@@ -182,6 +181,8 @@ class Rows:
     # False for validation
     is_training: bool = True
     drops: Drops = field(default_factory=Drops)
+    # most samples that the stages make of one
+    samples_per_row: int = 1
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -213,7 +214,9 @@ class Rows:
         # rows still without a sample, and where their next candidates are stored: at first one candidate per row of the
         # microbatch, later one per row in `waiting`
         waiting, location, places = order, self.location, order
-        for attempt in range(MAX_REPLACEMENTS + 1):
+        num_broken: Counter[int] = Counter()
+        attempt, last = 0, None
+        while attempt <= _MAX_UNSELECTED and max(num_broken.values(), default=0) <= MAX_REPLACEMENTS:
             samples = [
                 self._read(location, place, number, read or read_content)
                 for place, number in zip(places, waiting, strict=True)
@@ -222,8 +225,13 @@ class Rows:
             failed = []
             for number, place, result, (_, key) in zip(waiting, places, results, samples, strict=True):
                 if isinstance(result, Failure):
-                    self.drops.faults.append(self._describe_fault(location, place, key, result))
                     failed.append(number)
+                    last = self._describe_fault(location, place, key, result)
+                    if isinstance(result.error, Unselected):
+                        self.drops.unselected[result.reason] += 1
+                    else:
+                        self.drops.faults.append(last)
+                        num_broken[number] += 1
                 else:
                     found[number] = result
             if not failed:
@@ -232,10 +240,9 @@ class Rows:
                 return made
             waiting, places = failed, range(len(failed))
             location = self.plan.replacements(self.positions[waiting], attempt)
+            attempt += 1
         manifest = self.reader.datasets[int(location.dataset[0])].manifest
-        raise ValueError(
-            f"{MAX_REPLACEMENTS + 1} samples in a row of {manifest} cannot be used; the last one: {self.drops.last}."
-        )
+        raise ValueError(f"{attempt} samples in a row of {manifest} cannot be used; the last one: {last}.")
 
     def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
         """Return the input of the first stage, and its key in the shard."""
@@ -247,10 +254,12 @@ class Rows:
             return _describe_failure(error, "read"), key
         try:
             key = f"record {row}" if isinstance(opened, TokenShard) else opened.key(row)
+            piece, part = divmod(int(location.piece[place]), self.samples_per_row)
             draws = {
                 "__seed__": self.plan.seed,
                 "__position__": int(self.positions[number]),
-                "__piece__": int(location.piece[place]),
+                "__piece__": piece,
+                "__part__": part,
                 "__is_training__": self.is_training,
             }
             sample = {
@@ -319,25 +328,6 @@ def check_unicode(text: str) -> str:
     return text
 
 
-def name_of_stage(stage: Stage) -> str:
-    """Return a stage's name for messages and counts."""
-    return getattr(stage, "__name__", None) or type(stage).__name__
-
-
-class WebDatasetStage:
-    """Wrap a WebDataset stage, which maps one iterable of samples to another: `WebDatasetStage(wds.decode())`.
-
-    The wrapped stage must yield at most one sample per input sample.
-    """
-
-    def __init__(self, stage: Callable[[Iterable[Sample]], Iterable[Sample]]) -> None:
-        self.stage = stage
-
-    def __call__(self, sample: Sample) -> Sample | None:
-        """Apply the stage."""
-        return next(iter(self.stage([sample])), None)
-
-
 class Pipeline(ABC):
     """Turns rows into batches of one modality. It is sent to loader processes, so it must be picklable.
 
@@ -346,6 +336,21 @@ class Pipeline(ABC):
 
     # small microbatches share a message of up to this many rows; 1 unless a message costs more than making its rows
     rows_per_message = 1
+    _stages = Stages()
+
+    @property
+    def stages(self) -> Stages:
+        """The stages of a sample. Assign another list to change them: `pipeline.stages.insert(...)`."""
+        return self._stages
+
+    @stages.setter
+    def stages(self, stages: Iterable[Stage]) -> None:
+        self._stages = stages if isinstance(stages, Stages) else Stages(stages)
+
+    @staticmethod
+    def name_stages(params: DataParams, stages: Sequence[Stage]) -> Stages:
+        """Return stages under the names that the params give them."""
+        return Stages(dict(zip(params.default_stages(), stages, strict=True)))
 
     def check(self, reader: ShardReader) -> None:  # noqa: B027 (optional)
         """Check the datasets before training.
@@ -379,3 +384,14 @@ PIPELINES: Registry[Callable[[DataParams], Pipeline]] = Registry(
     "data.dataset_modality", package="vla_foundry.data.pipelines", decorator="register_pipeline"
 )
 register_pipeline = PIPELINES.register
+
+
+def create_pipeline(modality: str, params: DataParams) -> Pipeline:
+    """Create the pipeline of a modality, with the user's changes of its stages.
+
+    Raises:
+        ValueError: the modality, a stage or a function is unknown.
+    """
+    pipeline = PIPELINES.get(modality)(params)
+    pipeline.stages = pipeline.stages.with_params(params)
+    return pipeline

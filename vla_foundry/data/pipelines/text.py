@@ -71,7 +71,7 @@ class TextPipeline(Pipeline):
         self.row_length = params.seq_len + 1
         self.mask_documents = params.mask_documents
         self.vocab_size = min(params.vocab_size or _MAX_TOKEN + 1, _MAX_TOKEN + 1)
-        self.stages = tuple(stages)
+        self.stages = stages
         self._params = params
         # dataset -> tokens in each of its records
         self._record_lengths: dict[int, int] = {}
@@ -100,6 +100,7 @@ class TextPipeline(Pipeline):
         input_ids = np.zeros((len(rows), self.row_length), dtype=np.int32)
         ends: list[np.ndarray | None] = [None] * len(rows)
         others = []
+        has_own_stages = tuple(self.stages) == DEFAULT_STAGES
         dataset, _, row, _, piece = (array.tolist() for array in rows.location)
         for number in range(len(rows)):
             try:
@@ -107,7 +108,7 @@ class TextPipeline(Pipeline):
             except Dropped:
                 others.append(number)
                 continue
-            if not isinstance(shard, TokenShard) or self.stages != DEFAULT_STAGES:
+            if not isinstance(shard, TokenShard) or not has_own_stages:
                 others.append(number)
                 continue
             length = self._record_length(dataset[number])

@@ -142,7 +142,8 @@ class TextUntokenizedPipeline(Pipeline):
         self.mask_documents = params.mask_documents
         self._tokenize = Tokenize(params.tokenizer)
         self._bound = BoundLength(max(MAX_ROWS_PER_SAMPLE * params.seq_len, MIN_MAX_TOKENS))
-        self.stages = (decode_text, drop_empty, self._tokenize, self._bound) if stages is None else tuple(stages)
+        default = (decode_text, drop_empty, self._tokenize, self._bound)
+        self.stages = self.name_stages(params, default) if stages is None else stages
         self._is_loaded = False
 
     def __getstate__(self) -> dict[str, object]:

@@ -20,6 +20,7 @@ from vla_foundry.config.schema import (
     Size,
     register_choice,
 )
+from vla_foundry.params.data.stages import StageParams, order_stages
 from vla_foundry.params.facts import Facts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
@@ -87,6 +88,10 @@ class DataParams(ChoiceParams):
     # tokenizers, robot fields, cameras
     accept_contradictions: bool = False
     dataset_cache: DatasetCacheParams = field(default_factory=DatasetCacheParams)
+    # stages to insert into the pipeline of a sample, or to replace, move or remove, by name
+    stages: dict[str, StageParams] = field(default_factory=dict)
+    # names of the pipeline's stages in order; null: its own, with the changes of `stages`
+    stage_order: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +105,10 @@ class DataParams(ChoiceParams):
                         f"Give one for each manifest, or leave {name} out (null)."
                     )
             self._check_modalities(f"{prefix}dataset_modality", getattr(self, f"{prefix}dataset_modality"))
+        if (self.stages or self.stage_order) and not self.modalities:
+            raise ValueError("stages and stage_order belong to one dataset: --data.datasets.NAME.stages.")
+        if self.default_stages():
+            order_stages(self.default_stages(), self.stages, self.stage_order)
 
     def _check_modalities(self, name: str, modalities: list[str]) -> None:
         for modality in modalities:
@@ -107,6 +116,10 @@ class DataParams(ChoiceParams):
                 message = unknown_name_message(name, modality, list(self.modalities))
                 message = message.replace("is unknown", f"does not go with type '{self.type}'")
                 raise ValueError(message.replace("Registered:", "Choose from:"))
+
+    def default_stages(self) -> list[str]:
+        """Return the names of the stages that data of this type goes through, in order; empty: not known here."""
+        return []
 
     def tokenizer_name(self) -> str | None:
         """Return the tokenizer named here (name or folder), for types that have one."""
@@ -137,6 +150,9 @@ class DataParams(ChoiceParams):
             workers = min(_MOST_WORKERS, max(1, facts.num_cpus // facts.ranks_per_node))
             source = f"{facts.num_cpus} cores / {facts.ranks_per_node} ranks, at most {_MOST_WORKERS}"
             derived["num_workers"] = Derived(workers, source)
+        if self.stage_order is None and self.default_stages():
+            order = order_stages(self.default_stages(), self.stages, None)
+            derived["stage_order"] = Derived(order, "data.stages" if self.stages else "data.type")
         for prefix in ("", "val_"):
             count = len(getattr(self, f"{prefix}dataset_manifest"))
             if count and not getattr(self, f"{prefix}dataset_weighting"):
@@ -156,6 +172,11 @@ class DataParams(ChoiceParams):
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.val_dataset_manifest "
                 "FOLDER/manifest.jsonl, or --total_val_samples null."
             )
+        for name, stage in self.stages.items():
+            try:
+                _ = stage.load() if stage.use is not None else None
+            except ValueError as error:
+                raise ValueError(f"{path}.stages.{name}: {error}") from None
         for dataset in (*facts.datasets, *facts.val_datasets):
             if dataset.num_samples == 0:
                 raise ValueError(f"{dataset.manifest} holds no samples. Leave it out, or make the dataset again.")

@@ -35,6 +35,10 @@ class ImageCaptionDataParams(ImageProcessorParams, DataParams):
         for prompt in self.prompts:
             template_fields(prompt)  # a broken template is an error before anything is read
 
+    def default_stages(self) -> list[str]:
+        """Return the names of the stages of a captioned image."""
+        return ["create_turns", "prepare_images", "encode"]
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Also derive the processor or tokenizer, image size, tokens per image, and whether rows are packed."""
         model = root.model.image_inputs()

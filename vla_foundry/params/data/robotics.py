@@ -1,7 +1,7 @@
 """Params of robot data: which cameras, fields and steps make a sample, and how they are normalized."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
@@ -246,13 +246,20 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         """Return the steps of a sample; None: not known yet."""
         return None if None in (self.lowdim_past_timesteps, self.lowdim_future_timesteps) else self.window
 
+    def default_stages(self) -> list[str]:
+        """Return the names of the stages of a robot sample."""
+        language = [] if self.use_language is False else ["choose_instruction"]
+        fields = ["compute_relative_poses", "normalize_actions", "normalize_proprioception"]
+        return [*fields, *language, "prepare_images", "encode"]
+
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Also derive cameras, images, steps, pose groups and widths from the datasets, and the model's processor."""
-        derived = super().derive(root, facts)
         model = root.model.image_inputs()
         if self.use_language is None:
-            derived["use_language"] = Derived(model.takes_text, "the model")
-        if derived["use_language"].value if self.use_language is None else self.use_language:
+            derived = replace(self, use_language=model.takes_text).derive(root, facts)
+            return derived | {"use_language": Derived(model.takes_text, "the model")}
+        derived = super().derive(root, facts)
+        if self.use_language:
             derived |= self.derive_processor(model, facts)
         else:
             derived |= self.derive_colors(facts)

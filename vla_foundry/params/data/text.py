@@ -22,6 +22,12 @@ class TextDataParams(DataParams):
     # drop records with token ids that are not below this; null: the rows of the model's token table
     vocab_size: NumTokens | None = None
 
+    def default_stages(self) -> list[str]:
+        """Return the names of the stages of tokenized or of raw text."""
+        if (self.dataset_modality or self.modalities)[0] == "text":
+            return ["decode_json_tokens", "require_tokens"]
+        return ["decode_text", "drop_empty", "tokenize", "bound_length"]
+
     def count_pieces(self, seq_len: int) -> int:
         """Return how many samples a stored record of seq_len + 1 tokens is cut into.
 

@@ -12,7 +12,7 @@ import pytest
 import webdataset as wds
 
 from tests.essential.text_rows import create_rows, lengths_by_row, read
-from vla_foundry.data.pipelines.stages import WebDatasetStage
+from vla_foundry.data.pipelines import WebDatasetStage
 from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline, create_text_batch, decode_json_tokens
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.text import TextDataParams
