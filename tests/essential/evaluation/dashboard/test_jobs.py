@@ -116,8 +116,8 @@ def queue_that_ends(tmp_path: Path, toy_simulator: None, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_that_ends: Queue) -> None:
     queue = queue_that_ends
-    long = queue.add(FLAGS | {"name": "long", "episodes": "0:2000", "batch_size": "2"})
-    dies = queue.add(FLAGS | {"name": "dies", "tasks": "none"})
+    long = queue.add(FLAGS | {"name": "long", "episodes": "0:10000", "batch_size": "2"})
+    dies = queue.add(FLAGS | {"name": "dies", "tasks": "nowhere"})
     done = queue.add(FLAGS | {"name": "done"})
     wait_for(queue, lambda: num_trials(queue, long) > 3)
     assert [job.state for job in queue.jobs()] == ["queued", "queued", "running"]
@@ -133,7 +133,7 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     wait_for(later, lambda: read_job(path_of(later, done)).state == "done")
     failed = read_job(path_of(later, dies))
     assert (failed.state, failed.note) == ("failed", "exit code 2")
-    assert "error: toy task 'none' is unknown." in later.log(failed)
+    assert "error: toy task 'nowhere' is unknown." in later.log(failed)
     assert num_trials(later, done) == 4
     # it goes on where it was; a process that is killed is noticed
     before = json.loads(next(tmp_path.glob("long/easy/rollouts/*/results.json")).read_text(encoding="utf-8"))

@@ -157,7 +157,7 @@ def queue_and_stop(page: Page, phone: Page) -> None:
     page.locator("#queue").click()
     expect(page.locator("#fault")).to_contain_text("Give either a checkpoint")
     pick(page, "form_policy", "null")
-    for field, text in {"name": "slow", "simulator": "toy", "episodes": "0:2000"}.items():
+    for field, text in {"name": "slow", "simulator": "toy", "episodes": "0:10000"}.items():
         page.locator(f"#form_{field} :is(input, textarea)").fill(text)
     page.locator("#form_more :is(input, textarea)").fill("--batch_size 2 --num_workers 1 --output /tmp")
     page.locator("#queue").click()
@@ -167,7 +167,7 @@ def queue_and_stop(page: Page, phone: Page) -> None:
     phone.get_by_role("tab", name="Experiments").click()
     expect(phone.locator("#jobs")).to_contain_text("slow")
     expect(phone.locator("#log textarea")).to_have_value(re.compile(r"^\$ vla-foundry evaluate "))
-    expect(phone.locator("#jobs")).to_contain_text(re.compile(r"[1-9]\d* of 2000"))
+    expect(phone.locator("#jobs")).to_contain_text(re.compile(r"[1-9]\d* of 10000"))
     phone.locator("#stop").click()
     expect(page.locator("#jobs")).to_contain_text("stopped")
 
