@@ -7,8 +7,9 @@ import tarfile
 from functools import lru_cache
 from typing import BinaryIO
 
+from vla_foundry.data.ranges import LocalBytes, ShardBytes
 from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index, sha256_of
-from vla_foundry.storage.uri import read_text, write_text
+from vla_foundry.storage.uri import exists, read_text, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -64,10 +65,27 @@ def index_name(tar_name: str) -> str:
     return tar_name.removesuffix(".tar") + ".index.json"
 
 
+def read_remote_index(uri: str) -> ShardIndex | None:
+    """Return the index beside a remote shard; None: there is none."""
+    try:
+        return parse_index(read_text(index_name(uri)), index_name(uri))
+    except FileNotFoundError:
+        return None
+
+
+def fetch_index(uri: str, path: str) -> None:
+    """Download a remote shard's index, if it exists, beside the cached shard."""
+    if not exists(index_name(path)):
+        try:
+            write_text(index_name(path), read_text(index_name(uri)))
+        except FileNotFoundError:
+            return
+
+
 def load_index(file: BinaryIO, path: str) -> ShardIndex:
     """Return the index of a local shard.
 
-    The index beside the shard is used if it is newer than the tar and matches it (see `_fits`), else one from this
+    The index beside the shard is used if it is newer than the tar and matches it (see `fits`), else one from this
     user's cache. Otherwise the tar is read once, and its index is written beside it or, if the folder is read-only, to
     the cache.
 
@@ -106,7 +124,7 @@ def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
         return None
     try:
         index = parse_index(read_text(candidate), candidate)
-        if is_newer and _fits(file, index):
+        if is_newer and fits(LocalBytes(file), index):
             return index
         _logger.info("%s belongs to an earlier state of its shard; it is made again.", candidate)
     except ValueError as error:
@@ -114,9 +132,9 @@ def _read_fitting(file: BinaryIO, candidate: str) -> ShardIndex | None:
     return None
 
 
-def _fits(file: BinaryIO, index: ShardIndex) -> bool:
+def fits(tar: ShardBytes, index: ShardIndex) -> bool:
     """Compare the tar's size, and the headers of its first and last members, with the index."""
-    if os.fstat(file.fileno()).st_size != index.num_bytes:
+    if tar.num_bytes != index.num_bytes:
         return False
     if index.records is not None:
         spans = [index.records.tokens, index.records.document_offsets]
@@ -125,12 +143,12 @@ def _fits(file: BinaryIO, index: ShardIndex) -> bool:
         spans = [span for episode in ends for span in episode.members.values()]
     else:
         spans = [span for _, members in (*index.samples[:1], *index.samples[-1:]) for span in members.values()]
-    return all(_has_header(file, span) for span in spans)
+    return all(_has_header(tar, span) for span in spans)
 
 
-def _has_header(file: BinaryIO, span: MemberSpan) -> bool:
-    header = os.pread(file.fileno(), tarfile.BLOCKSIZE, max(span.offset - tarfile.BLOCKSIZE, 0))
+def _has_header(tar: ShardBytes, span: MemberSpan) -> bool:
     try:
+        header = tar.read(max(span.offset - tarfile.BLOCKSIZE, 0), tarfile.BLOCKSIZE)
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == span.size
     except tarfile.TarError:
         return False

@@ -302,7 +302,8 @@ def create_dataloader(
 def _create_reader(params: DataParams, datasets: list[Dataset]) -> ShardReader:
     cache_params = params.dataset_cache
     folder = cache_params.cache_dir or os.path.join(user_cache_folder(), "shards")
-    return ShardReader(datasets, ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9)))
+    cache = ShardCache(os.path.abspath(folder), int(cache_params.cache_size_gb * 1e9))
+    return ShardReader(datasets, cache, by_ranges=cache_params.mode == "ranges")
 
 
 def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:

@@ -1,10 +1,11 @@
 """Read any sample or record by (dataset, shard, row), without reading the samples before it."""
 
-import errno
+import logging
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
@@ -12,15 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
-from vla_foundry.data.indexing import index_name, is_intact, load_index
+from vla_foundry.data.indexing import fetch_index, fits, is_intact, load_index, read_remote_index
+from vla_foundry.data.plan import Location
+from vla_foundry.data.ranges import LocalBytes, RemoteBytes, ShardBytes
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
-from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords, parse_index
+from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords
 from vla_foundry.storage.local import name_errors
 from vla_foundry.storage.npz import NpzFile, ReadRange
-from vla_foundry.storage.uri import exists, is_remote, join_uri, parent_uri, read_text, write_text
+from vla_foundry.storage.uri import is_remote, join_uri, parent_uri
 
+_logger = logging.getLogger(__name__)
 # most shards that a process keeps open; each costs a file descriptor, plus its index
 _MAX_OPEN_SHARDS = 256
+# bytes between two members that are read together
+_MOST_BETWEEN = 4096
 # episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
 
@@ -70,7 +76,7 @@ class TokenShard:
 
     Args:
         uri: name of the shard, for messages.
-        file: the open tar; may be closed afterwards.
+        tar: its bytes.
         records: where the arrays lie in the tar.
         num_records: number of records (N).
 
@@ -78,8 +84,8 @@ class TokenShard:
         ValueError: the array sizes contradict each other.
     """
 
-    def __init__(self, uri: str, file: BinaryIO, records: TokenRecords, num_records: int) -> None:
-        self._descriptor = os.dup(file.fileno())
+    def __init__(self, uri: str, tar: ShardBytes, records: TokenRecords, num_records: int) -> None:
+        self._tar = tar
         self.uri = uri
         self.record_length = records.record_length
         self._num_records = num_records
@@ -90,7 +96,7 @@ class TokenShard:
             (records.document_offsets, 8),
             (records.document_ends, 4),
         ):
-            if span.size % item_size or span.offset + span.size > os.fstat(self._descriptor).st_size:
+            if span.size % item_size or span.offset + span.size > tar.num_bytes:
                 raise ValueError(f"{uri}: its records are cut off. Make the dataset again.")
         if not self._is_consistent():
             raise ValueError(f"{uri}: its document boundaries do not fit its {num_records} records. Make it again.")
@@ -111,9 +117,6 @@ class TokenShard:
     def __len__(self) -> int:
         return self._num_records
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
-
     def read(self, row: int, first_token: int = 0, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return a record: its tokens, uint16 or uint32 [T], and its documents' ends, uint32; see TokenRecords.
 
@@ -131,7 +134,12 @@ class TokenShard:
 
     def _read(self, span: MemberSpan, first: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         size = np.dtype(dtype).itemsize
-        return np.frombuffer(_read_span(self._descriptor, span.offset + first * size, count * size), dtype)
+        return np.frombuffer(self._tar.read(span.offset + first * size, count * size), dtype)
+
+    def read_ahead(self, rows: Iterable[int]) -> None:
+        """Fetch the tokens of records before they are read, if they are remote."""
+        size = self.record_length * self._token_type.itemsize
+        self._tar.want((self._records.tokens.offset + row * size, size) for row in rows)
 
 
 class SampleShard:
@@ -142,13 +150,12 @@ class SampleShard:
 
     Args:
         uri: name of the shard, for messages.
-        file: the open tar; may be closed afterwards.
+        tar: its bytes.
         index: the shard's index.
     """
 
-    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex) -> None:
-        # closed once nothing uses the shard: a batch may use more shards than are kept open
-        self._descriptor = os.dup(file.fileno())
+    def __init__(self, uri: str, tar: ShardBytes, index: ShardIndex) -> None:
+        self._tar = tar
         self.uri = uri
         members = [(suffix, span) for _, spans in index.samples for suffix, span in spans.items()]
         self._keys = [key for key, _ in index.samples]
@@ -163,9 +170,6 @@ class SampleShard:
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
     def key(self, row: int) -> str:
         """Return a sample's key: the common prefix of its member names."""
@@ -197,7 +201,22 @@ class SampleShard:
         Raises:
             OSError: the file cannot be read.
         """
-        return _read_span(self._descriptor, int(self._offsets[member]), int(self._sizes[member]))
+        return self._tar.read(int(self._offsets[member]), int(self._sizes[member]))
+
+    def read_ahead(self, rows: Iterable[int]) -> None:
+        """Fetch samples before they are read, each by one request, if they are remote."""
+        self._tar.want([span for row in rows for span in self._spans(row)])
+
+    def _spans(self, row: int) -> list[tuple[int, int]]:
+        """Return a sample's ranges: one, but for members that are far apart."""
+        members = slice(self._starts[row], self._starts[row + 1])
+        spans: list[tuple[int, int]] = []
+        for first, size in sorted(zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True)):
+            if spans and first - sum(spans[-1]) <= _MOST_BETWEEN:
+                spans[-1] = (spans[-1][0], max(sum(spans[-1]), first + size) - spans[-1][0])
+            else:
+                spans.append((first, size))
+        return spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,13 +233,13 @@ class EpisodeShard:
 
     Args:
         uri: name of the shard, for messages.
-        file: the open tar; may be closed afterwards.
+        tar: its bytes.
         index: the shard's index.
         is_checked: the tar's checksum was compared; False: check each array of an episode before its first use.
     """
 
-    def __init__(self, uri: str, file: BinaryIO, index: ShardIndex, *, is_checked: bool) -> None:
-        self._descriptor = os.dup(file.fileno())
+    def __init__(self, uri: str, tar: ShardBytes, index: ShardIndex, *, is_checked: bool) -> None:
+        self._tar = tar
         self.uri = uri
         self._is_checked = is_checked
         self._keys = [episode.key for episode in index.episodes]
@@ -239,9 +258,6 @@ class EpisodeShard:
 
     def __len__(self) -> int:
         return len(self._anchors)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
     def key(self, row: int) -> str:
         """Return a sample's key, the same as in the layout "samples"."""
@@ -265,7 +281,7 @@ class EpisodeShard:
                 if suffix not in members:
                     raise ValueError(f"episode '{key}' has no member '{suffix}'")
             span = members[EPISODE_SUFFIX]
-            info = parse_episode(_read_span(self._descriptor, span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
+            info = parse_episode(self._tar.read(span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
             stored = members[LOWDIM_SUFFIX]
             arrays = NpzFile(self._range_reader(stored), stored.size, is_checked=self._is_checked)
             opened = OpenEpisode(info, arrays)
@@ -286,21 +302,14 @@ class EpisodeShard:
         if spans is None:
             return None
         offset, size = spans[frame].tolist()
-        return _read_span(self._descriptor, offset, size)
+        return self._tar.read(offset, size)
+
+    def read_ahead(self, rows: Iterable[int]) -> None:
+        """Fetch nothing: which frames of an episode a window needs is known only when it is cut."""
 
     def _range_reader(self, span: MemberSpan) -> ReadRange:
-        descriptor = self._descriptor
-        return lambda offset, size: _read_span(descriptor, span.offset + offset, max(0, min(size, span.size - offset)))
-
-
-def _read_span(descriptor: int, offset: int, size: int) -> bytes:
-    content = os.pread(descriptor, size, offset)
-    while len(content) < size:  # one read returns at most 2 GiB
-        more = os.pread(descriptor, size - len(content), offset + len(content))
-        if not more:
-            raise OSError(errno.EIO, "the file is cut off")
-        content += more
-    return content
+        tar = self._tar
+        return lambda offset, size: tar.read(span.offset + offset, max(0, min(size, span.size - offset)))
 
 
 Shard: TypeAlias = TokenShard | SampleShard | EpisodeShard
@@ -312,11 +321,13 @@ class ShardReader:
     Args:
         datasets: the datasets to read.
         cache: cache for remote shards.
+        by_ranges: read remote shards that have an index by ranges, and do not download them.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], cache: ShardCache) -> None:
+    def __init__(self, datasets: Sequence[Dataset], cache: ShardCache, *, by_ranges: bool = False) -> None:
         self.datasets = tuple(datasets)
         self.cache = cache
+        self.by_ranges = by_ranges
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         # (dataset, shard): whether its bytes are those of the manifest
         self._intact: dict[tuple[int, int], bool] = {}
@@ -349,13 +360,20 @@ class ShardReader:
         dataset, uri = self.datasets[number], self.datasets[number].shard_uri(shard)
         if not self._intact.get((number, shard), True):
             raise Dropped("damaged shard", f"its bytes have another SHA-256 than in {dataset.manifest}")
+        if dataset.is_remote and self.by_ranges:
+            tar, index = RemoteBytes(uri), read_remote_index(uri)
+            _check_size(dataset, shard, tar.num_bytes)
+            if index is not None and fits(tar, index):
+                _check_count(dataset, shard, index.num_sequences)
+                return _create_shard(uri, tar, index, is_checked=False)
+            _logger.warning("%s has no index that fits it: it is downloaded as a whole.", uri)
         if dataset.is_remote:
             try:
                 file, path = self.cache.open(dataset.remote_shard(shard))
             except DamagedShardError as error:
                 self._intact[number, shard] = False
                 raise Dropped("damaged shard", str(error)) from None
-            _fetch_index(uri, path)
+            fetch_index(uri, path)
         else:
             file, path = _open_local(uri, dataset.manifest), uri
         with file:
@@ -367,11 +385,24 @@ class ShardReader:
                     return self._open_shard(number, shard)
             index = load_index(file, path)
             _check_count(dataset, shard, index.num_sequences)
-            if index.records is not None:
-                return TokenShard(uri, file, index.records, index.num_sequences)
-            if index.episodes:
-                return EpisodeShard(uri, file, index, is_checked=sha256 is not None)
-            return SampleShard(uri, file, index)
+            return _create_shard(uri, LocalBytes(file), index, is_checked=sha256 is not None)
+
+    def read_ahead(self, location: Location) -> None:
+        """Fetch samples before they are read, if they are remote and read by ranges."""
+        rows: dict[tuple[int, int], list[int]] = {}
+        for dataset, shard, row in zip(*(array.tolist() for array in location[:3]), strict=True):
+            rows.setdefault((dataset, shard), []).append(row)
+        for (dataset, shard), numbers in rows.items():
+            with suppress(ValueError, OSError):  # raised when the sample is read
+                self.open(dataset, shard).read_ahead(numbers)
+
+
+def _create_shard(uri: str, tar: ShardBytes, index: ShardIndex, *, is_checked: bool) -> Shard:
+    if index.records is not None:
+        return TokenShard(uri, tar, index.records, index.num_sequences)
+    if index.episodes:
+        return EpisodeShard(uri, tar, index, is_checked=is_checked)
+    return SampleShard(uri, tar, index)
 
 
 def _max_open_shards() -> int:
@@ -385,15 +416,6 @@ def _open_local(path: str, manifest: str) -> BinaryIO:
         return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"Shard {path}, which {manifest} lists, is missing.") from None
-
-
-def _fetch_index(uri: str, path: str) -> None:
-    """Download a remote shard's index, if it exists, beside the cached shard."""
-    if not exists(index_name(path)):
-        try:
-            write_text(index_name(path), read_text(index_name(uri)))
-        except FileNotFoundError:
-            return
 
 
 def _check_size(dataset: Dataset, shard: int, num_bytes: int) -> None:
@@ -416,9 +438,5 @@ def _check_count(dataset: Dataset, shard: int, num_sequences: int) -> None:
 
 def read_remote_record_length(dataset: Dataset) -> int | None:
     """Return a remote dataset's tokens per record; None without records, or if finding out would need a download."""
-    name = index_name(dataset.shard_uri(0))
-    try:
-        records = parse_index(read_text(name), name).records
-    except FileNotFoundError:
-        return None
-    return records.record_length if records is not None else None
+    index = read_remote_index(dataset.shard_uri(0))
+    return None if index is None or index.records is None else index.records.record_length

@@ -10,6 +10,7 @@ masks as bits.
 
 import contextlib
 import fcntl
+import itertools
 import math
 import os
 import signal
@@ -206,7 +207,7 @@ class Microbatches(torch.utils.data.Dataset):
     def _create_message(self, number: int, drops: Drops) -> Message:
         positions, location = self._locate(number)
         if self._is_remote and len(positions):
-            self._fetch_ahead(int(positions[0]))
+            self._fetch_ahead(location, int(positions[0]))
         rows = Rows(
             positions,
             location,
@@ -244,7 +245,13 @@ class Microbatches(torch.utils.data.Dataset):
             }
         return self._located.pop(number)
 
-    def _fetch_ahead(self, position: int) -> None:
+    def _fetch_ahead(self, location: Location, position: int) -> None:
+        if self._reader.by_ranges:
+            # these samples, and those that this worker makes next
+            following = [location for _, location in itertools.islice(self._located.values(), 1)]
+            parts = zip(*(each for each in (location, *following)), strict=True)
+            self._reader.read_ahead(Location(*(np.concatenate(arrays) for arrays in parts)))
+            return
         ahead = self._plan.shards_ahead(position)
         if ahead == self._ahead:
             return

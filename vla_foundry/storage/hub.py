@@ -78,21 +78,21 @@ class HubStorage:
     """See vla_foundry.storage.uri.Storage."""
 
     def open_input(self, uri: str) -> BinaryIO:
-        self.size_of(uri)
+        self.describe(uri)
         with _named_errors(uri):
             return cast(BinaryIO, _file_system().open(uri, "rb", block_size=_READ_SIZE))
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+    def read_range(self, uri: str, offset: int, size: int, version: str | None = None) -> bytes:
         with _named_errors(uri), _file_system().open(uri, "rb", block_size=size, cache_type="none") as file:
             file.seek(offset)
             return file.read(size)
 
-    def size_of(self, uri: str) -> int:
+    def describe(self, uri: str) -> Listed:
         with _named_errors(uri):
             info = _file_system().info(uri)
         if info["type"] != "file":
             raise FileNotFoundError(f"{uri} is not a file.")
-        return info["size"]
+        return _listed(info)
 
     def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         file_system = _file_system()
@@ -103,11 +103,7 @@ class HubStorage:
                 found = {name: info for name, info in found.items() if matches(f"hf://{name}")}
             else:
                 found = file_system.find(folder_or_glob, detail=True)
-        files = {
-            f"hf://{name}": Listed(info["size"], info.get("blob_id") or info.get("xet_hash") or "")
-            for name, info in found.items()
-            if info["type"] == "file"
-        }
+        files = {f"hf://{name}": _listed(info) for name, info in found.items() if info["type"] == "file"}
         if not files:
             raise FileNotFoundError(f"Nothing found at {folder_or_glob}.")
         return files
@@ -116,7 +112,7 @@ class HubStorage:
         self._commit(uri, data)
 
     def download(self, uri: str, path: str) -> None:
-        size = self.size_of(uri)
+        size = self.describe(uri).size
         with replace_file(path) as temporary:
             with (
                 _named_errors(uri),
@@ -151,6 +147,10 @@ class HubStorage:
         with _named_errors(uri):
             if _file_system().exists(uri):
                 _file_system().rm_file(uri)
+
+
+def _listed(info: dict[str, Any]) -> Listed:
+    return Listed(info["size"], info.get("blob_id") or info.get("xet_hash") or "")
 
 
 def find_published(name: str, *, fetch: bool = False) -> str | None:

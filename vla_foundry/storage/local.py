@@ -113,16 +113,17 @@ class LocalStorage:
             raise FileNotFoundError(f"{uri} is not a file.")
         return open(path, "rb")
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+    def read_range(self, uri: str, offset: int, size: int, version: str | None = None) -> bytes:
         with self.open_input(uri) as file:
             file.seek(offset)
             return file.read(size)
 
-    def size_of(self, uri: str) -> int:
+    def describe(self, uri: str) -> Listed:
         path = _local(uri)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{uri} is not a file.")
-        return os.path.getsize(path)
+        status = os.stat(path)
+        return Listed(status.st_size, status.st_mtime_ns)
 
     def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         path = _local(folder_or_glob)

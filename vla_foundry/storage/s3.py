@@ -7,17 +7,29 @@ unsigned requests, for public buckets.
 import functools
 import io
 import os
+import queue
+import random
+import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any, BinaryIO, cast
 
 from vla_foundry.storage.local import IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20
-# attempts to read the body of one response; botocore retries the requests themselves
+# attempts to read one range; botocore retries what fails before the first byte
 _READ_ATTEMPTS = 5
+# wait before the second attempt, about; it doubles each time
+_FIRST_WAIT_SECONDS = 0.5
+# a range that comes slower is asked for again
+_SLOWEST_BYTES_PER_SECOND = 50e3
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+# a file is downloaded in parts of this size, as many at once as there are threads
+_PART_SIZE, _NUM_THREADS = 8 << 20, 8
 _MULTIPART_SIZE = 16 << 20
 # a store that hangs is given up after six of these, about four minutes
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 30.0
@@ -71,13 +83,15 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _named_errors(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into FileNotFoundError or a one-line ValueError that names `uri`."""
+def _named_errors(uri: str, passed_on: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn boto3's errors into FileNotFoundError or a one-line ValueError that names `uri`, but for some."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
     try:
         yield
+    except passed_on:
+        raise
     except (NoCredentialsError, PartialCredentialsError):
         raise ValueError(
             f"{uri} needs AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
@@ -116,11 +130,11 @@ class S3Storage:
         size, etag = self._head(uri)
         return cast(BinaryIO, io.BufferedReader(_S3File(uri, size, etag), _READ_SIZE))
 
-    def read_range(self, uri: str, offset: int, size: int) -> bytes:
-        return _read_range(uri, offset, size)
+    def read_range(self, uri: str, offset: int, size: int, version: str | None = None) -> bytes:
+        return _read_range(uri, offset, size, version)
 
-    def size_of(self, uri: str) -> int:
-        return self._head(uri)[0]
+    def describe(self, uri: str) -> Listed:
+        return Listed(*self._head(uri))
 
     def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         bucket, key = _split(folder_or_glob)
@@ -151,12 +165,19 @@ class S3Storage:
             client.upload_fileobj(io.BytesIO(data), bucket, key, Config=_transfer_config())
 
     def download(self, uri: str, path: str) -> None:
-        size, _ = self._head(uri)
-        bucket, key = _split(uri)
-        client = _client()
+        size, etag = self._head(uri)
         with replace_file(path) as temporary:
-            with _named_errors(uri):
-                client.download_file(bucket, key, temporary, Config=_transfer_config())
+            with open(temporary, "xb") as file, ThreadPoolExecutor(_NUM_THREADS) as pool:
+
+                def copy(first: int) -> None:
+                    os.pwrite(file.fileno(), _read_range(uri, first, _PART_SIZE, etag), first)
+
+                copies = [pool.submit(copy, first) for first in range(0, size, _PART_SIZE)]
+                try:
+                    for each in copies:
+                        each.result()
+                finally:
+                    pool.shutdown(cancel_futures=True)
             if os.path.getsize(temporary) != size:
                 raise IncompleteDownload(f"{uri} is truncated: {os.path.getsize(temporary)} of {size} bytes arrived.")
 
@@ -175,26 +196,79 @@ class S3Storage:
             client.delete_object(Bucket=bucket, Key=key)
 
 
+class _BadAnswer(Exception):
+    """An answer without the bytes that were asked for: worth another try."""
+
+
 def _read_range(uri: str, offset: int, size: int, etag: str | None = None) -> bytes:
-    client = _client()
-    from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    for attempt in range(1, _READ_ATTEMPTS + 1):
+        try:
+            return _within(
+                _CONNECT_SECONDS + _READ_SECONDS + size / _SLOWEST_BYTES_PER_SECOND, _ask, uri, offset, size, etag
+            )
+        except (_BadAnswer, HTTPClientError, IncompleteReadError) as error:
+            if attempt == _READ_ATTEMPTS:
+                raise ValueError(f"{uri}: {_one_line(error)} ({attempt} attempts)") from None
+        # the processes of a run must not all come back at the same time
+        time.sleep(random.uniform(0.5, 1) * _FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _ask(uri: str, offset: int, size: int, etag: str | None) -> bytes:
+    """Return a range as one answer gives it; nothing, if the file ends before it begins."""
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
     bucket, key = _split(uri)
     request = {"Bucket": bucket, "Key": key, "Range": f"bytes={offset}-{offset + size - 1}"}
     if etag is not None:
         request["IfMatch"] = etag
-    for attempt in range(1, _READ_ATTEMPTS + 1):
-        with _named_errors(uri):
-            try:
-                return client.get_object(**request)["Body"].read()
-            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                if attempt == _READ_ATTEMPTS:
-                    raise
-            except ClientError as error:
-                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
-                    return b""  # the file ends before the range begins
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    client = _client()
+    with _named_errors(uri, (HTTPClientError, IncompleteReadError)):
+        try:
+            answer = client.get_object(**request)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                return b""
+            raise
+        with closing(answer["Body"]) as body:
+            span = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
+            size_of_answer = answer["ContentLength"]
+            # without a range it is the whole file
+            first, last, total = map(int, span.groups()) if span else (0, size_of_answer - 1, size_of_answer)
+            if (first, last) != (offset, min(offset + size, total) - 1):
+                raise _BadAnswer(f"the store sent bytes {first} to {last}, not {size} bytes from byte {offset}")
+            data = body.read()
+    if len(data) != last - first + 1:
+        raise _BadAnswer(f"{len(data)} of {last - first + 1} bytes arrived")
+    return data
+
+
+def _within(seconds: float, function: Callable[..., bytes], *arguments: Any) -> bytes:
+    """Return a function's result.
+
+    The timeouts of sockets start again with every byte, so a store that trickles is left to a thread of its own.
+
+    Raises:
+        _BadAnswer: it takes longer.
+    """
+    results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(function(*arguments))
+        except Exception as error:  # raised below, in the thread that asked
+            results.put(error)
+
+    threading.Thread(target=run, daemon=True, name="s3-read").start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise _BadAnswer(f"no whole answer within {seconds:.0f} s: the store is too slow") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 class _S3File(io.RawIOBase):

@@ -26,8 +26,8 @@ class Storage(Protocol):
     """Interface of a storage backend; `uri` is always the full name, scheme included."""
 
     def open_input(self, uri: str) -> BinaryIO: ...
-    def read_range(self, uri: str, offset: int, size: int) -> bytes: ...
-    def size_of(self, uri: str) -> int: ...
+    def read_range(self, uri: str, offset: int, size: int, version: str | None = None) -> bytes: ...
+    def describe(self, uri: str) -> Listed: ...
     def list_entries(self, folder_or_glob: str) -> dict[str, Listed]: ...
     def write_bytes(self, uri: str, data: bytes) -> None: ...
     def download(self, uri: str, path: str) -> None: ...
@@ -105,11 +105,15 @@ def open_input(uri: str) -> BinaryIO:
     return _storage_of(uri).open_input(uri)
 
 
-def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Read `size` bytes from `offset`; fewer only at the end of the file."""
+def read_range(uri: str, offset: int, size: int, version: str | None = None) -> bytes:
+    """Read `size` bytes from `offset`; fewer only at the end of the file.
+
+    Args:
+        version: see Listed; S3 refuses to send bytes of another version.
+    """
     assert offset >= 0, "offset must not be negative"
     assert size >= 0, "size must not be negative"
-    return _storage_of(uri).read_range(uri, offset, size) if size else b""
+    return _storage_of(uri).read_range(uri, offset, size, version) if size else b""
 
 
 def read_bytes(uri: str) -> bytes:
@@ -153,7 +157,12 @@ def read_yaml(uri: str) -> Any:
 
 def size_of(uri: str) -> int:
     """Return the size of a file in bytes."""
-    return _storage_of(uri).size_of(uri)
+    return describe(uri).size
+
+
+def describe(uri: str) -> Listed:
+    """Return the size of a file and its version."""
+    return _storage_of(uri).describe(uri)
 
 
 def file_test(folder: str) -> Callable[[str], bool]:

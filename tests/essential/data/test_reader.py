@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
+from vla_foundry.data import indexing
 from vla_foundry.data import reader as reader_module
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
@@ -79,7 +80,7 @@ def test_index_goes_to_the_users_cache_where_the_folder_is_read_only(
     tmp_path: Path, write_samples: Callable, monkeypatch: pytest.MonkeyPatch, own_user_cache: Path
 ) -> None:
     manifest = write_samples(tmp_path / "d", [[{"txt": b"a"}]])
-    real_write = reader_module.write_text
+    real_write = indexing.write_text
 
     def write(uri: str, text: str) -> None:  # tests may run as root, whom no folder refuses
         if uri.startswith(str(manifest.parent)):

@@ -411,6 +411,7 @@ def test_a_truncated_download_is_tried_again_and_said_if_it_stays_so(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
+    monkeypatch.setattr("vla_foundry.storage.s3._FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(_TruncatingHandler, "says_whole_length", says_whole_length)
     monkeypatch.setattr(_TruncatingHandler, "num_cut", 1)
     uri.download("s3://bucket/x", str(tmp_path / "x"))

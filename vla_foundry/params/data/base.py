@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from vla_foundry.config.schema import (
     BaseParams,
@@ -37,8 +37,11 @@ def register_data_params(name: str) -> Callable[[T], T]:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCacheParams(BaseParams):
-    """`--data.dataset_cache.` The node's cache of remote shards."""
+    """`--data.dataset_cache.` How remote shards are read, and the node's cache of them."""
 
+    # shards: download each shard whole, and keep it; ranges: read only the bytes of the samples, where a shard has an
+    # index; its checksum is not checked then
+    mode: Literal["shards", "ranges"] = "shards"
     # folder of the cache; null: the user's cache folder
     cache_dir: Location | None = None
     # largest size of the cache, gigabytes
