@@ -96,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if fault in ("truncated", "reset", "trickle"):
+            self.close_connection = True
+            self.rfile.close()  # else the socket stays open
             self.connection.close()
 
 
