@@ -92,6 +92,8 @@ def _join(path: str, key: str) -> str:
 def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any, Branch]:
     """Return the concrete class of a choice, and the tree without `type` and without keys left from another type."""
     role = schema.role_of(cls)
+    for migration in migrations_of(role):
+        tree = tree if migration.written_out is None else migration.written_out(tree, path)
     if not schema.is_role(cls) and TYPE_KEY not in tree.children:
         return cls, tree
     type_path = _join(path, TYPE_KEY)

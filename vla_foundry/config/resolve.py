@@ -1,9 +1,10 @@
 """Fill in derived values in one pure pass, check that sections fit together, and print each value's origin."""
 
-import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -93,12 +94,14 @@ class _Derivation:
     def derive_section(self, section: Any, root: Any, facts: Any, path: str) -> Any:
         """Return the section, and the sections in it, with derived values."""
         section = self.fill(section, section.derive(root, facts), path)
-        inner: dict[str, Any] = {}
+        sections: dict[str, Any] = {}
         for name, key, part in _parts(section):
             seen, known = section.view(root, facts, name, key)
-            derived = self.derive_section(part, seen, known, _join(path, name, key))
-            inner[name] = derived if key is None else inner.get(name, {}) | {key: derived}
-        return replace(section, **inner) if inner else section
+            inner = _join(path, name, key)
+            with naming_section(path, inner) if key else nullcontext():
+                derived = self.derive_section(part, seen, known, inner)
+            sections[name] = derived if key is None else sections.get(name, {}) | {key: derived}
+        return replace(section, **sections) if sections else section
 
     def fill(self, section: Any, derived: dict[str, Derived], path: str) -> Any:
         values = {}
@@ -111,6 +114,17 @@ class _Derivation:
                 self.sources[full] = item.source
                 self.notices.extend([item.notice] if item.notice else [])
         return replace(section, **values) if values else section
+
+
+@contextmanager
+def naming_section(path: str, inner: str) -> Iterator[None]:
+    """Name the section at `inner` in the errors of what sees it as the one at `path`; see BaseParams.view."""
+    try:
+        yield
+    except ValueError as error:
+        rest = inner.removeprefix(path)
+        named = re.sub(rf"(?<![\w/.]){path}(?=\.[a-z_])(?!{re.escape(rest)})", inner, str(error))
+        raise type(error)(named) from None
 
 
 def _parts(section: BaseParams) -> Iterator[tuple[str, str | None, BaseParams]]:
@@ -128,11 +142,12 @@ def _join(*keys: str | None) -> str:
 
 
 def _check(section: BaseParams, root: BaseParams, facts: Any, path: str) -> list[str]:
-    below = [
-        _check(part, *section.view(root, facts, name, key), _join(path, name, key))
-        for name, key, part in _parts(section)
-    ]
-    return [*section.check(root, facts, path), *itertools.chain(*below)]
+    notices = section.check(root, facts, path)
+    for name, key, part in _parts(section):
+        inner = _join(path, name, key)
+        with naming_section(path, inner) if key else nullcontext():
+            notices = [*notices, *_check(part, *section.view(root, facts, name, key), inner)]
+    return notices
 
 
 def print_resolved(resolved: Resolved[Any], origins: dict[str, Origin], folder: str | None = None) -> None:

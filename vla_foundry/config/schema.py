@@ -253,6 +253,8 @@ class Migration:
     values: dict[str, dict[str, str | None]] = field(default_factory=dict)
     # roles only: old type -> new type
     retyped: dict[str, Retyped] = field(default_factory=dict)
+    # roles only: (mapping as given, its config path) -> the mapping with short forms written out
+    written_out: Callable[[Any, str], Any] | None = None
 
 
 _migrations: dict[str, Migration] = {}
@@ -278,8 +280,7 @@ def field_types(cls: type) -> dict[str, Any]:
 @functools.cache
 def annotated_types(cls: type) -> dict[str, Any]:
     """Return the type of each field of a dataclass, in order and with annotations."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {item.name: hints[item.name] for item in fields(cls)}
+    return {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name in field_types(cls)}
 
 
 def map_annotated(hint: Any, value: Any, change: Callable[[Any, Any, str], Any], name: str) -> Any:

@@ -88,7 +88,7 @@ class DataLoader:
         split: Split,
     ) -> None:
         self._params = params
-        self._plan = plan
+        self.plan = plan
         self._schedule = schedule
         self._split = split
         self._datasets = reader.datasets
@@ -122,7 +122,7 @@ class DataLoader:
     @property
     def num_samples(self) -> int:
         """Number of samples in all datasets, each counted once."""
-        return self._plan.num_samples
+        return self.plan.num_samples
 
     @property
     def num_microbatches(self) -> int | None:
@@ -131,15 +131,15 @@ class DataLoader:
 
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the sample order, in plain JSON types."""
-        description = describe_plan(self._plan, self._datasets, seq_len=self._params.seq_len)
+        description = describe_plan(self.plan, self._datasets, seq_len=self._params.seq_len)
         stages = self._pipeline.stages.describe()
         return {**description, "stages": None if stages == self._params.default_stages() else stages}
 
     def mix(self, num_samples: int) -> dict[str, tuple[float, int]]:
         """Return of each manifest its share of the samples, and how many of the first `num_samples` it really has."""
-        numbers = self._plan.locate(np.arange(num_samples)).dataset
+        numbers = self.plan.locate(np.arange(num_samples)).dataset
         counts = np.bincount(numbers, minlength=len(self._datasets)).tolist()
-        shares = [share / sum(self._plan.shares) for share in self._plan.shares]
+        shares = [share / sum(self.plan.shares) for share in self.plan.shares]
         names = [dataset.manifest for dataset in self._datasets]
         return dict(zip(names, zip(shares, counts, strict=True), strict=True))
 

@@ -1,9 +1,9 @@
 """Mix datasets of several types into one stream of microbatches, in an order that is a function of the position.
 
 Global batches consist of blocks of data.modality_block samples. A block holds samples of one dataset, so that at every
-moment all ranks work on the same one. Which dataset a block is of, and which of the dataset's blocks it is, has a
-closed form (`Interleaving`): a dataset's samples before any batch are its share, rounded to one block. So each dataset
-has an order of its own, which no other dataset, its end or its weight changes.
+moment all ranks work on the same one. A fixed pattern says which (`BlockPattern`): a dataset's samples before any
+block are its share, to one block. Each dataset has an order of its own, which no other dataset, its end or its weight
+changes.
 """
 
 import itertools
@@ -14,24 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vla_foundry.batch import Batch
 from vla_foundry.data import loader as single
 from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.loader import DataLoader, Split
-from vla_foundry.data.plan import Interleaving
+from vla_foundry.data.plan import BlockPattern
 from vla_foundry.data.robotics import find_dataset_folder
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.randomness import hash_int
 from vla_foundry.world import World
 
-# keys of draws: which dataset a block is of; the order within each dataset
-_BLOCKS, _DATASETS = 11, 12
+# key of draws: the order within each dataset
+_DATASETS = 12
+_ORDER_VERSION = 2
 # key of `describe` -> its name in messages
 _NAMES = {
+    "order_version": "the version of the order",
     "global_batch_size": "hparams.global_batch_size",
     "modality_block": "data.modality_block",
     "shares": "the datasets' shares",
@@ -53,8 +54,9 @@ class MixtureLoader:
     Args:
         params: the data params.
         loaders: the datasets' loaders by name; to each of them, a block is a global batch.
-        interleaving: which dataset each block is of.
+        pattern: which dataset each block is of.
         world: this rank.
+        global_batch_size: samples per step over all ranks.
         per_gpu_batch_size: samples per microbatch.
         block_size: samples in a block.
         is_training: False: each dataset in turn, from its first sample to its last.
@@ -64,17 +66,19 @@ class MixtureLoader:
         self,
         params: MixtureDataParams,
         loaders: dict[str, DataLoader],
-        interleaving: Interleaving,
+        pattern: BlockPattern,
         world: World,
         *,
+        global_batch_size: int,
         per_gpu_batch_size: int,
         block_size: int,
         is_training: bool,
     ) -> None:
         self._params = params
         self.loaders = loaders
-        self._interleaving = interleaving
+        self._pattern = pattern
         self._world = world
+        self._global_batch_size = global_batch_size
         self._per_gpu_batch_size = per_gpu_batch_size
         self._block_size = block_size
         self._is_training = is_training
@@ -92,14 +96,12 @@ class MixtureLoader:
 
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the sample order, in plain JSON types."""
-        total = sum(self._interleaving.shares)
-        shares = {
-            name: round(share / total, 9) for name, share in zip(self.loaders, self._interleaving.shares, strict=True)
-        }
+        shares = zip(self.loaders, self._pattern.shares, strict=True)
         return {
+            "order_version": _ORDER_VERSION,
             "modality_block": self._block_size,
-            "global_batch_size": self._interleaving.batch_size * self._block_size,
-            "shares": shares,
+            "global_batch_size": self._global_batch_size,
+            "shares": {name: round(share, 9) for name, share in shares},
             "mixture": {name: loader.describe() for name, loader in self.loaders.items()},
         }
 
@@ -125,7 +127,7 @@ class MixtureLoader:
         }
 
     def _blocks_before(self, global_batch: int) -> list[int]:
-        return self._interleaving.num_before(np.asarray([global_batch]))[0].tolist()
+        return self._pattern.num_before(global_batch * self._global_batch_size // self._block_size)
 
     def start(self, first_global_batch: int) -> None:
         """Start the worker processes."""
@@ -144,13 +146,15 @@ class MixtureLoader:
                     for batch in loader.microbatches(0):
                         yield {**batch, "dataset": name}
             return
-        names = list(self.loaders)
-        firsts = self._blocks_before(first_global_batch)
-        streams = [loader.microbatches(first) for loader, first in zip(self.loaders.values(), firsts, strict=True)]
+        names, counts = list(self.loaders), self._blocks_before(first_global_batch)
+        streams = [loader.microbatches(count) for loader, count in zip(self.loaders.values(), counts, strict=True)]
         size = self._per_gpu_batch_size
         per_block = self._block_size // (self._world.world_size * size)
-        for block in itertools.count(first_global_batch * self._interleaving.batch_size):
-            dataset = int(self._interleaving.place(np.asarray([block]))[0][0])
+        for block in itertools.count(first_global_batch * self._global_batch_size // self._block_size):
+            dataset = self._pattern.dataset_of(block)
+            with _naming(names[dataset]):
+                self._check_end(names[dataset], counts[dataset])
+            counts[dataset] += 1
             for number in range(per_block):
                 first = block * self._block_size + (number * self._world.world_size + self._world.rank) * size
                 with _naming(names[dataset]):
@@ -161,6 +165,21 @@ class MixtureLoader:
         """Write all faulty samples to a log, under the names of their datasets."""
         for name, loader in self.loaders.items():
             loader.keep_faults(log, name)
+
+    def _check_end(self, name: str, block: int) -> None:
+        """Check that a block of a dataset begins before its end, which it may pass, if it is not to be repeated.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self._params.allow_multiple_epochs or self._params.datasets[name].allow_multiple_epochs:
+            return
+        epoch = self.loaders[name].plan.num_positions_in_one_epoch()
+        if block * self._block_size >= epoch:
+            raise ValueError(
+                f"The data ends after {epoch} samples, as no dataset is repeated. Lower the budget, or set "
+                "--data.allow_multiple_epochs true."
+            )
 
     def save_files(self, folder: Path) -> None:
         """Write the files that inference needs when the datasets are not available."""
@@ -215,7 +234,8 @@ def _create_mixture(
             continue
         with _naming(name):
             loaders[name] = single.create_dataloader(
-                replace(part, allow_multiple_epochs=part.allow_multiple_epochs or params.allow_multiple_epochs),
+                # the end of one pass rarely is the end of a block; `MixtureLoader` sees to it
+                replace(part, allow_multiple_epochs=True),
                 world,
                 global_batch_size=block,
                 per_gpu_batch_size=per_gpu_batch_size,
@@ -227,8 +247,9 @@ def _create_mixture(
     return MixtureLoader(
         params,
         loaders,
-        Interleaving([params.shares()[name] for name in loaders], batch_size // block, hash_int(seed, _BLOCKS)),
+        BlockPattern([params.blocks()[name] for name in loaders]),
         world,
+        global_batch_size=batch_size,
         per_gpu_batch_size=per_gpu_batch_size,
         block_size=block,
         is_training=split == "train",

@@ -120,6 +120,49 @@ class Interleaving:
         return np.diff(before, axis=1)
 
 
+class BlockPattern:
+    """Which dataset each block of a mixture is of: a pattern of blocks, repeated.
+
+    At every block, the number of each dataset's blocks so far differs from its share by less than one (R. Tijdeman, The
+    chairman assignment problem, 1980).
+
+    Args:
+        units: blocks of each dataset in the pattern.
+    """
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self.units = list(units)
+        length, last = sum(self.units), max(1, 2 * len(self.units) - 2)
+        self._datasets = np.zeros(length, dtype=np.int64)
+        counts = np.zeros((length + 1, len(self.units)), dtype=np.int64)
+        for block in range(length):
+            # how far each dataset is behind, in units of 1 / (length x last) blocks
+            behind = [
+                (unit * (block + 1) - count * length) * last
+                for unit, count in zip(self.units, counts[block].tolist(), strict=True)
+            ]
+            due = [((last - 1) * length - lag) / unit for lag, unit in zip(behind, self.units, strict=True)]
+            chosen = min((d for d, lag in enumerate(behind) if lag >= length), key=due.__getitem__)
+            self._datasets[block] = chosen
+            counts[block + 1] = counts[block]
+            counts[block + 1, chosen] += 1
+        self._counts = counts
+
+    @property
+    def shares(self) -> list[float]:
+        """Each dataset's share of the blocks; they sum to 1."""
+        return [unit / len(self._datasets) for unit in self.units]
+
+    def dataset_of(self, block: int) -> int:
+        """Return the dataset of a block."""
+        return int(self._datasets[block % len(self._datasets)])
+
+    def num_before(self, block: int) -> list[int]:
+        """Return how many blocks of each dataset come before a block."""
+        repeats, rest = divmod(block, len(self._datasets))
+        return [repeats * unit + count for unit, count in zip(self.units, self._counts[rest].tolist(), strict=True)]
+
+
 class SamplePlan:
     """The sample order.
 

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from itertools import combinations
 from typing import Any, Literal, TypeVar
 
 import vla_foundry.params.data  # noqa: F401
 import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
+from vla_foundry.config.resolve import naming_section
 from vla_foundry.config.schema import BaseParams, Count, Derived, Location, MissingError, Name, Unavailable
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
@@ -94,11 +96,10 @@ class TrainExperimentParams(BaseParams):
             if self.total_train_samples is None:
                 raise MissingError("There is no budget. Give --total_train_samples N or --num_epochs N.")
             return {}
-        if facts.parts:
-            raise ValueError(
-                f"num_epochs ({self.num_epochs}) is not defined for a mixture: its datasets take their epochs at "
-                "different times. Give --total_train_samples N."
-            )
+        data, share = self.data, 1.0
+        if isinstance(data, MixtureDataParams) and facts.parts:
+            name = data.epochs_of or str(data.main_dataset())
+            facts, share = facts.parts[name], data.shares()[name]
         counts = [dataset.num_samples for dataset in facts.datasets]
         missing = next((count for count in counts if isinstance(count, Unavailable)), None)
         if missing is not None:
@@ -107,26 +108,27 @@ class TrainExperimentParams(BaseParams):
                 {} if self.total_train_samples is not None else {"total_train_samples": Derived(missing, "num_epochs")}
             )
         epoch = sum(count for count in counts if isinstance(count, int))
-        samples = self.num_epochs * epoch
+        # of a mixture, the passes over one dataset are to end within the budget
+        samples = int(self.num_epochs * epoch / share * (1 + 1e-12))
+        of = "" if share == 1 else f" of data.epochs_of / its share {share:g}"
         if self.total_train_samples not in (None, samples):
             raise ValueError(
                 f"total_train_samples ({self.total_train_samples}) and num_epochs ({self.num_epochs}) x {epoch} "
-                f"samples = {samples} disagree. Give one of them."
+                f"samples{of} = {samples} disagree. Give one of them."
             )
-        return {"total_train_samples": Derived(samples, f"num_epochs x {epoch} samples in data.dataset_manifest")}
+        source = f"num_epochs x {epoch} samples{of or ' in data.dataset_manifest'}"
+        return {"total_train_samples": Derived(samples, source)}
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the budget, the data and the model fit together."""
         _check_weights(self)
         notices = _check_budget(self, facts)
-        mixture = self.data if isinstance(self.data, MixtureDataParams) else None
-        parts = [] if mixture is None else [(mixture.part_of(self, name), known) for name, known in facts.parts.items()]
-        for part, known in parts or [(self, facts)]:
-            if not (part.data.allow_multiple_epochs or self.data.allow_multiple_epochs):
-                _check_enough(part, known)
-            notices += _check_seq_len(part.data, part, known)
-            notices += _check_tokens(part, known)
-        return notices
+        if not isinstance(self.data, MixtureDataParams):
+            return notices + _check_data(self, facts, self)
+        for name, known in facts.parts.items():
+            with naming_section("data", f"data.datasets.{name}"):
+                notices += _check_data(self.data.part_of(self, name), known, self)
+        return notices + _compare_datasets(self.data, facts)
 
 
 def load_experiment_params_from_yaml(path: str) -> TrainExperimentParams:
@@ -223,19 +225,27 @@ def _check_budget(params: TrainExperimentParams, facts: Facts) -> list[str]:
     return notices
 
 
-def _check_enough(params: TrainExperimentParams, facts: Facts) -> None:
+def _check_data(params: TrainExperimentParams, facts: Facts, whole: TrainExperimentParams) -> list[str]:
+    """Check that the data is enough for its part of the budget of the whole run, and fits the model."""
+    if not params.data.allow_multiple_epochs:
+        _check_enough(params, facts, whole)
+    return [*_check_seq_len(params.data, params, facts), *_check_tokens(params, facts)]
+
+
+def _check_enough(params: TrainExperimentParams, facts: Facts, whole: TrainExperimentParams) -> None:
     """Check that no dataset needs to repeat."""
-    data = params.data
-    budget = params.total_train_samples
-    if budget is None or len(data.dataset_weighting) != len(facts.datasets):
+    data, used, budget = params.data, params.total_train_samples, whole.total_train_samples
+    if used is None or len(data.dataset_weighting) != len(facts.datasets):
         return
-    used = budget // params.hparams.global_batch_size * params.hparams.global_batch_size
+    is_whole = params is whole
+    if is_whole:
+        used = used // params.hparams.global_batch_size * params.hparams.global_batch_size
     total_weight = sum(data.dataset_weighting)
     for dataset, weight in zip(facts.datasets, data.dataset_weighting, strict=True):
         share = used * weight / total_weight
         # shares are exact to within one sample
         if isinstance(dataset.num_samples, int) and share > dataset.num_samples + 1:
-            part = "" if len(facts.datasets) == 1 else f"its share {round(share)} of "
+            part = "" if is_whole and len(facts.datasets) == 1 else f"its share {round(share)} of "
             raise ValueError(
                 f"{part}total_train_samples ({budget}) is more than the {dataset.num_samples} samples of "
                 f"{dataset.manifest}. Set --data.allow_multiple_epochs true, or lower the budget."
@@ -308,6 +318,15 @@ def _check_tokens(params: TrainExperimentParams, facts: Facts) -> list[str]:
     return notices
 
 
+def _compare_datasets(data: MixtureDataParams, facts: Facts) -> list[str]:
+    """Compare the tokenizers of a mixture's datasets: one model reads them all. See `_compare_tokenizers`."""
+    used = {}
+    for name, known in facts.parts.items():
+        own = [item.tokenizer for item in known.datasets]
+        used[f"data.datasets.{name}"] = known.tokenizer or next((item for item in own if item is not None), None)
+    return _compare_tokenizers(data, used, Facts())
+
+
 def _compare_tokenizers(data: DataParams, used: dict[str, TokenizerFacts | None], facts: Facts) -> list[str]:
     """Compare the tokenizer of the data with those of the weights, and datasets with each other.
 
@@ -327,11 +346,11 @@ def _compare_tokenizers(data: DataParams, used: dict[str, TokenizerFacts | None]
     notices = [f"{name} keeps no tokenizer, so it is not compared with the others." for name in silent if has_others]
     if not known:
         return notices
-    (source, vocabulary), *others = known.items()
+    source, vocabulary = next(iter(known.items()))
     differences = [
-        f"{source} and {name} have different tokenizers: {difference}. Use data of one tokenizer."
-        for name, other in others
-        if (difference := vocabulary.find_difference(other)) is not None
+        f"{one} and {name} have different tokenizers: {difference}. Use data of one tokenizer."
+        for (one, first), (name, other) in combinations(known.items(), 2)
+        if (difference := first.find_difference(other)) is not None
     ]
     for name, tokenizer in facts.weights_tokenizers.items():
         if tokenizer is None or tokenizer.vocabulary is None:

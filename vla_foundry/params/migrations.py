@@ -10,6 +10,7 @@ from vla_foundry.config.schema import Migration, Retyped, register_migrations
 from vla_foundry.config.tree import Branch, Leaf, Node, merge, place
 from vla_foundry.config.values import decode_value
 from vla_foundry.config.yaml_source import load_mapping
+from vla_foundry.params.data.mixture import write_out_mixture
 from vla_foundry.run_folder import MODEL_CONFIG_NAME
 from vla_foundry.storage.uri import is_remote, join_uri, parent_uri
 
@@ -171,6 +172,7 @@ MIGRATIONS: dict[str, Migration] = {
         implied=_imply_rounded_frequencies,
     ),
     "DataParams": Migration(
+        written_out=write_out_mixture,
         ignored={
             "shuffle_initial": _LOADER,
             "dataloader_in_order": _LOADER,

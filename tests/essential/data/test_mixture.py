@@ -13,7 +13,8 @@ import pytest
 
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
-from vla_foundry.params.data.mixture import MixtureDataParams
+from vla_foundry.data.plan import BlockPattern
+from vla_foundry.params.data.mixture import MixtureDataParams, pattern_blocks
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.world import World
 
@@ -69,11 +70,25 @@ def test_shares_hold_over_any_window_to_one_block(params: MixtureDataParams) -> 
     for batch in range(40):
         counts = Counter(name for name, _, _ in found[batch * BATCH : (batch + 1) * BATCH])
         assert all(count % BLOCK == 0 for count in counts.values())
-    for start, end in itertools.combinations(range(0, 41, 3), 2):
-        counts = Counter(name for name, _, _ in found[start * BATCH : end * BATCH])
-        for name, share in SHARES.items():
-            # each end of the window is off by less than one block
-            assert abs(counts[name] - share * (end - start) * BATCH) < 2 * BLOCK
+    owners = [name for name, _, _ in found][::BLOCK]
+    for start, end in itertools.combinations(range(0, len(owners), 3), 2):
+        counts = Counter(owners[start:end])
+        assert all(abs(counts[name] - share * (end - start)) <= 1 + 1e-9 for name, share in SHARES.items())
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.3, 0.2], [1.0], [1.0, 2.0], [0.1] * 10, [7.0, 2.0, 0.7, 0.3], [3.14159, 1.0, 2.71828]]
+)
+def test_a_pattern_stays_within_one_block_of_the_shares_for_ever(weights: list[float]) -> None:
+    pattern = BlockPattern(pattern_blocks(weights))
+    shares = np.asarray(weights) / sum(weights)
+    assert pattern.shares == pytest.approx(shares, abs=1e-4)
+    for first in (0, 10**9 + 7):
+        counts = np.asarray([pattern.num_before(block) for block in range(first, first + 2000)])
+        owners = [pattern.dataset_of(block) for block in range(first, first + 1999)]
+        assert (np.diff(counts, axis=0) == np.eye(len(weights))[owners]).all()
+        expected = np.arange(first, first + 2000)[:, None] * np.asarray(pattern.shares)
+        assert abs(counts - expected).max() < 1
 
 
 def test_epochs_are_each_dataset_s_own(params: MixtureDataParams) -> None:
@@ -102,6 +117,12 @@ def test_ranks_share_the_batches_and_each_slot_is_of_one_dataset(
         assert len({batch["dataset"] for batch in batches[slot : slot + ranks]}) == 1
 
 
+def test_loader_processes_change_nothing(params: MixtureDataParams) -> None:
+    text = replace(params.datasets["text"], num_workers=2)
+    found = samples(take(replace(params, datasets=params.datasets | {"text": text}), 5, first=2, size=4))
+    assert found == samples(take(params, 7))[2 * BATCH :]
+
+
 def test_a_restart_goes_on_where_the_data_was(params: MixtureDataParams) -> None:
     whole = samples(take(params, 9))
     for first in (1, 4, 8):
@@ -117,6 +138,14 @@ def test_no_dataset_changes_the_order_of_another(params: MixtureDataParams) -> N
     shortest = min(map(len, orders))
     assert shortest >= 8 * BATCH * 0.2 - BLOCK
     assert orders[0][:shortest] == orders[1][:shortest] == orders[2][:shortest]
+
+
+def test_a_dataset_that_is_not_repeated_ends_the_run_after_its_last_block(params: MixtureDataParams) -> None:
+    datasets = {name: replace(part, allow_multiple_epochs=name != "text") for name, part in params.datasets.items()}
+    once = replace(params, datasets=datasets)
+    assert sum(name == "text" for name, _, _ in samples(take(once, 6))) == 40
+    with pytest.raises(ValueError, match=r"^data\.datasets\.text: The data ends after 40 samples"):
+        take(once, 7)
 
 
 def test_validation_reads_each_dataset_in_turn(params: MixtureDataParams) -> None:
