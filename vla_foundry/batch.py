@@ -12,7 +12,7 @@ B batch rows, T tokens, S samples.
 | documents   | Documents    | documents in each row, which must not attend to each other; absent: one per row       |
 | dropped     | dict         | samples replaced while this microbatch was made: {reason: count}                      |
 
-With images (modality "image_caption"):
+With images (modalities "image_caption" and "interleaved"):
 
 | key            | type           | meaning                                                                         |
 |----------------|----------------|---------------------------------------------------------------------------------|

@@ -44,6 +44,7 @@ BACKBONE = ("--model.vision_language_backbone.resume_from_checkpoint", "vlm")
 # what a job needs besides its data
 NEEDS = {
     "training_jobs/vlm_quickstart.yaml": TOKENIZER,
+    "training_jobs/vlm_interleaved.yaml": TOKENIZER,
     "training_jobs/vla_quickstart.yaml": (*TOKENIZER, *BACKBONE),
     "training_jobs/vla_quickstart_cotrained.yaml": (
         *BACKBONE,

@@ -29,7 +29,8 @@ from torch import Tensor
 from vla_foundry.images.geometry import Interpolation, PixelMap, ResizeMethod, resize_image
 from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
 from vla_foundry.storage.uri import read_object
-from vla_foundry.text.chat import IMAGE_MARKER, ChatTokenizer, Turn
+from vla_foundry.text.chat import IMAGE_MARKER, Turn
+from vla_foundry.text.interleaved import DocumentTokenizer
 from vla_foundry.text.tokenizers import load_tokenizer, pad_token_id_of
 
 TOKEN_KEYS = ("input_ids", "target_mask", "token_type_ids", "mm_token_type_ids")
@@ -48,7 +49,7 @@ class Processor(ABC):
 
     def __init__(
         self,
-        turns: ChatTokenizer,
+        turns: DocumentTokenizer,
         *,
         image_token_id: int | None,
         image_mean: Sequence[float],
@@ -70,6 +71,21 @@ class Processor(ABC):
 
         Raises:
             ValueError: the sample cannot be encoded (see `ChatTokenizer.encode`); one line.
+        """
+
+    @abstractmethod
+    def encode_document(
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        parts: Sequence[str | None],
+        *,
+        max_tokens: int,
+        is_whole: bool = True,
+    ) -> dict[str, Any]:
+        """Return the model inputs of a document of text and images in order; see `DocumentTokenizer.encode_document`.
+
+        Raises:
+            ValueError: the document cannot be encoded; one line.
         """
 
     @abstractmethod
@@ -116,7 +132,7 @@ class ImageTextProcessor(Processor):
     ) -> None:
         image_token_id = add_image_token(tokenizer)
         super().__init__(
-            ChatTokenizer(tokenizer, prompt_layout=prompt_layout),
+            DocumentTokenizer(tokenizer, prompt_layout=prompt_layout),
             image_token_id=image_token_id,
             image_mean=image_mean,
             image_std=image_std,
@@ -133,6 +149,22 @@ class ImageTextProcessor(Processor):
     ) -> dict[str, Any]:
         """Return a sample's model inputs, see `Processor.encode`."""
         ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
+        return self._create_inputs(images, ids, mask)
+
+    def encode_document(
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        parts: Sequence[str | None],
+        *,
+        max_tokens: int,
+        is_whole: bool = True,
+    ) -> dict[str, Any]:
+        """Return a document's model inputs, see `Processor.encode_document`."""
+        tokens = [self._image_tokens] * len(images)
+        ids, mask, num_images = self._turns.encode_document(parts, tokens, max_tokens=max_tokens, is_whole=is_whole)
+        return self._create_inputs(images[:num_images], ids, mask)
+
+    def _create_inputs(self, images: Sequence[Tensor], ids: list[int], mask: list[bool]) -> dict[str, Any]:
         pixel_values, pixel_maps = self.resize(images)
         return {
             # via numpy: torch.tensor takes three times as long for a list

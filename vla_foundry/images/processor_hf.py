@@ -26,7 +26,8 @@ from vla_foundry.images.colors import normalize_images
 from vla_foundry.images.geometry import PixelMap, resize_map
 from vla_foundry.images.processor import HUGGING_FACE, TOKEN_KEYS, Processor, write_config
 from vla_foundry.storage.hub import loading_published
-from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, ChatTokenizer, Turn
+from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, Turn
+from vla_foundry.text.interleaved import DocumentTokenizer
 
 # an input of SmolVLM and Idefics3 that says what is padding; our tiles have none
 _NOT_INPUTS = {"pixel_attention_mask"}
@@ -120,7 +121,7 @@ class HuggingFaceProcessor(Processor):
         with _passing_on(name):
             mean, std = _read_normalization(processor.image_processor, processor_kwargs or {})
         super().__init__(
-            ChatTokenizer(
+            DocumentTokenizer(
                 processor.tokenizer,
                 prompt_layout=self.prompt_layout,
                 render=self._render if processor.chat_template else None,
@@ -180,7 +181,33 @@ class HuggingFaceProcessor(Processor):
     ) -> dict[str, Any]:
         """See Processor."""
         inputs, image_tokens = self._process_images(images)
+        if image_tokens and self.family.has_bos_after_images:
+            image_tokens[-1] = [*image_tokens[-1], self.tokenizer.bos_token_id]
         ids, mask = self._turns.encode(turns, image_tokens, max_tokens=max_tokens)
+        return self._create_sample(inputs, ids, mask)
+
+    def encode_document(
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        parts: Sequence[str | None],
+        *,
+        max_tokens: int,
+        is_whole: bool = True,
+    ) -> dict[str, Any]:
+        """See Processor."""
+        inputs, image_tokens = self._process_images(images)
+        ids, mask, num_images = self._turns.encode_document(
+            parts,
+            image_tokens,
+            max_tokens=max_tokens,
+            is_whole=is_whole,
+            begins_after_images=self.family.has_bos_after_images,
+        )
+        if num_images < len(images):
+            inputs, _ = self._process_images(images[:num_images])
+        return self._create_sample(inputs, ids, mask)
+
+    def _create_sample(self, inputs: dict[str, Any], ids: list[int], mask: list[bool]) -> dict[str, Any]:
         sample = {
             "input_ids": torch.tensor(ids, dtype=torch.int32),
             "target_mask": torch.tensor(mask, dtype=torch.bool),
@@ -221,10 +248,7 @@ class HuggingFaceProcessor(Processor):
             raise ValueError("which rows of pixel_values belong to an image is not known")
         if self.family.is_plain_resize and not (pixel_values.ndim == 4 and bool((rows_per_image > 1).any())):
             inputs["pixel_maps"] = self._pixel_maps(images, inputs)
-        tokens = [self._image_tokens(processed, number) for number in range(len(images))]
-        if self.family.has_bos_after_images:
-            tokens[-1] = [*tokens[-1], self.tokenizer.bos_token_id]
-        return inputs, tokens
+        return inputs, [self._image_tokens(processed, number) for number in range(len(images))]
 
     def _own_options(self) -> dict[str, Any]:
         options = self.family.options(self.processor.image_processor, self.split_images)

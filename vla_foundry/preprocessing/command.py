@@ -32,6 +32,11 @@ JOBS = {
         "vla_foundry.preprocessing.image_caption.image_caption_job:preprocess_image_caption",
         "images and captions: folders of pairs, lists of paths or URLs",
     ),
+    "interleaved": (
+        "vla_foundry.params.commands.preprocessing:PreprocessInterleavedParams",
+        "vla_foundry.preprocessing.image_caption.interleaved_job:preprocess_interleaved",
+        "documents of text and images in order: folders of JSON, lists",
+    ),
     "robotics": (
         "vla_foundry.params.commands.preprocessing_robotics:RoboticsPreprocessParams",
         "vla_foundry.preprocessing.robotics.robotics_job:preprocess_robotics",

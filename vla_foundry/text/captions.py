@@ -81,8 +81,13 @@ def find_captions(value: Any) -> list[str]:
 def _fault_of(text: Any) -> str | None:
     if not isinstance(text, str) or not text.strip():
         return "no caption"
+    return find_damage(text, "the caption")
+
+
+def find_damage(text: str, name: str = "the text") -> str | None:
+    """Return why a text cannot be trained on, in a few words; None if it can."""
     try:
-        return "NUL bytes in the caption" if b"\0" in text.encode("utf-8") else None
+        return f"NUL bytes in {name}" if b"\0" in text.encode("utf-8") else None
     except UnicodeEncodeError:  # half of a surrogate pair
         return "not Unicode"
 

@@ -31,7 +31,7 @@ from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.images.processor import TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams, ImageTextDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.run_folder import PROCESSOR_CONFIG_NAME
@@ -175,7 +175,11 @@ class Encode:
             Dropped: the sample is too long.
             ValueError: the sample cannot be encoded.
         """
-        processor = self.load()
+        # decoded images are large: they must not wait for the rest of the microbatch
+        inputs, length = self._encode(self.load(), sample)
+        return {**sample, "inputs": inputs, "num_tokens": length, "images": None}
+
+    def _encode(self, processor: Processor, sample: Sample) -> tuple[dict[str, Any], int]:
         inputs = processor.encode(sample["images"], sample["turns"])
         length = len(inputs["input_ids"])
         if length > self.max_tokens and self.truncate_answers:
@@ -185,8 +189,7 @@ class Encode:
                 raise Dropped("too long", str(error)) from None
         elif length > self.max_tokens:
             raise Dropped("too long", f"{length} tokens do not fit into data.seq_len + 1 = {self.max_tokens}")
-        # decoded images are large: they must not wait for the rest of the microbatch
-        return {**sample, "inputs": inputs, "num_tokens": length, "images": None}
+        return inputs, length
 
 
 def create_image_processor(params: ImageProcessorParams) -> Processor:
@@ -227,19 +230,26 @@ def create_image_processor(params: ImageProcessorParams) -> Processor:
     )
 
 
-class ImageCaptionPipeline(Pipeline):
-    """Makes rows of captioned images.
+class ImageTextPipeline(Pipeline):
+    """Makes rows of images and text.
 
     Args:
         params: the data params.
-        stages: stages that turn members into `inputs`, ending with `Encode`; None: the default ones.
+        encode: the stage that encodes them.
+        default: stages that turn members into `inputs`, ending with `encode`.
+        stages: others in their place; None: the default ones.
     """
 
-    def __init__(self, params: ImageCaptionDataParams, stages: Sequence[Stage] | None = None) -> None:
+    def __init__(
+        self,
+        params: ImageTextDataParams,
+        encode: Encode,
+        default: Sequence[Stage],
+        stages: Sequence[Stage] | None,
+    ) -> None:
         self.seq_len = params.seq_len
         self.packs = params.pack is not False
-        self.encode = Encode(params, max_tokens=params.seq_len + 1, truncate_answers=params.truncate_answers)
-        default = (CreateTurns(params.prompts, params.caption_key), PrepareImages(params.augmentation), self.encode)
+        self.encode = encode
         self.stages = self.name_stages(params, default) if stages is None else stages
 
     def check(self, reader: ShardReader) -> None:
@@ -267,6 +277,20 @@ class ImageCaptionPipeline(Pipeline):
         return join_samples(samples, rows, length, processor=self.encode.load())
 
 
+class ImageCaptionPipeline(ImageTextPipeline):
+    """Makes rows of captioned images.
+
+    Args:
+        params: the data params.
+        stages: stages that turn members into `inputs`, ending with `Encode`; None: the default ones.
+    """
+
+    def __init__(self, params: ImageCaptionDataParams, stages: Sequence[Stage] | None = None) -> None:
+        encode = Encode(params, max_tokens=params.seq_len + 1, truncate_answers=params.truncate_answers)
+        default = (CreateTurns(params.prompts, params.caption_key), PrepareImages(params.augmentation), encode)
+        super().__init__(params, encode, default, stages)
+
+
 def bucket(longest: int, seq_len: int) -> int:
     """Return the length of rows that hold one sample each: a multiple of ROW_MULTIPLE, plus 1, or seq_len + 1."""
     return min(-(-(longest - 1) // ROW_MULTIPLE) * ROW_MULTIPLE, max(seq_len, longest - 1)) + 1
@@ -289,17 +313,18 @@ def join_samples(
     order = [number for row in rows for number in row]
     inputs = [samples[number]["inputs"] for number in order]
     batch = _lay_tokens(inputs, [len(row) for row in rows], length, processor)
-    for name in inputs[0]:
+    for name in dict.fromkeys(name for each in inputs for name in each):  # a sample may have no images
         if name not in _OWN_KEYS:
-            batch[name] = _join_tensors(name, [each[name] for each in inputs])
+            batch[name] = _join_tensors(name, [each[name] for each in inputs if name in each])
     batch["image_mean"], batch["image_std"] = tuple(processor.image_mean), tuple(processor.image_std)
     if "color_factors" in samples[0]:
         factors = np.stack([samples[number]["color_factors"] for number in order])
-        batch["color_factors"] = np.repeat(factors, [len(each["pixel_values"]) for each in inputs], axis=0)
-        num_images = np.asarray([int(each["image_index"][-1]) + 1 for each in inputs])
+        indices = [each["image_index"].numpy() if "image_index" in each else np.zeros(0, np.int32) for each in inputs]
+        batch["color_factors"] = np.repeat(factors, [len(index) for index in indices], axis=0)
+        num_images = np.asarray([int(index.max(initial=-1)) + 1 for index in indices])
         if num_images.sum() < len(batch["color_factors"]):
             firsts = np.cumsum(num_images) - num_images
-            parts = [each["image_index"].numpy() + first for each, first in zip(inputs, firsts, strict=True)]
+            parts = [index + first for index, first in zip(indices, firsts, strict=True)]
             batch["image_index"] = np.concatenate(parts).astype(np.int32)
     return batch
 

@@ -154,7 +154,39 @@ class ManifestVerifyParams(BaseParams):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessImageCaptionParams(JobParams):
+class ImageJobParams(JobParams):
+    """A job that stores images."""
+
+    # most samples in a shard
+    samples_per_shard: Count = 2048
+    # larger images are scaled down to this longer side, pixels; null: image files are kept as they are
+    max_side: Size | None = None
+    # quality of images that are scaled down
+    jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
+    # seed of the order of samples
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessInterleavedParams(ImageJobParams):
+    """Write documents of text and images in order as shards (modality `interleaved`)."""
+
+    # folders of documents (.json), or lists of them (.jsonl, .parquet), in one of the layouts {"parts": [{"text": ...},
+    # {"image": "a.jpg"}]}, {"texts": [...], "images": [...]} (OBELICS) and {"text_list": ..., "image_info": ...} (MMC4)
+    source: list[Location]
+    # folder that the names of images are relative to; null: that of the document or list
+    image_folder: Location | None = None
+    # leave out images that are missing or broken, and keep the rest of the document; false: the document is bad
+    skip_bad_images: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source:
+            raise ValueError("source is empty. Name a folder of documents, or a list of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessImageCaptionParams(ImageJobParams):
     """Write images and their captions as shards (modality `image_caption`)."""
 
     # folders of pairs (a.png with a.txt or a.json), or lists (.parquet, .csv, .tsv, .jsonl) of URLs or paths; images in
@@ -169,14 +201,6 @@ class PreprocessImageCaptionParams(JobParams):
     all_captions: bool = False
     # further columns of a list to keep, in the sample's JSON
     extra_keys: list[str] = field(default_factory=list)
-    # most samples in a shard
-    samples_per_shard: Count = 2048
-    # larger images are scaled down to this longer side, pixels; null: image files are kept as they are
-    max_side: Size | None = None
-    # quality of images that are scaled down
-    jpeg_quality: Annotated[int, Bounds(least=1, most=100)] = 95
-    # seed of the order of samples
-    seed: NonNegativeInt = 0
     # stop the run if more than this fraction of the URLs cannot be downloaded
     max_failed_downloads: Fraction = 0.9
     # seconds to wait for one download

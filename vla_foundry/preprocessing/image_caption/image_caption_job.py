@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
+from vla_foundry.params.commands.preprocessing import ImageJobParams, PreprocessImageCaptionParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.preprocessing.image_caption.download import UrlList, download, list_tars, read_failures
 from vla_foundry.preprocessing.image_caption.items import (
@@ -32,7 +32,6 @@ from vla_foundry.preprocessing.image_caption.items import (
     is_download,
     item_of_row,
     list_sources,
-    read_item,
     read_list,
 )
 from vla_foundry.preprocessing.output import REPORT_NAME, OutputFolder, check_apart, digest_of, hold_folder, record_task
@@ -75,7 +74,7 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
     output = OutputFolder(params.output, settings, inputs=digest_of_versions(sources.files))
     with output.begin(overwrite=params.overwrite) as done:
         if done is None:
-            say(_summary(output.read_facts()))
+            say(summarize(output.read_facts()))
             return
         started = time.monotonic()
         say_ignored(sources.ignored, "belong to no image")
@@ -84,8 +83,10 @@ def preprocess_image_caption(params: PreprocessImageCaptionParams) -> None:
         with nullcontext() if folder is None else hold_folder(str(folder), flag="--download_folder"):
             items = list_items(params, sources, folder, failures)
             tars = _download(params, folder, failures)
-            results = _run_tasks(params, divide_into_tasks(params, items, tars), done)
-            _publish(output, params, failures, results)
+            names = ("caption_key", "max_side", "jpeg_quality", "all_captions")
+            options = {name: getattr(params, name) for name in names}
+            results = run_tasks(params, divide_into_tasks(params, items, tars), done, options, COMMAND)
+            publish(output, params, failures, results, kind="image_caption")
             if folder is not None:
                 shutil.rmtree(folder if params.download_folder else folder.parent, ignore_errors=True)
         say(f"{time.monotonic() - started:.1f} s")
@@ -152,7 +153,7 @@ def _is_download(reason: str) -> bool:
     return reason.startswith(DOWNLOAD)
 
 
-def _check(failures: Tally, params: PreprocessImageCaptionParams, *, is_final: bool) -> None:
+def _check(failures: Tally, params: ImageJobParams, *, is_final: bool) -> None:
     failures.check(
         params.max_bad_fraction,
         flag="--max_bad_fraction",
@@ -162,13 +163,13 @@ def _check(failures: Tally, params: PreprocessImageCaptionParams, *, is_final: b
     )
 
 
-def divide_into_tasks(params: PreprocessImageCaptionParams, items: list[Item], tars: Iterable[Path]) -> list[Task]:
+def divide_into_tasks(params: ImageJobParams, items: Sequence[Any], tars: Iterable[Path]) -> list[Task]:
     """Divide the work into tasks of one shard each: a pure function of the items, the seed and the tars."""
     order = np.random.default_rng([params.seed, len(items)]).permutation(len(items)).tolist()
     stretches = [
         order[first : first + params.samples_per_shard] for first in range(0, len(order), params.samples_per_shard)
     ]
-    payloads: list[tuple[int, list[Item] | Path]] = [
+    payloads: list[tuple[int, list[Any] | Path]] = [
         (len(stretch), [items[index] for index in stretch]) for stretch in stretches
     ]
     payloads += [(params.samples_per_shard, tar) for tar in tars]
@@ -178,8 +179,10 @@ def divide_into_tasks(params: PreprocessImageCaptionParams, items: list[Item], t
     ]
 
 
-def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: dict[int, Any]) -> list[dict[str, Any]]:
-    """Run the tasks that are not done, and return the results of all in order."""
+def run_tasks(
+    params: ImageJobParams, tasks: list[Task], done: dict[int, Any], options: Mapping[str, Any], title: str
+) -> list[dict[str, Any]]:
+    """Run the tasks that are not done, and return the results of all in order; `options` go to the items."""
     failures = Tally()
     for result in done.values():
         failures.add_json(result["failures"])
@@ -188,19 +191,12 @@ def _run_tasks(params: PreprocessImageCaptionParams, tasks: list[Task], done: di
         failures.add_json(result["failures"])
         _check(failures, params, is_final=False)
 
-    shared = {
-        "folder": absolute_uri(params.output),
-        "caption_key": params.caption_key,
-        "max_side": params.max_side,
-        "jpeg_quality": params.jpeg_quality,
-        "all_captions": params.all_captions,
-    }
     return run_unfinished(
         write_task,
         tasks,
         done,
-        shared=shared,
-        title=COMMAND,
+        shared={"folder": absolute_uri(params.output), "options": options},
+        title=title,
         noun="shards",
         num_workers=params.num_workers,
         ray_address=params.ray_address,
@@ -245,17 +241,17 @@ def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Ta
             yield sample
 
 
-def _samples_of(shared: Mapping[str, Any], items: Iterable[Item]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
-    options = {key: shared[key] for key in ("caption_key", "max_side", "jpeg_quality", "all_captions")}
+def _samples_of(shared: Mapping[str, Any], items: Iterable[Any]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
     for item in items:
         try:
-            yield from ((item.name, sample) for sample in read_item(item, **options))
+            yield from ((item.name, sample) for sample in item.read(shared["options"]))
         except Unusable as error:
             yield item.name, error
 
 
 def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:
     """Read what img2dataset wrote: images, captions and what is known about them."""
+    options = shared["options"]
     for key, members in _read_tar(path):
         name = f"{path.stem}/{key}"
         try:
@@ -265,7 +261,7 @@ def _samples_of_tar(shared: Mapping[str, Any], path: Path) -> Iterator[tuple[str
             texts = create_texts(members.get("txt"), members.get("json"), caption_key="caption")[0]
             yield (
                 name,
-                {**create_images(images, max_side=shared["max_side"], jpeg_quality=shared["jpeg_quality"]), **texts},
+                {**create_images(images, max_side=options["max_side"], jpeg_quality=options["jpeg_quality"]), **texts},
             )
         except Unusable as error:
             yield name, Unusable(f"{DOWNLOAD}{error.reason}", str(error))
@@ -285,9 +281,14 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             yield key, members
 
 
-def _publish(
-    output: OutputFolder, params: PreprocessImageCaptionParams, failures: Tally, results: list[dict[str, Any]]
+def publish(
+    output: OutputFolder, params: ImageJobParams, failures: Tally, results: list[dict[str, Any]], *, kind: str
 ) -> None:
+    """Publish the dataset, and report what failed.
+
+    Raises:
+        ValueError: there is no sample, or too much failed.
+    """
     for result in results:  # in order of the shards, so that examples do not depend on who was first
         failures.add_json(result["failures"])
     _check(failures, params, is_final=True)
@@ -295,18 +296,19 @@ def _publish(
     for line in failures.describe():
         say(line)
     if not entries:
-        raise ValueError("--source gave no sample: every image failed, for the reasons above.")
+        raise ValueError("--source gave no sample: all failed, for the reasons above.")
     facts = {
-        "kind": "image_caption",
+        "kind": kind,
         "num_images": sum(result["images"] for result in results),
         "num_failed": failures.counts.total(),
     }
     counts = failures.to_json()
     report = json.dumps(counts, indent=2, ensure_ascii=False) + "\n"
-    say(_summary(output.publish(entries, facts=facts, counts=counts, files={REPORT_NAME: report.encode("utf-8")})))
+    say(summarize(output.publish(entries, facts=facts, counts=counts, files={REPORT_NAME: report.encode("utf-8")})))
 
 
-def _summary(facts: Mapping[str, Any]) -> str:
+def summarize(facts: Mapping[str, Any]) -> str:
+    """Return what was written, in a line."""
     return (
         f"{facts['num_sequences']:,} samples, {facts['num_images']:,} images, {facts['num_bytes'] / 1e6:,.1f} MB in "
         f"{facts['num_shards']:,} shards; {facts['num_failed']:,} failed ({REPORT_NAME})"

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,10 @@ class Item:
     # the caption and further columns, where they come from a list
     caption: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, options: Mapping[str, Any]) -> list[dict[str, bytes]]:
+        """Read its files; see `read_item`."""
+        return read_item(self, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,12 +283,16 @@ def is_download(url: str) -> bool:
 
 def item_of_row(row: Row, list_uri: str) -> Item:
     """Make an item of a row that names a file, by path (relative to the list), file:// or a storage's URI."""
-    path = row.url.removeprefix("file://")
-    if not is_remote(path):
-        path = os.path.expanduser(path)
-        if not os.path.isabs(path):
-            path = join_uri(parent_uri(list_uri), path)
-    return Item(name=row.name, images=(path,), caption=row.caption, values=row.values)
+    return Item(name=row.name, images=(locate(row.url, list_uri),), caption=row.caption, values=row.values)
+
+
+def locate(path: str, origin: str) -> str:
+    """Return where a file is that is named by a path relative to the file `origin`, file:// or a storage's URI."""
+    path = path.removeprefix("file://")
+    if is_remote(path):
+        return path
+    path = os.path.expanduser(path)
+    return path if os.path.isabs(path) else join_uri(parent_uri(origin), path)
 
 
 def read_item(
@@ -299,9 +307,9 @@ def read_item(
     numbers = [_NUMBERED.fullmatch(name_of(uri).rpartition(".")[0]) for uri in item.images]
     if len(numbers) > 1 and len({number[2] if number else "" for number in numbers} - {""}) < len(numbers):
         raise Unusable("several images of one name", ", ".join(name_of(uri) for uri in item.images))
-    images = [_read(uri) for uri in item.images]
-    txt = _read(item.txt) if item.txt is not None else None
-    values = _read(item.json) if item.json is not None else None
+    images = [read_file(uri) for uri in item.images]
+    txt = read_file(item.txt) if item.txt is not None else None
+    values = read_file(item.json) if item.json is not None else None
     if item.caption is not None:
         txt = item.caption.encode("utf-8")
     if item.values:
@@ -313,7 +321,12 @@ def read_item(
     return [{**members, **each} for each in texts]
 
 
-def _read(uri: str) -> bytes:
+def read_file(uri: str) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        Unusable: there is no such file.
+    """
     try:
         return read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

@@ -464,7 +464,7 @@ def test_downloads_for_another_list_are_never_used(
         def stop(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(image_caption_job, "_run_tasks", stop)
+        patch.setattr(image_caption_job, "run_tasks", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(cats, tmp_path / "first", **settings)
     output = tmp_path / ("second" if is_shared else "first")
@@ -485,12 +485,12 @@ def test_downloads_for_another_list_are_never_used(
 def test_a_killed_job_goes_on_with_what_it_has_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"url": f"http://made.up/{n}.png", "caption": f"cat {n}"} for n in range(6)]
     (tmp_path / "cats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    run_tasks = image_caption_job._run_tasks
+    run_tasks = image_caption_job.run_tasks
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_caption_job, "_run_tasks", stop)
+    monkeypatch.setattr(image_caption_job, "run_tasks", stop)
     with pytest.raises(KeyboardInterrupt):
         preprocess(tmp_path / "cats.jsonl", tmp_path / "out")
     tars = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.download").rglob("*.tar")}
@@ -500,7 +500,7 @@ def test_a_killed_job_goes_on_with_what_it_has_downloaded(tmp_path: Path, monkey
         assert {path: path.stat().st_mtime_ns for path in tars} == tars, "a finished download was made again"
         return run_tasks(*args)
 
-    monkeypatch.setattr(image_caption_job, "_run_tasks", check)
+    monkeypatch.setattr(image_caption_job, "run_tasks", check)
     preprocess(tmp_path / "cats.jsonl", tmp_path / "out")
     assert read_report(tmp_path / "out")["samples"] == 6
     assert not (tmp_path / "out.download").exists()

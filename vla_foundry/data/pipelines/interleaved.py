@@ -1,0 +1,90 @@
+"""Modality `interleaved`: documents of text and images in order; all text is supervised, images are not.
+
+A sample's members are a `json`, in a layout of `text/interleaved.py`, and the images that it names, such as
+`image_0.jpg`. A document longer than seq_len + 1 tokens is truncated: an image is kept whole or left out with all that
+follows. Documents are packed as captioned images are (`image_caption.py`), and the images of a batch stand in one
+tensor, in the order of their tokens: there is nothing to pad and nothing to mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vla_foundry.data.pipelines.augment import add_images
+from vla_foundry.data.pipelines.image_caption import Encode, ImageTextPipeline, find_images
+from vla_foundry.data.pipelines.stages import Dropped, Sample, Stage, register_pipeline
+from vla_foundry.images.processor import Processor
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.image_caption import InterleavedDataParams
+from vla_foundry.params.data.images import DataAugmentationParams
+from vla_foundry.parsing import parse_record
+from vla_foundry.text.captions import Unusable
+from vla_foundry.text.interleaved import Picture, place_pictures, read_document
+
+
+class ReadDocument:
+    """A stage: the member json -> `parts` (text, or None for an image), `pictures` (members) and `is_whole`.
+
+    Args:
+        max_images: a document ends before the image after these; None: no limit.
+    """
+
+    def __init__(self, max_images: int | None) -> None:
+        self.max_images = max_images
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Read the document.
+
+        Raises:
+            Dropped: there is none, an image is missing, or no text can be trained on.
+        """
+        if "json" not in sample:
+            members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+            raise Dropped("no document", f"it has no member json, only {members or 'none'}")
+        try:
+            parts = place_pictures(read_document(parse_record(sample["json"], "its json")), find_images(sample))
+        except Unusable as error:
+            raise Dropped(error.reason, str(error) or "in its json") from None
+        except ValueError as error:
+            raise Dropped("bad JSON", str(error)) from None
+        places = [number for number, part in enumerate(parts) if isinstance(part, Picture)]
+        end = len(parts) if self.max_images is None else [*places, *[len(parts)] * len(parts)][self.max_images]
+        kept = parts[:end]
+        return {
+            **sample,
+            "parts": [part if isinstance(part, str) else None for part in kept],
+            "pictures": [part.name for part in kept if isinstance(part, Picture)],
+            "is_whole": end == len(parts),
+        }
+
+
+class PreparePictures:
+    """A stage: the members named in `pictures` -> `images`, see `augment.add_images`."""
+
+    def __init__(self, params: DataAugmentationParams) -> None:
+        self.params = params
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Decode and augment; an image that cannot be used drops the document."""
+        return add_images(sample, [sample[name] for name in sample["pictures"]], self.params)
+
+
+class EncodeDocument(Encode):
+    """A stage: `images` and `parts` -> `inputs`."""
+
+    def _encode(self, processor: Processor, sample: Sample) -> tuple[dict[str, Any], int]:
+        try:
+            inputs = processor.encode_document(
+                sample["images"], sample["parts"], max_tokens=self.max_tokens, is_whole=sample["is_whole"]
+            )
+            return inputs, len(inputs["input_ids"])
+        except ValueError as error:
+            raise Dropped("no room for text" if "no room" in str(error) else "control token", str(error)) from None
+
+
+@register_pipeline("interleaved")
+def create_interleaved_pipeline(params: DataParams, stages: Sequence[Stage] | None = None) -> ImageTextPipeline:
+    """Create the pipeline for documents of text and images."""
+    assert isinstance(params, InterleavedDataParams), "modality interleaved needs data.type interleaved"
+    encode = EncodeDocument(params, max_tokens=params.seq_len + 1)
+    default = (ReadDocument(params.max_images), PreparePictures(params.augmentation), encode)
+    return ImageTextPipeline(params, encode, default, stages)
