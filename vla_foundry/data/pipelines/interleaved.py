@@ -47,13 +47,13 @@ class ReadDocument:
         except ValueError as error:
             raise Dropped("bad JSON", str(error)) from None
         places = [number for number, part in enumerate(parts) if isinstance(part, Picture)]
-        end = len(parts) if self.max_images is None else [*places, *[len(parts)] * len(parts)][self.max_images]
-        kept = parts[:end]
+        cut = [] if self.max_images is None else places[self.max_images :]
+        kept = parts[: cut[0]] if cut else parts
         return {
             **sample,
             "parts": [part if isinstance(part, str) else None for part in kept],
             "pictures": [part.name for part in kept if isinstance(part, Picture)],
-            "is_whole": end == len(parts),
+            "is_whole": not cut,
         }
 
 

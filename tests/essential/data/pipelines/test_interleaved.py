@@ -113,6 +113,20 @@ def test_tokens_images_and_targets_are_those_of_the_document(
     assert batch["pixel_values"][:, 0, 8, 12].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("most", "text"), [(1, "a<image>b"), (2, f"a<image>b<image>{END}"), (9, f"a<image>b<image>{END}")]
+)
+def test_a_document_ends_before_the_image_after_the_last_allowed(
+    tokenizer_folder: Path, write_samples, tmp_path: Path, most: int, text: str
+) -> None:
+    manifest = write_samples(tmp_path / "d", [[document("a", 40, "b", 80)]])
+    pipeline = create_pipeline(tokenizer_folder, max_images=most, img_num_tokens=1)
+    batch = pipeline.create_batch(create_rows(manifest, [0]))
+    ((ids, _),) = read_segments(batch)
+    assert pipeline.encode.load().tokenizer.decode(ids) == text
+    assert len(batch["pixel_values"]) == text.count("<image>")
+
+
 def test_a_long_document_keeps_whole_images_and_ends_with_text(tokenizer_folder: Path) -> None:
     from transformers import AutoTokenizer
 
