@@ -68,7 +68,7 @@ def test_documents_of_all_layouts_are_written_with_their_images(source: Path, tm
     assert found["two"][0] == [{"image": "image_0.jpg"}, {"text": "two"}]
     assert found["six"][0] == [{"image": "image_0.png"}, {"text": "six"}]
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert report["counts"] == {"bad image": 1, "missing file": 1, "no document": 1}
+    assert report["failed"] == {"bad image": 1, "missing file": 1, "no document": 1}
 
 
 def test_bad_images_may_be_left_out(source: Path, tmp_path: Path) -> None:
