@@ -143,26 +143,27 @@ def _check_reachable(ray_address: str) -> None:
     """Fail at once if nothing listens: Ray would retry for a quarter of an hour.
 
     Raises:
-        ValueError: nothing answers at host:port.
+        OSError, OverflowError: nothing answers at host:port.
     """
     host, _, port = ray_address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():  # "auto" and the like
-        return
-    try:
+    if host and port.isdigit():  # not "auto" and the like
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ValueError(f"No Ray cluster answers at --ray_address {ray_address}: {error}.") from None
 
 
 @contextmanager
-def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[int]:
+def ray_cluster(num_workers: int | None, ray_address: str | None, *, flag: str = "--ray_address") -> Iterator[int]:
     """Join or start Ray, and yield the number of tasks to keep under way; shut down what this started.
 
     `run_tasks` does so itself. A job that calls it several times wraps all calls, so that Ray starts once. Nothing is
     started for num_workers 0.
 
+    Args:
+        num_workers: as the user gave it; None: as many as the cluster has CPUs.
+        ray_address: address of a cluster to join; None: Ray on this machine only.
+        flag: what named the address, for messages.
+
     Raises:
-        ValueError: Ray is not installed, or no cluster answers at `ray_address`.
+        ValueError: Ray is not installed, no cluster answers at `ray_address`, or it runs another version.
     """
     if num_workers == 0:
         yield 0
@@ -174,10 +175,8 @@ def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[in
     try:
         import ray
     except ImportError:
-        raise ValueError(
-            "Preprocessing needs Ray, which is not installed: uv pip install 'vla-foundry[preprocessing]', or give "
-            "--num_workers 0 to work in this process."
-        ) from None
+        without = "give --num_workers 0 to work in this process" if flag == "--ray_address" else f"leave out {flag}"
+        raise ValueError(f"Ray is not installed: uv pip install 'vla-foundry[preprocessing]', or {without}.") from None
     is_ours = not ray.is_initialized()
     if is_ours and ray_address is None:
         try:
@@ -197,12 +196,17 @@ def ray_cluster(num_workers: int | None, ray_address: str | None) -> Iterator[in
                 f"Ray does not start ({type(error).__name__}: {reason}). Give --num_workers 0 to work in this process."
             ) from None
     elif is_ours:
-        _check_reachable(str(ray_address))
         try:
+            _check_reachable(str(ray_address))
             ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"No Ray cluster answers at --ray_address {ray_address}: {reason}") from None
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            if "ersion" in reason:
+                raise ValueError(
+                    f"The Ray cluster at {flag} {ray_address} runs other versions. Install the same Ray and Python "
+                    f"there and here. {reason}"
+                ) from None
+            raise ValueError(f"No Ray cluster answers at {flag} {ray_address}: {reason}") from None
     try:
         yield num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     finally:

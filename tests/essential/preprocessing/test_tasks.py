@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.preprocessing.tasks import Task, run_tasks
+from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 
 
 def create_tasks(folder: Path, num_tasks: int = 5) -> list[Task]:
@@ -127,3 +127,28 @@ def test_progress_is_plain_lines_without_a_terminal(monkeypatch, tmp_path: Path,
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" after")[0] for line in lines] == [f"test: {20 * n}.0%" for n in range(1, 6)]
     assert all(line.endswith(" s") and "ETA" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.11.7"),
+            r"^The Ray cluster at --cluster auto runs other versions\. Install .* with: Ray: 2\.1\.0 Python",
+        ),
+        (
+            ConnectionError("Could not find any\nrunning Ray instance."),
+            r"^No Ray cluster answers at --cluster auto: Could",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line(raised: Exception, message: str, monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    def fail(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError, match=message), ray_cluster(None, "auto", flag="--cluster"):
+        pass
