@@ -116,6 +116,12 @@ def _read_mixture(params: TrainExperimentParams, data: MixtureDataParams, world_
         facts = read_facts(data.part_of(params, name), world_size, offline=offline)
         # the datasets share the machine
         parts[name] = replace(facts, num_cpus=max(1, facts.num_cpus // len(data.datasets)))
+    if data.merge_statistics and all(parts[name].normalization is not None for name in data.robots()):
+        from vla_foundry.data.robotics import complete_params
+
+        whole = data.merge_robots({name: complete_params(robot) for name, robot in data.robots().items()})
+        for name, robot in whole.items():
+            parts[name] = replace(parts[name], normalization=_read_normalization(robot, offline))
     return replace(parts[str(data.main_dataset())], parts=parts)
 
 

@@ -62,7 +62,11 @@ class _Layout:
 
 
 class Interleaving:
-    """Which dataset each position belongs to, in closed form: shares hold over any range of batches.
+    """Which dataset each position belongs to, in closed form.
+
+    Each dataset's count in a batch is its share, rounded down or up. Its count in the first n batches is off by less
+    than one for each 1 among the binary digits of n, so a window of batches may be off by a few. `BlockPattern`, of
+    mixtures, is off by less than one block for ever.
 
     Args:
         weights: relative share of each dataset; any positive numbers.

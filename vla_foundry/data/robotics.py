@@ -110,6 +110,10 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpe
         FileNotFoundError: a dataset has no statistics.
         ValueError: statistics lack a field, a step or percentiles.
     """
+    paths, weighting = params.dataset_statistics, params.dataset_weighting or [1.0] * len(datasets)
+    if params.merged_statistics:
+        datasets = read_specs(list(params.merged_statistics))
+        paths, weighting = list(params.merged_statistics.values()), list(params.merged_weighting.values())
     widths: dict[str, int] = {}
     fields_of: list[set[str]] = [set() for _ in datasets]
     for name in ("action_fields", "proprioception_fields"):
@@ -123,15 +127,14 @@ def create_normalization(params: RoboticsDataParams, datasets: Sequence[NamedSpe
     passing = {name: _pass(rules[name], width) for name, width in widths.items() if not rules[name].enabled}
     if not used:
         return Normalization(RoboticsNormalizer(passing), {})
-    assert len(params.dataset_statistics) == len(datasets), "resolve derives data.dataset_statistics"
+    assert len(paths) == len(datasets), "resolve derives data.dataset_statistics"
     files = []
-    for path, (_, spec), has in zip(params.dataset_statistics, datasets, fields_of, strict=True):
+    for path, (_, spec), has in zip(paths, datasets, fields_of, strict=True):
         fields = tuple(name for name, _ in used if name in has)
         version = 0 if is_remote(path) or not os.path.exists(path) else os.stat(path).st_mtime_ns
         anchor_index = spec.past_lowdim_steps
         files.append(_StatisticsFile(path=path, version=version, anchor_index=anchor_index, fields=fields))
-    is_mixture = params.statistics_weighting == "mixture"
-    shares = tuple(params.dataset_weighting or [1.0] * len(datasets)) if is_mixture else None
+    shares = tuple(weighting) if params.statistics_weighting == "mixture" else None
     columns = {name: field.names for _, spec in datasets for name, field in spec.fields.items() if field.names}
     created = _create(tuple(files), used, shares, params.normalization_window, tuple(columns.items()))
     normalizer = created.normalizer

@@ -100,8 +100,8 @@ class PolicyFiles:
                     f"camera '{camera.name}' of {robot.name} gives images of {size}, but the policy was trained on "
                     f"{camera.original_size}. Give images of that size."
                 )
-        both = {name: (self.spec.fields[name], known.fields[name]) for name in names if name in self.spec.fields}
-        contradictions = find_contradictions(NamedSpec(self.run_folder, self.spec), robot, both)
+        own = {name: self.spec.fields[name] for name in names if name in self.spec.fields}
+        contradictions = find_contradictions([(NamedSpec(self.run_folder, self.spec), own), (robot, known.fields)])
         if contradictions:
             raise ValueError(contradictions[0])
 

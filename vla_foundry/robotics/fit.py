@@ -4,9 +4,10 @@ Everything is matched by name, and every contradiction is one line. A camera who
 (`observation.images.top`) may be given by its last part, if no other camera ends in that part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 from vla_foundry.registry import unknown_name_message
@@ -236,38 +237,42 @@ def _find_group(name: str, groups: Sequence[PoseGroup], dataset: NamedSpec, path
     return group
 
 
-def find_contradictions(
-    first: NamedSpec,
-    second: NamedSpec,
-    fields: Mapping[str, tuple[FieldDescription, FieldDescription]],
-) -> list[str]:
-    """Return the contradictions between two datasets, or a dataset and the run a model starts from; one line each.
+def find_contradictions(described: Sequence[tuple[NamedSpec, Mapping[str, FieldDescription]]]) -> list[str]:
+    """Return the contradictions between any two datasets, or a dataset and the run a model starts from; one line each.
 
     Args:
-        fields: the fields used of both, with both descriptions.
+        described: each of them, and the fields used of it.
     """
     found = []
-    rates = first.spec.fps, second.spec.fps
-    if None not in rates and rates[0] != rates[1]:
-        found.append(
-            f"{first.name} has {rates[0]:g} frames a second and {second.name} {rates[1]:g}: the same action would take "
-            f"a different time. Preprocess one of them with --target_fps."
-        )
-    for name, (one, other) in fields.items():
-        for key in ("shape", "representation", "rotation", "unit", "frame", "gripper"):
-            values = getattr(one, key), getattr(other, key)
-            if None not in values and values[0] != values[1]:
-                found.append(
-                    f"field '{name}': its {key} is {_say(values[0])} in {first.name}, and {_say(values[1])} in "
-                    f"{second.name}. Preprocess one of them again, or use a field on which they agree."
-                )
-        # other names may be another spelling; the same names in another order are other numbers
-        if one.names != other.names and sorted(one.names) == sorted(other.names):
+    for (first, fields), (second, others) in combinations(described, 2):
+        rates = first.spec.fps, second.spec.fps
+        if None not in rates and rates[0] != rates[1]:
             found.append(
-                f"field '{name}': its columns are {', '.join(one.names)} in {first.name}, and "
-                f"{', '.join(other.names)} in {second.name}. Put those of one into the order of the other."
+                f"{first.name} has {rates[0]:g} frames a second and {second.name} {rates[1]:g}: the same action would "
+                f"take a different time. Preprocess one of them with --target_fps."
             )
+        for name in [name for name in fields if name in others]:
+            found += _compare_field(name, (first.name, fields[name]), (second.name, others[name]))
     return found
+
+
+def _compare_field(
+    name: str, first: tuple[str, FieldDescription], second: tuple[str, FieldDescription]
+) -> Iterator[str]:
+    (here, one), (there, other) = first, second
+    for key in ("shape", "representation", "rotation", "unit", "frame", "gripper"):
+        values = getattr(one, key), getattr(other, key)
+        if None not in values and values[0] != values[1]:
+            yield (
+                f"field '{name}': its {key} is {_say(values[0])} in {here}, and {_say(values[1])} in {there}. "
+                "Preprocess one of them again, or use a field on which they agree."
+            )
+    # other names may be another spelling; the same names in another order are other numbers
+    if one.names != other.names and sorted(one.names) == sorted(other.names):
+        yield (
+            f"field '{name}': its columns are {', '.join(one.names)} in {here}, and {', '.join(other.names)} in "
+            f"{there}. Put those of one into the order of the other."
+        )
 
 
 def find_changed_normalization(

@@ -13,13 +13,14 @@ from vla_foundry.config.tree import COMMAND_LINE, TYPE_KEY, Branch, Leaf, Node, 
 from vla_foundry.config.values import decode_value
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import ImageProcessorParams
-from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.data.robotics import RoboticsDataParams, specs_of
 from vla_foundry.params.facts import Facts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
+from vla_foundry.robotics.fit import find_contradictions
 
 # keys of the mixture itself; any other key beside `datasets` is given to each dataset that has it
-_OWN_KEYS = {TYPE_KEY, "datasets", "weights", "modality_block", "epochs_of", "seed"}
+_OWN_KEYS = {TYPE_KEY, "datasets", "weights", "modality_block", "epochs_of", "merge_statistics", "seed"}
 _LISTS = {"manifest": str, "modality": str, "weighting": float, "statistics": str}
 # blocks in the longest pattern
 _MOST_BLOCKS = 1 << 13
@@ -40,6 +41,8 @@ class MixtureDataParams(DataParams):
     modality_block: Count | None = None
     # dataset whose passes num_epochs counts; null: the first of robots, else of images, else of all
     epochs_of: Name | None = None
+    # normalize all robots, which have the same fields, by the statistics of all; false: each by its own
+    merge_statistics: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +118,10 @@ class MixtureDataParams(DataParams):
         """Return the tokenizer of the main dataset."""
         return None if self.main() is self else self.main().tokenizer_name()
 
+    def robots(self) -> dict[str, RoboticsDataParams]:
+        """Return the datasets of robots."""
+        return {name: part for name, part in self.datasets.items() if isinstance(part, RoboticsDataParams)}
+
     def robot_widths(self) -> dict[str, int | None]:
         """Return `action_dim` and `proprioception_dim` of the widest robot; narrower ones are padded."""
         widths = [part.robot_widths() for part in self.datasets.values() if part.robot_widths()]
@@ -138,7 +145,9 @@ class MixtureDataParams(DataParams):
         derived = {}
         widths = {name: width for name, width in self.robot_widths().items() if width is not None}
         if widths:
-            robots = {name: part for name, part in self.datasets.items() if part.robot_widths()}
+            robots = self.robots()
+            if self.merge_statistics and all(part.robot_window() for part in robots.values()):
+                robots = self.merge_robots(robots)
             padded: dict[str, Any] = {f"padded_{name}": width for name, width in widths.items()}
             wide = {name: replace(part, **padded) for name, part in robots.items()}
             derived["datasets"] = Derived(self.datasets | wide, "the widest robot")
@@ -168,7 +177,69 @@ class MixtureDataParams(DataParams):
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.datasets.NAME."
                 "val_dataset_manifest FOLDER/manifest.jsonl, or --total_val_samples null."
             )
-        return []
+        return self._check_merged(facts, path)
+
+    def merge_robots(self, robots: dict[str, RoboticsDataParams]) -> dict[str, RoboticsDataParams]:
+        """Return the robots, each of which knows its own statistics and steps, normalized by the statistics of all.
+
+        Raises:
+            ValueError: their fields or how they are normalized differ.
+        """
+        if not robots:
+            raise ValueError("data.merge_statistics is true, but no dataset is of a robot. Leave it out.")
+        (first, main), *others = robots.items()
+        rules = replace(main.normalization, lowdim_past_timesteps=None, lowdim_future_timesteps=None)
+        for name, part in others:
+            for key in ("action_fields", "proprioception_fields"):
+                for one, other in ((first, name), (name, first)):
+                    lacking = [field for field in getattr(robots[one], key) if field not in getattr(robots[other], key)]
+                    if lacking:
+                        raise ValueError(
+                            f"data.merge_statistics needs robots with the same fields, but data.datasets.{other}.{key} "
+                            f"lacks '{lacking[0]}' of {one}. Add it, or leave data.merge_statistics out."
+                        )
+            own = replace(part.normalization, lowdim_past_timesteps=None, lowdim_future_timesteps=None)
+            for key, differs in (
+                ("normalization", own != rules),
+                ("statistics_weighting", part.statistics_weighting != main.statistics_weighting),
+            ):
+                if differs:
+                    raise ValueError(
+                        f"data.merge_statistics: data.datasets.{name}.{key} differs from that of {first}. Give it "
+                        f"once, as data.{key}."
+                    )
+        files: dict[str, str] = {}
+        shares: dict[str, float] = {}
+        for name, part in robots.items():
+            weights = part.dataset_weighting or [1.0] * len(part.dataset_statistics)
+            for manifest, file, weight in zip(part.dataset_manifest, part.dataset_statistics, weights, strict=False):
+                files[manifest] = file
+                shares[manifest] = shares.get(manifest, 0.0) + self.shares()[name] * weight / sum(weights)
+        windows = [part.normalization_window for part in robots.values()]
+        past, future = max(window.past for window in windows), max(window.future for window in windows)
+        normalization = replace(rules, lowdim_past_timesteps=past, lowdim_future_timesteps=future)
+        return {
+            name: replace(part, merged_statistics=files, merged_weighting=shares, normalization=normalization)
+            for name, part in robots.items()
+        }
+
+    def _check_merged(self, facts: Facts, path: str) -> list[str]:
+        """Check that the robots mean the same by their fields; return accepted contradictions."""
+        robots = self.robots()
+        if not self.merge_statistics:
+            kept = next((name for name, part in robots.items() if part.merged_statistics), None)
+            if kept is None:
+                return []
+            raise ValueError(
+                f"{path}.datasets.{kept}.merged_statistics needs {path}.merge_statistics true. Set it, or leave it out."
+            )
+        specs = {name: specs_of(facts.parts[name].datasets)[:1] for name in robots}
+        found = find_contradictions(
+            [(spec, robots[name].describe_fields(spec)) for name in robots for spec in specs[name]]
+        )
+        if found and not any(part.accept_contradictions for part in robots.values()):
+            raise ValueError(f"{path}.merge_statistics: {found[0]} Or set --{path}.accept_contradictions true.")
+        return found
 
 
 def pattern_blocks(weights: Sequence[float]) -> list[int]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 from vla_foundry.config.schema import (
@@ -23,7 +22,7 @@ from vla_foundry.params.facts import DatasetFacts, Facts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics import fit as fit
 from vla_foundry.robotics.fields import PoseGroup, Window, image_names, parse_pose_groups
-from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, NamedSpec
+from vla_foundry.robotics.spec import SPEC_NAME, DatasetSpec, FieldDescription, NamedSpec
 from vla_foundry.run_folder import NORMALIZER_NAME, STATISTICS_NAME
 from vla_foundry.text.chat import INSTRUCTION_PROMPTS, template_fields
 
@@ -171,6 +170,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     dataset_statistics: list[Location] = field(default_factory=list)
     # weight every window equally (count), or each dataset by its dataset_weighting (mixture)
     statistics_weighting: Literal["count", "mixture"] = "count"
+    # in place of dataset_statistics: those of all robots of a mixture, by manifest; null: data.merge_statistics says
+    merged_statistics: dict[str, Location] = field(default_factory=dict)
+    # their weights, likewise
+    merged_weighting: dict[str, Positive] = field(default_factory=dict)
     # not used: validation uses the training normalization, because the model was trained on it
     val_dataset_statistics: list[Location] = field(default_factory=list)
     # random changes in training; validation uses centre crops
@@ -283,7 +286,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         if not datasets or needs is not None:
             missing = needs or Unavailable("data.dataset_manifest")
             return {name: Derived(missing, "the data") for name in wanted}
-        known = _specs_of(datasets)
+        known = specs_of(datasets)
         source = f"the data ({SPEC_NAME})"
 
         def agree(name: str, value_of: Callable[[DatasetSpec], Any]) -> Any:
@@ -339,6 +342,16 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             may_be_missing=self.pad_missing_fields,
         )
 
+    def describe_fields(self, dataset: NamedSpec) -> dict[str, FieldDescription]:
+        """Return what a dataset's fields mean, of those that these params name.
+
+        Raises:
+            ValueError: the dataset lacks them.
+        """
+        return self.find_fields("action_fields", dataset).fields | (
+            self.find_fields("proprioception_fields", dataset).fields
+        )
+
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that the datasets, the run that the model starts from and these params agree."""
         notices = super().check(root, facts, path)
@@ -354,7 +367,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             notices.append(f"{path}.val_dataset_statistics is not used: validation is normalized as training is.")
         datasets = [item for item in (*facts.datasets, *facts.val_datasets)]
         if not any(item.robotics is None or isinstance(item.robotics, Unavailable) for item in datasets):
-            notices += self.check_specs(_specs_of(datasets), facts.started_from_robotics)
+            notices += self.check_specs(specs_of(datasets), facts.started_from_robotics)
         notices += self.compare_images(facts, path, is_accepted=self.accept_contradictions)
         # numbers matter only where all of the policy continues, not its backbone alone
         if root.model.resume_from_checkpoint is not None:
@@ -392,24 +405,18 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             ValueError: a contradiction is not accepted; one line.
         """
         camera_names, image_indices = self.camera_names or [], self.image_indices or []
-        described: list[dict[str, Any]] = []
+        described: list[tuple[NamedSpec, dict[str, FieldDescription]]] = []
         for dataset in datasets:
             fit.check_cameras(camera_names, dataset, may_be_missing=self.pad_missing_images)
             fit.check_window(self.window, image_indices, dataset)
             if self.use_language:
                 fit.check_instructions(self.language_instruction_types, dataset)
-            lists = [self.find_fields(name, dataset).fields for name in ("action_fields", "proprioception_fields")]
-            described.append(lists[0] | lists[1])
+            described.append((dataset, self.describe_fields(dataset)))
         self._check_width("action_dim", "action_fields", datasets)
         self._check_width("proprioception_dim", "proprioception_fields", datasets)
-        found = []
-        for (one, fields), (other, other_fields) in combinations(zip(datasets, described, strict=True), 2):
-            both = {name: (fields[name], other_fields[name]) for name in fields if name in other_fields}
-            found += fit.find_contradictions(one, other, both)
+        found = fit.find_contradictions(described)
         if run is not None and datasets:
-            known = run.spec.fields
-            both = {name: (known[name], described[0][name]) for name in described[0] if name in known}
-            found += fit.find_contradictions(run, datasets[0], both)
+            found += fit.find_contradictions([(run, run.spec.fields), described[0]])
             found += fit.find_swapped_cameras(camera_names, run)
         if found and not self.accept_contradictions:
             raise ValueError(f"{found[0]} Or continue as is with --data.accept_contradictions true.")
@@ -433,5 +440,6 @@ def _color_cameras(spec: DatasetSpec) -> list[str]:
     return [name for name, camera in spec.cameras.items() if not camera.is_depth]
 
 
-def _specs_of(datasets: Sequence[DatasetFacts]) -> list[NamedSpec]:
+def specs_of(datasets: Sequence[DatasetFacts]) -> list[NamedSpec]:
+    """Return the specs of the robot datasets that are within reach."""
     return [NamedSpec(item.manifest, item.robotics) for item in datasets if isinstance(item.robotics, DatasetSpec)]

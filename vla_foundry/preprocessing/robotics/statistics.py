@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -108,12 +107,9 @@ def compute_statistics(params: StatsParams) -> None:
 def _merge(params: StatsParams) -> Statistics:
     sources = [name if name.endswith(".json") else join_uri(name, STATISTICS_NAME) for name in params.merge]
     specs = [_find_spec(source) for source in sources]
-    for first, second in combinations([named for named in specs if named is not None], 2):
-        both = {name: first.spec.fields[name] for name in first.spec.fields if name in second.spec.fields}
-        pairs = {name: (field, second.spec.fields[name]) for name, field in both.items()}
-        found = find_contradictions(first, second, pairs)
-        if found and not params.accept_contradictions:
-            raise ValueError(f"{found[0]} Or merge them as they are with --accept_contradictions true.")
+    found = find_contradictions([(named, named.spec.fields) for named in specs if named is not None])
+    if found and not params.accept_contradictions:
+        raise ValueError(f"{found[0]} Or merge them as they are with --accept_contradictions true.")
     return merge_statistics(
         [
             parse_statistics(
