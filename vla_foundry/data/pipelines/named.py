@@ -160,7 +160,7 @@ class WebDatasetStage(UserStage):
         ValueError: it does not fit into an exact pipeline; the message says why.
     """
 
-    def __init__(self, stage: Callable[[Any], Any], *, name: str = "", samples: int = 1) -> None:
+    def __init__(self, stage: Any, *, name: str = "", samples: int = 1) -> None:
         secure_webdataset()
         if is_webdataset(stage):
             kind = getattr(getattr(stage, "f", None), "__name__", type(stage).__name__).lstrip("_")
@@ -268,7 +268,7 @@ class Stages(Sequence[Any]):
     def insert(
         self,
         name: str,
-        stage: Callable[[Any], Any],
+        stage: Any,
         *,
         before: str | None = None,
         after: str | None = None,
@@ -285,7 +285,7 @@ class Stages(Sequence[Any]):
             {name: _wrap(name, stage, samples)}, {name: StageParams(use=name, before=before, after=after)}
         )
 
-    def replace(self, name: str, stage: Callable[[Any], Any], *, samples: int = 1) -> "Stages":
+    def replace(self, name: str, stage: Any, *, samples: int = 1) -> "Stages":
         """Return the list with another stage under this name."""
         self._check(name)
         return self._changed({name: _wrap(name, stage, samples)}, {})

@@ -117,7 +117,10 @@ def find_function(name: str) -> Callable[..., Any]:
         return STAGES.get(name)
     if _plugin_of(name) is None:
         named = ", ".join(agreed_plugins()) or "none"
-        raise ValueError(f"'{name}' is not in a plug-in that you named: {named}. Add --plugins {module}.")
+        raise ValueError(
+            f"'{name}' is not in a plug-in that you named ({named}). A stage is a function of a module of your own: "
+            "write one, and name its module with --plugins."
+        )
     found = getattr(sys.modules.get(module), attribute, None)
     own = [key for key, value in vars(sys.modules.get(module, object)).items() if _is_own(value, module)]
     if not _is_own(found, module):

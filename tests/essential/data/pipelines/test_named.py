@@ -16,7 +16,7 @@ import webdataset as wds
 from tests.essential.text_rows import create_rows, read
 from vla_foundry.config.command_line import import_plugins
 from vla_foundry.data import create_dataloader
-from vla_foundry.data.pipelines.named import Stages
+from vla_foundry.data.pipelines.named import FunctionStage, Stages
 from vla_foundry.data.pipelines.stages import create_pipeline
 from vla_foundry.data.pipelines.text import DEFAULT_STAGES, TextPipeline
 from vla_foundry.params.data.stages import StageParams
@@ -119,19 +119,24 @@ def test_order_is_a_function_of_the_position(plugin: str, dataset: str) -> None:
     expected = first_tokens(dataset, 0, 10)
     random.seed(2)
     np.random.seed(2)
-    for world_size in (2, 4):
-        assert first_tokens(dataset, 0, 10, world_size=world_size) == expected
-    for first in range(1, 10):
+    assert first_tokens(dataset, 0, 10, world_size=4) == expected
+    for first in (1, 9):
         assert first_tokens(dataset, first, 1) == expected[first : first + 1]
     assert first_tokens(dataset, 3, 4, num_workers=2) == expected[3:7]
-    state = random.getstate(), torch.get_rng_state()
-    first_tokens(dataset, 0, 2)
-    assert random.getstate() == state[0], "a stage leaves the trainer's generators as they are"
-    assert torch.equal(torch.get_rng_state(), state[1])
     tokens = np.asarray(expected).ravel()
     assert (tokens % 1000 % 3 != 1).all()
     assert len(set((tokens // 10000).tolist())) > 10, "the draws of samples differ"
     assert set((tokens // 1000 % 10).tolist()) == {0, 1, 2}, "all copies are seen"
+
+
+def test_a_stage_leaves_the_global_generators_as_they_are() -> None:
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    stage = FunctionStage("draw", lambda sample: {"x": (random.random(), np.random.rand(), float(torch.rand(())))})
+    sample = {"__seed__": 1, "__position__": 2}
+    assert stage(sample)["x"] == stage(sample)["x"]
+    assert random.getstate() == state[0]
+    assert np.random.get_state()[1].tolist() == state[1]
+    assert torch.get_rng_state().tolist() == state[2]
 
 
 def test_every_sample_that_a_stage_makes_is_seen_once_an_epoch(plugin: str, dataset: str) -> None:
@@ -214,7 +219,7 @@ def test_params_change_stages_by_name(plugin: str, changes: dict[str, Any], name
         ({"stages": {"require_tokens": StageParams(remove=True)}, "stage_order": ["require_tokens"]}, "disagree"),
         (
             {"stages": {"x": StageParams(use="os.system", before="require_tokens")}},
-            "'os.system' is not in a plug-in that you",
+            "'os.system' is not in a plug-in that you named .* a module of your own",
         ),
         (
             {"stages": {"x": StageParams(use="stages_plugin.run", before="require_tokens")}},
