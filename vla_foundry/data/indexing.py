@@ -7,8 +7,8 @@ import tarfile
 from functools import lru_cache
 from typing import BinaryIO
 
-from vla_foundry.data.ranges import LocalBytes, ShardBytes
-from vla_foundry.shards import MemberSpan, ShardIndex, format_index, index_shard, parse_index, sha256_of
+from vla_foundry.data.ranges import LocalBytes, ShardBytes, is_header
+from vla_foundry.shards import ShardIndex, format_index, index_shard, parse_index, sha256_of
 from vla_foundry.storage.uri import exists, read_text, write_text
 
 _logger = logging.getLogger(__name__)
@@ -143,12 +143,5 @@ def fits(tar: ShardBytes, index: ShardIndex) -> bool:
         spans = [span for episode in ends for span in episode.members.values()]
     else:
         spans = [span for _, members in (*index.samples[:1], *index.samples[-1:]) for span in members.values()]
-    return all(_has_header(tar, span) for span in spans)
-
-
-def _has_header(tar: ShardBytes, span: MemberSpan) -> bool:
-    try:
-        header = tar.read(max(span.offset - tarfile.BLOCKSIZE, 0), tarfile.BLOCKSIZE)
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == span.size
-    except tarfile.TarError:
-        return False
+    block = tarfile.BLOCKSIZE
+    return all(is_header(tar.read(max(span.offset - block, 0), block), span.size) for span in spans)

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -10,6 +11,8 @@ from typing import BinaryIO, Protocol, runtime_checkable
 from vla_foundry.storage.uri import describe, read_range
 
 _NUM_THREADS = 8
+# bytes between two members that are read together
+_MOST_BETWEEN = 4096
 
 
 @runtime_checkable
@@ -20,6 +23,8 @@ class ShardBytes(Protocol):
     def num_bytes(self) -> int: ...
 
     def read(self, offset: int, size: int) -> bytes: ...
+
+    def read_member(self, offset: int, size: int) -> bytes: ...
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None: ...
 
@@ -52,12 +57,19 @@ class LocalBytes:
             content += more
         return content
 
+    # an index that is older than its local tar is not used
+    read_member = read
+
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
         """Do nothing: the system reads ahead itself."""
 
 
 class RemoteBytes:
-    """The bytes of a remote file, by one request a range, all of the version that the file has now.
+    """The bytes of a remote file, by one request a range, all of one version.
+
+    Attributes:
+        num_bytes: its size.
+        version: the store's name of these bytes.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -66,8 +78,8 @@ class RemoteBytes:
 
     def __init__(self, uri: str) -> None:
         found = describe(uri)
-        self.num_bytes = found.size
-        self._uri, self._version = uri, str(found.version)
+        self.num_bytes, self.version = found.size, str(found.version)
+        self._uri = uri
         # {(offset, size): the bytes, once they are there}
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
 
@@ -82,6 +94,19 @@ class RemoteBytes:
                 return content.result()[offset - first : offset - first + size]
         return self._fetch(offset, size)
 
+    def read_member(self, offset: int, size: int) -> bytes:
+        """Read a member, and compare its header with its place: an index may be of other bytes.
+
+        Raises:
+            OSError: the header has another size, or the store fails; see `read`.
+        """
+        first = max(offset - tarfile.BLOCKSIZE, 0)
+        content = self.read(first, offset - first + size)
+        if not is_header(content[: offset - first], size):
+            detail = "it was written again after its index. Upload it together with its index"
+            raise OSError(errno.ESTALE, detail, self._uri)
+        return content[tarfile.BLOCKSIZE :]
+
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
         """Fetch ranges, (offset, size), in the background, and forget those that were wanted before."""
         self._ahead = {
@@ -90,12 +115,32 @@ class RemoteBytes:
 
     def _fetch(self, offset: int, size: int) -> bytes:
         try:
-            content = read_range(self._uri, offset, size, self._version)
+            content = read_range(self._uri, offset, size, self.version)
         except (ValueError, OSError) as error:
             raise OSError(errno.EIO, str(error).removeprefix(f"{self._uri}: "), self._uri) from error
         if len(content) != size:
             raise OSError(errno.EIO, "the file is cut off", self._uri)
         return content
+
+
+def is_header(block: bytes, size: int) -> bool:
+    """True if a block of a tar is the header of a member of this size."""
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size == size
+    except tarfile.TarError:
+        return False
+
+
+def join_members(members: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges of members, (offset, size), with their headers: one, but for members that are far apart."""
+    spans: list[tuple[int, int]] = []
+    for offset, size in sorted(members):
+        first, end = max(offset - tarfile.BLOCKSIZE, 0), offset + size
+        if spans and first - sum(spans[-1]) <= _MOST_BETWEEN:
+            spans[-1] = (spans[-1][0], max(sum(spans[-1]), end) - spans[-1][0])
+        else:
+            spans.append((first, end - first))
+    return spans
 
 
 @functools.lru_cache(maxsize=1)

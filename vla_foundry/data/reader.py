@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
 from vla_foundry.data.indexing import fetch_index, fits, is_intact, load_index, read_remote_index
 from vla_foundry.data.plan import Location
-from vla_foundry.data.ranges import LocalBytes, RemoteBytes, ShardBytes
+from vla_foundry.data.ranges import LocalBytes, RemoteBytes, ShardBytes, join_members
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
 from vla_foundry.shards import ManifestEntry, MemberSpan, ShardIndex, TokenRecords
 from vla_foundry.storage.local import name_errors
@@ -25,10 +24,10 @@ from vla_foundry.storage.uri import is_remote, join_uri, parent_uri
 _logger = logging.getLogger(__name__)
 # most shards that a process keeps open; each costs a file descriptor, plus its index
 _MAX_OPEN_SHARDS = 256
-# bytes between two members that are read together
-_MOST_BETWEEN = 4096
 # episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
+# types of a shard's document_offsets and document_ends; see TokenRecords
+_OFFSET, _END = np.dtype("<u8"), np.dtype("<u4")
 
 
 class Dropped(ValueError):
@@ -91,10 +90,12 @@ class TokenShard:
         self._num_records = num_records
         self._records = records
         self._token_type = np.dtype({"uint16": "<u2", "uint32": "<u4"}[records.dtype])
+        self._boundaries = [(span.offset, span.size) for span in (records.document_offsets, records.document_ends)]
+        tar.want(self._boundaries)
         for span, item_size in (
             (records.tokens, self._token_type.itemsize),
-            (records.document_offsets, 8),
-            (records.document_ends, 4),
+            (records.document_offsets, _OFFSET.itemsize),
+            (records.document_ends, _END.itemsize),
         ):
             if span.size % item_size or span.offset + span.size > tar.num_bytes:
                 raise ValueError(f"{uri}: its records are cut off. Make the dataset again.")
@@ -103,8 +104,8 @@ class TokenShard:
 
     def _is_consistent(self) -> bool:
         spans = self._records
-        offsets = self._read(spans.document_offsets, 0, spans.document_offsets.size // 8, "<u8").astype(np.int64)
-        ends = self._read(spans.document_ends, 0, spans.document_ends.size // 4, "<u4").astype(np.int64)
+        offsets = self._read(spans.document_offsets, 0, spans.document_offsets.size // 8, _OFFSET).astype(np.int64)
+        ends = self._read(spans.document_ends, 0, spans.document_ends.size // 4, _END).astype(np.int64)
         num_tokens = spans.tokens.size // self._token_type.itemsize
         if num_tokens < self._num_records * self.record_length or len(offsets) != self._num_records + 1:
             return False
@@ -129,17 +130,18 @@ class TokenShard:
         """
         spans, length = self._records, self.record_length
         tokens = self._read(spans.tokens, row * length + first_token, count or length, self._token_type)
-        first, end = self._read(spans.document_offsets, row, 2, "<u8").tolist()
-        return tokens, self._read(spans.document_ends, first, end - first, "<u4")
+        first, end = self._read(spans.document_offsets, row, 2, _OFFSET).tolist()
+        return tokens, self._read(spans.document_ends, first, end - first, _END)
 
-    def _read(self, span: MemberSpan, first: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
-        size = np.dtype(dtype).itemsize
+    def _read(self, span: MemberSpan, first: int, count: int, dtype: np.dtype) -> np.ndarray:
+        size = dtype.itemsize
         return np.frombuffer(self._tar.read(span.offset + first * size, count * size), dtype)
 
     def read_ahead(self, rows: Iterable[int]) -> None:
         """Fetch the tokens of records before they are read, if they are remote."""
         size = self.record_length * self._token_type.itemsize
-        self._tar.want((self._records.tokens.offset + row * size, size) for row in rows)
+        tokens = [(self._records.tokens.offset + row * size, size) for row in rows]
+        self._tar.want([*self._boundaries, *tokens])
 
 
 class SampleShard:
@@ -201,22 +203,15 @@ class SampleShard:
         Raises:
             OSError: the file cannot be read.
         """
-        return self._tar.read(int(self._offsets[member]), int(self._sizes[member]))
+        return self._tar.read_member(int(self._offsets[member]), int(self._sizes[member]))
 
     def read_ahead(self, rows: Iterable[int]) -> None:
         """Fetch samples before they are read, each by one request, if they are remote."""
-        self._tar.want([span for row in rows for span in self._spans(row)])
+        self._tar.want([span for row in rows for span in join_members(self._place(row))])
 
-    def _spans(self, row: int) -> list[tuple[int, int]]:
-        """Return a sample's ranges: one, but for members that are far apart."""
+    def _place(self, row: int) -> list[tuple[int, int]]:
         members = slice(self._starts[row], self._starts[row + 1])
-        spans: list[tuple[int, int]] = []
-        for first, size in sorted(zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True)):
-            if spans and first - sum(spans[-1]) <= _MOST_BETWEEN:
-                spans[-1] = (spans[-1][0], max(sum(spans[-1]), first + size) - spans[-1][0])
-            else:
-                spans.append((first, size))
-        return spans
+        return list(zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +276,7 @@ class EpisodeShard:
                 if suffix not in members:
                     raise ValueError(f"episode '{key}' has no member '{suffix}'")
             span = members[EPISODE_SUFFIX]
-            info = parse_episode(self._tar.read(span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
+            info = parse_episode(self._tar.read_member(span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
             stored = members[LOWDIM_SUFFIX]
             arrays = NpzFile(self._range_reader(stored), stored.size, is_checked=self._is_checked)
             opened = OpenEpisode(info, arrays)
@@ -302,7 +297,7 @@ class EpisodeShard:
         if spans is None:
             return None
         offset, size = spans[frame].tolist()
-        return self._tar.read(offset, size)
+        return self._tar.read_member(offset, size)
 
     def read_ahead(self, rows: Iterable[int]) -> None:
         """Fetch nothing: which frames of an episode a window needs is known only when it is cut."""
@@ -331,6 +326,8 @@ class ShardReader:
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         # (dataset, shard): whether its bytes are those of the manifest
         self._intact: dict[tuple[int, int], bool] = {}
+        # (dataset, shard): the version of a remote tar that is read by ranges
+        self._versions: dict[tuple[int, int], str] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without open files, so that loader processes open their own."""
@@ -363,6 +360,8 @@ class ShardReader:
         if dataset.is_remote and self.by_ranges:
             tar, index = RemoteBytes(uri), read_remote_index(uri)
             _check_size(dataset, shard, tar.num_bytes)
+            if tar.version != self._versions.setdefault((number, shard), tar.version):
+                raise ValueError(f"{uri} changed while it was being read. Run again.")
             if index is not None and fits(tar, index):
                 _check_count(dataset, shard, index.num_sequences)
                 return _create_shard(uri, tar, index, is_checked=False)
