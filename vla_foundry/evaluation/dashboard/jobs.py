@@ -8,6 +8,7 @@
 its own, so it outlives the dashboard that started it.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -322,6 +323,13 @@ def _identify(pid: int) -> str:
     return f"{boot} {start} {words.replace(bytes(1), b' ').decode('utf-8', 'replace').strip()}" if words else ""
 
 
+def _end_with_parent() -> None:
+    """Have this process terminated when the one that started it is killed: nobody could stop it any more."""
+    # PR_SET_PDEATHSIG of Linux
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 def main(path: Path, words: list[str]) -> None:
     """Run a job in this process's session: note the process, run the command, and note how it ended."""
     # the command gets the signal too, and this process must see how it ends
@@ -337,7 +345,8 @@ def main(path: Path, words: list[str]) -> None:
         write_job(path, job.become("running", pid=pid, host=socket.gethostname(), identity=_identify(pid)))
     sys.stderr.write(f"$ {' '.join(['vla-foundry', *words])}\n")
     sys.stderr.flush()
-    code = subprocess.call([sys.executable, "-m", "vla_foundry.cli", *words], stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "vla_foundry.cli", *words]
+    code = subprocess.call(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
     with hold_lock(lock, wait=True):
         job = read_job(path)
         # it may have been removed by hand meanwhile

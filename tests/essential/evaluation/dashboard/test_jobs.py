@@ -29,6 +29,14 @@ def wait_for(queue: Queue, condition: Callable[[], bool], seconds: float = 250) 
         time.sleep(0.1)
 
 
+def is_group(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def num_trials(queue: Queue, job: Job) -> int:
     found = queue.progress(job)
     assert found is not None
@@ -128,8 +136,7 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     assert running is not None
     later.stop(long.id)
     wait_for(later, lambda: read_job(path_of(later, long)).state == "stopped")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(running.pid, 0)
+    wait_for(later, lambda: not is_group(running.pid))
     wait_for(later, lambda: read_job(path_of(later, done)).state == "done")
     failed = read_job(path_of(later, dies))
     assert (failed.state, failed.note) == ("failed", "exit code 2")
@@ -139,8 +146,10 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     before = json.loads(next(tmp_path.glob("long/easy/rollouts/*/results.json")).read_text(encoding="utf-8"))
     later.resume(long.id)
     wait_for(later, lambda: num_trials(later, long) > before["num_evaluated"])
-    os.killpg(read_job(path_of(later, long)).pid, signal.SIGKILL)
+    leader = read_job(path_of(later, long)).pid
+    os.kill(leader, signal.SIGKILL)
     wait_for(later, lambda: read_job(path_of(later, long)).state == "failed")
+    wait_for(later, lambda: not is_group(leader))
     assert "without a word" in read_job(path_of(later, long)).note
 
 
