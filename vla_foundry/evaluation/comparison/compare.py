@@ -109,7 +109,7 @@ def compare(rollouts: Rollouts, family: Family | None = None) -> Comparison:
     """Compare all models of a family; without one, all models that there are.
 
     Raises:
-        ValueError: a declared model or task is not there, or rollouts exceed the declared budget.
+        ValueError: a model or task is unknown, or rollouts exceed the declared budget.
     """
     outcomes = outcomes_by_seed(rollouts.table)
     found = sorted({model for model, _ in outcomes})
@@ -126,12 +126,14 @@ def compare(rollouts: Rollouts, family: Family | None = None) -> Comparison:
     if missing:
         notes.append(f"Of the declared models these have no rollouts yet: {', '.join(missing)}.")
     tasks = sorted({task for model, task in outcomes if model in family.models})
-    for task in family.tasks or ():
-        if task not in tasks:
-            raise ValueError(unknown_name_message("task", task, tasks))
-    tasks = list(family.tasks or tasks)
+    missing = [task for task in family.tasks or () if task not in tasks]
+    if missing and not family.is_declared:
+        raise ValueError(unknown_name_message("task", missing[0], tasks))
+    if missing:
+        notes.append(f"Of the declared tasks these have no rollouts yet: {', '.join(missing)}.")
+    num_columns = count_columns(len(family.tasks or tasks)) if family.scope == "all" else 1
+    tasks = [task for task in family.tasks or tasks if task in tasks]
     rates = count_outcomes(rollouts.table)
-    num_columns = count_columns(len(tasks)) if family.scope == "all" else 1
     unplanned = sorted({model for model, task in outcomes if (model, task) not in rollouts.budgets})
     if unplanned and family.max_sample_size is None:
         notes.append(
@@ -224,10 +226,6 @@ class _Sheet:
 
     def compare_task(self, task: str) -> Column:
         models = self.models_on([task])
-        if not models:
-            return Column(
-                name=task, models=(), rates={}, means={}, letters={}, pairs=(), n_max=0, tasks=(task,), left_out=(task,)
-            )
         n_max = self.n_max(task, models)
         pairs = pairs_of(models)
         strata = [self.stratum(*pair, task, n_max) for pair in pairs]

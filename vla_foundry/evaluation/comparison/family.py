@@ -79,7 +79,7 @@ def read_family(root: Path) -> Family | None:
     if not path.is_file():
         return None
     values = read_yaml(str(path))
-    if not isinstance(values, dict) or not isinstance(values.get("models"), list):
+    if not isinstance(values, dict) or not values.get("models") or not isinstance(values["models"], list):
         raise ValueError(f"{path} must declare `models`, a list of names.")
     try:
         return _to_family(values)

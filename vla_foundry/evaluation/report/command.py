@@ -88,7 +88,10 @@ def compare_folder(params: ComparisonParams) -> Compared:
     declared = read_family(root)
     comparison = compare(rollouts, _family(params, declared, rollouts))
     if not comparison.columns:
-        raise ValueError(f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid.")
+        raise ValueError(
+            f"{root} holds no rollouts that count yet: all {len(rollouts.table)} are pending or invalid, or "
+            f"{FAMILY_NAME} does not declare their model or task."
+        )
     family = comparison.family
     comparison = replace(comparison, notes=(*_late_declarations(declared, rollouts), *comparison.notes))
     against = []

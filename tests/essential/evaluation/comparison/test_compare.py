@@ -164,6 +164,20 @@ def test_models_that_have_not_run_yet_change_no_letter(tmp_path: Path) -> None:
     assert compare(part, Family(models=("m0", "m1"))).columns[0].pairs[0].better == "m1"
 
 
+def test_tasks_that_have_not_run_yet_change_no_letter(tmp_path: Path) -> None:
+    family = Family(models=("m0", "m1"), tasks=("lift", "push"), scope="all", is_declared=True)
+    found = []
+    for task in family.tasks or ():
+        for number, rate in enumerate((0.4, 0.65)):
+            write(tmp_path, f"m{number}", task, draw(rate, 100, number), budget=100)
+        found.append(compare(read_rollouts(tmp_path), family))
+    early, late = found
+    assert [[column.name for column in each.columns] for each in found] == [["lift"], ["lift", "push", AGGREGATE]]
+    assert early.columns[0].pairs == late.columns[0].pairs
+    assert early.columns[0].pairs[0].better == "m1"
+    assert any("tasks these have no rollouts yet: push" in note for note in early.notes)
+
+
 def test_correcting_over_all_columns_separates_less(tmp_path: Path) -> None:
     for task in range(4):
         for number, rate in enumerate((0.45, 0.7)):

@@ -128,6 +128,7 @@ def test_a_manifest_declares_the_family_and_its_hash_changes_with_it(tmp_path: P
     [
         ("[a]", "must declare `models`"),
         ("models: a", "must declare `models`"),
+        ("models: []", "must declare `models`"),
         ("models: [a, 1]", "models must be a list of names"),
         ("models: [a, null]", "YAML needs quotes around .null. and numbers"),
         ("models: [a, a]", "models must name each once"),

@@ -21,7 +21,7 @@ def path_of(queue: Queue, job: Job) -> Path:
     return queue.folder / f"{job.id}.job"
 
 
-def wait_for(queue: Queue, condition: Callable[[], bool], seconds: float = 250) -> None:
+def wait_for(queue: Queue, condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, queue.jobs()
@@ -120,7 +120,7 @@ def queue_that_ends(tmp_path: Path, toy_simulator: None, monkeypatch: pytest.Mon
         process.wait()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_that_ends: Queue) -> None:
     queue = queue_that_ends
@@ -156,7 +156,11 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
 def test_a_process_of_the_same_number_is_another_process(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     job = queue.add(FLAGS | {"simulator": "metaworld"})
-    with subprocess.Popen([sys.executable, "-c", "input()", str(path_of(queue, job))], stdin=subprocess.PIPE) as other:
+    words = [sys.executable, "-c", "print(flush=True); input()", str(path_of(queue, job))]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        # until it runs, it has no command line yet
+        assert other.stdout is not None
+        other.stdout.readline()
         identity = _identify(other.pid)
         assert str(path_of(queue, job)) in identity
         for wrong in (identity.replace(" ", " 1", 1), "", "x"):
