@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla_foundry.evaluation.rollout_worker import Reply, RobotFacts
+from vla_foundry.evaluation.rollout_worker import Death, Reply, RobotFacts
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.randomness import draw_uniforms
 
@@ -23,8 +23,8 @@ class Actor(Protocol):
         """Return whether the slot's next observation must contain images."""
         ...
 
-    def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
-        """Return the action of each slot; None: the simulator's expert acts."""
+    def act(self, observed: Mapping[int, Reply]) -> Mapping[int, np.ndarray | Death | None]:
+        """Return the action of each slot; None: the simulator's expert acts; Death: the policy's process died."""
         ...
 
     def end(self, slot: int) -> Sequence[float]:

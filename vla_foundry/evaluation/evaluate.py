@@ -12,6 +12,7 @@ Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on 
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.progress import say, show_progress
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators import complete_params, describe_source, find_source
-from vla_foundry.storage.local import TEMPORARY_SUFFIX
 from vla_foundry.storage.uri import read_object
 from vla_foundry.world import num_cores
 
@@ -64,15 +64,71 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         from vla_foundry.evaluation.lbm import evaluate_in_lbm
 
         return evaluate_in_lbm(params)
-    params, default_camera = complete_params(params)
-    camera = params.camera or default_camera
-    if params.policy != "checkpoint":
-        candidate = create_baseline(params, camera)
-    else:
-        from vla_foundry.evaluation.policy_actor import load_candidate
+    params, camera = complete_params(params)
+    with ExitStack() as stack:
+        if params.cluster is None:
+            return _evaluate(stack, params, params.camera or camera, num_cores())
+        from vla_foundry.preprocessing.tasks import ray_cluster
 
-        candidate = load_candidate(params, camera)
-    setup = SimulatorSetup(
+        num_cpus = stack.enter_context(ray_cluster(None, params.cluster, flag="--cluster"))
+        # processes on the cluster have working directories of their own
+        given = {name: getattr(params, name) for name in ("checkpoint", "field_map")}
+        files = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
+        return _evaluate(stack, replace(params, **files), params.camera or camera, num_cpus)
+
+
+def _evaluate(stack: ExitStack, params: EvaluateParams, camera: str, num_cpus: int) -> dict[str, SuccessRate]:
+    """Run episodes on this machine, or on the cluster that it has joined."""
+    candidate = open_candidate(stack, params, camera)
+    folder = Path(params.output) / candidate.name
+    tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
+    rule = _open_rule(params, candidate, tasks)
+    num_missing = sum(len(task.missing(params, rule)) for task in tasks)
+    if num_missing:
+        num_workers = min(params.num_workers or num_cpus, num_missing)
+        pool = stack.enter_context(
+            create_pool(describe_setup(params, candidate), num_workers, on_cluster=params.cluster is not None)
+        )
+        # check every name before writing anything
+        robots = pool.describe(params.tasks)
+        if params.simulated_latency_ms is not None and len({facts.fps for facts in robots}) > 1:
+            raise ValueError("simulated_latency_ms is so many steps of one rate: evaluate tasks of each rate apart.")
+        actors = [candidate.create_actor(facts) for facts in robots]
+        stack.enter_context(lock_folder(folder, what="evaluation", flag="--name or --output"))
+        # another process may have written to the folder before it was locked
+        tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
+        queue = (
+            episode
+            for task, facts, actor in zip(tasks, robots, actors, strict=True)
+            for episode in task.plan(params, facts, actor, rule)
+        )
+        _run_all(stack, params, pool, queue, tasks, num_missing=num_missing)
+    if rule:
+        for task in tasks:
+            say(rule.describe(task.task, task.outcomes(), task.max_sample_size))
+    return _summarize(folder, params, candidate, tasks)
+
+
+def open_candidate(stack: ExitStack, params: EvaluateParams, camera: str) -> Candidate:
+    """Load what is evaluated; a policy on the cluster ends with the stack.
+
+    Args:
+        camera: camera of the contact sheet.
+    """
+    if params.policy != "checkpoint":
+        return create_baseline(params, camera)
+    if params.cluster is not None and params.checkpoint is not None:
+        from vla_foundry.evaluation.cluster import load_on_cluster
+
+        return stack.enter_context(load_on_cluster(params, camera))
+    from vla_foundry.evaluation.policy_actor import load_candidate
+
+    return load_candidate(params, camera)
+
+
+def describe_setup(params: EvaluateParams, candidate: Candidate) -> SimulatorSetup:
+    """Return how to create the candidate's simulators."""
+    return SimulatorSetup(
         simulator=params.simulator,
         cameras=candidate.cameras,
         picture_camera=candidate.picture_camera,
@@ -82,33 +138,6 @@ def evaluate(params: EvaluateParams) -> dict[str, SuccessRate]:
         source=find_source(params),
         plugins=named_plugins(),
     )
-    folder = Path(params.output) / candidate.name
-    tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
-    rule = _open_rule(params, candidate, tasks)
-    num_missing = sum(len(task.missing(params, rule)) for task in tasks)
-    with ExitStack() as stack:
-        if num_missing:
-            pool = stack.enter_context(create_pool(setup, min(params.num_workers or num_cores(), num_missing)))
-            # check every name before writing anything
-            robots = pool.describe(params.tasks)
-            if params.simulated_latency_ms is not None and len({facts.fps for facts in robots}) > 1:
-                raise ValueError(
-                    "simulated_latency_ms is so many steps of one rate: evaluate tasks of each rate apart."
-                )
-            actors = [candidate.create_actor(facts) for facts in robots]
-            stack.enter_context(lock_folder(folder, what="evaluation", flag="--name or --output"))
-            # another process may have written to the folder before it was locked
-            tasks = [TaskRollouts.open(params, candidate, task) for task in params.tasks]
-            queue = (
-                episode
-                for task, facts, actor in zip(tasks, robots, actors, strict=True)
-                for episode in task.plan(params, facts, actor, rule)
-            )
-            _run_all(stack, params, pool, queue, tasks, num_missing=num_missing)
-        if rule:
-            for task in tasks:
-                say(rule.describe(task.task, task.outcomes(), task.max_sample_size))
-        return _summarize(folder, params, candidate, tasks)
 
 
 def _run_all(
@@ -259,8 +288,6 @@ class TaskRollouts:
     def _keep_video(self, params: EvaluateParams, result: EpisodeResult) -> None:
         """Keep the video of an episode that has ended, or remove it."""
         video = self.video_of(result.seed)
-        # of an attempt that did not end
-        video.with_name(video.name + TEMPORARY_SUFFIX).unlink(missing_ok=True)
         is_failure = result.outcome == "failure"
         if params.save_videos == "all" or (is_failure and len(self._videos) < params.max_videos):
             self._videos |= {result.seed} if video.exists() else set()

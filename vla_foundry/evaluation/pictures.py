@@ -1,6 +1,7 @@
 """Pictures of episodes: a strip of frames or a video per episode, and a contact sheet of strips with outcomes."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vla_foundry.evaluation.results import EpisodeResult
 from vla_foundry.preprocessing.robotics.lerobot_recording import VideoEncoder
-from vla_foundry.storage.local import TEMPORARY_SUFFIX
 
 # pictures in a strip
 NUM_PICTURES = 6
@@ -19,13 +19,9 @@ class FrameStrip:
     """A few frames of an episode, evenly spread although its length is unknown until it ends.
 
     Keeps every n-th frame, and doubles n when there are too many.
-
-    Args:
-        path: PNG to write, with the pictures side by side.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self._every = 4
         self._frames: dict[int, np.ndarray] = {}
 
@@ -40,27 +36,26 @@ class FrameStrip:
             self._every *= 2
             self._frames = {at: frame for at, frame in self._frames.items() if at % self._every == 0}
 
-    def save(self) -> None:
-        """Write the first picture, the last, and evenly spaced ones between them."""
+    def save(self) -> bytes:
+        """Return a PNG of the first picture, the last, and evenly spaced ones between them, side by side."""
         steps = np.array(sorted(self._frames))
         wanted = np.linspace(0, steps[-1], NUM_PICTURES)
         chosen = [int(steps[np.abs(steps - at).argmin()]) for at in wanted]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate([self._frames[step] for step in chosen], axis=1)).save(self.path, "PNG")
+        file = BytesIO()
+        Image.fromarray(np.concatenate([self._frames[step] for step in chosen], axis=1)).save(file, "PNG")
+        return file.getvalue()
 
 
 class Film:
-    """An mp4 of an episode, encoded as it comes. The file appears when it is saved.
+    """An mp4 of an episode, encoded as it comes.
 
     Args:
-        path: mp4 to write.
         fps: frames per second.
     """
 
-    def __init__(self, path: Path, fps: int) -> None:
-        self.path = path
+    def __init__(self, fps: int) -> None:
         self._fps = fps
-        self._partial = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self._file = BytesIO()
         self._encoder: VideoEncoder | None = None
 
     def wants(self, step: int) -> bool:
@@ -71,15 +66,14 @@ class Film:
         """Add a picture; the encoding has only even sizes, so an odd row or column at the edge is left out."""
         height, width = (size // 2 * 2 for size in image.shape[:2])
         if self._encoder is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._encoder = VideoEncoder(self._partial, fps=self._fps, size=(height, width))
+            self._encoder = VideoEncoder(self._file, fps=self._fps, size=(height, width))
         self._encoder.add(image[:height, :width])
 
-    def save(self) -> None:
-        """Write the rest, and let the file appear."""
+    def save(self) -> bytes:
+        """Return the film."""
         assert self._encoder is not None
         self._encoder.close()
-        self._partial.replace(self.path)
+        return self._file.getvalue()
 
 
 # pixels

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -77,6 +76,8 @@ class Reply:
     # why, if not by success
     failure_kind: FailureKind | None = None
     failure_message: str | None = None
+    # pictures and videos of the episode that has ended: {file to write: content}
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,13 @@ class Failure:
     """The simulator failed and was closed."""
 
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """A process died before it answered."""
+
+    reason: str
 
 
 class RolloutWorker:
@@ -99,7 +107,7 @@ class RolloutWorker:
         # the episode's, and one that shows another episode, if the policy is to see that
         self._simulators: list[Simulator] = []
         self._num_steps = 0
-        self._recorders: list[FrameStrip | Film] = []
+        self._recorders: dict[str, FrameStrip | Film] = {}
         self._shown: Mapping[str, np.ndarray] = {}
         self._is_shown_over = False
 
@@ -148,24 +156,29 @@ class RolloutWorker:
         Args:
             task: task of the simulator.
             seed: seed of the start.
-            pictures: file for pictures of the episode, written when it ends; None: no pictures.
-            video: mp4 of the episode; None: no video.
+            pictures: file for pictures of the episode, whose content is in the last reply; None: no pictures.
+            video: so for an mp4.
             shown_seed: the policy sees the pictures of this start, where the same actions are applied; None: its own.
         """
         seeds = [seed] if shown_seed is None else [seed, shown_seed]
         simulators = self._open(task, len(seeds))
         self._num_steps = 0
-        self._recorders = [] if pictures is None else [FrameStrip(Path(pictures))]
+        self._recorders = {} if pictures is None else {pictures: FrameStrip()}
         if video is not None:
-            self._recorders.append(Film(Path(video), simulators[0].fps))
+            self._recorders[video] = Film(simulators[0].fps)
         self._is_shown_over = False
         simulators[-1].renders_images = True
         found = [simulator.reset(seed=each) for simulator, each in zip(simulators, seeds, strict=True)]
         (observation, info), self._shown = found[0], found[-1][0]["images"]
         is_success = bool(info.get("success", False))
-        self._keep_picture(is_last=is_success)
-        fields = observation["fields"]
-        return Reply(images=self._shown, fields=fields, num_steps=0, is_success=is_success, is_over=is_success)
+        return Reply(
+            images=self._shown,
+            fields=observation["fields"],
+            num_steps=0,
+            is_success=is_success,
+            is_over=is_success,
+            files=self._keep_picture(is_last=is_success),
+        )
 
     def step(self, *, action: np.ndarray | None, with_images: bool) -> Reply:
         """Apply an action.
@@ -175,12 +188,13 @@ class RolloutWorker:
             with_images: render the images of the next observation.
         """
         if action is not None and not np.isfinite(action).all():
-            self._keep_picture(is_last=True)
-            failed = Reply(images={}, fields={}, num_steps=self._num_steps, is_success=False, is_over=True)
+            files = self._keep_picture(is_last=True)
+            failed = Reply(images={}, fields={}, num_steps=self._num_steps, is_success=False, is_over=True, files=files)
             message = f"The policy's action {action.tolist()} is not finite."
             return replace(failed, failure_kind="action_not_finite", failure_message=message)
         simulator, shown = self._simulators[0], self._simulators[-1]
-        action = simulator.expert() if action is None else action
+        # Ray's arrays are read-only
+        action = simulator.expert() if action is None else action.copy()
         simulator.renders_images = with_images and shown is simulator
         observation, _, is_terminated, is_truncated, info = simulator.step(action)
         images = observation["images"] if shown is simulator else self._show(shown, action, with_images)
@@ -188,7 +202,6 @@ class RolloutWorker:
         most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
         is_late = is_truncated or self._num_steps >= most
         is_over = bool(info["success"] or is_terminated or is_late)
-        self._keep_picture(is_last=is_over)
         return Reply(
             images=images,
             fields=observation["fields"],
@@ -196,6 +209,7 @@ class RolloutWorker:
             is_success=bool(info["success"]),
             is_over=is_over,
             failure_kind=None if info["success"] or not is_over else "terminated" if is_terminated else "timeout",
+            files=self._keep_picture(is_last=is_over),
         )
 
     def _show(self, simulator: Simulator, action: np.ndarray, with_images: bool) -> Mapping[str, np.ndarray]:
@@ -221,17 +235,18 @@ class RolloutWorker:
 
     def _create(self, task: str, *, cameras: tuple[str, ...]) -> Simulator:
         setup = self.setup
+        import_installed_plugins()
+        import_plugins(setup.plugins, "--plugins")
         return create_simulator(setup.simulator, task, cameras=cameras, image_size=setup.image_size, **setup.source)
 
-    def _keep_picture(self, *, is_last: bool) -> None:
-        wanting = [recorder for recorder in self._recorders if is_last or recorder.wants(self._num_steps)]
-        if not wanting:
-            return
-        image = self._simulators[0].render(self.setup.picture_camera)
-        for recorder in wanting:
-            recorder.add(self._num_steps, image)
-            if is_last:
-                recorder.save()
+    def _keep_picture(self, *, is_last: bool) -> dict[str, bytes]:
+        """Show the recorders that want it where the episode is; after the last step, return what they recorded."""
+        wanting = [recorder for recorder in self._recorders.values() if is_last or recorder.wants(self._num_steps)]
+        if wanting:
+            image = self._simulators[0].render(self.setup.picture_camera)
+            for recorder in wanting:
+                recorder.add(self._num_steps, image)
+        return {path: recorder.save() for path, recorder in self._recorders.items()} if is_last else {}
 
 
 # a call of one of the worker's methods
@@ -242,8 +257,6 @@ def serve_rollouts(connection: Connection, setup: SimulatorSetup) -> None:
     """Answer requests until the parent closes the connection or ends."""
     # the parent handles interrupts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_installed_plugins()
-    import_plugins(setup.plugins, "--plugins")
     worker = RolloutWorker(setup)
     try:
         while True:

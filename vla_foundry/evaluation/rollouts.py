@@ -19,6 +19,7 @@ import numpy as np
 from vla_foundry.evaluation.actors import Actor
 from vla_foundry.evaluation.results import EpisodeResult
 from vla_foundry.evaluation.rollout_worker import (
+    Death,
     Failure,
     Reply,
     Request,
@@ -27,17 +28,11 @@ from vla_foundry.evaluation.rollout_worker import (
     SimulatorSetup,
     serve_rollouts,
 )
+from vla_foundry.storage.uri import write_bytes
 
 _SECONDS_TO_END = 5
 # how often an episode runs whose worker dies
 _ATTEMPTS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Death:
-    """A worker died before it answered."""
-
-    reason: str
 
 
 class RolloutPool:
@@ -93,15 +88,19 @@ class RolloutPool:
         for start in range(0, len(tasks), self.num_workers):
             group = tasks[start : start + self.num_workers]
             # every worker, so that all are there when episodes begin
-            for number in range(self.num_workers):
-                self.send(number, partial(RolloutWorker.describe, task=group[number % len(group)]))
-            answers: dict[int, Any] = {}
-            while len(answers) < self.num_workers:
-                answers |= self.wait()
+            answers: dict[int, Any] = dict.fromkeys(range(self.num_workers))
+            for _ in range(_ATTEMPTS):
+                asked = {number for number, answer in answers.items() if answer is None or isinstance(answer, Death)}
+                for number in asked:
+                    self.send(number, partial(RolloutWorker.describe, task=group[number % len(group)]))
+                while asked:
+                    answered = self.wait()
+                    answers |= answered
+                    asked -= answered.keys()
             for number in range(len(group)):
                 answer = answers[number]
                 if isinstance(answer, Death):
-                    raise ValueError(f"A simulator cannot be created: {answer.reason}")
+                    raise ValueError(f"A simulator cannot be created: in {_ATTEMPTS} attempts {answer.reason}")
                 if isinstance(answer, Failure):
                     raise ValueError(answer.message)
                 found.append(answer)
@@ -116,6 +115,9 @@ class RolloutPool:
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
+
+    def _describe_delay(self) -> str:
+        return f"the simulator did not answer within simulator_timeout_s ({self._setup.timeout_s:g} s)."
 
     def _start(self, number: int) -> None:
         # spawn: no process inherits another's OpenGL context or threads
@@ -135,16 +137,21 @@ class RolloutPool:
         process.kill()
         process.join()
         if is_late:
-            return f"the simulator did not answer within simulator_timeout_s ({self._setup.timeout_s:g} s)."
+            return self._describe_delay()
         code = process.exitcode or 0
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return f"the simulator's process ended {how}" + (": is there enough memory?" if code == -9 else ".")
 
 
 @contextmanager
-def create_pool(setup: SimulatorSetup, num_workers: int) -> Iterator[RolloutPool]:
-    """Yield worker processes; end them at the end of the block."""
-    pool = RolloutPool(setup, num_workers)
+def create_pool(setup: SimulatorSetup, num_workers: int, *, on_cluster: bool = False) -> Iterator[RolloutPool]:
+    """Yield workers, as processes of this machine or on the Ray cluster; end them at the end of the block."""
+    if on_cluster:
+        from vla_foundry.evaluation.cluster import ClusterPool
+
+        pool: RolloutPool = ClusterPool(setup, num_workers)
+    else:
+        pool = RolloutPool(setup, num_workers)
     try:
         yield pool
     finally:
@@ -193,15 +200,23 @@ def run_episodes(pool: RolloutPool, episodes: Iterable[Episode]) -> Iterator[Epi
         if not runs:
             return
         replies: dict[int, Reply] = {}
+        deaths: dict[int, Death] = {}
         for number, answer in pool.wait().items():
             run = runs[number]
-            if isinstance(answer, Death) and run.attempt < _ATTEMPTS:
-                _begin(pool, number, run)
+            if isinstance(answer, Death):
+                deaths[number] = answer
                 continue
             run.result = _advance(run.result, answer)
-            if isinstance(answer, Reply) and run.result.outcome is None:
-                replies[number] = answer
-        _act(pool, runs, replies)
+            if isinstance(answer, Reply):
+                for path, content in answer.files.items():
+                    write_bytes(path, content)
+                if run.result.outcome is None:
+                    replies[number] = answer
+        for number, death in (deaths | _act(pool, runs, replies)).items():
+            if runs[number].attempt < _ATTEMPTS:
+                _begin(pool, number, runs[number])
+            else:
+                runs[number].result = _advance(runs[number].result, death)
         for number in [number for number, run in runs.items() if run.result.outcome is not None]:
             yield _finish(runs.pop(number), number)
             free.append(number)
@@ -219,15 +234,20 @@ def _begin(pool: RolloutPool, number: int, run: _Run) -> None:
     pool.send(number, partial(begin, pictures=episode.pictures, video=episode.video))
 
 
-def _act(pool: RolloutPool, runs: Mapping[int, _Run], replies: Mapping[int, Reply]) -> None:
-    """Send each worker that waits the policy's action."""
+def _act(pool: RolloutPool, runs: Mapping[int, _Run], replies: Mapping[int, Reply]) -> dict[int, Death]:
+    """Send each worker that waits the policy's action; return where the policy died."""
+    deaths: dict[int, Death] = {}
     groups: dict[Actor, dict[int, Reply]] = {}
     for number, reply in replies.items():
         groups.setdefault(runs[number].episode.actor, {})[number] = reply
     for actor, observed in groups.items():
         for number, action in actor.act(observed).items():
-            step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(number))
-            pool.send(number, step)
+            if isinstance(action, Death):
+                deaths[number] = action
+            else:
+                step = partial(RolloutWorker.step, action=action, with_images=actor.needs_images(number))
+                pool.send(number, step)
+    return deaths
 
 
 def _advance(result: EpisodeResult, answer: Reply | Failure | Death) -> EpisodeResult:

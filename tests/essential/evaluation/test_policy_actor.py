@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,17 @@ from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.datagen.demos import record_demos
-from vla_foundry.evaluation.evaluate import evaluate
+from vla_foundry.evaluation.cluster import ClusterActor, ClusterPool, choose_gpus
+from vla_foundry.evaluation.evaluate import describe_setup, evaluate, open_candidate
 from vla_foundry.evaluation.policy_actor import load_candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RolloutWorker, SimulatorSetup
-from vla_foundry.evaluation.rollouts import run_episodes
+from vla_foundry.evaluation.rollouts import Episode, create_pool, run_episodes
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.params.commands.preprocessing_robotics import LeRobotParams
 from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
+from vla_foundry.preprocessing.tasks import ray_cluster
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 
@@ -336,3 +340,108 @@ def test_a_simulator_with_other_cameras_and_actions_is_refused_with_both(run: Pa
     with pytest.raises(ValueError, match=message):
         evaluate(create_params(run, tmp_path / "out", simulator="other_toy"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def cluster(toy_simulator: None) -> Iterator[Any]:
+    """A Ray cluster of two nodes with two CPUs each, which evaluations of this process use."""
+    with pytest.MonkeyPatch.context() as patch:
+        # the second: a busy machine may take long to start a node
+        for name, value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_raylet_start_wait_time_s": "120"}.items():
+            patch.setenv(name, value)
+        # of toy_simulator.py; unlike spawned processes, Ray's have paths of their own
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        from ray.cluster_utils import Cluster
+
+        options = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 << 20}
+        options |= {"no_monitor": True, "include_log_monitor": False}
+        quick = {"include_dashboard": False, "_system_config": {"health_check_period_ms": 1000}}
+        found = Cluster(initialize_head=True, head_node_args=options | quick)
+        found.add_node(**options)
+        with ray_cluster(None, found.address, flag="--cluster") as num_cpus:
+            assert num_cpus == 4
+            yield found
+        found.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_does_the_same(
+    run: Path, alone: dict[tuple[str, int], tuple[str, int]], tmp_path: Path, cluster: Any
+) -> None:
+    evaluate(create_params(run, tmp_path, cluster=cluster.address, num_workers=5, num_policies=2, gpus_per_policy=0.0))
+    assert read_steps(tmp_path / "toy_run") == alone
+    # the pictures are there too
+    assert (tmp_path / "toy_run" / "contact_sheet.png").exists()
+    for values, message in (
+        ({"checkpoint": str(run / "gone")}, r"On node [\d.]+: .*gone.* All nodes must see the checkpoint"),
+        ({"num_policies": 3, "gpus_per_policy": 0.5}, r"its 0 GPUs have room for 0\. Lower one of them"),
+        (
+            {"tasks": ["nowhere"], "policy": "expert", "checkpoint": None},
+            r"On node [\d.]+: toy task 'nowhere' is unknown\.",
+        ),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            evaluate(create_params(run, tmp_path / "out", cluster=cluster.address, **values))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_workers_and_policies_that_die_are_started_again_elsewhere(
+    run: Path, alone: dict[tuple[str, int], tuple[str, int]], cluster: Any
+) -> None:
+    """A simulator and a policy are killed in the middle, then a node."""
+    import ray
+
+    params = create_params(run, Path("unused"), cluster=cluster.address, num_policies=2, num_workers=4)
+    with ExitStack() as stack:
+        candidate = open_candidate(stack, params, "front")
+        pool = stack.enter_context(create_pool(describe_setup(params, candidate), 4, on_cluster=True))
+        actors = [candidate.create_actor(facts) for facts in pool.describe(params.tasks)]
+        episodes = [
+            Episode(task=task, seed=seed, instruction="move right", fps=10.0, actor=actor)
+            for task, actor in zip(params.tasks, actors, strict=True)
+            for seed in params.seeds
+        ]
+        results = run_episodes(pool, episodes[:5])
+        found = [next(results)]
+        assert isinstance(pool, ClusterPool)
+        assert isinstance(actors[0], ClusterActor)
+        ray.kill(pool.actors[0])
+        ray.kill(actors[0].hosts.find(1))
+        found += results
+        results = run_episodes(pool, episodes[5:])
+        found.append(next(results))
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        found += results
+    assert {(each.task, each.seed): (each.outcome, each.num_steps) for each in found} == alone
+
+
+def test_policies_share_gpus_by_fractions() -> None:
+    given: dict[str, Any] = {"tasks": ["easy"], "output": "out", "checkpoint": "run", "cluster": "auto"}
+    for values, gpus, expected in (
+        ({}, [0.0, 0.0], 0),
+        ({}, [1.0, 0.0], 1),
+        ({"device": "cpu"}, [1.0, 0.0], 0),
+        ({"num_policies": 4, "gpus_per_policy": 0.5}, [1.0, 1.0], 0.5),
+        ({"num_policies": 3, "gpus_per_policy": 1 / 3}, [1.0], 1 / 3),
+        ({"num_policies": 9, "gpus_per_policy": 0.0}, [1.0], 0),
+    ):
+        assert choose_gpus(EvaluateParams(**given | values), gpus) == expected
+    # what is left of two GPUs makes no third policy
+    params = EvaluateParams(**given, num_policies=3, gpus_per_policy=0.6)
+    with pytest.raises(ValueError, match=r"num_policies 3 with gpus_per_policy 0.6 do not fit .* room for 2"):
+        choose_gpus(params, [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_policies": 2}, "num_policies needs a cluster and a checkpoint"),
+        ({"cluster": "auto", "device": "cuda:1"}, "device 'cuda:1' is a GPU of this machine"),
+        ({"cluster": "auto", "device": "cpu", "gpus_per_policy": 0.5}, "must be 0 for device cpu"),
+        ({"cluster": "auto", "simulator": "lbm"}, "'lbm' does not run on a cluster"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluateParams(tasks=["easy"], output="out", checkpoint="run", **values)

@@ -9,6 +9,7 @@ from vla_foundry.config.schema import (
     BaseParams,
     Bounds,
     Count,
+    Fraction,
     Location,
     Name,
     NonNegative,
@@ -115,6 +116,12 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     save_videos: Literal["none", "failures", "all"] = "none"
     # most videos of a task
     max_videos: Count = 10
+    # Ray cluster to run simulators and the checkpoint's policy on ("auto", host:port); null: this machine
+    cluster: Name | None = None
+    # policies on the cluster; they do not affect outcomes
+    num_policies: Size = 1
+    # fraction of a GPU that each of them takes, 0 for CPUs; null: 1, or 0 on a cluster without GPUs
+    gpus_per_policy: Fraction | None = None
     # number of first episodes per task whose pictures go to the contact sheet
     num_pictured: NonNegativeInt = 2
     # camera of these pictures, for policies without images; null: the simulator's default
@@ -135,6 +142,7 @@ class EvaluateParams(InferenceParams, SimulatorParams):
         if self.policy_server is not None and (self.open_loop_steps or self.num_inference_steps):
             raise ValueError("open_loop_steps and num_inference_steps belong to the server: give them to `serve`.")
         self._check_time()
+        self._check_cluster()
         if self.dry_run and self.simulator != "lbm":
             raise ValueError("dry_run is for simulator 'lbm', whose commands it prints. Leave it out.")
         if self.save_videos != "none" and self.simulator == "lbm":
@@ -166,6 +174,19 @@ class EvaluateParams(InferenceParams, SimulatorParams):
             raise ValueError("simulated_latency_ms needs a checkpoint or a policy_server.")
         if self.checkpoint is None and self.ensemble_decay is not None:
             raise ValueError("ensemble_decay needs a checkpoint.")
+
+    def _check_cluster(self) -> None:
+        for name in ("num_policies", "gpus_per_policy"):
+            if getattr(self, name) not in (1, None) and (self.cluster is None or self.checkpoint is None):
+                raise ValueError(f"{name} needs a cluster and a checkpoint. Leave it out.")
+        if self.cluster is not None and self.simulator == "lbm":
+            raise ValueError("simulator 'lbm' does not run on a cluster. Leave out cluster.")
+        if self.cluster is not None and self.device.startswith("cuda:"):
+            raise ValueError(f"device '{self.device}' is a GPU of this machine. Use cuda: the cluster chooses GPUs.")
+        if self.device == "cpu" and self.gpus_per_policy:
+            raise ValueError(f"gpus_per_policy ({self.gpus_per_policy:g}) must be 0 for device cpu.")
+        if self.device == "cuda" and self.gpus_per_policy == 0:
+            raise ValueError("gpus_per_policy must be above 0 for device cuda.")
 
     @property
     def seeds(self) -> range:

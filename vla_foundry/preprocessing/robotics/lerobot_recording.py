@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,11 +108,11 @@ def merge_statistics(first: ColumnStatistics, second: ColumnStatistics) -> Colum
 class VideoEncoder:
     """Writes one mp4 file, frame by frame; the same frames give the same bytes."""
 
-    def __init__(self, path: Path, *, fps: int, size: tuple[int, int]) -> None:
+    def __init__(self, path: Path | BytesIO, *, fps: int, size: tuple[int, int]) -> None:
         import av
 
         self._av = av
-        self._output = av.open(str(path), "w", format="mp4")
+        self._output = av.open(str(path) if isinstance(path, Path) else path, "w", format="mp4")
         stream: Any = self._output.add_stream("libx264", rate=fps, options=_OPTIONS)
         stream.height, stream.width = size
         stream.pix_fmt = _PIXEL_FORMAT
