@@ -169,8 +169,9 @@ def ray_cluster(num_workers: int | None, ray_address: str | None, *, flag: str =
         yield 0
         return
     # read by Ray when it is imported or starts: no statistics, no `uv run` around each worker
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
-        os.environ.setdefault(name, "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError:
@@ -178,39 +179,51 @@ def ray_cluster(num_workers: int | None, ray_address: str | None, *, flag: str =
         raise ValueError(f"Ray is not installed: uv pip install 'vla-foundry[preprocessing]', or {without}.") from None
     is_ours = not ray.is_initialized()
     if is_ours and ray_address is None:
-        try:
-            ray.init(
-                address="local",
-                num_cpus=num_workers or num_cores(),
-                num_gpus=0,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
-        except Exception as error:  # the border of Ray's processes, whose failures are plain exceptions
-            ray.shutdown()
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"Ray does not start ({type(error).__name__}: {reason}). Give --num_workers 0 to work in this process."
-            ) from None
+        _start_ray(num_workers)
     elif is_ours:
-        try:
-            _check_reachable(str(ray_address))
-            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, OverflowError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            if "ersion" in reason:
-                raise ValueError(
-                    f"The Ray cluster at {flag} {ray_address} runs other versions. Install the same Ray and Python "
-                    f"there and here. {reason}"
-                ) from None
-            raise ValueError(f"No Ray cluster answers at {flag} {ray_address}: {reason}") from None
+        _join_ray(str(ray_address), flag)
     try:
         yield num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _start_ray(num_workers: int | None) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_workers or num_cores(),
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    except Exception as error:  # the border of Ray's processes, whose failures are plain exceptions
+        ray.shutdown()
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"Ray does not start ({type(error).__name__}: {reason}). Give --num_workers 0 to work in this process."
+        ) from None
+
+
+def _join_ray(address: str, flag: str) -> None:
+    import ray
+
+    try:
+        _check_reachable(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if "ersion" in reason:
+            raise ValueError(
+                f"The Ray cluster at {flag} {address} runs other versions. Install the same Ray and Python "
+                f"there and here. {reason}"
+            ) from None
+        raise ValueError(f"No Ray cluster answers at {flag} {address}: {reason}") from None
 
 
 def _run_on_ray(

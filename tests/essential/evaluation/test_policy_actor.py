@@ -374,7 +374,10 @@ def test_a_cluster_does_the_same(
     assert (tmp_path / "toy_run" / "contact_sheet.png").exists()
     for values, message in (
         ({"checkpoint": str(run / "gone")}, r"On node [\d.]+: .*gone.* All nodes must see the checkpoint"),
-        ({"num_policies": 3, "gpus_per_policy": 0.5}, r"its 0 GPUs have room for 0\. Lower one of them"),
+        (
+            {"device": "auto", "num_policies": 3, "gpus_per_policy": 0.5},
+            r"its 0 GPUs have room for 0\. Lower one of them",
+        ),
         (
             {"tasks": ["nowhere"], "policy": "expert", "checkpoint": None},
             r"On node [\d.]+: toy task 'nowhere' is unknown\.",

@@ -62,6 +62,7 @@ def test_seed_workers_weights_and_modalities_are_filled_in_and_nothing_is_change
 
 def test_what_is_given_is_not_derived() -> None:
     given = replace(DATA, seed=1, num_workers=0, vocab_size=90, dataset_weighting=[3.0], dataset_modality=["text"])
+    given = replace(given, stage_order=["decode_json_tokens", "require_tokens"])
     assert resolve(replace(PARAMS, data=given), FACTS).data == given
 
 

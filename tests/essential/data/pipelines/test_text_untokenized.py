@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 EOS = 256
 
 
+def raw_text(**params: Any) -> TextDataParams:
+    """Params of a dataset of raw text."""
+    return TextDataParams(dataset_manifest=["manifest.jsonl"], dataset_modality=["text_untokenized"], **params)
+
+
 def documents_of(batch: Batch) -> list[list[int]]:
     """The token lists of all documents in a batch, in order of rows."""
     found = []
@@ -65,7 +71,7 @@ def test_texts_are_tokenized_packed_and_ended(
 ) -> None:
     texts = ["ab" * 20, "é", "the end. " * 9, "x"]
     manifest = write_samples(tmp_path / "d", [[text_members(text, kind) for text in texts]])
-    params = TextDataParams(seq_len=128, tokenizer=tokenizer)
+    params = raw_text(seq_len=128, tokenizer=tokenizer)
     batch = read(TextUntokenizedPipeline(params), create_rows([manifest], range(4)))
     assert batch["input_ids"].shape == (1, 129)
     documents = documents_of(batch)
@@ -79,7 +85,7 @@ def test_every_token_of_a_long_text_is_a_target_once(tmp_path: Path, write_sampl
     text = "".join(chr(97 + n % 26) for n in range(1000))
     manifest = write_samples(tmp_path / "d", [[text_members(text, "json"), text_members("short", "json")]])
     for mask_documents in (True, False):
-        params = TextDataParams(seq_len=64, tokenizer=tokenizer, mask_documents=mask_documents)
+        params = raw_text(seq_len=64, tokenizer=tokenizer, mask_documents=mask_documents)
         batch = read(TextUntokenizedPipeline(params), create_rows([manifest], [0]))
         assert batch["input_ids"].shape == (16, 65)
         assert batch["target_mask"].sum() == 1000  # 1,001 tokens with the end; the first has no predecessor
@@ -91,7 +97,7 @@ def test_no_token_is_a_target_twice_where_ends_of_texts_share_a_row(
 ) -> None:
     manifest = write_samples(tmp_path / "d", [[text_members("a" * 80, "json")] * 2])
     for mask_documents in (True, False):
-        params = TextDataParams(seq_len=64, tokenizer=tokenizer, mask_documents=mask_documents)
+        params = raw_text(seq_len=64, tokenizer=tokenizer, mask_documents=mask_documents)
         batch = read(TextUntokenizedPipeline(params), create_rows([manifest], [0, 1]))
         assert batch["input_ids"].shape == (3, 65)  # 65, 65, and 17 + 17 tokens
         assert batch["target_mask"].sum() == 2 * 80
@@ -100,7 +106,7 @@ def test_no_token_is_a_target_twice_where_ends_of_texts_share_a_row(
 def test_part_of_a_document_has_no_end_token(tmp_path: Path, write_samples: Callable, tokenizer: str) -> None:
     parts = [{"text": "one", "is_last": False}, {"text": "two", "is_last": True}]
     manifest = write_samples(tmp_path / "d", [[{"json": json.dumps(part).encode()} for part in parts]])
-    params = TextDataParams(seq_len=64, tokenizer=tokenizer)
+    params = raw_text(seq_len=64, tokenizer=tokenizer)
     documents = documents_of(read(TextUntokenizedPipeline(params), create_rows([manifest], [0, 1])))
     assert sorted(document[-1] == EOS for document in documents) == [False, True]
     # blanks that end a long document are a part of it
@@ -116,7 +122,10 @@ def test_bad_texts_are_replaced(
 ) -> None:
     manifest = write_samples(tmp_path / "d", [[member, *[text_members("good", "json")] * 20]])
     rows = create_rows([manifest], [0])
-    batch = read(TextUntokenizedPipeline(TextDataParams(seq_len=64, tokenizer=tokenizer)), rows)
+    batch = read(
+        TextUntokenizedPipeline(raw_text(seq_len=64, tokenizer=tokenizer)),
+        rows,
+    )
     assert len(documents_of(batch)[0]) == 5
     assert rows.drops.counts.total() == 1
 
@@ -141,7 +150,7 @@ def test_words_of_control_tokens_stay_words(tmp_path: Path, write_samples: Calla
     text = "a <|endoftext|> b"
     assert load_tokenizer(tokenizer).eos_token == "<|endoftext|>"
     manifest = write_samples(tmp_path / "d", [[text_members(text, "json")]])
-    params = TextDataParams(seq_len=64, tokenizer=tokenizer)
+    params = raw_text(seq_len=64, tokenizer=tokenizer)
     (document,) = documents_of(read(TextUntokenizedPipeline(params), create_rows([manifest], [0])))
     encoder = create_encoder(
         (Path(tokenizer) / "tokenizer.json").read_text(encoding="utf-8")
@@ -155,7 +164,10 @@ def test_text_that_would_fill_the_memory_is_refused_with_the_fix(
 ) -> None:
     manifest = write_samples(tmp_path / "d", [[text_members("a" * 40_000, "json"), text_members("b", "json")]])
     rows = create_rows([manifest], [0])
-    read(TextUntokenizedPipeline(TextDataParams(seq_len=64, tokenizer=tokenizer)), rows)
+    read(
+        TextUntokenizedPipeline(raw_text(seq_len=64, tokenizer=tokenizer)),
+        rows,
+    )
     assert "preprocess text_untokenized" in rows.drops.last
 
 
@@ -164,7 +176,7 @@ def test_rows_depend_on_the_samples_of_the_microbatch_alone(
 ) -> None:
     texts = [text_members("word " * n, "json") for n in range(1, 30)]
     manifest = write_samples(tmp_path / "d", [texts])
-    pipeline = TextUntokenizedPipeline(TextDataParams(seq_len=128, tokenizer=tokenizer))
+    pipeline = TextUntokenizedPipeline(raw_text(seq_len=128, tokenizer=tokenizer))
     first = read(pipeline, create_rows([manifest], range(4, 8)))
     read(pipeline, create_rows([manifest], range(8)))
     copy = pickle.loads(pickle.dumps(pipeline))
@@ -205,7 +217,7 @@ def test_pieces_of_a_document_overlap_by_one_token(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("mask_documents", [True, False])
 def test_empty_microbatch_has_nothing_to_learn(tokenizer: str, mask_documents: bool) -> None:
-    params = TextDataParams(seq_len=32, tokenizer=tokenizer, mask_documents=mask_documents)
+    params = raw_text(seq_len=32, tokenizer=tokenizer, mask_documents=mask_documents)
     for pipeline in (TextPipeline(params), TextUntokenizedPipeline(params)):
         batch = pipeline.create_empty_batch()
         assert batch["input_ids"].shape == batch["target_mask"].shape == (1, 33)
@@ -215,4 +227,4 @@ def test_empty_microbatch_has_nothing_to_learn(tokenizer: str, mask_documents: b
 
 def test_raw_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.tokenizer is missing"):
-        TextUntokenizedPipeline(TextDataParams(seq_len=32))
+        TextUntokenizedPipeline(raw_text(seq_len=32))
