@@ -28,7 +28,6 @@ from vla_foundry.data.worker import (
     Failure,
     Message,
     Microbatches,
-    Report,
     Schedule,
     describe_dead_process,
     prepare_process,
@@ -197,12 +196,12 @@ class DataLoader:
             )
 
     def _accept(self, message: Message | Failure) -> Batch:
-        report: Report | Failure = message if isinstance(message, Failure) else message.report
-        if report.faults:
-            self._faults += report.faults
+        if faults := message.faults if isinstance(message, Failure) else message.report.faults:
+            self._faults += faults
             self._write_faults()
         if isinstance(message, Failure):
             raise ValueError(message.text)
+        report = message.report
         num_dropped = len(report.faults)
         self._num_read += report.num_samples + num_dropped
         self._num_dropped += num_dropped

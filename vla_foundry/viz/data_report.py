@@ -102,7 +102,7 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
     data, hparams = _in_this_process(params.data), params.hparams
     parts = data.datasets if isinstance(data, MixtureDataParams) else {data.type: data}
     measured = {name: _Measured() for name in parts}
-    tiles: list[tuple[np.ndarray, str]] = []
+    tiles: list[tuple[str, np.ndarray, str]] = []
     loader = create_dataloader(
         data,
         World(),

@@ -173,7 +173,7 @@ class WebDatasetStage(UserStage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         secure_webdataset()
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     def run(self, sample: Sample) -> Any:
         """See UserStage.
@@ -199,7 +199,7 @@ def secure_webdataset() -> None:
     os.environ["WDS_SECURE"] = "1"
     from webdataset import autodecode, filters, utils
 
-    utils.enforce_security = True
+    utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]
     autodecode.decoders.update(dict.fromkeys(("pkl", "pickle", "pyd", "pth"), _refuse_pickle))
     for module, name in ((autodecode, "unpickle_loads"), (autodecode, "torch_loads"), (filters, "decode_pickle")):
         setattr(module, name, _refuse_pickle)
