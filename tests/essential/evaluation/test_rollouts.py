@@ -114,6 +114,25 @@ def test_a_worker_that_dies_twice_makes_its_episode_invalid_and_no_other() -> No
     assert (results[2].failure_kind, results[2].failure_message) == ("worker_died", "In 2 attempts it was killed.")
 
 
+@pytest.mark.parametrize("num_deaths", [1, 2])
+def test_a_worker_that_dies_when_it_starts_is_asked_once_more(num_deaths: int) -> None:
+    class Deadly(ShuffledPool):
+        def answer(self, number: int) -> Any:
+            request = self.requests.pop(number)
+            if number == 0 and len(self.died) < num_deaths:
+                self.died.append(("easy", 0))
+                return Death(reason="it was killed.")
+            return RolloutWorker(self.setup).handle(request)
+
+    pool = Deadly(create_setup(), 3, seed=0)
+    pool.episodes = dict.fromkeys(range(3), ("easy", 0))
+    if num_deaths == 1:
+        assert [facts.robot for facts in pool.describe(["easy", "hard"])] == ["toy", "toy"]
+    else:
+        with pytest.raises(ValueError, match=r"cannot be created: in 2 attempts it was killed\."):
+            pool.describe(["easy", "hard"])
+
+
 @pytest.mark.parametrize("num_workers", [2, 4, 16])
 def test_a_slow_episode_delays_no_other(num_workers: int) -> None:
     """All others end before the slow one answers for the first time."""
