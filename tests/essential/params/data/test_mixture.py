@@ -176,7 +176,7 @@ def test_tokenized_and_raw_text_are_mixed() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (LISTS[:2], r"^data\.dataset_modality is missing\. Give one of image_caption, robotics,"),
+        (LISTS[:2], r"^data\.dataset_modality is missing\. Give one of image_caption, interleaved, robotics,"),
         ((*LISTS[:3], "text,robotics"), r"^data\.dataset_modality has 2 entries and data\.dataset_manifest has 4"),
         ((*LISTS[:3], "text,text,text,caption"), r"^data\.dataset_modality 'caption' is unknown\. Did you mean"),
         ((*LISTS, "--data.dataset_weighting", "1,2"), r"^data\.dataset_weighting has 2 entries and"),
