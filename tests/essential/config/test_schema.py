@@ -62,6 +62,7 @@ def test_every_field_that_names_a_path_is_a_location() -> None:
         "name", "plugins", "resume", "dist_url", "img2dataset", "data_discard_keys", "camera_names", "caption_key",
         "url_key", "text_key", "source", "episodes", "device", "prompt_layout", "extra_keys", "image_resizing_method",
         "extrinsics_fields", "intrinsics_fields", "layout", "policy", "policy_server", "tasks", "until_decided",
+        "cluster",
     }  # fmt: skip
     seen = set()
     for cls in all_params_classes():
