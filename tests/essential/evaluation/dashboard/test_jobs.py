@@ -38,7 +38,8 @@ def is_group(pid: int) -> bool:
 
 
 def num_trials(queue: Queue, job: Job) -> int:
-    found = queue.progress(job)
+    now = queue.find(job.id)
+    found = queue.progress(now) if now else None
     assert found is not None
     return found[0].num_trials
 
