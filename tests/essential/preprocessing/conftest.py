@@ -21,7 +21,7 @@ def texts_not_utf8() -> Any:
     return pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"cut \xed\xa0\xbd"]).buffers())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(s3_environment: dict[str, str]) -> Iterator[str]:
     """The address of a Ray cluster of two workers, which jobs of this process use; it finds the object store."""
     # the workers import the converter of the tests, robotics/rig_converter.py
