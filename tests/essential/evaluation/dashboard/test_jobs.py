@@ -137,6 +137,8 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     assert running is not None
     later.stop(long.id)
     wait_for(later, lambda: read_job(path_of(later, long)).state == "stopped")
+    for process in queue.started:
+        process.wait(60)  # it is a child of this process, which stays until it is waited for
     wait_for(later, lambda: not is_group(running.pid))
     wait_for(later, lambda: read_job(path_of(later, done)).state == "done")
     failed = read_job(path_of(later, dies))
