@@ -10,6 +10,7 @@ Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on 
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -27,10 +28,11 @@ from vla_foundry.evaluation.results import (
     ROLLOUTS_FOLDER,
     SUMMARY_NAME,
     EpisodeResult,
+    Outcome,
     SuccessRate,
-    add_rates,
     count_successes,
     find_results,
+    rate_of,
     read_results,
     write_rates,
     write_results,
@@ -157,10 +159,15 @@ def _run_all(
     by_name = {task.task: task for task in tasks}
     for task in tasks:
         stack.callback(task.write)
+    counts: Counter[Outcome | None] = Counter(episode.outcome for task in tasks for episode in task.episodes.values())
     for result in run_episodes(pool, queue):
-        by_name[result.task].add(params, result)
-        rate = add_rates(count_successes(list(task.episodes.values())) for task in tasks)
-        advance(1, f"success {rate.format()}")
+        task = by_name[result.task]
+        if result.seed in task.episodes:
+            # it was invalid, and has run again
+            counts[task.episodes[result.seed].outcome] -= 1
+        counts[result.outcome] += 1
+        task.add(params, result)
+        advance(1, f"success {rate_of(counts).format()}")
 
 
 class TaskRollouts:

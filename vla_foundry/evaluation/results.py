@@ -18,6 +18,7 @@ a success already. Neither is a trial.
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,13 +90,18 @@ class SuccessRate:
         return f"{self.num_successes}/{self.num_trials} = {share} [{low:.0%}, {high:.0%}]{rest}"
 
 
-def count_successes(episodes: Sequence[EpisodeResult]) -> SuccessRate:
+def count_successes(episodes: Iterable[EpisodeResult]) -> SuccessRate:
     """Count episodes; only successes and failures are trials."""
+    return rate_of(Counter(episode.outcome for episode in episodes))
+
+
+def rate_of(counts: Mapping[Outcome | None, int]) -> SuccessRate:
+    """Return the success rate of so many episodes of each outcome; None: pending."""
     return SuccessRate(
-        num_successes=sum(episode.outcome == "success" for episode in episodes),
-        num_trials=sum(episode.is_trial for episode in episodes),
-        num_invalid=sum(episode.outcome == "invalid" for episode in episodes),
-        num_trivial=sum(episode.outcome == "trivial" for episode in episodes),
+        num_successes=counts.get("success", 0),
+        num_trials=counts.get("success", 0) + counts.get("failure", 0),
+        num_invalid=counts.get("invalid", 0),
+        num_trivial=counts.get("trivial", 0),
     )
 
 
