@@ -30,7 +30,6 @@ from vla_foundry.batch import Batch
 from vla_foundry.client.chunks import Chunk, Command, DelayForecast, Execution, Schedule, Timing, count_delay_steps
 from vla_foundry.client.messages import join_rows
 from vla_foundry.client.observation import RobotSteps
-from vla_foundry.inference.batching import group_robots
 from vla_foundry.inference.cuda_graphs import GraphedSampler, Sample
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
@@ -326,10 +325,10 @@ class Policy:
         self.predicted = [name for name, client in found.items() if client.schedule.is_due(client.step)]
         due = [found[name] for name in self.predicted]
         waiting = [client for client in due if client.schedule.waits]
-        for group in group_robots(waiting, self._batch_size):
+        for group in self._encoder.group(waiting, self._batch_size):
             for client, actions in zip(group, self._predict(group), strict=True):
                 client.schedule.add(Chunk(client.step, actions))
-        for group in group_robots([client for client in due if client not in waiting], self._batch_size):
+        for group in self._encoder.group([client for client in due if client not in waiting], self._batch_size):
             self._begin(group)
         actions = {}
         for name, client in found.items():
