@@ -104,8 +104,10 @@ class TokenShard:
 
     def _is_consistent(self) -> bool:
         spans = self._records
-        offsets = self._read(spans.document_offsets, 0, spans.document_offsets.size // 8, _OFFSET).astype(np.int64)
-        ends = self._read(spans.document_ends, 0, spans.document_ends.size // 4, _END).astype(np.int64)
+        offsets, ends = (
+            self._read(span, 0, span.size // dtype.itemsize, dtype).astype(np.int64)
+            for span, dtype in ((spans.document_offsets, _OFFSET), (spans.document_ends, _END))
+        )
         num_tokens = spans.tokens.size // self._token_type.itemsize
         if num_tokens < self._num_records * self.record_length or len(offsets) != self._num_records + 1:
             return False

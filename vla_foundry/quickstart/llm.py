@@ -80,13 +80,19 @@ def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
 
 
 def _preprocess(split: str, text: Path, shards: Path, tokenizer: Path) -> Step:
-    words = words_of("preprocess text", source=text / split, output=shards / split, tokenizer=tokenizer)
     return Step(
         name=f"preprocess_{split}",
         what=f"Tokenize and pack the {split} text into shards",
         seconds=4,
-        # in one process: Ray would take longer to start
-        words=(*words, *words_of("", seq_len=SEQ_LEN, num_workers=0)),
+        words=words_of(
+            "preprocess text",
+            source=text / split,
+            output=shards / split,
+            tokenizer=tokenizer,
+            seq_len=SEQ_LEN,
+            # in this process: Ray would take longer to start
+            num_workers=0,
+        ),
         outputs=(shards / split / "manifest.jsonl",),
         folder=shards / split,
     )

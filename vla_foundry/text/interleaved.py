@@ -61,17 +61,13 @@ def read_document(values: Any) -> list[Part]:
 
 def _read_parts(values: _Values) -> Iterable[Part]:
     for number, part in enumerate(values["parts"]):
-        text, name = (part.get("text"), part.get("image")) if isinstance(part, dict) else (None, None)
+        text, name, kind = (part.get(key) if isinstance(part, dict) else None for key in ("text", "image", "type"))
         if isinstance(text, str) and name is None:
             yield from [text] if text else []
-        elif text is None and (isinstance(name, str) or (name is None and _kind_of(part) == "image")):
+        elif text is None and (isinstance(name, str) or (name is None and kind == "image")):
             yield Picture(name)
         else:
             raise Unusable("bad document", f'parts[{number}] is neither {{"text": ...}} nor {{"image": "a name"}}')
-
-
-def _kind_of(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else None
 
 
 def _read_parallel(values: _Values) -> Iterable[Part]:

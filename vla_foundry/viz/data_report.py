@@ -1,6 +1,5 @@
 """`vla-foundry data inspect --config_path FILE`: measure the data of a training config before it is trained on."""
 
-import os
 import textwrap
 from collections import Counter, defaultdict
 from contextlib import closing
@@ -214,6 +213,5 @@ def _draw_sheet(tiles: list[tuple[str, np.ndarray, str]], path: str) -> None:
             # the built-in font has Latin characters only
             shown = line.encode("latin-1", "replace").decode("latin-1")
             draw.text((left + 2, top + _SIDE + line_number * _LINE_HEIGHT), shown, fill="black")
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with replace_file(path) as temporary:
         sheet.save(temporary, "PNG")

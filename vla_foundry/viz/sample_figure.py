@@ -1,11 +1,11 @@
 """Draw a robot sample as a PNG: instruction, images, masks, raw and normalised actions, proprioception."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vla_foundry.robotics.fields import image_name
+from vla_foundry.storage.local import replace_file
 from vla_foundry.viz.robot_sample import FieldValues, RobotSample
 
 if TYPE_CHECKING:
@@ -49,11 +49,9 @@ def draw_sample(sample: RobotSample, path: str) -> None:
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, (_, draw) in zip(rows, parts, strict=True):
         draw(row, sample)
-    temporary = f"{path}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # without matplotlib's version, so that the same sample gives the same file
-    canvas.print_figure(temporary, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
+    with replace_file(path) as temporary:
+        # without matplotlib's version, so that the same sample gives the same file
+        canvas.print_figure(temporary, format="png", metadata={"Software": None})
 
 
 def _draw_title(part: "SubFigure", sample: RobotSample) -> None:

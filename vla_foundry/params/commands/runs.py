@@ -129,8 +129,7 @@ class InspectParams(BaseParams):
         super().__post_init__()
         if (self.dataset is None) == (self.training is None):
             raise ValueError("Give either a dataset (vla-foundry data inspect FOLDER) or --training RUN.")
-        if not self.output.endswith(".png"):
-            raise ValueError(f"output '{self.output}' must be a .png file.")
+        _check_png(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +145,12 @@ class InspectConfigParams(TrainExperimentParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.output.endswith(".png"):
-            raise ValueError(f"output '{self.output}' must be a .png file.")
+        _check_png(self.output)
+
+
+def _check_png(output: str) -> None:
+    if not output.endswith(".png"):
+        raise ValueError(f"output '{output}' must be a .png file.")
 
 
 STAGES = ("llm", "vlm", "vla")

@@ -235,10 +235,15 @@ def _count(made: Iterator[tuple[str, dict[str, bytes] | Unusable]], failures: Ta
     """Yield the members of the samples that could be made, and count the others."""
     for name, sample in made:
         if isinstance(sample, Unusable):
-            detail = " ".join(str(sample).split())
-            failures.add(sample.reason, f"{name} ({detail})" if detail else name)
+            count_failure(failures, name, sample)
         else:
             yield sample
+
+
+def count_failure(failures: Tally, name: str, error: Unusable) -> None:
+    """Count what could not be made, with its name and what was wrong as the example."""
+    detail = " ".join(str(error).split())
+    failures.add(error.reason, f"{name} ({detail})" if detail else name)
 
 
 def _samples_of(shared: Mapping[str, Any], items: Iterable[Any]) -> Iterator[tuple[str, dict[str, bytes] | Unusable]]:

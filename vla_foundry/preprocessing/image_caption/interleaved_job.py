@@ -13,7 +13,13 @@ from typing import Any
 
 from vla_foundry.params.commands.preprocessing import PreprocessInterleavedParams
 from vla_foundry.parsing import parse_record
-from vla_foundry.preprocessing.image_caption.image_caption_job import divide_into_tasks, publish, run_tasks, summarize
+from vla_foundry.preprocessing.image_caption.image_caption_job import (
+    count_failure,
+    divide_into_tasks,
+    publish,
+    run_tasks,
+    summarize,
+)
 from vla_foundry.preprocessing.image_caption.items import (
     IMAGE_ENDINGS,
     Sources,
@@ -158,7 +164,7 @@ def _read_list(file: SourceFile, failures: Tally) -> Iterator[DocumentItem]:
                     raise Unusable("not Unicode" if isinstance(values, UnicodeDecodeError) else "bad JSON", str(values))
                 yield DocumentItem(name=name, origin=file.uri, parts=read_document(values))
             except Unusable as error:
-                failures.add(error.reason, f"{name} ({' '.join(str(error).split())})" if str(error) else name)
+                count_failure(failures, name, error)
     except Unreadable as error:
         raise ValueError(f"{file.uri}: {error}.") from None
     if number < 0:
