@@ -13,11 +13,21 @@ T = TypeVar("T")
 E = TypeVar("E")
 
 
-def unknown_name_message(what: str, name: object, known: list[str]) -> str:
-    """Return one line saying that `name` is unknown, with the nearest known name and all known names."""
+def unknown_name_message(
+    what: str, name: object, known: list[str], *, fault: str = "is unknown", listed_as: str = "Registered"
+) -> str:
+    """Return one line saying that `name` is unknown, with the nearest known name and all known names.
+
+    Args:
+        what: what the name is of, as the user types it.
+        name: the name.
+        known: the known names.
+        fault: what is wrong with it.
+        listed_as: what introduces the known names.
+    """
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    return f"{what} '{name}' is unknown.{hint} Registered: {', '.join(known) or 'none'}."
+    return f"{what} '{name}' {fault}.{hint} {listed_as}: {', '.join(known) or 'none'}."
 
 
 class Registry(Generic[T]):

@@ -411,4 +411,4 @@ def describe_error(error: ValueError | OSError) -> str:
 
 def unknown_command_message(name: str, known: list[str]) -> str:
     """Return the error message for an unknown command."""
-    return unknown_name_message("The command", name, known).replace("Registered:", "There are:")
+    return unknown_name_message("The command", name, known, listed_as="There are")

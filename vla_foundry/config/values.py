@@ -120,8 +120,8 @@ def _decode_literal(hint: Any, value: Value, path: str, origin: Origin) -> Any:
             return choice
     if not isinstance(value, Scalar):
         raise _wrong_type(hint, value, path, origin)
-    message = unknown_name_message(path, value.text, [str(choice) for choice in get_args(hint)])
-    raise ValueError(origin.prefix + message.replace("Registered:", "Choose one of:"))
+    known = [str(choice) for choice in get_args(hint)]
+    raise ValueError(origin.prefix + unknown_name_message(path, value.text, known, listed_as="Choose one of"))
 
 
 def _decode_scalar(hint: type, value: Value) -> int | float | bool | str | None:

@@ -9,6 +9,7 @@ which is keyed by the seed and the position; the global generators are keyed lik
 
 import functools
 import inspect
+import math
 import os
 import random
 from abc import ABC, abstractmethod
@@ -181,11 +182,11 @@ class WebDatasetStage(UserStage):
         Raises:
             ValueError: a member cannot be decoded.
         """
+        from webdataset.autodecode import DecodingError
+
         try:
             return list(self._stage([sample]))
-        except Exception as error:
-            if type(error).__name__ != "DecodingError":  # which says nothing itself
-                raise
+        except DecodingError as error:  # which says nothing itself
             raise ValueError(f"its member {getattr(error, 'k', '')}: {error.__cause__}") from error
 
 
@@ -242,7 +243,7 @@ class Stages(Sequence[Any]):
     @property
     def samples_per_row(self) -> int:
         """Most samples that the stages make of one row."""
-        return int(np.prod([getattr(stage, "samples", 1) for stage in self if isinstance(stage, UserStage)], dtype=int))
+        return math.prod(stage.samples for stage in self if isinstance(stage, UserStage))
 
     def __len__(self) -> int:
         return len(self._stages)
@@ -318,7 +319,7 @@ class Stages(Sequence[Any]):
 
     def _check(self, name: str) -> None:
         if name not in self._stages:
-            raise ValueError(unknown_name_message("stage", name, self.names).replace("Registered:", "Stages:"))
+            raise ValueError(unknown_name_message("stage", name, self.names, listed_as="Stages"))
 
 
 def _wrap(name: str, stage: Any, samples: int) -> Any:

@@ -116,9 +116,9 @@ class DataParams(ChoiceParams):
     def _check_modalities(self, name: str, modalities: list[str]) -> None:
         for modality in modalities:
             if self.modalities and modality not in self.modalities:
-                message = unknown_name_message(name, modality, list(self.modalities))
-                message = message.replace("is unknown", f"does not go with type '{self.type}'")
-                raise ValueError(message.replace("Registered:", "Choose from:"))
+                fault = f"does not go with type '{self.type}'"
+                known = list(self.modalities)
+                raise ValueError(unknown_name_message(name, modality, known, fault=fault, listed_as="Choose from"))
 
     def default_stages(self) -> list[str]:
         """Return the names of the stages that data of this type goes through, in order; empty: not known here."""

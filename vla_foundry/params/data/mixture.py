@@ -210,11 +210,12 @@ class MixtureDataParams(DataParams):
                     )
         files: dict[str, str] = {}
         shares: dict[str, float] = {}
+        shares_of_robots = self.shares()
         for name, part in robots.items():
             weights = part.dataset_weighting or [1.0] * len(part.dataset_statistics)
             for manifest, file, weight in zip(part.dataset_manifest, part.dataset_statistics, weights, strict=False):
                 files[manifest] = file
-                shares[manifest] = shares.get(manifest, 0.0) + self.shares()[name] * weight / sum(weights)
+                shares[manifest] = shares.get(manifest, 0.0) + shares_of_robots[name] * weight / sum(weights)
         windows = [part.normalization_window for part in robots.values()]
         past, future = max(window.past for window in windows), max(window.future for window in windows)
         normalization = replace(rules, lowdim_past_timesteps=past, lowdim_future_timesteps=future)
@@ -369,5 +370,4 @@ def _check_lists(lists: dict[str, list[Any]], path: str) -> None:
             )
     for modality in modalities:
         if modality not in known:
-            message = unknown_name_message(f"{path}modality", modality, known)
-            raise ValueError(message.replace("Registered:", "Choose from:"))
+            raise ValueError(unknown_name_message(f"{path}modality", modality, known, listed_as="Choose from"))

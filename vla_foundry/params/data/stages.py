@@ -192,4 +192,4 @@ def _given_order(order: Sequence[str], known: Sequence[str], used: Sequence[str]
 
 
 def _unknown(what: str, name: str, known: Sequence[str], fix: str = "") -> str:
-    return f"{unknown_name_message(what, name, list(known)).replace('Registered:', 'Stages:')} {fix}".strip()
+    return f"{unknown_name_message(what, name, list(known), listed_as='Stages')} {fix}".strip()
