@@ -3,7 +3,6 @@
 import io
 import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,10 +68,11 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A plug-in with stages, which the user has named."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "stages_plugin.py").write_text(PLUGIN, encoding="utf-8")
-    sys.path.insert(0, str(folder))
-    import_plugins(["stages_plugin"], "--plugins")
-    yield "stages_plugin"
-    sys.path.remove(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setattr("vla_foundry.config.command_line._named", [])
+        import_plugins(["stages_plugin"], "--plugins")
+        yield "stages_plugin"
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_a_dashboard_in_two_browsers(tmp_path: Path) -> None:
                 "files/report/none.csv": 404,
             }.items():
                 assert status_of(address + "/" + place) == status, place
-            # they would ask a dashboard that is gone
+            # open pages would ask a dashboard that is gone, and report it
             page.close()
             phone.close()
         # a new dashboard finds the evaluation, which goes on where it was
@@ -147,6 +147,7 @@ def test_a_dashboard_in_two_browsers(tmp_path: Path) -> None:
             expect(page.locator("#jobs")).to_contain_text("stopped")
             page.locator("#remove").click()
             expect(page.locator("#jobs")).to_contain_text("0 evaluations")
+            page.close()
     assert not faults
     assert list((root / "slow").glob("easy/rollouts/*/results.json"))
 
