@@ -135,12 +135,13 @@ def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosP
         # scaled so that the noise keeps its variance, apart from the first few steps
         fresh = generator.standard_normal(len(scale)) * np.sqrt(1 - _NOISE_MEMORY**2)
         noise = _NOISE_MEMORY * noise + fresh
-        observation, _, is_terminated, _, info = simulator.step(action + scale * noise)
+        observation, _, is_terminated, is_truncated, info = simulator.step(action + scale * noise)
         if frames_left is not None:
             frames_left -= 1
         elif info["success"]:
             frames_left = _FRAMES_AFTER_SUCCESS - 1
-        if is_terminated:
+        # a simulator may judge an episode only when it ends it
+        if is_terminated or is_truncated:
             return frames_left is not None
     return False
 

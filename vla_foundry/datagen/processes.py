@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from functools import lru_cache
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
+from vla_foundry.config.command_line import import_installed_plugins, import_plugins, named_plugins
 from vla_foundry.simulators import Simulator, create_simulator
 
 _SIMULATORS_PER_PROCESS = 4
@@ -31,7 +32,8 @@ def create_processes(num_processes: int) -> Iterator[Run]:
         return
     # spawn: no process inherits another's OpenGL context or threads
     context = get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_follow_the_parent) as pool:
+    setup = {"initializer": _start, "initargs": (named_plugins(),)}
+    with ProcessPoolExecutor(num_processes, mp_context=context, **setup) as pool:
 
         def run(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
             for future in as_completed([pool.submit(function, *call) for call in calls]):
@@ -49,8 +51,8 @@ def create_processes(num_processes: int) -> Iterator[Run]:
             raise
 
 
-def _follow_the_parent() -> None:
-    """Ignore interrupts, which the parent process handles, and exit as soon as the parent is gone."""
+def _start(plugins: Sequence[str]) -> None:
+    """Ignore interrupts, which the parent process handles, exit as soon as the parent is gone, and import plug-ins."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -61,6 +63,8 @@ def _follow_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    import_installed_plugins()
+    import_plugins(plugins, "--plugins")
 
 
 @lru_cache(maxsize=_SIMULATORS_PER_PROCESS)

@@ -9,7 +9,8 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.utils.env_checker import check_env
 
-from vla_foundry.datagen.demos import record_demos
+from vla_foundry.config.yaml_source import find_config
+from vla_foundry.datagen.demos import main, record_demos
 from vla_foundry.evaluation.evaluate import evaluate
 from vla_foundry.params.commands.datagen import DemosParams
 from vla_foundry.params.commands.evaluation import EvaluateParams
@@ -175,6 +176,30 @@ def test_a_map_that_does_not_fit_is_one_line(field_map: Path, change: tuple[str,
     with pytest.raises(ValueError, match=message) as caught:
         create(field_map)
     assert "\n" not in str(caught.value)
+
+
+def test_an_episode_that_is_judged_when_its_time_is_up_is_recorded(field_map: Path, tmp_path: Path) -> None:
+    values = MAP.replace("{info: done}", "{episode_return: 0}")
+    field_map.write_text(f"{values}max_steps: 1\n", encoding="utf-8")
+    source = {"simulator": "gymnasium", "env_id": ID, "field_map": str(field_map)}
+    given: dict[str, Any] = {"episodes": 2, "image_size": 16, "num_workers": 0, "max_attempts": 1}
+    report = record_demos(DemosParams(output_dir=str(tmp_path / "demos"), **source, **given))
+    assert report["tasks"]["Line-v0"] == {"episodes": 2, "attempts": 2, "frames": 2}
+
+
+def test_the_expert_of_a_plug_in_acts_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vla_foundry.config.command_line._named", [])
+    Path("plug_in_of_a_pole.py").write_text(
+        "from vla_foundry.simulators.gymnasium import register_expert\n"
+        "register_expert('test-pole')(lambda pole: lambda: pole.state[2:3] > 0)\n",
+        encoding="utf-8",
+    )
+    cartpole = Path(find_config("simulators/cartpole.yaml")).read_text(encoding="utf-8")
+    Path("map.yaml").write_text(f"{cartpole.replace('475', '10')}expert: test-pole\n", encoding="utf-8")
+    words = ["--simulator", "gymnasium", "--env_id", "CartPole-v1", "--field_map", "map.yaml", "--output_dir", "demos"]
+    main(["--plugins", "plug_in_of_a_pole", *words, "--episodes", "1", "--image_size", "16", "--num_workers", "1"])
+    assert Path("demos/meta/demos.json").exists()
 
 
 def test_names_that_are_unknown_are_one_line(field_map: Path, tmp_path: Path) -> None:
