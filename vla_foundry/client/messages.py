@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_foundry.client.observation import to_millimetres
 from vla_foundry.client.wire import Numbers, wire
 
 SERVICE = "vla_foundry.policy.v1.PolicyService"
@@ -32,7 +33,8 @@ class Image:
     """A picture of a camera: RGB, rows from the top."""
 
     camera: str = wire(1, "string")
-    # RAW: uint8 (height, width, 3) in `data`; else a JPEG or PNG file
+    # RAW: uint8 (height, width, 3) in `data`, or of a depth camera uint16 (height, width), millimetres, lowest byte
+    # first; else a JPEG or PNG file
     encoding: int = wire(2, "enum")
     height: int = wire(3, "uint32")
     width: int = wire(4, "uint32")
@@ -251,24 +253,32 @@ def split_rows(fields: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def raw_image(camera: str, image: np.ndarray) -> Image:
-    """Return a picture, uint8 (H, W, 3), as a message without compression.
+    """Return a picture, uint8 (H, W, 3), or depth, as a message without compression.
+
+    Depth is uint16 (H, W) in millimetres, or float32 (H, W) in metres.
 
     Raises:
         ValueError: it has another shape or type.
     """
     image = np.asarray(image)
+    if image.ndim == 2 and image.dtype in (np.uint16, np.float32):
+        depth = (image if image.dtype == np.uint16 else to_millimetres(image)).astype("<u2")
+        return Image(camera=camera, encoding=RAW, height=depth.shape[0], width=depth.shape[1], data=depth.tobytes())
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"The image of camera '{camera}' is {image.dtype} {image.shape}, not uint8 (H, W, 3).")
+        raise ValueError(f"the image of camera '{camera}' is {image.dtype} {image.shape}, not uint8 (H, W, 3).")
     return Image(camera=camera, encoding=RAW, height=image.shape[0], width=image.shape[1], data=image.tobytes())
 
 
 def decode_raw_image(image: Image) -> np.ndarray:
-    """Return the picture of a message without compression: uint8 (H, W, 3).
+    """Return the picture of a message without compression: uint8 (H, W, 3), or depth, uint16 (H, W).
 
     Raises:
         ValueError: the data has another size.
     """
-    if len(image.data) != image.height * image.width * 3 or not image.data:
+    num_pixels = image.height * image.width
+    if len(image.data) == 2 * num_pixels and image.data:
+        return np.frombuffer(image.data, dtype="<u2").astype(np.uint16).reshape(image.height, image.width)
+    if len(image.data) != 3 * num_pixels or not image.data:
         raise ValueError(
             f"the image of camera '{image.camera}' has {len(image.data)} bytes, not {image.height} x {image.width} x 3."
         )

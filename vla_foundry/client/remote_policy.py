@@ -342,7 +342,7 @@ class RemotePolicy:
         return actions
 
     def _encode_image(self, camera: str, image: np.ndarray) -> Image:
-        if self._encode_jpeg is None:
+        if self._encode_jpeg is None or image.ndim == 2:  # depth
             return raw_image(camera, image)
         height, width, _ = image.shape
         return Image(camera=camera, encoding=JPEG, height=height, width=width, data=self._encode_jpeg(image))

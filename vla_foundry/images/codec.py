@@ -145,6 +145,14 @@ def decode_depth(data: bytes) -> UInt16[Tensor, "H W"]:
     return torch.from_numpy(np.array(picture).astype(np.uint16))
 
 
+def depth_to_grey(depth: UInt16[Tensor, "H W"], near: float, far: float) -> UInt8[Tensor, "3 H W"]:
+    """Map millimetres to grey: `near` metres and less are 1, `far` and more are 255; 0, not measured, stays 0."""
+    values = depth.numpy()
+    share = np.clip((values / 1000 - near) / (far - near), 0, 1)
+    grey = np.where(values == 0, 0, np.rint(1 + 254 * share)).astype(np.uint8)
+    return image_from_array(np.repeat(grey[..., None], 3, axis=2))
+
+
 def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open and load a file of at most max_pixels pixels."""
     kind = next((kind for start, kind in _FORMATS.items() if data.startswith(start)), None)

@@ -27,7 +27,7 @@ from torch import Tensor
 from vla_foundry.images.codec import Size, encode_depth, encode_jpeg, image_from_array
 
 ResizeMethod = Literal["center_crop", "resize_no_crop", "resize_fit"]
-Interpolation = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +152,12 @@ def _resize_steps(source: Size, target: Size, method: ResizeMethod) -> _Steps:
 def scale_image(
     image: UInt8[Tensor, "*batch 3 H W"], size: Size, *, interpolation: Interpolation = "bilinear"
 ) -> UInt8[Tensor, "*batch 3 H2 W2"]:
-    """Scale whole images to a size, antialiased; an image of that size is returned unchanged."""
+    """Scale whole images to a size, antialiased unless `nearest`; an image of that size is returned unchanged."""
     *batch, channels, height, width = image.shape
     if (height, width) == size:
         return image
+    if interpolation == "nearest":
+        return image[..., _nearest(height, size[0])[:, None], _nearest(width, size[1])]
     scaled = torch.nn.functional.interpolate(
         image.reshape(-1, channels, height, width), size, mode=interpolation, antialias=True
     )

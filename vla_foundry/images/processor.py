@@ -65,9 +65,20 @@ class Processor(ABC):
 
     @abstractmethod
     def encode(
-        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        turns: Sequence[Turn],
+        *,
+        max_tokens: int | None = None,
+        nearest: Sequence[bool] = (),
     ) -> dict[str, Any]:
         """Return a sample's model inputs, see the table above; a final user turn is followed by the answer prompt.
+
+        Args:
+            images: RGB.
+            turns: a conversation.
+            max_tokens: most tokens, see `ChatTokenizer.encode`.
+            nearest: True for images whose pixels must not be mixed, such as depth; empty: none.
 
         Raises:
             ValueError: the sample cannot be encoded (see `ChatTokenizer.encode`); one line.
@@ -145,11 +156,16 @@ class ImageTextProcessor(Processor):
         self.prompt_layout = prompt_layout
 
     def encode(
-        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        turns: Sequence[Turn],
+        *,
+        max_tokens: int | None = None,
+        nearest: Sequence[bool] = (),
     ) -> dict[str, Any]:
         """Return a sample's model inputs, see `Processor.encode`."""
         ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
-        return self._create_inputs(images, ids, mask)
+        return self._create_inputs(images, ids, mask, nearest)
 
     def encode_document(
         self,
@@ -164,8 +180,10 @@ class ImageTextProcessor(Processor):
         ids, mask, num_images = self._turns.encode_document(parts, tokens, max_tokens=max_tokens, is_whole=is_whole)
         return self._create_inputs(images[:num_images], ids, mask)
 
-    def _create_inputs(self, images: Sequence[Tensor], ids: list[int], mask: list[bool]) -> dict[str, Any]:
-        pixel_values, pixel_maps = self.resize(images)
+    def _create_inputs(
+        self, images: Sequence[Tensor], ids: list[int], mask: list[bool], nearest: Sequence[bool] = ()
+    ) -> dict[str, Any]:
+        pixel_values, pixel_maps = self.resize(images, nearest)
         return {
             # via numpy: torch.tensor takes three times as long for a list
             "input_ids": torch.from_numpy(np.array(ids, dtype=np.int32)),
@@ -175,12 +193,15 @@ class ImageTextProcessor(Processor):
             "pixel_maps": pixel_maps,
         }
 
-    def resize(self, images: Sequence[UInt8[Tensor, "3 _ _"]]) -> tuple[UInt8[Tensor, "N 3 H W"], list[PixelMap]]:
-        """Bring images to the model's size and stack them (channels-last in memory)."""
+    def resize(
+        self, images: Sequence[UInt8[Tensor, "3 _ _"]], nearest: Sequence[bool] = ()
+    ) -> tuple[UInt8[Tensor, "N 3 H W"], list[PixelMap]]:
+        """Bring images to the model's size and stack them (channels-last in memory); see `encode` for `nearest`."""
         resized, maps = [], []
-        for image in images:
+        for image, is_nearest in zip(images, nearest or [False] * len(images), strict=True):
+            interpolation = "nearest" if is_nearest else self.interpolation
             pixels, pixel_map = resize_image(
-                image, self.image_size, method=self.resize_method, interpolation=self.interpolation
+                image, self.image_size, method=self.resize_method, interpolation=interpolation
             )
             resized.append(pixels.permute(1, 2, 0))
             maps.append(pixel_map)

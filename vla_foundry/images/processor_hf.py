@@ -29,6 +29,8 @@ from vla_foundry.storage.hub import loading_published
 from vla_foundry.text.chat import CHAT_TEMPLATE, IMAGE_MARKER, Turn
 from vla_foundry.text.interleaved import DocumentTokenizer
 
+# Pillow's number of the method that takes the nearest pixel
+_NEAREST = 0
 # an input of SmolVLM and Idefics3 that says what is padding; our tiles have none
 _NOT_INPUTS = {"pixel_attention_mask"}
 
@@ -177,10 +179,15 @@ class HuggingFaceProcessor(Processor):
         return torch.equal(theirs.flatten().float(), ours[key].flatten().float())
 
     def encode(
-        self, images: Sequence[UInt8[Tensor, "3 _ _"]], turns: Sequence[Turn], *, max_tokens: int | None = None
+        self,
+        images: Sequence[UInt8[Tensor, "3 _ _"]],
+        turns: Sequence[Turn],
+        *,
+        max_tokens: int | None = None,
+        nearest: Sequence[bool] = (),
     ) -> dict[str, Any]:
         """See Processor."""
-        inputs, image_tokens = self._process_images(images)
+        inputs, image_tokens = self._process_images(images, nearest)
         if image_tokens and self.family.has_bos_after_images:
             image_tokens[-1] = [*image_tokens[-1], self.tokenizer.bos_token_id]
         ids, mask = self._turns.encode(turns, image_tokens, max_tokens=max_tokens)
@@ -231,7 +238,9 @@ class HuggingFaceProcessor(Processor):
             },
         )
 
-    def _process_images(self, images: Sequence[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+    def _process_images(
+        self, images: Sequence[Tensor], nearest: Sequence[bool] = ()
+    ) -> tuple[dict[str, Any], list[list[int]]]:
         """Return the model inputs from images, and the tokens that represent each image."""
         if not images:
             return {}, []
@@ -246,6 +255,12 @@ class HuggingFaceProcessor(Processor):
         inputs["image_index"] = torch.repeat_interleave(torch.arange(len(images), dtype=torch.int32), rows_per_image)
         if len(inputs["image_index"]) != len(pixel_values):
             raise ValueError("which rows of pixel_values belong to an image is not known")
+        if any(nearest):
+            again = self.processor.image_processor(
+                list(images), **options | {"resample": _NEAREST}, return_tensors="pt"
+            )
+            rows = torch.tensor(nearest)[inputs["image_index"]]
+            pixel_values[rows] = again["pixel_values"].view_as(pixel_values)[rows]
         if self.family.is_plain_resize and not (pixel_values.ndim == 4 and bool((rows_per_image > 1).any())):
             inputs["pixel_maps"] = self._pixel_maps(images, inputs)
         return inputs, [self._image_tokens(processed, number) for number in range(len(images))]

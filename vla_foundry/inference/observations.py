@@ -13,7 +13,7 @@ import torch
 
 from vla_foundry.batch import Batch
 from vla_foundry.client.observation import RobotObservation as RobotObservation
-from vla_foundry.client.observation import RobotSteps
+from vla_foundry.client.observation import RobotSteps, to_millimetres
 from vla_foundry.data.pipelines.robotics import (
     ChooseInstruction,
     ComputeRelativePoses,
@@ -44,6 +44,8 @@ class Camera:
     # (W, H) of its images as recorded; None: any
     original_size: tuple[int, int] | None
     operations: ImageOperations
+    # its images are uint16 (H, W) in millimetres or float32 (H, W) in metres, not uint8 (H, W, 3)
+    is_depth: bool = False
 
 
 @dataclass(kw_only=True)
@@ -115,9 +117,12 @@ class EpisodeHistory:
         for camera in self.cameras:
             name = find_name(camera.name, tuple(observation.images))
             if name is not None:
-                _check_image(camera, observation.images[name])
+                image = observation.images[name]
+                if camera.is_depth and image.dtype == np.float32:
+                    image = to_millimetres(image)
+                _check_image(camera, image)
                 # a client may reuse the array for its next image
-                images[camera.name] = observation.images[name].copy()
+                images[camera.name] = image.copy()
         frame = _Frame(images=images, given=sorted(observation.images), fields=fields)
         oldest = self.num_observed + num_skipped - self._num_steps_back - 1
         last = None if self.num_observed == 0 else self._frames[self.num_observed - 1].actions
@@ -248,8 +253,13 @@ def find_name(name: str, known: Sequence[str]) -> str | None:
 
 
 def _check_image(camera: Camera, image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"observation: camera '{camera.name}' gives {image.dtype} {image.shape}, not uint8 (H, W, 3).")
+    is_picture = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    is_depth = image.ndim == 2 and image.dtype == np.uint16
+    if not (is_depth if camera.is_depth else is_picture):
+        wanted = "uint8 (H, W, 3)"
+        if camera.is_depth:
+            wanted = "depth: uint16 (H, W) in millimetres or float32 (H, W) in metres"
+        raise ValueError(f"observation: camera '{camera.name}' gives {image.dtype} {image.shape}, not {wanted}.")
     size = (image.shape[1], image.shape[0])
     if camera.original_size not in (None, size):
         width, height = camera.original_size

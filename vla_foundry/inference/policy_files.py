@@ -76,7 +76,8 @@ class PolicyFiles:
             fields[name] = np.zeros(field.width) if turn is None else matrix_to_rotation(np.eye(3), turn)
         for camera in self.cameras:
             width, height = camera.original_size or self.spec.cameras[camera.name].size
-            images[camera.name] = np.zeros((height, width, 3), np.uint8)
+            shape, kind = ((height, width), np.uint16) if camera.is_depth else ((height, width, 3), np.uint8)
+            images[camera.name] = np.zeros(shape, kind)
         return RobotObservation(images=images, fields=fields, instruction="warm up")
 
     def check_robot(self, robot: NamedSpec) -> None:
@@ -94,6 +95,11 @@ class PolicyFiles:
         if lacks:
             raise ValueError(f"{robot.name} has {' and '.join(lacks)}, which the policy was trained on.")
         for camera, name in found.items():
+            if name is not None and known.cameras[name].is_depth != camera.is_depth:
+                kinds = ("depth", "colours") if camera.is_depth else ("colours", "depth")
+                raise ValueError(
+                    f"camera '{camera.name}': the policy was trained on {kinds[0]}, and {robot.name} gives {kinds[1]}."
+                )
             size = None if name is None else known.cameras[name].original_size
             if size is not None and camera.original_size not in (None, size):
                 raise ValueError(
@@ -201,6 +207,7 @@ def _create_camera(name: str, spec: DatasetSpec, options: dict[str, Any]) -> Cam
     return Camera(
         name=name,
         original_size=described.original_size,
+        is_depth=described.is_depth,
         operations=ImageOperations(
             turns=turns.get(name.rpartition(".")[2], 0) % 4,
             size=(described.size[1], described.size[0]) if is_resized else None,

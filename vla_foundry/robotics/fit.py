@@ -4,7 +4,7 @@ Everything is matched by name, and every contradiction is one line. A camera who
 (`observation.images.top`) may be given by its last part, if no other camera ends in that part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -83,15 +83,13 @@ def find_camera(name: str, spec: DatasetSpec, origin: str) -> str | None:
     """Return the dataset's camera for a name in a config, or None if the dataset does not have it.
 
     Raises:
-        ValueError: several cameras end in the name, or it is a depth camera.
+        ValueError: several cameras end in the name.
     """
     found = match_camera(name, list(spec.cameras))
     if len(found) > 1:
         raise ValueError(
             f"data.camera_names: '{name}' can be {' or '.join(found)} of {origin}. Give the whole name of one."
         )
-    if found and spec.cameras[found[0]].is_depth:
-        raise ValueError(f"data.camera_names: '{found[0]}' of {origin} holds depth, not images. Leave it out.")
     return found[0] if found else None
 
 
@@ -100,11 +98,13 @@ def match_camera(name: str, cameras: Sequence[str]) -> list[str]:
     return [name] if name in cameras else [camera for camera in cameras if camera.rpartition(".")[2] == name]
 
 
-def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_missing: bool) -> None:
-    """Check that a dataset has the cameras.
+def check_cameras(
+    camera_names: Sequence[str], dataset: NamedSpec, *, may_be_missing: bool, depth: Collection[str] = ()
+) -> None:
+    """Check that a dataset has the cameras, and that those in `depth` and no others are depth cameras.
 
     Raises:
-        ValueError: a camera is missing, or two names mean the same camera.
+        ValueError: a camera is missing or of the other kind, or two names mean the same camera.
     """
     found: dict[str, str] = {}
     for name in camera_names:
@@ -113,6 +113,13 @@ def check_cameras(camera_names: Sequence[str], dataset: NamedSpec, *, may_be_mis
             message = unknown_name_message("data.camera_names: camera", name, list(dataset.spec.cameras))
             raise ValueError(
                 f"{message} {dataset.name} has only these; with data.pad_missing_images, missing images are black."
+            )
+        if camera is not None and dataset.spec.cameras[camera].is_depth != (name in depth):
+            if name in depth:
+                raise ValueError(f"data.depth_cameras: '{camera}' of {dataset.name} holds colours. Leave it out there.")
+            raise ValueError(
+                f"data.camera_names: '{camera}' of {dataset.name} holds depth. Leave it out, or say which distances "
+                f"matter, in metres: --data.depth_cameras '{{{name}: [0.1, 2.0]}}'."
             )
         if camera is not None and camera in found:
             raise ValueError(
@@ -324,10 +331,7 @@ def find_swapped_cameras(camera_names: Sequence[str], run: NamedSpec) -> list[st
 
 
 def width_of(name: str, sources: Sequence[FieldSources], path: str) -> int:
-    """Return the number of columns of a field.
-
-    Args:
-        sources: field sources of each dataset.
+    """Return the number of columns of a field in the sources of each dataset.
 
     Raises:
         ValueError: no dataset has the field, or they disagree.
@@ -354,7 +358,7 @@ def create_window_spec(
     """Work out what to read from each sample of a dataset that fits the config.
 
     Raises:
-        ValueError: a camera's name is ambiguous or means a depth camera.
+        ValueError: a camera's name is ambiguous.
     """
     spec = dataset.spec
     cameras = [find_camera(name, spec, dataset.name) for name in camera_names]
@@ -425,11 +429,7 @@ def format_pose_groups(datasets: Sequence[NamedSpec]) -> list[dict[str, str]]:
 
 
 def agree_on(path: str, values: Mapping[str, Sequence[object]]) -> list[object]:
-    """Return the values that all datasets agree on.
-
-    Args:
-        path: config path of the values.
-        values: {dataset: its values}.
+    """Return the values at a config path that all datasets agree on, given {dataset: its values}.
 
     Raises:
         ValueError: the datasets disagree.

@@ -12,11 +12,12 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
 
-from vla_foundry.client.messages import RAW, CameraInfo, FieldInfo, Image, Metadata
+from vla_foundry.client.messages import CameraInfo, FieldInfo, Image, Metadata, raw_image
 from vla_foundry.config.yaml_source import find_config
 from vla_foundry.images.codec import image_from_array, image_to_array
-from vla_foundry.images.geometry import scale_image
+from vla_foundry.images.geometry import resize_depth, scale_image
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.serving import ClientMapParams, ClientPartParams, PartMeaning
 from vla_foundry.params.experiment import load_params_from_yaml
@@ -91,11 +92,15 @@ class ClientMap:
         return [to_image(camera, images[name]) for camera, name in self.params.cameras.items()]
 
     def adapt_image(self, camera: str, pixels: np.ndarray) -> np.ndarray:
-        """Return a decoded picture, uint8 (H, W, 3), as the policy's camera would have taken it."""
+        """Return a decoded picture, uint8 (H, W, 3), or depth as the policy's camera would have taken it."""
         if camera in self.params.mirrored:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
         size = self._sizes.get(camera, (0, 0)) if camera in self.params.scaled else (0, 0)
-        return image_to_array(scale_image(image_from_array(pixels), size)) if all(size) else pixels
+        if not all(size):
+            return pixels
+        if pixels.ndim == 2:
+            return resize_depth(torch.from_numpy(pixels), size, method="resize_no_crop")[0].numpy()
+        return image_to_array(scale_image(image_from_array(pixels), size))
 
     def read_state(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         """Return the policy's fields from the client's vectors.
@@ -314,13 +319,11 @@ def to_image(camera: str, value: Any) -> Image:
     """Return a decoded picture as a message: a client's array, or an encoded picture that is one already.
 
     Raises:
-        ValueError: it is not uint8 (H, W, 1, 3 or 4).
+        ValueError: it is neither uint8 (H, W, 1, 3 or 4) nor depth, see `raw_image`.
     """
     if isinstance(value, Image):
         return Image(camera=camera, encoding=value.encoding, height=value.height, width=value.width, data=value.data)
     pixels = np.asarray(value)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
-        raise ValueError(f"the image of camera '{camera}' is {pixels.dtype} {pixels.shape}, not uint8 (H, W, 3).")
-    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
-    height, width, _ = pixels.shape
-    return Image(camera=camera, encoding=RAW, height=height, width=width, data=np.ascontiguousarray(pixels).tobytes())
+    if pixels.ndim == 3 and pixels.shape[2] in (1, 4):
+        pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
+    return raw_image(camera, pixels)

@@ -6,8 +6,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
 import vla_foundry
 from vla_foundry.client import messages
+from vla_foundry.client.messages import decode_raw_image, raw_image
 
 CLIENT = Path(messages.__file__).parent
 
@@ -52,3 +56,12 @@ def test_proto_declares_the_messages_and_methods() -> None:
 def test_the_client_has_the_package_version() -> None:
     project = tomllib.loads((CLIENT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == vla_foundry.__version__
+
+
+def test_depth_travels_in_millimetres() -> None:
+    depth = np.array([[0, 400], [1500, 65535]], np.uint16)
+    np.testing.assert_array_equal(decode_raw_image(raw_image("d", depth)), depth)
+    metres = np.array([[np.nan, -1, np.inf], [0.4004, 1.5, 70]], np.float32)
+    np.testing.assert_array_equal(decode_raw_image(raw_image("d", metres)), [[0, 0, 0], [400, 1500, 0]])
+    with pytest.raises(ValueError, match=r"'d' is float64 \(2, 2\)"):
+        raw_image("d", depth / 1000)

@@ -171,6 +171,19 @@ def test_families_whose_images_cannot_be_passed_on_are_refused_by_name(name: str
     assert "\n" not in str(caught.value)
 
 
+def test_no_pixels_are_mixed_where_the_nearest_is_asked_for(
+    processor: HuggingFaceProcessor, images: list[torch.Tensor]
+) -> None:
+    noise = torch.where(torch.rand(50, 90, generator=torch.Generator().manual_seed(0)) < 0.5, 10, 200).to(torch.uint8)
+    pair = [images[0], noise.expand(3, -1, -1).contiguous()]
+    plain, inputs = processor.encode(pair, TURNS), processor.encode(pair, TURNS, nearest=[False, True])
+    is_depth = inputs["image_index"] == 1
+    assert torch.equal(inputs["pixel_values"][~is_depth], plain["pixel_values"][~is_depth])
+    assert len(plain["pixel_values"][is_depth].unique()) > 10
+    assert inputs["pixel_values"][is_depth].unique().tolist() == [10, 200]
+    assert torch.equal(inputs["input_ids"], plain["input_ids"])
+
+
 @pytest.mark.parametrize("scaling", [{"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"do_normalize": False}])
 @pytest.mark.parametrize("as_option", [False, True])
 def test_pixels_are_scaled_as_the_image_processor_scales_them(scaling: dict[str, Any], as_option: bool) -> None:

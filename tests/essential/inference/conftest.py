@@ -30,7 +30,7 @@ from vla_foundry.world import World
 
 ACTUAL, ACTION = "robot__actual__poses__right::arm", "robot__action__poses__right::arm"
 GRIPPER = "robot__action__grippers__right::hand"
-CAMERAS = ("rig.front", "rig.wrist")
+CAMERAS, DEPTH = ("rig.front", "rig.wrist"), "rig.depth"
 PAST, FUTURE, NUM_FRAMES, FPS = 2, 5, 14, 10.0
 INSTRUCTION = "lift the lid"
 FIELDS = {
@@ -78,7 +78,7 @@ total_val_samples: 14
 
 @dataclass(frozen=True)
 class Recording:
-    """An episode as the robot had it: {field: (L, C)} and {camera: uint8 (L, H, W, 3)}."""
+    """An episode as the robot had it: {field: (L, C)} and {camera: uint8 (L, H, W, 3), or depth uint16 (L, H, W)}."""
 
     fields: dict[str, np.ndarray]
     images: dict[str, np.ndarray]
@@ -105,7 +105,11 @@ def record_arm(seed: int) -> Recording:
     fields[GRIPPER] = rng.random((NUM_FRAMES, 1))
     fields = {name: values.astype(FIELDS[name].dtype) for name, values in fields.items()}
     shapes = {CAMERAS[0]: (30, 40), CAMERAS[1]: (24, 20)}
-    images = {camera: rng.integers(0, 256, (NUM_FRAMES, *shape, 3), dtype=np.uint8) for camera, shape in shapes.items()}
+    images: dict[str, Any] = {
+        camera: rng.integers(0, 256, (NUM_FRAMES, *shape, 3), dtype=np.uint8) for camera, shape in shapes.items()
+    }
+    images[DEPTH] = rng.integers(0, 3000, (NUM_FRAMES, 32, 40), dtype=np.uint16)
+    images[DEPTH][:, ::3, ::5] = 0  # not measured
     return Recording(fields, images)
 
 
@@ -124,7 +128,7 @@ class ArmConverter(BaseRoboticsConverter):
         return [EpisodeRef(episode_id=f"episode_{n}", source=str(n), num_frames=NUM_FRAMES) for n in range(count)]
 
     def discover_cameras(self) -> list[str]:
-        return list(CAMERAS)
+        return [*CAMERAS, DEPTH]
 
     def describe_fields(self) -> dict[str, FieldDescription]:
         return dict(FIELDS)
@@ -158,9 +162,9 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def train_arm(
-    folder: Path, *, action_fields: list[str], proprioception_fields: list[str], has_language: bool = True
+    folder: Path, *others: str, action_fields: list[str], proprioception_fields: list[str], has_language: bool = True
 ) -> Arm:
-    """Preprocess two recordings, turned and resized, and train a policy on them for three steps."""
+    """Preprocess two recordings, turned and resized, and train a policy on them for three steps, with other flags."""
     (folder / "count").write_text("2", encoding="utf-8")
     options: dict[str, Any] = {"source_episodes": [str(folder / "count")], "output_dir": str(folder / "data")}
     options |= {"past_lowdim_steps": PAST, "future_lowdim_steps": FUTURE, "max_padding_left": PAST}
@@ -173,7 +177,7 @@ def train_arm(
     words += ["--data.dataset_manifest", manifest, "--data.val_dataset_manifest", manifest]
     words += ["--data.tokenizer", str(write_tokenizer(folder / "tokenizer"))] if has_language else []
     words += ["--data.action_fields", ",".join(action_fields)]
-    words += ["--data.proprioception_fields", f"[{','.join(proprioception_fields)}]"]
+    words += ["--data.proprioception_fields", f"[{','.join(proprioception_fields)}]", *others]
     params = parse(TrainExperimentParams, words, prog="train").params
     params = resolve(params, read_facts(params, 1))
     train(params, World())
@@ -192,9 +196,10 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
 
 @pytest.fixture(scope="session")
 def silent_arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
-    """A policy of absolute actions that is told nothing, and feels nothing."""
+    """A policy of absolute actions that is told nothing, feels nothing, and sees depth, too."""
     return train_arm(
         tmp_path_factory.mktemp("silent_arm"),
+        *("--data.depth_cameras", "{depth: [0.5, 2.5]}"),
         action_fields=[f"{ACTION}__xyz", f"{ACTION}__rot_6d"],
         proprioception_fields=[],
         has_language=False,

@@ -104,6 +104,38 @@ def test_a_policy_may_see_images_alone(silent_arm: Any) -> None:
         policy.correct({name: recording.fields[name][frame] for name in action})
 
 
+def take_nearest(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    rows, columns = (
+        (2 * np.arange(wanted) + 1) * side // (2 * wanted) for side, wanted in zip(depth.shape, size, strict=True)
+    )
+    return depth[rows[:, None], columns]
+
+
+def test_depth_reaches_the_model_as_measured(silent_arm: Any) -> None:
+    recording, policy = silent_arm.recordings[0], load(silent_arm)
+    assert [camera.name for camera in policy.cameras] == ["rig.front", "rig.wrist", "depth"]
+    stored = take_nearest(recording.images["rig.depth"][0], (16, 20))
+    cropped = stored[2:15, 1:19]  # data.augmentation: 0.8 of the height, 0.9 of the width
+    depth = take_nearest(cropped[:, 2:15], (16, 16)) / 1000
+    expected = np.where(depth == 0, 0, np.rint(1 + 254 * np.clip((depth - 0.5) / 2, 0, 1)))
+    assert 0 < (depth == 0).mean() < 0.5
+    for metres in (False, True):
+        policy.reset(seed=0)
+        observation = observe(recording, 0, fields={}, instruction="")
+        if metres:
+            images = {**observation.images, "depth": observation.images["depth"].astype(np.float32) / 1000}
+            observation = dataclasses.replace(observation, images=images)
+        policy.act(observation)
+        found = policy.encode()["pixel_values"]  # two times, three cameras
+        np.testing.assert_array_equal(found[[2, 5]], np.broadcast_to(expected, (2, 3, 16, 16)))
+    images = observe(recording, 0).images
+    front = images["front"]
+    for wrong, fault in ((front, "uint8"), (front[..., 0].astype(np.float64), "float64")):
+        policy.reset(seed=0)
+        with pytest.raises(ValueError, match=rf"camera 'depth' gives {fault} .*, not depth: uint16 \(H, W\) in milli"):
+            policy.act(observe(recording, 0, images={**images, "depth": wrong}))
+
+
 def test_exactly_the_asked_number_of_actions_is_executed(arm: Any) -> None:
     recording = arm.recordings[0]
     whole = load(arm, open_loop_steps=6)
@@ -338,6 +370,10 @@ def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
         (
             {"cameras": {}},
             r"the arm has no camera 'rig\.front' or 'rig\.wrist' \(it has none\), which the policy was trained on",
+        ),
+        (
+            {"cameras": {name: dataclasses.replace(each, is_depth=True) for name, each in own.cameras.items()}},
+            r"camera 'rig\.front': the policy was trained on colours, and the arm gives depth",
         ),
         ({"fields": {**same.fields, GRIPPER: turned}}, r"its gripper is"),
         (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from vla_foundry.client.messages import RAW, CameraInfo, FieldInfo, Metadata
+from vla_foundry.client.messages import RAW, CameraInfo, FieldInfo, Metadata, decode_raw_image
 from vla_foundry.params.commands.preprocessing_robotics import GripperParams
 from vla_foundry.params.commands.serving import ClientMapParams, ClientPartParams, PartMeaning
 from vla_foundry.robotics.rotations import matrix_to_rotation, rotation_to_matrix
@@ -218,7 +218,11 @@ def test_pictures_of_another_size_are_scaled_if_the_map_says_so() -> None:
     metadata = Metadata(cameras=cameras, fields=METADATA.fields, actions=METADATA.actions)
     for scaled, shape in (([], (8, 12, 3)), (["front"], (2, 3, 3))):
         params = ClientMapParams(cameras={"front": "a"}, scaled=scaled, state=state(), actions=actions())
-        assert ClientMap(params, metadata, SPEC).adapt_image("front", picture).shape == shape
+        client_map = ClientMap(params, metadata, SPEC)
+        assert client_map.adapt_image("front", picture).shape == shape
+        depth = decode_raw_image(client_map.read_images({"a": picture[..., 0].astype(np.uint16)})[0])
+        expected = picture[:: 8 // shape[0], :: 12 // shape[1], 0]
+        np.testing.assert_array_equal(client_map.adapt_image("front", depth), expected)
     with pytest.raises(ValueError, match="mirrored and scaled name 'back', which is none of cameras"):
         ClientMapParams(cameras={"front": "a"}, mirrored=["back"], actions=[])
 

@@ -17,8 +17,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vla_foundry.data.pipelines.stages import Dropped, Sample
-from vla_foundry.images.codec import MAX_SAMPLE_PIXELS, decode_image
-from vla_foundry.images.geometry import PixelMap, crop_image, flip_image, identity_map, resize_image
+from vla_foundry.images.codec import MAX_SAMPLE_PIXELS, decode_depth, decode_image, depth_to_grey
+from vla_foundry.images.geometry import (
+    Interpolation,
+    PixelMap,
+    crop_image,
+    flip_image,
+    identity_map,
+    resize_image,
+)
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
@@ -55,7 +62,11 @@ def draw_augmentation(*, seed: int, position: int) -> AugmentationDraw:
 
 
 def augment_image(
-    image: UInt8[Tensor, "3 H W"], params: ImageAugmentationParams, draw: AugmentationDraw
+    image: UInt8[Tensor, "3 H W"],
+    params: ImageAugmentationParams,
+    draw: AugmentationDraw,
+    *,
+    interpolation: Interpolation = "bilinear",
 ) -> tuple[UInt8[Tensor, "3 H2 W2"], PixelMap]:
     """Crop and flip one image of a sample.
 
@@ -69,7 +80,7 @@ def augment_image(
     if params.crop.enabled:
         image, pixel_map = _crop(image, params.crop, draw)
     elif params.random_resized_crop.enabled:
-        image, pixel_map = _crop_and_resize(image, params.random_resized_crop, draw)
+        image, pixel_map = _crop_and_resize(image, params.random_resized_crop, draw, interpolation)
     if params.horizontal_flip.enabled and draw.flip < params.horizontal_flip.probability:
         image, step = flip_image(image)
         pixel_map = pixel_map.then(step)
@@ -120,7 +131,9 @@ def _place(source: tuple[int, int], size: tuple[int, int], draw: AugmentationDra
     return int(draw.y * (source[0] - size[0] + 1)), int(draw.x * (source[1] - size[1] + 1))
 
 
-def _crop_and_resize(image: Tensor, params: RandomResizedCropParams, draw: AugmentationDraw) -> tuple[Tensor, PixelMap]:
+def _crop_and_resize(
+    image: Tensor, params: RandomResizedCropParams, draw: AugmentationDraw, interpolation: Interpolation
+) -> tuple[Tensor, PixelMap]:
     source = (image.shape[1], image.shape[2])
     area = _between(*params.scale, draw.area)
     aspect = math.exp(_between(math.log(params.ratio[0]), math.log(params.ratio[1]), draw.ratio))
@@ -130,12 +143,15 @@ def _crop_and_resize(image: Tensor, params: RandomResizedCropParams, draw: Augme
         max(1, min(source[1], round(source[1] * math.sqrt(area * aspect)))),
     )
     part, cut = crop_image(image, *_place(source, size, draw), size)
-    resized, scaled = resize_image(part, params.size or source, method="resize_no_crop")
+    resized, scaled = resize_image(part, params.size or source, method="resize_no_crop", interpolation=interpolation)
     return resized, cut.then(scaled)
 
 
 def prepare_images(
-    images: Sequence[bytes | Tensor], params: DataAugmentationParams, draw: AugmentationDraw
+    images: Sequence[bytes | Tensor],
+    params: DataAugmentationParams,
+    draw: AugmentationDraw,
+    depth: Sequence[tuple[float, float] | None] = (),
 ) -> tuple[list[Tensor], list[PixelMap]]:
     """Decode and augment a sample's images: the same in training, validation and inference.
 
@@ -143,6 +159,8 @@ def prepare_images(
         images: JPEG, PNG or WebP files, or uint8 [3, H, W].
         params: the augmentation.
         draw: the sample's draw; `CENTRE` for validation and inference.
+        depth: nearest and farthest distance of each image, metres, where it is depth: see `depth_to_grey`. Its pixels
+            are never mixed. None: an image of colour; empty: all are.
 
     Returns:
         uint8 [3, H, W] each, and the maps of their pixels.
@@ -152,21 +170,32 @@ def prepare_images(
     """
     prepared, maps = [], []
     num_pixels = 0
-    for image in images:
-        pixels = image if isinstance(image, Tensor) else decode_image(image)
+    for image, limits in zip(images, depth or [None] * len(images), strict=True):
+        if isinstance(image, Tensor):
+            pixels = image
+        else:
+            pixels = decode_image(image) if limits is None else depth_to_grey(decode_depth(image), *limits)
         num_pixels += pixels[0].numel()
         if num_pixels > MAX_SAMPLE_PIXELS:
             raise ValueError(f"its {len(images)} images have more than {MAX_SAMPLE_PIXELS:,} pixels together")
         pixel_map = identity_map((pixels.shape[1], pixels.shape[2]))
         if params.enabled:
-            pixels, pixel_map = augment_image(pixels, params.image, draw)
+            interpolation = "bilinear" if limits is None else "nearest"
+            pixels, pixel_map = augment_image(pixels, params.image, draw, interpolation=interpolation)
         prepared.append(pixels)
         maps.append(pixel_map)
     return prepared, maps
 
 
-def add_images(sample: Sample, images: Sequence[bytes | Tensor], params: DataAugmentationParams) -> Sample:
+def add_images(
+    sample: Sample,
+    images: Sequence[bytes | Tensor],
+    params: DataAugmentationParams,
+    depth: Sequence[tuple[float, float] | None] = (),
+) -> Sample:
     """Return the sample with `images`, `image_maps` and, in training with colour jitter, `color_factors`.
+
+    See `prepare_images` for `depth`; colours of depth do not change.
 
     Raises:
         Dropped: an image cannot be used.
@@ -174,10 +203,14 @@ def add_images(sample: Sample, images: Sequence[bytes | Tensor], params: DataAug
     is_augmented = params.enabled and sample["__is_training__"]
     draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"]) if is_augmented else CENTRE
     try:
-        prepared, maps = prepare_images(images, params, draw)
+        prepared, maps = prepare_images(images, params, draw, depth)
     except ValueError as error:
         raise Dropped("bad image", str(error)) from None
     sample = {**sample, "images": prepared, "image_maps": maps}
     if is_augmented and params.image.color_jitter.enabled:
-        sample["color_factors"] = draw_color_factors(params.image.color_jitter, draw)
+        factors = draw_color_factors(params.image.color_jitter, draw)
+        if any(depth):
+            unchanged = draw_color_factors(params.image.color_jitter, CENTRE)
+            factors = np.stack([factors if limits is None else unchanged for limits in depth])
+        sample["color_factors"] = factors
     return sample

@@ -318,10 +318,13 @@ def join_samples(
             batch[name] = _join_tensors(name, [each[name] for each in inputs if name in each])
     batch["image_mean"], batch["image_std"] = tuple(processor.image_mean), tuple(processor.image_std)
     if "color_factors" in samples[0]:
-        factors = np.stack([samples[number]["color_factors"] for number in order])
         indices = [each["image_index"].numpy() if "image_index" in each else np.zeros(0, np.int32) for each in inputs]
-        batch["color_factors"] = np.repeat(factors, [len(index) for index in indices], axis=0)
         num_images = np.asarray([int(index.max(initial=-1)) + 1 for index in indices])
+        factors = [  # one row for all images of a sample, or one for each
+            np.broadcast_to(samples[number]["color_factors"], (count, 4))[index]
+            for number, count, index in zip(order, num_images, indices, strict=True)
+        ]
+        batch["color_factors"] = np.concatenate(factors)
         if num_images.sum() < len(batch["color_factors"]):
             firsts = np.cumsum(num_images) - num_images
             parts = [index + first for index, first in zip(indices, firsts, strict=True)]

@@ -22,7 +22,7 @@ from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, Encode, join_
 from vla_foundry.data.pipelines.stages import BatchStage, Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import complete_params, create_normalization, read_specs, save_robotics_files
-from vla_foundry.images.geometry import resize_image
+from vla_foundry.images.geometry import Interpolation, resize_image
 from vla_foundry.images.processor import Processor
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
@@ -230,6 +230,7 @@ class PrepareCameraImages:
     def __init__(self, params: RoboticsDataParams) -> None:
         self.augmentation = params.augmentation
         self.names = params.image_names
+        self.depth = params.depth_ranges
         self.pads, self.masks = params.pad_missing_images, params.mask_padded_images
 
     def __call__(self, sample: Sample) -> Sample:
@@ -249,7 +250,7 @@ class PrepareCameraImages:
             for image, size in zip(window.images, spec.image_sizes, strict=True)
         ]
         mask = is_there if self.masks else np.ones_like(is_there)
-        return {**add_images(sample, files, self.augmentation), "image_mask": mask}
+        return {**add_images(sample, files, self.augmentation, self.depth), "image_mask": mask}
 
 
 class EncodeRobot(Encode):
@@ -276,13 +277,9 @@ class EncodeRobot(Encode):
             Dropped: the row is too long.
             ValueError: the sample cannot be encoded.
         """
-        processor = self.processor()
-        if processor is None:
-            encoded = resize_images(sample["images"], self.params)
-        else:
-            encoded = encode_prompt(sample["images"], sample["turns"], processor)
-            if len(encoded["input_ids"]) > self.max_tokens:
-                raise Dropped("too long", f"{len(encoded['input_ids'])} tokens do not fit into {self.max_tokens}")
+        encoded = encode_window(sample["images"], sample.get("turns", ()), self.processor(), self.params)
+        if len(encoded.get("input_ids", ())) > self.max_tokens:
+            raise Dropped("too long", f"{len(encoded['input_ids'])} tokens do not fit into {self.max_tokens}")
         sample = {**sample, "inputs": encoded}
         window: RobotWindow = sample["window"]
         for key, names in (
@@ -308,18 +305,24 @@ class EncodeRobot(Encode):
         return augmented.then(encoded).map_intrinsics(values)
 
 
-def resize_images(images: Sequence[Tensor], params: RoboticsDataParams) -> dict[str, list[Any]]:
-    """Return the inputs of a model without language: resized images, uint8 [3, H, W], and their pixel maps."""
+def encode_window(
+    images: Sequence[Tensor], turns: Sequence[Turn], processor: Processor | None, params: RoboticsDataParams
+) -> dict[str, Any]:
+    """Return the model's inputs, without language only images, uint8 [3, H, W], and their pixel maps.
+
+    No prompt token is supervised. The nearest pixel is taken of depth, because a mean of distances measures nothing.
+    """
+    nearest = [limits is not None for limits in params.depth_ranges]
+    if processor is not None:
+        inputs = processor.encode(images, turns, nearest=nearest)
+        return {name: value for name, value in inputs.items() if name != "target_mask"}
     assert params.image_size is not None, "resolve derives data.image_size"
     size, method = (params.image_size, params.image_size), params.image_resizing_method
-    resized = [resize_image(image, size, method=method, interpolation=params.image_interpolation) for image in images]
+    kinds: list[Interpolation] = ["nearest" if is_depth else params.image_interpolation for is_depth in nearest]
+    resized = [
+        resize_image(each, size, method=method, interpolation=kind) for each, kind in zip(images, kinds, strict=True)
+    ]
     return {"pixel_values": [image for image, _ in resized], "pixel_maps": [pixel_map for _, pixel_map in resized]}
-
-
-def encode_prompt(images: Sequence[Tensor], turns: Sequence[Turn], processor: Processor) -> dict[str, Any]:
-    """Return the inputs of a model with language; no prompt token is supervised."""
-    inputs = processor.encode(images, turns)
-    return {name: value for name, value in inputs.items() if name != "target_mask"}
 
 
 def create_proprioception_stage(params: RoboticsDataParams, normalizer: RoboticsNormalizer) -> NormalizeFields:
@@ -375,7 +378,7 @@ class RoboticsPipeline(Pipeline):
         all_steps = np.ones(window.num_steps, dtype=bool)
         sample: Sample = {
             "__url__": "",
-            "inputs": encode_prompt(black, turns, processor) if processor else resize_images(black, self.params),
+            "inputs": encode_window(black, turns, processor, self.params),
             "image_mask": np.ones(num_images, dtype=bool),
             "actions": np.zeros((window.num_steps, num_actions), dtype=np.float32),
             "action_dim_mask": np.ones(num_actions, dtype=bool),
@@ -420,8 +423,9 @@ def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, p
         batch: Batch = {"pixel_values": (torch.stack(images) if images else none).permute(0, 3, 1, 2)}
         batch["image_mean"], batch["image_std"] = params.colors
         if "color_factors" in samples[0]:
-            factors = np.stack([sample["color_factors"] for sample in samples])
-            batch["color_factors"] = np.repeat(factors, len(params.image_names), axis=0)
+            shape = (len(params.image_names), 4)
+            factors = [np.broadcast_to(sample["color_factors"], shape) for sample in samples]
+            batch["color_factors"] = np.concatenate(factors)
     else:
         longest = max(len(sample["inputs"]["input_ids"]) for sample in samples)
         rows = [[number] for number in range(len(samples))]

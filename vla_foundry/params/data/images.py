@@ -14,6 +14,9 @@ _Share = Annotated[float, Bounds(above=0, most=1)]
 _Strength = Annotated[float, Bounds(least=0, most=1000)]
 _Ratio = Annotated[float, Bounds(above=0, most=1000)]
 _Pixels = Annotated[int, Bounds(above=0, most=1_000_000)]
+_Metres = Annotated[float, Bounds(least=0, most=1000)]
+# nearest and farthest
+DepthRange = tuple[_Metres, _Metres]
 _PixelsOrShare = Annotated[float, Bounds(above=0, most=1_000_000)]
 
 

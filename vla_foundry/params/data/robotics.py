@@ -1,6 +1,6 @@
 """Params of robot data: which cameras, fields and steps make a sample, and how they are normalized."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from vla_foundry.config.schema import (
     Unavailable,
 )
 from vla_foundry.params.data.base import DataParams, register_data_params
-from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
+from vla_foundry.params.data.images import DataAugmentationParams, DepthRange, ImageProcessorParams
 from vla_foundry.params.facts import DatasetFacts, Facts
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics import fit as fit
@@ -132,8 +132,11 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
 
     modalities = ("robotics",)
 
-    # cameras in the model's order; null: all colour cameras, on which the datasets must agree
+    # cameras in the model's order; null: all colour and depth_cameras, on which the datasets must agree
     camera_names: list[str] | None = None
+    # depth cameras: nearest and farthest distance, metres. The model sees a grey picture, dark near and bright far, and
+    # black where nothing was measured; color_jitter leaves it alone
+    depth_cameras: dict[str, DepthRange] = field(default_factory=dict)
     # image frames relative to the anchor, ascending; null: as in the data
     image_indices: list[ImageIndex] | None = None
     # replace missing images with black ones; false: a missing image is an error
@@ -190,8 +193,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         for prompt in self.prompts:
-            unknown = set(template_fields(prompt)) - {"instruction"}
-            if unknown:
+            if set(template_fields(prompt)) - {"instruction"}:
                 raise ValueError(f"prompts: {prompt!r} may only have the field {{instruction}}.")
         if not self.prompts:
             raise ValueError("prompts is empty. Give at least one, or leave it out.")
@@ -200,15 +202,19 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(f"image_indices {indices} must ascend: images are in temporal order.")
         for name in ("camera_names", "action_fields", "proprioception_fields"):
             values = getattr(self, name) or []
-            if len(set(values)) < len(values):
-                twice = next(value for value in values if values.count(value) > 1)
-                raise ValueError(f"{name} lists '{twice}' twice. Remove one.")
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{name} lists '{twice[0]}' twice. Remove one.")
+        for name, (near, far) in self.depth_cameras.items():
+            if near >= far:
+                raise ValueError(f"depth_cameras.{name} must be [near, far] in metres, got {[near, far]}.")
+            if name not in (self.camera_names or [name]):
+                raise ValueError(f"depth_cameras has '{name}', which is not one of camera_names {self.camera_names}.")
         if self.mask_padded_images and not self.pad_missing_images:
             raise ValueError("mask_padded_images is true, but pad_missing_images is false. Set both, or none.")
-        count = len(self.dataset_manifest)
-        if self.dataset_statistics and len(self.dataset_statistics) != count:
+        counts = len(self.dataset_statistics), len(self.dataset_manifest)
+        if self.dataset_statistics and counts[0] != counts[1]:
             raise ValueError(
-                f"dataset_statistics has {len(self.dataset_statistics)} entries and dataset_manifest has {count}. "
+                f"dataset_statistics has {counts[0]} entries and dataset_manifest has {counts[1]}. "
                 "Give one for each manifest, or leave it out (null)."
             )
         self.parse_groups()
@@ -236,6 +242,11 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     def image_names(self) -> list[str]:
         """Return a sample's image names in time-major order."""
         return image_names(self.camera_names or [], self.image_indices or [])
+
+    @property
+    def depth_ranges(self) -> list[tuple[float, float] | None]:
+        """Return nearest and farthest distance of each of a sample's images; None: it is of colour."""
+        return [self.depth_cameras.get(name) for name in self.camera_names or []] * len(self.image_indices or [])
 
     def robot_widths(self) -> dict[str, int | None]:
         """Return `action_dim` and `proprioception_dim` of the model; None: not known yet."""
@@ -269,8 +280,8 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             if self.image_size is None and model.image_size is not None:
                 derived["image_size"] = Derived(model.image_size, "the model")
         if not self.dataset_statistics and self.normalization.enabled:
-            paths = [manifest.rpartition("/")[0] for manifest in self.dataset_manifest]
-            paths = [f"{folder}/{STATISTICS_NAME}" if folder else STATISTICS_NAME for folder in paths]
+            folders = [manifest.rpartition("/")[:2] for manifest in self.dataset_manifest]
+            paths = [f"{folder}{slash}{STATISTICS_NAME}" for folder, slash in folders]
             derived["dataset_statistics"] = Derived(paths, f"{STATISTICS_NAME} beside each manifest")
         return derived | self.derive_from_data(facts.datasets)
 
@@ -282,19 +293,16 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         """
         names = ("camera_names", "image_indices", "lowdim_past_timesteps", "lowdim_future_timesteps", "pose_groups")
         wanted = [name for name in (*names, "action_dim", "proprioception_dim") if getattr(self, name) is None]
-        needs = next((item.robotics for item in datasets if isinstance(item.robotics, Unavailable)), None)
-        if not datasets or needs is not None:
-            missing = needs or Unavailable("data.dataset_manifest")
+        missing = None if datasets else Unavailable("data.dataset_manifest")
+        missing = next((item.robotics for item in datasets if isinstance(item.robotics, Unavailable)), missing)
+        if missing is not None:
             return {name: Derived(missing, "the data") for name in wanted}
         known = specs_of(datasets)
-        source = f"the data ({SPEC_NAME})"
-
-        def agree(name: str, value_of: Callable[[DatasetSpec], Any]) -> Any:
-            return fit.agree_on(f"data.{name}", {dataset: value_of(spec) for dataset, spec in known})
-
+        cameras = {dataset: self._list_cameras(spec) for dataset, spec in known}
+        images = {dataset: spec.image_indices for dataset, spec in known}
         values: dict[str, Any] = {
-            "camera_names": lambda: agree("camera_names", _color_cameras),
-            "image_indices": lambda: agree("image_indices", lambda spec: spec.image_indices),
+            "camera_names": lambda: fit.agree_on("data.camera_names", cameras),
+            "image_indices": lambda: fit.agree_on("data.image_indices", images),
             # the largest window that fits all datasets
             "lowdim_past_timesteps": lambda: min(spec.past_lowdim_steps for _, spec in known),
             "lowdim_future_timesteps": lambda: min(spec.future_lowdim_steps for _, spec in known),
@@ -302,7 +310,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             "action_dim": lambda: self._width("action_fields", known),
             "proprioception_dim": lambda: self._width("proprioception_fields", known),
         }
-        return {name: Derived(values[name](), source) for name in wanted}
+        return {name: Derived(values[name](), f"the data ({SPEC_NAME})") for name in wanted}
 
     def _width(self, name: str, datasets: Sequence[NamedSpec]) -> int:
         fields = getattr(self, name)
@@ -375,10 +383,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         return notices
 
     def _compare_normalization(self, checkpoint: str, facts: Facts) -> list[str]:
-        """Compare the data's normalization with that of the checkpoint that the policy starts from.
-
-        Returns:
-            Accepted differences, and what cannot be compared.
+        """Return accepted differences between the data's normalization and the checkpoint's, and what is not known.
 
         Raises:
             ValueError: a difference is not accepted.
@@ -407,7 +412,7 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
         camera_names, image_indices = self.camera_names or [], self.image_indices or []
         described: list[tuple[NamedSpec, dict[str, FieldDescription]]] = []
         for dataset in datasets:
-            fit.check_cameras(camera_names, dataset, may_be_missing=self.pad_missing_images)
+            fit.check_cameras(camera_names, dataset, may_be_missing=self.pad_missing_images, depth=self.depth_cameras)
             fit.check_window(self.window, image_indices, dataset)
             if self.use_language:
                 fit.check_instructions(self.language_instruction_types, dataset)
@@ -422,6 +427,10 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(f"{found[0]} Or continue as is with --data.accept_contradictions true.")
         return found
 
+    def _list_cameras(self, spec: DatasetSpec) -> list[str]:
+        found = {each: name for name in self.depth_cameras for each in fit.match_camera(name, list(spec.cameras))}
+        return [found.get(name, name) for name, each in spec.cameras.items() if name in found or not each.is_depth]
+
     def _check_width(self, name: str, fields: str, datasets: Sequence[NamedSpec]) -> None:
         given = getattr(self, name)
         found = self._width(fields, datasets) if datasets else given
@@ -434,10 +443,6 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
             raise ValueError(
                 f"data.padded_{name} ({padded}) is less than the {found} columns of data.{fields}. Leave it out."
             )
-
-
-def _color_cameras(spec: DatasetSpec) -> list[str]:
-    return [name for name, camera in spec.cameras.items() if not camera.is_depth]
 
 
 def specs_of(datasets: Sequence[DatasetFacts]) -> list[NamedSpec]:

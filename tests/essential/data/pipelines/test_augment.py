@@ -6,11 +6,14 @@ import torch
 
 from vla_foundry.data.pipelines.augment import (
     CENTRE,
+    add_images,
     augment_image,
     draw_augmentation,
     draw_color_factors,
     prepare_images,
 )
+from vla_foundry.data.pipelines.stages import Dropped
+from vla_foundry.images.codec import encode_depth
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
@@ -141,3 +144,30 @@ def test_color_factors_fill_their_ranges() -> None:
     np.testing.assert_allclose(factors.max(0), [1.2, 1.4, 2.5, 0.1], atol=0.02)
     assert abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.15
     np.testing.assert_array_equal(draw_color_factors(params, CENTRE), [1, 1, 1, 0])
+
+
+def test_depth_becomes_grey_between_near_and_far_and_keeps_its_colours() -> None:
+    depth = torch.tensor([[0, 400, 500], [1500, 2500, 60000]], dtype=torch.uint16)
+    params = DataAugmentationParams(image=ImageAugmentationParams(color_jitter=ColorJitterParams(enabled=True)))
+    sample = {"__seed__": 1, "__position__": 2, "__is_training__": True}
+    picture = torch.full((3, 2, 3), 7, dtype=torch.uint8)
+    made = add_images(sample, [encode_depth(depth), picture], params, [(0.5, 2.5), None])
+    # 0 is not measured; 0.5 m is 1, 2.5 m is 255
+    expected = torch.tensor([[0, 1, 1], [128, 255, 255]], dtype=torch.uint8)
+    assert torch.equal(made["images"][0], expected.expand(3, 2, 3))
+    assert torch.equal(made["images"][1], picture)
+    factors = made["color_factors"]
+    np.testing.assert_array_equal(factors[0], [1, 1, 1, 0])
+    assert (factors[1] != factors[0]).all()
+    with pytest.raises(Dropped, match="depth must be a 16-bit grey PNG"):
+        add_images(sample, [b"\xff\xd8\xff"], params, [(0.5, 2.5)])
+
+
+def test_random_resized_crops_never_mix_two_distances() -> None:
+    depth = torch.where(torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.5, 500, 2500)
+    crop = RandomResizedCropParams(enabled=True, scale=(0.3, 0.6), size=(16, 16))
+    params = DataAugmentationParams(image=ImageAugmentationParams(random_resized_crop=crop))
+    sample = {"__seed__": 1, "__position__": 2, "__is_training__": True}
+    made = add_images(sample, [encode_depth(depth.to(torch.uint16))], params, [(0.5, 2.5)])
+    assert made["images"][0].shape == (3, 16, 16)
+    assert made["images"][0].unique().tolist() == [1, 255]

@@ -171,6 +171,13 @@ def test_depth_is_no_picture() -> None:
     assert complete(RoboticsDataParams(action_fields=["gripper"]), spec).camera_names == ["scene", "wrist"]
     with pytest.raises(ValueError, match="'depth' of a holds depth"):
         check(spec, camera_names=["depth"])
+    with_range = RoboticsDataParams(action_fields=["gripper"], depth_cameras={"depth": (0.1, 2.0)})
+    assert complete(with_range, spec).camera_names == ["depth", "scene", "wrist"]
+    assert check(spec, camera_names=["depth"], depth_cameras={"depth": (0.1, 2.0)}) == []
+    with pytest.raises(ValueError, match="'scene' of a holds colours"):
+        check(spec, camera_names=["scene"], depth_cameras={"scene": (0.1, 2.0)})
+    with pytest.raises(ValueError, match=r"depth_cameras\.depth must be \[near, far\] in metres, got \[2\.0, 2\.0\]"):
+        RoboticsDataParams(depth_cameras={"depth": (2.0, 2.0)})
 
 
 def test_the_run_that_a_model_starts_from_must_mean_the_same() -> None:
