@@ -45,7 +45,7 @@ FLAGS = [
 State = Literal["queued", "running", "stopping", "stopped", "failed", "done", "broken"]
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 _INCLUDE = re.compile(r"!include|\binclude\s*[: ]")
-_MAX_BYTES = 64 << 10
+_MAX_BYTES, _MAX_NOTE = 64 << 10, 1000
 # an evaluation that does not end this long after SIGTERM is killed; one that does not start in this time has failed
 _STOP_S, _START_S = 20.0, 300.0
 
@@ -268,14 +268,10 @@ class Queue:
             with suppress(ProcessLookupError):
                 os.killpg(job.pid, number)
 
-    def log(self, job: Job, *, max_bytes: int = 16 << 10) -> str:
+    def log(self, job: Job) -> str:
         """Return the end of what a job printed."""
         path = self._path(job, ".log")
-        if not path.is_file() or path.resolve().parent != self.folder.resolve():
-            return ""
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - max_bytes))
-            return file.read(max_bytes).decode("utf-8", "replace")
+        return read_end(path) if path.is_file() and path.resolve().parent == self.folder.resolve() else ""
 
     def progress(self, job: Job) -> tuple[SuccessRate, int] | None:
         """Return the outcomes of a job's episodes so far, and how many episodes it is to run; None: unknown."""
@@ -305,6 +301,13 @@ class Queue:
 
     def _write(self, job: Job) -> None:
         write_job(self._path(job, ".job"), job)
+
+
+def read_end(path: Path, *, max_bytes: int = 16 << 10) -> str:
+    """Return the last bytes of a file as text."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - max_bytes))
+        return file.read(max_bytes).decode("utf-8", "replace")
 
 
 def _identify(pid: int) -> str:
@@ -352,7 +355,13 @@ def main(path: Path, words: list[str]) -> None:
         # it may have been removed by hand meanwhile
         if job.is_active:
             state = "stopped" if job.state == "stopping" else "failed" if code else "done"
-            write_job(path, job.become(state, f"exit code {code}" if state == "failed" else ""))
+            write_job(path, job.become(state, _describe_failure(path, code) if state == "failed" else ""))
+
+
+def _describe_failure(path: Path, code: int) -> str:
+    """Return what the log's last line says if it is an error, or else the exit code."""
+    last = read_end(path.with_suffix(".log")).strip().rpartition("\n")[2]
+    return last[:_MAX_NOTE] if last.startswith("error: ") else f"exit code {code}"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ STYLE = """
 .gradio-container {max-width: 1300px !important} #report iframe {width: 100%; height: 80vh; border: 0; background: #fff}
 .scroll {overflow-x: auto} .scroll table {border-collapse: collapse}
 .scroll :is(td, th) {padding: 2px 8px; text-align: left; border: 1px solid #bbb; white-space: nowrap}
-.scroll caption {text-align: left; font-weight: 600} #log textarea {font-family: monospace; font-size: 12px}
+.scroll caption {text-align: left; font-weight: 600}
+#log textarea {font-family: monospace; font-size: 12px}
 #recording :is(video, img) {max-width: 100%} .fault {color: #b00020; font-weight: 600; overflow-wrap: anywhere}
 """
 # the frame is as high as the report; a newer report keeps the height, and what was unfolded
@@ -134,7 +135,7 @@ def _recordings(blocks: gr.Blocks, report: "LiveReport") -> None:
 def _experiments(blocks: gr.Blocks, report: "LiveReport", queue: Queue) -> None:
     table, fault = gr.HTML(elem_id="jobs"), gr.HTML(elem_id="fault")
     with gr.Row():
-        choice = gr.Dropdown([], label="Evaluation", elem_id="job", allow_custom_value=True)
+        choice = gr.Dropdown([], label="Evaluation", elem_id="job", allow_custom_value=True, scale=4)
         buttons = {
             name: gr.Button(name, elem_id=name.replace(" ", "_").lower()) for name in ("Stop", "Go on", "Remove")
         }
@@ -237,7 +238,7 @@ def _table(jobs: Sequence[Job], queue: Queue) -> Table:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(max(job.since, 0), 1e10)))
         rows.append((job.name or job.id, job.state, done, rate, since, job.flags.get("tasks"), job.note))
     columns = columns_of(("text", "policy", "state", "episodes", "successes", "since", "tasks", "note"))
-    return Table(name="jobs", caption=f"{len(jobs)} evaluations, the newest first", columns=columns, rows=rows)
+    return Table(name="jobs", caption=f"Evaluations: {len(jobs)}, the newest first", columns=columns, rows=rows)
 
 
 def clean_log(text: str) -> str:

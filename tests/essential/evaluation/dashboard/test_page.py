@@ -146,7 +146,7 @@ def test_a_dashboard_in_two_browsers(tmp_path: Path) -> None:
             page.locator("#stop").click()
             expect(page.locator("#jobs")).to_contain_text("stopped")
             page.locator("#remove").click()
-            expect(page.locator("#jobs")).to_contain_text("0 evaluations")
+            expect(page.locator("#jobs")).to_contain_text("Evaluations: 0")
             page.close()
     assert not faults
     assert list((root / "slow").glob("easy/rollouts/*/results.json"))
