@@ -42,6 +42,7 @@ from vla_foundry.simulators import (
     describe_source,
     find_source,
     name_observation,
+    read_success,
 )
 from vla_foundry.storage.uri import read_object, write_text
 from vla_foundry.world import num_cores
@@ -138,7 +139,7 @@ def _demonstrate(simulator: Simulator, recorder: EpisodeRecorder, params: DemosP
         observation, _, is_terminated, is_truncated, info = simulator.step(action + scale * noise)
         if frames_left is not None:
             frames_left -= 1
-        elif info["success"]:
+        elif read_success(info):
             frames_left = _FRAMES_AFTER_SUCCESS - 1
         # a simulator may judge an episode only when it ends it
         if is_terminated or is_truncated:

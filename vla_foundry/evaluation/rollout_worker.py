@@ -15,7 +15,7 @@ from vla_foundry.config.command_line import import_installed_plugins, import_plu
 from vla_foundry.evaluation.pictures import Film, FrameStrip
 from vla_foundry.evaluation.results import FailureKind
 from vla_foundry.robotics.spec import FieldDescription
-from vla_foundry.simulators import Simulator, create_simulator
+from vla_foundry.simulators import Simulator, create_simulator, read_success
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class RolloutWorker:
         simulators[-1].renders_images = True
         found = [simulator.reset(seed=each) for simulator, each in zip(simulators, seeds, strict=True)]
         (observation, info), self._shown = found[0], found[-1][0]["images"]
-        is_success = bool(info.get("success", False))
+        is_success = read_success({"success": False, **info})
         return Reply(
             images=self._shown,
             fields=observation["fields"],
@@ -201,14 +201,15 @@ class RolloutWorker:
         self._num_steps += 1
         most = simulator.max_steps if self.setup.max_steps is None else min(simulator.max_steps, self.setup.max_steps)
         is_late = is_truncated or self._num_steps >= most
-        is_over = bool(info["success"] or is_terminated or is_late)
+        is_success = read_success(info)
+        is_over = bool(is_success or is_terminated or is_late)
         return Reply(
             images=images,
             fields=observation["fields"],
             num_steps=self._num_steps,
-            is_success=bool(info["success"]),
+            is_success=is_success,
             is_over=is_over,
-            failure_kind=None if info["success"] or not is_over else "terminated" if is_terminated else "timeout",
+            failure_kind=None if is_success or not is_over else "terminated" if is_terminated else "timeout",
             files=self._keep_picture(is_last=is_over),
         )
 

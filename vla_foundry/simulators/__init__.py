@@ -16,6 +16,7 @@ from vla_foundry.simulators.simulator import (
     describe_source,
     find_source,
     name_observation,
+    read_success,
     register_simulator,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "describe_source",
     "find_source",
     "name_observation",
+    "read_success",
     "register_simulator",
 ]

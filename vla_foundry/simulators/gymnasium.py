@@ -22,7 +22,7 @@ from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.registry import Registry, unknown_name_message
 from vla_foundry.robotics.spec import FieldDescription, GripperRange
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
-from vla_foundry.simulators.simulator import Simulator, register_simulator
+from vla_foundry.simulators.simulator import Simulator, read_success, register_simulator
 
 # key of an observation that is an array
 _WHOLE = "observation"
@@ -99,7 +99,8 @@ class GymnasiumSimulator(Simulator):
         self._return = 0.0
         self._act = self._create_expert and self._create_expert(self._environment.unwrapped)
         key = self._map.success.info
-        return self.observe(), {**info, "success": key is not None and bool(info.get(key, False))}
+        is_success = key is not None and key in info and read_success(info, key)
+        return self.observe(), {**info, "success": is_success}
 
     def step(self, action: Float[np.ndarray, " A"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Advance one control step."""
@@ -203,10 +204,12 @@ class GymnasiumSimulator(Simulator):
 
     def _judge(self, reward: float, is_terminated: bool, is_truncated: bool, info: Mapping[str, Any]) -> bool:
         success = self._map.success
+        if math.isnan(reward):
+            raise ValueError(f"the reward of {self.robot} is not a number.")
         if success.info is not None:
             if success.info not in info and (is_terminated or is_truncated):
                 raise ValueError(unknown_name_message(f"success.info: key of {self.robot}", success.info, list(info)))
-            return bool(info.get(success.info, False))
+            return success.info in info and read_success(info, success.info)
         if success.reward is not None:
             return reward >= success.reward
         if success.episode_return is not None:

@@ -77,6 +77,17 @@ class Layout:
     gripper_opening: float
 
 
+def read_success(info: Mapping[str, Any], key: str = "success") -> bool:
+    """Return whether an info says success; it must be true or false, or 1 or 0.
+
+    Raises:
+        ValueError: it is something else, such as a share of what is done, or absent.
+    """
+    if key not in info or info[key] not in (0, 1):
+        raise ValueError(f"info['{key}'] must say success: true or false, got {info.get(key)!r}.")
+    return bool(info[key])
+
+
 class Simulator(gymnasium.Env[dict[str, Any], np.ndarray], ABC):
     """One task in one simulated world, as a Gymnasium environment. Use it as a context manager, or call `close()`.
 
@@ -136,9 +147,26 @@ class Simulator(gymnasium.Env[dict[str, Any], np.ndarray], ABC):
         """Render the current state, upright; None: as the first camera sees it."""
 
     def observe(self) -> dict[str, Any]:
-        """Sense the current state; nothing moves. `renders_images` says whether images are rendered."""
+        """Sense the current state; nothing moves. `renders_images` says whether images are rendered.
+
+        Raises:
+            ValueError: the simulator broke down: what it senses is not finite, or not what it says of itself.
+        """
         images = {camera: self.render(camera) for camera in self.cameras} if self.renders_images else {}
-        return {"images": images, "fields": self.sense()}
+        fields = self.sense()
+        if list(fields) != list(self.field_names):
+            raise ValueError(f"{self.robot} senses {list(fields)}, but its field_names are {list(self.field_names)}.")
+        for name, parts in self.field_names.items():
+            values = np.asarray(fields[name])
+            if values.dtype.kind not in "fiu" or values.shape != (len(parts),) or not np.isfinite(values).all():
+                found = values.tolist() if values.shape == (len(parts),) else f"{values.dtype} {values.shape}"
+                raise ValueError(f"field '{name}' of {self.robot} must be {len(parts)} finite numbers, got {found}.")
+        width, height = self.image_size
+        for camera, image in images.items():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != (height, width, 3):
+                found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else repr(image)[:80]
+                raise ValueError(f"camera '{camera}' of {self.robot} gives {found}, not uint8 {(height, width, 3)}.")
+        return {"images": images, "fields": fields}
 
     @property
     def has_expert(self) -> bool:

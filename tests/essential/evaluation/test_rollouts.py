@@ -1,5 +1,6 @@
 """The queue of episodes: outcomes do not depend on how many run, in which order they answer, or who dies."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from vla_foundry.evaluation.results import EpisodeResult
 from vla_foundry.evaluation.rollout_worker import RobotFacts, RolloutWorker, SimulatorSetup
 from vla_foundry.evaluation.rollouts import Death, Episode, RolloutPool, create_pool, run_episodes
 from vla_foundry.params.commands.evaluation import EvaluateParams
-from vla_foundry.simulators import create_simulator
+from vla_foundry.simulators import SIMULATORS, create_simulator
 
 pytestmark = pytest.mark.usefixtures("toy_simulator")
 
@@ -162,6 +163,34 @@ def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
     assert [result.outcome for result in results] == ["success", "failure"]
     assert results[1].failure_message == "The policy's action [nan, 0.0] is not finite."
     assert (results[1].failure_kind, results[1].num_steps) == ("action_not_finite", 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("sense", {"place": np.array([np.nan]), "opening": np.zeros(1)}, r"'place' of toy must be 1 finite .*\[nan\]"),
+        ("sense", {"place": np.zeros(99), "opening": np.zeros(1)}, r"1 finite numbers, got float64 \(99,\)"),
+        ("sense", {"place": "left", "opening": np.zeros(1)}, "1 finite numbers, got <U4"),
+        ("sense", {"opening": np.zeros(1), "place": np.zeros(1)}, r"toy senses \['opening', 'place'\]"),
+        ("render", np.zeros((16, 8, 3), np.uint8), r"'front' of toy gives uint8 \(16, 8, 3\), not uint8 \(16, 16, 3\)"),
+        ("render", np.zeros((16, 16, 3)), r"gives float64 \(16, 16, 3\), not uint8"),
+        ("render", None, "gives None, not uint8"),
+        ("step", ({"images": {}, "fields": {}}, 0.0, False, False, {"success": np.nan}), "true or false, got nan"),
+        ("step", ({"images": {}, "fields": {}}, 0.0, False, False, {}), "true or false, got None"),
+    ],
+)
+def test_a_simulator_that_breaks_down_invalidates_its_episode_alone(
+    monkeypatch: pytest.MonkeyPatch, method: str, value: Any, message: str
+) -> None:
+    good = getattr(SIMULATORS.get("toy"), method)
+    monkeypatch.setattr(
+        SIMULATORS.get("toy"), method, lambda toy, *words: value if toy.seed == 1 else good(toy, *words)
+    )
+    pool = ShuffledPool(create_setup(cameras=("front",)), 2, seed=0)
+    results = by_seed([*run_episodes(pool, list_episodes(["easy"], ExpertActor(describe_toy()), 3))])
+    assert [result.outcome for result in results] == ["success", "invalid", "success"]
+    assert results[1].failure_kind == "simulator_failed"
+    assert re.search(message, str(results[1].failure_message))
 
 
 def test_a_worker_that_does_not_answer_is_killed() -> None:

@@ -132,6 +132,18 @@ def test_success_is_a_reward_a_return_or_an_end(field_map: Path, success: str, o
         assert [line.step(np.array([100.0, 0.0]))[4]["success"] for _ in range(3)] == outcomes
 
 
+@pytest.mark.parametrize("value", [0.31, float("nan"), "no", None])
+def test_a_share_of_what_is_done_is_not_success(
+    field_map: Path, monkeypatch: pytest.MonkeyPatch, value: float | str | None
+) -> None:
+    line = create(field_map)
+    line.reset(seed=0)
+    step = Line.step
+    monkeypatch.setattr(Line, "step", lambda *words: (*step(*words)[:4], {"done": value}))
+    with pytest.raises(ValueError, match=r"info\['done'\] must say success: true or false, got"):
+        line.step(np.zeros(2, np.float32))
+
+
 def test_a_discrete_action_is_the_nearest_choice(field_map: Path) -> None:
     text = MAP.replace("target: {unit: mm, columns: [0, 1], rest: place, scale: 10}", "target: {}")
     text = text.replace("  gripper: {columns: [1, 2], gripper: {open: 0, closed: 1}}\n", "")
@@ -167,6 +179,8 @@ def test_demos_and_evaluations_run_in_it(field_map: Path, tmp_path: Path) -> Non
         (("columns: [0, 1], rest", "columns: [0, 2], rest"), r"actions.gripper: columns \[1, 2\) must follow 2"),
         (("rest: place", "rest: plaice"), "actions.target.rest 'plaice' is none of fields: place, goal"),
         (("{info: done}", "{}"), "success must be one of"),
+        (("goal: {}", "state: {source: goal}"), "fields.state: demos call all fields together 'state'"),
+        (("wrist:", "left.wrist:"), "'left.wrist' must be letters, digits"),
         (("test-line", "test-lime"), "expert 'test-lime' is unknown"),
         (("expert: test-line", "make: {colour: red}"), f"env_id {ID} cannot be made: .*colour"),
     ],

@@ -1,5 +1,6 @@
 """Params of a field map that makes a Gymnasium environment a simulator (`--simulator gymnasium --field_map FILE`)."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,6 +115,11 @@ class EnvironmentMapParams(BaseParams):
         for name in ("instruction", "fields", "actions", "cameras"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty. Name at least one.")
+        for name in (*self.fields, *self.actions, *self.cameras):
+            if not re.fullmatch(r"[\w@-]+", name):
+                raise ValueError(f"'{name}' must be letters, digits, _, - and @: it becomes part of longer names.")
+        if "state" in self.fields and len(self.fields) > 1:
+            raise ValueError("fields.state: demos call all fields together 'state'. Choose another name.")
         for name, part in self.actions.items():
             if part.rest is not None and part.rest not in self.fields:
                 raise ValueError(f"actions.{name}.rest '{part.rest}' is none of fields: {', '.join(self.fields)}.")
