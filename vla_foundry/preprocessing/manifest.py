@@ -53,7 +53,7 @@ from vla_foundry.storage.uri import (
 
 _MAX_FAULTS = 5
 # members that may replace each other
-_IMAGE = re.compile(r"(?:(?:image_)?\d+\.)?(?:jpg|jpeg|png|webp)")
+_IMAGE = re.compile(r"(?:(?:image_|video_)?\d+\.)?(?:jpg|jpeg|png|webp|gif|m4v|mkv|mov|mp4|webm)")
 # a captioned image has at least one of them
 _CAPTIONS = frozenset({"txt", "json"})
 

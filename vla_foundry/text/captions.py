@@ -116,7 +116,7 @@ def parse_conversations(value: Any) -> list[Turn]:
     """Parse a `conversations` (or `messages`) list into turns, in any of the common forms.
 
     Each turn is `{"from": "human" | "gpt" | "system", "value": text}` or `{"role": ..., "content": text or parts}`,
-    with parts `{"type": "text", "text": ...}` and `{"type": "image"}`.
+    with parts `{"type": "text", "text": ...}`, and `{"type": "image"}` or "video", both marked by `<image>`.
 
     Raises:
         ValueError: the value is not such a list; the message names the turn.
@@ -145,6 +145,6 @@ def _parse_part(part: Any, number: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind in ("image", "image_url"):
+    if kind in ("image", "image_url", "video", "video_url"):
         return IMAGE_MARKER
-    raise ValueError(f"turn {number} of its conversations has a part that is neither text nor an image")
+    raise ValueError(f"turn {number} of its conversations has a part that is neither text nor an image or video")

@@ -3,6 +3,7 @@
 | layout  | JSON                                                                                                       |
 |---------|------------------------------------------------------------------------------------------------------------|
 | parts   | `{"parts": [{"text": "A cat."}, {"image": "image_0.jpg"}, ...]}`; also `{"type": "image"}`: the next image |
+|         | and "video" like "image"                                                                                   |
 | OBELICS | `{"texts": ["A cat.", null], "images": [null, "image_0.jpg"]}`: lists of one length, one value per place   |
 | MMC4    | `{"text_list": ["A cat."], "image_info": [{"image_name": "a.jpg", "matched_text_index": 0}]}`: each image  |
 |         | goes before the sentence that it matches                                                                   |
@@ -61,10 +62,12 @@ def read_document(values: Any) -> list[Part]:
 
 def _read_parts(values: _Values) -> Iterable[Part]:
     for number, part in enumerate(values["parts"]):
-        text, name, kind = (part.get(key) if isinstance(part, dict) else None for key in ("text", "image", "type"))
+        keys = ("text", "image", "video", "type")
+        text, image, video, kind = (part.get(key) if isinstance(part, dict) else None for key in keys)
+        name = video if image is None else image
         if isinstance(text, str) and name is None:
             yield from [text] if text else []
-        elif text is None and (isinstance(name, str) or (name is None and kind == "image")):
+        elif text is None and (isinstance(name, str) or (name is None and kind in ("image", "video"))):
             yield Picture(name)
         else:
             raise Unusable("bad document", f'parts[{number}] is neither {{"text": ...}} nor {{"image": "a name"}}')

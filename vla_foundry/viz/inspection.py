@@ -252,7 +252,7 @@ def _describe_record(shard: TokenShard, row: int, folder: str) -> list[str]:
 def _describe_members(members: dict[str, bytes], output: str) -> list[str]:
     lines, images = [], [suffix for suffix in members if suffix.rpartition(".")[2] in _IMAGE_SUFFIXES]
     for suffix, content in members.items():
-        if suffix in images:
+        if suffix in images or b"\0" in content:
             lines.append(f"{suffix}: {len(content):,} bytes")
         else:
             lines.append(f"{suffix}: {_shorten(content.decode('utf-8', 'replace'))}")

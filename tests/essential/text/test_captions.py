@@ -34,7 +34,7 @@ def test_conversations_are_read_in_all_their_forms() -> None:
         ([{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}], "turn 1 .* unknown role 'robot'"),
         ([{"role": ["user"], "content": "a"}], "unknown role"),
         ([{"role": "user"}], "turn 0 of its conversations has no text"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "neither text nor an image"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "neither text nor an image"),
     ],
 )
 def test_other_conversations_are_refused(value: object, message: str) -> None:

@@ -6,6 +6,8 @@ A sample's members are those of img2dataset, plus several images and conversatio
 |-----------------------------|----------------------------------------------------------------------------------|
 | jpg, jpeg, png, webp        | the image                                                                        |
 | image_0.jpg, image_1.png ...| several images, in numeric order; also 0.jpg, 1.jpg, ...                         |
+| mp4, webm, gif, mov, mkv    | with data.video_frames: a video, of which so many frames are images of the       |
+|                             | sample; several: video_0.mp4, ..., numbered with the images                      |
 | txt                         | the caption                                                                      |
 | json                        | `conversations` or `messages`: all turns; else the caption. Other strings are    |
 |                             | fields of prompt templates                                                       |
@@ -17,6 +19,7 @@ prompts are never cut.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, S
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
 from vla_foundry.images.processor import TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
+from vla_foundry.images.video import check_installed, read_frames
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams, ImageTextDataParams
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
@@ -42,15 +46,47 @@ from vla_foundry.text.tokenizers import load_tokenizer
 # row length - 1 is a multiple of this: few enough lengths for compiled models, and little padding
 ROW_MULTIPLE = 16
 _IMAGE_SUFFIX = re.compile(r"(?:(?:image_)?(\d+)\.)?(?:jpe?g|png|webp)")
-_CAPTION_KEY = "caption"
+_VIDEO_SUFFIX = re.compile(r"(?:(?:video_)?(\d+)\.)?(?:gif|m4v|mkv|mov|mp4|webm)")
+_MARKER = re.compile(f"{IMAGE_MARKER}|<video>")
 # keys of `encode` that are not simply concatenated along their first dimension
 _OWN_KEYS = (*TOKEN_KEYS, "image_index", "pixel_maps")
 
 
 def find_images(members: Iterable[str]) -> list[str]:
-    """Return the suffixes of a sample's images in order, the unnumbered one first."""
-    found = [(match[1], name) for name in members if (match := _IMAGE_SUFFIX.fullmatch(name))]
-    return [name for _, name in sorted((-1 if number is None else int(number), name) for number, name in found)]
+    """Return the suffixes of a sample's images in order, the unnumbered one first, the frames of a video together."""
+    found = []
+    for name in members:
+        file, _, frame = name.partition("/")
+        if match := (_VIDEO_SUFFIX if frame else _IMAGE_SUFFIX).fullmatch(file):
+            found.append((int(match[1] or -1), file, int(frame or 0), name))
+    return [name for *_, name in sorted(found)]
+
+
+def file_of(image: str) -> str:
+    """Return the member that an image of `find_images` comes from: itself, or the video."""
+    return image.partition("/")[0]
+
+
+class SampleVideos:
+    """A stage: adds evenly spaced frames of each video as images MEMBER/0, MEMBER/1, ..., uint8 [3, H, W]."""
+
+    def __init__(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Decode the frames.
+
+        Raises:
+            Dropped: a video cannot be used.
+        """
+        frames: Sample = {}
+        for name in filter(_VIDEO_SUFFIX.fullmatch, sample):
+            try:
+                found = read_frames(sample[name], self.num_frames)
+            except ValueError as error:
+                raise Dropped("bad video", f"{name}: {error}") from None
+            frames |= {f"{name}/{number}": frame for number, frame in enumerate(found)}
+        return {**sample, **frames}
 
 
 class CreateTurns:
@@ -73,18 +109,19 @@ class CreateTurns:
             Dropped: the sample has no image, or no text that can be trained on.
             ValueError: prompt and sample do not fit together.
         """
-        num_images = len(find_images(sample))
-        if not num_images:
+        images = find_images(sample)
+        if not images:
             members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-            raise Dropped("no image", f"its members are {members or 'none'}")
+            hint = "; data.video_frames reads videos" if any(map(_VIDEO_SUFFIX.fullmatch, sample)) else ""
+            raise Dropped("no image", f"its members are {members or 'none'}{hint}")
         txt = sample.get("txt") if self.caption_key is None else None
         try:
-            texts = read_texts(txt, sample.get("json"), key=self.caption_key or _CAPTION_KEY)
+            texts = read_texts(txt, sample.get("json"), key=self.caption_key or "caption")
         except Unusable as error:
             place = f"it has no usable text under {self.caption_key or 'txt or caption'}"
             raise Dropped(error.reason, str(error) or place) from None
         if texts.conversation:
-            return {**sample, "turns": _place_in_first(texts.conversation, num_images)}
+            return {**sample, "turns": _place_in_first(_show_videos(texts.conversation, images), len(images))}
         seed, position = sample["__seed__"], sample["__position__"]
         number = 0
         if len(texts.captions) > 1:
@@ -92,13 +129,22 @@ class CreateTurns:
         turns = create_caption_turns(
             texts.captions[number],
             self.prompts,
-            num_images=num_images,
+            num_images=len(images),
             seed=seed,
             position=position,
             fields={name: value for name, value in (texts.values or {}).items() if isinstance(value, str)},
         )
         check_text(turns[0].content)
         return {**sample, "turns": turns}
+
+
+def _show_videos(turns: list[Turn], images: Sequence[str]) -> list[Turn]:
+    """Replace the marker of each video by those of its frames, if there is one marker for each image or video."""
+    counts = Counter(map(file_of, images))
+    if counts.keys() == set(images) or sum(len(_MARKER.findall(turn.content)) for turn in turns) != len(counts):
+        return turns
+    waiting = iter(counts.values())
+    return [Turn(turn.role, _MARKER.sub(lambda _: IMAGE_MARKER * next(waiting), turn.content)) for turn in turns]
 
 
 def _place_in_first(turns: list[Turn], num_images: int) -> list[Turn]:
@@ -128,7 +174,18 @@ class PrepareImages:
         Raises:
             Dropped: an image cannot be used.
         """
-        return add_images(sample, [sample[name] for name in find_images(sample)], self.params)
+        return prepare_members(sample, find_images(sample), self.params)
+
+
+def prepare_members(sample: Sample, names: Sequence[str], params: DataAugmentationParams) -> Sample:
+    """Return the sample with the members of these names as images, see `augment.add_images`, without frames of videos.
+
+    Raises:
+        Dropped: an image cannot be used.
+    """
+    images = [sample[name] for name in names]
+    frames = {name for name in find_images(sample) if file_of(name) != name}
+    return add_images({name: value for name, value in sample.items() if name not in frames}, images, params)
 
 
 class Encode:
@@ -250,10 +307,14 @@ class ImageTextPipeline(Pipeline):
         self.seq_len = params.seq_len
         self.packs = params.pack is not False
         self.encode = encode
-        self.stages = self.name_stages(params, default) if stages is None else stages
+        self.num_frames = params.video_frames
+        videos = [] if self.num_frames is None else [SampleVideos(self.num_frames)]
+        self.stages = self.name_stages(params, [*videos, *default]) if stages is None else stages
 
     def check(self, reader: ShardReader) -> None:
         """See Pipeline. Load the processor, so that its errors appear before any process starts."""
+        if self.num_frames is not None:
+            check_installed()
         self.encode.load()
 
     def create_batch(self, rows: Rows) -> Batch:

@@ -1,16 +1,16 @@
 """Modality `interleaved`: documents of text and images in order; all text is supervised, images are not.
 
 A sample's members are a `json`, in a layout of `text/interleaved.py`, and the images that it names, such as
-`image_0.jpg`. A document longer than seq_len + 1 tokens is truncated: an image is kept whole or left out with all that
-follows. Documents are packed as captioned images are (`image_caption.py`), and the images of a batch stand in one
-tensor, in the order of their tokens: there is nothing to pad and nothing to mask.
+`image_0.jpg`, or videos, with data.video_frames: their frames stand in their place. A document longer than seq_len + 1
+tokens is truncated: an image is kept whole or left out with all that follows. Documents are packed as captioned images
+are (`image_caption.py`), and the images of a batch stand in one tensor, in the order of their tokens: there is nothing
+to pad and nothing to mask.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.image_caption import Encode, ImageTextPipeline, find_images
+from vla_foundry.data.pipelines.image_caption import Encode, ImageTextPipeline, file_of, find_images, prepare_members
 from vla_foundry.data.pipelines.stages import Dropped, Sample, Stage, register_pipeline
 from vla_foundry.images.processor import Processor
 from vla_foundry.params.data.base import DataParams
@@ -18,7 +18,7 @@ from vla_foundry.params.data.image_caption import InterleavedDataParams
 from vla_foundry.params.data.images import DataAugmentationParams
 from vla_foundry.parsing import parse_record
 from vla_foundry.text.captions import Unusable
-from vla_foundry.text.interleaved import Picture, place_pictures, read_document
+from vla_foundry.text.interleaved import Part, Picture, place_pictures, read_document
 
 
 class ReadDocument:
@@ -40,12 +40,16 @@ class ReadDocument:
         if "json" not in sample:
             members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
             raise Dropped("no document", f"it has no member json, only {members or 'none'}")
+        stored: dict[str, list[Part]] = {}
+        for name in find_images(sample):
+            stored.setdefault(file_of(name), []).append(Picture(name))
         try:
-            parts = place_pictures(read_document(parse_record(sample["json"], "its json")), find_images(sample))
+            placed = place_pictures(read_document(parse_record(sample["json"], "its json")), list(stored))
         except Unusable as error:
             raise Dropped(error.reason, str(error) or "in its json") from None
         except ValueError as error:
             raise Dropped("bad JSON", str(error)) from None
+        parts = [each for part in placed for each in ([part] if isinstance(part, str) else stored[part.name or ""])]
         places = [number for number, part in enumerate(parts) if isinstance(part, Picture)]
         cut = [] if self.max_images is None else places[self.max_images :]
         kept = parts[: cut[0]] if cut else parts
@@ -58,14 +62,14 @@ class ReadDocument:
 
 
 class PreparePictures:
-    """A stage: the members named in `pictures` -> `images`, see `augment.add_images`."""
+    """A stage: the members named in `pictures` -> `images`, see `prepare_members`."""
 
     def __init__(self, params: DataAugmentationParams) -> None:
         self.params = params
 
     def __call__(self, sample: Sample) -> Sample:
         """Decode and augment; an image that cannot be used drops the document."""
-        return add_images(sample, [sample[name] for name in sample["pictures"]], self.params)
+        return prepare_members(sample, sample["pictures"], self.params)
 
 
 class EncodeDocument(Encode):

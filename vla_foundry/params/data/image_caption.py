@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from vla_foundry.config.schema import Count, Derived
+from vla_foundry.config.schema import Count, Derived, Size
 from vla_foundry.params.data.base import DataParams, register_data_params
 from vla_foundry.params.data.images import DataAugmentationParams, ImageProcessorParams
 from vla_foundry.params.facts import Facts
 from vla_foundry.text.chat import CAPTION_PROMPTS, template_fields
+
+_VIDEOS = "sample_videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,19 @@ class ImageTextDataParams(ImageProcessorParams, DataParams):
 
     # pack several samples into a row, each seeing only itself; null: if the model supports it
     pack: bool | None = None
+    # evenly spaced frames of each video (mp4, webm, gif, ...) that are images of its sample; null: videos are not read
+    video_frames: Size | None = None
     # random changes in training; validation uses centre crops
     augmentation: DataAugmentationParams = field(default_factory=DataAugmentationParams)
+
+    def __post_init__(self) -> None:
+        order = None if _VIDEOS in self.stages else self.stage_order
+        if order is not None and (_VIDEOS in order) != (self.video_frames is not None):
+            raise ValueError(
+                f"stage_order [{', '.join(order)}] and video_frames ({self.video_frames}) disagree: {_VIDEOS} takes "
+                "the frames. Leave stage_order out (null)."
+            )
+        super().__post_init__()
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Also derive the processor or tokenizer, image size, tokens per image, and whether rows are packed."""
@@ -31,13 +44,17 @@ class ImageTextDataParams(ImageProcessorParams, DataParams):
         """Check that a processor is given and that it fits the model and the row length."""
         notices = super().check(root, facts, path)
         model = root.model.image_inputs()
-        self.check_processor(model, path, seq_len=self.seq_len)
+        self.check_processor(model, path, seq_len=self.seq_len, num_images=self.video_frames or 1)
         notices += self.compare_images(facts, path, is_accepted=self.accept_contradictions)
         if self.pack and not model.takes_packed_rows:
             raise ValueError(
                 f"{path}.pack is true, but model.type {root.model.type} takes one sample a row. Leave it out."
             )
         return notices
+
+    def video_stages(self) -> list[str]:
+        """Return the names of the stages before those of images."""
+        return [_VIDEOS] if self.video_frames is not None else []
 
 
 @register_data_params("image_caption")
@@ -63,7 +80,7 @@ class ImageCaptionDataParams(ImageTextDataParams):
 
     def default_stages(self) -> list[str]:
         """Return the names of the stages of a captioned image."""
-        return ["create_turns", "prepare_images", "encode"]
+        return [*self.video_stages(), "create_turns", "prepare_images", "encode"]
 
 
 @register_data_params("interleaved")
@@ -78,7 +95,7 @@ class InterleavedDataParams(ImageTextDataParams):
 
     def default_stages(self) -> list[str]:
         """Return the names of the stages of a document."""
-        return ["read_document", "prepare_pictures", "encode_document"]
+        return [*self.video_stages(), "read_document", "prepare_pictures", "encode_document"]
 
     def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
         """Also derive how many images fit."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.essential.byte_level import train_tokenizer
+from tests.essential.images.test_video import encode_video
 from vla_foundry.batch import Batch
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.cache import ShardCache
@@ -237,6 +238,75 @@ def test_conversations_supervise_every_answer_and_take_several_images(
     (ids, _), image_token = read_segments(batch)[0], pipeline.encode.load().image_token_id
     assert sum(token == image_token for token in ids) == 2 * IMAGE_TOKENS
     assert decode_answers(pipeline, batch) == [" a cube<|endoftext|> a mug<|endoftext|>"]
+
+
+def converse(content: Any) -> bytes:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a cube"}]
+    return json.dumps({"messages": turns}).encode()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "gif"])
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ({"txt": b"a cube"}, "<V>What is it?"),
+        ({"json": converse("What moves?")}, "<V>What moves?"),
+        ({"json": converse("In <video>, what moves?")}, "In <V>, what moves?"),
+        ({"json": converse([{"type": "text", "text": "Say "}, {"type": "video"}])}, "Say <V>"),
+    ],
+)
+def test_evenly_spaced_frames_of_a_video_are_images_of_its_sample(
+    tmp_path: Path, tokenizer_folder: Path, write_samples: Callable, kind: str, text: dict[str, bytes], question: str
+) -> None:
+    sample = {kind: encode_video(kind, list(range(0, 240, 10))), **text}
+    pipeline = ImageCaptionPipeline(create_params(tokenizer_folder, video_frames=3))
+    batch = pipeline.create_batch(create_rows(write_samples(tmp_path / "d", [[sample]]), [0]))
+    np.testing.assert_allclose([int(image[0, 8, 8]) for image in batch["pixel_values"]], [40, 120, 200], atol=3)
+    ((ids, _),) = read_segments(batch)
+    shown = pipeline.encode.load().tokenizer.decode(ids)
+    assert question.replace("<V>", "<image>" * 3 * IMAGE_TOKENS) in shown
+    assert decode_answers(pipeline, batch) == [" a cube<|endoftext|>"]
+
+
+def test_videos_and_images_of_a_sample_stand_in_order(
+    tmp_path: Path, tokenizer_folder: Path, write_samples: Callable
+) -> None:
+    question = "First <image>, then <video>, then <video>."
+    sample = {
+        "video_1.mp4": encode_video("mp4", [50, 60, 70, 80]),
+        "image_0.png": encode_picture(40),
+        "video_10.gif": encode_video("gif", [200]),
+        "json": converse(question),
+    }
+    pipeline = ImageCaptionPipeline(create_params(tokenizer_folder, video_frames=2))
+    batch = pipeline.create_batch(create_rows(write_samples(tmp_path / "d", [[sample]]), [0]))
+    np.testing.assert_allclose([int(image[0, 0, -1]) for image in batch["pixel_values"]], [40, 60, 80, 200], atol=3)
+    ((ids, _),) = read_segments(batch)
+    marks = ["<image>" * IMAGE_TOKENS * count for count in (1, 2, 1)]
+    shown = "First {}, then {}, then {}.".format(*marks)
+    assert shown in pipeline.encode.load().tokenizer.decode(ids)
+
+
+def test_videos_that_cannot_be_used_are_counted(
+    tmp_path: Path, tokenizer_folder: Path, write_samples: Callable
+) -> None:
+    clip = encode_video("mp4", np.random.default_rng(0).integers(0, 256, 24).tolist())
+    playlist = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"
+    bad = [{"mp4": data, "txt": b"a cube"} for data in (clip[:-900], b"", b"cube" * 99, playlist)]
+    manifest = write_samples(tmp_path / "d", [[*bad, {"mp4": clip, "txt": b"a cube"}, *create_samples(40)]])
+    rows = create_rows(manifest, range(5))
+    batch = ImageCaptionPipeline(create_params(tokenizer_folder, video_frames=2)).create_batch(rows)
+    assert set(rows.drops.counts) == {"bad video"}
+    assert len({fault.member for fault in rows.drops.faults}) == 4
+    assert all("mp4: it " in fault.detail for fault in rows.drops.faults)
+    assert len(batch["pixel_values"]) == 2 + 4
+    rows = create_rows(manifest, range(5))
+    ImageCaptionPipeline(create_params(tokenizer_folder)).create_batch(rows)
+    assert set(rows.drops.counts) == {"no image"}
+    assert "its members are mp4, txt; data.video_frames reads videos" in rows.drops.last
+    for order, count in ((["create_turns", "prepare_images", "encode"], 2), (["sample_videos", "encode"], None)):
+        with pytest.raises(ValueError, match=rf"stage_order .* and video_frames \({count}\) disagree"):
+            create_params(tokenizer_folder, stage_order=order, video_frames=count)
 
 
 def test_bad_samples_are_replaced_and_counted_by_reason(

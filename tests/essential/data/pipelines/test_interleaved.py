@@ -11,6 +11,7 @@ import torch
 from tests.essential.byte_level import train_tokenizer
 from tests.essential.data.pipelines.test_image_caption import create_rows, encode_picture, read_segments
 from tests.essential.image_text_families import create_processor
+from tests.essential.images.test_video import encode_video
 from vla_foundry.data.pipelines.interleaved import create_interleaved_pipeline
 from vla_foundry.images.processor import ImageTextProcessor
 from vla_foundry.images.processor_hf import HuggingFaceProcessor
@@ -111,6 +112,26 @@ def test_tokens_images_and_targets_are_those_of_the_document(
     greys = {f"a red cube{pads} lies{pads}{pads} on{END}": [40, 80, 120], f"{pads}green{END}": [200]}
     expected = [grey for text in texts for grey in greys.get(text, [])]  # the right half of a picture tells its number
     assert batch["pixel_values"][:, 0, 8, 12].tolist() == expected
+
+
+@pytest.mark.parametrize("names", [["video_1.mp4", "image_0.png"], ["http://a", "http://b"]])
+def test_frames_stand_where_the_document_has_their_video(
+    tokenizer_folder: Path, write_samples, tmp_path: Path, names: list[str]
+) -> None:
+    kinds = ("video", "image") if names[0] == "video_1.mp4" else ("image", "video")
+    first, second = [{kind: name} for kind, name in zip(kinds, names, strict=True)]
+    parts = [{"text": "a"}, first, {"text": "b"}, second, {"text": "c"}]
+    files = {"video_1.mp4": encode_video("mp4", [50, 60, 70, 80]), "image_0.png": encode_picture(40)}
+    manifest = write_samples(tmp_path / "d", [[files | {"json": json.dumps({"parts": parts}).encode()}]])
+    pipeline = create_pipeline(tokenizer_folder, video_frames=2, img_num_tokens=1)
+    batch = pipeline.create_batch(create_rows(manifest, [0]))
+    ((ids, _),) = read_segments(batch)
+    videos = kinds.index("video")
+    pads = ["<image>", "<image>"]
+    pads[videos] = "<image><image>"
+    assert pipeline.encode.load().tokenizer.decode(ids) == f"a{pads[0]}b{pads[1]}c{END}"
+    expected = [60, 80, 40] if videos == 0 else [40, 60, 80]
+    np.testing.assert_allclose(batch["pixel_values"][:, 0, 8, 12].tolist(), expected, atol=3)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ hold many episodes. Decoding starts at the key frame before the first time and c
 is exact and memory holds two. One thread reads each file, because episodes run in parallel.
 """
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,24 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_foundry.images.codec import MAX_PIXELS, check_size
+from vla_foundry.images.video import displayed_image, open_video, raise_unless_broken, reason_of
 from vla_foundry.preprocessing.robotics.converters.converter import name_broken_file
 from vla_foundry.preprocessing.sources import check_unique
 from vla_foundry.storage.uri import open_input
 
 if TYPE_CHECKING:
     import av
-    import av.container
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 _EPISODE_COLUMN = "episode_index"
 # a frame this close to a time, in frames, is used without looking at the next one
 _EXACT = 1e-3
-# |a|, |b|, |c|, |d| of display matrices, and how far they may be from whole numbers
-_QUARTER_TURNS = ((1, 0, 0, 1), (0, 1, 1, 0))
-_MATRIX_ROUNDING = 1e-3
-_DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 
 
 @contextmanager
@@ -218,7 +212,7 @@ class VideoFrames:
         the beginning."""
         import av.error
 
-        with _open_stream(self.uri) as (container, stream):
+        with open_input(self.uri) as file, open_video(file, self.uri) as (container, stream):
             decoded, time_base, first_pts = 0, float(stream.time_base or 0), stream.start_time or 0
             try:
                 if from_key_frame and self.times[0] > 0:
@@ -233,10 +227,10 @@ class VideoFrames:
                         raise ValueError(f"{self.uri}: the frame at {seconds:.3f} s is damaged.")
                     yield seconds, frame
             except (av.error.FFmpegError, OSError) as error:
-                _raise_unless_broken(error)
+                raise_unless_broken(error)
                 raise ValueError(
                     f"{self.uri}: the video is damaged: nothing can be decoded after {decoded} frames "
-                    f"({_reason(error)})."
+                    f"({reason_of(error)})."
                 ) from None
 
     def first_size(self) -> tuple[int, int]:
@@ -250,77 +244,3 @@ class VideoFrames:
             height, width = displayed_image(frame, self.uri).shape[:2]
             return width, height
         raise ValueError(f"{self.uri}: no frame can be decoded.")
-
-
-def displayed_image(frame: "av.VideoFrame", uri: str) -> np.ndarray:
-    """Convert a frame to RGB as a player shows it, uint8 (H, W, 3).
-
-    The colour matrix and range stated in the video are applied, and so is its display matrix, as phones write it.
-
-    Raises:
-        ValueError: the display matrix is not a mirroring or a rotation by quarter turns.
-    """
-    image = frame.to_ndarray(format="rgb24")
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return image
-    # 3 x 3 fixed-point numbers: a point (x, y) of the frame, y down, is shown at (a x + c y, b x + d y)
-    values = np.frombuffer(bytes(side_data), "<i4")[[0, 1, 3, 4]] / 65536
-    a, b, c, d = values.round().astype(int).tolist()
-    if abs(values - (a, b, c, d)).max() > _MATRIX_ROUNDING or (abs(a), abs(b), abs(c), abs(d)) not in _QUARTER_TURNS:
-        raise ValueError(
-            f"{uri}: the display matrix {values.tolist()} is not a rotation by quarter turns. Encode the video upright."
-        )
-    if a == 0:  # rows become columns
-        image = image.transpose(1, 0, 2)
-    columns, rows = a + c, b + d
-    return np.ascontiguousarray(image[:: rows or 1, :: columns or 1])
-
-
-@contextmanager
-def _open_stream(uri: str) -> "Iterator[tuple[av.container.InputContainer, av.VideoStream]]":
-    try:
-        import av
-        import av.error
-    except ImportError:
-        raise ValueError(
-            "videos need PyAV, which is not installed: uv pip install 'vla-foundry[preprocessing]'"
-        ) from None
-    # a file object instead of a name, because FFmpeg takes some names for protocols
-    with open_input(uri) as file:
-        try:
-            # opening decodes a frame, and the header of the file may say less than that has
-            container = av.open(file, mode="r", options=dict(_DECODER_OPTIONS))
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            _raise_unless_broken(error)
-            raise ValueError(f"{uri} is not a readable video, or is cut off ({_reason(error)}).") from None
-        with container:
-            if not container.streams.video:
-                raise ValueError(f"{uri} is not a readable video, or is cut off (no video stream in it).")
-            stream = container.streams.video[0]
-            if stream.time_base is None or not stream.width or not stream.height:
-                raise ValueError(
-                    f"{uri}: the header of the video is damaged, or its frames have more than {MAX_PIXELS:,} pixels."
-                )
-            if stream.sample_aspect_ratio not in (None, 0, 1):
-                raise ValueError(
-                    f"{uri}: its pixels are not square ({stream.sample_aspect_ratio}). Scale the video: "
-                    "ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT."
-                )
-            check_size((stream.height, stream.width), f"{uri}: a frame")
-            stream.codec_context.options = dict(_DECODER_OPTIONS)
-            stream.codec_context.thread_count = 1
-            yield container, stream
-
-
-def _raise_unless_broken(error: Exception) -> None:
-    """Re-raise trouble of the machine or the network, as opposed to broken bytes."""
-    import av.error
-
-    # broken offsets lead to EINVAL, when they point before the beginning of the file
-    if not isinstance(error, av.error.FFmpegError) and getattr(error, "errno", None) not in (None, errno.EINVAL):
-        raise error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

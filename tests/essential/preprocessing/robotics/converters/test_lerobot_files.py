@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from vla_foundry.preprocessing.robotics.converters import lerobot_files
+from vla_foundry.images import video
 from vla_foundry.preprocessing.robotics.converters.lerobot_files import VideoFrames
 
 NUM_FRAMES, RATE = 47, 10
@@ -178,7 +178,7 @@ def test_a_frame_too_large_to_decode_is_refused_before_it_is_decoded(
 ) -> None:
     path = tmp_path / "video.mp4"
     recordings.write_video(path, images)
-    monkeypatch.setattr(lerobot_files, "_DECODER_OPTIONS", {"max_pixels": str(images[0, ..., 0].size - 1)})
+    monkeypatch.setattr(video, "_DECODER_OPTIONS", {"max_pixels": str(images[0, ..., 0].size - 1)})
     with pytest.raises(
         ValueError,
         match=r"video\.mp4.*(or its frames have more than|can be decoded)",
