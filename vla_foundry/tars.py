@@ -1,9 +1,9 @@
-"""Find the files in a tar and where their bytes lie, as GNU tar would extract them."""
+"""Find the files in a tar and where their bytes lie, as GNU tar would extract them; or read them in sequence."""
 
 import posixpath
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -19,9 +19,16 @@ _MAGIC = re.compile(rb"ustar[\0 ]")
 _FOLDER, _LABEL, _CONTINUED = b"D", b"V", b"M"
 # WebDataset's form of a shell command in place of a path, also within braces and lists
 _PIPE = re.compile(r"(?:^|::|[{,])[\s'\"]*pipe\s*:", re.IGNORECASE)
+# largest file that is read in sequence: a small archive can be compressed from any size
+_MAX_FILE_BYTES = 1 << 31
+_BAD_HEADERS: tuple[type[Exception], ...] = (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError)  # pyright: ignore
 # longest chain of symbolic links
 _MAX_LINKS = 40
 _CHUNK = 1 << 20
+
+
+class DamagedTarError(ValueError):
+    """Raised for a tar that cannot be read from some place on."""
 
 
 class _Header(tarfile.TarInfo):
@@ -34,6 +41,17 @@ class _Header(tarfile.TarInfo):
             prefix = bytes(buf[345:500]).partition(b"\0")[0].decode(encoding, errors)
             header.name = header.name.removeprefix(prefix + "/")
         return header
+
+
+class _SureHeader(_Header):
+    """A header after which a damaged one is an error; `tarfile` takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_SureHeader":
+        try:
+            return super().fromtarfile(tarfile)  # pyright: ignore[reportReturnType]
+        except _BAD_HEADERS as error:
+            raise DamagedTarError(f"the header at byte {tarfile.offset}: {error}") from None
 
 
 def refuse_pipe(name: str, where: str = "") -> None:
@@ -83,6 +101,28 @@ def find_files(file: BinaryIO) -> tuple[list[tuple[str, Bytes | str]], bool]:
         start = _find_next_archive(file)
     followed = [(name, _follow(name, content, contents)) for name, content in found]
     return [(name, content) for name, content in followed if content is not None], len(block) == tarfile.BLOCKSIZE
+
+
+def read_files(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Read the names and contents of a tar's files from front to back; it may be compressed. Links are left out.
+
+    Args:
+        file: the tar; it need not be seekable.
+
+    Raises:
+        DamagedTarError: the tar is damaged, or cut off; what comes before is read first.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_SureHeader, encoding="utf-8", ignore_zeros=True) as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # pyright: ignore (it would keep all headers)
+                if member.size > _MAX_FILE_BYTES:
+                    raise DamagedTarError(f"{member.name} has {member.size:,} bytes")
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield member.name, content.read()
+    except (tarfile.TarError, OverflowError, EOFError) as error:
+        raise DamagedTarError(str(error)) from error
 
 
 def _place(name: str) -> str:

@@ -146,13 +146,14 @@ class DataLoader:
         """Return what to log about the data before a global batch: nothing, for the step says it."""
         return {}
 
-    def check_plan(self, saved_description: dict[str, Any]) -> None:
-        """Check that a checkpoint's `describe()` matches this loader.
+    def check_plan(self, saved_description: dict[str, Any]) -> list[str]:
+        """Check that a checkpoint's `describe()` matches this loader; return lines for the user.
 
         Raises:
             ValueError: the sample order changed; the message says why.
         """
         check_description(saved_description, self.describe())
+        return []
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's microbatches from the beginning; see `microbatches`."""
@@ -271,7 +272,7 @@ def create_dataloader(
     world = world or World()
     global_batch_size = global_batch_size or world.world_size * per_gpu_batch_size
     seed = params.seed or 0 if seed is None else seed
-    _check_divisible(global_batch_size, world, per_gpu_batch_size)
+    check_divisible(global_batch_size, world, per_gpu_batch_size)
     is_training = split == "train"
     datasets, weights = _read_datasets(params, "" if is_training else "val_")
     pipeline = create_pipeline(datasets[0].modality, params) if pipeline is None else pipeline
@@ -305,7 +306,8 @@ def _create_reader(params: DataParams, datasets: list[Dataset]) -> ShardReader:
     return ShardReader(datasets, cache, by_ranges=cache_params.mode == "ranges")
 
 
-def _check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:
+def check_divisible(global_batch_size: int, world: World, per_gpu_batch_size: int) -> None:
+    """Check that a global batch is whole microbatches on each rank."""
     if global_batch_size % (world.world_size * per_gpu_batch_size):
         raise ValueError(
             f"hparams.global_batch_size ({global_batch_size}) must be a multiple of num_ranks ({world.world_size}) x "
@@ -408,7 +410,7 @@ def check_description(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: they do not; the message says what changed.
     """
-    changes = list_changes(saved, current, _NAMES)
+    changes = [] if "sequential" in saved else list_changes(saved, current, _NAMES)
     rows, saved_rows = current["datasets"], saved.get("datasets", [])
     if len(rows) != len(saved_rows):
         changes.append(f"data.dataset_manifest had {len(saved_rows)} datasets, has {len(rows)}")

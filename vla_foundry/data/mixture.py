@@ -22,6 +22,7 @@ from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.loader import DataLoader, Split
 from vla_foundry.data.plan import BlockPattern
 from vla_foundry.data.robotics import find_dataset_folder
+from vla_foundry.data.sequential import create_sequential_loader
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.randomness import hash_int
@@ -105,8 +106,8 @@ class MixtureLoader:
             "mixture": {name: loader.describe() for name, loader in self.loaders.items()},
         }
 
-    def check_plan(self, saved_description: dict[str, Any]) -> None:
-        """Check that a checkpoint's `describe()` matches this loader.
+    def check_plan(self, saved_description: dict[str, Any]) -> list[str]:
+        """Check that a checkpoint's `describe()` matches this loader; return lines for the user.
 
         Raises:
             ValueError: the sample order changed; the message says why.
@@ -117,6 +118,7 @@ class MixtureLoader:
         for name, loader in self.loaders.items():
             with _naming(name):
                 loader.check_plan(saved_description["mixture"][name])
+        return []
 
     def progress(self, global_batch: int) -> dict[str, float]:
         """Return how many passes over each dataset come before a global batch, to log."""
@@ -204,6 +206,9 @@ def create_dataloader(params: DataParams, world: World | None = None, **options:
         FileNotFoundError: a manifest or a shard is missing.
         ValueError: params, manifests and shards contradict each other.
     """
+    if params.sequential_shards and options.get("split", "train") == "train":
+        for_training = {name: value for name, value in options.items() if name not in ("split", "total_samples")}
+        return create_sequential_loader(params, world or World(), **for_training)
     create = _create_mixture if isinstance(params, MixtureDataParams) else single.create_dataloader
     return create(params, world or World(), **options)  # pyright: ignore[reportArgumentType]
 

@@ -321,6 +321,11 @@ class ShardReader:
         by_ranges: read remote shards that have an index by ranges, and do not download them.
     """
 
+    # broken replacements to try for one bad sample before the dataset counts as unreadable
+    max_replacements = 8
+    # passes over the data that were read, where they cannot be computed
+    epochs = 0.0
+
     def __init__(self, datasets: Sequence[Dataset], cache: ShardCache, *, by_ranges: bool = False) -> None:
         self.datasets = tuple(datasets)
         self.cache = cache

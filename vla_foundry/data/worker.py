@@ -154,6 +154,8 @@ class Report:
     num_samples: int
     # the samples that were replaced
     faults: tuple[Fault, ...] = ()
+    # passes over the data that were read, where they cannot be computed
+    epochs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class Microbatches(torch.utils.data.Dataset):
         batch["modality"] = self._reader.datasets[0].modality
         batch["positions"] = positions
         batch["dropped"] = dict(drops.counts)
-        report = Report(num_samples=len(rows), faults=tuple(drops.faults))
+        report = Report(num_samples=len(rows), faults=tuple(drops.faults), epochs=self._reader.epochs)
         return pack(batch, report, for_transport=torch.utils.data.get_worker_info() is not None)
 
     def _locate(self, number: int) -> tuple[np.ndarray, Location]:

@@ -100,6 +100,11 @@ class TrainExperimentParams(BaseParams):
         if isinstance(data, MixtureDataParams) and facts.parts:
             name = data.epochs_of or str(data.main_dataset())
             facts, share = facts.parts[name], data.shares()[name]
+        if data.sequential_shards:
+            raise ValueError(
+                f"num_epochs ({self.num_epochs}) needs the number of samples, which data.sequential_shards do not say. "
+                "Give --total_train_samples N."
+            )
         counts = [dataset.num_samples for dataset in facts.datasets]
         missing = next((count for count in counts if isinstance(count, Unavailable)), None)
         if missing is not None:

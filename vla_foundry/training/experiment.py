@@ -240,12 +240,11 @@ def check_data(params: TrainExperimentParams, loader: DataLoader | MixtureLoader
         ValueError: the order changed and data.accept_changed_data is false.
     """
     try:
-        loader.check_plan(saved)
+        return loader.check_plan(saved)
     except ValueError as error:
         if not params.data.accept_changed_data:
             raise
         return [f"data.accept_changed_data: {error}"]
-    return []
 
 
 def prepare_folder(

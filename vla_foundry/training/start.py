@@ -304,7 +304,7 @@ def copy_tokenizer(data: DataParams, run_folder: Path) -> list[str]:
         if data.tokenizer_name() is not None:
             _save_processor(data, target)
         return notices
-    if not isinstance(data, TextDataParams):
+    if not isinstance(data, TextDataParams) or not (data.dataset_manifest or data.tokenizer):
         return notices
     folders = [parent_uri(manifest) for manifest in data.dataset_manifest]
     if target.is_dir():

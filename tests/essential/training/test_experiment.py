@@ -1,6 +1,8 @@
 """Whole runs with real data and a real model: exact resume after kills and signals, and what is refused."""
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import resource
@@ -386,6 +388,38 @@ def test_two_ranks_of_the_command_line_train_as_one_process(launch, params, tmp_
     one, two = (read_losses(Path(params.save_path) / name) for name in ("run", "two"))
     assert [step for step, _ in two] == [step for step, _ in one]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-9)
+
+
+def test_ranks_train_on_uneven_tars_without_a_manifest_and_the_run_continues(
+    launch, params: TrainExperimentParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks under torchrun, one of which has far fewer samples; then one process."""
+    for number, count in enumerate((3, 40)):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for row in range(count):
+                content = gzip.compress(json.dumps([(row + place) % 64 for place in range(33)]).encode())
+                member = tarfile.TarInfo(f"{row:06d}.json.gz")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data = TextDataParams(
+        sequential_shards=[str(tmp_path / "*.tar")], seq_len=32, allow_multiple_epochs=True, num_workers=0
+    )
+    sequential = replace(
+        params,
+        data=data,
+        total_train_samples=32,
+        num_checkpoints=1,
+        hparams=replace(params.hparams, per_gpu_batch_size=2),
+    )
+    write_configs(sequential, tmp_path / "config")
+    main = Path(__file__).parents[3] / "vla_foundry" / "main.py"
+    done = launch(2, str(main), "--config_path", str(tmp_path / "config" / "config.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    train(replace(sequential, total_train_samples=48, resume="auto"), World())
+    assert "data.sequential_shards do not resume exactly. They continue in pass " in capsys.readouterr().out
+    losses = read_losses(Path(params.save_path) / "run")
+    assert [step for step, _ in losses] == list(range(1, 7))
+    assert losses[-1][1] < losses[0][1]
 
 
 def test_training_needs_none_of_the_optional_packages(params: TrainExperimentParams) -> None:

@@ -40,8 +40,6 @@ T = TypeVar("T")
 # (dataset number, open shard, row) -> input of the first stage
 ReadContent: TypeAlias = Callable[[int, Shard, int], Sample]
 
-# broken replacements to try for one bad sample before the dataset counts as unreadable
-MAX_REPLACEMENTS = 8
 # replacements to try where users' stages drop samples
 _MAX_UNSELECTED = 1000
 
@@ -216,17 +214,20 @@ class Rows:
         waiting, location, places = order, self.location, order
         num_broken: Counter[int] = Counter()
         attempt, last = 0, None
-        while attempt <= _MAX_UNSELECTED and max(num_broken.values(), default=0) <= MAX_REPLACEMENTS:
+        while attempt <= _MAX_UNSELECTED and max(num_broken.values(), default=0) <= self.reader.max_replacements:
             samples = [
                 self._read(location, place, number, read or read_content)
                 for place, number in zip(places, waiting, strict=True)
             ]
-            results = apply_stages([sample for sample, _ in samples], stages)
+            results = apply_stages([sample for sample, _, _ in samples], stages)
             failed = []
-            for number, place, result, (_, key) in zip(waiting, places, results, samples, strict=True):
+            for number, place, result, (_, uri, key) in zip(waiting, places, results, samples, strict=True):
                 if isinstance(result, Failure):
                     failed.append(number)
-                    last = self._describe_fault(location, place, key, result)
+                    dataset = self.reader.datasets[int(location.dataset[place])].manifest
+                    last = Fault(
+                        dataset=dataset, shard=uri, member=key, reason=result.reason, detail=result.description
+                    )
                     if isinstance(result.error, Unselected):
                         self.drops.unselected[result.reason] += 1
                     else:
@@ -244,14 +245,16 @@ class Rows:
         manifest = self.reader.datasets[int(location.dataset[0])].manifest
         raise ValueError(f"{attempt} samples in a row of {manifest} cannot be used; the last one: {last}.")
 
-    def _read(self, location: Location, place: int, number: int, read: ReadContent) -> tuple[Sample | Failure, str]:
-        """Return the input of the first stage, and its key in the shard."""
+    def _read(
+        self, location: Location, place: int, number: int, read: ReadContent
+    ) -> tuple[Sample | Failure, str, str]:
+        """Return the input of the first stage, the name of its shard, and its key there."""
         dataset, shard, row = (int(array[place]) for array in location[:3])
         key = f"row {row}"
         try:
             opened = self.reader.open(dataset, shard)
         except Dropped as error:
-            return _describe_failure(error, "read"), key
+            return _describe_failure(error, "read"), self.reader.datasets[dataset].shard_uri(shard), key
         try:
             key = f"record {row}" if isinstance(opened, TokenShard) else opened.key(row)
             piece, part = divmod(int(location.piece[place]), self.samples_per_row)
@@ -268,21 +271,14 @@ class Rows:
                 **draws,
                 **RECORDING.time("read", 1, read, dataset, opened, row),
             }
-            return sample, key
+            return sample, opened.uri, key
         except OSError as error:
             if error.errno is None:  # a decoder's
-                return _describe_failure(error, "read"), key
+                return _describe_failure(error, "read"), opened.uri, key
             # the disk's, not the sample's: which samples are dropped must not depend on it
             raise OSError(error.errno, f"{error.strerror} (while reading {key})", opened.uri) from error
         except Exception as error:  # a broken sample must not end the run: count it
-            return _describe_failure(error, "read"), key
-
-    def _describe_fault(self, location: Location, place: int, key: str, failure: Failure) -> Fault:
-        dataset = self.reader.datasets[int(location.dataset[place])]
-        shard = dataset.shard_uri(int(location.shard[place]))
-        return Fault(
-            dataset=dataset.manifest, shard=shard, member=key, reason=failure.reason, detail=failure.description
-        )
+            return _describe_failure(error, "read"), opened.uri, key
 
 
 def read_content(dataset: int, shard: Shard, row: int) -> Sample:

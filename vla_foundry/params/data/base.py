@@ -26,6 +26,9 @@ from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.fields import Window
 
 _MOST_WORKERS = 8
+NEEDS_MANIFEST = (
+    "sequential_shards cannot be part of {}. Give dataset_manifest; `vla-foundry manifest build FOLDER` writes one."
+)
 
 T = TypeVar("T", bound=type)
 
@@ -56,9 +59,14 @@ class DataParams(ChoiceParams):
     choice_path = "data.type"
     # modalities that datasets of this type may have; the first is the default
     modalities: ClassVar[tuple[str, ...]] = ()
+    # samples can be read without a manifest
+    can_stream: ClassVar[bool] = True
 
     # manifests (local, s3:// or hf://), one per dataset
     dataset_manifest: list[Location] = field(default_factory=list)
+    # instead of manifests: tars (paths and URIs, with braces or patterns, or folders), which are read in sequence, over
+    # and over; a run that continues does not resume exactly
+    sequential_shards: list[Location] = field(default_factory=list)
     # modality of each dataset
     dataset_modality: list[str] = field(default_factory=list)
     # relative weight of each dataset in every batch; any positive numbers
@@ -98,6 +106,10 @@ class DataParams(ChoiceParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sequential_shards and not self.can_stream:
+            raise ValueError(NEEDS_MANIFEST.format(f"type '{self.type}'"))
+        if self.sequential_shards and self.dataset_manifest:
+            raise ValueError("sequential_shards and dataset_manifest are both given. Give one.")
         for prefix in ("", "val_"):
             manifests = getattr(self, f"{prefix}dataset_manifest")
             for name in (f"{prefix}dataset_modality", f"{prefix}dataset_weighting"):
@@ -166,9 +178,14 @@ class DataParams(ChoiceParams):
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that there are training datasets, and validation datasets if validation is on."""
-        if not self.dataset_manifest:
+        if not (self.dataset_manifest or self.sequential_shards):
             raise MissingError(
                 f"{path}.dataset_manifest is empty. Give --{path}.dataset_manifest FOLDER/manifest.jsonl."
+            )
+        if self.sequential_shards and not self.allow_multiple_epochs:
+            raise ValueError(
+                f"{path}.sequential_shards are read over and over, for the number of their samples is not known. Give "
+                f"--{path}.allow_multiple_epochs true."
             )
         if root.total_val_samples is not None and not self.val_dataset_manifest:
             raise ValueError(
@@ -191,4 +208,5 @@ class DataParams(ChoiceParams):
                 f"total_val_samples ({root.total_val_samples}) must be at most the {available} samples of "
                 f"{path}.val_dataset_manifest. Use --total_val_samples {available}."
             )
-        return []
+        inexact = f"{path}.sequential_shards have no index: a run that continues will not resume exactly."
+        return [inexact] if self.sequential_shards else []

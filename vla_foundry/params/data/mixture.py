@@ -11,7 +11,7 @@ from vla_foundry.config import schema
 from vla_foundry.config.schema import Count, Derived, MissingError, Name, Positive
 from vla_foundry.config.tree import COMMAND_LINE, TYPE_KEY, Branch, Leaf, Node, Scalar, text_of, to_value
 from vla_foundry.config.values import decode_value
-from vla_foundry.params.data.base import DataParams, register_data_params
+from vla_foundry.params.data.base import NEEDS_MANIFEST, DataParams, register_data_params
 from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.robotics import RoboticsDataParams, specs_of
 from vla_foundry.params.facts import Facts
@@ -32,6 +32,8 @@ _LIST_KEYS = {f"{prefix}dataset_{name}" for prefix in ("", "val_") for name in _
 class MixtureDataParams(DataParams):
     """Named datasets, each with its own type and params."""
 
+    can_stream = False
+
     # the datasets by name; each has all params of its type
     datasets: dict[str, DataParams] = field(default_factory=dict)
     # relative share of each dataset in the samples of a run; none: equal shares
@@ -49,6 +51,8 @@ class MixtureDataParams(DataParams):
         for name, part in self.datasets.items():
             if isinstance(part, MixtureDataParams):
                 raise ValueError(f"datasets.{name}.type is mixture. A mixture cannot be a part of another.")
+            if part.sequential_shards:
+                raise ValueError(f"datasets.{name}.{NEEDS_MANIFEST.format('a mixture')}")
             if not name.isidentifier():
                 raise ValueError(f"datasets has the name '{name}'. Use letters, digits and _.")
         unknown = [name for name in self.weights if name not in self.datasets]

@@ -53,7 +53,11 @@ class TextDataParams(DataParams):
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that raw text has a tokenizer."""
         notices = super().check(root, facts, path)
-        if self.tokenizer is None and "text_untokenized" in (*self.dataset_modality, *self.val_dataset_modality):
+        if self.tokenizer is None and "text_untokenized" in (
+            *self.modalities[:1],
+            *self.dataset_modality,
+            *self.val_dataset_modality,
+        ):
             raise ValueError(
                 f"{path}.tokenizer is missing. Give --{path}.tokenizer NAME_OR_FOLDER to tokenize the text."
             )
