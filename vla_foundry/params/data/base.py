@@ -59,8 +59,6 @@ class DataParams(ChoiceParams):
     choice_path = "data.type"
     # modalities that datasets of this type may have; the first is the default
     modalities: ClassVar[tuple[str, ...]] = ()
-    # samples can be read without a manifest
-    can_stream: ClassVar[bool] = True
 
     # manifests (local, s3:// or hf://), one per dataset
     dataset_manifest: list[Location] = field(default_factory=list)
@@ -106,7 +104,7 @@ class DataParams(ChoiceParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sequential_shards and not self.can_stream:
+        if self.sequential_shards and self.type in ("robotics", "mixture"):
             raise ValueError(NEEDS_MANIFEST.format(f"type '{self.type}'"))
         if self.sequential_shards and self.dataset_manifest:
             raise ValueError("sequential_shards and dataset_manifest are both given. Give one.")

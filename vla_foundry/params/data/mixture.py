@@ -32,8 +32,6 @@ _LIST_KEYS = {f"{prefix}dataset_{name}" for prefix in ("", "val_") for name in _
 class MixtureDataParams(DataParams):
     """Named datasets, each with its own type and params."""
 
-    can_stream = False
-
     # the datasets by name; each has all params of its type
     datasets: dict[str, DataParams] = field(default_factory=dict)
     # relative share of each dataset in the samples of a run; none: equal shares

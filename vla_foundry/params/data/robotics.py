@@ -131,7 +131,6 @@ class RoboticsDataParams(ImageProcessorParams, DataParams):
     """Windows of robot episodes: images, an instruction, proprioception and actions."""
 
     modalities = ("robotics",)
-    can_stream = False
 
     # cameras in the model's order; null: all colour and depth_cameras, on which the datasets must agree
     camera_names: list[str] | None = None
