@@ -212,6 +212,8 @@ class TaskRollouts:
             budget = _plan_rollouts(params, find_family(Path(params.output), candidate.name))
             return cls(path, task, {}, seeds=params.seeds, max_sample_size=budget, settings=settings)
         episodes, found = read_results(path)
+        if others := {episode.task for episode in episodes} - {task}:
+            raise ValueError(f"{path} holds episodes of {others.pop()}, not of {task}. Put it where it belongs.")
         changed = [f"{key} {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
         if changed:
             raise ValueError(

@@ -163,11 +163,17 @@ def read_results(path: Path) -> tuple[list[EpisodeResult], dict[str, Any]]:
     """
     try:
         values = read_object(str(path))
-        return [_from_json(item) for item in values["evaluations"]], values["settings"]
+        for key, kind in (("settings", dict), ("max_sample_size_per_model", int), ("evaluations", list)):
+            if type(values[key]) is not kind:
+                raise ValueError(f"{key} is {values[key]!r:.40}")
+        episodes = [_from_json(item) for item in values["evaluations"]]
+        if len({(episode.task, episode.seed) for episode in episodes}) < len(episodes):
+            raise ValueError("an episode is there twice")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a results file of `vla-foundry evaluate` ({error!r}). Choose another --output."
         ) from None
+    return episodes, values["settings"]
 
 
 def find_results(task_folder: Path) -> Path | None:
@@ -226,10 +232,16 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
     outcome = values["outcome"]
     if outcome is not None and outcome not in get_args(Outcome):
         raise ValueError(f"unknown outcome {outcome!r}")
-    return EpisodeResult(
+    seed = values["scenario_index"]
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"scenario_index {seed!r} is not a seed")
+    episode = EpisodeResult(
         task=values["skill_type"],
-        seed=values["scenario_index"],
+        seed=seed,
         seconds=values["total_time"],
         **{key: values.get(key) for key in _OPTIONAL},
         **{key: values[key] for key in ("instruction", "outcome", "num_steps", "latency_ms", "failure_message")},
     )
+    if any(values[key] is not value for key, value in _to_json(episode).items() if key in ("is_success", "is_pending")):
+        raise ValueError(f"is_success or is_pending of seed {seed} contradicts its outcome {outcome!r}")
+    return episode

@@ -270,6 +270,26 @@ def test_params_that_make_no_sense_are_refused(words: list[str], message: str) -
         parse_command(EvaluateParams, ["--tasks", "easy", "--output", "out", *words], prog="evaluate")
 
 
+def test_results_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    evaluate(create_params(tmp_path, policy="expert", episodes="0:2"))
+    path = results_file(tmp_path / "expert/easy")
+    good = json.loads(path.read_text(encoding="utf-8"))
+    first, second = good["evaluations"]
+    for change, message in [
+        ({"evaluations": [first, first]}, "an episode is there twice"),
+        ({"evaluations": [first | {"is_success": False}, second]}, "of seed 0 contradicts its outcome 'success'"),
+        ({"evaluations": [first | {"scenario_index": "0"}, second]}, "scenario_index '0' is not a seed"),
+        ({"evaluations": [first, second | {"skill_type": "hard"}]}, "holds episodes of hard, not of easy"),
+        ({"evaluations": {}}, "evaluations is {}"),
+        ({"settings": []}, r"settings is \[\]"),
+        ({"max_sample_size_per_model": "2"}, "max_sample_size_per_model is '2'"),
+    ]:
+        path.write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            evaluate(create_params(tmp_path, policy="expert", episodes="0:2"))
+        assert json.loads(path.read_text(encoding="utf-8")) == good | change
+
+
 @pytest.mark.parametrize(
     ("successes", "trials", "interval"),
     # of the score test, solved by bisection to ten digits
