@@ -51,7 +51,7 @@ def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
         training_step(
             "train_llm",
             "Train the language model",
-            seconds=50,
+            seconds=40,
             preset=PRESET,
             run=run,
             shards=shards,

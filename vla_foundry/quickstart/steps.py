@@ -33,9 +33,8 @@ class Sizes:
     """How much data each stage makes and trains on; samples of None: as many as its preset says."""
 
     llm_samples: int | None = None
-    scenes: int = 6_000
+    scenes: int = 9_000
     held_out_scenes: int = 300
-    vlm_samples: int | None = None
     # demonstrations of each task
     demos: int = 20
     vla_samples: int | None = None
@@ -47,7 +46,7 @@ class Sizes:
 
 
 # `--full true`
-FULL = Sizes(llm_samples=2_400, scenes=9_000, held_out_scenes=500, vlm_samples=30_000, demos=50, vla_samples=45_000)
+FULL = Sizes(llm_samples=2_400, held_out_scenes=500, demos=50, vla_samples=45_000)
 
 
 @dataclass(frozen=True, kw_only=True)

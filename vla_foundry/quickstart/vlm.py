@@ -52,7 +52,7 @@ def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
         Step(
             name="scenes",
             what="Render scenes in MuJoCo and describe them in words",
-            seconds=120,
+            seconds=65,
             words=words_of("scenes", output=scenes, **flags),
             outputs=tuple(scenes / split for split in SPLITS),
             folder=scenes,
@@ -61,12 +61,12 @@ def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
         training_step(
             "train_vlm",
             "Train the vision-language model, starting from the language model",
-            seconds=130,
+            seconds=230,
             preset=PRESET,
             run=run,
             shards=shards,
             num_processes=count_trainers(),
-            flags={"model.transformer.resume_from_checkpoint": llm_run, **sizes.training_flags(sizes.vlm_samples)},
+            flags={"model.transformer.resume_from_checkpoint": llm_run},
         ),
         Step(
             name="caption",
@@ -80,7 +80,7 @@ def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
         Step(
             name="vlm_report",
             what="Caption all held-out scenes and score the captions",
-            seconds=15,
+            seconds=6,
             function=lambda: write_vlm_report(run, held_out, summary=summary, figure=figure),
             outputs=(summary, figure),
         ),
