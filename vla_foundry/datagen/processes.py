@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.util import Finalize
 from typing import Any
 
 from vla_foundry.config.command_line import import_installed_plugins, import_plugins, named_plugins
@@ -63,6 +64,8 @@ def _start(plugins: Sequence[str]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    # some simulators are freed in a thread, and Python ends threads before it forgets what is cached
+    Finalize(None, get_simulator.cache_clear, exitpriority=0)
     import_installed_plugins()
     import_plugins(plugins, "--plugins")
 

@@ -262,6 +262,7 @@ def test_rollouts_of_other_settings_are_refused(tmp_path: Path) -> None:
         (["--policy", "null", "--episodes", f"0:{FIRST_DEMO_SEED + 1}"], r"must end at 1000000"),
         (["--policy", "null", "--max_sample_size", "3"], r"max_sample_size \(3\) must be at least the 50"),
         (["--policy", "null", "--instructions.hard", "go"], r"instructions has 'hard', which is none of tasks"),
+        (["--policy", "null", "--tasks", "../easy"], r"tasks must be names without / and \\, got '../easy'"),
         (["--policy", "null", "--name", "a/b"], r"name must be the name of a folder"),
     ],
 )

@@ -1,5 +1,6 @@
 """Params of the commands that generate data in a simulator, `demos` and `scenes`, and of what they share."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -36,6 +37,10 @@ class SimulatorParams(BaseParams):
         super().__post_init__()
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks must hold each name once, got {self.tasks}.")
+        for task in self.tasks:
+            # one is also the name of a folder
+            if not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", task):
+                raise ValueError(f"tasks must be names without / and \\, got '{task}'.")
         for name, example in (("env_id", "Reacher-v5"), ("field_map", "simulators/reacher.yaml")):
             if (self.simulator == "gymnasium") != (getattr(self, name) is not None):
                 raise ValueError(
