@@ -211,6 +211,8 @@ class RoboticsBatchHandler:
         if self._language is not None and batch["modality"] != "robotics":
             return {"language": self._language.prepare(batch, device)}
         positions = torch.as_tensor(batch["positions"], dtype=torch.int64)
+        if not len(positions):  # in validation, a rank without samples has a row of padding
+            positions = positions.new_zeros(1)
         return {
             **self.prepare_sampling(batch, device),
             "samples": to_device(positions, device),

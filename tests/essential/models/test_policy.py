@@ -94,6 +94,16 @@ def test_without_anything_to_predict_the_loss_is_zero_with_a_gradient(create, po
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_a_rank_without_samples_validates_on_a_row_of_padding(head: str, create, policies) -> None:
+    policy, batch = create(head), policies.create_batch(0, num_samples=1)
+    nothing = torch.zeros_like(batch["future_mask"])
+    batch |= {"positions": torch.arange(0), "past_mask": nothing, "future_mask": nothing, "is_padding": ~nothing}
+    policy.model.eval()
+    output = policy.model(**policy.prepare(batch))
+    assert (output.sum.item(), output.count.item()) == (0, 0)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_masked_steps_and_dimensions_are_neither_learned_nor_seen(head: str, create, policies) -> None:
     policy, batch = create(head).randomize(), policies.create_batch(0)
     inputs = policy.prepare(batch)

@@ -1,8 +1,10 @@
-"""Runs on text, captions and robots at once: one process, DDP, FSDP2 and a run that was killed train alike."""
+"""Runs on text, captions, documents and robots: one process, DDP, FSDP2 and a run that was killed train alike."""
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from tests.essential.robot_data import tokenizer_folder as tokenizer_folder
 from tests.essential.robot_data import write_robot_data as write_robot_data
 from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
+from vla_foundry.data import create_dataloader
 from vla_foundry.data.facts import read_facts
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 
 _SCRIPT = Path(__file__).with_name("mixture_run.py")
-SHARES = {"robots": 0.5, "captions": 0.3, "text": 0.2}
+SHARES = {"robots": 0.4, "captions": 0.2, "documents": 0.2, "text": 0.2}
+SIZES = {"robots": 45, "captions": 16, "documents": 12, "text": 30}
 STEPS, BATCH, BLOCK = 6, 16, 8
 CONFIG = """
 model:
@@ -53,6 +57,13 @@ data:
       type: image_caption
       dataset_manifest: [{folder}/captions/manifest.jsonl]
       val_dataset_manifest: [{folder}/captions/manifest.jsonl]
+      tokenizer: {tokenizer}
+      num_workers: 0
+      seq_len: 96
+    documents:
+      type: interleaved
+      dataset_manifest: [{folder}/documents/manifest.jsonl]
+      val_dataset_manifest: [{folder}/documents/manifest.jsonl]
       tokenizer: {tokenizer}
       num_workers: 0
       seq_len: 96
@@ -86,12 +97,13 @@ def params(
     write_records: Callable[..., Path],
     tokenizer_folder: Path,
 ) -> TrainExperimentParams:
-    """Resolved params of a policy that learns from 45 windows, 16 captions and 30 records of text."""
+    """Resolved params of a policy that learns from 45 windows, 16 captions, 12 documents and 30 records of text."""
     recordings = [create_recording(number) for number in range(5)]
     write_robot_data(tmp_path / "robots", recordings)
     images = [recording.frames["wrist"][0] for recording in recordings]
     captions = [{"jpg": images[number % 5], "txt": f"picture {number}".encode()} for number in range(16)]
     write_samples(tmp_path / "captions", [captions[:9], captions[9:]])
+    write_samples(tmp_path / "documents", [[create_document(number, images[:2]) for number in range(12)]])
     write_records(tmp_path / "text", [30], 33)
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -109,6 +121,14 @@ def params(
     )
     given = parse(TrainExperimentParams, ["--config_path", str(config)], prog="train").params
     return resolve(given, read_facts(given, 1))
+
+
+def create_document(number: int, images: list[bytes]) -> dict[str, bytes]:
+    """A document of text; the first few have one of the images."""
+    parts = [{"text": f"page {number}"}, {"image": "image_0.jpg"}, {"text": " below"}]
+    has_image = number < len(images)
+    text = json.dumps({"parts": parts if has_image else parts[:1]}).encode()
+    return {"json": text} | ({"image_0.jpg": images[number]} if has_image else {})
 
 
 def read_lines(params: TrainExperimentParams, name: str, kind: str = "train") -> list[dict[str, Any]]:
@@ -132,7 +152,11 @@ def read_losses(params: TrainExperimentParams, name: str, kind: str = "train") -
 def test_ranks_sharding_accumulation_and_a_kill_change_no_loss(
     params: TrainExperimentParams, launch: Callable[..., Any]
 ) -> None:
-    """8 microbatches of one process against 2 of each of two ranks, and a run that goes on in one process."""
+    """8 microbatches of one process against 2 of each of two ranks, and a run that goes on in one process.
+
+    In a microbatch of documents, one rank has images, and the other has none.
+    """
+    assert {(True, False), (False, True)} & set(find_images(params))
     train(params, World())
     check_means(params)
     config = Path(params.save_path) / "alone" / "config.yaml"
@@ -152,12 +176,22 @@ def test_ranks_sharding_accumulation_and_a_kill_change_no_loss(
     assert [start["first_step"] for start in starts] == [0, 3]
 
 
+def find_images(params: TrainExperimentParams) -> list[tuple[bool, ...]]:
+    """Whether each of two ranks has an image, for each microbatch of documents in training."""
+    found = []
+    for rank in range(2):
+        world = World(rank=rank, world_size=2)
+        with closing(create_dataloader(params.data, world, global_batch_size=BATCH, per_gpu_batch_size=4)) as loader:
+            batches = islice(loader.microbatches(0), STEPS * BATCH // BLOCK)
+            found.append([len(batch["pixel_values"]) > 0 for batch in batches if batch["dataset"] == "documents"])
+    return list(zip(*found, strict=True))
+
+
 def check_means(params: TrainExperimentParams) -> None:
     """The step's loss is the mean of the datasets' losses, weighted by their samples in the batch."""
-    sizes = {"robots": 45, "captions": 16, "text": 30}
     before = dict.fromkeys(SHARES, 0)
     for line in read_lines(params, "alone"):
-        after = {name: round(line[f"epochs_{name}"] * size) for name, size in sizes.items()}
+        after = {name: round(line[f"epochs_{name}"] * size) for name, size in SIZES.items()}
         counts = {name: after[name] - before[name] for name in SHARES}
         assert sum(counts.values()) == BATCH
         expected = sum(counts[name] * line[f"loss_{name}"] for name in SHARES if counts[name]) / BATCH
