@@ -21,13 +21,14 @@ from vla_foundry.inference.loading import (
 )
 from vla_foundry.params.commands.runs import CaptionParams
 from vla_foundry.params.data.base import DataParams
-from vla_foundry.params.data.image_caption import ImageCaptionDataParams
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams, ImageTextDataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import load_params_from_yaml
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
 from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME
 from vla_foundry.storage.uri import join_uri, read_bytes
-from vla_foundry.text.chat import Turn, place_images
+from vla_foundry.text.chat import IMAGE_MARKER, Turn, place_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,16 +54,18 @@ class Captioner:
 
     model: "nn.Module"
     processor: "Processor"
-    # the run's data params: prompts and image crops
-    data: ImageCaptionDataParams
+    # data params of the run: prompts and image crops
+    data: ImageTextDataParams
     # the model takes its processor's outputs besides tokens and pixels
     takes_extras: bool
 
     @property
     def default_prompt(self) -> str:
-        """The first prompt that the run was trained with, if it needs nothing filled in."""
+        """The first prompt that the run was trained with, if it needs nothing filled in; documents have none."""
         from vla_foundry.text.chat import template_fields
 
+        if not isinstance(self.data, ImageCaptionDataParams):
+            return IMAGE_MARKER
         prompt = self.data.prompts[0]
         if template_fields(prompt):
             raise ValueError(f"The run's prompt {prompt!r} has fields. Give one with --prompt.")
@@ -79,27 +82,44 @@ def load_captioner(checkpoint: str, *, device: str = "auto", use_ema: bool | Non
     run_folder = find_run_folder(checkpoint)
     model_params = load_params_from_yaml(ModelParams, join_uri(run_folder, MODEL_CONFIG_NAME))
     if not isinstance(model_params, (VLMParams, VLMHFParams)):
-        raise ValueError(f"checkpoint {checkpoint} holds a model of type '{model_params.type}', which reads no images.")
+        raise ValueError(
+            f"checkpoint {checkpoint} holds a model of type '{model_params.type}', not a vision-language model (vlm, "
+            "vlm_hf)."
+        )
     data = load_params_from_yaml(DataParams, join_uri(run_folder, CONFIG_NAME))
-    if not isinstance(data, ImageCaptionDataParams):
-        raise ValueError(f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on image_caption.")
+    parts = [*data.datasets.values()] if isinstance(data, MixtureDataParams) else [data]
+    # captions first: their prompts ask
+    order = (ImageCaptionDataParams, ImageTextDataParams)
+    found = next((part for kind in order for part in parts if isinstance(part, kind)), None)
+    if found is None:
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained on data of type '{data.type}', not on image_caption or interleaved."
+        )
     check_kept_inputs(run_folder, checkpoint)
     processor = load_run_processor(run_folder)
     target = choose_device(device)
     model = load_run_model(model_params, run_folder, checkpoint, use_ema, target)
-    return Captioner(model, processor, data, takes_extras=isinstance(model_params, VLMHFParams))
+    return Captioner(model, processor, found, takes_extras=isinstance(model_params, VLMHFParams))
 
 
 def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
-    """Encode images and a prompt as validation does, up to where the answer begins.
+    """Encode images and a prompt as validation does, up to where the answer begins, or a document goes on.
 
     Raises:
         ValueError: an image cannot be decoded, or the prompt does not match the images.
     """
     from vla_foundry.data.pipelines.augment import CENTRE, prepare_images
+    from vla_foundry.images.processor import TOKEN_KEYS
 
     images, _ = prepare_images(question.images, captioner.data.augmentation, CENTRE)
-    return captioner.processor.encode(images, [Turn("user", place_images(question.prompt, len(images)))])
+    content = place_images(question.prompt, len(images))
+    if isinstance(captioner.data, ImageCaptionDataParams):
+        return captioner.processor.encode(images, [Turn("user", content)])
+    texts = content.split(IMAGE_MARKER)
+    parts = [part for text in texts for part in (None, text) if part != ""][1:]
+    inputs = captioner.processor.encode_document(images, parts, max_tokens=sys.maxsize)
+    # without the token that ends the document
+    return {name: value[:-1] if name in TOKEN_KEYS else value for name, value in inputs.items()}
 
 
 def create_prompt_batch(captioner: Captioner, questions: Sequence[Question]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from PIL import Image
 
 from tests.essential.byte_level import train_tokenizer
 from vla_foundry.cli import main
+from vla_foundry.config.loading import dump_params
 from vla_foundry.data.pipelines.image_caption import ImageCaptionPipeline
+from vla_foundry.data.pipelines.interleaved import create_interleaved_pipeline
 from vla_foundry.images.processor import load_processor
 from vla_foundry.inference.caption import (
     Captioner,
@@ -23,6 +27,8 @@ from vla_foundry.inference.caption import (
     gather_images,
     load_captioner,
 )
+from vla_foundry.params.data.image_caption import ImageCaptionDataParams, InterleavedDataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.params.models.vlm import VLMParams
 
@@ -125,6 +131,7 @@ def test_the_language_run_gave_its_tokenizer_and_the_run_keeps_its_processor(fol
 
 
 def test_inference_gives_the_model_what_validation_does_bit_for_bit(captioner: Captioner) -> None:
+    assert isinstance(captioner.data, ImageCaptionDataParams)
     pipeline = ImageCaptionPipeline(captioner.data)
     key = ("blue", "right")
     draws = {"__seed__": 0, "__position__": 3, "__is_training__": False}
@@ -177,8 +184,38 @@ def test_images_are_gathered_from_one_flag_or_several() -> None:
 
 
 def test_a_run_without_images_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="of type 'transformer', which reads no images"):
+    with pytest.raises(ValueError, match="of type 'transformer', not a vision-language model"):
         load_captioner(str(folder / "runs" / "llm"))
+
+
+def test_a_model_of_documents_goes_on_where_the_prompt_ends(
+    folder: Path, captioner: Captioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(folder / "runs" / "vlm", folder / "runs" / "documents")
+    params = load_experiment_params_from_yaml(str(run / "config.yaml"))
+    names = {field.name for field in fields(InterleavedDataParams)} - {"dataset_modality", "stage_order"}
+    documents = InterleavedDataParams(**{name: value for name, value in vars(params.data).items() if name in names})
+    for data, prompt in (
+        (MixtureDataParams(datasets={"documents": documents, "captions": params.data}), "<image>Describe."),
+        (MixtureDataParams(datasets={"documents": documents}), "<image>"),
+        (documents, "<image>"),
+    ):
+        (run / "config.yaml").write_text(dump_params(replace(params, data=data)), encoding="utf-8")
+        assert load_captioner(str(run), device="cpu").default_prompt == prompt
+    pictures = PICTURES["blue", "right"], PICTURES["red", "left"]
+    parts = [{"text": "A blue bar"}, {"image": "0.png"}, {"image": "1.png"}, {"text": " at the right."}]
+    sample: Any = {"__seed__": 0, "__position__": 3, "__is_training__": False, "json": json.dumps({"parts": parts})}
+    sample |= {f"{number}.png": picture for number, picture in enumerate(pictures)}
+    for stage in create_interleaved_pipeline(documents).stages:
+        sample = stage(sample)
+    asked = encode_question(load_captioner(str(run), device="cpu"), Question(pictures, "A blue bar<image>"))
+    length = len(asked["input_ids"])
+    assert torch.equal(asked["pixel_values"], sample["inputs"]["pixel_values"])
+    assert torch.equal(asked["input_ids"], sample["inputs"]["input_ids"][:length])
+    assert captioner.processor.decode(sample["inputs"]["input_ids"][length:].tolist()) == "at the right."
+    name = str(folder / "pairs" / "000.png")
+    main(["caption", "--checkpoint", str(run), "--image", name, "--device", "cpu", "--max_new_tokens", "3"])
+    assert capsys.readouterr().out.startswith(f"{name}: ")
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,8 @@ class CaptionParams(SamplingParams):
     image: list[Location] = field(default_factory=list)
     # show all images together and answer once
     together: bool = False
-    # question; <image> marks where images go, otherwise they come first; null: the run's first prompt
+    # question, or text that goes on, for a model of documents; <image> marks where images go, otherwise they come
+    # first; null: the run's first prompt, or no text
     prompt: str | None = None
     max_new_tokens: Size = 128
     temperature: _Temperature = 0.0
