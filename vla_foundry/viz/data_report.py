@@ -19,6 +19,7 @@ from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.storage.local import replace_file
+from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.world import World
 
 # contact sheet: tiles in all and in a row; side of a picture and height of its text, pixels; lines of text
@@ -31,7 +32,7 @@ class _Measured:
     """What was measured of one dataset."""
 
     num_samples: int = 0
-    # tokens of each sample, before one that is too long is cut
+    # tokens of each sample, before one that is too long is cut; of a document that is cut: seq_len + 2
     lengths: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_padding: int = 0
@@ -194,7 +195,8 @@ def _draw_tile(sample: Sample) -> tuple[np.ndarray, str] | None:
     else:
         return None
     turns = " / ".join(turn.content for turn in sample.get("turns", ()))
-    return np.asarray(image.permute(1, 2, 0)), sample.get("instruction") or turns
+    document = "".join(IMAGE_MARKER if part is None else part for part in sample.get("parts", ()))
+    return np.asarray(image.permute(1, 2, 0)), sample.get("instruction") or turns or document
 
 
 def _draw_sheet(tiles: list[tuple[str, np.ndarray, str]], path: str) -> None:

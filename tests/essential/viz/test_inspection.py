@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.essential.byte_level import train_tokenizer
+from tests.essential.data.conftest import write_samples as write_samples
 from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.robotics.spec import DatasetSpec, parse_spec
 from vla_foundry.shards import format_manifest
+from vla_foundry.viz import data_report
 from vla_foundry.viz.inspection import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample
 from vla_foundry.viz.sample_figure import draw_sample
@@ -273,3 +276,34 @@ def test_the_realised_mix_of_a_mixture_is_counted(texts, tmp_path, capsys):
     assert report["datasets"]["b"]["padding_share"] == 0.0
     assert report["contact_sheet"] is None
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_documents_are_measured_and_shown_with_their_text(tmp_path, write_samples, monkeypatch, capsys):
+    picture = BytesIO()
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(picture, "PNG")
+    image = [{"image": "0.png"}]
+    documents = [[{"text": "a"}], [{"text": "a"}, *image, {"text": "a" * 9}], [*image, {"text": "a" * 99}]]
+    samples = [
+        {"json": json.dumps({"parts": parts}).encode()} | ({} if number == 0 else {"0.png": picture.getvalue()})
+        for number, parts in enumerate(documents)
+    ]
+    manifest = write_samples(tmp_path / "documents", [samples])
+    train_tokenizer(257, ["a"], ["<|endoftext|>"], eos_token="<|endoftext|>").save_pretrained(tmp_path / "tokenizer")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "total_train_samples: 3\nhparams: {global_batch_size: 3, per_gpu_batch_size: 3, warmup: 0.1}\n"
+        "model: {type: vlm, transformer: {hidden_dim: 32, n_heads: 2, n_layers: 1, max_seq_len: 64, vocab_size: 264},\n"
+        "  vit: {hidden_dim: 32, n_heads: 2, n_layers: 1, img_size: 16, patch_size: 8}}\n"
+        f"data: {{type: interleaved, dataset_manifest: [{manifest}], seq_len: 31, tokenizer: {tmp_path}/tokenizer}}\n",
+        encoding="utf-8",
+    )
+    texts = []
+    monkeypatch.setattr(data_report, "_draw_sheet", lambda tiles, path: texts.extend(text for _, _, text in tiles))
+    main(["data", "inspect", "--config_path", str(config), "--num_samples", "3", "--json", "true"])
+    measured = json.loads(capsys.readouterr().out)["datasets"]["interleaved"]
+    # an image has 4 tokens; a document that is cut counts as seq_len + 2
+    assert measured["tokens"] == {"min": 2, "p50": 15, "p95": 33, "max": 33, "seq_len": 31, "truncated_share": 1 / 3}
+    assert {"read", "ReadDocument", "PreparePictures", "EncodeDocument", "batch"} <= measured["ms_per_sample"].keys()
+    # rows of 31 + 1 tokens: 2 + 15 and 32 of them are filled
+    assert measured["padding_share"] == pytest.approx(15 / 64)
+    assert sorted(texts) == ["<image>" + "a" * 99, "a<image>aaaaaaaaa"]

@@ -80,7 +80,10 @@ class EncodeDocument(Encode):
             inputs = processor.encode_document(
                 sample["images"], sample["parts"], max_tokens=self.max_tokens, is_whole=sample["is_whole"]
             )
-            return inputs, len(inputs["input_ids"])
+            ids = inputs["input_ids"]
+            # how long a document would be is not known: its rest is not tokenized
+            is_cut = sample["is_whole"] and ids[-1] != processor.tokenizer.eos_token_id
+            return inputs, self.max_tokens + 1 if is_cut else len(ids)
         except ValueError as error:
             raise Dropped("no room for text" if "no room" in str(error) else "control token", str(error)) from None
 
