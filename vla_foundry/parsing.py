@@ -28,7 +28,23 @@ MAX_ALIASED_NODES = 100_000
 _SUSPECT = re.compile(r"\\u[dD][89a-fA-F]|Infinity|NaN|[eE]\+?[0-9]{3}")
 _ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _NOT_FINITE = re.compile(r"Infinity|NaN|[eE]\+?[0-9]{3}")
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
+    """Reads 1e-3 as a number and a date as text, as YAML 1.2 does; YAML 1.1, which PyYAML follows, does not."""
+
+    yaml_implicit_resolvers = {  # PyYAML's own attribute
+        first: [rule for rule in rules if not rule[0].endswith(":timestamp")]
+        for first, rules in _SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 class _LongNumber:

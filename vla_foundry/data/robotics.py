@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from vla_foundry.config.loading import dump_value
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.facts import DatasetFacts
@@ -200,7 +200,7 @@ def save_robotics_files(params: RoboticsDataParams, folder: Path) -> None:
     configs = [_read_config(manifest) for manifest in params.dataset_manifest]
     if any(configs):
         kept: Any = configs[0] if len(configs) == 1 else dict(enumerate(configs))
-        write_text(str(folder / PREPROCESSING_CONFIG_NAME), yaml.safe_dump(kept, sort_keys=False))
+        write_text(str(folder / PREPROCESSING_CONFIG_NAME), dump_value(kept))
 
 
 def find_dataset_folder(params: MixtureDataParams, run_folder: str, name: str) -> str:

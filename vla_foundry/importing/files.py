@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from vla_foundry.config.loading import dump_value
 from vla_foundry.data.robotics import create_normalization, describe_inputs
 from vla_foundry.importing.configs import ImportedConfig
 from vla_foundry.importing.source import Source, read_yaml
@@ -211,7 +210,7 @@ def _write_robot_files(data: _RobotData, params: RoboticsDataParams, folder: Pat
         NORMALIZER_NAME: json.dumps(normalization.normalizer.state(), indent=1) + "\n",
         STATISTICS_NAME: format_statistics(normalization.statistics),
         SPEC_NAME: format_spec(describe_inputs(alone, [dataset])),
-        PREPROCESSING_CONFIG_NAME: yaml.safe_dump(kept, sort_keys=False),
+        PREPROCESSING_CONFIG_NAME: dump_value(kept),
     }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -86,7 +86,8 @@ def dead_time(n_max: int) -> int:
 
 def as_fraction(alpha: float | Fraction) -> Fraction:
     """Return alpha as the fraction that was meant: 1 - 0.95 is 1/20."""
-    return alpha if isinstance(alpha, Fraction) else Fraction(alpha).limit_denominator(1_000_000)
+    exact = Fraction(alpha)
+    return alpha if isinstance(alpha, Fraction) else exact.limit_denominator(1_000_000) or exact
 
 
 def make_table(n_max: int, alpha: float | Fraction, *, is_paired: bool = False) -> StepTable:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-import yaml
-
+from vla_foundry.config.loading import dump_value
 from vla_foundry.params.commands.preprocessing_robotics import RoboticsPreprocessParams
 from vla_foundry.preprocessing.output import digest_of, read_versions
 from vla_foundry.preprocessing.robotics.recipe import Recipe
@@ -179,7 +178,7 @@ def format_config(recipe: Recipe) -> str:
     values = {"type": params.type, **asdict(params), "camera_names": list(recipe.cameras)}
     values["source_episodes"] = [_show_root(source) for source in params.source_episodes]
     values = {key: _show_root(value) if isinstance(value, str) else value for key, value in values.items()}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
+    return dump_value(values)
 
 
 def describe_processing(recipe: Recipe, source: Mapping[str, Any], report: Report) -> dict[str, Any]:

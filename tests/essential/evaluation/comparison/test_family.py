@@ -123,6 +123,13 @@ def test_a_manifest_declares_the_family_and_its_hash_changes_with_it(tmp_path: P
     assert len({first.digest, *(family.digest for family in families if family)}) == len(other) + 1
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", ".1e-2", "1.e-3", "+0.1e-2", "0.001"])
+def test_alpha_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    family = write(tmp_path, f"models: [a, 2026-01-02]\nalpha: {text}")
+    assert family is not None
+    assert (family.alpha, family.models) == (Fraction(1, 1000), ("a", "2026-01-02"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
