@@ -5,9 +5,9 @@
     <folder>/<key>.part/        a download in progress; stale if no process holds its lock
     <folder>/locks/<00 .. ff>   flock files, one for all keys that start with these two digits; locks/all: eviction
 
-A key is a hash of a shard's name, size and checksum, so a rewritten dataset never gets stale bytes. When space runs
-out, the least recently opened shards are deleted. A reader that still has one open can keep reading: the disk space is
-freed when the reader closes it.
+A key is a hash of a shard's name, size and checksum (else its version in the store), so a rewritten dataset never gets
+stale bytes. When space runs out, the least recently opened shards are deleted. A reader that still has one open can
+keep reading: the disk space is freed when the reader closes it.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from typing import BinaryIO
 from vla_foundry.data.indexing import index_name
 from vla_foundry.run_folder import hold_lock
 from vla_foundry.shards import sha256_of
-from vla_foundry.storage.uri import download, size_of
+from vla_foundry.storage.local import Listed
+from vla_foundry.storage.uri import describe, download
 
 _logger = logging.getLogger(__name__)
 _NUM_LOOK_AHEAD_THREADS = 2
@@ -58,7 +59,7 @@ class ShardCache:
     def __init__(self, folder: str, max_bytes: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
-        self._sizes: dict[str, int] = {}
+        self._described: dict[str, Listed] = {}
 
     def open(self, shard: RemoteShard) -> tuple[BinaryIO, str]:
         """Return a shard, open for reading, and its path in the cache; download it if it is not cached.
@@ -168,12 +169,16 @@ class ShardCache:
         """Return a shard's size in bytes, from the manifest or, failing that, the store."""
         if shard.num_bytes is not None:
             return shard.num_bytes
-        if shard.uri not in self._sizes:
-            self._sizes[shard.uri] = size_of(shard.uri)
-        return self._sizes[shard.uri]
+        return self._describe(shard).size
+
+    def _describe(self, shard: RemoteShard) -> Listed:
+        """Return a shard's size and version in the store, asked once."""
+        if shard.uri not in self._described:
+            self._described[shard.uri] = describe(shard.uri)
+        return self._described[shard.uri]
 
     def _path(self, shard: RemoteShard) -> str:
-        identity = f"{shard.uri}\n{self.size(shard)}\n{shard.sha256}"
+        identity = f"{shard.uri}\n{self.size(shard)}\n{shard.sha256 or self._describe(shard).version}"
         return os.path.join(self.folder, hashlib.sha256(identity.encode()).hexdigest()[:40] + ".tar")
 
     @contextmanager

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from vla_foundry.data.ranges import LocalBytes, ShardBytes, is_header
 from vla_foundry.shards import ShardIndex, format_index, index_shard, parse_index, sha256_of
-from vla_foundry.storage.uri import exists, read_text, write_text
+from vla_foundry.storage.uri import read_text, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -71,15 +71,6 @@ def read_remote_index(uri: str) -> ShardIndex | None:
         return parse_index(read_text(index_name(uri)), index_name(uri))
     except FileNotFoundError:
         return None
-
-
-def fetch_index(uri: str, path: str) -> None:
-    """Download a remote shard's index, if it exists, beside the cached shard."""
-    if not exists(index_name(path)):
-        try:
-            write_text(index_name(path), read_text(index_name(uri)))
-        except FileNotFoundError:
-            return
 
 
 def load_index(file: BinaryIO, path: str) -> ShardIndex:

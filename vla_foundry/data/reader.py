@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
-from vla_foundry.data.indexing import fetch_index, fits, is_intact, load_index, read_remote_index
+from vla_foundry.data.indexing import fits, is_intact, load_index, read_remote_index
 from vla_foundry.data.plan import Location
 from vla_foundry.data.ranges import LocalBytes, RemoteBytes, ShardBytes, join_members
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 _MAX_OPEN_SHARDS = 256
 # episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
+# bytes of an episode's arrays that are fetched as a whole before a window of it is read
+_MOST_AHEAD = 1 << 22
 # types of a shard's document_offsets and document_ends; see TokenRecords
 _OFFSET, _END = np.dtype("<u8"), np.dtype("<u4")
 
@@ -139,7 +141,7 @@ class TokenShard:
         size = dtype.itemsize
         return np.frombuffer(self._tar.read(span.offset + first * size, count * size), dtype)
 
-    def read_ahead(self, rows: Iterable[int]) -> None:
+    def read_ahead(self, rows: Iterable[int], *images: Any) -> None:
         """Fetch the tokens of records before they are read, if they are remote."""
         size = self.record_length * self._token_type.itemsize
         tokens = [(self._records.tokens.offset + row * size, size) for row in rows]
@@ -207,13 +209,11 @@ class SampleShard:
         """
         return self._tar.read_member(int(self._offsets[member]), int(self._sizes[member]))
 
-    def read_ahead(self, rows: Iterable[int]) -> None:
+    def read_ahead(self, rows: Iterable[int], *images: Any) -> None:
         """Fetch samples before they are read, each by one request, if they are remote."""
-        self._tar.want([span for row in rows for span in join_members(self._place(row))])
-
-    def _place(self, row: int) -> list[tuple[int, int]]:
-        members = slice(self._starts[row], self._starts[row + 1])
-        return list(zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True))
+        members = [slice(self._starts[row], self._starts[row + 1]) for row in rows]
+        places = [zip(self._offsets[each].tolist(), self._sizes[each].tolist(), strict=True) for each in members]
+        self._tar.want([span for each in places for span in join_members(each)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,8 +301,16 @@ class EpisodeShard:
         offset, size = spans[frame].tolist()
         return self._tar.read_member(offset, size)
 
-    def read_ahead(self, rows: Iterable[int]) -> None:
-        """Fetch nothing: which frames of an episode a window needs is known only when it is cut."""
+    def read_ahead(self, rows: Iterable[int], cameras: Sequence[str], offsets: Sequence[int]) -> None:
+        """Fetch what windows need before they are read, if remote: frames `offsets` from the anchor, and arrays."""
+        places: set[tuple[int, int]] = set()
+        for number, anchor in map(self.locate, rows):
+            found = [self._members[number].get(suffix) for suffix in (EPISODE_SUFFIX, LOWDIM_SUFFIX)]
+            places |= {(span.offset, span.size) for span in found if span is not None and span.size <= _MOST_AHEAD}
+            for camera in self._frames[number].keys() & set(cameras):
+                frames = self._frames[number][camera].tolist()
+                places |= {tuple(frames[min(max(anchor + each, 0), len(frames) - 1)]) for each in offsets}
+        self._tar.want(join_members(places))
 
     def _range_reader(self, span: MemberSpan) -> ReadRange:
         tar = self._tar
@@ -379,7 +387,6 @@ class ShardReader:
             except DamagedShardError as error:
                 self._intact[number, shard] = False
                 raise Dropped("damaged shard", str(error)) from None
-            fetch_index(uri, path)
         else:
             file, path = _open_local(uri, dataset.manifest), uri
         with file:
@@ -393,14 +400,14 @@ class ShardReader:
             _check_count(dataset, shard, index.num_sequences)
             return _create_shard(uri, LocalBytes(file), index, is_checked=sha256 is not None)
 
-    def read_ahead(self, location: Location) -> None:
-        """Fetch samples before they are read, if they are remote and read by ranges."""
+    def read_ahead(self, location: Location, images: Sequence[tuple[Sequence[str], Sequence[int]]] = ()) -> None:
+        """Fetch samples before they are read, if they are remote and read by ranges; see Pipeline.images_of_windows."""
         rows: dict[tuple[int, int], list[int]] = {}
         for dataset, shard, row in zip(*(array.tolist() for array in location[:3]), strict=True):
             rows.setdefault((dataset, shard), []).append(row)
         for (dataset, shard), numbers in rows.items():
             with suppress(ValueError, OSError):  # raised when the sample is read
-                self.open(dataset, shard).read_ahead(numbers)
+                self.open(dataset, shard).read_ahead(numbers, *(images[dataset] if images else ((), ())))
 
 
 def _create_shard(uri: str, tar: ShardBytes, index: ShardIndex, *, is_checked: bool) -> Shard:
@@ -440,9 +447,3 @@ def _check_count(dataset: Dataset, shard: int, num_sequences: int) -> None:
             f"{dataset.shard_uri(shard)} holds {num_sequences} samples, but {dataset.manifest} says {expected}. "
             f"Write the manifest again with `vla-foundry manifest build {parent_uri(dataset.manifest)}`."
         )
-
-
-def read_remote_record_length(dataset: Dataset) -> int | None:
-    """Return a remote dataset's tokens per record; None without records, or if finding out would need a download."""
-    index = read_remote_index(dataset.shard_uri(0))
-    return None if index is None or index.records is None else index.records.record_length

@@ -252,7 +252,8 @@ class Microbatches(torch.utils.data.Dataset):
             # these samples, and those that this worker makes next
             following = [location for _, location in itertools.islice(self._located.values(), 1)]
             parts = zip(*(each for each in (location, *following)), strict=True)
-            self._reader.read_ahead(Location(*(np.concatenate(arrays) for arrays in parts)))
+            whole = Location(*(np.concatenate(arrays) for arrays in parts))
+            self._reader.read_ahead(whole, self._pipeline.images_of_windows)
             return
         ahead = self._plan.shards_ahead(position)
         if ahead == self._ahead:

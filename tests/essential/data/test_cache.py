@@ -50,6 +50,17 @@ def test_shard_is_downloaded_once(tmp_path: Path, s3_folder: str, downloads: lis
     assert downloads == [shard.uri]
 
 
+def test_a_shard_that_is_written_again_is_downloaded_again(
+    tmp_path: Path, s3_folder: str, downloads: list[str]
+) -> None:
+    """Its manifest may say nothing of it but its size."""
+    for content in (b"x" * 1000, b"y" * 1000):
+        shard = put(f"{s3_folder}/a.tar", content, checksum=None)
+        for _ in range(2):
+            assert read(ShardCache(str(tmp_path / "cache"), 10_000), shard) == content
+    assert downloads == [f"{s3_folder}/a.tar"] * 2
+
+
 def test_least_recently_used_shards_make_room(tmp_path: Path, s3_folder: str, downloads: list[str]) -> None:
     cache = ShardCache(str(tmp_path / "cache"), 3500)
     shards = [put(f"{s3_folder}/{number}.tar", bytes([number]) * 1000) for number in range(5)]

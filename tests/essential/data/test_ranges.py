@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import struct
 import tarfile
@@ -233,7 +234,8 @@ def test_a_shard_that_is_written_again_while_it_is_read_is_said(dataset: str, lo
             list(itertools.islice(batches, 20))
 
 
-def test_an_index_of_other_bytes_is_said(dataset: str, local: Path, tmp_path: Path) -> None:
+def test_an_index_of_other_bytes_is_said_or_not_used(dataset: str, local: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
     for number in range(2):
         shard = (local / f"shard_{number:06d}.tar").read_bytes()
         with tarfile.open(local / f"shard_{number:06d}.tar") as tar:
@@ -241,5 +243,9 @@ def test_an_index_of_other_bytes_is_said(dataset: str, local: Path, tmp_path: Pa
         # as long as before, with the first and last members where they were
         moved = shard[:first] + shard[second:last] + shard[first:second] + shard[last:]
         s3.S3Storage().write_bytes(parent_uri(dataset) + f"/shard_{number:06d}.tar", moved)
+        (tmp_path / "moved" / f"shard_{number:06d}.tar").write_bytes(moved)
     with pytest.raises((ValueError, OSError), match=r"shard_00000\d\.tar.*written again after its index"):
         read(dataset, 20, "ranges", tmp_path)
+    # a shard that is downloaded whole is indexed here
+    manifest = shutil.copy(local / "manifest.jsonl", tmp_path / "moved")
+    assert read(dataset, 20, "shards", tmp_path) == read(str(manifest), 20, "shards", tmp_path)

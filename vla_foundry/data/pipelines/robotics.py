@@ -180,8 +180,7 @@ def _drop_infinite(
     for sample, row in zip(samples, values, strict=True):
         finite = transform.select.invert(np.isfinite(row).all(axis=0))
         bad = next((name for name, columns in finite.items() if not columns.all()), None)
-        drop = Dropped("not finite", f"field '{bad}' holds NaN or infinity")
-        results.append(sample if bad is None else drop)
+        results.append(sample if bad is None else Dropped("not finite", f"field '{bad}' holds NaN or infinity"))
     return results
 
 
@@ -360,6 +359,7 @@ class RoboticsPipeline(Pipeline):
         datasets = read_specs([dataset.manifest for dataset in reader.datasets])
         self.params.check_specs(datasets)
         self.read = ReadWindow([self.params.create_window_spec(dataset) for dataset in datasets])
+        self.images_of_windows = [(spec.cameras, spec.image_indices) for spec in self.read.specs]
 
     def save_files(self, folder: Path) -> None:
         """Write the normalizer, its statistics and the spec of fields and cameras."""

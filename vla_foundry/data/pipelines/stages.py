@@ -332,6 +332,8 @@ class Pipeline(ABC):
 
     # small microbatches share a message of up to this many rows; 1 unless a message costs more than making its rows
     rows_per_message = 1
+    # of each dataset: cameras and frames, from the anchor, of the images of a window; none: it holds no robot data
+    images_of_windows: Sequence[tuple[Sequence[str], Sequence[int]]] = ()
     _stages = Stages()
 
     @property

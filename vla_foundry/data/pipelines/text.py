@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Int
 
 from vla_foundry.batch import Batch, Documents
+from vla_foundry.data.indexing import read_remote_index
 from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, read_content, register_pipeline
-from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard, read_remote_record_length
+from vla_foundry.data.reader import SampleShard, Shard, ShardReader, TokenShard
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.parsing import MAX_RECORD_BYTES, parse_record
@@ -158,7 +159,8 @@ class TextPipeline(Pipeline):
 def find_record_length(reader: ShardReader, dataset: int, stages: Sequence[Stage] = DEFAULT_STAGES) -> int | None:
     """Return a dataset's tokens per record, from the first record that can be read; None: unknown."""
     if reader.datasets[dataset].is_remote:
-        return read_remote_record_length(reader.datasets[dataset])
+        index = read_remote_index(reader.datasets[dataset].shard_uri(0))
+        return None if index is None or index.records is None else index.records.record_length
     for number in range(len(reader.datasets[dataset].entries)):
         try:
             shard = reader.open(dataset, number)

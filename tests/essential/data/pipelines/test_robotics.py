@@ -1,7 +1,10 @@
 """Modality robotics: batches of windows, the same for every layout, rank, worker and restart; and what is refused."""
 
 import io
+import tarfile
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ import torch
 from PIL import Image
 
 from vla_foundry.batch import Batch
-from vla_foundry.data import create_dataloader
+from vla_foundry.data import create_dataloader, reader
 from vla_foundry.data.pipelines.robotics import RoboticsPipeline
 from vla_foundry.data.pipelines.stages import BatchStage, Sample, Stage, name_of_stage
+from vla_foundry.data.ranges import LocalBytes, RemoteBytes
 from vla_foundry.images.processor import load_tokenizer
+from vla_foundry.params.data.base import DatasetCacheParams
 from vla_foundry.params.data.images import (
     ColorJitterParams,
     CropParams,
@@ -71,6 +76,40 @@ def test_both_layouts_give_equal_batches(
         batches.append(read_batch(params, 24))
     assert_same_batch(*batches, but=("shards",))
     assert sorted(batches[0]["anchors"].tolist()) == sorted(list(range(6)) * 4)
+
+
+def test_what_windows_need_of_a_remote_episode_is_fetched_before_they_are_read(
+    tmp_path: Path,
+    create_recording: Create,
+    write_robot_data: Write,
+    create_params: Params,
+    read_batch: ReadBatch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = []
+
+    class Far(RemoteBytes):
+        """A local file that stands for a remote one."""
+
+        def __init__(self, uri: str) -> None:
+            self._uri, self.version, self._ahead = uri, "1", {}
+            with open(uri, "rb") as file:
+                self._file = LocalBytes(file)
+            self.num_bytes = self._file.num_bytes
+
+        def _fetch(self, offset: int, size: int) -> bytes:
+            if threading.current_thread() is threading.main_thread():
+                waits.append(size)
+            return self._file.read(offset, size)
+
+    manifest = write_robot_data(tmp_path / "d", [create_recording(number, 9) for number in range(6)])
+    params = create_params(manifest, intrinsics_fields=["intrinsics.wrist"], image_indices=[-1, 0])
+    expected = read_batch(params, 8, first_batch=1)
+    monkeypatch.setattr(reader, "RemoteBytes", Far)
+    monkeypatch.setattr(reader, "is_remote", lambda uri: True)
+    cache = DatasetCacheParams(mode="ranges")
+    assert_same_batch(read_batch(replace(params, dataset_cache=cache), 8, first_batch=1), expected)
+    assert set(waits) == {tarfile.BLOCKSIZE}  # the index is checked
 
 
 def _one_by_one(stage: Stage) -> Stage:
