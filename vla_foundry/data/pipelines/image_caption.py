@@ -67,6 +67,11 @@ def file_of(image: str) -> str:
     return image.partition("/")[0]
 
 
+def hint_of(sample: Sample) -> str:
+    """Return what to add about missing images: nothing unless the sample has videos."""
+    return "; data.video_frames reads videos" if any(map(_VIDEO_SUFFIX.fullmatch, sample)) else ""
+
+
 class SampleVideos:
     """A stage: adds evenly spaced frames of each video as images MEMBER/0, MEMBER/1, ..., uint8 [3, H, W]."""
 
@@ -112,8 +117,7 @@ class CreateTurns:
         images = find_images(sample)
         if not images:
             members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-            hint = "; data.video_frames reads videos" if any(map(_VIDEO_SUFFIX.fullmatch, sample)) else ""
-            raise Dropped("no image", f"its members are {members or 'none'}{hint}")
+            raise Dropped("no image", f"its members are {members or 'none'}{hint_of(sample)}")
         txt = sample.get("txt") if self.caption_key is None else None
         try:
             texts = read_texts(txt, sample.get("json"), key=self.caption_key or "caption")

@@ -10,7 +10,14 @@ to pad and nothing to mask.
 from collections.abc import Sequence
 from typing import Any
 
-from vla_foundry.data.pipelines.image_caption import Encode, ImageTextPipeline, file_of, find_images, prepare_members
+from vla_foundry.data.pipelines.image_caption import (
+    Encode,
+    ImageTextPipeline,
+    file_of,
+    find_images,
+    hint_of,
+    prepare_members,
+)
 from vla_foundry.data.pipelines.stages import Dropped, Sample, Stage, register_pipeline
 from vla_foundry.images.processor import Processor
 from vla_foundry.params.data.base import DataParams
@@ -46,7 +53,8 @@ class ReadDocument:
         try:
             placed = place_pictures(read_document(parse_record(sample["json"], "its json")), list(stored))
         except Unusable as error:
-            raise Dropped(error.reason, str(error) or "in its json") from None
+            hint = hint_of(sample) if error.reason == "missing image" else ""
+            raise Dropped(error.reason, (str(error) or "in its json") + hint) from None
         except ValueError as error:
             raise Dropped("bad JSON", str(error)) from None
         parts = [each for part in placed for each in ([part] if isinstance(part, str) else stored[part.name or ""])]

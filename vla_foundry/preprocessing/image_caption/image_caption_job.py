@@ -24,6 +24,7 @@ from vla_foundry.preprocessing.image_caption.items import (
     DOWNLOAD,
     NO_URL,
     STORED_ENDINGS,
+    VIDEO_ENDINGS,
     BadRow,
     Item,
     Sources,
@@ -223,7 +224,7 @@ def write_task(shared: Mapping[str, Any], task: Task) -> dict[str, Any]:
             for members in itertools.chain([first], usable):
                 writer.add(f"{shard}_{failures.num_good:06d}", members)
                 failures.num_good += 1
-                num_images += sum(name.rpartition(".")[2] in STORED_ENDINGS for name in members)
+                num_images += sum(name.rpartition(".")[2] in (*STORED_ENDINGS, *VIDEO_ENDINGS) for name in members)
         assert writer.entry is not None, "open_shard sets the entry"
         entries.append(asdict(writer.entry))
     result = {"entries": entries, "failures": failures.to_json(), "images": num_images}

@@ -25,6 +25,7 @@ from vla_foundry.preprocessing.image_caption.items import (
     Sources,
     create_images,
     locate,
+    name_member,
     read_file,
 )
 from vla_foundry.preprocessing.output import OutputFolder, check_apart
@@ -93,7 +94,7 @@ class DocumentItem:
                     raise
                 continue
             ((suffix, data),) = made.items()
-            name = f"image_{len(files)}.{suffix}"
+            name = name_member(len(files), suffix)
             files[name] = data
             stored.append({"image": name})
         document = json.dumps({"parts": stored}, ensure_ascii=False).encode("utf-8")

@@ -1,4 +1,4 @@
-"""Images with captions: find them in folders and lists, check them, make the members of a sample.
+"""Images and videos with captions: find them in folders and lists, check them, make the members of a sample.
 
 Every image and caption is checked here, so that training can use what is written.
 """
@@ -37,13 +37,16 @@ NO_URL, DOWNLOAD = "no URL", "download: "
 # characters in a cell of a .csv list
 _LONGEST_CELL = 10_000_000
 LIST_KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson")
-# images of these kinds are stored as they are, the others as PNG
+# images of these kinds, and videos, are stored as they are, other images as PNG
 STORED_ENDINGS = ("jpg", "jpeg", "png", "webp")
-IMAGE_ENDINGS = (*STORED_ENDINGS, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")
+VIDEO_ENDINGS = ("mp4", "m4v", "mov", "webm", "mkv")
+IMAGE_ENDINGS = (*STORED_ENDINGS, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", *VIDEO_ENDINGS)
 _TEXT_ENDINGS = ("txt", "json")
 # scene.image_0.png, scene.image_1.png, ...: several images of one sample
 _NUMBERED = re.compile(r"(.+)\.image_(\d+)")
 _PARQUET_ROWS = 4096
+# evenly spaced frames of each video that are decoded as a check
+_NUM_CHECKED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,8 @@ def list_sources(places: Sequence[str]) -> Sources:
         new_pairs = group_pairs((file for file in files if file.kind not in LIST_KINDS), ignored)
         if not new_pairs and not new_lists:
             raise ValueError(
-                f"--source {place} has no images ({', '.join(IMAGE_ENDINGS)}) with captions (txt, json), and no list "
-                f"({', '.join(LIST_KINDS)}, or these packed as {', '.join(PACKINGS)})."
+                f"--source {place} has no images or videos ({', '.join(IMAGE_ENDINGS)}) with captions (txt, json), "
+                f"and no list ({', '.join(LIST_KINDS)}, or these packed as {', '.join(PACKINGS)})."
             )
         pairs += new_pairs
         lists += new_lists
@@ -354,7 +357,7 @@ def create_texts(
 
 
 def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality: int) -> dict[str, bytes]:
-    """Return the image members: one named by its format, or several with `image_<number>.` before.
+    """Return the image members: one named by its format, or several with `image_<number>.` (or `video_`) before.
 
     Raises:
         Unusable: an image cannot be decoded.
@@ -362,14 +365,27 @@ def create_images(images: Sequence[bytes], *, max_side: int | None, jpeg_quality
     files = [_check_image(data, max_side=max_side, jpeg_quality=jpeg_quality) for data in images]
     if len(files) == 1:
         return dict(files)
-    return {f"image_{number}.{suffix}": data for number, (suffix, data) in enumerate(files)}
+    return {name_member(number, suffix): data for number, (suffix, data) in enumerate(files)}
+
+
+def name_member(number: int, suffix: str) -> str:
+    """Return the name of one of several images or videos of a sample."""
+    return f"{'video' if suffix in VIDEO_ENDINGS else 'image'}_{number}.{suffix}"
 
 
 def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tuple[str, bytes]:
-    """Decode an image; scale it down if it is too large, and store kinds that training does not read as PNG."""
+    """Check an image or a video; scale a too large image down, and store kinds that training does not read as PNG."""
     from vla_foundry.images.codec import decode_image, encode_jpeg, encode_png
     from vla_foundry.images.geometry import resize_image
+    from vla_foundry.images.video import read_frames
 
+    ending = "mp4" if data[4:8] == b"ftyp" else "webm" if data.startswith(b"\x1aE\xdf\xa3") else ""
+    if ending:
+        try:
+            read_frames(data, _NUM_CHECKED)
+        except ValueError as error:
+            raise Unusable("bad video", str(error)) from None
+        return ending, data
     try:
         image = decode_image(data)
     except ValueError as error:

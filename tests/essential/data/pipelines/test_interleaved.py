@@ -132,6 +132,9 @@ def test_frames_stand_where_the_document_has_their_video(
     assert pipeline.encode.load().tokenizer.decode(ids) == f"a{pads[0]}b{pads[1]}c{END}"
     expected = [60, 80, 40] if videos == 0 else [40, 60, 80]
     np.testing.assert_allclose(batch["pixel_values"][:, 0, 8, 12].tolist(), expected, atol=3)
+    rows = create_rows(manifest, [0])
+    with pytest.raises(ValueError, match=r"missing image: .*; data\.video_frames reads videos"):
+        create_pipeline(tokenizer_folder).create_batch(rows)
 
 
 @pytest.mark.parametrize(

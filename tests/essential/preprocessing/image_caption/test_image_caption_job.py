@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.essential.images.test_video import encode_video
 from vla_foundry.data.pipelines.image_caption import CreateTurns
 from vla_foundry.params.commands.preprocessing import PreprocessImageCaptionParams
 from vla_foundry.preprocessing.command import main
@@ -323,6 +324,23 @@ def test_a_complete_dataset_is_left_alone(pairs: Path, tmp_path: Path, capsys: p
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"params.max_side null \(now 10\)"):
         preprocess(pairs, tmp_path / "out", max_side=10)
+
+
+def test_videos_are_checked_and_stored_as_they_are(tmp_path: Path) -> None:
+    source = tmp_path / "clips"
+    source.mkdir()
+    clips = {"a.mp4": encode_video("mp4", list(range(20))), "b.webm": encode_video("webm", list(range(9)))}
+    for name, data in (clips | {"c.mp4": clips["a.mp4"][:900], "d.mov": b"moov"}).items():
+        (source / name).write_bytes(data)
+        (source / name).with_suffix(".txt").write_text(f"clip {name}", encoding="utf-8")
+    preprocess(source, tmp_path / "out", max_bad_fraction=0.6)
+    found = {sample["txt"].decode(): sample for sample in read_samples(tmp_path / "out")}
+    assert found == {
+        "clip a.mp4": {"mp4": clips["a.mp4"], "txt": b"clip a.mp4"},
+        "clip b.webm": {"webm": clips["b.webm"], "txt": b"clip b.webm"},
+    }
+    assert read_report(tmp_path / "out")["failed"] == {"bad video": 1, "bad image": 1}
+    manifest_main(["verify", "--folder", str(tmp_path / "out")])
 
 
 def test_pictures_of_all_kinds_become_images_that_training_reads(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.essential.images.test_video import encode_video
 from vla_foundry.params.commands.preprocessing import PreprocessInterleavedParams
 from vla_foundry.preprocessing.image_caption.interleaved_job import preprocess_interleaved
 from vla_foundry.shards import index_shard
@@ -69,6 +70,16 @@ def test_documents_of_all_layouts_are_written_with_their_images(source: Path, tm
     assert found["six"][0] == [{"image": "image_0.png"}, {"text": "six"}]
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["failed"] == {"bad image": 1, "missing file": 1, "no document": 1}
+
+
+def test_videos_are_written_under_their_own_names(source: Path, tmp_path: Path) -> None:
+    clip = encode_video("mp4", list(range(20)))
+    (source / "clip.mp4").write_bytes(clip)
+    parts = [{"text": "seven"}, {"image": "a.png"}, {"video": "clip.mp4"}, {"text": "end"}]
+    (source / "seven.json").write_text(json.dumps({"parts": parts}), encoding="utf-8")
+    parts, members = run(source, tmp_path / "out", max_bad_fraction=0.9)["seven"]
+    assert parts == [{"text": "seven"}, {"image": "image_0.png"}, {"image": "video_1.mp4"}, {"text": "end"}]
+    assert members["video_1.mp4"] == clip
 
 
 def test_bad_images_may_be_left_out(source: Path, tmp_path: Path) -> None:
