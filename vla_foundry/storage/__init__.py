@@ -1,1 +1,1 @@
-"""Read and write files by name: local paths, s3:// and hf:// through one set of functions."""
+"""Read and write files by name: local paths, s3://, hf:// and https:// through one set of functions."""

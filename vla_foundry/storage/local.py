@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import glob
+import io
 import os
 import shutil
 import uuid
@@ -28,6 +29,38 @@ class Listed(NamedTuple):
 
 class IncompleteDownload(ValueError):
     """A copy does not have the size of its source, so it is worth another try."""
+
+
+class RemoteFile(io.RawIOBase):
+    """A seekable raw file of a store; the store's class reads it at `_position`."""
+
+    mode = "rb"
+
+    def __init__(self, uri: str, size: int) -> None:
+        super().__init__()
+        # files have a name, and some readers ask for it
+        self.name = self._uri = uri
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def tell(self) -> int:
+        """See io.RawIOBase."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """See io.RawIOBase."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"{self._uri}: seek before the beginning")
+        self._position = base + offset
+        return self._position
 
 
 def _local(path: str) -> str:

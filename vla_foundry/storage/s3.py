@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import IncompleteDownload, Listed, RemoteFile, compile_pattern, is_pattern, replace_file
 
 # bytes asked for in one request when a file is read from front to back
 _READ_SIZE = 4 << 20
@@ -271,33 +271,12 @@ def _within(seconds: float, function: Callable[..., bytes], *arguments: Any) -> 
     return result
 
 
-class _S3File(io.RawIOBase):
+class _S3File(RemoteFile):
     """One object as a seekable raw file; every read is one ranged request for the version first seen."""
 
-    mode = "rb"
-
     def __init__(self, uri: str, size: int, etag: str) -> None:
-        super().__init__()
-        self._uri, self._size, self._etag = uri, size, etag
-        self._position = 0
-        # files have a name, and some readers ask for it
-        self.name = uri
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"{self._uri}: seek before the beginning")
-        self._position = base + offset
-        return self._position
+        super().__init__(uri, size)
+        self._etag = etag
 
     def _read(self, size: int) -> bytes:
         size = min(size, self._size - self._position)

@@ -1,4 +1,5 @@
-"""Read, write, list and copy files named by a local path, `s3://bucket/key` or `hf://[datasets/]owner/repo/path`.
+"""Read, write, list and copy files named by a local path, `s3://bucket/key` or `hf://[datasets/]owner/repo/path`; read
+those named by `http://` or `https://`.
 
 A missing file raises FileNotFoundError with its name. Anything else that the user can fix (an unknown scheme, no
 credentials, a missing package, no network) raises a one-line ValueError. All writes are atomic: a reader sees the old
@@ -55,7 +56,11 @@ def _storage_of(uri: str) -> Storage:
         from vla_foundry.storage.hub import HubStorage
 
         return HubStorage()
-    raise ValueError(f"'{uri}' has the unknown scheme '{scheme}'. Use a local path, s3:// or hf://.")
+    if scheme in ("http", "https"):
+        from vla_foundry.storage.http import HttpStorage
+
+        return HttpStorage()
+    raise ValueError(f"'{uri}' has the unknown scheme '{scheme}'. Use a local path, s3://, hf:// or https://.")
 
 
 def is_remote(uri: str) -> bool:

@@ -2,7 +2,9 @@
 
 import gzip
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vla_foundry.data.pipelines.stages import create_pipeline
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams, TextUntokenizedDataParams
+from vla_foundry.storage.uri import download, read_range, write_text
 from vla_foundry.world import World
 
 
@@ -181,3 +184,80 @@ def test_params_that_do_not_go_with_sequential_shards_are_named() -> None:
         RoboticsDataParams(sequential_shards=["a"])
     with pytest.raises(ValueError, match=r"hparams\.global_batch_size \(6\) must be a multiple"):
         create_dataloader(TextUntokenizedDataParams(sequential_shards=["a"]), global_batch_size=6, per_gpu_batch_size=4)
+
+
+class _Server(ThreadingHTTPServer):
+    """Serves a folder, with ranges or without; breaks off the first answers in the middle."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.has_ranges, self.num_broken, self.status = folder, True, 0, 200
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server, path = self.server, self.server.folder / self.path.partition("?")[0].strip("/")
+        if server.status != 200 or not path.is_file():
+            self.send_error(404 if server.status == 200 else server.status)
+            return
+        whole = body = path.read_bytes()
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        is_part = server.has_ranges and "Range" in self.headers
+        if is_part:
+            body = whole[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if is_part else 200)
+        if is_part:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(body) - 1}/{len(whole)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", "a")
+        self.end_headers()
+        server.num_broken -= 1
+        self.wfile.write(body[: len(body) // 2] if server.num_broken >= 0 else body)
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("vla_foundry.storage.http._FIRST_WAIT_SECONDS", 0.001)
+    server = _Server(folder)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_tars_of_a_web_server_are_read_though_it_breaks_off(server: _Server, has_ranges: bool, tmp_path: Path) -> None:
+    server.has_ranges = has_ranges
+    address = f"http://127.0.0.1:{server.server_port}/shard_00000"
+    loader = create(f"{address}{{0..3}}.tar?signature=x", shuffle=False)
+    server.num_broken = 4
+    assert read(loader, 10) == list(range(40))
+    whole = (server.folder / "shard_000001.tar").read_bytes()
+    assert read_range(f"{address}1.tar", 100, 50) == whole[100:150]
+    assert read_range(f"{address}1.tar", len(whole), 50) == b""
+    download(f"{address}1.tar", str(tmp_path / "x"))
+    assert (tmp_path / "x").read_bytes() == whole
+    with pytest.raises(ValueError, match=r"0\.tar is on a web server, where nothing can be written"):
+        write_text(f"{address}0.tar", "x")
+
+
+def test_what_a_web_server_refuses_is_one_line(server: _Server) -> None:
+    address = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(FileNotFoundError, match=r"http://\S+/x\.tar does not exist"):
+        create(f"{address}/x.tar")
+    with pytest.raises(FileNotFoundError, match=r"Web servers list none: name them|does not exist"):
+        create(f"{address}/")
+    with pytest.raises(ValueError, match=r"shard_000000\.tar changed while it was being read"):
+        read_range(f"{address}/shard_000000.tar", 0, 9, "another")
+    for status, line in ((403, r"403: Forbidden \(1 attempts\)"), (503, r"503: .* \(5 attempts\)")):
+        server.status = 200
+        loader = create(f"{address}/shard_000000.tar")
+        server.status = status
+        with pytest.raises(ValueError, match=rf"shard_000000\.tar: HTTP Error {line}"):
+            read(loader, 1)

@@ -60,7 +60,7 @@ class DataParams(ChoiceParams):
     # modalities that datasets of this type may have; the first is the default
     modalities: ClassVar[tuple[str, ...]] = ()
 
-    # manifests (local, s3:// or hf://), one per dataset
+    # manifests (local, s3://, hf:// or https://), one per dataset
     dataset_manifest: list[Location] = field(default_factory=list)
     # instead of manifests: tars (paths and URIs, with braces or patterns, or folders), which are read in sequence, over
     # and over; a run that continues does not resume exactly
