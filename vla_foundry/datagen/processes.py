@@ -1,5 +1,6 @@
 """Run simulators in worker processes, and check that an output folder was made with the same settings."""
 
+import atexit
 import os
 import signal
 import threading
@@ -29,7 +30,10 @@ def create_processes(num_processes: int) -> Iterator[Run]:
         ValueError: a process died.
     """
     if num_processes == 0:
-        yield lambda function, calls: (function(*call) for call in calls)
+        try:
+            yield lambda function, calls: (function(*call) for call in calls)
+        finally:
+            get_simulator.cache_clear()
         return
     # spawn: no process inherits another's OpenGL context or threads
     context = get_context("spawn")
@@ -55,6 +59,8 @@ def create_processes(num_processes: int) -> Iterator[Run]:
 def _start(plugins: Sequence[str]) -> None:
     """Ignore interrupts, which the parent process handles, exit as soon as the parent is gone, and import plug-ins."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # while the modules that renderers need to free themselves are still there
+    atexit.register(get_simulator.cache_clear)
     parent = parent_process()
     assert parent is not None
     sentinel = parent.sentinel
