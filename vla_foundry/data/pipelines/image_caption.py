@@ -104,7 +104,7 @@ class CreateTurns:
     """
 
     def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
-        self.prompts = tuple(prompts)
+        self.prompts = tuple(prompt.replace("<video>", IMAGE_MARKER) for prompt in prompts)
         self.caption_key = caption_key
 
     def __call__(self, sample: Sample) -> Sample:

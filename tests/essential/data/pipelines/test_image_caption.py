@@ -259,7 +259,7 @@ def test_evenly_spaced_frames_of_a_video_are_images_of_its_sample(
     tmp_path: Path, tokenizer_folder: Path, write_samples: Callable, kind: str, text: dict[str, bytes], question: str
 ) -> None:
     sample = {kind: encode_video(kind, list(range(0, 240, 10))), **text}
-    pipeline = ImageCaptionPipeline(create_params(tokenizer_folder, video_frames=3))
+    pipeline = ImageCaptionPipeline(create_params(tokenizer_folder, video_frames=3, prompts=["<video>What is it?"]))
     batch = pipeline.create_batch(create_rows(write_samples(tmp_path / "d", [[sample]]), [0]))
     np.testing.assert_allclose([int(image[0, 8, 8]) for image in batch["pixel_values"]], [40, 120, 200], atol=3)
     ((ids, _),) = read_segments(batch)

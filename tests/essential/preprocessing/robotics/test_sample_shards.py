@@ -45,6 +45,7 @@ def test_both_layouts_load_to_the_same_bits(
             "proprioception_fields": [rig.ACTUAL_XYZ, rig.ACTUAL_ROTATION],
             "intrinsics_fields": ["intrinsics.Front"],
             "extrinsics_fields": ["extrinsics.Front"],
+            "depth_cameras": {"depth": (0.5, 8.0)},
         }
         found.append(read_samples(folder, **values))
     assert found[0].keys() == found[1].keys()
@@ -55,5 +56,5 @@ def test_both_layouts_load_to_the_same_bits(
         for name in one.keys() - {"shards", "positions"}:
             if hasattr(one[name], "numpy"):
                 assert np.array_equal(one[name].numpy(), other[name].numpy()), name
-        # Front and wrist.left at two times; depth is no picture
-        assert one["pixel_values"].shape[0] == 4
+        # Front, wrist.left and depth at two times
+        assert one["pixel_values"].shape[0] == 6
