@@ -232,7 +232,9 @@ def test_a_config_is_measured_before_training(robot_data, tmp_path, capsys):
     assert report["mix"] == {"robotics": {"weight": 1.0, "share": 1.0, "samples": 8}}
     measured = report["datasets"]["robotics"]
     assert measured["tokens"] is None  # no language
-    assert {"read", "ComputeRelativePoses", "PrepareCameraImages", "batch"} <= measured["ms_per_sample"].keys()
+    assert {"read", "normalize_actions", "normalize_proprioception", "prepare_images", "batch"} <= measured[
+        "ms_per_sample"
+    ].keys()
     assert measured["bad_samples"] == {}
     assert open_picture(sheet).shape[1] == 6 * 224
     main(words)
@@ -303,7 +305,7 @@ def test_documents_are_measured_and_shown_with_their_text(tmp_path, write_sample
     measured = json.loads(capsys.readouterr().out)["datasets"]["interleaved"]
     # an image has 4 tokens; a document that is cut counts as seq_len + 2
     assert measured["tokens"] == {"min": 2, "p50": 15, "p95": 33, "max": 33, "seq_len": 31, "truncated_share": 1 / 3}
-    assert {"read", "ReadDocument", "PreparePictures", "EncodeDocument", "batch"} <= measured["ms_per_sample"].keys()
+    assert {"read", "read_document", "prepare_pictures", "encode_document", "batch"} <= measured["ms_per_sample"].keys()
     # rows of 31 + 1 tokens: 2 + 15 and 32 of them are filled
     assert measured["padding_share"] == pytest.approx(15 / 64)
     assert sorted(texts) == ["<image>" + "a" * 99, "a<image>aaaaaaaaa"]

@@ -108,25 +108,28 @@ def _describe_failure(error: Exception, step: str) -> Failure:
 def apply_stages(samples: "Sequence[Sample | Failure]", stages: Sequence[Stage]) -> list[Sample | Failure]:
     """Run samples through the stages in order; failures pass through unchanged."""
     results = list(samples)
-    for is_batch, members in groupby(stages, key=lambda stage: isinstance(stage, BatchStage)):
+    names = stages.names if isinstance(stages, Stages) else map(name_of_stage, stages)
+    named = zip(names, stages, strict=True)
+    for is_batch, members in groupby(named, key=lambda pair: isinstance(pair[1], BatchStage)):
         run = list(members)
         if not is_batch:
             # one sample at a time, so that the large arrays between two stages exist only once
             results = [each if isinstance(each, Failure) else _apply_each(each, run) for each in results]
             continue
-        for stage in run:
+        for name, stage in run:
             numbers = [number for number, each in enumerate(results) if not isinstance(each, Failure)]
-            made = _apply_batch([results[number] for number in numbers], stage)  # pyright: ignore[reportArgumentType]
+            kept: Any = [results[number] for number in numbers]
+            made = _apply_batch(kept, name, stage)
             for number, result in zip(numbers, made, strict=True):
                 results[number] = result
     return results
 
 
-def _apply_each(sample: Sample, stages: Sequence[Any]) -> Sample | Failure:
-    for stage in stages:
+def _apply_each(sample: Sample, stages: Sequence[tuple[str, Any]]) -> Sample | Failure:
+    for name, stage in stages:
         step = name_of_stage(stage)
         try:
-            result = RECORDING.time(step, 1, stage, sample)
+            result = RECORDING.time(name, 1, stage, sample)
         except Exception as error:  # a broken sample or an error in a user's stage must not end the run: count it
             return _describe_failure(error, step)
         if result is None:
@@ -135,15 +138,15 @@ def _apply_each(sample: Sample, stages: Sequence[Any]) -> Sample | Failure:
     return sample
 
 
-def _apply_batch(samples: Sequence[Sample], stage: Any) -> list[Sample | Failure]:
+def _apply_batch(samples: Sequence[Sample], name: str, stage: Any) -> list[Sample | Failure]:
     step = name_of_stage(stage)
     try:
-        results = RECORDING.time(step, len(samples), stage.apply, samples)
+        results = RECORDING.time(name, len(samples), stage.apply, samples)
     except Exception as error:  # as above
         if len(samples) == 1:
             return [_describe_failure(error, step)]
         middle = len(samples) // 2
-        return [*_apply_batch(samples[:middle], stage), *_apply_batch(samples[middle:], stage)]
+        return [*_apply_batch(samples[:middle], name, stage), *_apply_batch(samples[middle:], name, stage)]
     return [_describe_failure(each, step) if isinstance(each, Exception) else each for each in results]
 
 
