@@ -227,8 +227,8 @@ def list_shards(names: Sequence[str], world: World) -> list[str]:
         if not name:
             raise ValueError(f"{_NAME} has an empty name.")
         place = absolute_uri(name)
-        # a web address may end with a signature
-        path = place.partition("?")[0] if place.startswith(("http://", "https://")) else place
+        is_web = place.startswith(("http://", "https://"))
+        path = place.partition("?")[0] if is_web else place  # a signature may follow
         if path.endswith(_SUFFIXES) and not is_pattern(path):
             named.append(place)
             found.append(place)
@@ -239,7 +239,9 @@ def list_shards(names: Sequence[str], world: World) -> list[str]:
             listed = {}
         tars = [uri for uri in listed if uri.endswith(_SUFFIXES)]
         if not tars:
-            raise FileNotFoundError(f"{_NAME}: there is no tar at {name}. Web servers list none: name them.")
+            raise FileNotFoundError(
+                f"{_NAME}: there is no tar at {name}.{' Name each: a web server lists none.' * is_web}"
+            )
         found += tars
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         list(pool.map(describe, named[world.rank :: world.world_size]))

@@ -251,7 +251,7 @@ def test_what_a_web_server_refuses_is_one_line(server: _Server) -> None:
     address = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(FileNotFoundError, match=r"http://\S+/x\.tar does not exist"):
         create(f"{address}/x.tar")
-    with pytest.raises(FileNotFoundError, match=r"Web servers list none: name them|does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist|Name each: a web server lists none"):
         create(f"{address}/")
     with pytest.raises(ValueError, match=r"shard_000000\.tar changed while it was being read"):
         read_range(f"{address}/shard_000000.tar", 0, 9, "another")
@@ -261,3 +261,11 @@ def test_what_a_web_server_refuses_is_one_line(server: _Server) -> None:
         server.status = status
         with pytest.raises(ValueError, match=rf"shard_000000\.tar: HTTP Error {line}"):
             read(loader, 1)
+
+
+def test_tars_of_a_bucket_are_read(folder: Path, s3_folder: str, put_folder: Callable[[Path, str], None]) -> None:
+    put_folder(folder, s3_folder)
+    assert read(create(s3_folder, shuffle=False), 10) == list(range(40))
+    assert read(create(f"{s3_folder}/*1.tar", f"{s3_folder}/shard_000000.tar", shuffle=False), 1) == [10, 11, 12, 13]
+    with pytest.raises(FileNotFoundError, match=r"s3://\S+/x\.tar does not exist"):
+        create(f"{s3_folder}/x.tar")
