@@ -89,7 +89,7 @@ def raise_unless_broken(error: Exception) -> None:
 
 def reason_of(error: Exception) -> str:
     """Return an error of PyAV in one line."""
-    return " ".join(str(error).split())[:200]
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
 
 
 def displayed_image(frame: "av.VideoFrame", name: str) -> np.ndarray:

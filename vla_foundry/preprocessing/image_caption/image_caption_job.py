@@ -46,7 +46,7 @@ from vla_foundry.text.captions import Unusable
 
 COMMAND = "preprocess image_caption"
 # raise it when the same settings give other bytes than before
-SETTINGS_VERSION = 1
+SETTINGS_VERSION = 2
 # params that shape the output's bytes
 _SETTING_FIELDS = (
     "url_key",

@@ -49,7 +49,7 @@ from vla_foundry.text.interleaved import LAYOUTS, Part, Picture, read_document
 
 COMMAND = "preprocess interleaved"
 # raise it when the same settings give other bytes than before
-SETTINGS_VERSION = 1
+SETTINGS_VERSION = 2
 _LIST_KINDS = ("jsonl", "ndjson", "parquet")
 _SETTING_FIELDS = ("samples_per_shard", "max_side", "jpeg_quality", "seed", "image_folder", "skip_bad_images")
 _PARQUET_ROWS = 1024

@@ -45,6 +45,8 @@ _TEXT_ENDINGS = ("txt", "json")
 # scene.image_0.png, scene.image_1.png, ...: several images of one sample
 _NUMBERED = re.compile(r"(.+)\.image_(\d+)")
 _PARQUET_ROWS = 4096
+# MP4 files that hold pictures, which nothing here reads: AVIF and HEIF
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # evenly spaced frames of each video that are decoded as a check
 _NUM_CHECKED = 8
 
@@ -379,20 +381,19 @@ def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tup
     from vla_foundry.images.geometry import resize_image
     from vla_foundry.images.video import read_frames
 
-    ending = "mp4" if data[4:8] == b"ftyp" else "webm" if data.startswith(b"\x1aE\xdf\xa3") else ""
-    if ending:
+    suffix = _suffix_of(data)
+    if suffix in VIDEO_ENDINGS:
         try:
             read_frames(data, _NUM_CHECKED)
         except ValueError as error:
             raise Unusable("bad video", str(error)) from None
-        return ending, data
+        return suffix, data
     try:
         image = decode_image(data)
     except ValueError as error:
         raise Unusable("bad image", str(error)) from None
     height, width = image.shape[1:]
     if max_side is None or max(height, width) <= max_side:
-        suffix = _suffix_of(data)
         return (suffix, data) if suffix else ("png", encode_png(image))
     scale = max_side / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -401,9 +402,13 @@ def _check_image(data: bytes, *, max_side: int | None, jpeg_quality: int) -> tup
 
 
 def _suffix_of(data: bytes) -> str:
-    """Return the ending of an image that is stored as it is; "" for other kinds."""
+    """Return the ending of an image or a video that is stored as it is; "" for other kinds."""
     if data.startswith(b"\x89PNG"):
         return "png"
     if data.startswith(b"\xff\xd8"):
         return "jpg"
+    if data.startswith(b"\x1aE\xdf\xa3"):
+        return "webm"
+    if data[4:8] == b"ftyp" and data[8:12] not in _PICTURE_BRANDS:
+        return "mp4"
     return "webp" if data.startswith(b"RIFF") else ""

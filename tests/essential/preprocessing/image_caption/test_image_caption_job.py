@@ -330,7 +330,7 @@ def test_videos_are_checked_and_stored_as_they_are(tmp_path: Path) -> None:
     source = tmp_path / "clips"
     source.mkdir()
     clips = {"a.mp4": encode_video("mp4", list(range(20))), "b.webm": encode_video("webm", list(range(9)))}
-    for name, data in (clips | {"c.mp4": clips["a.mp4"][:900], "d.mov": b"moov"}).items():
+    for name, data in (clips | {"c.mp4": clips["a.mp4"][:900], "d.mov": b"\0\0\0\x1cftypavif"}).items():
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_text(f"clip {name}", encoding="utf-8")
     preprocess(source, tmp_path / "out", max_bad_fraction=0.6)
