@@ -27,7 +27,7 @@ _MAX_OPEN_SHARDS = 256
 # episodes of a shard whose array directory is kept in memory
 _MAX_OPEN_EPISODES = 64
 # bytes of an episode's arrays that are fetched as a whole before a window of it is read
-_MOST_AHEAD = 1 << 22
+_MOST_AHEAD = 1 << 20
 # types of a shard's document_offsets and document_ends; see TokenRecords
 _OFFSET, _END = np.dtype("<u8"), np.dtype("<u4")
 
@@ -402,7 +402,8 @@ class ShardReader:
 
     def read_ahead(self, location: Location, images: Sequence[tuple[Sequence[str], Sequence[int]]] = ()) -> None:
         """Fetch samples before they are read, if they are remote and read by ranges; see Pipeline.images_of_windows."""
-        rows: dict[tuple[int, int], list[int]] = {}
+        # a shard that is not needed now forgets what it has fetched
+        rows: dict[tuple[int, int], list[int]] = {key: [] for key in self._open}
         for dataset, shard, row in zip(*(array.tolist() for array in location[:3]), strict=True):
             rows.setdefault((dataset, shard), []).append(row)
         for (dataset, shard), numbers in rows.items():

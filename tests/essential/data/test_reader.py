@@ -8,7 +8,8 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vla_foundry.data import indexing
 from vla_foundry.data import reader as reader_module
 from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.indexing import user_cache_folder
+from vla_foundry.data.plan import Location
 from vla_foundry.data.reader import Dataset, Dropped, SampleShard, ShardReader, TokenShard
 from vla_foundry.shards import parse_manifest, sha256_of
 
@@ -47,6 +49,17 @@ def test_records_and_their_documents_are_read(tmp_path: Path, write_records: Cal
         tokens, ends = opened.read(row)
         assert tokens.tolist() == list(range(first + number, first + number + 9))
         assert ends.tolist() == documents[number]
+
+
+def test_what_was_fetched_ahead_is_forgotten_when_it_is_not_needed(tmp_path: Path, write_samples: Callable) -> None:
+    reader = open_reader(write_samples(tmp_path / "d", [[{"txt": b"a"}] * 2] * 2))
+    wanted: dict[int, list[Any]] = {}
+    for number in range(2):
+        shard = reader.open(0, number)
+        shard._tar = cast(Any, SimpleNamespace(want=lambda spans, number=number: wanted.update({number: spans})))
+    for number in (0, 1, 0):
+        reader.read_ahead(Location(*np.asarray([[0], [number], [1], [0], [0]])))
+        assert (len(wanted[number]), wanted.get(1 - number)) == (1, [])
 
 
 def test_samples_are_read_in_any_order(tmp_path: Path, write_samples: Callable) -> None:
