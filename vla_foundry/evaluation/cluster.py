@@ -353,7 +353,8 @@ def _read_address(_: object) -> str:
 
 def _describe_end(error: RayError) -> str:
     """Return "process ..." with what an actor died of."""
-    text = " ".join(str(error).split())
+    # what follows are Ray's guesses, memory among them
+    text = " ".join(str(error).split()).partition(" Some common causes")[0]
     if "node has died" in text or "node was terminated" in text:
         return _NODE_ENDED
     if "OutOfMemory" in type(error).__name__ or "memory" in text:

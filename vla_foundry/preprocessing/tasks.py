@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vla_foundry.config.command_line import describe_error
@@ -172,6 +173,9 @@ def ray_cluster(num_workers: int | None, ray_address: str | None, *, flag: str =
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # where the file is, as local Ray writes it, `ray start` makes a cluster that asks for it; others do not mind it
+    if ray_address is not None and (Path.home() / ".ray/auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
@@ -223,7 +227,8 @@ def _join_ray(address: str, flag: str) -> None:
                 f"The Ray cluster at {flag} {address} runs other versions. Install the same Ray and Python "
                 f"there and here. {reason}"
             ) from None
-        raise ValueError(f"No Ray cluster answers at {flag} {address}: {reason}") from None
+        hint = "If it asks for a token, put that into ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+        raise ValueError(f"No Ray cluster answers at {flag} {address}: {reason.rstrip('.')}. {hint}") from None
 
 
 def _run_on_ray(

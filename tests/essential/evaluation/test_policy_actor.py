@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ from vla_foundry.config.command_line import parse
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.datagen.demos import record_demos
-from vla_foundry.evaluation.cluster import ClusterActor, ClusterPool, choose_gpus
+from vla_foundry.evaluation.cluster import ClusterActor, ClusterPool, _describe_end, choose_gpus
 from vla_foundry.evaluation.evaluate import describe_setup, evaluate, open_candidate
 from vla_foundry.evaluation.policy_actor import load_candidate
 from vla_foundry.evaluation.rollout_worker import Reply, RolloutWorker, SimulatorSetup
@@ -417,6 +418,12 @@ def test_workers_and_policies_that_die_are_started_again_elsewhere(
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         found += results
     assert {(each.task, each.seed): (each.outcome, each.num_steps) for each in found} == alone
+
+
+def test_what_ray_guesses_is_not_why_an_actor_died() -> None:
+    detail = "Worker exit detail: End of file. Some common causes include: (1) it was killed due to high memory usage."
+    assert _describe_end(RayError(f"The actor died.\n {detail}")) == "process on the cluster ended: End of file."
+    assert "is there enough memory?" in _describe_end(RayError("Worker exit detail: Out of memory."))
 
 
 def test_policies_share_gpus_by_fractions() -> None:

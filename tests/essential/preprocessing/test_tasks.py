@@ -129,6 +129,19 @@ def test_progress_is_plain_lines_without_a_terminal(monkeypatch, tmp_path: Path,
     assert all(line.endswith(" s") and "ETA" in line for line in lines)
 
 
+def test_a_cluster_is_joined_with_the_token_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "restored at the end")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for found in (None, "token"):
+        with pytest.raises(ValueError, match=r"If it asks for a token"), ray_cluster(None, "127.0.0.1:1"):
+            pass
+        assert os.environ.get("RAY_AUTH_MODE") == found
+        (tmp_path / ".ray").mkdir(exist_ok=True)
+        (tmp_path / ".ray/auth_token").write_text("secret", encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
