@@ -410,7 +410,9 @@ def find_lack_of_memory(params: TrainExperimentParams, world_size: int, memory: 
         # how many they are is known when the model is made
         trained, frozen = 0, trained + frozen
     width = {"pure_bf16": 2, "fp64": 8}.get(params.hparams.precision, 4)
-    needed = width * (trained * (4 + params.ema.enabled) + frozen) // (world_size if distributed.fsdp else 1)
+    # Muon has one moment of most weights
+    copies = (3 if params.hparams.optimizer == "muon" else 4) + params.ema.enabled
+    needed = width * (trained * copies + frozen) // (world_size if distributed.fsdp else 1)
     rows, model = params.hparams.per_gpu_batch_size, params.model
     kept = 0
     if isinstance(params.data, TextDataParams) and isinstance(model, TransformerParams):

@@ -65,8 +65,8 @@ class HyperParams(BaseParams):
     lr_cooldown_end: _Rate = 0.0
     # lower bound of the cosine schedule
     force_min_lr: _Rate = 0.0
-    # optimizer
-    optimizer: Literal["adamw"] = "adamw"
+    # adamw; muon: Muon for matrices in blocks, at AdamW's learning rate and weight decay, and AdamW for all else
+    optimizer: Literal["adamw", "muon"] = "adamw"
     # decoupled weight decay, on matrices only
     wd: _Rate = 0.01
     # AdamW beta 1
@@ -75,6 +75,8 @@ class HyperParams(BaseParams):
     beta2: _Beta = 0.95
     # AdamW epsilon
     eps: Epsilon = 1e-8
+    # share of Muon's momentum that stays after a step
+    muon_momentum: _Beta = 0.95
     # weight of mean(logsumexp(logits)^2) in a language model's loss
     z_loss_coefficient: _Rate = 0.0
     # largest global gradient norm; null: not clipped

@@ -228,6 +228,7 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
             "Use --model.resume_weights_only true."
         )
     read_weights(step_folder / MODEL_WEIGHTS_NAME, model_tensors(state))
+    _check_optimizer(step_folder, state, saved["optimizer"])
     _load_moments(step_folder / TRAINING_STATE_FOLDER, state, saved["optimizer"]["steps"])
     state.step = saved["step"]
     for name, value in saved["counters"].items():
@@ -273,7 +274,7 @@ def _read_scalars(state: TrainState) -> dict[str, Any]:
     groups = [
         {
             "names": [names[parameter] for parameter in group["params"]],
-            **{key: group[key] for key in ("weight_decay", "betas", "eps")},
+            **{key: group[key] for key in ("weight_decay", "betas", "eps", "is_muon")},
         }
         for group in state.optimizer.param_groups
     ]
@@ -303,6 +304,7 @@ def _moment_tensors(state: TrainState) -> dict[str, Tensor]:
         f"{moment}.{names[parameter]}": values[moment]
         for parameter, values in _optimizer_states(state).items()
         for moment in _MOMENTS
+        if moment in values
     }
     # the storage cannot slice scalars
     return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
@@ -320,17 +322,35 @@ def _write_moments(folder: Path, state: TrainState) -> None:
         state_dict_saver.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
+def _muon_parameters(state: TrainState) -> set[nn.Parameter]:
+    return {parameter for group in state.optimizer.param_groups if group["is_muon"] for parameter in group["params"]}
+
+
+def _check_optimizer(step_folder: Path, state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Check that the same weights are Muon's as when moments were saved, of those that have some."""
+    before = {name for group in saved["groups"] if group.get("is_muon") for name in group["names"]}
+    muon = _muon_parameters(state)
+    for name in saved["steps"].keys() & state.parameters.keys():
+        if (name in before) != (state.parameters[name] in muon):
+            raise ValueError(
+                f"{step_folder} was trained with {'muon' if before else 'adamw'}, which hparams.optimizer must be to "
+                "resume it. Set it so, or use --model.resume_weights_only true."
+            )
+
+
 def _load_moments(folder: Path, state: TrainState, steps: Mapping[str, int]) -> None:
     unknown = sorted(steps.keys() - state.parameters.keys())
     if unknown:
         raise ValueError(
             f"{folder} holds moments of {unknown[0]}, which this model lacks. Use --model.resume_weights_only true."
         )
+    muon = _muon_parameters(state)
     for name, step in steps.items():
         parameter = state.parameters[name]
+        moments = _MOMENTS[:1] if parameter in muon else _MOMENTS
         state.optimizer.state[parameter] = {
             "step": torch.tensor(float(step), dtype=torch.float32, device=local_shard(parameter).device),
-            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS},
+            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
         }
     if steps:
         with _quiet():

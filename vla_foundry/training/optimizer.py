@@ -1,4 +1,4 @@
-"""AdamW with selective weight decay, gradient norm and clipping, and an update that can be skipped on the device."""
+"""AdamW or Muon with selective weight decay, gradient clipping, and an update that can be skipped on the device."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.registry import unknown_name_message
+from vla_foundry.training.muon import MuonAdamW, is_for_muon
 
 # modules whose `weight` maps features to features and therefore decays
 _MATRIX_MODULES = (
@@ -33,7 +34,7 @@ _NOT_MATRICES = re.compile(
 def create_optimizer(
     model: nn.Module, params: HyperParams, lr: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.AdamW:
-    """Create fused AdamW over the trainable parameters, with weight decay on matrices only.
+    """Create fused AdamW over the trainable parameters, with weight decay on matrices only; or Muon beside it.
 
     Args:
         model: after it was sharded.
@@ -41,34 +42,46 @@ def create_optimizer(
         parameters: the model's, by the names that `hparams.lr_multipliers` uses.
 
     Raises:
-        ValueError: nothing is trainable, a multiplier names no part of the model, or a group has frozen weights only.
+        ValueError: nothing is trainable, a multiplier names no part of the model, a group has frozen weights only, or
+            there is nothing that Muon would train.
     """
     decayed = decayed_parameters(model)
     own = _find_groups(params, parameters)
     multipliers = _find_multipliers(params.lr_multipliers, parameters)
     multipliers |= {name: group.lr / params.lr for name, group in own.items() if group.lr is not None}
-    groups: dict[tuple[float, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             wd = own[name].wd if name in own else None
             decay = (params.wd if wd is None else wd) if parameter in decayed else 0.0
+            is_muon = params.optimizer == "muon" and parameter in decayed and is_for_muon(name, parameter)
             # one kernel cannot take sharded and whole tensors together
-            groups.setdefault((decay, isinstance(parameter, DTensor), multipliers[name]), []).append(parameter)
+            key = (decay, isinstance(parameter, DTensor), multipliers[name], is_muon)
+            groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError(
             "No weight of the model is trainable. Set freeze to false in at least one part of model, or in one of "
             "hparams.parameter_groups."
         )
+    if params.optimizer == "muon" and not any(is_muon for *_, is_muon in groups):
+        raise ValueError("hparams.optimizer muon: no matrix in a block of the model is trainable. Use adamw.")
     rates = {multiplier: lr if multiplier == 1.0 else torch.zeros_like(lr) for multiplier in multipliers.values()}
-    return torch.optim.AdamW(
+    full = {"fp32": torch.float32, "fp64": torch.float64}
+    return {"adamw": torch.optim.AdamW, "muon": MuonAdamW}[params.optimizer](
         [
             {
                 "params": members,
                 "weight_decay": decay,
                 "lr": rates[multiplier],
                 "lr_multiplier": multiplier,
+                "is_muon": is_muon,
+                **(
+                    {"momentum": params.muon_momentum, "dtype": full.get(params.precision, torch.bfloat16)}
+                    if is_muon
+                    else {}
+                ),
             }
-            for (decay, _, multiplier), members in groups.items()
+            for (decay, _, multiplier, is_muon), members in groups.items()
         ],
         lr=lr,
         betas=(params.beta1, params.beta2),
@@ -165,7 +178,7 @@ def describe_groups(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Pa
     names = {parameter: name for name, parameter in parameters.items()}
     rows: dict[str, list[str]] = {}
     for group in optimizer.param_groups:
-        key = f"weight decay {group['weight_decay']:g}, lr {lr * group['lr_multiplier']:g}"
+        key = f"{'Muon, ' * group['is_muon']}weight decay {group['weight_decay']:g}, lr {lr * group['lr_multiplier']:g}"
         rows.setdefault(key, []).extend(names[parameter] for parameter in group["params"])
     if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
         rows["frozen"] = frozen

@@ -37,6 +37,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "fsdp, offloaded": {"distributed__fsdp": True, "distributed__fsdp_cpu_offload": True},
     "ddp, single precision": {"hparams__precision": "fp32"},
     "fsdp, single precision": {"distributed__fsdp": True, "hparams__precision": "fp32"},
+    "ddp, muon": {"hparams__optimizer": "muon"},
+    "fsdp, muon": {"distributed__fsdp": True, "hparams__optimizer": "muon"},
+    "fsdp, muon, offloaded, a spoiled microbatch of one rank": {
+        "distributed__fsdp": True,
+        "distributed__fsdp_cpu_offload": True,
+        "hparams__optimizer": "muon",
+        "spoiled": [16 * 4 + 2],
+    },
     "ddp, a spoiled microbatch of one rank": {"spoiled": [16 * 4 + 2]},
     "fsdp, a spoiled microbatch of one rank": {"distributed__fsdp": True, "spoiled": [16 * 4 + 2]},
 }
@@ -52,7 +60,11 @@ def alone(tiny, folder: Path) -> dict[str, Any]:
     """Each scenario on one process without wrappers."""
     results: dict[str, Any] = {}
     for name, changes in SCENARIOS.items():
-        kept = {key: value for key, value in changes.items() if key in ("spoiled", "hparams__precision")}
+        kept = {
+            key: value
+            for key, value in changes.items()
+            if key in ("spoiled", "hparams__precision", "hparams__optimizer")
+        }
         same = next((other for other in results if results[other]["changes"] == kept), None)
         if same is None:
             results[name] = tiny.run_scenario({"save_path": str(folder), "name": f"alone {name}", **kept}, World())
@@ -71,6 +83,10 @@ def together(alone: dict[str, Any], run_on_two_ranks, folder: Path) -> list[dict
         "name": "from one process",
         "distributed__fsdp": True,
         "start": str(folder / "alone ddp" / "checkpoints" / "step_00000010"),
+    }
+    scenarios["fsdp, muon, from one process"] = scenarios["fsdp, muon"] | {
+        "name": "muon from one process",
+        "start": str(folder / "alone ddp, muon" / "checkpoints" / "step_00000010"),
     }
     # a position of rank 1 in the sixth step
     scenarios["stopped"] = {"save_path": str(folder), "name": "stopped", "stop_at": 5 * 16 + 2}
@@ -119,6 +135,9 @@ def test_a_checkpoint_of_sharded_ranks_goes_on_in_one_process_and_back(tiny, alo
     result = tiny.run_scenario({"save_path": str(folder), "name": "from two ranks", "start": str(sharded)}, World())
     assert_close(result, alone["ddp"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, from one process"], alone["ddp"], 1e-9, first_step=11)
+    assert_close(together[0]["fsdp, muon, from one process"], alone["ddp, muon"], 1e-9, first_step=11)
+    with pytest.raises(ValueError, match=r"was trained with adamw, which hparams\.optimizer must be to resume it"):
+        tiny.run_scenario({"save_path": str(folder), "start": str(sharded), "hparams__optimizer": "muon"}, World())
 
 
 def test_a_spoiled_microbatch_skips_the_update_on_every_rank(together) -> None:

@@ -235,7 +235,9 @@ def read_result(run: Run) -> dict[str, Any]:
         "weights": {name: gather(value).clone() for name, value in state.parameters.items()},
         "averages": {name: gather(shard_like(v, state.parameters[name])).clone() for name, v in averages.items()},
         "moments": {
-            name: gather(state.optimizer.state[value]["exp_avg_sq"]).clone() for name, value in state.parameters.items()
+            f"{name} {moment}": gather(tensor).clone()
+            for name, value in state.parameters.items()
+            for moment, tensor in state.optimizer.state[value].items()
         },
         "counters": {name: int(value) for name, value in vars(state.counters).items()},
     }
