@@ -66,9 +66,10 @@ def test_matrices_in_blocks_move_as_by_torch_and_the_rest_as_by_adamw() -> None:
     torch.testing.assert_close(weight, expected, rtol=0, atol=4e-4)
     moved = {name for name, value in state.parameters.items() if not torch.equal(value, plain.parameters[name])}
     assert moved == {"blocks.0.0.weight", "blocks.1.0.weight"}
-    assert describe_groups(state.optimizer, state.parameters, 0.01)[1:3] == [
-        "Muon, weight decay 0.1, lr 0.01: 2 tensors, 48 weights (blocks.*.0.weight)",
-        "weight decay 0, lr 0.01: 5 tensors, 30 weights (blocks.*.0.bias, blocks.*.1.bias, head.bias)",
+    assert describe_groups(state.optimizer, state.parameters, 0.01) == [
+        "weight decay 0, lr 0.01: 6 tensors, 90 weights (embedding.weight, blocks.*.*.bias, head.bias)",
+        "Muon, weight decay 0.1, lr 0.01: 2 tensors, 48 weights (blocks.*.*.weight)",
+        "weight decay 0.1, lr 0.01: 3 tensors, 108 weights (blocks.*.*.weight, head.weight)",
     ]
 
 
