@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -155,6 +156,8 @@ def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams,
         "offload_policy": offload if params.fsdp_cpu_offload else OffloadPolicy(),
         "ignored_params": scalars,
     }
+    # blocks return views (keys and values to read again), which nothing changes in place
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
