@@ -112,7 +112,12 @@ class MixtureLoader:
         Raises:
             ValueError: the sample order changed; the message says why.
         """
+        if "mixture" not in saved_description:
+            raise single.changed_order(["data.type was not mixture"])
         changes = single.list_changes(saved_description, self.describe(), _NAMES)
+        before, now = list(saved_description["mixture"]), list(self.loaders)
+        if not changes and before != now:  # it settles which of two datasets comes first
+            changes = [f"data.datasets were in the order {', '.join(before)}, are in the order {', '.join(now)}"]
         if changes:
             raise single.changed_order(changes)
         for name, loader in self.loaders.items():

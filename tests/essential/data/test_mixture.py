@@ -178,9 +178,15 @@ def test_another_mixture_is_another_order(params: MixtureDataParams) -> None:
             replace(params, datasets=dict(params.datasets) | {"text": text}),
             r"^data\.datasets\.text: .*shuffle_buffer_size was",
         ),
+        (
+            replace(params, datasets=dict(reversed(params.datasets.items()))),
+            "were in the order robots, captions, text, are in the order text, captions, robots",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             describe(changed).check_plan(saved)
+    with pytest.raises(ValueError, match=r"data\.type was not mixture"):
+        describe(params).check_plan(saved["mixture"]["text"])
 
 
 def test_blocks_that_ranks_cannot_share_are_refused(params: MixtureDataParams) -> None:

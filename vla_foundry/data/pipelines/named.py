@@ -128,6 +128,11 @@ class UserStage(ABC):
             made = self.run(sample)
             if made is None or isinstance(made, Mapping):
                 made = [] if made is None else [made]
+            elif isinstance(made, str | bytes) or not isinstance(made, Iterable):
+                raise TypeError(
+                    f"it returned {type(made).__name__}, not a sample (a dictionary), a list or generator of samples, "
+                    f"or None{'. wds.select takes a condition' * isinstance(made, bool)}"
+                )
             made = list(made)
         if len(made) > self.samples:
             raise Dropped(

@@ -249,6 +249,15 @@ def test_wrong_stages_are_one_line(plugin: str, changes: dict[str, Any], message
 
 
 @pytest.mark.parametrize(
+    ("made", "message"),
+    [(True, "returned bool.*wds.select takes a condition"), (5, "returned int, not"), ("text", "returned str, not")],
+)
+def test_what_is_no_sample_is_named(made: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FunctionStage("x", lambda _: made, samples=9)({"__seed__": 1, "__position__": 0})
+
+
+@pytest.mark.parametrize(
     "stage",
     [
         wds.shuffle(10),
