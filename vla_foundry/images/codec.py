@@ -165,7 +165,8 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if size[0] * size[1] <= max_pixels:
             picture.load()
     except _PILLOW_ERRORS as error:
-        raise _broken(kind, data, " ".join(str(error).split()) or type(error).__name__) from None
+        text = re.sub(r" <\S+ object at \w+>", "", str(error))
+        raise _broken(kind, data, " ".join(text.split()) or type(error).__name__) from None
     check_size(size, max_pixels=max_pixels)
     return picture
 

@@ -218,7 +218,7 @@ def test_the_first_picture_of_an_animation_is_taken() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.98])
 def test_a_file_cut_short_is_refused(jpeg_decoder: str, kind: str, share: float) -> None:
     data = save(Image.fromarray(PICTURE), kind)
-    with pytest.raises(ValueError, match=f"^{kind} of .* bytes is broken: [^\n]+$"):
+    with pytest.raises(ValueError, match=f"^{kind} of .* bytes is broken: [^\n<]+$"):
         decode_image(data[: int(len(data) * share)])
 
 
@@ -235,7 +235,7 @@ def test_other_kinds_decode_to_the_pixels_of_pillow(kind: str) -> None:
     data = save(Image.fromarray(PICTURE), kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(image_to_array(decode_image(data)), expected)
-    with pytest.raises(ValueError, match=f"^{kind} of .* bytes is broken: [^\n]+$"):
+    with pytest.raises(ValueError, match=f"^{kind} of .* bytes is broken: [^\n<]+$"):
         decode_image(data[: len(data) // 2])
 
 

@@ -179,7 +179,13 @@ class MixtureDataParams(DataParams):
                 f"total_val_samples ({root.total_val_samples}) needs data. Give --{path}.datasets.NAME."
                 "val_dataset_manifest FOLDER/manifest.jsonl, or --total_val_samples null."
             )
-        return self._check_merged(facts, path)
+        samples = root.total_train_samples
+        rare = [
+            f"{path}.weights.{name} gives {name} less than one block of {block} samples in this run, perhaps none."
+            for name, share in self.shares().items()
+            if block is not None and samples is not None and share * samples < block
+        ]
+        return rare + self._check_merged(facts, path)
 
     def merge_robots(self, robots: dict[str, RoboticsDataParams]) -> dict[str, RoboticsDataParams]:
         """Return the robots, each of which knows its own statistics and steps, normalized by the statistics of all.

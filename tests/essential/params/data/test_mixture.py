@@ -68,6 +68,14 @@ def test_what_does_not_fit_is_one_line(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_a_dataset_that_the_run_hardly_reaches_is_named() -> None:
+    data = replace(DATA, modality_block=8)
+    assert replace(data, weights={"web": 39.0, "books": 1.0}).check(PARAMS, FACTS, "data") == []
+    assert replace(data, weights={"web": 40.0, "books": 1.0}).check(PARAMS, FACTS, "data") == [
+        "data.weights.books gives books less than one block of 8 samples in this run, perhaps none."
+    ]
+
+
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(MissingError, match=r"^data\.datasets is empty"):
         resolve(replace(PARAMS, data=MixtureDataParams()), Facts())
