@@ -40,6 +40,7 @@ _COMMANDS = {
         "vla_foundry.importing.command:main",
         "convert a run of the earlier implementation",
     ),
+    "merge": ("vla_foundry.importing.merge:main", "merge a run's adapters (LoRA) into whole weights"),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

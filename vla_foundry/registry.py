@@ -4,7 +4,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -109,3 +109,9 @@ def import_lazily(package: str, modules: dict[str, str]) -> tuple[Callable[[str]
 
     # notebooks complete from this list
     return get_attribute, lambda: sorted(vars(sys.modules[package]).keys() | modules.keys())
+
+
+def summarize_names(names: Iterable[str], limit: int = 5) -> str:
+    """Join names, with layer numbers as `*` and at most `limit` different ones."""
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    return ", ".join(patterns[:limit]) + (f" and {len(patterns) - limit} more" if len(patterns) > limit else "")

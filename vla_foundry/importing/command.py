@@ -6,6 +6,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,22 +43,37 @@ def import_checkpoint(params: ImportParams) -> list[str]:
     """
     from vla_foundry.importing.source import read_source
 
-    output = Path(params.output)
-    if output.exists():
-        raise ValueError(f"output {output} exists. Choose another name, or delete it.")
-    params = dataclasses.replace(params, output=str(output.absolute()))
+    output = check_output(params.output)
+    params = dataclasses.replace(params, output=str(output))
     source = read_source(params.source, params.checkpoint)
+    with create_aside(output) as aside, tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
+        return _write_run(params, source, aside, Path(scratch))
+
+
+def check_output(name: str) -> Path:
+    """Return the absolute path of a run folder to create.
+
+    Raises:
+        ValueError: it exists.
+    """
+    output = Path(name).absolute()
+    if output.exists():
+        raise ValueError(f"output {name} exists. Choose another name, or delete it.")
+    return output
+
+
+@contextmanager
+def create_aside(output: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `output` if all goes well, else it is deleted."""
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".importing_{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        with tempfile.TemporaryDirectory(prefix="vla_foundry_import_") as scratch:
-            lines = _write_run(params, source, aside, Path(scratch))
+        yield aside
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return lines
 
 
 def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Path) -> list[str]:
@@ -64,7 +81,7 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
     from vla_foundry.config.loading import dump_params
     from vla_foundry.importing.configs import translate
     from vla_foundry.importing.files import write_data_files
-    from vla_foundry.importing.weights import describe_left_out, read_weights_facts, write_step_folder
+    from vla_foundry.importing.weights import describe_left_out, read_weights_facts, write_imported
 
     local = [None if name is None else _fetch(name, scratch) for name in (source.weights, source.ema)]
     assert local[0] is not None
@@ -76,7 +93,7 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
         (folder / CONFIG_NAME).write_text(dump_params(experiment), encoding="utf-8")
     for name in _KEPT_NAMES:
         _keep(join_uri(source.folder, name), folder / _KEPT_FOLDER / name)
-    count = write_step_folder(folder, config.model, stored)
+    count = write_imported(folder, config.model, stored)
     lines = [*config.lines, *data_lines, *describe_left_out(stored, config.model)]
     lines.append(
         f"{name_of(source.weights)}: {count:,} numbers of a {config.model.type} in {step_folder_name(stored.step)}"

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vla_foundry.models import create_model
 from vla_foundry.models.policy import LEFT_OUT
@@ -80,8 +82,8 @@ def describe_left_out(stored: StoredWeights, params: ModelParams) -> list[str]:
     ]
 
 
-def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeights) -> int:
-    """Write the weights, any averaged weights and the model's files as a complete checkpoint.
+def write_imported(run_folder: Path, params: ModelParams, stored: StoredWeights) -> int:
+    """Write the weights, any averaged weights and the model's files.
 
     Every tensor in the file either goes into the model or is reported by `describe_left_out`.
 
@@ -92,19 +94,28 @@ def write_step_folder(run_folder: Path, params: ModelParams, stored: StoredWeigh
         ValueError: names or shapes differ from the model's.
     """
     model: Any = create_model(params, load_pretrained=False)
-    folder = run_folder / CHECKPOINTS_FOLDER / step_folder_name(stored.step)
+
+    def load_each() -> Iterator[tuple[str, nn.Module]]:
+        for name, path in ((MODEL_WEIGHTS_NAME, stored.path), (EMA_WEIGHTS_NAME, stored.ema_path)):
+            if path is not None:
+                load_model_checkpoint(model, path)
+                yield name, model
+
+    write_step_folder(run_folder, stored.step, load_each())
+    save_model_files(model, run_folder / MODEL_FILES_FOLDER)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_step_folder(run_folder: Path, step: int, models: Iterable[tuple[str, nn.Module]]) -> None:
+    """Write a complete checkpoint of weights alone: the weights of each model to the file of its name."""
+    folder = run_folder / CHECKPOINTS_FOLDER / step_folder_name(step)
     folder.mkdir(parents=True)
     files: dict[str, tuple[int, str]] = {}
-    for name, path in ((MODEL_WEIGHTS_NAME, stored.path), (EMA_WEIGHTS_NAME, stored.ema_path)):
-        if path is not None:
-            load_model_checkpoint(model, path)
-            tensors = {**dict(model.named_parameters()), **named_persistent_buffers(model)}
-            files[name] = write_weights(folder / name, tensors, is_main=True)
+    for name, model in models:
+        tensors = {**dict(model.named_parameters()), **named_persistent_buffers(model)}
+        files[name] = write_weights(folder / name, tensors, is_main=True)
     with (folder / COMPLETE_NAME).open("w", encoding="utf-8") as file:
         file.write(json.dumps(files, indent=1))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(str(folder))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    save_model_files(model, run_folder / MODEL_FILES_FOLDER)
-    return count

@@ -3,9 +3,15 @@
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from vla_foundry.params.models.policy import with_model_files
+from vla_foundry.params.models.policy import list_starts, with_model_files
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.run_folder import MODEL_CONFIG_NAME, MODEL_FILES_FOLDER, PROCESSOR_FOLDER, run_folder_candidates
+from vla_foundry.run_folder import (
+    CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    MODEL_FILES_FOLDER,
+    PROCESSOR_FOLDER,
+    run_folder_candidates,
+)
 from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files
 
 if TYPE_CHECKING:
@@ -54,7 +60,7 @@ def choose_device(name: str) -> "torch.device":
 def load_run_model(
     params: ModelParams, run_folder: str, checkpoint: str, use_ema: bool | None, device: "torch.device"
 ) -> "nn.Module":
-    """Load a run's model for inference.
+    """Load a run's model for inference; adapters (LoRA) are merged into the weights they adapt.
 
     Args:
         params: the params of the run's model.
@@ -64,13 +70,25 @@ def load_run_model(
         device: device to put the model on.
 
     Raises:
+        FileNotFoundError: the weights that adapters belong to are missing.
         ValueError: the weights do not match the model.
     """
     from vla_foundry.models import create_model
-    from vla_foundry.models.weights import has_ema, load_model_checkpoint
+    from vla_foundry.models.layers import merge_adapters
+    from vla_foundry.models.weights import describe_base, has_ema, load_model_checkpoint
 
-    model = create_model(with_run_files(params, run_folder), load_pretrained=False)
-    load_model_checkpoint(model, checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
+    try:
+        model = create_model(with_run_files(params, run_folder), load_pretrained=params.lora is not None)
+    except (FileNotFoundError, ValueError) as error:
+        if params.lora is None:
+            raise
+        raise type(error)(
+            f"{checkpoint} holds adapters (LoRA) of {', '.join(list_starts(params))}: {error} Put it back, or name "
+            f"where it is now in {run_folder}/{MODEL_CONFIG_NAME} and {CONFIG_NAME}."
+        ) from None
+    use_ema = has_ema(checkpoint) if use_ema is None else use_ema
+    load_model_checkpoint(model, checkpoint, use_ema=use_ema, base=describe_base(model, params))
+    merge_adapters(model)
     return model.to(device).eval()
 
 

@@ -1,6 +1,8 @@
-"""The block of the native transformer and its parts: norms, feed-forward, rotary positions, attention."""
+"""The block of the native transformer and its parts (norms, feed-forward, rotary positions, attention), and LoRA."""
 
+from collections import Counter
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.models.attention import CacheStep, LayerCache, Segments, attend, attend_cached
+from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.registry import summarize_names
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
@@ -308,3 +312,94 @@ def create_rotary(params: TransformerParams) -> RotaryTables | None:
         bf16_frequencies=params.rope_bf16_frequencies,
         rotate_in_float32=params.positional_embedding_type == "rotary_float32",
     )
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter of low rank: W x + b + (alpha / rank) B A x (Hu et al. 2021, section 4.1).
+
+    B is zero at first, so that the layer computes what it did before. `weight` and `bias` keep their names.
+    """
+
+    def __init__(self, linear: nn.Linear, params: LoRAParams) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        like: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_a = nn.Linear(self.in_features, params.rank, **like)
+        self.lora_b = nn.Linear(params.rank, self.out_features, **like)
+        nn.init.zeros_(self.lora_b.weight)
+        self.scale, self.dropout = params.alpha / params.rank, params.dropout
+
+    def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape E"]:
+        """Apply the layer and its adapter."""
+        adapted = self.lora_b(self.lora_a(F.dropout(input, self.dropout, self.training)))
+        return super().forward(input) + self.scale * adapted
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """Return the linear layer that computes the same."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        update = self.lora_b.weight.double() @ self.lora_a.weight.double()
+        linear.weight = nn.Parameter((self.weight.double() + self.scale * update).to(self.weight))
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+
+def add_adapters(model: nn.Module, params: LoRAParams) -> None:
+    """Put adapters beside the linear layers that match; all else is frozen, except what `params.train` matches.
+
+    Raises:
+        ValueError: a pattern matches nothing, or what cannot be adapted or trained.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    targets = _match("targets", params.targets, linears, "linear layer")
+    weights = dict(model.named_parameters())
+    trained = _match("train", params.train, weights, "weight")
+    frozen = [name for name in trained if not weights[name].requires_grad]
+    if frozen:
+        raise ValueError(f"model.lora.train matches {frozen[0]}, which is frozen. Remove freeze, or the pattern.")
+    whole = [name for name in targets if f"{name}.weight" in trained]
+    if whole:
+        raise ValueError(f"model.lora.train and model.lora.targets both match {whole[0]}. Choose one of them for it.")
+    shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    heads = {id(_output_head(part)) for part in model.modules()}
+    for name in targets:
+        if id(linears[name]) in heads or shared[id(linears[name].weight)] > 1:
+            raise ValueError(
+                f"model.lora.targets matches {name}, an output head or a layer that shares its weight, which takes no "
+                "adapter. Leave it out, or train it whole by model.lora.train."
+            )
+    model.requires_grad_(False)
+    adapted: dict[nn.Module, nn.Module] = {linears[name]: LoRALinear(linears[name], params) for name in targets}
+    _replace_modules(model, adapted)
+    for name in trained:
+        weights[name].requires_grad_(True)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add each adapter to the weight beside it, so that plain linear layers compute the same."""
+    _replace_modules(model, {part: part.merged() for part in model.modules() if isinstance(part, LoRALinear)})
+
+
+def _replace_modules(model: nn.Module, changed: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in changed:
+                parent.register_module(name, changed[child].train(child.training))
+
+
+def _output_head(part: Any) -> nn.Module | None:
+    """Return the head that maps to tokens: the loss takes its weight, and passes by its forward."""
+    if callable(getattr(part, "get_output_embeddings", None)):
+        return part.get_output_embeddings()
+    return getattr(part, "output", None) if hasattr(part, "embeddings") else None
+
+
+def _match(key: str, patterns: list[str], names: dict[str, Any], what: str) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"model.lora.{key}: '{pattern}' matches no {what}. Names are such as {summarize_names(names, 8)}."
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

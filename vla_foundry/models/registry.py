@@ -42,7 +42,7 @@ def register_model(name: str) -> "Callable[[Callable[..., nn.Module]], Callable[
     """Register a factory `(params, load_pretrained=True) -> nn.Module` as the model called `name`.
 
     The factory builds the module and, if `load_pretrained`, loads any published weights that its params name.
-    `create_model` handles `resume_from_checkpoint` and `freeze`.
+    `create_model` handles `resume_from_checkpoint`, `freeze` and `lora`.
     """
     return MODELS.register(name)
 
@@ -75,6 +75,10 @@ def create_model(params: "ModelParams", load_pretrained: bool = True) -> "nn.Mod
         load_model_checkpoint(model, checkpoint)
     if params.freeze:
         model.requires_grad_(False)
+    if params.lora is not None:
+        from vla_foundry.models.layers import add_adapters
+
+        add_adapters(model, params.lora)
     return model
 
 

@@ -1,5 +1,7 @@
 """Load weights into a model from step folders, .safetensors files, and .pt files of earlier code."""
 
+import hashlib
+import json
 import pickle
 import re
 import tempfile
@@ -13,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vla_foundry.params.models.policy import list_starts
+from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -29,9 +33,70 @@ _COMPUTED = re.compile(r"(^|\.)inv_freq$")
 _EARLIER_CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
 _STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
 _NUM_NAMED = 3
+# key of a .safetensors file's metadata: the hash of the base that its adapters belong to
+BASE_KEY = "base_sha256"
 
 
-def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = False) -> None:
+class Base(NamedTuple):
+    """The weights that adapters (LoRA) leave as they are; a checkpoint holds all others, and this hash."""
+
+    # SHA-256 of names, shapes and values
+    digest: str
+    names: frozenset[str]
+    # where they come from, for messages
+    source: str
+
+
+def digest_frozen(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of each frozen weight, its type and shape included."""
+    digests = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            content = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
+            content.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digests[name] = content.hexdigest()
+    return digests
+
+
+def describe_base(model: nn.Module, params: ModelParams) -> Base | None:
+    """Describe the base of a model as `create_model` returns it, with its weights loaded; None without adapters."""
+    if params.lora is None:
+        return None
+    digests = digest_frozen(model)
+    digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return Base(digest, frozenset(digests), ", ".join(list_starts(params)) or "new weights")
+
+
+def check_base(path: str | Path, found: str | None, base: Base | None) -> None:
+    """Check that a file of weights holds all weights, or else what belongs to `base`.
+
+    Args:
+        found: the hash of the base that the file names.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    if found == (None if base is None else base.digest):
+        return
+    if base is None:
+        raise ValueError(
+            f"{path} holds adapters (LoRA), not all weights, so no other model can start from it. Merge them first: "
+            "vla-foundry merge --checkpoint RUN --output NEW_RUN."
+        )
+    if found is None:
+        raise ValueError(
+            f"{path} holds all weights, not adapters (LoRA). To adapt them, start a new run from it with "
+            "--model.resume_weights_only true."
+        )
+    raise ValueError(
+        f"{path} holds adapters (LoRA) of weights with SHA-256 {found[:16]}, but those of {base.source} have "
+        f"{base.digest[:16]}. Put back the weights it was trained on; if a run of theirs went on, name its step folder."
+    )
+
+
+def load_model_checkpoint(
+    model: nn.Module, path: str | Path, *, use_ema: bool = False, base: Base | None = None
+) -> None:
     """Load all weights of a checkpoint into `model`, in place; every name and shape must fit.
 
     Values are converted to the model's dtypes. For tied names, the file needs to hold only one of them. A model that
@@ -41,14 +106,27 @@ def load_model_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool =
         path: a run folder (its newest complete checkpoint), a step folder, a .safetensors or a .pt file; local, s3://
             or hf://.
         use_ema: load the averaged weights, if `path` is a folder.
+        base: the weights of the model that the checkpoint leaves out.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: it cannot be read, or its names and shapes differ from the model's.
     """
-    with open_checkpoint(path, use_ema=use_ema) as entries:
+    with open_checkpoint(path, use_ema=use_ema, base=base) as entries:
+        if base is not None:
+            _load(model, entries, str(path), but=base.names)
+            _round_base(model, base, next(iter(entries.values())).read().dtype)
+            return
         translate: Any = getattr(model, "translate_weights", None)
         _load(model, entries if translate is None else translate(entries), str(path))
+
+
+@torch.no_grad()
+def _round_base(model: nn.Module, base: Base, dtype: torch.dtype) -> None:
+    """Round a base to the precision that its adapters were trained with; pure_bf16 rounds all weights."""
+    for name, weight in model.named_parameters():
+        if name in base.names and torch.promote_types(weight.dtype, dtype) != dtype:
+            weight.copy_(weight.to(dtype))
 
 
 def load_part_checkpoint(
@@ -142,21 +220,20 @@ def has_ema(path: str | Path) -> bool:
 
 
 @contextmanager
-def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapping[str, "Entry"]]:
-    """Open a checkpoint to read it tensor by tensor; see `load_model_checkpoint` for `path`.
+def open_checkpoint(
+    path: str | Path, *, use_ema: bool = False, base: Base | None = None
+) -> Iterator[Mapping[str, "Entry"]]:
+    """Open a checkpoint to read it tensor by tensor; see `load_model_checkpoint`.
 
     Yields:
         name -> entry; names are those of the unwrapped model.
     """
     with tempfile.TemporaryDirectory(prefix="vla_foundry_weights_") as folder:
-        location = str(path)
-        if is_remote(location):
-            source = location if _is_file_name(location) else _find_remote_weights(location, use_ema)
+        source = locate_weights(str(path), use_ema=use_ema)
+        local = Path(source)
+        if is_remote(source):
             local = Path(folder) / name_of(source)
             download(source, str(local))
-        else:
-            local = Path(location)
-            local = local if _is_file_name(local.name) else find_weights_file(local, use_ema=use_ema)
         if not local.is_file():
             raise FileNotFoundError(f"Checkpoint {path} does not exist.")
         if local.suffix != ".safetensors":
@@ -167,8 +244,18 @@ def open_checkpoint(path: str | Path, *, use_ema: bool = False) -> Iterator[Mapp
         except SafetensorError as error:
             raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
         with file:
+            check_base(path, (file.metadata() or {}).get(BASE_KEY), base)
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             yield _clean_names({name: Entry(shape, partial(file.get_tensor, name)) for name, shape in shapes.items()})
+
+
+def locate_weights(location: str, *, use_ema: bool = False) -> str:
+    """Return the file of weights that a run folder, step folder or file stands for."""
+    if _is_file_name(location):
+        return location
+    if is_remote(location):
+        return _find_remote_weights(location, use_ema)
+    return str(find_weights_file(location, use_ema=use_ema))
 
 
 class Entry(NamedTuple):
@@ -231,11 +318,12 @@ def strip_wrapper_names(stored: Iterable[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _load(model: nn.Module, entries: Mapping[str, Entry], source: str) -> None:
+def _load(model: nn.Module, entries: Mapping[str, Entry], source: str, *, but: Collection[str] = frozenset()) -> None:
+    """Copy entries into a model; all of its tensors must be there but those named by `but`."""
     tensors = model.state_dict(keep_vars=True)
     tied = find_tied_names(model)
     given = {tied.get(name, name) for name in entries}
-    missing = sorted(name for name in tensors if tied.get(name, name) not in given)
+    missing = sorted(name for name in tensors if tied.get(name, name) not in given and tied.get(name, name) not in but)
     unexpected = sorted(name for name in entries if name not in tensors)
     shapes = [
         f"{name} {list(entry.shape)}, in the model {list(tensors[name].shape)}"

@@ -406,7 +406,7 @@ def find_lack_of_memory(params: TrainExperimentParams, world_size: int, memory: 
     if memory is None or (distributed.fsdp and distributed.fsdp_cpu_offload):
         return None
     trained, frozen = count_weights(params.model)
-    if any(group.freeze for group in params.hparams.parameter_groups.values()):
+    if params.model.lora is not None or any(group.freeze for group in params.hparams.parameter_groups.values()):
         # how many they are is known when the model is made
         trained, frozen = 0, trained + frozen
     width = {"pure_bf16": 2, "fp64": 8}.get(params.hparams.precision, 4)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vla_foundry.models.weights import BASE_KEY, Base, check_base
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     COMPLETE_NAME,
@@ -64,11 +65,14 @@ _DTYPE_NAMES = {
 }
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], *, is_main: bool) -> tuple[int, str]:
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], *, is_main: bool, base: Base | None = None
+) -> tuple[int, str]:
     """Collective: call on every rank. Write tensors, sharded or not, as one file, and flush it to disk.
 
     Args:
         is_main: True on the rank that writes; the others only send their shards.
+        base: the weights that are left out.
 
     Returns:
         Size in bytes and SHA-256 of the file, on the writing rank (0 and "" elsewhere).
@@ -80,7 +84,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, is_main: bool) -
         return 0, ""
     with name_errors(path), path.open("wb") as file:
         digest = hashlib.sha256()
-        _write(file, digest, _format_header(tensors))
+        _write(file, digest, _format_header(tensors, {} if base is None else {BASE_KEY: base.digest}))
         for tensor in tensors.values():
             whole = gather(tensor).cpu().contiguous()
             _write(file, digest, whole.reshape(-1).view(torch.uint8).numpy().data)
@@ -95,9 +99,9 @@ def _write(file: BinaryIO, digest, content: bytes | memoryview) -> None:
     digest.update(content)
 
 
-def _format_header(tensors: Mapping[str, Tensor]) -> bytes:
+def _format_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # https://huggingface.co/docs/safetensors: length of the header (8 bytes), JSON, then the tensors end to end
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -112,13 +116,14 @@ def _format_header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_weights(path: Path, tensors: Mapping[str, Tensor], *, base: Base | None = None) -> None:
     """Read a file into tensors in place, sharded or not; each rank keeps its shard.
 
     Raises:
-        ValueError: the file's names or shapes do not match the tensors.
+        ValueError: the file's names or shapes do not match the tensors, or it belongs to another base.
     """
     with safe_open(path, framework="pt") as file:
+        check_base(path, (file.metadata() or {}).get(BASE_KEY), base)
         _check_names(path, set(file.keys()), tensors)
         for name, tensor in tensors.items():
             local_shard(tensor).copy_(_read_shard(path, file, name, tensor))
@@ -172,10 +177,10 @@ def save_checkpoint(
     with _explain_errors(folder, state, world):
         main_rank_first(world, lambda: _create_empty(folder))
         path = folder / MODEL_WEIGHTS_NAME
-        files[path.name] = write_weights(path, model_tensors(state), is_main=world.is_main)
+        files[path.name] = write_weights(path, model_tensors(state), is_main=world.is_main, base=state.base)
         if state.ema is not None:
             path = folder / EMA_WEIGHTS_NAME
-            files[path.name] = write_weights(path, ema_tensors(state), is_main=world.is_main)
+            files[path.name] = write_weights(path, ema_tensors(state), is_main=world.is_main, base=state.base)
         _write_moments(folder / TRAINING_STATE_FOLDER, state)
         files.update(_hash_moments(folder, world))
         main_rank_first(world, lambda: _finish(folder, final, files, scalars))
@@ -227,7 +232,7 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
             f"{step_folder / STATE_NAME} has version {saved['version']}; this code reads {STATE_VERSION}. "
             "Use --model.resume_weights_only true."
         )
-    read_weights(step_folder / MODEL_WEIGHTS_NAME, model_tensors(state))
+    read_weights(step_folder / MODEL_WEIGHTS_NAME, model_tensors(state), base=state.base)
     _check_optimizer(step_folder, state, saved["optimizer"])
     _load_moments(step_folder / TRAINING_STATE_FOLDER, state, saved["optimizer"]["steps"])
     state.step = saved["step"]
@@ -247,8 +252,9 @@ def load_checkpoint(step_folder: Path, state: TrainState) -> dict[str, Any]:
 def _read_averages(path: Path, state: TrainState, ema: EMA) -> None:
     """Read averages only: a weight that is frozen now keeps its value, and its average beside it."""
     with safe_open(path, framework="pt") as file:
+        check_base(path, (file.metadata() or {}).get(BASE_KEY), state.base)
         _check_names(path, set(file.keys()), model_tensors(state))
-        for name, parameter in state.parameters.items():
+        for name, parameter in _own_parameters(state).items():
             average = _read_shard(path, file, name, parameter)
             if name in ema.averages:
                 ema.averages[name].copy_(average)
@@ -256,9 +262,14 @@ def _read_averages(path: Path, state: TrainState, ema: EMA) -> None:
                 ema.hold(name, average.to(parameter.device))
 
 
+def _own_parameters(state: TrainState) -> dict[str, nn.Parameter]:
+    base = frozenset() if state.base is None else state.base.names
+    return {name: parameter for name, parameter in state.parameters.items() if name not in base}
+
+
 def model_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return all weights and persistent buffers by name, as they are sharded; a tied weight appears once."""
-    return {**state.parameters, **named_persistent_buffers(state.model)}
+    """Return what a checkpoint holds by name, as it is sharded: weights outside a base, tied ones once, and buffers."""
+    return {**_own_parameters(state), **named_persistent_buffers(state.model)}
 
 
 def ema_tensors(state: TrainState) -> dict[str, Tensor]:

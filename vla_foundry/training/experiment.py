@@ -16,8 +16,10 @@ from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
+from vla_foundry.models.weights import describe_base, digest_frozen
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
+from vla_foundry.registry import summarize_names
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
@@ -178,9 +180,13 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         is_restored: a checkpoint will overwrite all weights, so do not load pretrained ones.
     """
     hparams = params.hparams
+    has_base = params.model.lora is not None
+    if has_base and not is_restored:
+        main_rank_first(world, lambda: check_base_is_kept(params))
     torch.manual_seed(hparams.seed)
     # sharded models could be created on the meta device here and allocated after sharding
-    model = create_model(params.model, load_pretrained=not is_restored)
+    model = create_model(params.model, load_pretrained=has_base or not is_restored)
+    base = describe_base(model, params.model)
     cast_parameters(model, hparams.precision)
     freeze_weights(model, hparams)
     model.train()
@@ -192,7 +198,27 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         compile_blocks=hparams.torchcompile,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
-    return create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params))
+    return create_train_state(
+        model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params), base=base
+    )
+
+
+def check_base_is_kept(params: TrainExperimentParams) -> None:
+    """Check that all weights that adapters leave as they are come from a start: checkpoints do not hold them.
+
+    Raises:
+        ValueError: some are new, so that no other seed gives them.
+    """
+    digests = []
+    for seed in (params.hparams.seed, params.hparams.seed + 1):
+        torch.manual_seed(seed)
+        digests.append(digest_frozen(create_model(params.model)))
+    new = [name for name, digest in digests[0].items() if digests[1][name] != digest]
+    if new:
+        raise ValueError(
+            f"model.lora leaves {summarize_names(new)} as they are, but these are new weights, which come from no "
+            "checkpoint. Start from one (--model.resume_from_checkpoint RUN), or name them in model.lora.train."
+        )
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:
@@ -291,13 +317,14 @@ def prepare_folder(
 
 def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:
     """Describe in one line what is about to be trained."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in state.parameters.values()]
+    num_weights = sum(parameter.numel() for parameter in state.parameters.values())
+    num_trained = sum(parameter.numel() for parameter in state.parameters.values() if parameter.requires_grad)
+    share = "" if num_trained == num_weights else f" ({num_trained / num_weights:.2%})"
     hparams = params.hparams
     spread = "FSDP2" if params.distributed.fsdp else "DDP" if world.world_size > 1 else "one process"
     return (
-        f"{params.model.type}: {sum(size for size, _ in sizes):,} parameters, "
-        f"{sum(size for size, is_trained in sizes if is_trained):,} of them trained; {hparams.precision} on "
-        f"{world.world_size} x {world.device.partition(':')[0]} ({spread}); batch {hparams.global_batch_size} = "
-        f"{world.world_size} x {hparams.per_gpu_batch_size} x {accumulation_steps(params, world.world_size)}; "
-        f"steps {state.step} to {total_steps(params)}"
+        f"{params.model.type}: {num_weights:,} parameters, {num_trained:,} of them trained{share}; "
+        f"{hparams.precision} on {world.world_size} x {world.device.partition(':')[0]} ({spread}); "
+        f"batch {hparams.global_batch_size} = {world.world_size} x {hparams.per_gpu_batch_size} x "
+        f"{accumulation_steps(params, world.world_size)}; steps {state.step} to {total_steps(params)}"
     )

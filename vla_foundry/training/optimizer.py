@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
-from vla_foundry.registry import unknown_name_message
+from vla_foundry.registry import summarize_names, unknown_name_message
 from vla_foundry.training.muon import MuonAdamW, is_for_muon
 
 # modules whose `weight` maps features to features and therefore decays
@@ -186,12 +186,6 @@ def describe_groups(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Pa
         f"{key}: {len(row)} tensors, {sum(parameters[name].numel() for name in row):,} weights ({summarize_names(row)})"
         for key, row in rows.items()
     ]
-
-
-def summarize_names(names: Iterable[str], limit: int = 5) -> str:
-    """Join names, with layer numbers as `*` and at most `limit` different ones."""
-    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-    return ", ".join(patterns[:limit]) + (f" and {len(patterns) - limit} more" if len(patterns) > limit else "")
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vla_foundry.models.weights import Base
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.distributed import named_parameters, reduce_unsharded_gradients
@@ -51,12 +52,20 @@ class TrainState:
     schedule: Tensor
     lr: Tensor
     counters: Counters
+    # the weights that checkpoints leave out, because a run with adapters does not change them; None: there are none
+    base: Base | None = None
     # steps done: the global batches consumed, skipped updates included
     step: int = 0
 
 
 def create_train_state(
-    model: nn.Module, forward: nn.Module, *, hparams: HyperParams, ema: EMAParams, total_steps: int
+    model: nn.Module,
+    forward: nn.Module,
+    *,
+    hparams: HyperParams,
+    ema: EMAParams,
+    total_steps: int,
+    base: Base | None = None,
 ) -> TrainState:
     """Create the state of a run at step 0.
 
@@ -78,6 +87,7 @@ def create_train_state(
         schedule=torch.as_tensor(learning_rates(hparams, total_steps), dtype=dtype, device=device),
         lr=lr,
         counters=Counters(**{name: _zero(device) for name in Counters.__dataclass_fields__}),
+        base=base,
     )
 
 

@@ -24,6 +24,7 @@ from vla_foundry.training.distributed import start_process_group
 from vla_foundry.world import World
 
 # name -> changes to the params of tiny_run.py (20 steps, global batch 16, clipping, EMA, two validations)
+LORA = {"targets": ["layers.*.linear"], "train": ["layers.0.norm.*", "scale"], "rank": 3}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp, half the accumulation": {"hparams__per_gpu_batch_size": 4},
@@ -45,6 +46,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "hparams__optimizer": "muon",
         "spoiled": [16 * 4 + 2],
     },
+    "ddp, adapters": {"model__lora": LORA},
+    "fsdp, adapters and activation checkpointing": {
+        "distributed__fsdp": True,
+        "hparams__grad_checkpointing": True,
+        "model__lora": LORA,
+    },
     "ddp, a spoiled microbatch of one rank": {"spoiled": [16 * 4 + 2]},
     "fsdp, a spoiled microbatch of one rank": {"distributed__fsdp": True, "spoiled": [16 * 4 + 2]},
 }
@@ -63,7 +70,7 @@ def alone(tiny, folder: Path) -> dict[str, Any]:
         kept = {
             key: value
             for key, value in changes.items()
-            if key in ("spoiled", "hparams__precision", "hparams__optimizer")
+            if key in ("spoiled", "hparams__precision", "hparams__optimizer", "model__lora")
         }
         same = next((other for other in results if results[other]["changes"] == kept), None)
         if same is None:
@@ -83,6 +90,10 @@ def together(alone: dict[str, Any], run_on_two_ranks, folder: Path) -> list[dict
         "name": "from one process",
         "distributed__fsdp": True,
         "start": str(folder / "alone ddp" / "checkpoints" / "step_00000010"),
+    }
+    scenarios["fsdp, adapters, from one process"] = scenarios["fsdp, adapters and activation checkpointing"] | {
+        "name": "adapters from one process",
+        "start": str(folder / "alone ddp, adapters" / "checkpoints" / "step_00000010"),
     }
     scenarios["fsdp, muon, from one process"] = scenarios["fsdp, muon"] | {
         "name": "muon from one process",
@@ -136,6 +147,7 @@ def test_a_checkpoint_of_sharded_ranks_goes_on_in_one_process_and_back(tiny, alo
     assert_close(result, alone["ddp"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, from one process"], alone["ddp"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, muon, from one process"], alone["ddp, muon"], 1e-9, first_step=11)
+    assert_close(together[0]["fsdp, adapters, from one process"], alone["ddp, adapters"], 1e-9, first_step=11)
     with pytest.raises(ValueError, match=r"was trained with adamw, which hparams\.optimizer must be to resume it"):
         tiny.run_scenario({"save_path": str(folder), "start": str(sharded), "hparams__optimizer": "muon"}, World())
 

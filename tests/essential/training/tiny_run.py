@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, LossOutput
+from vla_foundry.models.layers import add_adapters
+from vla_foundry.models.weights import describe_base
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.hparams import HyperParams
+from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import find_checkpoint
 from vla_foundry.training.checkpoint import load_checkpoint
@@ -188,6 +191,8 @@ def create_params(save_path: str | Path, **changes: Any) -> TrainExperimentParam
     )
     for name, value in changes.items():
         section, _, leaf = name.rpartition("__")
+        if name == "model__lora":
+            value = LoRAParams(**value)
         if section:
             params = replace(params, **{section: replace(getattr(params, section), **{leaf: value})})
         else:
@@ -202,6 +207,9 @@ def create_run(
     hparams = params.hparams
     torch.manual_seed(hparams.seed)
     model = TinyModel() if model is None else model
+    if params.model.lora is not None:
+        add_adapters(model, params.model.lora)
+    base = describe_base(model, params.model)
     cast_parameters(model, hparams.precision)
     forward = parallelize(
         model,
@@ -211,7 +219,7 @@ def create_run(
         compile_blocks=hparams.torchcompile,
     )
     total_steps = (params.total_train_samples or 0) // hparams.global_batch_size
-    state = create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps)
+    state = create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps, base=base)
     sizes = (hparams.global_batch_size, hparams.per_gpu_batch_size)
     return Run(
         params=params,

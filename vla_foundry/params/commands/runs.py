@@ -1,4 +1,4 @@
-"""Params of the commands on whole runs: `generate`, `caption`, `import-checkpoint`, `data inspect`, `quickstart`."""
+"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `data inspect`, `quickstart`."""
 
 import re
 from dataclasses import dataclass, field
@@ -111,6 +111,21 @@ class ImportParams(BaseParams):
             raise ValueError(f"{name} is empty. Name a folder.")
         if self.tokenizer is not None and self.processor is not None:
             raise ValueError("tokenizer and processor are both given. A processor has its own tokenizer: give one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeParams(BaseParams):
+    """Make a run folder with whole weights of a run that trained adapters (model.lora)."""
+
+    # run folder (its newest checkpoint) or step folder; local, s3:// or hf://
+    checkpoint: Location
+    # run folder to create; it must not exist
+    output: Location
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.checkpoint or not self.output:
+            raise ValueError(f"{'output' if self.checkpoint else 'checkpoint'} is empty. Name a folder.")
 
 
 @dataclass(frozen=True, kw_only=True)

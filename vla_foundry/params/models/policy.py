@@ -90,9 +90,13 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
 
     The files hold architectures, not weights.
 
+    A model with adapters (LoRA) is made from the published weights again, so it keeps its params.
+
     Args:
         only_gone: only parts that came from a local folder which no longer exists.
     """
+    if isinstance(params, ModelParams) and params.lora is not None:
+        return params
     changed: dict[str, Any] = {}
     for item in fields(params):
         value: Any = getattr(params, item.name)
@@ -111,9 +115,13 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
 def without_starts(params: T, *, only_gone: bool = False) -> T:
     """Return model params that describe the architecture alone: no part names a checkpoint to start from.
 
+    A model with adapters (LoRA) is nothing without its start, and keeps it.
+
     Args:
         only_gone: drop only local checkpoints that no longer exist.
     """
+    if isinstance(params, ModelParams) and params.lora is not None:
+        return params
     changed: dict[str, Any] = {}
     for item in fields(params):
         value: Any = getattr(params, item.name)
@@ -124,3 +132,15 @@ def without_starts(params: T, *, only_gone: bool = False) -> T:
     if isinstance(params, ModelParams) and changed.get("resume_from_checkpoint", "") is None:
         changed["resume_weights_only"] = False
     return replace(params, **changed)
+
+
+def list_starts(params: BaseParams) -> list[str]:
+    """Return the checkpoints and published models that the weights of a model and its parts come from."""
+    starts: list[str] = []
+    for item in fields(params):
+        value: Any = getattr(params, item.name)
+        if isinstance(value, BaseParams):
+            starts += list_starts(value)
+        elif item.name in ("resume_from_checkpoint", "hf_pretrained") and value is not None:
+            starts.append(value)
+    return starts

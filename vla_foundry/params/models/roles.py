@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, register_choice
+from vla_foundry.config.schema import BaseParams, Bounds, ChoiceParams, Location, Size, register_choice
 from vla_foundry.params.facts import Facts
 
 T = TypeVar("T", bound=type)
@@ -87,6 +87,27 @@ class ImageInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAParams(BaseParams):
+    """Train small adapters beside linear layers whose weights stay as they are (LoRA, Hu et al. 2021)."""
+
+    # linear layers that get adapters, by patterns of their names: ["*.attention.*", "*.q_proj"]
+    targets: list[str] = field(default_factory=list)
+    # weights that are trained whole, by patterns of their names: ["action_head.*"]; all others stay as they are
+    train: list[str] = field(default_factory=list)
+    # rank of an adapter: how many numbers pass between its two matrices
+    rank: Size = 8
+    # an adapter's output is multiplied by alpha / rank
+    alpha: Annotated[float, Bounds(above=0, most=10**6)] = 16.0
+    # share of an adapter's inputs that are dropped in training
+    dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise ValueError('targets is empty. Name linear layers, for example ["*.attention.*"].')
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelParams(ChoiceParams):
     """`--model.` The model; `type` selects its kind."""
 
@@ -102,9 +123,21 @@ class ModelParams(ChoiceParams):
     resume_weights_only: bool = False
     # freeze the weights
     freeze: bool = False
+    # train adapters of the weights that the whole model starts from; null: train the weights
+    lora: LoRAParams | None = None
 
     def check(self, root: Any, facts: Facts, path: str) -> list[str]:
         """Check that a model that takes weights alone names them; for a part of a model the key has no effect."""
+        if self.lora is not None and path != "model":
+            raise ValueError(
+                f"{path}.lora: only a whole model can have adapters. Use model.lora, whose patterns choose parts. "
+                "A run with adapters is a start for others once it is merged (vla-foundry merge)."
+            )
+        if self.lora is not None and self.resume_from_checkpoint is not None and not self.resume_weights_only:
+            raise ValueError(
+                f"{path}.lora adapts the weights of {path}.resume_from_checkpoint, whose training does not go on. Add "
+                f"--{path}.resume_weights_only true."
+            )
         if path == "model" and self.resume_weights_only and self.resume_from_checkpoint is None:
             raise ValueError(
                 f"{path}.resume_weights_only is true, but there is no checkpoint. Give --{path}.resume_from_checkpoint "
