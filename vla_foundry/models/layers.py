@@ -235,9 +235,8 @@ class Attention(nn.Module):
             asking_rotation = rotation
             queries, keys, values = self.in_proj(x).split(self.widths, dim=-1)
         else:
-            q_weight, kv_weight = self.in_proj.weight.split([self.widths[0], 2 * self.widths[1]])
-            queries = F.linear(asking, q_weight)
-            keys, values = F.linear(x, kv_weight).chunk(2, dim=-1)
+            queries = apply_rows(self.in_proj, asking, slice(self.widths[0]))
+            keys, values = apply_rows(self.in_proj, x, slice(self.widths[0], None)).chunk(2, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             # normalise over all heads at once; an fp32 norm under autocast must not change attention's dtype
             queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
@@ -333,8 +332,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape E"]:
         """Apply the layer and its adapter."""
-        adapted = self.lora_b(self.lora_a(F.dropout(input, self.dropout, self.training)))
-        return super().forward(input) + self.scale * adapted
+        return super().forward(input) + self.scale * self.lora_b(self.narrow(input))
+
+    def narrow(self, input: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape R"]:
+        """Map the input to what the adapter's second matrix takes."""
+        return self.lora_a(F.dropout(input, self.dropout, self.training))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -346,30 +348,35 @@ class LoRALinear(nn.Linear):
         return linear
 
 
+def apply_rows(linear: nn.Linear, x: Float[Tensor, "*shape D"], rows: slice) -> Float[Tensor, "*shape E"]:
+    """Compute some of the outputs of a linear layer without bias, its adapter's share included."""
+    output = F.linear(x, linear.weight[rows])
+    if isinstance(linear, LoRALinear):
+        output = output + linear.scale * F.linear(linear.narrow(x), linear.lora_b.weight[rows])
+    return output
+
+
 def add_adapters(model: nn.Module, params: LoRAParams) -> None:
     """Put adapters beside the linear layers that match; all else is frozen, except what `params.train` matches.
 
+    Output heads, layers that share their weight, that are frozen or that are trained whole get no adapter.
+
     Raises:
-        ValueError: a pattern matches nothing, or what cannot be adapted or trained.
+        ValueError: a pattern matches nothing that can be adapted or trained.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    targets = _match("targets", params.targets, linears, "linear layer")
-    weights = dict(model.named_parameters())
-    trained = _match("train", params.train, weights, "weight")
-    frozen = [name for name in trained if not weights[name].requires_grad]
-    if frozen:
-        raise ValueError(f"model.lora.train matches {frozen[0]}, which is frozen. Remove freeze, or the pattern.")
-    whole = [name for name in targets if f"{name}.weight" in trained]
-    if whole:
-        raise ValueError(f"model.lora.train and model.lora.targets both match {whole[0]}. Choose one of them for it.")
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = set(_match("train", params.train, weights, "weight that is not frozen"))
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     heads = {id(_output_head(part)) for part in model.modules()}
-    for name in targets:
-        if id(linears[name]) in heads or shared[id(linears[name].weight)] > 1:
-            raise ValueError(
-                f"model.lora.targets matches {name}, an output head or a layer that shares its weight, which takes no "
-                "adapter. Leave it out, or train it whole by model.lora.train."
-            )
+    linears = {
+        name: part
+        for name, part in model.named_modules()
+        if type(part) is nn.Linear
+        and id(part) not in heads
+        and shared[id(part.weight)] == 1
+        and f"{name}.weight" in weights.keys() - trained
+    }
+    targets = _match("targets", params.targets, linears, "linear layer that can have an adapter")
     model.requires_grad_(False)
     adapted: dict[nn.Module, nn.Module] = {linears[name]: LoRALinear(linears[name], params) for name in targets}
     _replace_modules(model, adapted)

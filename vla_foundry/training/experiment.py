@@ -216,8 +216,8 @@ def check_base_is_kept(params: TrainExperimentParams) -> None:
     new = [name for name, digest in digests[0].items() if digests[1][name] != digest]
     if new:
         raise ValueError(
-            f"model.lora leaves {summarize_names(new)} as they are, but these are new weights, which come from no "
-            "checkpoint. Start from one (--model.resume_from_checkpoint RUN), or name them in model.lora.train."
+            f"model.lora would freeze new weights, which no checkpoint holds: {summarize_names(new)}. Name them in "
+            "model.lora.train, or start from a checkpoint that holds them."
         )
 
 

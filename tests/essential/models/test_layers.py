@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from vla_foundry.models.layers import RotaryTables, create_norm, rotate
+from vla_foundry.models.layers import (
+    Attention,
+    LoRALinear,
+    RotaryTables,
+    add_adapters,
+    create_norm,
+    merge_adapters,
+    rotate,
+)
+from vla_foundry.params.models.roles import LoRAParams
+from vla_foundry.params.models.transformer import TransformerParams
 
 
 def create_tables(**changes: object) -> RotaryTables:
@@ -92,3 +102,18 @@ def test_rotary_float32_rotates_bf16_in_fp32() -> None:
     assert in_float32.dtype == torch.bfloat16
     assert torch.equal(in_float32, exact.bfloat16())
     assert not torch.equal(rotate(x, create_tables()(64)), exact.bfloat16())
+
+
+@torch.no_grad()
+def test_one_query_token_passes_the_adapters_as_all_tokens_do() -> None:
+    attention = Attention(TransformerParams(hidden_dim=16, n_heads=4, n_kv_heads=2)).double()
+    add_adapters(attention, LoRAParams(targets=["in_proj"]))
+    assert isinstance(attention.in_proj, LoRALinear)
+    nn.init.normal_(attention.in_proj.lora_b.weight)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    queries, keys, values = attention.project(x, None)
+    for _ in ("adapters", "merged"):
+        one_query, same_keys, same_values = attention.project(x, None, x[:, 3:4])
+        torch.testing.assert_close(one_query, queries[:, 3:4])
+        torch.testing.assert_close((same_keys, same_values), (keys, values))
+        merge_adapters(attention)

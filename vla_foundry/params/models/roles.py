@@ -90,7 +90,7 @@ class ImageInputs:
 class LoRAParams(BaseParams):
     """Train small adapters beside linear layers whose weights stay as they are (LoRA, Hu et al. 2021)."""
 
-    # linear layers that get adapters, by patterns of their names: ["*.attention.*", "*.q_proj"]
+    # linear layers that get adapters, by patterns of their names: ["*.attention.*", "*.q_proj"]; "*": all that can
     targets: list[str] = field(default_factory=list)
     # weights that are trained whole, by patterns of their names: ["action_head.*"]; all others stay as they are
     train: list[str] = field(default_factory=list)
