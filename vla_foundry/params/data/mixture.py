@@ -353,7 +353,8 @@ def _split_lists(tree: Branch, path: str) -> dict[str, Node]:
                 weights[modality] = sum(part.get("dataset_weighting", [1.0] * len(places)))
     origin = next(tree.children[key].origin for key in ("dataset_manifest", "dataset_modality") if key in tree.children)
     datasets = {
-        name: Branch({key: Leaf(value, origin) for key, value in part.items()}, origin) for name, part in parts.items()
+        name: Branch({key: Leaf(value, tree.children.get(key, tree).origin) for key, value in part.items()}, origin)
+        for name, part in parts.items()
     }
     shares = Branch({name: Leaf(weight, origin) for name, weight in weights.items()}, origin)
     given = tree.children.get("weights")
