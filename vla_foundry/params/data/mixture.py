@@ -276,7 +276,9 @@ def write_out_mixture(tree: Branch, path: str) -> Branch:
     kinds = set(_read_list(tree, "dataset_modality", path))
     if text_of(tree.children.get(TYPE_KEY)) != "mixture" and (len(kinds) < 2 or not kinds <= _modalities()):
         return tree
-    children = {**tree.children, TYPE_KEY: Leaf(Scalar("mixture"), tree.origin)}
+    children = {TYPE_KEY: Leaf(Scalar("mixture"), tree.origin), **tree.children}
+    if kinds and text_of(children[TYPE_KEY]) != "mixture":
+        children[TYPE_KEY] = Leaf(Scalar("mixture"), tree.children["dataset_modality"].origin)
     if _read_list(tree, "dataset_manifest", path) or kinds:
         children |= _split_lists(tree, path)
         # divided, they are no key of the mixture

@@ -221,6 +221,19 @@ def test_a_key_beside_the_datasets_is_theirs_unless_they_give_it(tmp_path: Path)
     assert (web.seq_len, pictures.seq_len) == (16, 16)
 
 
+def test_messages_name_the_place_where_a_value_was_given(tmp_path: Path) -> None:
+    config = tmp_path / "mix.yaml"
+    (tmp_path / "robot.yaml").write_text("data: {type: robotics, action_fields: [a]}", encoding="utf-8")
+    config.write_text("<<: !include robot.yaml\ndata:\n  type: mixture\n", encoding="utf-8")
+    words = ["--config_path", str(config), "--model.type", "transformer", "--data.datasets.web.type", "text"]
+    parsed = parse(TrainExperimentParams, words, prog="train")
+    assert f"data.type is now 'mixture' ({config}:3): dropped data.action_fields" in parsed.notices[0]
+    config.write_text("data:\n  dataset_manifest: [a, b]\n  dataset_modality: [text, robotics]\n", encoding="utf-8")
+    words = [*words[:4], "--data.dataset_weighting", "[1, 0]"]
+    with pytest.raises(ValueError, match=r"^data\.datasets\.robotics\.dataset_weighting\[0\] \(0\) must be above 0"):
+        parse(TrainExperimentParams, words, prog="train")
+
+
 def test_robots_have_windows_of_their_own() -> None:
     """The model must hold the longest: each batch has the steps of its robot."""
     arm = RoboticsDataParams(lowdim_past_timesteps=1, lowdim_future_timesteps=15)
