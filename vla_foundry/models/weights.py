@@ -90,7 +90,7 @@ def check_base(path: str | Path, found: str | None, base: Base | None) -> None:
         )
     raise ValueError(
         f"{path} holds adapters (LoRA) of weights with SHA-256 {found[:16]}, but those of {base.source} have "
-        f"{base.digest[:16]}. Put back the weights it was trained on; if a run of theirs went on, name its step folder."
+        f"{base.digest[:16]}. Put back the weights it was trained on, and model.lora.train if that has changed."
     )
 
 

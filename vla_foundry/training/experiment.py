@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,14 @@ from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sink
 from vla_foundry.training.optimizer import describe_groups, freeze_weights
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
-from vla_foundry.training.start import copy_tokenizer, find_start, record_start, remove_unfinished, write_configs
+from vla_foundry.training.start import (
+    copy_tokenizer,
+    find_start,
+    pin_starts,
+    record_start,
+    remove_unfinished,
+    write_configs,
+)
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
 
@@ -101,6 +109,8 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     """
     started = time.perf_counter()
     notices: list[str] = []
+    if params.model.lora is not None:
+        params = replace(params, model=pin_starts(params.model))
     # errors in a new model's registrations come before anything is made
     handler = create_batch_handler(params)
     MODELS.get(params.model.type)

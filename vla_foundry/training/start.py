@@ -7,12 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Container
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vla_foundry.config.loading import dump_params, to_plain
+from vla_foundry.config.schema import BaseParams
 from vla_foundry.data.facts import read_provenance
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
@@ -30,6 +32,7 @@ from vla_foundry.run_folder import (
     METRICS_NAME,
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
+    MODEL_WEIGHTS_NAME,
     NORMALIZER_NAME,
     PREPROCESSING_CONFIG_NAME,
     PROCESSOR_FOLDER,
@@ -51,6 +54,7 @@ from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, rea
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
+P = TypeVar("P", bound=BaseParams)
 # what a start writes to a run folder, and what the run then logs there
 _START_FILES = frozenset((
     CONFIG_NAME, MODEL_CONFIG_NAME, TOKENIZER_FOLDER, PROCESSOR_FOLDER, NORMALIZER_NAME, STATISTICS_NAME, SPEC_NAME,
@@ -233,6 +237,18 @@ def write_configs(params: TrainExperimentParams, run_folder: Path) -> list[str]:
     write_text(str(path), dump_params(params))
     write_text(str(run_folder / MODEL_CONFIG_NAME), dump_params(without_starts(params.model), params.plugins))
     return changes
+
+
+def pin_starts(params: P) -> P:
+    """Return model params that start from step folders, not from runs that may go on; remote ones stay as they are."""
+    changed: dict[str, Any] = {}
+    for item in fields(params):
+        value: Any = getattr(params, item.name)
+        if isinstance(value, BaseParams):
+            changed[item.name] = pin_starts(value)
+        elif item.name == "resume_from_checkpoint" and value is not None and list_step_folders(Path(value)):
+            changed[item.name] = str(find_checkpoint(value, only={MODEL_WEIGHTS_NAME}))
+    return replace(params, **changed)
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from vla_foundry.cli import main as run_cli
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.robotics import load_normalizer
 from vla_foundry.inference import Policy, RobotObservation
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.inference.window_actions import encode_guidance
 from vla_foundry.models import create_batch_handler
+from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.spec import FieldDescription, GripperRange, NamedSpec
 from vla_foundry.robotics.transforms import SelectFields
+from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 
 ACTUAL, ACTION = "robot__actual__poses__right::arm", "robot__action__poses__right::arm"
@@ -334,6 +337,23 @@ def test_averaged_weights_act_unless_told_otherwise(arm: Any) -> None:
     assert np.array_equal(first_action(), first_action(use_ema=True))
     assert not np.array_equal(first_action(), first_action(use_ema=False))
     assert not np.array_equal(first_action(), first_action(num_inference_steps=3))
+
+
+def test_a_policy_with_adapters_acts_like_the_merged_one(arm: Any) -> None:
+    lora = LoRAParams(targets=["vision_language_backbone.*"], train=["action_head.*"], alpha=64.0)
+    start: dict[str, Any] = {"resume_from_checkpoint": str(arm.run), "resume_weights_only": True, "lora": lora}
+    model = dataclasses.replace(arm.params.model, **start)
+    params = dataclasses.replace(arm.params, name="adapted", model=model)
+    train(params, World())
+    adapted, merged = arm.run.with_name("adapted"), arm.run.with_name("merged")
+    run_cli(["merge", "--checkpoint", str(adapted), "--output", str(merged)])
+    actions = []
+    for run in (arm.run, adapted, merged):
+        policy = Policy.from_run(str(run), device="cpu")
+        policy.reset(seed=0)
+        actions.append(np.concatenate(list(policy.act(observe(arm.recordings[0], 0)).values())))
+    np.testing.assert_allclose(actions[1], actions[2], rtol=1e-5, atol=1e-5)
+    assert np.abs(actions[0] - actions[1]).max() > 1e-3
 
 
 def test_what_an_observation_lacks_is_named(arm: Any) -> None:

@@ -143,8 +143,9 @@ def test_a_base_that_is_gone_or_changed_is_one_line(
 ) -> None:
     start = Path(base.save_path) / "base"
     words = ["merge", "--checkpoint", str(adapted), "--output", str(adapted.with_name("new"))]
-    newest = list_step_folders(start)[0]
+    newest, older = list_step_folders(start)[:2]
     newest.rename(newest.with_name("away"))
+    shutil.copytree(older, newest)
     with pytest.raises(SystemExit, match="2"):
         run_cli(words)
     changed = capsys.readouterr().err
@@ -153,10 +154,11 @@ def test_a_base_that_is_gone_or_changed_is_one_line(
         run_cli(words)
     gone = capsys.readouterr().err
     start.with_name("moved").rename(start)
+    shutil.rmtree(newest)
     newest.with_name("away").rename(newest)
-    assert f"those of {start} have" in changed
+    assert f"those of {newest} have" in changed
     assert "Put back the weights it was trained on" in changed
-    assert f"holds adapters (LoRA) of {start}: " in gone
+    assert f"holds adapters (LoRA) of {newest}: " in gone
     assert "does not exist" in gone
     assert [text.count("\n") for text in (changed, gone)] == [1, 1]
     assert not adapted.with_name("new").exists()
