@@ -32,7 +32,7 @@ Stage: TypeAlias = "Callable[[Sample], Any] | BatchStage"
 
 
 # keys of a sample that a user's stage need not return, and cannot change
-_KEPT = ("__key__", "__url__", "__seed__", "__position__", "__is_training__")
+_KEPT = ("__key__", "__url__", "__seed__", "__position__", "__is_training__", "__length__", "__piece__")
 
 
 class Unselected(Dropped):

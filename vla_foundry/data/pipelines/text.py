@@ -139,11 +139,11 @@ class TextPipeline(Pipeline):
     def _cut(self, sample: Sample) -> Sample:
         """Cut the sample's piece out of its record, and check its tokens."""
         ids = sample["input_ids"]
-        # a user's stage may have left these out; then it makes whole rows itself
         length, piece = sample.get("__length__", self.row_length), sample.get("__piece__", 0)
-        if len(ids) != length:
+        # a user's stage may make rows of its own
+        if len(ids) not in (length, self.row_length):
             raise ValueError(f"{len(ids)} tokens, not {length}; data.seq_len is {self.row_length - 1}")
-        first = piece * (self.row_length - 1)
+        first = piece * (self.row_length - 1) if len(ids) == length else 0
         ids = ids[first : first + self.row_length]
         highest = int(ids.view(np.uint32).max())
         if highest >= self.vocab_size:

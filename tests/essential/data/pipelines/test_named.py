@@ -49,6 +49,14 @@ def jitter(sample, generator):
     return {"input_ids": sample["input_ids"] + 10000 * drawn}
 
 
+def only_tokens(sample):
+    return {"input_ids": sample["input_ids"]}
+
+
+def first_row(sample):
+    return {"input_ids": sample["input_ids"][:9]}
+
+
 class Add:
     def __init__(self, number):
         self.number = number
@@ -159,6 +167,17 @@ def test_every_sample_that_a_stage_makes_is_seen_once_an_epoch(plugin: str, data
     assert len(seen) == 120
     # a row counts three times; parts that do not exist are replaced, which is no fault
     assert dropped >= 120 - len(made)
+
+
+@pytest.mark.parametrize(("function", "expected"), [("only_tokens", [0, 8, 1, 9]), ("first_row", [0, 0, 1, 1])])
+def test_records_are_cut_after_a_stage_that_returns_a_new_sample(
+    plugin: str, tmp_path: Path, write_records: Callable, function: str, expected: list[int]
+) -> None:
+    manifest = str(write_records(tmp_path / "long", [2], 17))
+    stage = StageParams(use=f"stages_plugin.{function}", after="require_tokens")
+    params = TextDataParams(dataset_manifest=[manifest], seq_len=8, shuffle=False, num_workers=0, stages={"own": stage})
+    batch = next(create_dataloader(params, per_gpu_batch_size=4).microbatches(0))
+    assert batch["input_ids"][:, 0].tolist() == expected
 
 
 def test_stages_change_by_name(plugin: str) -> None:
