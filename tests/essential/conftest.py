@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         skipped = pytest.skip.Exception(str(call.excinfo.value)).with_traceback(call.excinfo.tb)
         call.excinfo = pytest.ExceptionInfo.from_exception(skipped)
     return (yield)
+
+
+@pytest.fixture(autouse=True)
+def forget_plugins() -> Iterator[None]:
+    """Forget the plug-ins that a test names: processes of later tests would look for them."""
+    name = "vla_foundry.config.command_line"
+    before = [*sys.modules[name]._named] if name in sys.modules else []
+    yield
+    if name in sys.modules:
+        sys.modules[name]._named[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,7 @@ def num_trials(queue: Queue, job: Job) -> int:
     return found[0].num_trials
 
 
-def test_only_evaluations_of_allowed_folders_are_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vla_foundry.config.command_line._named", [])  # other tests named some
+def test_only_evaluations_of_allowed_folders_are_queued(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "vla"
     run.mkdir(parents=True)
     (run / "config_model.yaml").touch()
