@@ -4,7 +4,8 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -115,3 +116,22 @@ def summarize_names(names: Iterable[str], limit: int = 5) -> str:
     """Join names, with layer numbers as `*` and at most `limit` different ones."""
     patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
     return ", ".join(patterns[:limit]) + (f" and {len(patterns) - limit} more" if len(patterns) > limit else "")
+
+
+def match_names(patterns: Iterable[str], names: Collection[str], path: str, what: str) -> list[str]:
+    """Return the names that match any pattern, in their order.
+
+    Args:
+        patterns: patterns as of file names: `*.attention.*`.
+        names: dotted names of parts of a model.
+        path: config path of the patterns, for messages.
+        what: what the names are, for messages.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{path}: '{pattern}' matches no {what}. Names are such as {summarize_names(names, 8)}.")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

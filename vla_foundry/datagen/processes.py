@@ -1,6 +1,5 @@
 """Run simulators in worker processes, and check that an output folder was made with the same settings."""
 
-import atexit
 import os
 import signal
 import threading
@@ -59,8 +58,6 @@ def create_processes(num_processes: int) -> Iterator[Run]:
 def _start(plugins: Sequence[str]) -> None:
     """Ignore interrupts, which the parent process handles, exit as soon as the parent is gone, and import plug-ins."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # while the modules that renderers need to free themselves are still there
-    atexit.register(get_simulator.cache_clear)
     parent = parent_process()
     assert parent is not None
     sentinel = parent.sentinel
@@ -70,7 +67,7 @@ def _start(plugins: Sequence[str]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    # some simulators are freed in a thread, and Python ends threads before it forgets what is cached
+    # while threads, and modules that renderers need to free themselves, are still there
     Finalize(None, get_simulator.cache_clear, exitpriority=0)
     import_installed_plugins()
     import_plugins(plugins, "--plugins")

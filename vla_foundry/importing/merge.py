@@ -22,6 +22,7 @@ from vla_foundry.run_folder import (
     MODEL_WEIGHTS_NAME,
     PROVENANCE_NAME,
     read_step,
+    step_folder_name,
 )
 from vla_foundry.storage.uri import download, join_uri, list_files
 
@@ -84,7 +85,7 @@ def merge(params: MergeParams) -> Path:
         (aside / PROVENANCE_NAME).write_text(
             json.dumps({"merged": record, "starts": []}, indent=1) + "\n", encoding="utf-8"
         )
-    return output / CHECKPOINTS_FOLDER / f"step_{step:08d}"
+    return output / CHECKPOINTS_FOLDER / step_folder_name(step)
 
 
 def main(argv: list[str]) -> None:

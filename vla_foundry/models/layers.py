@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from vla_foundry.models.attention import CacheStep, LayerCache, Segments, attend, attend_cached
 from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.params.models.transformer import TransformerParams
-from vla_foundry.registry import summarize_names
+from vla_foundry.registry import match_names
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
@@ -365,7 +364,7 @@ def add_adapters(model: nn.Module, params: LoRAParams) -> None:
         ValueError: a pattern matches nothing that can be adapted or trained.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    trained = set(_match("train", params.train, weights, "weight that is not frozen"))
+    trained = set(match_names(params.train, weights, "model.lora.train", "weight that is not frozen"))
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     heads = {id(_output_head(part)) for part in model.modules()}
     linears = {
@@ -376,7 +375,7 @@ def add_adapters(model: nn.Module, params: LoRAParams) -> None:
         and shared[id(part.weight)] == 1
         and f"{name}.weight" in weights.keys() - trained
     }
-    targets = _match("targets", params.targets, linears, "linear layer that can have an adapter")
+    targets = match_names(params.targets, linears, "model.lora.targets", "linear layer that can have an adapter")
     model.requires_grad_(False)
     adapted: dict[nn.Module, nn.Module] = {linears[name]: LoRALinear(linears[name], params) for name in targets}
     _replace_modules(model, adapted)
@@ -401,12 +400,3 @@ def _output_head(part: Any) -> nn.Module | None:
     if callable(getattr(part, "get_output_embeddings", None)):
         return part.get_output_embeddings()
     return getattr(part, "output", None) if hasattr(part, "embeddings") else None
-
-
-def _match(key: str, patterns: list[str], names: dict[str, Any], what: str) -> list[str]:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"model.lora.{key}: '{pattern}' matches no {what}. Names are such as {summarize_names(names, 8)}."
-            )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
-from vla_foundry.registry import summarize_names, unknown_name_message
+from vla_foundry.registry import match_names, summarize_names, unknown_name_message
 from vla_foundry.training.muon import MuonAdamW, is_for_muon
 
 # modules whose `weight` maps features to features and therefore decays
@@ -66,7 +65,8 @@ def create_optimizer(
     if params.optimizer == "muon" and not any(is_muon for *_, is_muon in groups):
         raise ValueError("hparams.optimizer muon: no matrix in a block of the model is trainable. Use adamw.")
     rates = {multiplier: lr if multiplier == 1.0 else torch.zeros_like(lr) for multiplier in multipliers.values()}
-    full = {"fp32": torch.float32, "fp64": torch.float64}
+    orthogonalized_in = {"fp32": torch.float32, "fp64": torch.float64}.get(params.precision, torch.bfloat16)
+    of_muon = {"momentum": params.muon_momentum, "dtype": orthogonalized_in}
     return {"adamw": torch.optim.AdamW, "muon": MuonAdamW}[params.optimizer](
         [
             {
@@ -75,11 +75,7 @@ def create_optimizer(
                 "lr": rates[multiplier],
                 "lr_multiplier": multiplier,
                 "is_muon": is_muon,
-                **(
-                    {"momentum": params.muon_momentum, "dtype": full.get(params.precision, torch.bfloat16)}
-                    if is_muon
-                    else {}
-                ),
+                **(of_muon if is_muon else {}),
             }
             for (decay, _, multiplier, is_muon), members in groups.items()
         ],
@@ -106,14 +102,8 @@ def _find_groups(params: HyperParams, parameters: Mapping[str, nn.Parameter]) ->
     """Return the group of each parameter that has one: the last whose patterns match its name."""
     found: dict[str, str] = {}
     for key, group in params.parameter_groups.items():
-        for pattern in group.patterns:
-            matches = [name for name in parameters if fnmatchcase(name, pattern)]
-            if not matches:
-                raise ValueError(
-                    f"hparams.parameter_groups.{key}.patterns: '{pattern}' matches no weight. Names are such as "
-                    f"{summarize_names(parameters, 8)}."
-                )
-            found |= dict.fromkeys(matches, key)
+        names = match_names(group.patterns, parameters, f"hparams.parameter_groups.{key}.patterns", "weight")
+        found |= dict.fromkeys(names, key)
     for key, group in params.parameter_groups.items():
         members = [name for name, owner in found.items() if owner == key]
         path = f"hparams.parameter_groups.{key}"
