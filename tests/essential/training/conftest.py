@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from vla_foundry.params import HyperParams, TrainExperimentParams
+from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.shards import format_manifest
 
@@ -83,3 +86,30 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(48)))
     (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
     return folder / "manifest.jsonl"
+
+
+@pytest.fixture(scope="session")
+def create_params(manifest: Path) -> Callable[[str, Path], TrainExperimentParams]:
+    """Params of a run of tokenized text by name and save_path: six steps of 8 samples, three checkpoints."""
+
+    def create(name: str, save_path: Path) -> TrainExperimentParams:
+        return TrainExperimentParams(
+            name=name,
+            save_path=str(save_path),
+            wandb=False,
+            log_every_n_steps=1,
+            num_checkpoints=3,
+            total_train_samples=48,
+            data=TextDataParams(
+                dataset_manifest=[str(manifest)],
+                dataset_modality=["text"],
+                dataset_weighting=[1.0],
+                seq_len=32,
+                num_workers=0,
+                seed=3,
+            ),
+            model=TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64),
+            hparams=HyperParams(precision="fp32", global_batch_size=8, per_gpu_batch_size=4, lr=0.003, warmup=1.0),
+        )
+
+    return create

@@ -23,9 +23,7 @@ from safetensors import safe_open
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml, load_params_from_yaml
-from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.storage.local import IncompleteDownload
 from vla_foundry.text.tokenizers import read_vocabulary
@@ -39,26 +37,9 @@ _SCRIPT = Path(__file__).with_name("interrupted_runs.py")
 
 
 @pytest.fixture
-def params(manifest: Path, tmp_path: Path) -> TrainExperimentParams:
+def params(create_params: Callable[[str, Path], TrainExperimentParams], tmp_path: Path) -> TrainExperimentParams:
     """Six steps of 8 samples, three checkpoints."""
-    return TrainExperimentParams(
-        name="run",
-        save_path=str(tmp_path / "runs"),
-        wandb=False,
-        log_every_n_steps=1,
-        num_checkpoints=3,
-        total_train_samples=48,
-        data=TextDataParams(
-            dataset_manifest=[str(manifest)],
-            dataset_modality=["text"],
-            dataset_weighting=[1.0],
-            seq_len=32,
-            num_workers=0,
-            seed=3,
-        ),
-        model=TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64),
-        hparams=HyperParams(precision="fp32", global_batch_size=8, per_gpu_batch_size=4, lr=0.003, warmup=1.0),
-    )
+    return create_params("run", tmp_path / "runs")
 
 
 def read_lines(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Adapters (LoRA): small checkpoints that resume exactly, load as whole models do, and merge into plain runs."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,10 @@ from vla_foundry.models import create_model
 from vla_foundry.models.layers import LoRALinear, merge_adapters
 from vla_foundry.models.weights import describe_base, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_params_from_yaml
-from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
-from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.roles import LoRAParams
-from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
+from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.run_folder import EMA_WEIGHTS_NAME, MODEL_WEIGHTS_NAME, list_step_folders
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
@@ -31,26 +30,11 @@ IDS = torch.arange(30)[None]
 
 
 @pytest.fixture(scope="module")
-def base(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainExperimentParams:
+def base(
+    create_params: Callable[[str, Path], TrainExperimentParams], tmp_path_factory: pytest.TempPathFactory
+) -> TrainExperimentParams:
     """A trained run to adapt."""
-    params = TrainExperimentParams(
-        name="base",
-        save_path=str(tmp_path_factory.mktemp("runs")),
-        wandb=False,
-        log_every_n_steps=1,
-        num_checkpoints=3,
-        total_train_samples=48,
-        data=TextDataParams(
-            dataset_manifest=[str(manifest)],
-            dataset_modality=["text"],
-            dataset_weighting=[1.0],
-            seq_len=32,
-            num_workers=0,
-            seed=3,
-        ),
-        model=TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64),
-        hparams=HyperParams(precision="fp32", global_batch_size=8, per_gpu_batch_size=4, lr=0.003, warmup=1.0),
-    )
+    params = create_params("base", tmp_path_factory.mktemp("runs"))
     train(params, World())
     return params
 
