@@ -41,6 +41,10 @@ _COMMANDS = {
         "convert a run of the earlier implementation",
     ),
     "merge": ("vla_foundry.importing.merge:main", "merge a run's adapters (LoRA) into whole weights"),
+    "export": (
+        "vla_foundry.inference.export:main",
+        "write a policy as graphs for torch.export or ONNX, and check them",
+    ),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

@@ -47,6 +47,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("serving/",),
     "gradio": ("evaluation/dashboard/",),
     "uvicorn": ("evaluation/dashboard/",),
+    "onnxruntime": ("inference/export.py",),
+    "lm_eval": ("evaluation/text.py",),
     "metaworld": ("simulators/metaworld.py",),
     "mujoco": ("simulators/",),
     "gymnasium": ("simulators/",),

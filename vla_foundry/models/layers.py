@@ -103,7 +103,7 @@ class Rotation(NamedTuple):
 
     def at(self, positions: Int[Tensor, " B"]) -> "Rotation":
         """Return the angles of one token per row, (B, 1, 1, K/2)."""
-        rows = torch.arange(len(positions), device=positions.device)
+        rows = torch.arange(positions.shape[0], device=positions.device)
         cos, sin = (
             table[positions, None] if table.ndim == 3 else table[rows, positions, None]
             for table in (self.cos, self.sin)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
@@ -152,6 +152,7 @@ class Transformer(nn.Module):
         num_states: int = 1,
         at: Int[Tensor, " B"] | None = None,
         normalize: bool = True,
+        mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> list[Float[Tensor, "B S D"]]:
         """Return the outputs of the last `num_states` blocks, without an output head; see `forward`.
 
@@ -159,6 +160,8 @@ class Transformer(nn.Module):
             at: return only the token at this position of each row (S is 1) and skip other computation where possible.
                 The token sees all tokens before it in its row.
             normalize: apply the final norm to the last output.
+            mask: True where a token sees another, in place of documents: nothing is then decided on the host, as graphs
+                need it.
 
         Raises:
             ValueError: the model has fewer blocks.
@@ -166,7 +169,13 @@ class Transformer(nn.Module):
         num_blocks = len(self.layers)
         if num_states > num_blocks:
             raise ValueError(f"The last {num_states} layers are requested, but the model has {num_blocks}.")
-        rows = self._arrange(inputs_embeds, None, documents, sees_ahead)
+        if mask is None:
+            rows = self._arrange(inputs_embeds, None, documents, sees_ahead)
+        else:
+            T = inputs_embeds.shape[1]
+            slots = torch.arange(T, device=inputs_embeds.device)[None]
+            rotation = None if self.rotary is None else self.rotary(T)
+            rows = _Rows(None, None, CacheStep(slots=slots, start=0, num_slots=T, mask=mask), rotation)
         states: list[Tensor] = []
         for i, x in enumerate(self._run_blocks(self._norm_embeds(inputs_embeds), rows, at=at), start=1):
             if i > num_blocks - num_states:

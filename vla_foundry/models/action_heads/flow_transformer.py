@@ -183,6 +183,13 @@ class FlowTransformer(TransformerHead):
             return Context(parts, None, None, step_mask)
         return Context([], join_parts(parts), None, step_mask)
 
+    def cache_context(self, conditioning: Conditioning, window: ActionWindow) -> Context:
+        """Embed conditioning and proprioception for all sampling steps, with their keys and values."""
+        context = self.embed_context(conditioning, window)
+        if context.tokens is None:
+            return context
+        return context._replace(cache=self.transformer.cache_context(context.tokens))
+
     def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K D"]:
         """Map conditioning to the head's width."""
         return self.condition_encode(tokens)
@@ -265,9 +272,7 @@ class FlowTransformer(TransformerHead):
         self, noise: Float[Tensor, "B T A"], conditioning: Conditioning, window: ActionWindow, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
         """Sample actions from the given noise."""
-        context = self.embed_context(conditioning, window)
-        if context.tokens is not None:
-            context = context._replace(cache=self.transformer.cache_context(context.tokens))
+        context = self.cache_context(conditioning, window)
         free, held = window.free_mask(), window.held_actions()
 
         def predict(x: Tensor, times: Tensor) -> Tensor:

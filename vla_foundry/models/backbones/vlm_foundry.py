@@ -43,10 +43,11 @@ class VLMFoundryBackbone(LanguageModelBackbone):
         *,
         pixel_values: Float[Tensor, "N 3 H V"] | None,
         image_positions: Int[Tensor, " n"],
-        documents: Documents,
+        documents: Documents | None,
         sees_ahead: np.ndarray | None,
         observation_places: Int[Tensor, " B"] | None,
         token_mask: Bool[Tensor, "B W"] | None,
+        mask: Bool[Tensor, "B 1 W W"] | None = None,
     ) -> Conditioning:
         """Encode.
 
@@ -54,15 +55,17 @@ class VLMFoundryBackbone(LanguageModelBackbone):
             documents: each row as one document and its padding.
             observation_places: position of the observation token in each row, after all text.
             token_mask: True at tokens that the head may see (prefix only); None: all.
+            mask: what each token sees, in place of documents and `sees_ahead`; native language models only.
         """
         embeds = self.model.embed(input_ids, pixel_values, image_positions)
         if self.observation_token is not None:
             assert observation_places is not None
             embeds = put_token(embeds, self.observation_token, observation_places)
+        rows = {"sees_ahead": sees_ahead if self.model.sees_ahead else None} if mask is None else {"mask": mask}
         states = self.model.transformer.encode(
             embeds,
             documents,
-            sees_ahead=sees_ahead if self.model.sees_ahead else None,
+            **rows,
             num_states=self.num_states,
             at=observation_places,
             normalize=self.final_norm,

@@ -1,8 +1,8 @@
-"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `data inspect`, `quickstart`."""
+"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `quickstart`"""
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from vla_foundry.config.schema import FPS, BaseParams, Bounds, Location, Name, NonNegativeInt, Size
 from vla_foundry.params.experiment import TrainExperimentParams
@@ -126,6 +126,31 @@ class MergeParams(BaseParams):
         super().__post_init__()
         if not self.checkpoint or not self.output:
             raise ValueError(f"{'output' if self.checkpoint else 'checkpoint'} is empty. Name a folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportParams(BaseParams):
+    """Export a policy as two graphs, the observation's encoding and one denoising step, and check them."""
+
+    # run folder (its newest checkpoint) or step folder of a policy; local, s3:// or hf://
+    run: Location
+    # torch_export: files for torch.export.load; onnx: files for ONNX Runtime
+    format: Literal["torch_export", "onnx"] = "torch_export"
+    # folder to create; it must not exist
+    output: Location
+    # use the averaged weights; null: if the checkpoint has them
+    use_ema: bool | None = None
+    # longest row of images and instruction, tokens; each observation costs as much as the longest; null: as in training
+    max_tokens: Size | None = None
+    # largest error at random inputs, relative to the largest value (or to 1, if that is larger)
+    tolerance: Annotated[float, Bounds(above=0, most=1)] = 1e-4
+    # the robot's dataset: its name in a mixture, or its index where their image options differ
+    dataset: Name | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run or not self.output:
+            raise ValueError(f"{'output' if self.run else 'run'} is empty. Name a folder.")
 
 
 @dataclass(frozen=True, kw_only=True)
