@@ -181,8 +181,13 @@ def save_checkpoint(
         if state.ema is not None:
             path = folder / EMA_WEIGHTS_NAME
             files[path.name] = write_weights(path, ema_tensors(state), is_main=world.is_main, base=state.base)
-        _write_moments(folder / TRAINING_STATE_FOLDER, state)
-        files.update(_hash_moments(folder, world))
+        if all(gather_objects((folder / TRAINING_STATE_FOLDER).is_dir())):
+            _write_moments(folder / TRAINING_STATE_FOLDER, state)
+            files.update(_hash_moments(folder, world))
+        else:
+            # other machines have disks of their own: the main rank writes their shards too
+            path = folder / TRAINING_STATE_FOLDER / "moments.safetensors"
+            files[str(path.relative_to(folder))] = write_weights(path, _moment_tensors(state), is_main=world.is_main)
         main_rank_first(world, lambda: _finish(folder, final, files, scalars))
     if world.is_main and max_checkpoints is not None:
         for old in list_step_folders(run_folder)[max(max_checkpoints, 1) :]:

@@ -40,6 +40,7 @@ from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import (
     copy_tokenizer,
+    fetch_to_other_disks,
     find_start,
     pin_starts,
     record_start,
@@ -117,6 +118,8 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     main_rank_first(world, lambda: stack.enter_context(lock_folder(folder, what="run folder", flag="--name")))
     main_rank_first(world, lambda: remove_unfinished(folder))
     checkpoint: Path | None = main_rank_first(world, lambda: find_start(params, folder, notices.append))
+    if checkpoint is not None:
+        fetch_to_other_disks(params, world, folder, checkpoint)
     loader, validation_loader = loaders = create_loaders(params, world, stack)
     loader.start(0 if checkpoint is None else read_step(checkpoint))  # it loads while the model is made
     state = create_state(params, world, is_restored=checkpoint is not None)

@@ -51,6 +51,7 @@ from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, IncompleteDownload, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, read_vocabulary
+from vla_foundry.training.distributed import gather_objects
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
@@ -205,6 +206,27 @@ def fetch_checkpoint(
     if faults:
         raise ValueError(f"{faults[0]} {source} has no other usable checkpoint.")
     return None
+
+
+def fetch_to_other_disks(params: TrainExperimentParams, world: World, run_folder: Path, checkpoint: Path) -> None:
+    """Collective: call on every rank. Fetch rank 0's checkpoint on machines that do not see its disk.
+
+    Raises:
+        ValueError: neither the run's remote copy nor what it starts from has it.
+    """
+    is_found = True
+    if world.local_rank == 0 and not checkpoint.is_dir():
+        copy = params.remote_sync and join_uri(params.remote_sync, run_folder.name, CHECKPOINTS_FOLDER, checkpoint.name)
+        sources = [source for source in (copy, params.model.resume_from_checkpoint) if source and is_remote(source)]
+        is_found = any(fetch_checkpoint(source, run_folder) == checkpoint for source in sources)
+    if all(gather_objects(is_found)):
+        return
+    if not world.is_main:
+        raise SystemExit(2)
+    raise ValueError(
+        f"Not every machine has the checkpoint {checkpoint}. Put save_path on a file system that all share, or give "
+        "--remote_sync, from which they fetch it."
+    )
 
 
 def _fetch_logs(source: str, files: Container[str], run_folder: Path) -> None:

@@ -30,7 +30,7 @@ from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.training import start
 from vla_foundry.training.experiment import train
 from vla_foundry.training.schedules import learning_rates
-from vla_foundry.training.start import fetch_checkpoint, find_start, write_configs
+from vla_foundry.training.start import fetch_checkpoint, fetch_to_other_disks, find_start, write_configs
 from vla_foundry.world import World
 
 _SCRIPT = Path(__file__).with_name("interrupted_runs.py")
@@ -244,6 +244,17 @@ def test_a_folder_of_something_else_is_neither_used_nor_cleared(
         find_start(replace(params, resume=None), tmp_path, print)
     find_start(replace(params, resume="auto"), tmp_path, print)
     assert (tmp_path / "stats.json").exists()
+
+
+def test_a_machine_without_the_checkpoint_fetches_it_or_says_what_is_missing(
+    create_params: Callable[[str, Path], TrainExperimentParams], tmp_path: Path
+) -> None:
+    params = create_params("run", tmp_path)
+    lost = tmp_path / "run/checkpoints/step_00000002"
+    with pytest.raises(ValueError, match=r"Not every machine has the checkpoint .*step_00000002.*--remote_sync"):
+        fetch_to_other_disks(params, World(), tmp_path / "run", lost)
+    lost.mkdir(parents=True)
+    fetch_to_other_disks(params, World(), tmp_path / "run", lost)
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_byte])
