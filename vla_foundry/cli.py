@@ -21,7 +21,7 @@ _COMMANDS = {
     "demos": ("vla_foundry.datagen.demos:main", "record demonstrations by scripted experts in a simulator"),
     "evaluate": (
         "vla_foundry.evaluation.evaluate:main",
-        "run a policy in a simulator, or in other benchmarks (evaluate harness)",
+        "run a policy in a simulator; other benchmarks: evaluate harness|text|captions",
     ),
     "report": (
         "vla_foundry.evaluation.report.command:main",

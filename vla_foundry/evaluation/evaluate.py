@@ -9,6 +9,7 @@ results.json is written every few seconds; a restarted evaluation runs only miss
 Policies are evaluated on seeds below 1,000,000; demonstrations are recorded on seeds above.
 """
 
+import importlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -370,10 +371,8 @@ def _summarize(
 
 
 def main(argv: list[str]) -> None:
-    """Run `vla-foundry evaluate`: print the success rate of each task."""
-    if argv[:1] == ["harness"]:
-        from vla_foundry.evaluation import harness
-
-        harness.main(argv[1:])
+    """Run `vla-foundry evaluate`: print the success rate of each task, or the metrics of text and captions."""
+    if argv[:1] in (["harness"], ["text"], ["captions"]):
+        importlib.import_module(f"vla_foundry.evaluation.{argv[0]}").main(argv[1:])
         return
     write_rates(evaluate(parse_command(EvaluateParams, argv, prog="vla-foundry evaluate")))

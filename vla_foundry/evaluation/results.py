@@ -17,6 +17,7 @@ a success already. Neither is a trial.
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +26,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
-from vla_foundry.storage.uri import read_object, write_text
+from vla_foundry.inference.loading import find_run_folder
+from vla_foundry.storage.uri import is_remote, join_uri, read_object, write_text
 
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
 ROLLOUTS_FOLDER = "rollouts"
+EVALUATION_FOLDER = "evaluation"
 
 Outcome = Literal["success", "failure", "trivial", "invalid"]
 # timeout: no success within the step limit; terminated: the simulator ended the episode; the last two are invalid
@@ -245,3 +248,27 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
     if any(values[key] is not value for key, value in _to_json(episode).items() if key in ("is_success", "is_pending")):
         raise ValueError(f"is_success or is_pending of seed {seed} contradicts its outcome {outcome!r}")
     return episode
+
+
+def publish_table(table: Mapping[str, Any], *, checkpoint: str | None, output: str | None) -> None:
+    """Write a table of metrics (docs/benchmarks.md) to its run, as evaluation/<name>.json, and to the output."""
+    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+    if checkpoint is not None:
+        folder = find_run_folder(checkpoint)
+        if is_remote(folder):
+            if output is None:
+                sys.stderr.write(f"{folder} is remote, so the result is not kept there. Name a file with --output.\n")
+        else:
+            name = re.sub(r"[^\w.-]+", "_", table["name"])
+            write_text(join_uri(folder, EVALUATION_FOLDER, f"{name}.json"), text)
+    if output is not None:
+        write_text(output, text)
+
+
+def show_table(table: Mapping[str, Any]) -> None:
+    """Print a table of metrics."""
+    width = max(map(len, table["metrics"]))
+    for name, metric in table["metrics"].items():
+        limits = metric.get("interval")
+        interval = "" if limits is None else f" [{limits[0]:.4f}, {limits[1]:.4f}]"
+        sys.stdout.write(f"{name:<{width}} {metric['value']:.4f}{interval} n={metric['n']}\n")

@@ -183,6 +183,42 @@ def test_images_are_gathered_from_one_flag_or_several() -> None:
     assert gather_images(words) == ["--seed", "1", '--image=["a.png", "b.png", "c.png"]']
 
 
+def score(place: Path, *words: str) -> None:
+    main(["evaluate", "captions", "--annotations", str(place / "annotations.json"), "--images", str(place), *words])
+
+
+def test_scores_of_a_runs_captions_are_kept_in_the_run(folder: Path, tmp_path: Path) -> None:
+    keys = list(PICTURES)
+    for number, picture in enumerate(PICTURES.values()):
+        (tmp_path / f"{number}.png").write_bytes(picture)
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(len(keys))]
+    annotations = [{"image_id": number, "caption": caption_of(*key)} for number, key in enumerate(keys)]
+    text = json.dumps({"images": images, "annotations": annotations})
+    (tmp_path / "annotations.json").write_text(text, encoding="utf-8")
+    run, results = folder / "runs" / "vlm", tmp_path / "results.json"
+    words = ["--checkpoint", str(run), "--results", str(results), "--batch_size", "3", "--num_images", "4"]
+    score(tmp_path, *words, "--name", "coco val")
+    # the model has learned all of its pictures
+    expected = [{"image_id": number, "caption": caption_of(*key)} for number, key in enumerate(keys[:4])]
+    assert json.loads(results.read_text(encoding="utf-8")) == expected
+    table = json.loads((run / "evaluation" / "coco_val.json").read_text(encoding="utf-8"))
+    assert table["metrics"]["ROUGE-L"] == {"value": 1.0, "interval": [1.0, 1.0], "n": 4}
+    assert table["settings"]["num_images"] == 4
+
+
+@pytest.mark.parametrize("file_name", ["../secret.png", "/etc/passwd"])
+def test_images_to_score_lie_in_their_folder(
+    file_name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps({
+        "images": [{"id": 1, "file_name": file_name}], "annotations": [{"image_id": 1, "caption": "a cat"}]
+    })  # fmt: skip
+    (tmp_path / "annotations.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        score(tmp_path, "--checkpoint", str(folder / "runs" / "vlm"))
+    assert file_name in capsys.readouterr().err
+
+
 def test_a_run_without_images_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="of type 'transformer', not a vision-language model"):
         load_captioner(str(folder / "runs" / "llm"))

@@ -1,4 +1,4 @@
-"""Params of the commands that judge a policy: `evaluate`, `action-error` and `report`."""
+"""Params of the commands that judge a model: `evaluate`, `action-error` and `report`."""
 
 import re
 import shlex
@@ -245,6 +245,72 @@ class ActionErrorParams(InferenceParams):
     num_inference_steps: Size | None = None
     # seed of the order of samples
     seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionScoreParams(InferenceParams):
+    """Score captions of images against those of people: BLEU-1 to 4, ROUGE-L, CIDEr-D."""
+
+    # COCO annotation file: what people say of each image
+    annotations: Location
+    # COCO result file; with a checkpoint, the run's captions are written to it
+    results: Location | None = None
+    # run folder (its newest checkpoint) or step folder of a vision-language model that captions the images
+    checkpoint: Location | None = None
+    # folder of the images that the annotation file names; needed with a checkpoint
+    images: Location | None = None
+    # caption only the first so many images; null: all
+    num_images: Count | None = None
+    # score only the images that the result file has
+    allow_missing: bool = False
+    # JSON file for the metrics; with a checkpoint they also go to <run>/evaluation/<name>.json
+    output: Location | None = None
+    # name of the result
+    name: Name = "captions"
+    # question; null: the run's first prompt
+    prompt: str | None = None
+    # longest caption, tokens
+    max_new_tokens: Size = 64
+    # images at a time
+    batch_size: Size = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is None and self.results is None:
+            raise ValueError("Give --results FILE, or --checkpoint RUN and --images FOLDER.")
+        if self.checkpoint is not None and self.images is None:
+            raise ValueError("images is missing: the folder of the images that the run is to caption.")
+        if self.checkpoint is None and (self.images, self.num_images) != (None, None):
+            raise ValueError("images and num_images need a checkpoint, which captions them. Give --checkpoint RUN.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBenchmarkParams(InferenceParams):
+    """Evaluate a language model on tasks of the lm-evaluation-harness."""
+
+    # run folder (its newest checkpoint) or step folder of a language model; local, s3:// or hf://
+    checkpoint: Location
+    # names of tasks, or `paper`: the eight tasks of the paper
+    tasks: list[str] = field(default_factory=lambda: ["paper"])
+    # folder with task files of your own (YAML)
+    include_path: Location | None = None
+    # solved examples before each question; null: as each task says
+    num_fewshot: NonNegativeInt | None = None
+    # only the first so many questions of each task; null: all
+    limit: Count | None = None
+    # questions at a time
+    batch_size: Size = 16
+    # tokenizer (name or folder); null: the one in the run folder
+    tokenizer: Location | None = None
+    # JSON file for the metrics, which also go to <run>/evaluation/<name>.json
+    output: Location | None = None
+    # name of the result
+    name: Name = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks or not all(self.tasks):
+            raise ValueError("tasks is empty. Name some: --tasks hellaswag,piqa, or --tasks paper.")
 
 
 @dataclass(frozen=True, kw_only=True)
