@@ -1,0 +1,136 @@
+"""The examples of launchers are what their schedulers take, and their scripts train."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.essential.training.conftest import manifest as manifest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch"))
+# Slurm's commands as the scripts call them; the job was preempted before it was started again
+COMMANDS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": 'case "$1 $2" in "show hostnames") echo localhost;;'
+    '"show job") echo " StartTime=2026-01-02T00:00:00"; echo " PreemptTime=${PREEMPTED:-None} x";;'
+    '*) echo "$@" >> requests.txt;; esac',
+}
+RunLater = Callable[..., subprocess.Popen[str]]
+
+
+def read_skypilot() -> dict[str, Any]:
+    return yaml.safe_load((EXAMPLES / "skypilot/train.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def flags(manifest: Path) -> list[str]:
+    return [
+        *("--config_path", "config_presets/training_jobs/llm_tiny.yaml", "--data.dataset_manifest", str(manifest)),
+        *("--data.seq_len", "32", "--model.vocab_size", "64", "--data.num_workers", "0", "--name", "llm"),
+    ]
+
+
+@pytest.fixture
+def run_in_slurm(tmp_path: Path) -> RunLater:
+    """Starts a script as a Slurm job."""
+    (tmp_path / "bin").mkdir()
+    for name, text in COMMANDS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def start(script: str, *words: str, **variables: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_NUM_NODES": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **variables,
+        }
+        command = ["bash", str(EXAMPLES / "slurm" / script), *words]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shell_scripts_are_sound(tmp_path: Path) -> None:
+    blocks = {name: tmp_path / f"{name}.sh" for name in ("setup", "run")}
+    for name, path in blocks.items():
+        path.write_text(f"#!/usr/bin/env bash\n{read_skypilot()[name]}", encoding="utf-8")
+    done = subprocess.run(["shellcheck", *SCRIPTS, *blocks.values()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_slurm_job_whose_time_is_up_saves_a_checkpoint_and_is_queued_again(
+    run_in_slurm: RunLater, flags: list[str], tmp_path: Path
+) -> None:
+    job = run_in_slurm("train.sbatch", *flags, "--total_train_samples", "1600000", "--num_checkpoints", "50000")
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("experiments/llm/checkpoints/step_*")):
+        assert job.poll() is None, job.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode != 0
+    assert (tmp_path / "requests.txt").read_text(encoding="utf-8") == "requeue 7\n", errors
+
+
+@pytest.mark.parametrize(("preempted", "is_queued"), [("2026-01-02T00:00:05", True), ("2026-01-01T00:00:00", False)])
+def test_a_slurm_job_that_fails_is_queued_again_only_if_it_was_preempted_since_its_start(
+    run_in_slurm: RunLater, tmp_path: Path, preempted: str, is_queued: bool
+) -> None:
+    job = run_in_slurm("train.sbatch", "--no_such_flag", "1", PREEMPTED=preempted)
+    assert "no_such_flag" in job.communicate(timeout=60)[1]
+    assert job.returncode != 0
+    assert (tmp_path / "requests.txt").exists() == is_queued
+
+
+def test_a_slurm_array_with_more_jobs_than_policies_says_so(run_in_slurm: RunLater) -> None:
+    job = run_in_slurm("evaluate.sbatch", "experiments/a,experiments/b", SLURM_ARRAY_TASK_ID="2")
+    assert job.communicate(timeout=20)[1].startswith("error: the array has a job 2, but there are 2 tasks")
+    assert job.returncode == 2
+
+
+def test_ray_takes_the_cluster() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((EXAMPLES / "ray/cluster.yaml").read_text(encoding="utf-8")))
+    validate_config(config)
+    assert "secrets.env" in config["rsync_exclude"]
+    [(target, source)] = config["file_mounts"].items()
+    assert (target, source) == ("/home/ubuntu/vla_foundry", ".")
+
+
+def test_the_skypilot_task_trains(flags: list[str], tmp_path: Path) -> None:
+    task = read_skypilot()
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    flags += ["--total_train_samples", "32", "--num_checkpoints", "1"]
+    environment = {
+        **os.environ,
+        **task["secrets"],
+        "FLAGS": " ".join(flags),
+        "SKYPILOT_NUM_NODES": "1",
+        "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", "-c", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    config = tmp_path / "experiments/llm/checkpoints/step_00000002/state.json"
+    assert json.loads(config.read_text(encoding="utf-8"))["step"] == 2
