@@ -50,6 +50,7 @@ NORMALIZER_NAME = "normalizer.json"
 STATISTICS_NAME = "stats.json"
 PREPROCESSING_CONFIG_NAME = "preprocessing_config.yaml"
 MODEL_FILES_FOLDER = "model_files"
+FAST_TOKENIZER_NAME = "fast_tokenizer.json"
 DATASETS_FOLDER = "datasets"
 CHECKPOINTS_FOLDER = "checkpoints"
 

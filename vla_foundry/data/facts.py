@@ -23,8 +23,8 @@ from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_params_from_yaml
-from vla_foundry.params.facts import DatasetFacts, Facts, TokenizerFacts
-from vla_foundry.params.models.action_heads import ActionHeadParams
+from vla_foundry.params.facts import ChunkFacts, DatasetFacts, Facts, TokenizerFacts
+from vla_foundry.params.models.action_heads import ActionHeadParams, FastTokensParams
 from vla_foundry.params.models.backbones import BackboneParams, ViTBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import with_model_files
 from vla_foundry.params.models.roles import TIMM_PREFIX, LanguageModelParams, ModelParams, PublishedParams
@@ -104,6 +104,7 @@ def read_facts(params: TrainExperimentParams, world_size: int, *, offline: bool 
         },
         checkpoint_models=checkpoint_models,
         model_configs=model_configs,
+        action_tokenizers=_read_action_tokenizers(params.model, offline),
     )
 
 
@@ -281,6 +282,33 @@ def _read_model_configs(model: BaseParams, offline: bool) -> dict[str, dict[str,
         elif not offline:
             raise FileNotFoundError(f"{path}.hf_pretrained: {name} is not a folder with a config.json.")
     return configs
+
+
+def _read_action_tokenizers(model: BaseParams, offline: bool) -> dict[str, ChunkFacts]:
+    """Return the chunks that each FAST tokenizer of a model is for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a FAST tokenizer.
+    """
+    found = {}
+    for path, part in _walk(model):
+        if not isinstance(part, FastTokensParams) or (offline and is_remote(part.tokenizer)):
+            continue
+        from vla_foundry.robotics.action_tokens import read_fast_tokenizer
+
+        try:
+            tokenizer = read_fast_tokenizer(part.tokenizer)
+        except (FileNotFoundError, IsADirectoryError):
+            raise FileNotFoundError(
+                f"{path}.tokenizer: there is no file {part.tokenizer}. Make it: `vla-foundry data action-tokenizer`."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}.tokenizer: {error}") from None
+        found[part.tokenizer] = ChunkFacts(
+            num_steps=tokenizer.num_steps, action_dim=tokenizer.action_dim, fields=tuple(tokenizer.fields)
+        )
+    return found
 
 
 def _parts(model: BaseParams) -> list[tuple[str, BaseParams]]:

@@ -95,7 +95,8 @@ def load_run_model(
 def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     """Return the params with Hugging Face parts read from the run's own copies of their files."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
-    return with_model_files(params, files) if not is_remote(files) and exists(files) else params
+    is_here = not is_remote(files) and exists(files)
+    return with_model_files(params, files, only_tokenizers=not is_here)
 
 
 def find_end_tokens(model: "nn.Module", tokenizer: Any) -> list[int]:

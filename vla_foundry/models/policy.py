@@ -18,13 +18,23 @@ from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, LossOutput
 from vla_foundry.models.action_heads.action_head import ActionWindow, DrawKey, HeadWidths, create_action_head
-from vla_foundry.models.backbones.backbone import OBSERVATIONS, create_backbone
+from vla_foundry.models.action_heads.tokens import TokenHead, create_action_tokenizer, tokenize_actions
+from vla_foundry.models.backbones.backbone import (
+    OBSERVATIONS,
+    Conditioning,
+    LanguageModelBackbone,
+    Suffix,
+    create_backbone,
+)
 from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.models.registry import BatchHandler, create_batch_handler, register_batch_handler, register_model
 from vla_foundry.models.weights import Entry
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.params.models.action_heads import TokenHeadParams
 from vla_foundry.params.models.backbones import BackboneParams, VLMBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.robotics.action_tokens import FastTokenizer
+from vla_foundry.run_folder import FAST_TOKENIZER_NAME
 
 # in checkpoints of the earlier implementation: the backbone, and the head's modules by the first part of their names
 _OLD_BACKBONE = "vision_language_backbone._model."
@@ -46,11 +56,23 @@ _OUTPUT_HEADS = ("output.weight", "lm_head.weight")
 class RobotPolicy(nn.Module):
     """Maps observations to a loss or to actions."""
 
-    def __init__(self, vision_language_backbone: Any, action_head: Any) -> None:
+    def __init__(
+        self,
+        vision_language_backbone: Any,
+        action_head: Any,
+        *,
+        action_dim: int,
+        action_tokens: TokenHead | None = None,
+        action_tokens_weight: float = 1.0,
+        insulate_backbone: bool = False,
+    ) -> None:
         super().__init__()
         # each may be one of several classes
         self.vision_language_backbone: Any = vision_language_backbone
         self.action_head: Any = action_head
+        self.action_tokens = action_tokens
+        self.action_dim, self.action_tokens_weight = action_dim, action_tokens_weight
+        self.insulate_backbone = insulate_backbone
 
     def forward(self, *, language: dict[str, Any] | None = None, **robot: Any) -> LossOutput:
         """Return the loss of robot samples, or of text and captions, which train the backbone alone.
@@ -73,6 +95,7 @@ class RobotPolicy(nn.Module):
         proprioception: Float[Tensor, "B P D"] | None = None,
         action_dim_mask: Bool[Tensor, "B A"] | None = None,
         step_mask: Bool[Tensor, "B T"] | None = None,
+        action_tokens: Int[Tensor, "B K"] | None = None,
     ) -> LossOutput:
         """Return the loss; RoboticsBatchHandler prepares the arguments from a batch.
 
@@ -88,10 +111,23 @@ class RobotPolicy(nn.Module):
         Returns:
             LossOutput whose count is the number of valid action values: predicted steps x existing dimensions.
         """
-        window = ActionWindow(actions, past_mask, future_mask, action_dim_mask, proprioception, step_mask)
-        conditioning = self.vision_language_backbone(**observation)
-        stage = "training" if self.training else "validation"
-        return self.action_head(conditioning, window, DrawKey(samples, seed, stage))
+        window = ActionWindow(
+            actions, past_mask, future_mask, action_dim_mask, proprioception, step_mask, tokens=action_tokens
+        )
+        observation = dict(observation)
+        writer = self.action_head if isinstance(self.action_head, TokenHead) else self.action_tokens
+        if writer is not None:
+            suffix = writer.embed_suffix(window, action_tokens)
+            observation["suffix"] = Suffix(suffix, observation.pop("suffix_starts"))
+        conditioning: Conditioning = self.vision_language_backbone(**observation)
+        key = DrawKey(samples, seed, "training" if self.training else "validation")
+        seen = conditioning._replace(tokens=conditioning.tokens.detach()) if self.insulate_backbone else conditioning
+        loss: LossOutput = self.action_head(seen, window, key)
+        if self.action_tokens is None:
+            return loss
+        tokens = self.action_tokens(conditioning, window, key)
+        logs = {"action_loss": loss.sum.detach(), "token_loss": tokens.sum.detach(), **loss.logs, **tokens.logs}
+        return loss._replace(sum=loss.sum + self.action_tokens_weight * tokens.sum, logs=logs)
 
     @torch.no_grad()
     def sample(
@@ -104,12 +140,15 @@ class RobotPolicy(nn.Module):
         """Return normalised fp32 actions: observed steps unchanged, the others predicted.
 
         Args:
-            inputs: output of RoboticsBatchHandler.prepare. `actions` may be omitted if no step is observed
+            inputs: output of RoboticsBatchHandler.prepare_sampling. `actions` may be omitted if no step is observed
                 (past_mask); only observed steps are read. `guidance` is optional.
             seeds: one per sample; a sample's noise depends on its seed only, not on the batch.
             num_steps: sampling steps; None: the noise process's default.
         """
+        assert "action_tokens" not in inputs, "these are inputs of training; use prepare_sampling"
         observation, window = inputs["observation"], self._window(inputs)
+        if isinstance(self.action_head, TokenHead):
+            return self.action_head.write(self.vision_language_backbone, observation, window)
         conditioning = self.vision_language_backbone(**observation)
         return self.action_head.sample(conditioning, window, DrawKey(seeds, 0, "sampling"), num_steps)
 
@@ -117,8 +156,7 @@ class RobotPolicy(nn.Module):
         past_mask: Tensor = inputs["past_mask"]
         actions: Tensor | None = inputs.get("actions")
         if actions is None:
-            shape = (*past_mask.shape, self.action_head.output_layer.out_features)
-            actions = torch.zeros(shape, device=past_mask.device)
+            actions = torch.zeros((*past_mask.shape, self.action_dim), device=past_mask.device)
         return ActionWindow(
             actions.float(),
             past_mask,
@@ -137,6 +175,8 @@ class RobotPolicy(nn.Module):
         """Initialise the weights of both parts."""
         self.vision_language_backbone.init_weights()
         self.action_head.init_weights()
+        if self.action_tokens is not None:
+            self.action_tokens.init_weights()
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return the backbone's FLOPs; the head is not counted because its tokens are not part of a row."""
@@ -168,8 +208,12 @@ class RobotPolicy(nn.Module):
         return found
 
     def save_files(self, folder: Path) -> None:
-        """Write the architecture of the Hugging Face parts; with_model_files reads it."""
+        """Write the architecture of the Hugging Face parts and the action tokenizer; with_model_files reads them."""
         self.vision_language_backbone.save_files(folder)
+        for part in (self.action_head, self.action_tokens):
+            if isinstance(part, TokenHead) and isinstance(part.tokenizer, FastTokenizer):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / FAST_TOKENIZER_NAME).write_text(part.tokenizer.to_json(), encoding="utf-8")
 
 
 @register_model("diffusion_policy")
@@ -189,8 +233,17 @@ def create_policy(params: RobotPolicyParams, load_pretrained: bool = True) -> Ro
         action_dim=params.action_dim,
         proprioception_dim=params.proprioception_dim,
         conditioning_dim=backbone.conditioning_dim,
+        num_states=backbone.num_states if isinstance(backbone, LanguageModelBackbone) else 1,
+        token_dim=backbone.width if isinstance(backbone, LanguageModelBackbone) else 0,
     )
-    return RobotPolicy(backbone, create_action_head(params.action_head, widths))
+    return RobotPolicy(
+        backbone,
+        create_action_head(params.action_head, widths),
+        action_dim=params.action_dim,
+        action_tokens=None if params.action_tokens is None else TokenHead(params.action_tokens, widths),
+        action_tokens_weight=params.action_tokens_weight,
+        insulate_backbone=params.insulate_backbone,
+    )
 
 
 @register_batch_handler("diffusion_policy")
@@ -205,6 +258,15 @@ class RoboticsBatchHandler:
         self.seed = params.hparams.seed
         self._prepare_observation = OBSERVATIONS.get(self.backbone.type)
         self._language = _create_language_handler(params, self.backbone) if params.data.has_language() else None
+        model = params.model
+        # in sampling, only a head that acts with tokens needs room for them
+        self._writes = isinstance(model.action_head, TokenHeadParams)
+        writer = model.action_head if isinstance(model.action_head, TokenHeadParams) else model.action_tokens
+        self._tokenizer = None
+        if writer is not None:
+            assert model.action_dim is not None, "create_policy checks it"
+            self._tokenizer = create_action_tokenizer(writer, model.action_dim)
+        self._reads_proprioception = bool(model.proprioception_dim)
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         """Return what RobotPolicy.forward takes."""
@@ -213,11 +275,13 @@ class RoboticsBatchHandler:
         positions = torch.as_tensor(batch["positions"], dtype=torch.int64)
         if not len(positions):  # in validation, a rank without samples has a row of padding
             positions = positions.new_zeros(1)
-        return {
-            **self.prepare_sampling(batch, device),
-            "samples": to_device(positions, device),
-            "seed": self.seed,
-        }
+        inputs = {"samples": to_device(positions, device), "seed": self.seed}
+        if self._tokenizer is not None:
+            is_rounded = torch.device(device).type != "cpu"
+            tokens = tokenize_actions(self._tokenizer, batch, is_rounded=is_rounded)
+            inputs["action_tokens"] = to_device(tokens, device)
+            batch = self._with_suffix(batch, tokens.shape[1])
+        return self._prepare_robot(batch, device) | inputs
 
     def prepare_sampling(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         """Return what RobotPolicy.sample takes; the batch needs neither plan positions nor future actions.
@@ -225,9 +289,25 @@ class RoboticsBatchHandler:
         Raises:
             ValueError: steps are observed, but there are no actions.
         """
-        past_mask, future_mask = batch["past_mask"], batch["future_mask"]
-        if batch.get("actions") is None and past_mask.any():
+        if batch.get("actions") is None and batch["past_mask"].any():
             raise ValueError("past_mask says that steps are observed, but there are no actions.")
+        return self._prepare_robot(self._with_suffix(batch, 0) if self._writes else batch, device)
+
+    def _with_suffix(self, batch: Batch, num_tokens: int) -> Batch:
+        """Return the batch with room in its rows for proprioception and action tokens.
+
+        Raises:
+            ValueError: the model reads proprioception, but there is none.
+        """
+        num_steps = 0
+        if self._reads_proprioception:
+            if batch.get("proprioception") is None:
+                raise ValueError("The policy reads proprioception, but the batch has none.")
+            num_steps = batch["proprioception"].shape[1]
+        return {**batch, "num_suffix": num_steps + num_tokens}
+
+    def _prepare_robot(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
+        past_mask, future_mask = batch["past_mask"], batch["future_mask"]
         inputs: dict[str, Any] = {
             "observation": self._prepare_observation(self.backbone, batch, device),
             "past_mask": to_device(past_mask, device),

@@ -88,6 +88,7 @@ class VLMHF(HuggingFaceLanguageModel):
         past_key_values: VLMCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
         **extras: Tensor,
     ) -> LanguageModelOutput:
         """Return logits, and keys and values for the next call; see `forward` and the native transformer."""
@@ -95,10 +96,11 @@ class VLMHF(HuggingFaceLanguageModel):
         inputs, offsets = self._arrange(input_ids, attention_mask, pixel_values, past_key_values, extras)
         if past_key_values is None:
             self._mark_prompt(inputs)
-        output = self.model(**inputs, use_cache=use_cache, logits_to_keep=logits_to_keep)
-        return LanguageModelOutput(
-            output.logits, None, VLMCache(output.past_key_values, offsets) if use_cache else None
+        output = self.model(
+            **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states
         )
+        cache = VLMCache(output.past_key_values, offsets) if use_cache else None
+        return LanguageModelOutput(output.logits, output.hidden_states, cache)
 
     def _mark_prompt(self, inputs: dict[str, Any]) -> None:
         if self.takes_prompt_types:

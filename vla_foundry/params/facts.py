@@ -96,6 +96,16 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkFacts:
+    """The chunks of actions that an action tokenizer is for."""
+
+    num_steps: int
+    action_dim: int
+    # names of the fields, in the order of their columns
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What `resolve` needs besides the params."""
 
@@ -131,5 +141,7 @@ class Facts:
     checkpoint_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # checkpoint of a model part -> params of the model trained in its run
     checkpoint_models: dict[str, Any] = field(default_factory=dict)
+    # file of a FAST tokenizer -> the chunks that it is for
+    action_tokenizers: "dict[str, ChunkFacts]" = field(default_factory=dict)
     # dataset of a mixture -> what is known if it were the run's only one; the facts above are the main dataset's
     parts: "dict[str, Facts]" = field(default_factory=dict)

@@ -5,8 +5,10 @@ Imported by the tests through the fixture `policies`; run by torchrun as a scrip
 """
 
 import dataclasses
+import functools
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ from vla_foundry.params.hparams import HyperParams
 from vla_foundry.params.models.action_heads import (
     ActionHeadParams,
     DDPMTransformerParams,
+    DiscreteBinsParams,
+    FastTokensParams,
     FlowTransformerParams,
     RegressionParams,
+    TokenHeadParams,
 )
 from vla_foundry.params.models.backbones import (
     BackboneParams,
@@ -40,6 +45,7 @@ from vla_foundry.params.models.policy import DiffusionPolicyParams, RegressionPo
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.robotics.action_tokens import FastTokenizer
 from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
 from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
 from vla_foundry.training.loop import train_step
@@ -70,15 +76,40 @@ HEADS: dict[str, tuple[type[ActionHeadParams], dict[str, Any]]] = {
     "ddpm": (DDPMTransformerParams, {}),
     "regression": (RegressionParams, {}),
     "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
+    "flow layers": (FlowTransformerParams, {"conditioning": "joint_attention"}),
+    "flow layers concat": (
+        FlowTransformerParams,
+        {"conditioning": "joint_attention", "time_conditioning": "concat"},
+    ),
+    "regression layers": (RegressionParams, {"conditioning": "joint_attention"}),
+    "flow insulated": (FlowTransformerParams, {}),
+    "fast tokens": (FastTokensParams, {}),
+    "discrete bins": (DiscreteBinsParams, {"num_steps": STEPS - PAST, "num_bins": 16, "limits": (-2.0, 2.0)}),
 }
 # heads, and backbones under one of them, that are trained on two ranks: every way that a head reads conditioning and is
 # told the time
 TRAINED = ["flow adaptive", "flow add", "flow cross concat", "ddpm", "regression", "vit", "clip"]
+TRAINED += ["flow layers concat", "flow insulated", "fast tokens", "discrete bins"]
+
+
+@functools.cache
+def create_fast_tokenizer() -> tuple[Any, str]:
+    """A folder that is removed at the end, and in it the file of a tokenizer for these windows."""
+    folder = tempfile.TemporaryDirectory()
+    chunks = np.random.default_rng(0).normal(size=(200, STEPS - PAST, ACTIONS)).clip(-2, 2)
+    tokenizer = FastTokenizer.train(chunks, vocab_size=96, scale=4.0)
+    path = Path(folder.name) / "fast_tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    return folder, str(path)
 
 
 def create_head_params(name: str, *, num_draws: int = 2, is_causal: bool = False) -> ActionHeadParams:
     """Params of a head; `num_draws` for those that draw."""
     cls, changes = HEADS[name]
+    if cls is FastTokensParams:
+        return FastTokensParams(tokenizer=create_fast_tokenizer()[1])
+    if issubclass(cls, TokenHeadParams):
+        return cls(**changes)
     transformer = TransformerParams(
         hidden_dim=32, n_layers=2, n_heads=2, vocab_size=0, is_causal=is_causal, max_seq_len=64
     )
@@ -92,6 +123,8 @@ def create_backbone_params(name: str, folder: Path | None = None) -> BackbonePar
         return VLMFoundryBackboneParams(vlm=VLM, num_vlm_layers_to_use=2)
     if name == "vlm prefix":
         return VLMFoundryBackboneParams(vlm=VLM, num_vlm_layers_to_use=1, conditioning="prefix")
+    if name == "vlm layers":
+        return VLMFoundryBackboneParams(vlm=VLM, num_vlm_layers_to_use=2, conditioning="prefix")
     if name == "vit":
         return ViTBackboneParams(vit=VIT)
     if name == "clip":
@@ -108,7 +141,19 @@ def create_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
 
 
-def create_params(backbone: BackboneParams, head: ActionHeadParams, **changes: Any) -> TrainExperimentParams:
+def create_params(
+    backbone: BackboneParams, head: ActionHeadParams, *, is_insulated: bool = False, **changes: Any
+) -> TrainExperimentParams:
+    """Params of a policy.
+
+    Args:
+        is_insulated: FAST tokens train the backbone, the head does not.
+        changes: of hparams.
+    """
+    insulation: dict[str, Any] = {}
+    if is_insulated:
+        tokens = FastTokensParams(tokenizer=create_fast_tokenizer()[1])
+        insulation = {"insulate_backbone": True, "action_tokens": tokens}
     hparams = {"precision": "fp32", "lr": 1e-2, "warmup": 0.0, "lr_scheduler": "constant", "wd": 0.1, **changes}
     return TrainExperimentParams(
         data=RoboticsDataParams(),
@@ -117,6 +162,7 @@ def create_params(backbone: BackboneParams, head: ActionHeadParams, **changes: A
             action_head=head,  # pyright: ignore[reportArgumentType]
             action_dim=ACTIONS,
             proprioception_dim=PROPRIOCEPTION,
+            **insulation,
         ),
         hparams=HyperParams(**hparams),
         distributed=DistributedParams(fsdp=True),
@@ -198,8 +244,13 @@ def train(name: str, folder: Path, world: World) -> list[float]:
         The loss of each step, then the FLOPs of a token.
     """
     if name in HEADS:
-        backbone = create_backbone_params("vlm" if "cross" not in name else "vlm prefix")
-        params = create_params(backbone, create_head_params(name), grad_clip_norm=1.0)
+        backbone = "vlm layers" if "layers" in name else "vlm prefix" if "cross" in name else "vlm"
+        params = create_params(
+            create_backbone_params(backbone),
+            create_head_params(name),
+            is_insulated="insulated" in name,
+            grad_clip_norm=1.0,
+        )
     else:
         params = create_params(create_backbone_params(name, folder), create_head_params("flow adaptive"))
     handler = create_batch_handler(params)

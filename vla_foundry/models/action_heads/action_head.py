@@ -25,6 +25,10 @@ class HeadWidths:
     proprioception_dim: int
     # width of the backbone's tokens
     conditioning_dim: int
+    # layers whose states these tokens hold side by side
+    num_states: int = 1
+    # width of its language model's embeddings; 0: it has none
+    token_dim: int = 0
 
 
 class ActionWindow(NamedTuple):
@@ -44,6 +48,8 @@ class ActionWindow(NamedTuple):
     step_mask: Tensor | None
     # only for heads that can be guided, and only while sampling
     guidance: Guidance | None = None
+    # int64 (B, K), the actions as tokens, IGNORE_INDEX after each row's last; only for heads that write them
+    tokens: Tensor | None = None
 
     def free_mask(self) -> Bool[Tensor, "B T A"]:
         """Return a mask that is True at action values to predict."""

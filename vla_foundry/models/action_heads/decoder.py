@@ -1,10 +1,13 @@
 """The transformer inside action heads: action tokens attend to the conditioning.
 
-The blocks read conditioning in one of three ways:
+The blocks read conditioning in one of four ways:
 
   joint   conditioning tokens come before the action tokens in one sequence; there is no separate context
   prefix  context tokens come first and see each other but not the actions, so their keys and values can be cached
   cross   each block reads context tokens by cross-attention after its self-attention; they can be cached too
+  layers  the context is the hidden states of the backbone's last N layers at all tokens; each block's self-attention
+          also attends to keys and values of the layer at the same height, with projections of its own; cached likewise
+          (after the joint attention of pi0, Black et al. 2024, whose head uses the backbone's projections)
 
 Blocks and their names are those of the native transformer. With adaLN-Zero (Peebles and Xie 2023) each branch y becomes
 gate * y(norm(x) * (1 + scale) + shift), where gate, scale and shift start at zero; the context is not conditioned on
@@ -30,13 +33,14 @@ from vla_foundry.models.layers import (
     create_rotary,
     init_block,
     init_normal,
+    rotate,
 )
 from vla_foundry.params.models.transformer import TransformerParams
 
 # longest period of the sines, divided by 2 pi
 _LONGEST_PERIOD = 1e4
 
-Reading = Literal["joint", "prefix", "cross"]
+Reading = Literal["joint", "prefix", "cross", "layers"]
 # tokens (B, S, D) and bool (B, S), True where visible; None: all visible
 Part = tuple[Tensor, Tensor | None]
 
@@ -99,10 +103,28 @@ class CrossAttention(nn.Module):
         return self.out_proj(output.unflatten(1, (visibility.num_draws, -1)).flatten(0, 1))
 
 
+class LayerKeys(nn.Module):
+    """Keys and values of one of the backbone's layers, for self-attention."""
+
+    def __init__(self, params: TransformerParams, layer_dim: int) -> None:
+        super().__init__()
+        self.head_dim = params.head_dim or params.hidden_dim // params.n_heads
+        width = (params.n_kv_heads or params.n_heads) * self.head_dim
+        self.norm = create_norm(params.norm_type, layer_dim, params.norm_eps)
+        self.proj = nn.Linear(layer_dim, 2 * width, bias=False)
+
+    def forward(self, state: Float[Tensor, "B C D"], rotation: Rotation | None) -> KeyValues:
+        """Project a layer's hidden states."""
+        keys, values = (
+            self.proj(self.norm(state.to(self.proj.weight.dtype))).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
+        )
+        return KeyValues(keys if rotation is None else rotate(keys, rotation), values)
+
+
 class DecoderBlock(nn.Module):
     """Self-attention, optional cross-attention, and feed-forward."""
 
-    def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool) -> None:
+    def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool, layer_dim: int) -> None:
         super().__init__()
         dim = params.hidden_dim
         self.reading: Reading = reading
@@ -114,6 +136,7 @@ class DecoderBlock(nn.Module):
         if reading == "cross":
             self.cross_norm = create_norm(params.norm_type, dim, params.norm_eps)
             self.cross_attention = CrossAttention(params)
+        self.layer_keys = LayerKeys(params, layer_dim) if reading == "layers" else None
         # adaLN-Zero
         self.modulation = nn.Linear(dim, 6 * dim) if is_modulated else None
 
@@ -121,7 +144,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Float[Tensor, "N S D"] | None,
         time: Float[Tensor, "N D"] | None,
-        context: Float[Tensor, "B C D"] | None,
+        context: Float[Tensor, "B C E"] | None,
         cache: KeyValues | None,
         visibility: Visibility,
         *,
@@ -138,7 +161,7 @@ class DecoderBlock(nn.Module):
             assert time is not None
             shifts = self.modulation(F.silu(time)).unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
         h = _modulate(self.attention_norm(x), shifts[:2])
-        added = self._attend(h, cache if self.reading == "prefix" else None, visibility, num_outputs)
+        added = self._attend(h, None if self.reading == "cross" else cache, visibility, num_outputs)
         x = x if num_outputs is None else x[:, -num_outputs:]
         x = x + (added * shifts[2] if shifts else added)
         if self.cross_attention is not None and self.cross_norm is not None:
@@ -150,6 +173,8 @@ class DecoderBlock(nn.Module):
     def _read_context(self, context: Tensor, visibility: Visibility, is_last: bool) -> tuple[KeyValues, Tensor]:
         if self.cross_attention is not None:
             return self.cross_attention.project_context(context), context
+        if self.layer_keys is not None:
+            return self.layer_keys(context, visibility.context_rotation), context
         queries, keys, values = self.attention.project(self.attention_norm(context), visibility.context_rotation)
         if not is_last:
             output = attend_cached(queries, keys, values, visibility.context_mask)
@@ -177,12 +202,23 @@ class DecoderBlock(nn.Module):
 class ActionDecoder(nn.Module):
     """The blocks of a head. Parameter names match published heads where these have the parameter."""
 
-    def __init__(self, params: TransformerParams, *, reading: Reading, is_modulated: bool, final_norm: bool) -> None:
+    def __init__(
+        self,
+        params: TransformerParams,
+        *,
+        reading: Reading,
+        is_modulated: bool,
+        final_norm: bool,
+        layer_dim: int = 0,
+    ) -> None:
         super().__init__()
         self.params = params
         self.reading: Reading = reading
+        # width of one of the backbone's layers, whose states stand side by side in the context
+        self.layer_dim = layer_dim
         self.layers = nn.ModuleList(
-            DecoderBlock(params, reading=reading, is_modulated=is_modulated) for _ in range(params.n_layers)
+            DecoderBlock(params, reading=reading, is_modulated=is_modulated, layer_dim=layer_dim)
+            for _ in range(params.n_layers)
         )
         self.norm = create_norm(params.norm_type, params.hidden_dim, params.norm_eps) if final_norm else None
         self.rotary = create_rotary(params)
@@ -212,6 +248,7 @@ class ActionDecoder(nn.Module):
             is_last = i == len(self.layers) - 1
             kept = None if cache is None else cache[i]
             outputs = num_outputs if is_last else None
+            values = self._select_layer(context, values, i)
             x, values, _ = block(x, time, values, kept, visibility, num_outputs=outputs, is_last=is_last)
         assert x is not None
         return x if self.norm is None else self.norm(x)
@@ -222,9 +259,18 @@ class ActionDecoder(nn.Module):
         values: Tensor = context.values
         cache = []
         for i, block in enumerate(self.layers):
-            _, values, kept = block(None, None, values, None, visibility, is_last=i == len(self.layers) - 1)
+            states = self._select_layer(context, values, i)
+            _, values, kept = block(None, None, states, None, visibility, is_last=i == len(self.layers) - 1)
             cache.append(kept)
         return cache
+
+    def _select_layer(self, context: Tokens | None, values: Tensor | None, i: int) -> Tensor | None:
+        """Return what block i reads: the context so far, or the states of the backbone's layer at its height."""
+        if self.reading != "layers" or values is None or context is None:
+            return values
+        num_layers = context.values.shape[-1] // self.layer_dim
+        layer = i * num_layers // len(self.layers)
+        return context.values[..., layer * self.layer_dim : (layer + 1) * self.layer_dim]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -237,6 +283,8 @@ class ActionDecoder(nn.Module):
                 init_normal(block.cross_attention.q_proj.weight, dim**-0.5)
                 init_normal(block.cross_attention.kv_proj.weight, dim**-0.5)
                 init_normal(block.cross_attention.out_proj.weight, dim**-0.5 / (2 * (i + 1)) ** 0.5)
+            if block.layer_keys is not None:
+                init_normal(block.layer_keys.proj.weight, self.layer_dim**-0.5)
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
                 nn.init.zeros_(block.modulation.bias)
@@ -248,7 +296,7 @@ class ActionDecoder(nn.Module):
         is_causal = self.params.is_causal
         num_draws, mask, cross_mask, context_mask, rotation, context_rotation = 1, None, None, None, None, None
         if context is not None:
-            if self.reading == "prefix":
+            if self.reading != "cross":
                 context_mask = _make_causal(context.mask, context, 0, is_causal)
                 context_rotation = self._rotate(context.positions)
             elif context.mask is not None:
@@ -258,7 +306,7 @@ class ActionDecoder(nn.Module):
             seen, num_context = tokens.mask, 0
             if context is not None:
                 num_draws = tokens.values.shape[0] // context.values.shape[0]
-            if context is not None and self.reading == "prefix":
+            if context is not None and self.reading != "cross":
                 num_context = context.values.shape[1]
                 if context.mask is not None or tokens.mask is not None:
                     seen = torch.cat((repeat(_mask_of(context), num_draws), _mask_of(tokens)), dim=1)
@@ -298,6 +346,14 @@ def place_steps(values: Float[Tensor, "N T D"], mask: Bool[Tensor, "N T"] | None
         count = front.mask.sum(1, keepdim=True)
         start = count if count.shape[0] == 1 else repeat(count, values.shape[0] // count.shape[0])
     return Tokens(values, mask, start + torch.arange(values.shape[1], device=values.device)[None])
+
+
+def place_after(tokens: Tokens, context: Tokens) -> Tokens:
+    """Return the tokens with positions that follow those of the context."""
+    count: Any = context.values.shape[1]
+    if context.mask is not None:
+        count = repeat(context.mask.sum(1, keepdim=True), tokens.values.shape[0] // context.values.shape[0])
+    return tokens._replace(positions=tokens.positions + count)
 
 
 def append_steps(front: Tokens, steps: Tokens) -> Tokens:

@@ -11,7 +11,8 @@ The paper's layout is one sequence, `conditioning: tokens` with `time_conditioni
 Conditioning is the backbone's output: the hidden states of its last layers at the observation token, side by side. Time
 can also enter as a token before all others (concat) or through adaLN-Zero, which scales, shifts and gates each block of
 the action tokens (adaln_zero). With `conditioning: cross_attention` the blocks read conditioning and proprioception by
-cross-attention, and `add` adds the time to the actions.
+cross-attention, and `add` adds the time to the actions. With `conditioning: joint_attention` each block attends to the
+hidden states of one of the backbone's last layers at all tokens, beside the action tokens (decoder.py).
 
 With adaLN-Zero or cross-attention, conditioning and proprioception do not depend on time. They form a context that does
 not see the actions, so its keys and values are computed only once: for all draws of a sample in training, and for all
@@ -45,6 +46,7 @@ from vla_foundry.models.action_heads.decoder import (
     encode_sines,
     init_maps,
     join_parts,
+    place_after,
     place_steps,
     repeat,
 )
@@ -52,6 +54,8 @@ from vla_foundry.models.action_heads.noise import create_noise, draw_normals, dr
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import DenoisingHeadParams, TransformerHeadParams
 
+# how a head reads conditioning that is not a part of its own sequence
+READINGS: dict[str, Reading] = {"cross_attention": "cross", "joint_attention": "layers"}
 # encode time in units of 1/1000
 _TIME_UNITS = 1000.0
 
@@ -70,7 +74,8 @@ class TransformerHead(ActionHead):
     ) -> None:
         super().__init__()
         dim = params.transformer.hidden_dim
-        self.condition_encode = nn.Linear(widths.conditioning_dim, dim)
+        reads_layers = reading == "layers"
+        self.condition_encode: Any = None if reads_layers else nn.Linear(widths.conditioning_dim, dim)
         self.proprioception_encode = None
         if widths.proprioception_dim:
             self.proprioception_encode = nn.Linear(widths.proprioception_dim, dim)
@@ -79,7 +84,11 @@ class TransformerHead(ActionHead):
         # attention has no positions (cross) or all steps start from the same token (regression).
         self.step_encode = None if reading == "joint" else nn.Linear(dim, dim)
         self.transformer = ActionDecoder(
-            params.transformer, reading=reading, is_modulated=is_modulated, final_norm=final_norm
+            params.transformer,
+            reading=reading,
+            is_modulated=is_modulated,
+            final_norm=final_norm,
+            layer_dim=widths.conditioning_dim // widths.num_states if reads_layers else 0,
         )
         self.output_layer = nn.Linear(dim, widths.action_dim)
 
@@ -125,9 +134,10 @@ class TransformerHead(ActionHead):
 class Context(NamedTuple):
     """Embedded conditioning and proprioception, which are the same at all times."""
 
-    # parts of the joint sequence before time is added, (N, K, D) and (N, P, D)
+    # parts of the actions' sequence before time is added: of a joint one (N, K, D) and (N, P, D); beside the backbone's
+    # layers (N, P, D)
     parts: list[Part]
-    # otherwise: the same as separate tokens, (B, K + P, D), and their cached keys and values, if any
+    # what is separate from it: (B, K + P, D), or (B, K, C) of layers; and its cached keys and values, if any
     tokens: Tokens | None
     cache: list[KeyValues] | None
     # (N, T), False at padding; None: no padding
@@ -142,7 +152,7 @@ class FlowTransformer(TransformerHead):
     def __init__(self, params: DenoisingHeadParams, widths: HeadWidths, *, final_norm: bool = True) -> None:
         is_modulated = params.time_conditioning == "adaln_zero"
         reading: Reading = "prefix" if is_modulated else "joint"
-        reading = "cross" if params.conditioning == "cross_attention" else reading
+        reading = READINGS.get(params.conditioning, reading)
         super().__init__(params, widths, reading=reading, is_modulated=is_modulated, final_norm=final_norm)
         # each type of head has params of its own noise process
         self.params: Any = params
@@ -170,7 +180,9 @@ class FlowTransformer(TransformerHead):
             num_draws: number of (time, noise) draws per sample.
             key: key of the noise that training adds to proprioception.
         """
-        parts: list[Part] = [(self.embed_conditioning(conditioning.tokens.to(self.dtype)), conditioning.mask)]
+        parts: list[Part] = []
+        if self.transformer.reading != "layers":
+            parts = [(self.embed_conditioning(conditioning.tokens.to(self.dtype)), conditioning.mask)]
         proprioception = self.embed_proprioception(window.proprioception)
         if proprioception is not None:
             if self.training and key is not None and self.params.input_noise_std > 0:
@@ -178,9 +190,10 @@ class FlowTransformer(TransformerHead):
                 proprioception = proprioception + self.params.input_noise_std * drawn.to(proprioception.dtype)
             parts.append((proprioception, None))
         step_mask = None if window.step_mask is None else repeat(window.step_mask, num_draws)
-        if self.transformer.reading == "joint":
+        if self.transformer.reading in ("joint", "layers"):
             parts = [(repeat(x, num_draws), None if mask is None else repeat(mask, num_draws)) for x, mask in parts]
-            return Context(parts, None, None, step_mask)
+            layers = None if self.transformer.reading == "joint" else join_parts([conditioning[:2]])
+            return Context(parts, layers, None, step_mask)
         return Context([], join_parts(parts), None, step_mask)
 
     def cache_context(self, conditioning: Conditioning, window: ActionWindow) -> Context:
@@ -192,6 +205,7 @@ class FlowTransformer(TransformerHead):
 
     def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K D"]:
         """Map conditioning to the head's width."""
+        assert self.condition_encode is not None
         return self.condition_encode(tokens)
 
     def embed_time(self, times: Float[Tensor, " N"]) -> Float[Tensor, "N D"]:
@@ -209,7 +223,7 @@ class FlowTransformer(TransformerHead):
     def embed_actions(self, noised: Float[Tensor, "N T A"], time: Float[Tensor, "N E"]) -> Float[Tensor, "N T D"]:
         """Embed noised actions; with cross-attention and `add`, add the time."""
         actions = self.add_steps(self.action_encode(noised.to(self.dtype)))
-        if self.transformer.reading == "cross" and self.params.time_conditioning == "add":
+        if self.transformer.reading in ("cross", "layers") and self.params.time_conditioning == "add":
             actions = actions + time.unsqueeze(1)
         return actions
 
@@ -228,11 +242,16 @@ class FlowTransformer(TransformerHead):
         if self.transformer.reading == "joint":
             front = join_parts(self.add_time(context.parts, time))
         elif self.params.time_conditioning == "concat":
-            front = join_parts([(time.unsqueeze(1), None)])
+            front = join_parts([(time.unsqueeze(1), None), *context.parts])
+        elif context.parts:
+            front = join_parts(context.parts)
         before = context.tokens if self.transformer.reading == "prefix" else front
         steps = place_steps(actions, context.step_mask, before)
+        tokens = steps if front is None else append_steps(front, steps)
+        if self.transformer.reading == "layers" and context.tokens is not None:
+            tokens = place_after(tokens, context.tokens)
         hidden = self.transformer(
-            steps if front is None else append_steps(front, steps),
+            tokens,
             context.tokens,
             time=time if self.is_modulated else None,
             cache=context.cache,

@@ -16,8 +16,8 @@ from vla_foundry.models.action_heads.action_head import (
     reduce_loss,
     register_action_head,
 )
-from vla_foundry.models.action_heads.decoder import Part, join_parts, place_steps
-from vla_foundry.models.action_heads.flow_transformer import TransformerHead
+from vla_foundry.models.action_heads.decoder import Part, append_steps, join_parts, place_after, place_steps
+from vla_foundry.models.action_heads.flow_transformer import READINGS, TransformerHead
 from vla_foundry.models.backbones.backbone import Conditioning
 from vla_foundry.params.models.action_heads import RegressionParams
 
@@ -27,7 +27,7 @@ class RegressionHead(TransformerHead):
     """A transformer that predicts actions directly, without noise."""
 
     def __init__(self, params: RegressionParams, widths: HeadWidths) -> None:
-        reading = "cross" if params.conditioning == "cross_attention" else "prefix"
+        reading = READINGS.get(params.conditioning, "prefix")
         super().__init__(params, widths, reading=reading, final_norm=params.final_norm)
         self.init_weights()
 
@@ -47,13 +47,20 @@ class RegressionHead(TransformerHead):
 
     def predict(self, conditioning: Conditioning, window: ActionWindow) -> Float[Tensor, "B T A"]:
         """Return the predicted actions of all steps."""
-        parts: list[Part] = [(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
+        parts: list[Part] = []
+        if self.condition_encode is not None:
+            parts = [(self.condition_encode(conditioning.tokens.to(self.dtype)), conditioning.mask)]
         proprioception = self.embed_proprioception(window.proprioception)
         if proprioception is not None:
             parts.append((proprioception, None))
-        context = join_parts(parts)
         observed = self.action_encode(window.held_actions().to(self.dtype))
         values = self.add_steps(torch.where(window.past_mask[..., None], observed, 0.0))
-        in_front = context if self.transformer.reading == "prefix" else None
-        hidden = self.transformer(place_steps(values, window.step_mask, in_front), context)
-        return self.output_layer(hidden)
+        if self.condition_encode is not None:
+            context = join_parts(parts)
+            in_front = context if self.transformer.reading == "prefix" else None
+            tokens = place_steps(values, window.step_mask, in_front)
+        else:
+            context, front = join_parts([conditioning[:2]]), join_parts(parts) if parts else None
+            tokens = place_steps(values, window.step_mask, front)
+            tokens = place_after(tokens if front is None else append_steps(front, tokens), context)
+        return self.output_layer(self.transformer(tokens, context, num_outputs=values.shape[1]))

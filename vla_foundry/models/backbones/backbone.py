@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vla_foundry.batch import Batch, Documents
 from vla_foundry.models.batch_handlers import to_device
+from vla_foundry.models.layers import take_token
 from vla_foundry.models.registry import save_model_files
 from vla_foundry.models.weights import load_part_checkpoint
 from vla_foundry.params.models.backbones import BackboneParams
@@ -25,6 +26,8 @@ class Conditioning(NamedTuple):
     tokens: Tensor
     # bool (B, K), True where a token is visible; None: all visible
     mask: Tensor | None = None
+    # (B, 1 + S, D), what the language model predicts from after the prompt and after each of a suffix's S tokens
+    suffix_states: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -84,6 +87,7 @@ class LanguageModelBackbone(Backbone):
             if weight is not table.weight and not params.language_loss:
                 head.requires_grad_(False)
         self._token_std = token_std
+        self.width = width
         self.observation_token = None
         if params.conditioning == "observation_token":
             self.observation_token = nn.Parameter(torch.empty(width))
@@ -98,6 +102,33 @@ class LanguageModelBackbone(Backbone):
     def _init_token(self) -> None:
         if self.observation_token is not None:
             nn.init.normal_(self.observation_token, std=self._token_std)
+
+    def put_embeddings(self, embeds: Tensor, places: Tensor | None, suffix: "Suffix | None") -> Tensor:
+        """Put the observation token and a suffix into embeddings (B, W, D)."""
+        if self.observation_token is not None and places is not None:
+            embeds = put_tokens(embeds, self.observation_token.expand(len(embeds), 1, -1), places)
+        return embeds if suffix is None else put_tokens(embeds, suffix.values, suffix.starts)
+
+    def read_states(
+        self, states: list[Tensor], places: Tensor | None, token_mask: Tensor | None, suffix: "Suffix | None"
+    ) -> Conditioning:
+        """Return the conditioning; with a suffix, `states` are of all tokens, else of those that the head sees."""
+        if suffix is None:
+            return Conditioning(torch.cat(states, dim=-1), token_mask)
+        steps = torch.arange(suffix.values.shape[1] + 1, device=suffix.starts.device) - 1
+        columns = suffix.starts[:, None] + steps  # (B, 1 + S)
+        written = states[-1].gather(1, columns.unsqueeze(-1).expand(-1, -1, states[-1].shape[-1]))
+        if places is not None:
+            states = [take_token(state, places) for state in states]
+        return Conditioning(torch.cat(states, dim=-1), token_mask, written)
+
+    def start_writing(self, *args: Any, **kwargs: Any) -> "Writing":
+        """Read what `forward` takes, from which `continue_writing` goes on."""
+        raise NotImplementedError
+
+    def continue_writing(self, writing: "Writing", token: Tensor) -> "Writing":
+        """Read one more token (B, D) in each row."""
+        raise NotImplementedError
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Return the model's FLOPs without its output head."""
@@ -146,19 +177,47 @@ def read_image_mask(batch: Batch, device: torch.device | str) -> Tensor | None:
     return None if image_mask is None or image_mask.all() else to_device(image_mask, device)
 
 
+class Suffix(NamedTuple):
+    """Tokens after each prompt, which the language model learns to write."""
+
+    # (B, S, D)
+    values: Tensor
+    # int64 (B,), position of the first one
+    starts: Tensor
+
+
+class Writing(NamedTuple):
+    """A language model after some tokens."""
+
+    # (B, D), what it predicts the next token from
+    state: Tensor
+    # int64 (B, tokens so far), 0 at padding
+    mask: Tensor
+    cache: Any
+
+
 class Rows(NamedTuple):
     """Rows of one sample each, on the host."""
 
     # int64 (B, W), 0 in padding and at the observation token
     input_ids: Tensor
-    # int64 (B,), number of tokens in each row, including the observation token
+    # int64 (B,), number of tokens in each row, including the observation token and the suffix
     lengths: Tensor
     # int64 (B,), position of the observation token; None if absent
     places: Tensor | None
+    # int64 (B,), number of tokens of the prompt, without the observation token and the suffix
+    num_text: Tensor
+    # tokens of the suffix
+    num_suffix: int = 0
 
-    def mask(self) -> Tensor:
-        """Return a bool mask (B, W), True at tokens."""
-        return torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+    @property
+    def starts(self) -> Tensor:
+        """Return the position after the prompt and the observation token."""
+        return self.lengths - self.num_suffix
+
+    def mask(self, lengths: Tensor | None = None) -> Tensor:
+        """Return a bool mask (B, W), True at tokens; or at the first `lengths` of each row."""
+        return torch.arange(self.input_ids.shape[1]) < (self.lengths if lengths is None else lengths)[:, None]
 
     def documents(self) -> Documents:
         """Return each row as one document followed by padding."""
@@ -166,7 +225,7 @@ class Rows(NamedTuple):
 
 
 def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool) -> Rows:
-    """Lay out the rows of a batch, with room for an observation token right after each text.
+    """Lay out the rows of a batch, with room for an observation token and `num_suffix` tokens right after each text.
 
     Args:
         is_trimmed: drop columns that are padding in every row; false: keep the batch's width, which takes few
@@ -185,13 +244,14 @@ def arrange_rows(batch: Batch, *, has_observation_token: bool, is_trimmed: bool)
             raise ValueError("A row of robot data holds several samples. Set --data.pack false.")
         lengths = torch.from_numpy(counts)
     places = lengths if has_observation_token else None
-    lengths = lengths + int(has_observation_token)
+    num_text, num_suffix = lengths, batch.get("num_suffix", 0)
+    lengths = lengths + int(has_observation_token) + num_suffix
     longest = int(lengths.max()) if B else 0
     width = max(1, longest) if is_trimmed else max(T, longest)
     ids = torch.zeros(B, width, dtype=torch.int64)
     ids[:, :T] = tokens[:, :width]
-    is_text = torch.arange(width) < (lengths if places is None else places)[:, None]
-    return Rows(ids * is_text, lengths, places)
+    is_text = torch.arange(width) < num_text[:, None]
+    return Rows(ids * is_text, lengths, places, num_text, num_suffix)
 
 
 def extend_columns(values: Tensor, width: int) -> Tensor:
@@ -206,7 +266,7 @@ def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
     image_mask: Tensor | None = batch.get("image_mask")
     if image_mask is None or image_mask.all():
         return batch
-    rows = arrange_rows(batch, has_observation_token=False, is_trimmed=False)
+    rows = arrange_rows({**batch, "num_suffix": 0}, has_observation_token=False, is_trimmed=False)
     is_text = rows.mask()
     is_image = (rows.input_ids == image_token_id) & is_text
     tokens_per_image = max(1, int(is_image.sum()) // image_mask.numel())
@@ -218,8 +278,9 @@ def drop_missing_images(batch: Batch, image_token_id: int) -> Batch:
     return {**batch, **changed, "input_ids": kept.input_ids, "documents": kept.documents()}
 
 
-def put_token(embeds: Tensor, token: Tensor, places: Tensor) -> Tensor:
-    """Replace the embedding at one position of each row of (B, W, D) with `token` (D,)."""
-    flat_places = torch.arange(embeds.shape[0], device=places.device) * embeds.shape[1] + places
-    rows: Any = token.to(embeds.dtype).expand(embeds.shape[0], -1)
-    return embeds.flatten(0, 1).index_copy(0, flat_places, rows).view_as(embeds)
+def put_tokens(embeds: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
+    """Replace the embeddings (B, W, D) from a position (B,) of each row on with `tokens` (B, S, D)."""
+    rows = torch.arange(embeds.shape[0], device=starts.device) * embeds.shape[1] + starts
+    places = rows[:, None] + torch.arange(tokens.shape[1], device=starts.device)
+    flat: Any = tokens.to(embeds.dtype).flatten(0, 1)
+    return embeds.flatten(0, 1).index_copy(0, places.flatten(), flat).view_as(embeds)

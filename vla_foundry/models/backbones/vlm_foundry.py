@@ -11,13 +11,15 @@ from vla_foundry.batch import Batch, Documents
 from vla_foundry.models.backbones.backbone import (
     Conditioning,
     LanguageModelBackbone,
+    Suffix,
+    Writing,
     arrange_rows,
     drop_missing_images,
-    put_token,
     register_backbone,
     register_observation,
 )
 from vla_foundry.models.batch_handlers import normalize_batch_images, to_device
+from vla_foundry.models.layers import take_token
 from vla_foundry.models.registry import create_model
 from vla_foundry.params.models.backbones import VLMFoundryBackboneParams
 from vla_foundry.params.models.vlm import VLMParams
@@ -48,6 +50,7 @@ class VLMFoundryBackbone(LanguageModelBackbone):
         observation_places: Int[Tensor, " B"] | None,
         token_mask: Bool[Tensor, "B W"] | None,
         mask: Bool[Tensor, "B 1 W W"] | None = None,
+        suffix: Suffix | None = None,
     ) -> Conditioning:
         """Encode.
 
@@ -56,21 +59,58 @@ class VLMFoundryBackbone(LanguageModelBackbone):
             observation_places: position of the observation token in each row, after all text.
             token_mask: True at tokens that the head may see (prefix only); None: all.
             mask: what each token sees, in place of documents and `sees_ahead`; native language models only.
+            suffix: further tokens of each row.
         """
         embeds = self.model.embed(input_ids, pixel_values, image_positions)
-        if self.observation_token is not None:
-            assert observation_places is not None
-            embeds = put_token(embeds, self.observation_token, observation_places)
+        embeds = self.put_embeddings(embeds, observation_places, suffix)
         rows = {"sees_ahead": sees_ahead if self.model.sees_ahead else None} if mask is None else {"mask": mask}
         states = self.model.transformer.encode(
             embeds,
             documents,
             **rows,
             num_states=self.num_states,
-            at=observation_places,
+            at=observation_places if suffix is None else None,
             normalize=self.final_norm,
         )
-        return Conditioning(torch.cat(states, dim=-1), token_mask)
+        return self.read_states(states, observation_places, token_mask, suffix)
+
+    def start_writing(
+        self,
+        input_ids: Int[Tensor, "B W"],
+        *,
+        pixel_values: Float[Tensor, "N 3 H V"] | None,
+        image_positions: Int[Tensor, " n"],
+        documents: Documents,
+        sees_ahead: np.ndarray | None,
+        observation_places: Int[Tensor, " B"] | None,
+        token_mask: Bool[Tensor, "B W"] | None,
+        suffix: Suffix,
+    ) -> Writing:
+        """Read the prompt and the suffix, from which `continue_writing` goes on; see `forward`."""
+        embeds = self.model.embed(input_ids, pixel_values, image_positions)
+        embeds = self.put_embeddings(embeds, observation_places, suffix)
+        mask = torch.from_numpy(~documents.padding_mask()).to(embeds.device).long()
+        output = self.model.transformer.decode(
+            attention_mask=mask,
+            inputs_embeds=embeds,
+            sees_ahead=sees_ahead if self.model.sees_ahead else None,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+        last = suffix.starts + suffix.values.shape[1] - 1
+        return Writing(take_token(output.hidden_states[-1], last).squeeze(1), mask, output.past_key_values)
+
+    def continue_writing(self, writing: Writing, token: Float[Tensor, "B D"]) -> Writing:
+        """Read one more token in each row."""
+        mask = torch.cat([writing.mask, torch.ones_like(writing.mask[:, :1])], dim=1)
+        output = self.model.transformer.decode(
+            attention_mask=mask,
+            inputs_embeds=token.unsqueeze(1),
+            past_key_values=writing.cache,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+        return Writing(output.hidden_states[-1][:, -1], mask, output.past_key_values)
 
 
 @register_backbone("vlm_foundry_backbone")
@@ -102,12 +142,10 @@ def prepare_observation(params: VLMFoundryBackboneParams, batch: Batch, device: 
     has_token = params.conditioning == "observation_token"
     rows = arrange_rows(batch, has_observation_token=has_token, is_trimmed=torch.device(device).type == "cpu")
     is_image = rows.input_ids == vlm.image_token_id
-    is_token = rows.mask()
+    is_token = rows.mask(rows.num_text)
     if vlm.image_token_id == 0:
-        is_image &= is_token
-        if rows.places is not None:
-            is_image[torch.arange(len(rows.places)), rows.places] = False
-    return {
+        is_image &= rows.mask(rows.num_text)
+    inputs = {
         "input_ids": to_device(rows.input_ids, device),
         "pixel_values": normalize_batch_images(batch, device),
         "image_positions": to_device(is_image.flatten().nonzero().squeeze(1), device),
@@ -116,3 +154,4 @@ def prepare_observation(params: VLMFoundryBackboneParams, batch: Batch, device: 
         "observation_places": None if rows.places is None else to_device(rows.places, device),
         "token_mask": None if has_token or is_token.all() else to_device(is_token, device),
     }
+    return inputs if "num_suffix" not in batch else inputs | {"suffix_starts": to_device(rows.starts, device)}

@@ -189,6 +189,20 @@ class InspectConfigParams(TrainExperimentParams):
         _check_png(self.output)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActionTokenizerParams(TrainExperimentParams):
+    """Train a FAST tokenizer on the actions of a training config, normalized as that config says."""
+
+    # JSON file to write; model.action_head.tokenizer or model.action_tokens.tokenizer names it
+    output: Location = "fast_tokenizer.json"
+    # number of tokens; must be above the number of different coefficients
+    vocab_size: Annotated[int, Bounds(least=2, most=1_000_000)] = 1024
+    # coefficients are multiplied by this before they are rounded: more is finer, and takes more tokens
+    scale: Annotated[float, Bounds(least=1e-3, most=1e5)] = 10.0
+    # windows to train on, in training order, of each robot
+    num_samples: Size = 20_000
+
+
 def _check_png(output: str) -> None:
     if not output.endswith(".png"):
         raise ValueError(f"output '{output}' must be a .png file.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Derived, Finite, Size
+from vla_foundry.config.schema import LEGACY, Bounds, ChoiceParams, Derived, Finite, Location, Size, Unavailable
 from vla_foundry.params.facts import Facts
 from vla_foundry.params.models.roles import register_model_params
 from vla_foundry.params.models.transformer import TransformerParams
@@ -103,8 +103,9 @@ class TransformerHeadParams(ActionHeadParams):
 
     # the head's blocks; with is_causal, an action token sees only earlier action tokens
     transformer: TransformerParams
-    # conditioning enters as tokens before the actions, or by cross-attention in each block
-    conditioning: Literal["tokens", "cross_attention"] = "tokens"
+    # conditioning enters as tokens before the actions, by cross-attention in each block, or each block's attention
+    # includes one of the backbone's last layers (joint_attention; needs its `conditioning: prefix`)
+    conditioning: Literal["tokens", "cross_attention", "joint_attention"] = "tokens"
 
     def count_tokens(self, window: Window, *, has_proprioception: bool) -> int:
         """Return the least length of the head's sequence; its conditioning may be longer than one token."""
@@ -134,6 +135,8 @@ class DenoisingHeadParams(TransformerHeadParams):
         time = int(self.time_conditioning == "concat")
         if self.conditioning == "cross_attention":
             return time + window.num_steps
+        if self.conditioning == "joint_attention":
+            return time + has_proprioception * (window.past + 1) + window.num_steps
         # with adaLN-Zero, conditioning and proprioception are a sequence of their own
         is_joint = self.time_conditioning != "adaln_zero"
         return time + is_joint * (1 + has_proprioception * (window.past + 1)) + window.num_steps
@@ -165,3 +168,42 @@ class RegressionParams(TransformerHeadParams):
 
     # legacy checkpoints: false leaves out the norm after the last block
     final_norm: bool = field(default=True, metadata=LEGACY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenHeadParams(ActionHeadParams):
+    """Shared by heads that write actions as tokens, one after another, with the backbone's language model."""
+
+
+@register_model_params("fast_tokens")
+@dataclass(frozen=True, kw_only=True)
+class FastTokensParams(TokenHeadParams):
+    """Actions as FAST tokens: a compressed chunk, in the words of a tokenizer trained on the dataset (2025)."""
+
+    # file of `vla-foundry data action-tokenizer`, made for the same fields, steps and normalization
+    tokenizer: Location
+
+
+@register_model_params("discrete_bins")
+@dataclass(frozen=True, kw_only=True)
+class DiscreteBinsParams(TokenHeadParams):
+    """Actions as numbers of bins, one token for each value (as in OpenVLA, 2024)."""
+
+    # steps to predict; null: as in the data
+    num_steps: Size | None = None
+    # number of bins of a value
+    num_bins: Annotated[int, Bounds(least=2, most=100_000)] = 256
+    # normalized values of the first bin's start and the last bin's end; values outside are clipped
+    limits: tuple[Finite, Finite] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("limits", self.limits)
+
+    def derive(self, root: Any, facts: Facts) -> dict[str, Derived]:
+        """Derive the number of steps from the data."""
+        if self.num_steps is not None:
+            return {}
+        window = root.data.robot_window()
+        needs = Unavailable("data of type robotics, or --model.action_head.num_steps N")
+        return {"num_steps": Derived(needs if window is None else window.future + 1, "the data")}

@@ -2,17 +2,27 @@
 
 import os
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from vla_foundry.config.schema import BaseParams, Derived, Size, Steps, Unavailable
+from vla_foundry.config.schema import BaseParams, Bounds, Derived, Size, Steps, Unavailable
 from vla_foundry.params.facts import Facts
-from vla_foundry.params.models.action_heads import ActionHeadParams, RegressionParams, TransformerHeadParams
-from vla_foundry.params.models.backbones import BackboneParams
+from vla_foundry.params.models.action_heads import (
+    ActionHeadParams,
+    DiscreteBinsParams,
+    FastTokensParams,
+    RegressionParams,
+    TokenHeadParams,
+    TransformerHeadParams,
+)
+from vla_foundry.params.models.backbones import BackboneParams, LanguageBackboneParams
 from vla_foundry.params.models.roles import TIMM_PREFIX, ImageInputs, ModelParams, TokenLimits, register_model_params
 from vla_foundry.params.models.vlm import VLMParams
+from vla_foundry.run_folder import FAST_TOKENIZER_NAME
 from vla_foundry.storage.uri import exists, is_remote
 
 T = TypeVar("T", bound=BaseParams)
+# bins of actions with standard deviation 1 must reach so far
+_LEAST_BIN_LIMIT = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,13 @@ class RobotPolicyParams(ModelParams):
     vision_language_backbone: BackboneParams
     # predicts actions from the backbone's output
     action_head: ActionHeadParams
+    # the action head's gradient stops at the backbone, which learns from action_tokens, text and captions alone
+    insulate_backbone: bool = False
+    # the backbone's language model also learns to write the actions as FAST tokens (Driess et al. 2025); they are
+    # not used to act
+    action_tokens: FastTokensParams | None = None
+    # weight of their loss beside the action head's
+    action_tokens_weight: Annotated[float, Bounds(above=0, most=1e6)] = 1.0
     # width of an action; null: as in the data
     action_dim: Size | None = None
     # width of a step of proprioception; 0: none; null: as in the data
@@ -59,7 +76,76 @@ class RobotPolicyParams(ModelParams):
                     f"{tokens} tokens that {window.past} + 1 + {window.future} steps need. Raise it, or lower "
                     "data.lowdim_past_timesteps or data.lowdim_future_timesteps."
                 )
+        for part, name in ((self.action_head, "action_head"), (self.action_tokens, "action_tokens")):
+            if isinstance(part, TokenHeadParams):
+                self._check_tokens(part, root, facts, f"{path}.{name}")
+        if self.insulate_backbone:
+            self._check_insulation(root, path)
+        if isinstance(head, TransformerHeadParams) and head.conditioning == "joint_attention":
+            self._check_layers(head, path)
         return notices
+
+    def _check_tokens(self, part: TokenHeadParams, root: Any, facts: Facts, path: str) -> None:
+        """Check that the backbone can write tokens, and that they are for this data's chunks."""
+        backbone = self.vision_language_backbone
+        if not isinstance(backbone, LanguageBackboneParams):
+            raise ValueError(
+                f"{path}.type {part.type} needs a backbone with a language model, not {backbone.type}. Use "
+                "vlm_foundry_backbone or vlm_backbone."
+            )
+        window, width = root.data.robot_window(), root.data.robot_widths().get("action_dim")
+        chunk = facts.action_tokenizers.get(part.tokenizer) if isinstance(part, FastTokensParams) else None
+        steps = part.num_steps if isinstance(part, DiscreteBinsParams) else None
+        if window is not None and steps not in (None, window.future + 1):
+            raise ValueError(
+                f"{path}.num_steps ({steps}) must be data.lowdim_future_timesteps + 1 ({window.future + 1}). Leave it "
+                "out."
+            )
+        if chunk is not None and window is not None and width is not None:
+            found, needed = (chunk.num_steps, chunk.action_dim), (window.future + 1, width)
+            fields = tuple(getattr(root.data.main(), "action_fields", chunk.fields))
+            if found != needed or (chunk.fields and fields != chunk.fields):
+                what = f"{found[0]} steps of {found[1]} values ({', '.join(chunk.fields)})"
+                raise ValueError(
+                    f"{path}.tokenizer is for {what}, and the data has {needed[0]} of {needed[1]} "
+                    f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
+                )
+        normalization = getattr(root.data.main(), "normalization", None)
+        if isinstance(part, DiscreteBinsParams) and normalization is not None:
+            low, high = part.limits
+            if normalization.method == "std" and normalization.enabled and min(-low, high) < _LEAST_BIN_LIMIT:
+                raise ValueError(
+                    f"{path}.limits ({list(part.limits)}) cut off many actions normalized by their standard deviation. "
+                    "Use --data.normalization.method percentile_1_99 --data.normalization.centered_norm true, or "
+                    f"--{path}.limits '[-5, 5]'."
+                )
+
+    def _check_layers(self, head: TransformerHeadParams, path: str) -> None:
+        """Check that the backbone shows the head its layers at all tokens."""
+        backbone = self.vision_language_backbone
+        if not isinstance(backbone, LanguageBackboneParams) or backbone.conditioning != "prefix":
+            raise ValueError(
+                f"{path}.action_head.conditioning joint_attention reads layers of a language model at all tokens. Use "
+                f"--{path}.vision_language_backbone.conditioning prefix, with vlm_foundry_backbone or vlm_backbone."
+            )
+        if backbone.num_vlm_layers_to_use > head.transformer.n_layers:
+            raise ValueError(
+                f"{path}.vision_language_backbone.num_vlm_layers_to_use ({backbone.num_vlm_layers_to_use}) must be at "
+                f"most {path}.action_head.transformer.n_layers ({head.transformer.n_layers}): each block reads a layer."
+            )
+
+    def _check_insulation(self, root: Any, path: str) -> None:
+        if isinstance(self.action_head, TokenHeadParams):
+            raise ValueError(
+                f"{path}.insulate_backbone is true, but {self.action_head.type} acts with the backbone itself. Leave "
+                "it out, or use another head."
+            )
+        learns = self.action_tokens is not None or root.data.has_language()
+        if not learns and not self.vision_language_backbone.freeze and not self.freeze:
+            raise ValueError(
+                f"{path}.insulate_backbone is true, so nothing trains the backbone. Give {path}.action_tokens, text or "
+                f"captions in data.datasets, or --{path}.vision_language_backbone.freeze true."
+            )
 
     def token_limits(self, facts: Facts) -> TokenLimits:
         """Return the backbone's token limits."""
@@ -85,22 +171,27 @@ class RegressionPolicyParams(RobotPolicyParams):
     action_head: RegressionParams
 
 
-def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
-    """Return model params whose Hugging Face parts are read from the files that a run keeps in `folder`.
+def with_model_files(params: T, folder: str, *, only_gone: bool = False, only_tokenizers: bool = False) -> T:
+    """Return model params whose Hugging Face parts and action tokenizers are the files that a run keeps in `folder`.
 
     The files hold architectures, not weights.
 
-    A model with adapters (LoRA) is made from the published weights again, so it keeps its params.
+    A model with adapters (LoRA) is made from the published weights again, so it keeps its Hugging Face parts.
 
     Args:
         only_gone: only parts that came from a local folder which no longer exists.
+        only_tokenizers: only action tokenizers.
     """
-    if isinstance(params, ModelParams) and params.lora is not None:
-        return params
+    only_tokenizers = only_tokenizers or (isinstance(params, ModelParams) and params.lora is not None)
     changed: dict[str, Any] = {}
     for item in fields(params):
         value: Any = getattr(params, item.name)
-        if item.name == "hf_pretrained" and not value.startswith(TIMM_PREFIX):
+        if item.name == "tokenizer" and isinstance(params, FastTokensParams):
+            if not only_gone or not (is_remote(value) or exists(value)):
+                changed[item.name] = f"{folder}/{FAST_TOKENIZER_NAME}"
+        elif item.name == "hf_pretrained" and only_tokenizers:
+            pass
+        elif item.name == "hf_pretrained" and not value.startswith(TIMM_PREFIX):
             if not only_gone:
                 changed[item.name] = folder
             elif os.path.isabs(value) and not os.path.exists(value):
@@ -108,7 +199,8 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False) -> T:
         elif isinstance(value, BaseParams):
             # only a VLM can have two such parts
             below = f"{folder}/{item.name}" if isinstance(params, VLMParams) else folder
-            changed[item.name] = with_model_files(value, below, only_gone=only_gone)
+            below = folder if isinstance(value, FastTokensParams) else below
+            changed[item.name] = with_model_files(value, below, only_gone=only_gone, only_tokenizers=only_tokenizers)
     return replace(params, **changed)
 
 

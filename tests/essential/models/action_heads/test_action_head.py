@@ -22,7 +22,7 @@ from vla_foundry.params.models.legacy import LegacyFlowParams, LegacyFlowTransfo
 from vla_foundry.params.models.transformer import TransformerParams
 
 B, T, A, P, D, C = 3, 6, 3, 2, 4, 8
-WIDTHS = HeadWidths(action_dim=A, proprioception_dim=D, conditioning_dim=C)
+WIDTHS = HeadWidths(action_dim=A, proprioception_dim=D, conditioning_dim=C, num_states=2)
 TRANSFORMER = TransformerParams(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=0, is_causal=False, max_seq_len=32)
 # what a head whose times are rows of a table has
 TABLE: dict[str, Any] = {"time_encoding": "table", "noise": LegacyFlowParams(num_timesteps=50)}
@@ -38,6 +38,10 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMTransformerParams, {}),
     "regression": (RegressionParams, {}),
     "regression cross": (RegressionParams, {"conditioning": "cross_attention"}),
+    "flow layers": (FlowTransformerParams, {"conditioning": "joint_attention"}),
+    "flow layers concat": (FlowTransformerParams, {"conditioning": "joint_attention", "time_conditioning": "concat"}),
+    "flow layers add": (FlowTransformerParams, {"conditioning": "joint_attention", "time_conditioning": "add"}),
+    "regression layers": (RegressionParams, {"conditioning": "joint_attention"}),
 }
 DRAWING = [name for name in HEADS if not name.startswith("regression")]
 
@@ -170,7 +174,7 @@ def test_every_input_counts(name: str) -> None:
     made = head.sample(conditioning, window, key(stage="sampling"), 2)
     assert window.proprioception is not None
     changes: list[tuple[Conditioning, ActionWindow]] = [
-        (Conditioning(conditioning.tokens + 0.5), window),
+        (Conditioning(conditioning.tokens.roll(1, -1)), window),
         (Conditioning(conditioning.tokens.flip(1)), window),
         (conditioning, window._replace(actions=window.actions + 0.5)),
         (conditioning, window._replace(proprioception=window.proprioception + 0.5)),
