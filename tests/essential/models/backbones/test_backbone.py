@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_foundry.batch import Documents
 from vla_foundry.models import create_batch_handler
-from vla_foundry.models.backbones.backbone import OBSERVATIONS, arrange_rows, create_backbone
+from vla_foundry.models.backbones.backbone import OBSERVATIONS, Suffix, arrange_rows, create_backbone
 from vla_foundry.params.models.transformer import TransformerHFParams
 from vla_foundry.training.loop import train_step
 from vla_foundry.world import World
@@ -303,3 +303,34 @@ def test_a_model_of_another_kind_is_an_error(create, folder: Path, policies) -> 
         create_backbone(policies.CLIPBackboneParams(hf_pretrained=str(folder / "qwen3_vl"), hf_load_weights=False))
     with pytest.raises(ValueError, match=r"has no architecture"):
         create_backbone(policies.VLMFoundryBackboneParams())
+
+
+def _with_suffix(encoder: Encoder, batch: dict[str, Any], values: Tensor) -> dict[str, Any]:
+    inputs = encoder.observe({**batch, "num_suffix": values.shape[1]})
+    starts = inputs.pop("suffix_starts")
+    return {**inputs, "suffix": Suffix(values, starts)}
+
+
+@pytest.mark.parametrize("conditioning", ["observation_token", "prefix"])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_tokens_written_one_by_one_see_what_those_of_a_whole_row_see(name: str, conditioning: str, create) -> None:
+    encoder = create(name, conditioning=conditioning)
+    encoder.backbone.eval()
+    batch = encoder.create_batch(lengths_for(name))
+    values = 0.3 * torch.randn(3, 5, encoder.backbone.width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = encoder.backbone(**_with_suffix(encoder, batch, values))
+        writing = encoder.backbone.start_writing(**_with_suffix(encoder, batch, values[:, :2]))
+        states = [writing.state]
+        for step in range(2, 5):
+            writing = encoder.backbone.continue_writing(writing, values[:, step])
+            states.append(writing.state)
+        alone = encoder.encode(batch)
+    assert whole.suffix_states.shape == (3, 6, encoder.backbone.width)
+    torch.testing.assert_close(torch.stack(states, 1), whole.suffix_states[:, 2:], rtol=1e-4, atol=1e-5)
+    # what the head sees does not depend on what is written after it
+    seen = whole.tokens if alone.mask is None else whole.tokens[:, : alone.mask.shape[1]][alone.mask]
+    expected = alone.tokens if alone.mask is None else alone.tokens[alone.mask]
+    torch.testing.assert_close(seen.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    if alone.mask is not None:
+        assert not whole.mask[:, alone.mask.shape[1] :].any()
