@@ -162,8 +162,8 @@ class _GraphHead(ActionHead):
         model: Any = files.params.model
         self.prefix, self.step, self.description = prefix, step, description
         self.process = create_noise(model.action_head.noise)
-        # only its width is asked for
-        self.output_layer = nn.Linear(1, model.action_dim)
+        # says where the policy runs
+        self.place = nn.Parameter(torch.empty(0))
 
     def read(self, observation: dict[str, Any], window: ActionWindow) -> Inputs:
         facts = self.description
@@ -343,7 +343,9 @@ def _load(folder: Path, description: dict[str, Any], files: PolicyFiles) -> Robo
     open_graph = _open_program if description["format"] == "torch_export" else _open_session
     suffix = _SUFFIXES[description["format"]]
     graphs = [open_graph(folder / f"{name}.{suffix}") for name in ("prefix", "step")]
-    return RobotPolicy(_GraphBackbone(), _GraphHead(graphs[0], graphs[1], description, files)).eval()
+    model: Any = files.params.model
+    head = _GraphHead(graphs[0], graphs[1], description, files)
+    return RobotPolicy(_GraphBackbone(), head, action_dim=model.action_dim).eval()
 
 
 def load_exported(folder: str, files: PolicyFiles) -> RobotPolicy:

@@ -106,7 +106,7 @@ class LanguageModelBackbone(Backbone):
     def put_embeddings(self, embeds: Tensor, places: Tensor | None, suffix: "Suffix | None") -> Tensor:
         """Put the observation token and a suffix into embeddings (B, W, D)."""
         if self.observation_token is not None and places is not None:
-            embeds = put_tokens(embeds, self.observation_token.expand(len(embeds), 1, -1), places)
+            embeds = put_tokens(embeds, self.observation_token.expand(embeds.shape[0], 1, -1), places)
         return embeds if suffix is None else put_tokens(embeds, suffix.values, suffix.starts)
 
     def read_states(
