@@ -148,7 +148,7 @@ class FastTokenizer:
                 "least_coefficient": self.least,
                 "num_coefficients": self.num_coefficients,
                 "fields": self.fields,
-                "bpe": json.loads(self._bpe.to_str()),
+                "bpe": parse_json(self._bpe.to_str(), "the tokenizer"),
             },
             ensure_ascii=False,
         )
