@@ -45,6 +45,8 @@ _COMMANDS = {
         "vla_foundry.inference.export:main",
         "write a policy as graphs for torch.export or ONNX, and check them",
     ),
+    "hub": ("vla_foundry.hub.command:main", "share runs and datasets on the Hugging Face hub: push, pull"),
+    "reproduce": ("vla_foundry.hub.reproduce:main", "run a recorded experiment again, and compare"),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

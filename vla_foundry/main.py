@@ -114,7 +114,9 @@ def run(parsed: Parsed) -> None:
         if lack is not None:
             raise ValueError(lack)
     raise_on_interrupt()
-    train(params, world)
+    origins = {path: str(origin) for path, origin in parsed.origins.items()}
+    derived = {path: f"resolved from {source}" for path, source in resolved.sources.items()}
+    train(params, world, origins | derived)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ def read_package_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+def read_all_versions() -> dict[str, str]:
+    """Return the versions of all installed packages, by name."""
+    found = {str(package.name).lower(): package.version for package in metadata.distributions() if package.name}
+    return dict(sorted(found.items()))
+
+
 def read_git_commit() -> str | None:
     """Return the commit of the source tree; None if the package is not run from one, or git is missing."""
     return _run_git("rev-parse", "HEAD") or None

@@ -2,7 +2,8 @@
 
     <save_path>/<name>/
       config.yaml, config_model.yaml   the resolved config, whole and its model section
-      provenance.json                  versions, commit and command that made the run
+      experiment.json                  the record of the run: what made it, from what, and what came of it
+      evaluation/                      tables of evaluations, one JSON file each; absent if there is none
       metrics.jsonl                    one JSON object per line
       data_faults.jsonl                one JSON object per sample that could not be used; absent if there is none
       tokenizer/                       a Hugging Face tokenizer folder, where data is text
@@ -12,7 +13,8 @@
       preprocessing_config.yaml        how the robot data was preprocessed
       model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/
-        model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept
+        model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept;
+                                       of a published run perhaps several files, and model.safetensors.index.json
         training_state/                optimizer moments, sharded, tensors only (safetensors)
         state.json                     step, counters, parameter groups, the plan of the data, and what its tokenizer,
                                        images and statistics were
@@ -29,7 +31,7 @@ import posixpath
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +42,7 @@ from vla_foundry.shards import sha256_of
 
 CONFIG_NAME = "config.yaml"
 MODEL_CONFIG_NAME = "config_model.yaml"
-PROVENANCE_NAME = "provenance.json"
+EXPERIMENT_NAME = "experiment.json"
 METRICS_NAME = "metrics.jsonl"
 DATA_FAULTS_NAME = "data_faults.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -52,6 +54,7 @@ PREPROCESSING_CONFIG_NAME = "preprocessing_config.yaml"
 MODEL_FILES_FOLDER = "model_files"
 FAST_TOKENIZER_NAME = "fast_tokenizer.json"
 DATASETS_FOLDER = "datasets"
+EVALUATION_FOLDER = "evaluation"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 MODEL_WEIGHTS_NAME = "model.safetensors"
@@ -59,10 +62,13 @@ EMA_WEIGHTS_NAME = "ema.safetensors"
 TRAINING_STATE_FOLDER = "training_state"
 STATE_NAME = "state.json"
 COMPLETE_NAME = "COMPLETE"
+# of a run or dataset from the hub: {"files": {file: [bytes, SHA-256]}}, as it was published
+PASSPORT_NAME = "passport.json"
 WRITING_PREFIX = ".writing_"
 
 _logger = logging.getLogger(__name__)
 _STEP_PATTERN = re.compile(r"step_(\d+)")
+_STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
 
 
 @contextmanager
@@ -145,11 +151,24 @@ def run_folder_candidates(checkpoint: str) -> list[str]:
     scheme, mark, path = checkpoint.rpartition("://")
     place = path.rstrip("/") if mark else os.path.abspath(os.path.expanduser(checkpoint))
     found = [place]
-    # the deepest case is run/checkpoints/step_N/model.safetensors
-    for _ in range(3):
+    # the deepest case is run/checkpoints/step_N/model.safetensors; nothing is above a repository of the hub
+    is_hub = scheme == "hf"
+    top = 2 + (place.partition("/")[0] in ("datasets", "spaces")) if is_hub else 0
+    for _ in range(min(3, place.count("/") + 1 - top) if is_hub else 3):
         place = posixpath.dirname(place) or place
         found.append(place)
     return [scheme + mark + folder for folder in dict.fromkeys(found)]
+
+
+def index_name(weights_name: str) -> str:
+    """Return the name of the index beside weights that are divided into several files."""
+    return f"{weights_name}.index.json"
+
+
+def newest_step_folder(files: Iterable[str]) -> str | None:
+    """Return the complete step folder with the highest number among the paths of a remote folder's files."""
+    steps = {int(match[2]): file for file in files if (match := _STEP_MARK.search(file)) is not None}
+    return posixpath.dirname(steps[max(steps)]) if steps else None
 
 
 def step_folder_name(step: int) -> str:

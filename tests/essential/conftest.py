@@ -99,6 +99,41 @@ def s3_bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hugging Face hub of this test (hub_server.py); this process and its children find it, with an empty cache."""
+    from huggingface_hub import HfFileSystem, constants
+
+    from tests.essential.hub_server import TOKEN, Hub, serve
+
+    hub = Hub()
+    server = serve(hub)
+    cache = tmp_path / "huggingface"
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    values = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    HfFileSystem.clear_instance_cache()
+    yield hub
+    HfFileSystem.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
 def manifest(tmp_path: Path) -> str:
     """The manifest of a dataset of 1000 samples; its shards are never read here."""
     path = tmp_path / "dataset" / "manifest.jsonl"

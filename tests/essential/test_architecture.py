@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vla_foundry"
 # from the top down; an import may only go down, or stay within its own entry
 LAYERS: list[set[str]] = [
     {"cli", "main", "quickstart"},
-    {"evaluation", "datagen", "viz", "importing"},
+    {"evaluation", "datagen", "viz", "importing", "hub"},
     {"serving"},
     {"training", "inference"},
     {"models", "data", "preprocessing", "simulators"},
@@ -37,7 +37,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/",),
     "botocore": ("storage/",),
     "fsspec": ("storage/",),
-    "huggingface_hub": ("storage/",),
+    "huggingface_hub": ("storage/", "hub/"),
     "wandb": ("training/metrics.py",),
     "tensorboard": ("training/metrics.py",),
     "torch.utils.tensorboard": ("training/metrics.py",),

@@ -8,10 +8,11 @@ from typing import Any
 
 from vla_foundry.params.facts import ImageFacts, TokenizerFacts
 from vla_foundry.params.models.roles import TIMM_PREFIX
-from vla_foundry.parsing import parse_object
+from vla_foundry.parsing import as_json, parse_object
 from vla_foundry.robotics.spec import SPEC_NAME, NamedSpec, parse_spec
 from vla_foundry.run_folder import (
     CONFIG_NAME,
+    DATASETS_FOLDER,
     MODEL_CONFIG_NAME,
     PROCESSOR_CONFIG_NAME,
     PROCESSOR_FOLDER,
@@ -19,9 +20,10 @@ from vla_foundry.run_folder import (
     TOKENIZER_FOLDER,
     find_fault,
     list_step_folders,
+    newest_step_folder,
     run_folder_candidates,
 )
-from vla_foundry.storage.uri import exists, is_remote, join_uri, read_text, read_yaml
+from vla_foundry.storage.uri import exists, is_remote, join_uri, list_files, read_text, read_yaml
 from vla_foundry.text.tokenizers import Vocabulary, read_vocabulary
 
 # folders of a run that hold a tokenizer, the fuller one first
@@ -56,9 +58,26 @@ def describe_inputs(run_folder: str) -> dict[str, Any]:
     inputs = {
         "tokenizer": None if tokenizer is None or tokenizer.vocabulary is None else tokenizer.vocabulary.to_record(),
         "images": None if images is None else asdict(images),
-        "normalization": _read_run_normalization(run_folder),
+        **_describe_robot(run_folder),
+        # of a mixture, the other robots
+        "datasets": {folder.name: _describe_robot(str(folder)) for folder in _dataset_folders(run_folder)} or None,
     }
     return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _describe_robot(folder: str) -> dict[str, Any]:
+    """Return how the numbers of a robot's fields were normalized, and its spec; {}: there is no robot."""
+    found = {"normalization": _read_run_normalization(folder), "spec": _read_spec(folder)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_spec(folder: str) -> dict[str, Any] | None:
+    location = join_uri(folder, SPEC_NAME)
+    return as_json(asdict(parse_spec(read_text(location), location))) if exists(location) else None
+
+
+def _dataset_folders(run_folder: str) -> list[Path]:
+    return sorted(path for path in Path(run_folder, DATASETS_FOLDER).glob("*") if path.is_dir())
 
 
 def _read_inputs(checkpoint: str) -> dict[str, Any]:
@@ -67,7 +86,11 @@ def _read_inputs(checkpoint: str) -> dict[str, Any]:
     It goes with the weights, wherever a step folder is copied, and however the files of its run change.
     """
     folders = run_folder_candidates(checkpoint)[:2]
-    if not is_remote(checkpoint):
+    if is_remote(checkpoint):
+        with suppress(FileNotFoundError):
+            newest = newest_step_folder(list_files(checkpoint))
+            folders = [newest, *folders] if newest is not None else folders
+    else:
         folders += map(str, list_step_folders(Path(checkpoint))[:1])
         folders = [folder for folder in folders if find_fault(Path(folder), only={STATE_NAME}) is None]
     found = (read_json(join_uri(folder, STATE_NAME)).get("inputs") for folder in folders)
@@ -75,7 +98,7 @@ def _read_inputs(checkpoint: str) -> dict[str, Any]:
 
 
 def check_kept_inputs(run_folder: str, checkpoint: str) -> None:
-    """Check that a run folder's tokenizer, images and statistics are those that a checkpoint was trained with.
+    """Check that a run folder's tokenizer, images, statistics and specs are those that a checkpoint was trained with.
 
     Raises:
         ValueError: they are not; the model would read and write something else.
@@ -89,15 +112,30 @@ def check_kept_inputs(run_folder: str, checkpoint: str) -> None:
     if difference is None and images is not None and record is not None:
         changed = ImageFacts.from_record(record).find_difference(images)
         difference = changed and f"images have {changed[0]} {changed[1]} in the one and {changed[2]} in the other"
-    own, trained = _read_run_normalization(run_folder), _parse_normalization(inputs, checkpoint)
-    if difference is None and own is not None and trained is not None:
-        name = next((name for name, field in trained.items() if own["fields"].get(name) != field), None)
-        difference = name and f"the statistics of '{name}' differ"
+    difference = difference or _find_robot_difference(run_folder, inputs, checkpoint)
+    for name, robot in inputs.get("datasets", {}).items():
+        folder = join_uri(run_folder, DATASETS_FOLDER, name)
+        difference = difference or _find_robot_difference(folder, robot, checkpoint, f" of dataset '{name}'")
     if difference is not None:
         raise ValueError(
             f"{run_folder} does not hold the files that {checkpoint} was trained with: {difference}. "
-            "Put the run's own tokenizer, processor and normalizer back."
+            "Put the run's own tokenizer, processor, normalizer and robotics.json back."
         )
+
+
+def _find_robot_difference(folder: str, inputs: dict[str, Any], checkpoint: str, of: str = "") -> str | None:
+    """Return how the statistics or the spec in a folder differ from those of a checkpoint; None: they do not."""
+    own, trained = _read_run_normalization(folder), _parse_normalization(inputs, checkpoint)
+    if own is not None and trained is not None:
+        for name, field in trained.items():
+            if own["fields"].get(name) != field:
+                return f"the statistics of '{name}'{of} differ"
+    own, trained = _read_spec(folder), inputs.get("spec")
+    # a field that this version knows and the one that saved the checkpoint did not is no difference
+    if own is not None and isinstance(trained, dict):
+        key = next((key for key in own if key in trained and own[key] != trained[key]), None)
+        return key and f"{SPEC_NAME} has another '{key}'{of}"
+    return None
 
 
 def read_weights_tokenizer(place: str, name: str) -> TokenizerFacts | None:

@@ -35,6 +35,7 @@ from vla_foundry.evaluation.results import (
     find_results,
     rate_of,
     read_results,
+    record_rates,
     write_rates,
     write_results,
     write_summary,
@@ -360,13 +361,10 @@ def _summarize(
             (task.episodes[seed], task.pictures_of(seed)) for seed in task.pictured(params) if seed in task.episodes
         ]
     write_contact_sheet(folder / CONTACT_SHEET_NAME, pictured)
-    write_summary(
-        folder / SUMMARY_NAME,
-        rates,
-        name=candidate.name,
-        episodes=params.episodes,
-        settings=_settings_of(params, candidate),
-    )
+    settings = _settings_of(params, candidate)
+    write_summary(folder / SUMMARY_NAME, rates, name=candidate.name, episodes=params.episodes, settings=settings)
+    name = f"{params.simulator} {candidate.name}"
+    record_rates(params.checkpoint, name, rates, {**settings, "episodes": params.episodes})
     return rates
 
 

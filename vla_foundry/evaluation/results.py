@@ -17,7 +17,7 @@ a success already. Neither is a trial.
 
 import json
 import math
-import re
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,12 +27,12 @@ from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 from vla_foundry.inference.loading import find_run_folder
-from vla_foundry.storage.uri import is_remote, join_uri, read_object, write_text
+from vla_foundry.storage.uri import is_remote, read_object, write_text
+from vla_foundry.training.record import record_evaluation
 
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
 ROLLOUTS_FOLDER = "rollouts"
-EVALUATION_FOLDER = "evaluation"
 
 Outcome = Literal["success", "failure", "trivial", "invalid"]
 # timeout: no success within the step limit; terminated: the simulator ended the episode; the last two are invalid
@@ -192,6 +192,22 @@ def write_summary(path: Path, rates: Mapping[str, SuccessRate], **facts: Any) ->
     write_text(str(path), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
+def record_rates(
+    checkpoint: str | None, name: str, rates: Mapping[str, SuccessRate], settings: Mapping[str, Any]
+) -> None:
+    """Keep success rates in the folder and the record of the run that was evaluated, where it can be written to."""
+    if checkpoint is None or is_remote(checkpoint):
+        return
+    run_folder = find_run_folder(checkpoint)
+    if not os.access(run_folder, os.W_OK):
+        return
+    metrics = {}
+    for task, rate in rates.items():
+        counts = _rate_to_json(rate)
+        metrics[task] = {"value": counts["success_rate"], "interval": counts["interval_95"], "n": rate.num_trials}
+    record_evaluation(run_folder, {"name": name, "metrics": metrics, "settings": dict(settings)})
+
+
 def read_summary(path: Path) -> dict[str, SuccessRate]:
     """Read the success rate of each task from a summary.json."""
     tasks = read_object(str(path))["tasks"]
@@ -252,17 +268,15 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
 
 def publish_table(table: Mapping[str, Any], *, checkpoint: str | None, output: str | None) -> None:
     """Write a table of metrics (docs/benchmarks.md) to its run, as evaluation/<name>.json, and to the output."""
-    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
     if checkpoint is not None:
         folder = find_run_folder(checkpoint)
         if is_remote(folder):
             if output is None:
                 sys.stderr.write(f"{folder} is remote, so the result is not kept there. Name a file with --output.\n")
         else:
-            name = re.sub(r"[^\w.-]+", "_", table["name"])
-            write_text(join_uri(folder, EVALUATION_FOLDER, f"{name}.json"), text)
+            record_evaluation(folder, table)
     if output is not None:
-        write_text(output, text)
+        write_text(output, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
 def show_table(table: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import ImportParams
-from vla_foundry.run_folder import CONFIG_NAME, MODEL_CONFIG_NAME, PROVENANCE_NAME, step_folder_name
+from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME, MODEL_CONFIG_NAME, step_folder_name
 from vla_foundry.storage.uri import download, is_remote, join_uri, name_of, read_text
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Pa
         "checkpoint": name_of(source.weights),
         "notes": lines,
     }
-    (folder / PROVENANCE_NAME).write_text(
+    (folder / EXPERIMENT_NAME).write_text(
         json.dumps({"imported": record, "starts": []}, indent=1) + "\n", encoding="utf-8"
     )
     return lines

@@ -17,10 +17,10 @@ from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_NAME,
     EMA_WEIGHTS_NAME,
+    EXPERIMENT_NAME,
     METRICS_NAME,
     MODEL_CONFIG_NAME,
     MODEL_WEIGHTS_NAME,
-    PROVENANCE_NAME,
     read_step,
     step_folder_name,
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # what the run keeps of its training
-_LEFT_OUT = (CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME, METRICS_NAME, PROVENANCE_NAME, "tensorboard", "wandb")
+_LEFT_OUT = (CHECKPOINTS_FOLDER, CONFIG_NAME, MODEL_CONFIG_NAME, METRICS_NAME, EXPERIMENT_NAME, "tensorboard", "wandb")
 
 
 def merge(params: MergeParams) -> Path:
@@ -82,7 +82,7 @@ def merge(params: MergeParams) -> Path:
             "checkpoint": params.checkpoint,
             "base": list_starts(adapted),
         }
-        (aside / PROVENANCE_NAME).write_text(
+        (aside / EXPERIMENT_NAME).write_text(
             json.dumps({"merged": record, "starts": []}, indent=1) + "\n", encoding="utf-8"
         )
     return output / CHECKPOINTS_FOLDER / step_folder_name(step)

@@ -12,6 +12,7 @@ from vla_foundry.run_folder import (
     PROCESSOR_FOLDER,
     run_folder_candidates,
 )
+from vla_foundry.storage.hub import fetch_to_cache
 from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def load_run_model(
 def with_run_files(params: ModelParams, run_folder: str) -> ModelParams:
     """Return the params with Hugging Face parts read from the run's own copies of their files."""
     files = join_uri(run_folder, MODEL_FILES_FOLDER)
+    if files.startswith("hf://") and exists(files):
+        files = fetch_to_cache(files)
     is_here = not is_remote(files) and exists(files)
     return with_model_files(params, files, only_tokenizers=not is_here)
 

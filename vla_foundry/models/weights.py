@@ -6,7 +6,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +23,17 @@ from vla_foundry.run_folder import (
     EMA_WEIGHTS_NAME,
     MODEL_WEIGHTS_NAME,
     find_checkpoint,
+    find_fault,
+    index_name,
     list_step_folders,
+    newest_step_folder,
 )
 from vla_foundry.shards import sha256_of
-from vla_foundry.storage.uri import download, exists, is_remote, join_uri, list_files, name_of
+from vla_foundry.storage.uri import exists, fetch, is_remote, join_uri, list_files, name_of, parent_uri, read_object
 
 # tables that earlier code stored and this code computes
 _COMPUTED = re.compile(r"(^|\.)inv_freq$")
 _EARLIER_CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
-_STEP_MARK = re.compile(rf"(^|/)step_(\d+)/{COMPLETE_NAME}$")
 _NUM_NAMED = 3
 # key of a .safetensors file's metadata: the hash of the base that its adapters belong to
 BASE_KEY = "base_sha256"
@@ -201,7 +203,13 @@ def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
         if earlier:
             newest = earlier[max(earlier)]
             return newest.with_name(newest.name.replace("checkpoint_", "ema_")) if use_ema else newest
-    path = find_checkpoint(folder, only={name}) / name
+    index = index_name(name)
+    path = find_checkpoint(folder, only={name, index}) / name
+    if not path.is_file() and path.with_name(index).is_file():
+        fault = find_fault(path.parent, only=_read_shard_names(path.with_name(index)))
+        if fault is not None:
+            raise ValueError(f"Checkpoint {path.parent} is not usable: {fault}.")
+        return path.with_name(index)
     if not path.is_file():
         fix = "The run kept no average of its weights (ema.enabled)." if use_ema else "Use another checkpoint."
         raise ValueError(f"Checkpoint {path.parent} has no {name}. {fix}")
@@ -216,7 +224,8 @@ def has_ema(path: str | Path) -> bool:
     if is_remote(location):
         return exists(_find_remote_weights(location, use_ema=True))
     weights = find_weights_file(location)
-    return weights.name == MODEL_WEIGHTS_NAME and weights.with_name(EMA_WEIGHTS_NAME).is_file()
+    names = (EMA_WEIGHTS_NAME, index_name(EMA_WEIGHTS_NAME)) if weights.name.startswith(MODEL_WEIGHTS_NAME) else ()
+    return any(weights.with_name(name).is_file() for name in names)
 
 
 @contextmanager
@@ -229,24 +238,64 @@ def open_checkpoint(
         name -> entry; names are those of the unwrapped model.
     """
     with tempfile.TemporaryDirectory(prefix="vla_foundry_weights_") as folder:
-        source = locate_weights(str(path), use_ema=use_ema)
-        local = Path(source)
-        if is_remote(source):
-            local = Path(folder) / name_of(source)
-            download(source, str(local))
-        if not local.is_file():
+        files = _fetch_weights(locate_weights(str(path), use_ema=use_ema), folder)
+        if not all(file.is_file() for file in files):
             raise FileNotFoundError(f"Checkpoint {path} does not exist.")
-        if local.suffix != ".safetensors":
-            yield _clean_names({name: Entry(value.shape, lambda v=value: v) for name, value in _read_pt_weights(local)})
+        if files[0].suffix != ".safetensors":
+            values = _read_pt_weights(files[0])
+            yield _clean_names({name: Entry(value.shape, lambda v=value: v) for name, value in values})
             return
-        try:
-            file = safe_open(local, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
-        with file:
-            check_base(path, (file.metadata() or {}).get(BASE_KEY), base)
-            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            yield _clean_names({name: Entry(shape, partial(file.get_tensor, name)) for name, shape in shapes.items()})
+        entries: dict[str, Entry] = {}
+        with ExitStack() as stack:
+            for name in files:
+                try:
+                    file = stack.enter_context(safe_open(name, framework="pt"))
+                except SafetensorError as error:
+                    raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
+                check_base(path, (file.metadata() or {}).get(BASE_KEY), base)
+                shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                entries |= {key: Entry(shape, partial(file.get_tensor, key)) for key, shape in shapes.items()}
+            yield _clean_names(entries)
+
+
+def _fetch_weights(source: str, folder: str) -> list[Path]:
+    """Return the local files of weights: the one named, or those of an index; remote ones are checked."""
+    marks: dict[str, Any] = {}
+    if is_remote(source):
+        with suppress(FileNotFoundError):
+            marks = read_object(join_uri(parent_uri(source), COMPLETE_NAME))
+
+    def bring(location: str) -> Path:
+        if not is_remote(location):
+            return Path(location)
+        local = Path(fetch(location, folder))
+        entry = marks.get(name_of(location))
+        with local.open("rb") as file:
+            is_intact = entry is None or entry == [local.stat().st_size, sha256_of(file)]
+        if not is_intact:
+            local.resolve().unlink()  # it may lie in a cache
+            raise ValueError(
+                f"{location} does not have the SHA-256 it was written with. Run the command again to download it again."
+            )
+        return local
+
+    first = bring(source)
+    if not source.endswith(index_name(".safetensors")):
+        return [first]
+    return [bring(join_uri(parent_uri(source), name)) for name in _read_shard_names(first)]
+
+
+def _read_shard_names(index: Path) -> list[str]:
+    """Return the names of the files of an index, in order.
+
+    Raises:
+        ValueError: it is broken, or names files elsewhere.
+    """
+    weight_map = read_object(str(index)).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not names or any(not name.endswith(".safetensors") or "/" in name for name in names):
+        raise ValueError(f"{index} names no files of weights beside it.")
+    return names
 
 
 def locate_weights(location: str, *, use_ema: bool = False) -> str:
@@ -271,13 +320,13 @@ def _is_file_name(name: str) -> bool:
 
 def _find_remote_weights(folder: str, use_ema: bool) -> str:
     files = list_files(folder)
-    steps = {int(match[2]): file for file in files if (match := _STEP_MARK.search(file)) is not None}
-    if not steps and join_uri(folder, COMPLETE_NAME) in files:
-        # the folder itself is a step folder
-        steps[0] = join_uri(folder, COMPLETE_NAME)
-    if not steps:
+    # the folder itself may be a step folder
+    step = newest_step_folder(files) or (folder if join_uri(folder, COMPLETE_NAME) in files else None)
+    if step is None:
         raise ValueError(f"{folder} has no complete checkpoint. Give a run folder, a step folder or a weights file.")
-    return join_uri(steps[max(steps)].removesuffix(COMPLETE_NAME), EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME)
+    name = EMA_WEIGHTS_NAME if use_ema else MODEL_WEIGHTS_NAME
+    index = join_uri(step, index_name(name))
+    return index if index in files else join_uri(step, name)
 
 
 def read_pt(path: Path) -> Any:
@@ -351,5 +400,9 @@ def digest_weights(checkpoint: str, use_ema: bool | None) -> str | None:
     """Return the SHA-256 of a checkpoint's weights (use_ema: see `load_run_model`); None if it is remote."""
     if is_remote(checkpoint):
         return None
-    with find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema).open("rb") as file:
+    path = find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
+    if path.suffix == ".json":  # of several files, that of their SHA-256s
+        listed = read_object(str(path.with_name(COMPLETE_NAME)))
+        return hashlib.sha256("".join(listed[name][1] for name in _read_shard_names(path)).encode()).hexdigest()
+    with path.open("rb") as file:
         return sha256_of(file)

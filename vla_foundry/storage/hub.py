@@ -1,5 +1,6 @@
 """Read and write Hugging Face repositories by huggingface_hub: `hf://[datasets/|spaces/]owner/repo[@revision]/path`."""
 
+import io
 import os
 import re
 import shutil
@@ -21,9 +22,15 @@ def _file_system() -> Any:
 
 
 @contextmanager
-def _named_errors(uri: str) -> Iterator[None]:
+def named_errors(uri: str) -> Iterator[None]:
     """Turn the hub's errors into FileNotFoundError or a one-line ValueError that names `uri`."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
@@ -31,7 +38,7 @@ def _named_errors(uri: str) -> Iterator[None]:
         raise ValueError(
             f"{uri} needs the network, but HF_HUB_OFFLINE is set. Unset it, or use a local copy."
         ) from None
-    except FileNotFoundError:  # includes the hub's errors for a missing repository, revision and file
+    except (FileNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         raise FileNotFoundError(f"{uri} does not exist, or is only visible with a token (HF_TOKEN).") from None
     except (HfHubHTTPError, HFValidationError, NotImplementedError) as error:
         raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
@@ -79,16 +86,16 @@ class HubStorage:
 
     def open_input(self, uri: str) -> BinaryIO:
         self.describe(uri)
-        with _named_errors(uri):
-            return cast(BinaryIO, _file_system().open(uri, "rb", block_size=_READ_SIZE))
+        with named_errors(uri):
+            return io.BufferedReader(cast(Any, _file_system().open(uri, "rb", block_size=_READ_SIZE)))
 
     def read_range(self, uri: str, offset: int, size: int, version: str | None = None) -> bytes:
-        with _named_errors(uri), _file_system().open(uri, "rb", block_size=size, cache_type="none") as file:
+        with named_errors(uri), _file_system().open(uri, "rb", block_size=size, cache_type="none") as file:
             file.seek(offset)
             return file.read(size)
 
     def describe(self, uri: str) -> Listed:
-        with _named_errors(uri):
+        with named_errors(uri):
             info = _file_system().info(uri)
         if info["type"] != "file":
             raise FileNotFoundError(f"{uri} is not a file.")
@@ -96,7 +103,7 @@ class HubStorage:
 
     def list_entries(self, folder_or_glob: str) -> dict[str, Listed]:
         file_system = _file_system()
-        with _named_errors(folder_or_glob):
+        with named_errors(folder_or_glob):
             if is_pattern(folder_or_glob):
                 prefix, matches = compile_pattern(folder_or_glob)
                 found = file_system.find(prefix.rpartition("/")[0], detail=True)
@@ -115,7 +122,7 @@ class HubStorage:
         size = self.describe(uri).size
         with replace_file(path) as temporary:
             with (
-                _named_errors(uri),
+                named_errors(uri),
                 _file_system().open(uri, "rb", block_size=0) as source,
                 open(temporary, "xb") as target,
             ):
@@ -132,7 +139,7 @@ class HubStorage:
         from huggingface_hub import HfApi
 
         file_system = _file_system()
-        with _named_errors(uri):
+        with named_errors(uri):
             target = file_system.resolve_path(uri)
             HfApi().upload_file(
                 path_or_fileobj=path_or_bytes,
@@ -144,9 +151,23 @@ class HubStorage:
         file_system.invalidate_cache()
 
     def delete(self, uri: str) -> None:
-        with _named_errors(uri):
+        with named_errors(uri):
             if _file_system().exists(uri):
                 _file_system().rm_file(uri)
+
+
+def fetch_to_cache(uri: str) -> str:
+    """Return a file or a whole folder of a repository in the hub's local cache; an interrupted download goes on."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    file_system = _file_system()
+    with named_errors(uri):
+        place = file_system.resolve_path(uri)
+        options = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
+        if file_system.info(uri)["type"] == "file":
+            return hf_hub_download(filename=place.path_in_repo, **options)
+        snapshot = snapshot_download(allow_patterns=[f"{place.path_in_repo}/*"], **options)
+        return os.path.join(snapshot, place.path_in_repo)
 
 
 def _listed(info: dict[str, Any]) -> Listed:
@@ -185,7 +206,7 @@ def find_snapshot(repository: str, *, fetch: bool) -> str | None:
             return os.path.dirname(found)
     if not fetch:
         return None
-    with _named_errors(f"hf://{repository}"):
+    with named_errors(f"hf://{repository}"):
         try:
             return snapshot_download(repository, allow_patterns=["*.json", "*.jinja"])
         except LocalEntryNotFoundError:

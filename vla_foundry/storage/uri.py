@@ -271,6 +271,17 @@ def download(uri: str, path: str) -> None:
         storage.download(uri, path)
 
 
+def fetch(uri: str, folder: str) -> str:
+    """Return a local copy of a remote file: in the hub's cache, where it stays, or else a new one in `folder`."""
+    if _scheme_of(uri) == "hf":
+        from vla_foundry.storage.hub import fetch_to_cache
+
+        return fetch_to_cache(uri)
+    path = os.path.join(folder, name_of(uri))
+    download(uri, path)
+    return path
+
+
 def upload(path: str, uri: str) -> None:
     """Copy a local file to `uri`; create folders."""
     _storage_of(uri).upload(path, uri)

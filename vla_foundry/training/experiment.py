@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -36,6 +37,7 @@ from vla_foundry.training.distributed import (
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
 from vla_foundry.training.optimizer import describe_groups, freeze_weights
+from vla_foundry.training.record import record_end, record_start
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import (
@@ -43,7 +45,6 @@ from vla_foundry.training.start import (
     fetch_to_other_disks,
     find_start,
     pin_starts,
-    record_start,
     remove_unfinished,
     write_configs,
 )
@@ -51,10 +52,13 @@ from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
 
 
-def train(params: TrainExperimentParams, world: World) -> None:
+def train(params: TrainExperimentParams, world: World, origins: Mapping[str, str] | None = None) -> None:
     """Collective: call on every rank. Train with resolved params into <save_path>/<name>.
 
     With several ranks this does not return: each process exits at the end of the run.
+
+    Args:
+        origins: config path of each given or derived value -> where it comes from, for the record.
 
     Raises:
         ValueError: the user can fix the problem; the message is one line.
@@ -66,8 +70,11 @@ def train(params: TrainExperimentParams, world: World) -> None:
     start_process_group(params.distributed, world)
     folder = find_run_folder(params)
     with ExitStack() as stack, naming_lost_ranks(world):
-        run = create_run(params, world, folder, stack)
+        run = create_run(params, world, folder, stack, origins or {})
         stopped_by = loop.train(run)
+        if world.is_main:
+            samples = run.state.step * params.hparams.global_batch_size
+            record_end(folder, step=run.state.step, samples=samples, stopped_by=stopped_by)
         for line in describe_faults(folder) if world.is_main else []:
             run.log.say(line)
         # the other ranks need not wait for the copies to remote storage that end this block
@@ -102,11 +109,14 @@ def find_run_folder(params: TrainExperimentParams) -> Path:
     return Path(params.save_path) / name
 
 
-def create_run(params: TrainExperimentParams, world: World, folder: Path, stack: ExitStack) -> loop.Run:
+def create_run(
+    params: TrainExperimentParams, world: World, folder: Path, stack: ExitStack, origins: Mapping[str, str]
+) -> loop.Run:
     """Collective: call on every rank. Create everything the loop needs, restored if the run continues.
 
     Args:
         stack: receives everything that must be closed, also after an error.
+        origins: see `train`.
     """
     started = time.perf_counter()
     notices: list[str] = []
@@ -133,7 +143,9 @@ def create_run(params: TrainExperimentParams, world: World, folder: Path, stack:
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
-    prepare = cache(partial(prepare_folder, params, world, folder, state, loaders, log, first_step=state.step))
+    prepare = cache(
+        partial(prepare_folder, params, world, folder, state, loaders, log, first_step=state.step, origins=origins)
+    )
     if main_rank_first(world, lambda: bool(list_step_folders(folder))):
         # what its files contradict is an error before a step
         prepare()
@@ -295,6 +307,7 @@ def prepare_folder(
     log: MetricLog,
     *,
     first_step: int,
+    origins: Mapping[str, str],
 ) -> dict[str, Any]:
     """Collective: call on every rank. Write all of a run folder but the checkpoints, and open its metrics.
 
@@ -302,6 +315,7 @@ def prepare_folder(
 
     Args:
         first_step: the step that the run starts after.
+        origins: see `train`.
 
     Returns:
         What checkpoints keep about tokenizer, images and statistics; see `describe_inputs`.
@@ -314,7 +328,7 @@ def prepare_folder(
         with replace_folder(folder / MODEL_FILES_FOLDER) as aside:
             save_model_files(state.model, aside)
         inputs = describe_inputs(str(folder))
-        notices += record_start(folder, world, first_step, inputs)
+        notices += record_start(folder, params, world, first_step, inputs=inputs, origins=origins)
         notices += truncate_metrics(folder, first_step)
         log.add(open_sinks(params, folder, first_step=first_step))
         for notice in notices:

@@ -1,17 +1,12 @@
-"""Start a run: find the checkpoint it continues from, and write configs, provenance and tokenizer to its folder."""
+"""Start a run: find the checkpoint it continues from, and write configs and tokenizer to its folder."""
 
 import json
 import os
-import platform
 import shutil
-import sys
-import time
 from collections.abc import Callable, Container
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from vla_foundry.config.loading import dump_params, to_plain
 from vla_foundry.config.schema import BaseParams
@@ -21,7 +16,6 @@ from vla_foundry.params.data.images import ImageProcessorParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml
 from vla_foundry.params.models.policy import without_starts
-from vla_foundry.provenance import has_uncommitted_changes, hide_home, read_git_commit, read_package_versions
 from vla_foundry.robotics.spec import SPEC_NAME
 from vla_foundry.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -29,6 +23,7 @@ from vla_foundry.run_folder import (
     CONFIG_NAME,
     DATA_FAULTS_NAME,
     DATASETS_FOLDER,
+    EXPERIMENT_NAME,
     METRICS_NAME,
     MODEL_CONFIG_NAME,
     MODEL_FILES_FOLDER,
@@ -36,15 +31,14 @@ from vla_foundry.run_folder import (
     NORMALIZER_NAME,
     PREPROCESSING_CONFIG_NAME,
     PROCESSOR_FOLDER,
-    PROVENANCE_NAME,
     STATE_NAME,
     STATISTICS_NAME,
     TOKENIZER_FOLDER,
+    TRAINING_STATE_FOLDER,
     WRITING_PREFIX,
     find_checkpoint,
     find_fault,
     list_step_folders,
-    read_side_file,
     read_step,
 )
 from vla_foundry.storage.hub import loading_published
@@ -53,7 +47,6 @@ from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, p
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, read_vocabulary
 from vla_foundry.training.distributed import gather_objects
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
-from vla_foundry.world import World
 
 P = TypeVar("P", bound=BaseParams)
 # what a start writes to a run folder, and what the run then logs there
@@ -62,7 +55,7 @@ _START_FILES = frozenset((
     PREPROCESSING_CONFIG_NAME, MODEL_FILES_FOLDER, DATASETS_FOLDER,
 ))  # fmt: skip
 _LOG_FILES = frozenset((
-    METRICS_NAME, DATA_FAULTS_NAME, PROVENANCE_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb",
+    METRICS_NAME, DATA_FAULTS_NAME, EXPERIMENT_NAME, TENSORBOARD_FOLDER, WANDB_ID_NAME, "wandb",
 ))  # fmt: skip
 # params that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
@@ -93,7 +86,7 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
     _clear_attempt(params, run_folder, notify)
     if params.resume == "auto":
         if list_step_folders(run_folder):
-            return find_checkpoint(run_folder, notify=notify)
+            return _check_state(find_checkpoint(run_folder, notify=notify), "the run's newest checkpoint")
         if params.remote_sync is not None:
             remote = join_uri(params.remote_sync, run_folder.name)
             step_folder = fetch_checkpoint(remote, run_folder, notify=notify, with_metrics=True)
@@ -108,16 +101,24 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
             "Add --model.resume_weights_only true, or give a run folder."
         )
     if not is_remote(source):
-        step_folder = find_checkpoint(source, notify=notify)
-        if not (step_folder / STATE_NAME).is_file():
-            raise ValueError(
-                f"model.resume_from_checkpoint {step_folder} was imported and holds only weights. Add "
-                "--model.resume_weights_only true."
-            )
-        return step_folder
+        return _check_state(find_checkpoint(source, notify=notify), "model.resume_from_checkpoint")
     step_folder = fetch_checkpoint(source, run_folder, notify=notify)
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")
+    try:
+        return _check_state(step_folder, "model.resume_from_checkpoint")
+    except ValueError:
+        shutil.rmtree(step_folder)
+        raise
+
+
+def _check_state(step_folder: Path, what: str) -> Path:
+    """Check that training can continue from a step folder: imported and published ones hold weights alone."""
+    if not (step_folder / STATE_NAME).is_file() or not (step_folder / TRAINING_STATE_FOLDER).is_dir():
+        raise ValueError(
+            f"{what} {step_folder} holds only weights, so training cannot continue from it. Start a new run from it "
+            "with --model.resume_weights_only true."
+        )
     return step_folder
 
 
@@ -280,47 +281,6 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     for key, item in value.items():
         leaves.update(_leaves(item, f"{path}.{key}" if path else str(key)))
     return leaves
-
-
-_PACKAGES = ("vla-foundry", "torch", "numpy", "transformers", "tokenizers", "safetensors", "webdataset")
-
-
-def record_start(run_folder: Path, world: World, first_step: int, inputs: dict[str, Any]) -> list[str]:
-    """Append this start of the run to provenance.json.
-
-    Args:
-        inputs: see `describe_inputs`.
-
-    Returns:
-        Lines for the user: whether the file was damaged, so that earlier starts are lost.
-    """
-    path = run_folder / PROVENANCE_NAME
-    record = read_side_file(path)
-    starts = record.get("starts", []) if isinstance(record, dict) else None
-    notices = []
-    if not isinstance(record, dict) or not isinstance(starts, list):
-        record, starts = {}, []
-        notices = [f"{path} is rewritten, because it could not be read."] if path.exists() else []
-    record["starts"] = [*starts, _describe_start(world, first_step) | {"inputs": inputs}]
-    write_text(str(path), json.dumps(record, indent=1) + "\n")
-    return notices
-
-
-def _describe_start(world: World, first_step: int) -> dict[str, Any]:
-    on_gpu = world.device.startswith("cuda")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "first_step": first_step,
-        "command": [hide_home(word) for word in sys.argv],
-        "world_size": world.world_size,
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": read_package_versions(_PACKAGES),
-        # null outside a repository
-        "commit": read_git_commit(),
-        "is_dirty": has_uncommitted_changes(),
-    }
 
 
 def copy_tokenizer(data: DataParams, run_folder: Path) -> list[str]:

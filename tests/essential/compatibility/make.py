@@ -280,7 +280,7 @@ def act(name: str) -> list[dict[str, list[float]]]:
 
 def hide_paths() -> None:
     """Replace the path of the program in the provenance of runs."""
-    for path in Path("runs").glob("*/provenance.json"):
+    for path in Path("runs").glob("*/experiment.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         for start in record["starts"]:
             start["command"][0] = "vla-foundry"

@@ -126,6 +126,13 @@ def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str
     """What comes out with one process."""
     folder = tmp_path_factory.mktemp("alone")
     evaluate(create_params(run, folder))
+    # the run keeps its success rates
+    table = json.loads((run / "experiment.json").read_text(encoding="utf-8"))["evaluations"][0]
+    assert (table["name"], table["metrics"]["easy"]["n"], len(table["metrics"]["easy"]["interval"])) == (
+        "toy toy_run",
+        5,
+        2,
+    )
     return read_steps(folder / "toy_run")
 
 

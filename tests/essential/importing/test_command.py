@@ -82,7 +82,7 @@ def test_the_average_the_step_and_names_of_wrappers_are_taken_over(
     import_checkpoint(ImportParams(source=str(source), output=str(older), checkpoint=2))
     assert find_checkpoint(older).name == "step_00000007"
     assert (
-        json.loads((older / "provenance.json").read_text(encoding="utf-8"))["imported"]["checkpoint"]
+        json.loads((older / "experiment.json").read_text(encoding="utf-8"))["imported"]["checkpoint"]
         == "checkpoint_2.pt"
     )
 

@@ -433,6 +433,12 @@ def test_files_that_a_policy_was_not_trained_with_are_refused(tmp_path: Path, ar
         ):
             Policy.from_run(str(checkpoint))
     normalizer.write_text(content, encoding="utf-8")
+    spec = run / "robotics.json"
+    content = spec.read_text(encoding="utf-8")
+    spec.write_text(json.dumps(json.loads(content) | {"fps": 99.0}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"trained with: robotics\.json has another 'fps'"):
+        Policy.from_run(str(run))
+    spec.write_text(content, encoding="utf-8")
     tokenizer = run / "processor" / "tokenizer.json"
     values = json.loads(tokenizer.read_text(encoding="utf-8"))
     ids = values["model"]["vocab"]

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from vla_foundry.storage.hub import _named_errors, loading_published
+from vla_foundry.storage.hub import loading_published, named_errors
 
 # without a network, the client raises an error that is not the hub's own, and of no class in Python
 CLIENT = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -14,7 +14,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line() -> None:
     assert not isinstance(error, OSError)
     with (
         pytest.raises(ValueError, match=r"^hf://a/b/c cannot be reached: \[Errno 111\] Conn"),
-        _named_errors("hf://a/b/c"),
+        named_errors("hf://a/b/c"),
     ):
         raise error
     message = (

@@ -145,13 +145,13 @@ def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams, man
     folder = Path(params.save_path) / "run"
     assert load_experiment_params_from_yaml(str(folder / "config.yaml")) == params
     assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    assert provenance["starts"][0]["packages"]["torch"]
+    record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    assert record["starts"][0]["packages"]["torch"]
     # a checkpoint knows its tokenizer wherever it is copied
     state = json.loads((list_step_folders(folder)[0] / "state.json").read_text(encoding="utf-8"))
     kept = read_vocabulary(data / "tokenizer").to_record()
-    assert state["inputs"] == provenance["starts"][0]["inputs"] == {"tokenizer": kept}
-    assert str(Path.home()) not in json.dumps(provenance["starts"][0]["command"])
+    assert state["inputs"] == record["starts"][0]["inputs"] == {"tokenizer": kept}
+    assert str(Path.home()) not in json.dumps(record["starts"][0]["command"])
     assert [step.name for step in list_step_folders(folder)] == [f"step_{n:08d}" for n in (6, 4, 2)]
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
     # its tokenizer comes from the data again if its file is damaged
@@ -218,11 +218,11 @@ def test_an_attempt_without_a_checkpoint_leaves_its_name_free_and_nothing_of_its
     params: TrainExperimentParams, tmp_path: Path
 ) -> None:
     folder, notices = tmp_path / "run", []
-    for resume, kept in ((None, {"checkpoints", "provenance.json"}), ("auto", {"checkpoints", "metrics.jsonl"})):
+    for resume, kept in ((None, {"checkpoints", "experiment.json"}), ("auto", {"checkpoints", "metrics.jsonl"})):
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("tokenizer", "checkpoints"):
             (folder / name).mkdir(parents=True)
-        for name in ("config.yaml", "config_model.yaml", "stats.json", "metrics.jsonl", "provenance.json"):
+        for name in ("config.yaml", "config_model.yaml", "stats.json", "metrics.jsonl", "experiment.json"):
             (folder / name).touch()
         assert find_start(replace(params, resume=resume), folder, notices.append) is None
         left = {path.name for path in folder.iterdir()}
@@ -438,7 +438,7 @@ def test_a_damaged_side_file_is_rebuilt_and_said(
     train(replace(params, total_train_samples=32), World())
     folder = Path(params.save_path) / "run"
     losses = read_losses(folder)
-    names = ("config.yaml", "config_model.yaml", "provenance.json")
+    names = ("config.yaml", "config_model.yaml", "experiment.json")
     for name in names:
         (folder / name).write_bytes(content)
     with (folder / "metrics.jsonl").open("ab") as file:
@@ -453,14 +453,14 @@ def test_a_damaged_side_file_is_rebuilt_and_said(
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3, 4, 5, 6]
     assert load_experiment_params_from_yaml(str(folder / "config.yaml")).total_train_samples == 48
     assert load_params_from_yaml(ModelParams, str(folder / "config_model.yaml")) == params.model
-    assert json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["starts"][0]["first_step"] == 4
+    assert json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["starts"][0]["first_step"] == 4
 
 
 def test_files_of_a_run_folder_are_never_written_in_place(params: TrainExperimentParams) -> None:
     """A reader of the first start's file still reads it whole, as the second start replaces it."""
     train(replace(params, total_train_samples=32), World())
     folder = Path(params.save_path) / "run"
-    names = ("config.yaml", "config_model.yaml", "provenance.json", "metrics.jsonl")
+    names = ("config.yaml", "config_model.yaml", "experiment.json", "metrics.jsonl")
     opened = {name: (folder / name).open("rb") for name in names}
     before = {name: (folder / name).read_bytes() for name in names}
     train(replace(params, resume="auto"), World())

@@ -172,7 +172,7 @@ def test_ranks_sharding_accumulation_and_a_kill_change_no_loss(
     train(replace(params, name="ddp", resume="auto"), World())
     np.testing.assert_allclose(read_losses(params, "ddp"), alone, rtol=1e-5)
     np.testing.assert_allclose(read_losses(params, "ddp", "validation"), validation, rtol=1e-5)
-    starts = json.loads((config.parents[1] / "ddp" / "provenance.json").read_text(encoding="utf-8"))["starts"]
+    starts = json.loads((config.parents[1] / "ddp" / "experiment.json").read_text(encoding="utf-8"))["starts"]
     assert [start["first_step"] for start in starts] == [0, 3]
 
 

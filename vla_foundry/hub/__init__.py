@@ -1,0 +1,1 @@
+"""Share runs and datasets on the Hugging Face hub, and repeat recorded experiments."""

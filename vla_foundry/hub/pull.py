@@ -1,0 +1,84 @@
+"""Download a run or a dataset from the Hugging Face hub, and check every file."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vla_foundry.hub.push import CARD_NAME
+from vla_foundry.params.commands.sharing import HubPullParams
+from vla_foundry.parsing import parse_object
+from vla_foundry.run_folder import PASSPORT_NAME, lock_folder
+from vla_foundry.shards import sha256_of
+from vla_foundry.storage.hub import named_errors
+
+_CHUNK = 1 << 22
+
+
+def pull(params: HubPullParams) -> Path:
+    """Download a repository at one commit; the folder appears once all of it is there and checked.
+
+    Raises:
+        FileNotFoundError: the repository or revision does not exist.
+        ValueError: the output exists, the hub cannot be reached, or a file is damaged.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    kind, name, revision = params.repository
+    output = Path(os.path.abspath(params.output or name.partition("/")[2]))
+    if output.exists():
+        raise ValueError(f"output {output} exists. Choose another --output, or delete it.")
+    aside = output.with_name(f".pulling_{output.name}")
+    origin = f"hf://{'datasets/' if kind == 'dataset' else ''}{name}"
+    with lock_folder(aside, what="download", flag="--output"), named_errors(f"{origin}@{revision}"):
+        commit = str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
+        tree = HfApi().list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
+        listed = {entry.path: entry for entry in tree if hasattr(entry, "size")}
+        snapshot_download(name, repo_type=kind, revision=commit, local_dir=aside)
+        for path in [file for file in _list_files(aside) if file not in listed]:
+            (aside / path).unlink()  # of another commit, which a killed download began with
+        _check(aside, listed, f"{origin}@{commit[:12]}")
+        shutil.rmtree(aside / ".cache", ignore_errors=True)
+        aside.rename(output)
+    return output
+
+
+def _list_files(folder: Path) -> list[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [path.as_posix() for path in found if path.parts[0] != ".cache"]
+
+
+def _check(folder: Path, listed: dict[str, Any], origin: str) -> None:
+    """Compare all files with the hub's checksums, and with those of the push."""
+    passport = folder / PASSPORT_NAME
+    pushed = parse_object(passport.read_bytes(), PASSPORT_NAME).get("files") if passport.is_file() else {}
+    if not isinstance(pushed, dict):
+        raise ValueError(f"{origin}: {PASSPORT_NAME} holds no files.")
+    for name, entry in listed.items():
+        path = folder / name
+        digest = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+        if _digest(path, is_large=entry.lfs is not None) != digest:
+            path.unlink()
+            raise ValueError(f"{origin}: {name} arrived damaged. Run the command again to download it once more.")
+    missing = sorted(pushed.keys() - listed.keys())
+    for name in pushed.keys() - {CARD_NAME}:
+        path = folder / name
+        if name not in missing and [path.stat().st_size, _digest(path, is_large=True)] != pushed[name]:
+            raise ValueError(
+                f"{origin}: {name} is not the file that was published with the others ({PASSPORT_NAME}). "
+                "Pull an older commit with @REVISION, or have it pushed again."
+            )
+    if missing:
+        raise ValueError(f"{origin}: {missing[0]} is missing ({PASSPORT_NAME} lists it). Have it pushed again.")
+
+
+def _digest(path: Path, *, is_large: bool) -> str:
+    """Return the SHA-256 of a large file, or git's hash of a small one."""
+    with path.open("rb") as file:
+        if is_large:
+            return sha256_of(file)
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        return digest.hexdigest()
