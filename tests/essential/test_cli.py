@@ -357,7 +357,7 @@ def test_missing_wandb_credentials_are_one_line_before_anything_is_made(
     monkeypatch.setenv("NETRC", str(workplace / "none"))
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("vla_foundry.training.experiment.train", lambda params, world: None)
+    monkeypatch.setattr("vla_foundry.training.experiment.train", lambda params, world, origins: None)
     words = [
         "--config_path",
         "job.yaml",

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vla_foundry.parsing import parse_object
 from vla_foundry.run_folder import index_name
 
 _CHUNK = 1 << 24
-_MAX_HEADER = 100 << 20
+_MAX_HEADER = 64 << 20
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -20,10 +21,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
             raise ValueError(f"{path} is not a readable .safetensors file.")
-        try:
-            return json.loads(file.read(length)), 8 + length
-        except ValueError:
-            raise ValueError(f"{path} is not a readable .safetensors file.") from None
+        return parse_object(file.read(length), f"The header of {path}"), 8 + length
 
 
 def split_weights(path: Path, folder: Path, max_bytes: float) -> list[Path]:

@@ -16,6 +16,7 @@ from torch import nn
 from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
 from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.kept import describe_inputs
+from vla_foundry.data.record import record_end, record_start
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
 from vla_foundry.models.weights import describe_base, digest_frozen
@@ -37,7 +38,6 @@ from vla_foundry.training.distributed import (
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
 from vla_foundry.training.optimizer import describe_groups, freeze_weights
-from vla_foundry.training.record import record_end, record_start
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import (
@@ -133,19 +133,17 @@ def create_run(
     loader, validation_loader = loaders = create_loaders(params, world, stack)
     loader.start(0 if checkpoint is None else read_step(checkpoint))  # it loads while the model is made
     state = create_state(params, world, is_restored=checkpoint is not None)
-    is_validation_owed = False
+    saved: dict[str, Any] = {}
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, state)
-        is_validation_owed = saved["is_validation_owed"]
         notices += [f"continues from {checkpoint} after step {state.step}.", *saved["notices"]]
         notices += describe_jump(state, saved)
         notices += check_data(params, loader, saved["data"])
     log = create_metric_log(
         params, folder, is_main=world.is_main, total_steps=total_steps(params), first_step=state.step
     )
-    prepare = cache(
-        partial(prepare_folder, params, world, folder, state, loaders, log, first_step=state.step, origins=origins)
-    )
+    parts = (params, world, folder, state, loaders, log)
+    prepare = cache(partial(prepare_folder, *parts, first_step=state.step, origins=origins))
     if main_rank_first(world, lambda: bool(list_step_folders(folder))):
         # what its files contradict is an error before a step
         prepare()
@@ -154,10 +152,9 @@ def create_run(
         sync = stack.enter_context(RemoteSync(folder, params.remote_sync, log.say))
     # before the copies end, so that they hold all that the log writes
     stack.callback(log.close)
-    for notice in notices:
-        log.say(f"note: {notice}")
-    log.say(describe_run(params, world, state))
-    for line in describe_groups(state.optimizer, state.parameters, params.hparams.lr):
+    lines = [*(f"note: {notice}" for notice in notices), describe_run(params, world, state)]
+    lines += describe_groups(state.optimizer, state.parameters, params.hparams.lr)
+    for line in lines:
         log.say(line)
     log.say(f"Run folder {folder}; ready after {time.perf_counter() - started:.1f} s")
     return loop.Run(
@@ -170,7 +167,7 @@ def create_run(
         loader=loader,
         validation_loader=validation_loader,
         log=log,
-        is_validation_owed=is_validation_owed,
+        is_validation_owed=saved.get("is_validation_owed", False),
         sync=sync,
         prepare=prepare,
     )
