@@ -47,6 +47,7 @@ from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, p
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, read_vocabulary
 from vla_foundry.training.distributed import gather_objects
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
+from vla_foundry.world import World
 
 P = TypeVar("P", bound=BaseParams)
 # what a start writes to a run folder, and what the run then logs there
