@@ -152,9 +152,7 @@ def create_run(
         sync = stack.enter_context(RemoteSync(folder, params.remote_sync, log.say))
     # before the copies end, so that they hold all that the log writes
     stack.callback(log.close)
-    lines = [*(f"note: {notice}" for notice in notices), describe_run(params, world, state)]
-    lines += describe_groups(state.optimizer, state.parameters, params.hparams.lr)
-    for line in lines:
+    for line in [*(f"note: {notice}" for notice in notices), *describe_run(params, world, state)]:
         log.say(line)
     log.say(f"Run folder {folder}; ready after {time.perf_counter() - started:.1f} s")
     return loop.Run(
@@ -339,16 +337,17 @@ def prepare_folder(
     return inputs
 
 
-def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> str:
-    """Describe in one line what is about to be trained."""
+def describe_run(params: TrainExperimentParams, world: World, state: TrainState) -> list[str]:
+    """Describe what is about to be trained: in one line, and its groups of weights."""
     num_weights = sum(parameter.numel() for parameter in state.parameters.values())
     num_trained = sum(parameter.numel() for parameter in state.parameters.values() if parameter.requires_grad)
     share = "" if num_trained == num_weights else f" ({num_trained / num_weights:.2%})"
     hparams = params.hparams
     spread = "FSDP2" if params.distributed.fsdp else "DDP" if world.world_size > 1 else "one process"
-    return (
+    line = (
         f"{params.model.type}: {num_weights:,} parameters, {num_trained:,} of them trained{share}; "
         f"{hparams.precision} on {world.world_size} x {world.device.partition(':')[0]} ({spread}); "
         f"batch {hparams.global_batch_size} = {world.world_size} x {hparams.per_gpu_batch_size} x "
         f"{accumulation_steps(params, world.world_size)}; steps {state.step} to {total_steps(params)}"
     )
+    return [line, *describe_groups(state.optimizer, state.parameters, params.hparams.lr)]
