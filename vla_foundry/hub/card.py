@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vla_foundry.config.loading import dump_value
+from vla_foundry.hub.cleaning import hide_path
 from vla_foundry.hub.content import Content
 from vla_foundry.hub.shards import read_header
 from vla_foundry.params.commands.sharing import HubPushParams
@@ -147,7 +148,7 @@ def _describe_data(run: TrainExperimentParams) -> list[str]:
 
 
 def _last(manifest: str) -> str:
-    return manifest if "://" in manifest else parent_uri(manifest).rpartition("/")[2] or manifest
+    return hide_path(parent_uri(manifest))
 
 
 def _describe_training(run: TrainExperimentParams, record: dict[str, Any]) -> list[str]:
@@ -168,7 +169,9 @@ def _describe_training(run: TrainExperimentParams, record: dict[str, Any]) -> li
     for kind, losses in (record.get("losses") or {}).items():
         if losses:
             lines.append(f"- {kind} loss {losses[-1][1]:.4f} at step {losses[-1][0]:,}")
-    return [*lines, "- `experiment.json` holds all of it: `vla-foundry reproduce experiment.json` repeats the run"]
+    if end:
+        lines.append("- `experiment.json` holds all of it: `vla-foundry reproduce experiment.json` repeats the run")
+    return lines
 
 
 def _describe_evaluations(tables: Any) -> Iterator[str]:

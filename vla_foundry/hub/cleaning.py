@@ -74,11 +74,12 @@ def _hide(text: str) -> str:
     """Hide a local path, or those in a text."""
     text = hide_home(text)
     if re.match(r"(/|~/)[^\s/]", text) or text == "~":
-        return _hide_path(text)
-    return _IN_TEXT.sub(lambda match: _hide_path(match[0]), text)
+        return hide_path(text)
+    return _IN_TEXT.sub(lambda match: hide_path(match[0]), text)
 
 
-def _hide_path(path: str) -> str:
+def hide_path(path: str) -> str:
+    """Return the last folder and the name of a local path, without the user's home; a URI stays whole."""
     return hide_folder(_HOMES.sub("", path, count=1)) or "."
 
 

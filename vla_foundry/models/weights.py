@@ -397,9 +397,12 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str, *, but: C
 
 
 def digest_weights(checkpoint: str, use_ema: bool | None) -> str | None:
-    """Return the SHA-256 of a checkpoint's weights (use_ema: see `load_run_model`); None if it is remote."""
+    """Return the SHA-256 of a checkpoint's weights (use_ema: see `load_run_model`); None: a remote one does not say."""
     if is_remote(checkpoint):
-        return None
+        location = locate_weights(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
+        mark = join_uri(parent_uri(location), COMPLETE_NAME)
+        entry = read_object(mark).get(name_of(location)) if exists(mark) else None
+        return entry[1] if isinstance(entry, list) and location.endswith(".safetensors") else None
     path = find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
     if path.suffix == ".json":  # of several files, that of their SHA-256s
         listed = read_object(str(path.with_name(COMPLETE_NAME)))

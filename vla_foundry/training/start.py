@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +88,7 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
     _clear_attempt(params, run_folder, notify)
     if params.resume == "auto":
         if list_step_folders(run_folder):
-            return _check_state(find_checkpoint(run_folder, notify=notify), "the run's newest checkpoint")
+            return _check_state(find_checkpoint(run_folder, notify=notify))
         if params.remote_sync is not None:
             remote = join_uri(params.remote_sync, run_folder.name)
             step_folder = fetch_checkpoint(remote, run_folder, notify=notify, with_metrics=True)
@@ -102,22 +103,25 @@ def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable
             "Add --model.resume_weights_only true, or give a run folder."
         )
     if not is_remote(source):
-        return _check_state(find_checkpoint(source, notify=notify), "model.resume_from_checkpoint")
+        return _check_state(find_checkpoint(source, notify=notify), f"model.resume_from_checkpoint {source}")
     step_folder = fetch_checkpoint(source, run_folder, notify=notify)
     if step_folder is None:
         raise ValueError(f"model.resume_from_checkpoint '{source}' has no complete checkpoint.")
     try:
-        return _check_state(step_folder, "model.resume_from_checkpoint")
+        return _check_state(step_folder, f"model.resume_from_checkpoint {source}")
     except ValueError:
         shutil.rmtree(step_folder)
+        with suppress(OSError):  # of a new run, nothing is left
+            step_folder.parent.rmdir()
+            run_folder.rmdir()
         raise
 
 
-def _check_state(step_folder: Path, what: str) -> Path:
+def _check_state(step_folder: Path, what: str = "") -> Path:
     """Check that training can continue from a step folder: imported and published ones hold weights alone."""
     if not (step_folder / STATE_NAME).is_file() or not (step_folder / TRAINING_STATE_FOLDER).is_dir():
         raise ValueError(
-            f"{what} {step_folder} holds only weights, so training cannot continue from it. Start a new run from it "
+            f"{what or step_folder} holds only weights, so training cannot continue from it. Start a new run from it "
             "with --model.resume_weights_only true."
         )
     return step_folder

@@ -151,7 +151,7 @@ def test_the_card_tells_what_the_run_is(copy_run: Callable[[], Path], hub: Hub) 
         "datasets": ["org/corpus"],
         "base_model": ["org/base"],
     }
-    for text in ("| drawer-open | 0.75 | 0.6 to 0.87 | 40 |", "48 samples in 6 steps", "`corpus` (text)"):
+    for text in ("| drawer-open | 0.75 | 0.6 to 0.87 | 40 |", "48 samples in 6 steps", "/corpus` (text)"):
         assert text in card
     assert "vla-foundry generate --checkpoint hf://org/tiny" in card
     assert "evaluation/metaworld.json" in hub.files("org/tiny")
