@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.essential.hub_server import Hub
 from vla_foundry.cli import main as cli
+from vla_foundry.hub.push import push
 from vla_foundry.hub.reproduce import compare_losses, main
+from vla_foundry.params.commands.sharing import HubPushParams
 from vla_foundry.shards import sha256_of
 
 
@@ -59,6 +62,17 @@ def test_what_differs_is_named_before_anything_is_trained(
     with pytest.raises(ValueError, match=r"The data is not .*: the manifest of .* has another SHA-256"):
         main([str(path), "--data_folder", str(tmp_path / "data"), "--output", str(tmp_path / "again")])
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_published_record_finds_its_data_elsewhere(
+    trained: Path, dataset: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(HubPushParams(source=str(trained), repo="org/tiny"))
+    main(["hf://org/tiny", "--data_folder", str(dataset.parent), "--dry_run"])
+    assert "manifest" not in capsys.readouterr().out
+    main(["hf://org/tiny", "--dry_run"])
+    assert "differs: the manifest of corpus/manifest.jsonl is missing" in capsys.readouterr().out
 
 
 def test_losses_are_compared_within_a_tolerance(capsys: pytest.CaptureFixture[str]) -> None:

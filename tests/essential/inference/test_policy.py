@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 
 from vla_foundry.cli import main as run_cli
 from vla_foundry.data import create_dataloader
 from vla_foundry.data.robotics import load_normalizer
+from vla_foundry.hub.push import push
 from vla_foundry.inference import Policy, RobotObservation
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.inference.window_actions import encode_guidance
 from vla_foundry.models import create_batch_handler
+from vla_foundry.params.commands.sharing import HubPushParams
 from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.randomness import draw_index
 from vla_foundry.robotics.spec import FieldDescription, GripperRange, NamedSpec
@@ -447,6 +450,27 @@ def test_files_that_a_policy_was_not_trained_with_are_refused(tmp_path: Path, ar
     tokenizer.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ValueError, match=r"does not hold the files that .* was trained with: their tokens or merges"):
         Policy.from_run(str(run))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_policy_on_the_hub_acts_like_its_run(arm: Any, hub: Any) -> None:
+    push(HubPushParams(source=str(arm.run), repo="org/arm"))
+    acted = []
+    for checkpoint in (str(arm.run), "hf://org/arm"):
+        policy = Policy.from_run(checkpoint, device="cpu")
+        policy.reset(3)
+        acted.append(policy.act(observe(arm.recordings[0], 0)))
+    assert acted[0].keys() == acted[1].keys()
+    assert all(np.array_equal(acted[0][name], acted[1][name]) for name in acted[0])
+    card = hub.files("org/arm")["README.md"].decode()
+    assert "pipeline_tag: robotics" in card
+    assert f"| `{GRIPPER}` | 1 | action |" in card
+    # its spec was replaced on the hub
+    _, files = hub.repositories["model", "org/arm"][-1]
+    files["robotics.json"].content = json.dumps(json.loads(files["robotics.json"].content) | {"fps": 99.0}).encode()
+    HfFileSystem.clear_instance_cache()
+    with pytest.raises(ValueError, match=r"hf://org/arm was trained with: robotics\.json has another 'fps'"):
+        Policy.from_run("hf://org/arm", device="cpu")
 
 
 def act_once(arm: Any, **options: Any) -> np.ndarray:
