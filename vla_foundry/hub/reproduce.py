@@ -37,6 +37,10 @@ def reproduce(params: ReproduceParams) -> Path | None:
     config = _find_data(dict(record["config"]), params.data_folder)
     folder = Path(params.output) / str(record["name"])
     changed = list(find_changed_data(record, config))
+    num_before = int(record["starts"][-1].get("world_size", 1))
+    num_processes = params.num_processes or num_before
+    if num_processes != num_before:
+        say(f"differs: processes were {num_before}, are {num_processes}")
     for line in [*find_differences(record), *changed]:
         say(f"differs: {line}")
     if params.dry_run:
@@ -45,7 +49,7 @@ def reproduce(params: ReproduceParams) -> Path | None:
         raise ValueError(f"The data is not what the record was made with: {changed[0]}. Restore it, or --data_folder.")
     if folder.exists():
         raise ValueError(f"output {folder} exists. Choose another --output, or delete it.")
-    _train(config, folder, params.num_processes or int(record["starts"][-1].get("world_size", 1)))
+    _train(config, folder, num_processes)
     worst = [
         line
         for kind, before in record["losses"].items()
@@ -71,14 +75,49 @@ def _read_record(location: str) -> dict[str, Any]:
             missing = "the run has not ended" if key in ("end", "losses") else f"it has no '{key}'"
             raise ValueError(f"{location} is not the record of a whole run: {missing}.")
     name = record["name"]
-    if not record["starts"] or "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"{location} is not the record of a run: it has no start, or a strange name.")
+    if "/" in name or name in ("", ".", "..") or not _is_sound(record):
+        raise ValueError(
+            f"{location} is not a record that a run wrote: a name, start, loss or dataset in it is strange."
+        )
     if record["end"].get("stopped_by"):
         raise ValueError(f"{location}: the run was stopped by {record['end']['stopped_by']}. Continue it first.")
     return record
 
 
-def _sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Return True if all parts of a record that are used have the types that they are written with."""
+    starts, losses = record["starts"], record["losses"]
+    data, packages = record["config"].get("data"), record.get("packages")
+    sections = list(_sections(record["config"]).values()) if isinstance(data, dict) else [None]
+    places = [section.get(key) or [] for section in sections if isinstance(section, dict) for key in _LOCATIONS]
+    return (
+        starts != []
+        and all(isinstance(start, dict) and type(start.get("world_size", 1)) is int for start in starts)
+        and isinstance(packages, dict)
+        and losses.keys() <= {"train", "validation"}
+        and all(
+            _is_loss(entry) for found in losses.values() for entry in (found if isinstance(found, list) else [None])
+        )
+        and all(isinstance(section, dict) for section in sections)
+        and all(isinstance(place, list) and all(isinstance(name, str) for name in place) for place in places)
+        and all(
+            isinstance(entry, dict) and isinstance(entry.get("manifest"), str)
+            for part in record["data"].values()
+            for entry in (part if isinstance(part, list) else [None])
+        )
+    )
+
+
+def _is_loss(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and [type(value) for value in entry[:1]] == [int]
+        and len(entry) == 2
+        and (entry[1] is None or isinstance(entry[1], int | float))
+    )
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
     data = config.get("data", {})
     return dict(data["datasets"]) if isinstance(data.get("datasets"), dict) else {"data": data}
 

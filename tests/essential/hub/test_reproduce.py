@@ -90,7 +90,16 @@ def test_losses_are_compared_within_a_tolerance(capsys: pytest.CaptureFixture[st
     [
         ({"end": None}, "the run has not ended"),
         ({"end": {"stopped_by": "SIGTERM"}}, "the run was stopped by SIGTERM"),
-        ({"name": "../../x"}, "a strange name"),
+        ({"name": "../../x"}, "a name, start, loss or dataset in it is strange"),
+        ({"starts": []}, "is strange"),
+        ({"starts": [3]}, "is strange"),
+        ({"packages": 3}, "is strange"),
+        ({"losses": {"train": [["1", 2]]}}, "is strange"),
+        ({"losses": {"other": []}}, "is strange"),
+        ({"data": {"data": [3]}}, "is strange"),
+        ({"config": {"data": 3}}, "is strange"),
+        ({"config": {"data": {"datasets": {"a": 3}}}}, "is strange"),
+        ({"config": {"data": {"dataset_manifest": [3]}}}, "is strange"),
         ({"config": []}, "it has no 'config'"),
     ],
 )

@@ -158,6 +158,8 @@ def test_a_run_folder_holds_all_that_a_run_is(params: TrainExperimentParams, man
     (folder / "tokenizer" / "tokenizer.json").write_text("", encoding="utf-8")
     train(replace(params, resume="auto"), World())
     assert read_vocabulary(folder / "tokenizer").to_record() == kept
+    record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    assert ([start["first_step"] for start in record["starts"]], record["end"]["step"]) == ([0, 6], 6)
     line = read_lines(folder)[-1]
     for key in ("lr", "grad_norm", "tokens_per_second", "samples_per_sec_per_gpu", "data_wait_share", "memory_gb"):
         assert line[key] >= 0
