@@ -10,11 +10,14 @@ from typing import Any
 from vla_foundry.config.loading import dump_value
 from vla_foundry.parsing import MAX_BYTES, parse_json, parse_yaml
 from vla_foundry.provenance import hide_folder, hide_home
-from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME
+from vla_foundry.robotics.spec import SPEC_NAME
+from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME, PREPROCESSING_CONFIG_NAME
 
 # files of these names hold what a model reads, such as a vocabulary, which may well look like a path
 _VERBATIM = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|stats|normalizer)\.json|merges\.txt")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".csv", ".py", ".toml", ".cfg", ".ini")
+# preprocessing writes no paths to them, but names of cameras and fields, which may look like one (HDF5)
+_NAMES = (PREPROCESSING_CONFIG_NAME, SPEC_NAME)
 # values that say where and by whom a run was made
 _PRIVATE: dict[str, Any] = {
     "save_path": "experiments", "remote_sync": None, "resolve_configs_path": None, "wandb_entity": None,
@@ -42,7 +45,7 @@ def clean_text(name: str, text: str) -> str:
         name: path in the repository.
     """
     base = name.rpartition("/")[2]
-    if _VERBATIM.fullmatch(base) or not base.endswith((".json", ".yaml", ".yml")):
+    if _VERBATIM.fullmatch(base) or base in _NAMES or not base.endswith((".json", ".yaml", ".yml")):
         return text
     is_json = base.endswith(".json")
     values = parse_json(text, name) if is_json else parse_yaml(text, name)
@@ -73,7 +76,7 @@ def _clean(value: Any) -> Any:
 def _hide(text: str) -> str:
     """Hide a local path, or those in a text."""
     text = hide_home(text)
-    if re.match(r"(/|~/)[^\s/]", text) or text == "~":
+    if re.match(r"(~|/[^/]+)/[^\s/]", text) or text == "~":
         return hide_path(text)
     return _IN_TEXT.sub(lambda match: hide_path(match[0]), text)
 
