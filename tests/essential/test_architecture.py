@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
     {"evaluation", "datagen", "viz", "importing", "hub"},
     {"serving"},
     {"training", "inference"},
-    {"models", "data", "preprocessing", "simulators"},
+    {"models", "data", "preprocessing", "simulators", "record"},
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
     {"client", "registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},

@@ -26,8 +26,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
-from vla_foundry.data.record import record_evaluation
 from vla_foundry.inference.loading import find_run_folder
+from vla_foundry.record import record_evaluation
 from vla_foundry.storage.uri import is_remote, read_object, write_text
 
 RESULTS_NAME = "results.json"

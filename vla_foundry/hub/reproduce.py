@@ -11,10 +11,10 @@ from typing import Any
 
 from vla_foundry.config.command_line import PLUGINS_FLAG, named_plugins, parse_command
 from vla_foundry.config.loading import dump_value
-from vla_foundry.data.record import hash_data, read_losses
 from vla_foundry.params.commands.sharing import ReproduceParams
 from vla_foundry.progress import say
 from vla_foundry.provenance import has_uncommitted_changes, read_all_versions, read_git_commit
+from vla_foundry.record import hash_data, read_losses
 from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME
 from vla_foundry.storage.uri import exists, is_remote, join_uri, name_of, parent_uri, read_object
 

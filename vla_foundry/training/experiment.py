@@ -16,12 +16,12 @@ from torch import nn
 from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
 from vla_foundry.data.faults import FaultLog
 from vla_foundry.data.kept import describe_inputs
-from vla_foundry.data.record import record_end, record_start
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
 from vla_foundry.models.weights import describe_base, digest_frozen
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
+from vla_foundry.record import record_end, record_start
 from vla_foundry.registry import summarize_names
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
 from vla_foundry.storage.local import replace_folder

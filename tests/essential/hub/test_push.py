@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from tests.essential.hub_server import TOKEN, Hub
-from vla_foundry.data.record import record_evaluation
 from vla_foundry.hub.command import main
 from vla_foundry.hub.push import push
 from vla_foundry.inference.generate import main as generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.commands.sharing import HubPushParams
+from vla_foundry.record import record_evaluation
 
 # of huggingface_hub's own client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
