@@ -10,7 +10,7 @@ _COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
-    "data": ("vla_foundry.viz.inspection:main", "inspect data: draw a sample as training gets it"),
+    "data": ("vla_foundry.viz.inspection:main", "download data; inspect it: draw a sample as training gets it"),
     "stats": (
         "vla_foundry.preprocessing.robotics.statistics:main",
         "compute or merge the statistics of robot data",

@@ -1,4 +1,4 @@
-"""Read files from web servers, `http://` and `https://`, one by one: they list none, and nothing is written there."""
+"""Read files from web servers, `http://` and `https://`; nothing is written there. Folders are read from listings."""
 
 import http.client
 import io
@@ -9,7 +9,9 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from html.parser import HTMLParser
 from typing import Any, BinaryIO, NoReturn, cast
+from urllib.parse import quote, urljoin, urlsplit
 
 from vla_foundry.storage.local import IncompleteDownload, Listed, RemoteFile, replace_file
 
@@ -20,6 +22,8 @@ _ATTEMPTS = 5
 _BUSY = (408, 429)
 # wait before the second attempt, about; it doubles each time
 _FIRST_WAIT_SECONDS = 0.5
+# what a listing may be, so that a server cannot keep us busy for ever
+_MAX_PAGE_BYTES, _MAX_PAGES, _MAX_DEPTH = 64 << 20, 10_000, 32
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
@@ -114,7 +118,7 @@ class _HttpFile(RemoteFile):
     def _ask(self) -> None:
         span = f"bytes={self._position}-{'' if self._end is None else self._end - 1}"
         whole = self._position == 0 and self._end is None
-        request = urllib.request.Request(self._uri, headers={} if whole else {"Range": span})
+        request = urllib.request.Request(_quote(self._uri), headers={} if whole else {"Range": span})
         try:
             self._answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
@@ -143,3 +147,75 @@ class _HttpFile(RemoteFile):
     def close(self) -> None:
         self._hang_up()
         super().close()
+
+
+class _Links(HTMLParser):
+    """Collects where the links of a page lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """See HTMLParser."""
+        if tag == "a":
+            self.found += [value for name, value in attrs if name == "href" and value]
+
+
+def list_links(folder: str) -> list[str]:
+    """Return the files at any depth below a folder that the server lists (Apache, nginx, Python's http.server).
+
+    A link counts if it leads below the page that it is on, so links to sort a listing, or to its parent, do not.
+
+    Raises:
+        FileNotFoundError: there is no listing.
+        ValueError: the server fails, or its listings are too large.
+    """
+    files: set[str] = set()
+    folder = _quote(folder)
+    pages, seen = [folder], {folder}
+    while pages:
+        page = pages.pop()
+        links = _Links()
+        links.feed(_read_page(page))
+        for link in links.found:
+            uri = _quote(urljoin(page, link))
+            if urlsplit(uri).query or "#" in uri or not uri.startswith(page) or uri == page:
+                continue
+            if not uri.endswith("/"):
+                files.add(uri)
+            elif uri not in seen:
+                seen.add(uri)
+                pages.append(uri)
+        if len(seen) > _MAX_PAGES or page.count("/") - folder.count("/") > _MAX_DEPTH:
+            raise ValueError(
+                f"{folder} lists more than {_MAX_PAGES} folders, or some more than {_MAX_DEPTH} levels deep."
+            )
+    if not files:
+        raise FileNotFoundError(f"{folder} lists no files.")
+    return sorted(files)
+
+
+def _quote(uri: str) -> str:
+    """Return an address with the characters escaped that may not be in one, such as spaces."""
+    return quote(uri, safe="%/:=&?~#+!$,;'@()*[]")
+
+
+def _read_page(uri: str) -> str:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with urllib.request.urlopen(_quote(uri), timeout=_TIMEOUT_SECONDS) as answer:
+                content = answer.read(_MAX_PAGE_BYTES + 1)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            if code in (404, 410):
+                raise FileNotFoundError(f"{uri} does not exist.") from None
+            if attempt == _ATTEMPTS or (code < 500 and code not in _BUSY):
+                raise ValueError(f"{uri}: {' '.join(str(error).split())} ({attempt} attempts)") from None
+        time.sleep(random.uniform(0.5, 1) * _FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+    else:
+        raise AssertionError("the last attempt breaks or raises")
+    if len(content) > _MAX_PAGE_BYTES:
+        raise ValueError(f"{uri}: a listing of more than {_MAX_PAGE_BYTES:,} bytes.")
+    return content.decode("utf-8", errors="replace")

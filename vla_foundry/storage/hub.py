@@ -215,3 +215,32 @@ def find_snapshot(repository: str, *, fetch: bool) -> str | None:
                 f"{repository} is not a local folder, is not in the cache of Hugging Face, and {reason}. Download it "
                 "where there is a network, or give a folder."
             ) from None
+
+
+def list_pinned(uri: str) -> tuple[str, dict[str, tuple[str, int, tuple[str, str]]]]:
+    """List files at the commit that a name stands for now.
+
+    Returns:
+        The name with the commit, and {whole name: (path below `uri`, bytes, (algorithm, digest))}; the algorithm is
+        sha256, or git (SHA-1 of a git blob) for small files.
+    """
+    from huggingface_hub import HfApi
+
+    file_system = _file_system()
+    with named_errors(uri):
+        place = file_system.resolve_path(uri)
+        commit = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
+        kind = "" if place.repo_type == "model" else f"{place.repo_type}s/"
+        pinned = f"{kind}{place.repo_id}@{commit}"
+        base = f"{pinned}/{place.path_in_repo}".rstrip("/")
+        found = file_system.find(base, detail=True)
+    files = {}
+    for name, info in found.items():
+        if info["type"] == "file":
+            lfs = info.get("lfs")
+            digest = ("sha256", lfs["sha256"]) if lfs else ("git", info["blob_id"])
+            path = name[len(base) :].lstrip("/") or name.rpartition("/")[2]
+            files[f"hf://{name}"] = (path, info["size"], digest)
+    if not files:
+        raise FileNotFoundError(f"Nothing found at {uri}.")
+    return f"hf://{base}", files

@@ -38,6 +38,7 @@ from vla_foundry.world import World
 _USAGE = """usage: vla-foundry data inspect DIR | --training RUN [--sample N] [--output FILE.png]
        vla-foundry data inspect --config_path FILE [--num_samples N] [--output SHEET.png] [--json true] [flags of train]
        vla-foundry data action-tokenizer --config_path FILE [--output FILE.json] [flags of train]
+       vla-foundry data download SOURCE ... --output FOLDER
 """
 # smallest side of a figure's images, in pixels
 _LEAST_SIDE = 64
@@ -66,8 +67,13 @@ def main(argv: list[str]) -> None:
 
         action_tokenizer.main(argv[1:])
         return
+    if what == "download":
+        from vla_foundry.preprocessing import download
+
+        download.main(argv[1:])
+        return
     if what != "inspect":
-        raise ValueError(unknown_name_message("data", what, ["inspect", "action-tokenizer"]))
+        raise ValueError(unknown_name_message("data", what, ["download", "inspect", "action-tokenizer"]))
     prog = "vla-foundry data inspect"
     if any(word.partition("=")[0] == f"--{CONFIG_FLAG}" for word in argv):
         for line in inspect_config(parse_command(InspectConfigParams, argv[1:], prog=prog)):

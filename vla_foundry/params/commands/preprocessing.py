@@ -1,7 +1,7 @@
 """Params of `preprocess` for text, tokenizers and captioned images, and of `manifest`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from vla_foundry.config.schema import (
     BaseParams,
@@ -218,3 +218,63 @@ class PreprocessImageCaptionParams(ImageJobParams):
         super().__post_init__()
         if not self.source:
             raise ValueError("source is empty. Name a folder of images and captions, or a list of URLs or paths.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadParams(BaseParams):
+    """Copy published data to this machine: resumable, several files at a time, sizes and hashes checked."""
+
+    # hf://datasets/owner/repo[@revision][/path], s3://bucket/prefix, https://host/folder/ with a listing, a
+    # manifest.jsonl with its shards, or single files
+    source: list[Location] = field(default_factory=list)
+    # data of the paper: dclm (text), datacompdr (captions and image addresses); lbm-sim: robot data of `task`
+    preset: Literal["dclm", "datacompdr", "lbm-sim"] | None = None
+    # file with a URL on each line, and after it a SHA-256, if known
+    url_list: Location | None = None
+    # folder to write to
+    output: Location | None = None
+    # only files whose path below the source matches one of these, such as '*.tar'
+    pattern: list[str] = field(default_factory=list)
+    # files at a time
+    num_workers: Size = 8
+    # check hashes where they are known; sizes are always checked
+    verify: bool = True
+    # download again what is complete
+    force: bool = False
+    # only show what would be downloaded
+    dry_run: bool = False
+    # the same as output: the name of the earlier downloader
+    local_path: Location | None = None
+    # the same as an s3:// source: the name of the earlier downloader
+    s3_path: Location | None = None
+    # tasks of the LBM simulation
+    task: list[str] = field(default_factory=list)
+    # version of the preprocessed LBM data
+    version: Name = "v0.1.0"
+    # raw recordings of the tasks (<task>.tar) in place of shards
+    raw: bool = False
+    # shards of whole episodes in place of single windows
+    episodes: bool = False
+    # the same as dry_run: the name of the earlier downloader
+    list: bool = False
+    # the 19 tasks that the paper evaluates
+    all: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wants_tasks = bool(self.task) or self.all
+        if not (self.source or self.preset or self.url_list or self.s3_path or wants_tasks):
+            raise ValueError("Give a source, such as hf://datasets/owner/repo, or --preset, --url_list or --task.")
+        if self.preset == "lbm-sim" and not wants_tasks:
+            raise ValueError("preset lbm-sim needs --task NAME, or --all true for the 19 tasks of the paper.")
+        if (self.raw or self.episodes) and not wants_tasks:
+            raise ValueError("raw and episodes choose among the data of tasks. Give --task NAME.")
+        if any("/" in name or name in ("", ".", "..") for name in (*self.task, self.version)):
+            raise ValueError("task and version are names, without '/'.")
+        if (self.output is None) == (self.local_path is None):
+            raise ValueError("Give --output FOLDER (or --local_path, the earlier name), once.")
+
+    @property
+    def folder(self) -> str:
+        """The folder to write to."""
+        return self.output or self.local_path or ""
