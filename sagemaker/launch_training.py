@@ -215,23 +215,32 @@ def secret_name(where: SageMakerParams) -> str:
 
 
 def launch(where: SageMakerParams, job: dict[str, Any], source: bytes, config: str, secrets: dict[str, str]) -> None:
-    """Make the image, the secret and the config, and start the job."""
+    """Make the image, the secret and the config, and start the job.
+
+    Raises:
+        ValueError: the SDK is missing, or AWS refuses something.
+    """
     try:
         from boto3.session import Session
+        from botocore.exceptions import BotoCoreError, ClientError
         from sagemaker.core.resources import TrainingJob
         from sagemaker.core.utils.code_injection.codec import transform
     except ImportError:
         raise ValueError(
             "The SageMaker SDK is not installed. Use uv run --group sagemaker sagemaker/launch_training.py ..."
         ) from None
-    session = Session(region_name=where.region)
-    say(f"image {ensure_image(session, job['AlgorithmSpecification']['TrainingImage'], source)}")
-    if secrets:
-        store_secrets(session.client("secretsmanager"), secret_name(where), secrets)
-    write_text(join_uri(job["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"], "config.yaml"), config)
-    started = TrainingJob.create(**transform(job, "CreateTrainingJobRequest"), session=session, region=where.region)
-    name = job["TrainingJobName"]
+    name, folder = job["TrainingJobName"], job["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
     logs = f"aws logs tail /aws/sagemaker/TrainingJobs --log-stream-name-prefix {name} --follow"
+    try:
+        session = Session(region_name=where.region)
+        say(f"image {ensure_image(session, job['AlgorithmSpecification']['TrainingImage'], source)}")
+        if secrets:
+            store_secrets(session.client("secretsmanager"), secret_name(where), secrets)
+        write_text(join_uri(folder, "config.yaml"), config)
+        request = transform(job, "CreateTrainingJobRequest")
+        started = TrainingJob.create(**request, session=session, region=where.region)
+    except (BotoCoreError, ClientError) as error:
+        raise ValueError(f"AWS does not start the job: {error}") from error
     say(f"job {name} started. Its log: {logs}")
     if where.wait and started is not None:
         started.wait(logs=True)

@@ -94,22 +94,22 @@ def test_a_machine_is_taken_back_and_two_without_a_shared_disk_go_on(
     assert find_markers(tmp_path, objects) == []
 
 
-def test_a_launch_uploads_the_config_and_the_secrets_and_starts_the_job(aws: Aws, tmp_path: Path) -> None:
+def test_a_launch_uploads_the_config_and_the_secrets_and_starts_the_job(
+    main: Callable[[list[str]], None],
+    aws: Aws,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("sagemaker.core", reason="uv sync --group sagemaker")
-    words = (
-        "--name",
-        "llm",
-        "--sagemaker.spot",
-        "--sagemaker.subnets",
-        "subnet-1",
-        "--sagemaker.security_groups",
-        "sg-1",
-    )
-    job, config = dry_run(aws, *words)
+    monkeypatch.setenv("FROM_ENVIRONMENT", "marker-env-0001")
+    network = ("--sagemaker.subnets", "subnet-1", "--sagemaker.security_groups", "sg-1")
+    words = aws.words("--name", "llm", "--sagemaker.spot", *network)
+    job, config = dry_run(aws, "--name", "llm", "--sagemaker.spot", *network)
     put_image(aws, job["AlgorithmSpecification"]["TrainingImage"])
-    done = aws.launch(*words)
-    assert done.returncode == 0, done.stderr
-    name = re.search(r"job (your-user-name-llm-\S+) started", done.stdout)
+    main(words)
+    printed = capfd.readouterr()
+    name = re.search(r"job (your-user-name-llm-\S+) started", printed.out)
     assert name is not None
     started = aws.session.client("sagemaker").describe_training_job(TrainingJobName=name[1])
     expected = json.loads(json.dumps(job).replace(job["TrainingJobName"], name[1]))
@@ -119,11 +119,14 @@ def test_a_launch_uploads_the_config_and_the_secrets_and_starts_the_job(aws: Aws
     assert {key: started[key] for key in kept} == {key: expected[key] for key in kept}
     objects = aws.objects()
     assert objects == {f"runs/.sagemaker/{name[1]}/config.yaml": config.encode()}
-    values = aws.session.client("secretsmanager").get_secret_value(SecretId="vla_foundry/your-user-name")[
-        "SecretString"
-    ]
-    assert json.loads(values) == SECRETS | {"FROM_ENVIRONMENT": "marker-env-0001"}
-    assert find_markers(tmp_path, objects | {"output": (done.stdout + done.stderr + str(started)).encode()}) == []
+    secret = aws.session.client("secretsmanager").get_secret_value(SecretId="vla_foundry/your-user-name")
+    assert json.loads(secret["SecretString"]) == SECRETS | {"FROM_ENVIRONMENT": "marker-env-0001"}
+    said = {"output": (printed.out + printed.err + str(started)).encode()}
+    assert find_markers(tmp_path, objects | said) == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL_ECR", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(ValueError, match=r"^AWS does not start the job: Could not connect"):
+        main(words)
 
 
 def test_the_local_mode_runs_the_entry_script(aws: Aws, tmp_path: Path) -> None:
@@ -182,3 +185,13 @@ def test_an_image_is_named_by_the_content_of_its_files(image: ModuleType, tmp_pa
     assert image.tag_of(image.pack(image.list_source(["plugin.py"]), {})) == tag
     (tmp_path / "plugin.py").write_text("A = 2\n", encoding="utf-8")
     assert image.tag_of(image.pack(image.list_source(["plugin.py"]), {})) != tag
+
+
+def test_an_image_that_the_registry_lacks_needs_docker(
+    image: ModuleType, aws: Aws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    uri = "123456789012.dkr.ecr.us-east-1.amazonaws.com/new-repository:0123456789abcdef"
+    for _ in range(2):  # without and with its repository
+        with pytest.raises(ValueError, match=r"^Docker is not installed, and the image must be built"):
+            image.ensure_image(aws.session, uri, b"")

@@ -74,6 +74,8 @@ class SageMakerParams(BaseParams):
             )
         if self.gpus_per_instance is not None and not re.fullmatch(r"ml\.[a-z0-9-]+\.[a-z0-9-]+", self.full_type):
             raise ValueError(f"instance_type '{self.instance_type}' must be a full name, such as ml.g6e.xlarge.")
+        if self.gpus_per_instance is not None and self.has_efa:
+            raise ValueError(f"gpus_per_instance is known for {self.full_type}. Leave it out.")
         if self.role is not None and not re.fullmatch(ROLE_PATTERN, self.role):
             raise ValueError(f"role '{self.role}' must be an ARN such as {EXAMPLE_ROLE}.")
         if bool(self.subnets) != bool(self.security_groups):
