@@ -65,6 +65,9 @@ NEEDS = {
     "training_jobs/vla_qwen3_ft.yaml": ("--model.resume_from_checkpoint", "vlm"),
     "training_jobs/vlm_foundry_1.3b.yaml": (*TOKENIZER, "--model.transformer.resume_from_checkpoint", "llm"),
 }
+NEEDS |= {job: (*TOKENIZER, *BACKBONE) for job in JOBS if job.startswith("training_jobs/action_heads/")}
+NEEDS["training_jobs/action_heads/fast_tokens.yaml"] += ("--model.action_head.tokenizer", "fast.json")
+NEEDS["training_jobs/action_heads/insulated.yaml"] += ("--model.action_tokens.tokenizer", "fast.json")
 # the paper's Table 4, and the stages before it: samples, steps, batch, learning rate, schedule, warm-up in steps
 TOTALS = {
     "vla_foundry_mt": (102_400_000, 100_000, 1024, 5e-5, "cosine", 1000),

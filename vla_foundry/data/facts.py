@@ -293,7 +293,7 @@ def _read_action_tokenizers(model: BaseParams, offline: bool) -> dict[str, Chunk
     """
     found = {}
     for path, part in _walk(model):
-        if not isinstance(part, FastTokensParams) or (offline and is_remote(part.tokenizer)):
+        if not isinstance(part, FastTokensParams) or (offline and not _is_here(part.tokenizer)):
             continue
         from vla_foundry.robotics.action_tokens import read_fast_tokenizer
 
@@ -309,6 +309,10 @@ def _read_action_tokenizers(model: BaseParams, offline: bool) -> dict[str, Chunk
             num_steps=tokenizer.num_steps, action_dim=tokenizer.action_dim, fields=tuple(tokenizer.fields)
         )
     return found
+
+
+def _is_here(location: str) -> bool:
+    return not is_remote(location) and exists(location)
 
 
 def _parts(model: BaseParams) -> list[tuple[str, BaseParams]]:
