@@ -3,7 +3,6 @@
 import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import DiscreteBinsParams, FastTokensParams
 from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.robotics.action_tokens import FastTokenizer
-from vla_foundry.storage.local import replace_file
+from vla_foundry.storage.uri import write_text
 from vla_foundry.world import World
 
 # windows that are read at once
@@ -37,8 +36,7 @@ def main(argv: list[str]) -> None:
     params = parse_command(ActionTokenizerParams, argv, prog="vla-foundry data action-tokenizer")
     chunks, fields = read_chunks(params)
     tokenizer = FastTokenizer.train(chunks, vocab_size=params.vocab_size, scale=params.scale, fields=fields)
-    with replace_file(params.output) as aside:
-        Path(aside).write_text(tokenizer.to_json(), encoding="utf-8")
+    write_text(params.output, tokenizer.to_json())
     sys.stdout.write(f"{params.output}: {describe_tokenizer(tokenizer, chunks)}\n")
 
 

@@ -201,12 +201,16 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
     """
     hparams = params.hparams
     has_base = params.model.lora is not None
+    other: dict[str, str] = {}
     if has_base and not is_restored:
-        main_rank_first(world, lambda: check_base_is_kept(params))
+        torch.manual_seed(hparams.seed + 1)
+        other = main_rank_first(world, lambda: digest_frozen(create_model(params.model)))
     torch.manual_seed(hparams.seed)
     # sharded models could be created on the meta device here and allocated after sharding
     model = create_model(params.model, load_pretrained=has_base or not is_restored)
     base = describe_base(model, params.model)
+    if other:
+        main_rank_first(world, lambda: check_base_is_kept(digest_frozen(model), other))
     cast_parameters(model, hparams.precision)
     freeze_weights(model, hparams)
     model.train()
@@ -223,17 +227,17 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
     )
 
 
-def check_base_is_kept(params: TrainExperimentParams) -> None:
+def check_base_is_kept(digests: dict[str, str], other: dict[str, str]) -> None:
     """Check that all weights that adapters leave as they are come from a start: checkpoints do not hold them.
+
+    Args:
+        digests: of these weights.
+        other: of the same, made with another seed.
 
     Raises:
         ValueError: some are new, so that no other seed gives them.
     """
-    digests = []
-    for seed in (params.hparams.seed, params.hparams.seed + 1):
-        torch.manual_seed(seed)
-        digests.append(digest_frozen(create_model(params.model)))
-    new = [name for name, digest in digests[0].items() if digests[1][name] != digest]
+    new = [name for name, digest in digests.items() if other[name] != digest]
     if new:
         raise ValueError(
             f"model.lora would freeze new weights, which no checkpoint holds: {summarize_names(new)}. Name them in "
