@@ -15,7 +15,7 @@ from vla_foundry.params.commands.runs import ActionTokenizerParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import DiscreteBinsParams, FastTokensParams
-from vla_foundry.params.models.policy import RobotPolicyParams
+from vla_foundry.params.models.policy import RobotPolicyParams, describe_normalization
 from vla_foundry.robotics.action_tokens import FastTokenizer
 from vla_foundry.storage.uri import write_text
 from vla_foundry.world import World
@@ -34,8 +34,14 @@ def main(argv: list[str]) -> None:
         FileNotFoundError: a file that the config names does not exist.
     """
     params = parse_command(ActionTokenizerParams, argv, prog="vla-foundry data action-tokenizer")
-    chunks, fields = read_chunks(params)
-    tokenizer = FastTokenizer.train(chunks, vocab_size=params.vocab_size, scale=params.scale, fields=fields)
+    chunks, main = read_chunks(params)
+    tokenizer = FastTokenizer.train(
+        chunks,
+        vocab_size=params.vocab_size,
+        scale=params.scale,
+        fields=main.action_fields,
+        normalization=describe_normalization(main.normalization),
+    )
     write_text(params.output, tokenizer.to_json())
     sys.stdout.write(f"{params.output}: {describe_tokenizer(tokenizer, chunks)}\n")
 
@@ -55,8 +61,8 @@ def describe_tokenizer(tokenizer: FastTokenizer, chunks: Float[np.ndarray, "N T 
     )
 
 
-def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A"], list[str]]:
-    """Return normalised chunks of the steps to predict, as training gets them, and the names of their fields.
+def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A"], RoboticsDataParams]:
+    """Return normalised chunks of the steps to predict, as training gets them, and the params of the main robot.
 
     Chunks that reach past the end of an episode are left out.
 
@@ -67,11 +73,9 @@ def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A
     data = resolved.data
     robots = data.robots() if isinstance(data, MixtureDataParams) else {"data": data}
     chunks: list[np.ndarray] = []
-    fields: list[str] = []
     for robot in robots.values():
         if not isinstance(robot, RoboticsDataParams):
             raise ValueError(f"data.type '{robot.type}' has no actions. Use a config with data.type robotics.")
-        fields = list(robot.action_fields)
         # actions alone: no images, no text
         order = [name for name in robot.stage_order or robot.default_stages() if name != "choose_instruction"]
         part = replace(
@@ -93,7 +97,9 @@ def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A
             "data.lowdim_future_timesteps reaches past the end of every episode, so that there is no whole chunk. "
             "Lower it."
         )
-    return joined, fields
+    main = data.main()
+    assert isinstance(main, RoboticsDataParams), "checked above"
+    return joined, main
 
 
 def _without_tokenizer(params: ActionTokenizerParams) -> ActionTokenizerParams:

@@ -306,7 +306,10 @@ def _read_action_tokenizers(model: BaseParams, offline: bool) -> dict[str, Chunk
         except ValueError as error:
             raise ValueError(f"{path}.tokenizer: {error}") from None
         found[part.tokenizer] = ChunkFacts(
-            num_steps=tokenizer.num_steps, action_dim=tokenizer.action_dim, fields=tuple(tokenizer.fields)
+            num_steps=tokenizer.num_steps,
+            action_dim=tokenizer.action_dim,
+            fields=tuple(tokenizer.fields),
+            normalization=tokenizer.normalization,
         )
     return found
 

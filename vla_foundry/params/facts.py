@@ -103,6 +103,8 @@ class ChunkFacts:
     action_dim: int
     # names of the fields, in the order of their columns
     fields: tuple[str, ...]
+    # how the actions were normalized; empty: unknown
+    normalization: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ class FastTokenizer:
         least: smallest coefficient that has a character.
         num_coefficients: number of coefficients that have one.
         fields: names of the actions' fields, in the order of their columns.
+        normalization: how the actions were normalized, in words; empty: unknown.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class FastTokenizer:
         least: int,
         num_coefficients: int,
         fields: Sequence[str] = (),
+        normalization: str = "",
     ) -> None:
         self._bpe = bpe
         self.num_steps, self.action_dim = num_steps, action_dim
         self.scale, self.least, self.num_coefficients, self.fields = scale, least, num_coefficients, list(fields)
+        self.normalization = normalization
         self._basis = _cosines(num_steps)
         names = {number: name for name, number in bpe.get_vocab().items()}
         self._coefficients = [_read_characters(names[number]) + least for number in range(len(names))]
@@ -92,6 +95,7 @@ class FastTokenizer:
         vocab_size: int,
         scale: float,
         fields: Sequence[str] = (),
+        normalization: str = "",
     ) -> "FastTokenizer":
         """Train the byte-pair encoding on chunks of normalised actions.
 
@@ -124,6 +128,7 @@ class FastTokenizer:
             least=least,
             num_coefficients=num,
             fields=fields,
+            normalization=normalization,
         )
 
     def encode(self, chunks: Float[np.ndarray, "B T A"]) -> list[list[int]]:
@@ -148,6 +153,7 @@ class FastTokenizer:
                 "least_coefficient": self.least,
                 "num_coefficients": self.num_coefficients,
                 "fields": self.fields,
+                "normalization": self.normalization,
                 "bpe": parse_json(self._bpe.to_str(), "the tokenizer"),
             },
             ensure_ascii=False,
@@ -172,6 +178,7 @@ def read_fast_tokenizer(path: str) -> FastTokenizer:
     names = ("num_steps", "action_dim", "num_coefficients")
     sizes: list[Any] = [record.get(name) for name in names]
     least, scale, fields = (record.get(name) for name in ("least_coefficient", "scale", "fields"))
+    normalization = record.get("normalization", "")
     if not (
         all(isinstance(size, int) and 0 < size <= _MOST_VALUES for size in sizes)
         and sizes[0] * sizes[1] <= _MOST_VALUES
@@ -181,9 +188,11 @@ def read_fast_tokenizer(path: str) -> FastTokenizer:
         and isinstance(scale, int | float)
         and 1e-6 < scale < 1e6
         and isinstance(fields, list)
-        and all(isinstance(name, str) for name in fields)
+        and all(isinstance(name, str) for name in [*fields, normalization])
     ):
-        raise ValueError(f"{path} is damaged: {', '.join(names)}, least_coefficient, scale or fields is out of range.")
+        raise ValueError(
+            f"{path} is damaged: {', '.join(names)}, least_coefficient, scale, fields or normalization is wrong."
+        )
     try:
         bpe = Tokenizer.from_str(json.dumps(record.get("bpe")))
         vocabulary = bpe.get_vocab()
@@ -207,6 +216,7 @@ def read_fast_tokenizer(path: str) -> FastTokenizer:
         least=least,
         num_coefficients=sizes[2],
         fields=fields,
+        normalization=normalization,
     )
 
 

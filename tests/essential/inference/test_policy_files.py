@@ -37,14 +37,20 @@ def test_the_command_reads_chunks_as_training_gets_them(arm: Any, tokenizer: str
     params = parse(
         action_tokenizer.ActionTokenizerParams, ["--config_path", f"{arm.run}/config.yaml", *TOKENIZER], prog="data"
     ).params
-    chunks, fields = action_tokenizer.read_chunks(params)
-    assert fields == list(read_fast_tokenizer(tokenizer).fields)
+    chunks, main = action_tokenizer.read_chunks(params)
+    assert list(main.action_fields) == list(read_fast_tokenizer(tokenizer).fields)
     assert chunks.shape[1:] == (6, 10)
     # normalised by their own statistics
     assert np.abs(chunks.mean(axis=(0, 1))).max() < 1.0
     assert 0.3 < chunks.std(axis=(0, 1)).mean() < 2.0
     line = action_tokenizer.describe_tokenizer(read_fast_tokenizer(tokenizer), chunks)
     assert "a chunk of 6 x 10 = 60 values takes" in line
+
+
+def test_the_command_writes_to_object_storage(arm: Any, s3_bucket: str) -> None:
+    path = f"{s3_bucket}/fast.json"
+    action_tokenizer.main(["--config_path", f"{arm.run}/config.yaml", "--output", path, *TOKENIZER])
+    assert read_fast_tokenizer(path).num_steps == 6
 
 
 def test_a_policy_of_fast_tokens_needs_only_its_run(arm: Any, tokenizer: str, tmp_path: Path) -> None:
@@ -68,6 +74,10 @@ def test_a_tokenizer_for_other_chunks_is_refused(arm: Any, tokenizer: str, tmp_p
     head = ["--model.action_head", f"{{type: fast_tokens, tokenizer: {tokenizer}}}"]
     with pytest.raises(ValueError, match=r"tokenizer is for 6 steps of 10 values .*, and the data has 4 of 10 "):
         resolve_words(arm, *head, "--data.lowdim_future_timesteps", "3", "--data.normalization.enabled", "false")
+    with pytest.raises(ValueError, match=r"normalized by std, global, centered, and data\.normalization is nothing\."):
+        resolve_words(arm, *head, "--data.normalization.enabled", "false")
+    with pytest.raises(ValueError, match=r"^model\.action_tokens goes with a head that .* unlike fast_tokens"):
+        resolve_words(arm, *head, "--model.action_tokens.tokenizer", tokenizer)
     with pytest.raises(FileNotFoundError, match=r"^model\.action_head\.tokenizer: there is no file .*none\.json"):
         resolve_words(arm, "--model.action_head", "{type: fast_tokens, tokenizer: none.json}")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")

@@ -98,6 +98,7 @@ def test_too_many_coefficients_name_the_fix() -> None:
         {"scale": 0},
         {"scale": 1e300},
         {"fields": [1]},
+        {"normalization": {}},
         {"num_coefficients": 3},
         {"least_coefficient": 0.5},
         {"bpe": {"version": "1.0"}},

@@ -76,6 +76,10 @@ class RobotPolicyParams(ModelParams):
                     f"{tokens} tokens that {window.past} + 1 + {window.future} steps need. Raise it, or lower "
                     "data.lowdim_past_timesteps or data.lowdim_future_timesteps."
                 )
+        if isinstance(head, TokenHeadParams) and self.action_tokens is not None:
+            raise ValueError(
+                f"{path}.action_tokens goes with a head that writes no tokens itself, unlike {head.type}. Leave it out."
+            )
         for part, name in ((self.action_head, "action_head"), (self.action_tokens, "action_tokens")):
             if isinstance(part, TokenHeadParams):
                 self._check_tokens(part, root, facts, f"{path}.{name}")
@@ -111,6 +115,13 @@ class RobotPolicyParams(ModelParams):
                     f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
                 )
         normalization = getattr(root.data.main(), "normalization", None)
+        if chunk is not None and chunk.normalization and normalization is not None:
+            own = describe_normalization(normalization)
+            if own != chunk.normalization:
+                raise ValueError(
+                    f"{path}.tokenizer is for actions normalized by {chunk.normalization}, and data.normalization is "
+                    f"{own}. Change data.normalization, or make one for it with `vla-foundry data action-tokenizer`."
+                )
         if isinstance(part, DiscreteBinsParams) and normalization is not None:
             low, high = part.limits
             if normalization.method == "std" and normalization.enabled and min(-low, high) < _LEAST_BIN_LIMIT:
@@ -169,6 +180,14 @@ class RegressionPolicyParams(RobotPolicyParams):
 
     # predicts actions from the backbone's output
     action_head: RegressionParams
+
+
+def describe_normalization(params: Any) -> str:
+    """Return what normalized actions mean, in a few words; `params` is data.normalization."""
+    if not params.enabled:
+        return "nothing"
+    centered = ", centered" if params.centered_norm or params.method == "std" else ""
+    return f"{params.method}, {params.scope}{centered}"
 
 
 def with_model_files(params: T, folder: str, *, only_gone: bool = False, only_tokenizers: bool = False) -> T:
