@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
@@ -204,6 +205,8 @@ def evaluate_text(params: TextBenchmarkParams) -> dict[str, Any]:
                 return super().load(task_list)
 
     names: list[Any] = [name for given in params.tasks for name in (PAPER_TASKS if given == "paper" else (given,))]
+    if params.include_path is not None and not Path(params.include_path).is_dir():
+        raise FileNotFoundError(f"include_path {params.include_path} is not a folder. Give the one of your task files.")
     manager = Tasks(include_path=params.include_path)
     for name in names:
         if name not in manager.all_tasks:

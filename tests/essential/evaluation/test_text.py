@@ -129,6 +129,7 @@ def test_tasks_have_the_accuracy_that_is_known(letters: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--tasks", "letters_choice", "--include_path", "nowhere"], "include_path nowhere is not a folder"),
         (["--tasks", "letters_choise"], "tasks 'letters_choise' is unknown. Did you mean 'letters_choice'?"),
         (["--tasks", "paper"], "the data of tasks hellaswag, mmlu, arc_easy, arc_challenge, piqa, winogrande"),
     ],
