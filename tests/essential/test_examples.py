@@ -100,7 +100,7 @@ def test_a_slurm_job_that_fails_is_queued_again_only_if_it_was_preempted_since_i
 
 def test_a_slurm_array_with_more_jobs_than_policies_says_so(run_in_slurm: RunLater) -> None:
     job = run_in_slurm("evaluate.sbatch", "experiments/a,experiments/b", SLURM_ARRAY_TASK_ID="2")
-    assert job.communicate(timeout=20)[1].startswith("error: the array has a job 2, but there are 2 tasks")
+    assert job.communicate(timeout=20)[1].startswith("error: the array has a job 2, but there are 2 runs")
     assert job.returncode == 2
 
 

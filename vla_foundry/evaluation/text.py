@@ -1,5 +1,6 @@
 """`vla-foundry evaluate text`: run a language model on tasks of EleutherAI's lm-evaluation-harness (lm-eval)."""
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -210,7 +211,8 @@ def evaluate_text(params: TextBenchmarkParams) -> dict[str, Any]:
     manager = Tasks(include_path=params.include_path)
     for name in names:
         if name not in manager.all_tasks:
-            raise ValueError(unknown_name_message("tasks", name, manager.all_tasks))
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.3)
+            raise ValueError(unknown_name_message("tasks", name, near, listed_as="Near it"))
     shared = {name: getattr(params, name) for name in ("checkpoint", "tokenizer", "device", "use_ema", "seed")}
     model, tokenizer, ends = load_language_model(GenerateParams(prompt=["-"], **shared))
     found: Any = simple_evaluate(

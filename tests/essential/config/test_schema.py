@@ -16,6 +16,7 @@ from vla_foundry.config.help import format_help
 from vla_foundry.config.schema import BaseParams, Bounds
 from vla_foundry.config.tree import DEFAULT, Scalar, to_node
 from vla_foundry.params import DataParams, ModelParams, TrainExperimentParams, commands
+from vla_foundry.params.commands.launching import SageMakerParams
 from vla_foundry.params.commands.preprocessing_robotics import FieldParams
 from vla_foundry.params.commands.runs import InspectParams
 from vla_foundry.params.commands.serving import ClientPartParams
@@ -62,7 +63,7 @@ def test_every_field_that_names_a_path_is_a_location() -> None:
         "name", "plugins", "resume", "dist_url", "img2dataset", "data_discard_keys", "camera_names", "caption_key",
         "url_key", "text_key", "source", "episodes", "device", "prompt_layout", "extra_keys", "image_resizing_method",
         "extrinsics_fields", "intrinsics_fields", "layout", "policy", "policy_server", "tasks", "until_decided",
-        "cluster",
+        "cluster", "pattern",
     }  # fmt: skip
     seen = set()
     for cls in all_params_classes():
@@ -131,6 +132,7 @@ def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line()
     needed |= {dict[str, StateFieldParams]: {"x": {}}, dict[str, ActionPartParams]: {"x": {}}}
     needed |= {
         SuccessParams: {"terminated": True},
+        SageMakerParams: {"user": "x"},
         DataParams: {"type": Scalar("text")},
         ModelParams: {"type": Scalar("transformer")},
     }

@@ -34,7 +34,7 @@ class Killer:
 
 def train(params: TrainExperimentParams, world: World, kill_at: int | None = None) -> None:
     with ExitStack() as stack:
-        run = create_run(params, world, find_run_folder(params), stack)
+        run = create_run(params, world, find_run_folder(params), stack, {})
         if kill_at is not None and world.rank == 1:
             run.handler = Killer(run.handler, run, kill_at)
         loop.train(run)

@@ -131,15 +131,16 @@ class TokenHead(ActionHead):
         num_values = self.tokenizer.num_steps * self.tokenizer.action_dim
         missing = torch.full_like(starts, num_values)
         written: list[Tensor] = []
-        while missing.any():
+        while True:
             logits = self.output(writing.state.to(self.output.weight.dtype)).float()
             fits = lengths <= missing.clamp(min=1)[:, None]
             token = logits.nan_to_num().masked_fill(~fits, -torch.inf).argmax(-1)
             # rows that have their chunk write on, into nothing
             written.append(token.masked_fill(missing == 0, -1))
             missing = (missing - lengths[token]).clamp(min=0)
-            if missing.any():
-                writing = backbone.continue_writing(writing, self.embeddings(token))
+            if not missing.any():
+                break
+            writing = backbone.continue_writing(writing, self.embeddings(token))
         tokens = torch.stack(written, dim=1).tolist()
         chunks = np.stack([self.tokenizer.decode([token for token in row if token >= 0]) for row in tokens])
         past = window.past_mask.shape[1] - self.tokenizer.num_steps
