@@ -55,7 +55,7 @@ def run_row(name: str, is_tiny: bool, sender: Connection) -> None:
     function, arguments = ROWS[name]
     try:
         result = getattr(gpu_rows, function)(is_tiny, **arguments)
-    except Exception as error:
+    except Exception as error:  # process border: the row is named, and its error is its result
         lines = str(error).strip().splitlines() or [""]
         result = {"error": f"{type(error).__name__}: {lines[0]}"}
     sender.send(result)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from vla_foundry.config.loading import to_plain
-from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.parsing import parse_record
@@ -90,7 +89,7 @@ def record_start(
             origins={path: hide_home(origin) for path, origin in sorted(origins.items())},
             seeds={"hparams.seed": params.hparams.seed, **_data_seeds(params)},
             packages=read_all_versions(),
-            data={name: _describe_data(part) for name, part in _parts(params.data).items()},
+            data={name: hash_data(to_plain(part)) for name, part in params.data.parts().items()},
         )
 
     return _change(run_folder, add) + notices
@@ -197,17 +196,9 @@ def _without_home(value: Any) -> Any:
     return hide_home(value) if isinstance(value, str) else value
 
 
-def _parts(data: DataParams) -> dict[str, DataParams]:
-    return dict(data.datasets) if isinstance(data, MixtureDataParams) else {"data": data}
-
-
 def _data_seeds(params: TrainExperimentParams) -> dict[str, int | None]:
-    seeds = {f"data.datasets.{name}.seed": part.seed for name, part in _parts(params.data).items()}
+    seeds = {f"data.datasets.{name}.seed": part.seed for name, part in params.data.parts().items()}
     return {"data.seed": params.data.seed} | (seeds if isinstance(params.data, MixtureDataParams) else {})
-
-
-def _describe_data(data: DataParams) -> list[dict[str, Any]]:
-    return hash_data(to_plain(data))
 
 
 def hash_data(data: Mapping[str, Any]) -> list[dict[str, Any]]:

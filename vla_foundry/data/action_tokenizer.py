@@ -69,7 +69,8 @@ def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A
     Raises:
         ValueError: the data is not of robots, has no such chunk, or cannot be read.
     """
-    resolved = resolve(_without_tokenizer(params), read_facts(_without_tokenizer(params), 1))
+    given = _without_tokenizer(params)
+    resolved = resolve(given, read_facts(given, 1))
     data = resolved.data
     robots = data.robots() if isinstance(data, MixtureDataParams) else {"data": data}
     chunks: list[np.ndarray] = []

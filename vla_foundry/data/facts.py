@@ -354,7 +354,7 @@ def _read_run_model(checkpoint: str) -> ModelParams:
         if exists(config):
             params = load_params_from_yaml(ModelParams, config)
             files = join_uri(folder, MODEL_FILES_FOLDER)
-            return with_model_files(params, files) if not is_remote(files) and exists(files) else params
+            return with_model_files(params, files) if _is_here(files) else params
     raise FileNotFoundError(
         f"model.vision_language_backbone.resume_from_checkpoint: {checkpoint} lies in no run folder (there is no "
         f"{MODEL_CONFIG_NAME} above it). Give a run folder, or the architecture in model.vision_language_backbone.vlm."

@@ -10,7 +10,6 @@ from vla_foundry.hub.cleaning import hide_path
 from vla_foundry.hub.content import Content
 from vla_foundry.hub.shards import read_header
 from vla_foundry.params.commands.sharing import HubPushParams
-from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.policy import RobotPolicyParams, list_starts
@@ -49,7 +48,8 @@ def _describe_run(content: Content, params: HubPushParams) -> tuple[dict[str, An
         task = "text-generation" if isinstance(model, LanguageModelParams) else "image-to-text"
     starts = list_starts(model) if model is not None else []
     bases = [params.base_model] if params.base_model else [name for start in starts if (name := _hub_name(start))]
-    manifests = [name for part in _parts(run).values() for name in part.dataset_manifest]
+    parts = run.data.parts().values() if run is not None else ()
+    manifests = [name for part in parts for name in part.dataset_manifest]
     used = {name.removeprefix(_DATASETS).partition("@")[0] for name in manifests if name.startswith(_DATASETS)}
     names = sorted({"/".join(name.split("/")[:2]) for name in used})
     front = {
@@ -78,12 +78,6 @@ def _hub_name(start: str) -> str | None:
     if start.startswith(_HUB):
         return "/".join(start.removeprefix(_HUB).partition("@")[0].split("/")[:2])
     return start if start.count("/") == 1 and not start.startswith(("/", ".", "~")) and "://" not in start else None
-
-
-def _parts(run: TrainExperimentParams | None) -> dict[str, DataParams]:
-    if run is None:
-        return {}
-    return dict(run.data.datasets) if isinstance(run.data, MixtureDataParams) else {"data": run.data}
 
 
 def _summarize(content: Content) -> str:
@@ -141,7 +135,7 @@ def _size(size: Sequence[int]) -> str:
 def _describe_data(run: TrainExperimentParams) -> list[str]:
     shares = run.data.shares() if isinstance(run.data, MixtureDataParams) else {}
     lines = []
-    for name, part in _parts(run).items():
+    for name, part in run.data.parts().items():
         share = f", {shares[name]:.1%} of the samples" if name in shares else ""
         lines += [f"- `{_last(manifest)}` ({part.type}{share})" for manifest in part.dataset_manifest]
     return lines or ["Not recorded."]

@@ -33,7 +33,8 @@ from vla_foundry.run_folder import (
     read_side_file,
     run_folder_candidates,
 )
-from vla_foundry.shards import MANIFEST_NAME, parse_manifest, sha256_of
+from vla_foundry.shards import MANIFEST_NAME, parse_manifest
+from vla_foundry.storage.local import size_and_sha256
 from vla_foundry.storage.uri import is_remote, read_text
 
 LEROBOT_INFO = "meta/info.json"
@@ -61,6 +62,8 @@ class Content:
     spec: DatasetSpec | None = None
     # of a dataset: path of each manifest -> number of samples and of shards
     manifests: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # of a run: bytes and SHA-256 of its large files
+    hashes: dict[str, tuple[int, str]] = field(default_factory=dict)
     # of a LeRobot dataset
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -159,7 +162,7 @@ def _collect_run(run: Path, step_folder: Path, scratch: Path, max_shard_gb: floa
         if (step_folder / name).is_file():
             parts = split_weights(step_folder / name, scratch / below, max_shard_gb * _GB)
             files |= {f"{below}/{part.name}": part for part in parts}
-    _mark_complete(files, below, scratch)
+    hashes = _mark_complete(files, below, scratch)
     if params is not None:
         # what others load
         load_experiment_params_from_yaml(str(files[CONFIG_NAME]))
@@ -172,6 +175,7 @@ def _collect_run(run: Path, step_folder: Path, scratch: Path, max_shard_gb: floa
         record=record if isinstance(record, dict) else {},
         step_folder=step_folder,
         spec=spec,
+        hashes=hashes,
     )
 
 
@@ -183,17 +187,15 @@ def _is_local(start: str) -> bool:
     return start.startswith(("/", "~", ".")) or Path(start).exists()
 
 
-def _mark_complete(files: dict[str, Path], below: str, scratch: Path) -> None:
-    """Add the COMPLETE file of the published part of a step folder."""
-    listed = {}
-    for name, path in files.items():
-        if name.startswith(f"{below}/"):
-            with path.open("rb") as file:
-                listed[name.removeprefix(f"{below}/")] = [path.stat().st_size, sha256_of(file)]
+def _mark_complete(files: dict[str, Path], below: str, scratch: Path) -> dict[str, tuple[int, str]]:
+    """Add the COMPLETE file of the published part of a step folder; return the bytes and SHA-256 of what it lists."""
+    listed = {name: size_and_sha256(path) for name, path in files.items() if name.startswith(f"{below}/")}
     mark = scratch / below / COMPLETE_NAME
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    inside = {name.removeprefix(f"{below}/"): entry for name, entry in listed.items()}
+    mark.write_text(json.dumps(inside, indent=1) + "\n", encoding="utf-8")
     files[f"{below}/{COMPLETE_NAME}"] = mark
+    return listed
 
 
 def _collect_dataset(folder: Path, manifests: list[Path], scratch: Path) -> Content:

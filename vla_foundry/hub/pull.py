@@ -1,6 +1,5 @@
 """Download a run or a dataset from the Hugging Face hub, and check every file."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +9,8 @@ from vla_foundry.hub.push import CARD_NAME
 from vla_foundry.params.commands.sharing import HubPullParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.run_folder import PASSPORT_NAME, lock_folder
-from vla_foundry.shards import sha256_of
 from vla_foundry.storage.hub import named_errors
-
-_CHUNK = 1 << 22
+from vla_foundry.storage.local import hash_file
 
 
 def pull(params: HubPullParams) -> Path:
@@ -57,28 +54,19 @@ def _check(folder: Path, listed: dict[str, Any], origin: str) -> None:
         raise ValueError(f"{origin}: {PASSPORT_NAME} holds no files.")
     for name, entry in listed.items():
         path = folder / name
-        digest = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-        if _digest(path, is_large=entry.lfs is not None) != digest:
+        algorithm, digest = ("git", entry.blob_id) if entry.lfs is None else ("sha256", entry.lfs.sha256)
+        if hash_file(path, algorithm) != digest:
             path.unlink()
             raise ValueError(f"{origin}: {name} arrived damaged. Run the command again to download it once more.")
     missing = sorted(pushed.keys() - listed.keys())
-    for name in pushed.keys() - {CARD_NAME}:
-        path = folder / name
-        if name not in missing and [path.stat().st_size, _digest(path, is_large=True)] != pushed[name]:
+    for name in pushed.keys() & listed.keys() - {CARD_NAME}:
+        path, lfs = folder / name, listed[name].lfs
+        # a large file's hash was checked above
+        digest = hash_file(path, "sha256") if lfs is None else lfs.sha256
+        if [path.stat().st_size, digest] != pushed[name]:
             raise ValueError(
                 f"{origin}: {name} is not the file that was published with the others ({PASSPORT_NAME}). "
                 "Pull an older commit with @REVISION, or have it pushed again."
             )
     if missing:
         raise ValueError(f"{origin}: {missing[0]} is missing ({PASSPORT_NAME} lists it). Have it pushed again.")
-
-
-def _digest(path: Path, *, is_large: bool) -> str:
-    """Return the SHA-256 of a large file, or git's hash of a small one."""
-    with path.open("rb") as file:
-        if is_large:
-            return sha256_of(file)
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-        return digest.hexdigest()

@@ -11,8 +11,8 @@ from vla_foundry.params.commands.sharing import HubPushParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.progress import say
 from vla_foundry.run_folder import PASSPORT_NAME
-from vla_foundry.shards import sha256_of
 from vla_foundry.storage.hub import named_errors
+from vla_foundry.storage.local import size_and_sha256
 
 CARD_NAME = "README.md"
 PASSPORT_VERSION = 1
@@ -35,7 +35,7 @@ def push(params: HubPushParams) -> str:
             files[CARD_NAME] = Path(scratch, CARD_NAME)
             files[CARD_NAME].write_text(write_card(content, params), encoding="utf-8")
         passport = Path(scratch, PASSPORT_NAME)
-        passport.write_text(_write_passport(files), encoding="utf-8")
+        passport.write_text(_write_passport(files, content.hashes), encoding="utf-8")
         files[PASSPORT_NAME] = passport
         if params.dry_run:
             for name, path in files.items():
@@ -49,8 +49,11 @@ def _prefix(content: Content) -> str:
     return "datasets/" if content.repository_type == "dataset" else ""
 
 
-def _write_passport(files: dict[str, Path]) -> str:
+def _write_passport(files: dict[str, Path], hashes: dict[str, tuple[int, str]]) -> str:
     """Return {"files": {name: [bytes, SHA-256]}} of all files but the card, which may be edited.
+
+    Args:
+        hashes: those that are known.
 
     Raises:
         ValueError: a file holds what must not be published.
@@ -61,8 +64,7 @@ def _write_passport(files: dict[str, Path]) -> str:
         if found is not None:
             raise ValueError(f"{path} holds {found}, so nothing was published. Remove it from the file.")
         if name != CARD_NAME:
-            with path.open("rb") as file:
-                listed[name] = [path.stat().st_size, sha256_of(file)]
+            listed[name] = hashes.get(name) or size_and_sha256(path)
     return json.dumps({"version": PASSPORT_VERSION, "files": listed}, indent=1) + "\n"
 
 

@@ -22,7 +22,6 @@ from vla_foundry.models.action_heads.tokens import TokenHead, create_action_toke
 from vla_foundry.models.backbones.backbone import (
     OBSERVATIONS,
     Conditioning,
-    LanguageModelBackbone,
     Suffix,
     create_backbone,
 )
@@ -233,8 +232,8 @@ def create_policy(params: RobotPolicyParams, load_pretrained: bool = True) -> Ro
         action_dim=params.action_dim,
         proprioception_dim=params.proprioception_dim,
         conditioning_dim=backbone.conditioning_dim,
-        num_states=backbone.num_states if isinstance(backbone, LanguageModelBackbone) else 1,
-        token_dim=backbone.width if isinstance(backbone, LanguageModelBackbone) else 0,
+        num_states=backbone.num_states,
+        token_dim=backbone.width,
     )
     return RobotPolicy(
         backbone,

@@ -29,6 +29,7 @@ from vla_foundry.run_folder import (
     newest_step_folder,
 )
 from vla_foundry.shards import sha256_of
+from vla_foundry.storage.local import size_and_sha256
 from vla_foundry.storage.uri import exists, fetch, is_remote, join_uri, list_files, name_of, parent_uri, read_object
 
 # tables that earlier code stored and this code computes
@@ -270,9 +271,7 @@ def _fetch_weights(source: str, folder: str) -> list[Path]:
             return Path(location)
         local = Path(fetch(location, folder))
         entry = marks.get(name_of(location))
-        with local.open("rb") as file:
-            is_intact = entry is None or entry == [local.stat().st_size, sha256_of(file)]
-        if not is_intact:
+        if entry is not None and entry != list(size_and_sha256(local)):
             local.resolve().unlink()  # it may lie in a cache
             raise ValueError(
                 f"{location} does not have the SHA-256 it was written with. Run the command again to download it again."

@@ -26,7 +26,7 @@ from vla_foundry.run_folder import lock_folder
 from vla_foundry.shards import MANIFEST_NAME, parse_manifest
 from vla_foundry.storage.http import list_links
 from vla_foundry.storage.hub import list_pinned
-from vla_foundry.storage.local import name_errors
+from vla_foundry.storage.local import hash_file, name_errors
 from vla_foundry.storage.uri import (
     describe,
     exists,
@@ -216,7 +216,7 @@ class Downloader:
             raise ValueError(f"{file.uri} has {size} bytes instead of {file.size}. Run again.")
         if self._verify and file.digest is not None:
             algorithm, wanted = file.digest
-            if (found := _hash(part, algorithm, file.size)) != wanted:
+            if (found := hash_file(part, algorithm)) != wanted:
                 part.unlink()
                 raise ValueError(f"{file.uri} arrived damaged: its {algorithm} is {found}, not {wanted}. Run again.")
         part.replace(target)
@@ -246,16 +246,6 @@ class Downloader:
 
 def _escape(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _hash(path: Path, algorithm: str, size: int) -> str:
-    digest = hashlib.new("sha1" if algorithm == "git" else algorithm, usedforsecurity=False)
-    if algorithm == "git":
-        digest.update(b"blob %d\0" % size)
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_SIZE):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_record(output: Path) -> dict[str, tuple[int, str]]:

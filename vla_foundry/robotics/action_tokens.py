@@ -105,7 +105,7 @@ class FastTokenizer:
         from tokenizers import Tokenizer, models, trainers
 
         _, num_steps, action_dim = chunks.shape
-        coefficients = _transform(chunks, scale)
+        coefficients = _transform(chunks, _cosines(num_steps), scale)
         least, most = int(coefficients.min()), int(coefficients.max())
         num = most - least + 1
         if num > min(vocab_size, _MOST_COEFFICIENTS):
@@ -133,7 +133,7 @@ class FastTokenizer:
 
     def encode(self, chunks: Float[np.ndarray, "B T A"]) -> list[list[int]]:
         """Return the tokens of each chunk; coefficients that training did not see become the nearest that it saw."""
-        numbers = (_transform(chunks, self.scale) - self.least).clip(0, self.num_coefficients - 1)
+        numbers = (_transform(chunks, self._basis, self.scale) - self.least).clip(0, self.num_coefficients - 1)
         return [encoding.ids for encoding in self._bpe.encode_batch(list(_write_characters(numbers)))]
 
     def decode(self, tokens: Sequence[int]) -> Float64[np.ndarray, "T A"]:
@@ -196,8 +196,7 @@ def read_fast_tokenizer(path: str) -> FastTokenizer:
     try:
         bpe = Tokenizer.from_str(json.dumps(record.get("bpe")))
         vocabulary = bpe.get_vocab()
-    # the library raises Exception itself
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{path} is damaged: its byte-pair encoding cannot be read ({error}).") from None
     last = _FIRST_CHARACTER + sizes[2] - 1
     characters = {character for name in vocabulary for character in name}
@@ -228,9 +227,9 @@ def _cosines(num_steps: int) -> Float64[np.ndarray, "T T"]:
     return basis
 
 
-def _transform(chunks: np.ndarray, scale: float) -> np.ndarray:
+def _transform(chunks: np.ndarray, basis: np.ndarray, scale: float) -> np.ndarray:
     """Return the rounded coefficients of chunks (B, T, A), int64 of the same shape, frequency in place of time."""
-    return np.rint(scale * (_cosines(chunks.shape[1]) @ chunks.astype(np.float64))).astype(np.int64)
+    return np.rint(scale * (basis @ chunks.astype(np.float64))).astype(np.int64)
 
 
 def _write_characters(numbers: np.ndarray) -> Iterable[str]:

@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import glob
+import hashlib
 import io
 import os
 import shutil
@@ -231,3 +232,19 @@ def _match(names: list[str], levels: list[str]) -> bool:
     if levels[0] != "**":
         return fnmatch.fnmatchcase(names[0], levels[0]) and _match(names[1:], levels[1:])
     return len(levels) == 1 or any(_match(names[first:], levels[1:]) for first in range(len(names)))
+
+
+def size_and_sha256(path: Path) -> tuple[int, str]:
+    """Return a file's bytes and hexadecimal SHA-256, as COMPLETE and passport.json list them."""
+    return path.stat().st_size, hash_file(path, "sha256")
+
+
+def hash_file(path: Path, algorithm: str) -> str:
+    """Return a file's hexadecimal hash: sha256, md5, or git (the SHA-1 of a blob)."""
+    digest = hashlib.new("sha1" if algorithm == "git" else algorithm, usedforsecurity=False)
+    if algorithm == "git":
+        digest.update(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -36,8 +36,7 @@ from vla_foundry.run_folder import (
     list_step_folders,
     step_folder_name,
 )
-from vla_foundry.shards import sha256_of
-from vla_foundry.storage.local import name_errors, sync_folder
+from vla_foundry.storage.local import name_errors, size_and_sha256, sync_folder
 from vla_foundry.storage.uri import read_object, write_bytes
 from vla_foundry.training.distributed import (
     gather,
@@ -391,8 +390,7 @@ def _hash_moments(folder: Path, world: World) -> dict[str, tuple[int, str]]:
     paths = sorted((folder / TRAINING_STATE_FOLDER).iterdir())
     mine: dict[str, tuple[int, str]] = {}
     for path in paths[world.rank :: world.world_size]:
-        with path.open("rb") as file:
-            mine[str(path.relative_to(folder))] = (path.stat().st_size, sha256_of(file))
+        mine[str(path.relative_to(folder))] = size_and_sha256(path)
     merged: dict[str, tuple[int, str]] = {}
     for part in gather_objects(mine):
         merged.update(part)

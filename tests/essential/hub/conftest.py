@@ -5,14 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from tests.essential.training.conftest import write_counting
 from vla_foundry.config.command_line import parse
 from vla_foundry.main import run as run_training
 from vla_foundry.params import TrainExperimentParams
-from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
-from vla_foundry.shards import format_manifest
 
 WORDS = ("the", "cat", "sat", "on", "mat", "a", "dog", "ran")
 
@@ -22,14 +20,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 64 records of 17 tokens, in two shards, with its tokenizer."""
     folder = tmp_path_factory.mktemp("home") / "corpus"
     folder.mkdir()
-    draw, entries = np.random.default_rng(5), []
-    for number in range(2):
-        packer = RecordPacker(17, "uint16")
-        for _ in range(60):
-            tokens = (int(draw.integers(64)) + np.arange(int(draw.integers(8, 20)))) % 64
-            packer.add(tokens.astype(np.uint16), np.asarray([len(tokens)]))
-        entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(32)))
-    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
+    write_counting(folder, record_length=17, num_documents=60, lengths=(8, 20), num_records=32)
     (folder / "tokenizer").mkdir()
     vocabulary = {word: number for number, word in enumerate([*WORDS, *(f"w{n}" for n in range(56))])}
     tokenizer = {

@@ -72,20 +72,31 @@ def run_on_two_ranks(launch, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return run
 
 
+def write_counting(
+    folder: Path, *, record_length: int, num_documents: int, lengths: tuple[int, int], num_records: int
+) -> Path:
+    """Write two shards of records whose documents count up modulo 64, and their manifest; returns it.
+
+    Args:
+        num_documents: documents drawn for each shard, of lengths in a range.
+        num_records: records of a shard.
+    """
+    draw, entries = np.random.default_rng(5), []
+    for number in range(2):
+        packer = RecordPacker(record_length, "uint16")
+        for _ in range(num_documents):
+            tokens = (int(draw.integers(64)) + np.arange(int(draw.integers(*lengths)))) % 64
+            packer.add(tokens.astype(np.uint16), np.asarray([len(tokens)]))
+        entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(num_records)))
+    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
+    return folder / "manifest.jsonl"
+
+
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 96 records of 33 tokens below 64, in two shards; each token follows from the one before."""
     folder = tmp_path_factory.mktemp("dataset")
-    draw = np.random.default_rng(5)
-    entries = []
-    for number in range(2):
-        packer = RecordPacker(33, "uint16")
-        for _ in range(120):
-            tokens = (int(draw.integers(64)) + np.arange(int(draw.integers(5, 24)))) % 64
-            packer.add(tokens.astype(np.uint16), np.asarray([len(tokens)]))
-        entries.append(write_records(str(folder), f"shard_{number:06d}", packer.take(48)))
-    (folder / "manifest.jsonl").write_text(format_manifest(entries), encoding="utf-8")
-    return folder / "manifest.jsonl"
+    return write_counting(folder, record_length=33, num_documents=120, lengths=(5, 24), num_records=48)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,10 @@ class Backbone(nn.Module):
 
     # name of the wrapped model within larger models' checkpoints
     part_name = "vision_language_backbone.model"
+    # layers whose states the backbone's tokens hold side by side
+    num_states: int = 1
+    # width of the language model's embeddings; 0: there is none
+    width: int = 0
 
     def __init__(self, model: Any = None, conditioning_dim: int = 0) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class LanguageModelBackbone(Backbone):
         self, model: Any, params: Any, *, width: int, head: nn.Module | None, table: nn.Module, token_std: float
     ) -> None:
         super().__init__(model, params.num_vlm_layers_to_use * width)
-        self.num_states: int = params.num_vlm_layers_to_use
+        self.num_states = params.num_vlm_layers_to_use
         self._head_size = 0
         if head is not None:
             weight: Any = head.weight

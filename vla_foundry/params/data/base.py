@@ -146,6 +146,10 @@ class DataParams(ChoiceParams):
         """Return the params of the data that the model is made for: these, but of a mixture one of its datasets."""
         return self
 
+    def parts(self) -> "dict[str, DataParams]":
+        """Return the datasets by name: these params alone as `data`, but of a mixture each of its own."""
+        return {"data": self}
+
     def has_language(self) -> bool:
         """Return whether samples without a robot are among the data, for a policy to learn from too."""
         return False

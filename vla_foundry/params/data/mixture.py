@@ -88,6 +88,10 @@ class MixtureDataParams(DataParams):
         name = self.main_dataset()
         return self if name is None else self.datasets[name]
 
+    def parts(self) -> dict[str, DataParams]:
+        """Return the datasets by name."""
+        return dict(self.datasets)
+
     def num_val_samples(self, total: int | None) -> dict[str, int | None]:
         """Return how many samples of each dataset to validate on; None: the dataset has no validation data."""
         has = [name for name, part in self.datasets.items() if part.val_dataset_manifest]

@@ -208,9 +208,7 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False, only_to
         if item.name == "tokenizer" and isinstance(params, FastTokensParams):
             if not only_gone or not (is_remote(value) or exists(value)):
                 changed[item.name] = f"{folder}/{FAST_TOKENIZER_NAME}"
-        elif item.name == "hf_pretrained" and only_tokenizers:
-            pass
-        elif item.name == "hf_pretrained" and not value.startswith(TIMM_PREFIX):
+        elif item.name == "hf_pretrained" and not only_tokenizers and not value.startswith(TIMM_PREFIX):
             if not only_gone:
                 changed[item.name] = folder
             elif os.path.isabs(value) and not os.path.exists(value):
@@ -218,7 +216,6 @@ def with_model_files(params: T, folder: str, *, only_gone: bool = False, only_to
         elif isinstance(value, BaseParams):
             # only a VLM can have two such parts
             below = f"{folder}/{item.name}" if isinstance(params, VLMParams) else folder
-            below = folder if isinstance(value, FastTokensParams) else below
             changed[item.name] = with_model_files(value, below, only_gone=only_gone, only_tokenizers=only_tokenizers)
     return replace(params, **changed)
 
