@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -21,41 +22,52 @@ from vla_foundry.batch import Documents
 
 # torch releases differ in how variable-length attention takes the causal flag and grouped queries
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+# where it has kernels
+VARLEN_DEVICES = {"cuda"}
 
 
 class _Run(NamedTuple):
-    """Neighbouring segments of one length, attended in one call."""
+    """Neighbouring ranges of one shape, attended in one call."""
 
-    num_segments: int
-    length: int
+    num_ranges: int
+    num_queries: int
+    num_keys: int
     is_padding: bool
 
 
-class _Stretches(NamedTuple):
-    """Stretches of one shape whose tokens also see later tokens of their stretch; (G, n) and (G, m)."""
+class _Ranges(NamedTuple):
+    """Ranges of tokens in a flat list; the queries of a range see its keys."""
 
-    # int64, indices of each stretch's tokens in the flat batch
+    # on the host
+    runs: tuple[_Run, ...]
+    # int32 [num_ranges + 1], start of each range, then the end of the last; on the batch's device
+    query_starts: Tensor
+    key_starts: Tensor
+    # the longest range, rounded up: it changes less often, and compiled blocks are compiled again when it first does
+    max_queries: int
+    max_keys: int
+
+
+class _Ahead(NamedTuple):
+    """The tokens that see more than a causal mask allows: all of a range."""
+
+    # int64, indices of the ranges' queries and keys in the flat batch
     queries: Tensor
-    # int64, the tokens they see: from the start of the segment to the end of the stretch
     keys: Tensor
+    ranges: _Ranges
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
     """How the tokens of a (B, T) batch, in row-major order, divide into segments."""
 
-    # neighbouring segments of one length
-    runs: tuple[_Run, ...]
-    # int32 [num_segments + 1], start of each segment, then the end of the last; on the batch's device
-    starts: Tensor
+    ranges: _Ranges
     # tokens of the longest segment
     max_length: int
-    # max_length rounded up: it changes less often, and compiled blocks recompile whenever it does
-    bound: int
     # int64 [B, T], position of each token within its segment; on the batch's device
     positions: Tensor
-    # tokens that see more than a causal mask allows
-    stretches: tuple[_Stretches, ...] = ()
+    # None: a causal mask is right for all
+    ahead: _Ahead | None = None
 
 
 def create_segments(
@@ -84,42 +96,59 @@ def create_segments(
     lengths = documents.lengths.astype(np.int64)
     ends = np.cumsum(lengths)
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    is_new_run = np.ones(len(lengths), dtype=bool)
-    is_new_run[1:] = (np.diff(lengths) != 0) | (np.diff(documents.is_padding) != 0)
-    first = np.flatnonzero(is_new_run)
-    sizes = np.diff(np.append(first, len(lengths)))
     return Segments(
-        runs=tuple(
-            _Run(int(n), int(lengths[i]), bool(documents.is_padding[i])) for i, n in zip(first, sizes, strict=True)
-        ),
-        starts=_to_device(np.concatenate(([0], ends)).astype(np.int32), device),
+        ranges=_create_ranges(lengths, lengths, documents.is_padding, device),
         max_length=int(lengths.max()),
-        bound=-(-int(lengths.max()) // 128) * 128,
         positions=_to_device(positions.reshape(len(documents.num_per_row), -1), device),
-        stretches=() if sees_ahead is None else _find_stretches(sees_ahead.reshape(-1), lengths, device),
+        ahead=None if sees_ahead is None else _find_ahead(sees_ahead.reshape(-1), lengths, device),
     )
 
 
-def _find_stretches(sees_ahead: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[_Stretches, ...]:
-    """Group stretches by shape. A caption batch has few groups because its samples begin alike."""
+def _create_ranges(
+    num_queries: np.ndarray, num_keys: np.ndarray, is_padding: np.ndarray, device: torch.device
+) -> _Ranges:
+    shapes = np.stack([num_queries, num_keys, is_padding], axis=1)
+    first = np.flatnonzero(np.append(True, (np.diff(shapes, axis=0) != 0).any(1)))
+    sizes = np.diff(np.append(first, len(shapes)))
+    starts = [
+        _to_device(np.append(0, np.cumsum(counts)).astype(np.int32), device) for counts in (num_queries, num_keys)
+    ]
+    return _Ranges(
+        runs=tuple(
+            _Run(int(n), int(q), int(k), bool(p)) for n, (q, k, p) in zip(sizes, shapes[first].tolist(), strict=True)
+        ),
+        query_starts=starts[0],
+        key_starts=starts[0] if num_queries is num_keys else starts[1],  # kernels ask for the same tensor
+        max_queries=-(-int(num_queries.max()) // 128) * 128,
+        max_keys=-(-int(num_keys.max()) // 128) * 128,
+    )
+
+
+def _find_ahead(sees_ahead: np.ndarray, lengths: np.ndarray, device: torch.device) -> _Ahead:
+    """Find the unbroken stretches of tokens that see ahead, those of one shape side by side."""
     ends = np.cumsum(lengths)
     segment = np.repeat(np.arange(len(lengths)), lengths)
-    # number the stretches: one ends where the next token is in another segment or does not see ahead
+    # a stretch ends where the next token is in another segment or does not see ahead
     is_start = sees_ahead.copy()
     is_start[1:] &= ~sees_ahead[:-1] | (segment[1:] != segment[:-1])
     is_end = sees_ahead.copy()
     is_end[:-1] &= ~sees_ahead[1:] | (segment[1:] != segment[:-1])
     starts, stops = np.flatnonzero(is_start), np.flatnonzero(is_end) + 1
     begins = (ends - lengths)[segment[starts]]
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for start, stop, begin in zip(starts.tolist(), stops.tolist(), begins.tolist(), strict=True):
-        groups.setdefault((stop - start, stop - begin), []).append((start, begin))
-    stretches = []
-    for (num_queries, num_keys), places in groups.items():
-        first = np.array(places, dtype=np.int64)  # (G, 2)
-        queries, keys = first[:, :1] + np.arange(num_queries), first[:, 1:] + np.arange(num_keys)
-        stretches.append(_Stretches(_to_device(queries, device), _to_device(keys, device)))
-    return tuple(stretches)
+    # a caption batch has few shapes because its samples begin alike
+    order = np.lexsort((stops - begins, stops - starts))
+    starts, stops, begins = starts[order], stops[order], begins[order]
+    return _Ahead(
+        _to_device(_join_ranges(starts, stops), device),
+        _to_device(_join_ranges(begins, stops), device),
+        _create_ranges(stops - starts, stops - begins, np.zeros(len(starts), dtype=bool), device),
+    )
+
+
+def _join_ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Return the numbers of all ranges, one range after the other."""
+    lengths = stops - starts
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
 
 def _are_whole_rows(documents: Documents, is_causal: bool) -> bool:
@@ -148,20 +177,17 @@ def keep_constants() -> Iterator[dict[Any, Tensor]]:
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     constants = _CONSTANTS.get()
-    if constants is None:
-        return _copy(array, device)
-    key = (array.shape, array.dtype.str, array.tobytes(), device)
-    if key not in constants:
-        constants[key] = _copy(array, device)
-    return constants[key]
-
-
-def _copy(array: np.ndarray, device: torch.device) -> Tensor:
+    key = (array.shape, array.dtype.str, array.tobytes(), device) if constants is not None else None
+    if constants is not None and key in constants:
+        return constants[key]
     tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
     # a copy from pageable memory would synchronise with the device
-    return tensor.pin_memory().to(device, non_blocking=True)
+    tensor = (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    # compiled blocks take any number of documents from the start
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    if constants is not None:
+        constants[key] = tensor
+    return tensor
 
 
 def attend(
@@ -182,26 +208,30 @@ def attend(
         scale: factor on the scores; None: 1/sqrt(K).
         window: within segments, a token sees itself and the window - 1 tokens before it (causal only).
     """
-    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.requires_grad:
+    device_type, shape = queries.device.type, queries.shape[:2]
+    if device_type not in VARLEN_DEVICES and queries.dtype == torch.bfloat16 and queries.requires_grad:
         # on the CPU the bf16 backward is about four times slower than fp32 (64 to 256 tokens, head width 32)
         wide = (queries.float(), keys.float(), values.float())
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device_type, enabled=False):
             output = attend(*wide, segments=segments, is_causal=is_causal, dropout=dropout, scale=scale, window=window)
         return output.to(queries.dtype)
     if segments is None:
         assert window is None, "a window is for segments"
         return _attend_rows(queries, keys, values, is_causal=is_causal, dropout=dropout, scale=scale)
-    flat = tuple(x.flatten(0, 1) for x in (queries, keys, values))  # (B T, H, K)
-    head_dim = queries.shape[-1]
-    can_varlen = queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0
-    if can_varlen and head_dim % 8 == 0 and head_dim <= 256 and values.shape[-1] == head_dim:
-        output = _attend_varlen(*flat, segments=segments, is_causal=is_causal, scale=scale, window=window)
-    else:
-        output = _attend_runs_untraced(*flat, segments, is_causal, dropout, scale, window)
-    if segments.stretches and is_causal:
+    can_varlen = dropout == 0.0 and _can_varlen(queries, values)
+    if torch.compiler.is_compiling() and not can_varlen:
+        # lengths are not known when a block is compiled
+        mask = _mask_rows(segments, is_causal, window)
+        return _attend_rows(queries, keys, values, is_causal=False, dropout=dropout, scale=scale, mask=mask)
+    run = _attend_varlen if can_varlen else partial(_attend_runs, dropout=dropout)
+    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # (B T, H, K)
+    output = run(queries, keys, values, segments.ranges, is_causal, scale, window)
+    if segments.ahead is not None and is_causal:
         assert window is None, "what sees ahead has no window"
-        output = _attend_stretches_untraced(*flat, output, segments.stretches, dropout, scale)
-    return output.unflatten(0, queries.shape[:2])
+        asking, seen, ranges = segments.ahead
+        wider = run(queries[asking], keys[seen], values[seen], ranges, False, scale, None)
+        output = output.index_copy(0, asking, wider)
+    return output.unflatten(0, shape)
 
 
 def _attend_rows(
@@ -228,79 +258,41 @@ def _attend_rows(
     return output.transpose(1, 2)
 
 
-def _attend_runs(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    segments: Segments,
-    is_causal: bool,
-    dropout: float,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    # use split: the gradient of each slice would be as large as the batch
-    sizes = [run.num_segments * run.length for run in segments.runs]
-    outputs = []
-    for run, q, k, v in zip(segments.runs, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
-        if run.is_padding:
-            outputs.append(torch.zeros_like(q))
-            continue
-        shape = (run.num_segments, run.length)
-        mask = None
-        if window is not None and window < run.length:
-            near = torch.ones(run.length, run.length, dtype=torch.bool, device=q.device)
-            mask = near.tril().triu(1 - window)
-        output = _attend_rows(
-            *(x.unflatten(0, shape) for x in (q, k, v)),
-            is_causal=is_causal and mask is None,
-            dropout=dropout,
-            scale=scale,
-            mask=mask,
-        )
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)
+def _mask_rows(segments: Segments, is_causal: bool, window: int | None) -> Tensor:
+    """Return a mask (B, 1, T, T), True where a token sees another."""
+    positions, ahead = segments.positions, segments.ahead
+    number = (positions == 0).cumsum(1)
+    mask = number[:, :, None] == number[:, None]
+    if is_causal:
+        mask &= mask.new_ones(mask.shape[1:]).tril()
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None] < window
+    if ahead is not None and is_causal:
+        counts = torch.arange(ahead.queries.shape[0], device=mask.device)
+        stretch = torch.searchsorted(ahead.ranges.query_starts, counts, right=True)  # from 1 on
+        stretch = torch.zeros_like(number).flatten().index_copy(0, ahead.queries, stretch).view_as(number)
+        mask |= (stretch[:, :, None] == stretch[:, None]) & (stretch[:, None] > 0)
+    return mask[:, None]
 
 
-# lengths change with every batch; tracing them would recompile the block each time
-_attend_runs_untraced: Any = torch.compiler.disable(_attend_runs)
-
-
-def _attend_stretches(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    output: Tensor,
-    stretches: tuple[_Stretches, ...],
-    dropout: float,
-    scale: float | None,
-) -> Tensor:
-    """Write the attention of tokens that see ahead to `output`. Each sees a whole range of keys: no mask needed."""
-    for group in stretches:
-        seen = _attend_rows(
-            queries[group.queries],
-            keys[group.keys],
-            values[group.keys],
-            is_causal=False,
-            dropout=dropout,
-            scale=scale,
-        )
-        output = output.index_copy(0, group.queries.flatten(), seen.flatten(0, 1))
-    return output
-
-
-_attend_stretches_untraced: Any = torch.compiler.disable(_attend_stretches)
+def _can_varlen(queries: Tensor, values: Tensor) -> bool:
+    """Return True if torch's variable-length attention takes them."""
+    width = queries.shape[-1]
+    if queries.device.type not in VARLEN_DEVICES or queries.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return width % 8 == 0 and width <= 256 and values.shape[-1] == width
 
 
 def _attend_varlen(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    *,
-    segments: Segments,
+    ranges: _Ranges,
     is_causal: bool,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
+    """(n, H, K) x (m, G, K) -> (n, H, M)."""
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
     if is_causal and "window_size" in _VARLEN_OPTIONS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -313,10 +305,45 @@ def _attend_varlen(
         else:
             repeats = queries.shape[1] // keys.shape[1]
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
-    starts = segments.starts
-    output = varlen_attn(queries, keys, values, starts, starts, segments.bound, segments.bound, **options)
-    assert isinstance(output, Tensor)
+    output: Any = varlen_attn(queries, keys, values, *ranges[1:], **options)
     return output
+
+
+def _attend_runs(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ranges: _Ranges,
+    is_causal: bool,
+    scale: float | None,
+    window: int | None,
+    *,
+    dropout: float,
+) -> Tensor:
+    """(n, H, K) x (m, G, K) -> (n, H, M), in runs of ranges of one shape; zeros at padding."""
+    runs = ranges.runs
+    num_queries = [run.num_ranges * run.num_queries for run in runs]
+    num_keys = [run.num_ranges * run.num_keys for run in runs]
+    outputs = []
+    # use split: the gradient of each slice would be as large as the batch
+    parts = (queries.split(num_queries), keys.split(num_keys), values.split(num_keys))
+    for run, q, k, v in zip(runs, *parts, strict=True):
+        if run.is_padding:
+            outputs.append(torch.zeros_like(q))
+            continue
+        mask = None
+        if window is not None and window < run.num_keys:
+            near = torch.ones(run.num_queries, run.num_keys, dtype=torch.bool, device=q.device)
+            mask = near.tril().triu(1 - window)
+        output = _attend_rows(
+            *(x.unflatten(0, (run.num_ranges, -1)) for x in (q, k, v)),
+            is_causal=is_causal and mask is None,
+            dropout=dropout,
+            scale=scale,
+            mask=mask,
+        )
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def attend_cached(
@@ -327,29 +354,6 @@ def attend_cached(
 ) -> Float[Tensor, "B T H K"]:
     """Attend from new tokens to cached tokens and themselves; `mask` (B or 1, 1, T, S) is True where allowed."""
     return _attend_rows(queries, keys, values, is_causal=False, mask=mask)
-
-
-class MaskedRows(NamedTuple):
-    """The row layout that a padding mask describes."""
-
-    # each row as one document followed by padding, after sorting by `order`
-    documents: Documents
-    # int64 [B], real tokens
-    counts: np.ndarray
-    # int64 [B, T], permutation that moves real tokens to the front; None if they are already there
-    order: np.ndarray | None
-
-
-def read_mask(attention_mask: Shaped[Tensor, "B T"]) -> MaskedRows | None:
-    """Describe a mask that is 0 at padding anywhere in a row; None if nothing is masked. Synchronises the device."""
-    is_real = attention_mask.cpu().numpy().astype(bool)
-    num_tokens = is_real.shape[1]
-    counts = is_real.sum(1)
-    if (counts == num_tokens).all():
-        return None
-    order = np.argsort(~is_real, axis=1, kind="stable")
-    is_in_place = bool((order == np.arange(num_tokens)).all())
-    return MaskedRows(Documents.of_counts(counts, num_tokens), counts, None if is_in_place else order)
 
 
 @dataclass(frozen=True, eq=False)

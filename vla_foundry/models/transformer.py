@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from vla_foundry.batch import Documents, LanguageModelOutput, LossOutput
-from vla_foundry.models.attention import CacheStep, KVCache, Segments, create_segments, read_mask
+from vla_foundry.models.attention import CacheStep, KVCache, Segments, create_segments
 from vla_foundry.models.layers import (
     Block,
     RMSNorm,
@@ -44,6 +44,17 @@ class _Rows(NamedTuple):
     segments: Segments | None
     cache_step: CacheStep | None
     rotation: Rotation | None
+
+
+class _MaskedRows(NamedTuple):
+    """The row layout that a padding mask describes."""
+
+    # each row as one document followed by padding, after sorting by `order`
+    documents: Documents
+    # int64 [B], real tokens
+    counts: np.ndarray
+    # int64 [B, T], permutation that moves real tokens to the front; None if they are already there
+    order: np.ndarray | None
 
 
 class Transformer(nn.Module):
@@ -222,7 +233,7 @@ class Transformer(nn.Module):
             raise ValueError("documents exclude attention_mask and a cache of keys and values.")
         if cache is not None and not self.is_causal:
             raise ValueError("A cache of keys and values needs causal attention (model.is_causal).")
-        masked = None if attention_mask is None else read_mask(attention_mask[:, -T:])
+        masked = None if attention_mask is None else _read_mask(attention_mask[:, -T:])
         order = None if masked is None or masked.order is None else torch.from_numpy(masked.order).to(x.device)
         cache_step = None if cache is None else cache.advance(B, T, None if masked is None else masked.counts, x.device)
         segments = None
@@ -322,6 +333,18 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
+
+
+def _read_mask(attention_mask: Shaped[Tensor, "B T"]) -> _MaskedRows | None:
+    """Describe a mask that is 0 at padding anywhere in a row; None if nothing is masked. Synchronises the device."""
+    is_real = attention_mask.cpu().numpy().astype(bool)
+    num_tokens = is_real.shape[1]
+    counts = is_real.sum(1)
+    if (counts == num_tokens).all():
+        return None
+    order = np.argsort(~is_real, axis=1, kind="stable")
+    is_in_place = bool((order == np.arange(num_tokens)).all())
+    return _MaskedRows(Documents.of_counts(counts, num_tokens), counts, None if is_in_place else order)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class HyperParams(BaseParams):
     grad_clip_norm: Annotated[float, Bounds(above=0, fix="null does not clip.")] | None = None
     # recompute each block's activations in the backward pass
     grad_checkpointing: bool = False
-    # torch.compile each block
-    torchcompile: bool = False
+    # torch.compile each block; null: on a GPU, if there is a C compiler
+    torchcompile: bool | None = None
     # stop the run after this many consecutive steps with a non-finite loss or gradient
     max_skipped_steps: Count = 20
 

@@ -118,11 +118,15 @@ def parallelize(
     blocks = list_blocks(model)
     if grad_checkpointing and not blocks:
         raise ValueError("hparams.grad_checkpointing needs blocks, but the model has no list of modules. Turn it off.")
+    # transformers decides on the host in some blocks
+    are_native = [type(block).__module__.startswith("vla_foundry.") for block in blocks]
     if grad_checkpointing:
         blocks = _checkpoint_activations(model, blocks)
     if compile_blocks:
-        for block in blocks:
-            block.compile()
+        # sizes, documents or not, training or not: more than 8 variants of a block, which a whole graph may not exceed
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block, is_native in zip(blocks, are_native, strict=True):
+            block.compile(fullgraph=is_native)
     if params.fsdp:
         return _shard(model, blocks, params, world)
     model.to(world.device)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from vla_foundry.models.registry import MODELS, save_model_files
 from vla_foundry.models.weights import describe_base, digest_frozen
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
+from vla_foundry.params.hparams import HyperParams
 from vla_foundry.record import record_end, record_start
 from vla_foundry.registry import summarize_names
 from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_folder, read_step
@@ -219,7 +221,7 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         params.distributed,
         world=world,
         grad_checkpointing=hparams.grad_checkpointing,
-        compile_blocks=hparams.torchcompile,
+        compile_blocks=compiles_blocks(hparams, world),
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
     return create_train_state(
@@ -243,6 +245,13 @@ def check_base_is_kept(digests: dict[str, str], other: dict[str, str]) -> None:
             f"model.lora would freeze new weights, which no checkpoint holds: {summarize_names(new)}. Name them in "
             "model.lora.train, or start from a checkpoint that holds them."
         )
+
+
+def compiles_blocks(hparams: HyperParams, world: World) -> bool:
+    """Return whether a run compiles blocks."""
+    if hparams.torchcompile is not None:
+        return hparams.torchcompile
+    return world.device.startswith("cuda") and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:
@@ -348,9 +357,10 @@ def describe_run(params: TrainExperimentParams, world: World, state: TrainState)
     share = "" if num_trained == num_weights else f" ({num_trained / num_weights:.2%})"
     hparams = params.hparams
     spread = "FSDP2" if params.distributed.fsdp else "DDP" if world.world_size > 1 else "one process"
+    compiled = ", blocks compiled" if compiles_blocks(hparams, world) else ""
     line = (
         f"{params.model.type}: {num_weights:,} parameters, {num_trained:,} of them trained{share}; "
-        f"{hparams.precision} on {world.world_size} x {world.device.partition(':')[0]} ({spread}); "
+        f"{hparams.precision} on {world.world_size} x {world.device.partition(':')[0]} ({spread}{compiled}); "
         f"batch {hparams.global_batch_size} = {world.world_size} x {hparams.per_gpu_batch_size} x "
         f"{accumulation_steps(params, world.world_size)}; steps {state.step} to {total_steps(params)}"
     )

@@ -438,5 +438,11 @@ def test_stretches_end_with_their_document(create_documents: Callable[..., Docum
     sees = np.array([[0, 1, 1, 1, 0, 1, 0, 0]], dtype=bool)
     segments = create_segments(create_documents([3, 5]), True, torch.device("cpu"), sees_ahead=sees)
     assert segments is not None
-    places = [(group.queries.tolist(), group.keys.tolist()) for group in segments.stretches]
-    assert places == [([[1, 2]], [[0, 1, 2]]), ([[3]], [[3]]), ([[5]], [[3, 4, 5]])]
+    assert segments.ahead is not None
+    queries, keys, ranges = segments.ahead
+    places = [
+        places.split(lengths.tolist())
+        for places, lengths in ((queries, ranges.query_starts.diff()), (keys, ranges.key_starts.diff()))
+    ]
+    found = [(q.tolist(), k.tolist()) for q, k in zip(*places, strict=True)]
+    assert found == [([3], [3]), ([5], [3, 4, 5]), ([1, 2], [0, 1, 2])]

@@ -1,0 +1,150 @@
+"""Training steps of each kind of model: compiled once, and never waiting for the device."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+from vla_foundry.batch import Batch
+from vla_foundry.models import attention, create_batch_handler, create_model
+from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.training.distributed import parallelize
+from vla_foundry.training.loop import train_step
+from vla_foundry.training.state import create_train_state
+from vla_foundry.world import World
+
+NUM_WARM_UPS, NUM_STEPS = 3, 20
+
+
+@pytest.fixture(scope="module")
+def cases() -> Iterator[Any]:
+    """The module gpu_cases.py of the benchmarks, whose toy models and batches are used here."""
+    folder = str(Path(__file__).resolve().parents[3] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("gpu_cases")
+    sys.path.remove(folder)
+
+
+def create_varying(cases: Any, kind: str) -> tuple[Any, list[Batch]]:
+    """The params of a toy model, and batches that differ in documents, rows and images."""
+    if kind == "llm":
+        case = cases.create_llm_case(True, batch=2, has_documents=True)
+        return case.params, case.batches
+    if kind == "vla":
+        case = cases.create_vla_case(True, batch=2, draws=2)
+        hidden = [torch.ones(2, cases.NUM_VIEWS, dtype=torch.bool) for _ in range(3)]
+        hidden[1][0, 2] = hidden[2][1, 3:] = False
+        return case.params, [{**case.batches[0], "image_mask": mask} for mask in hidden]
+    case = cases.create_vlm_case(True, packed="packed" in kind)
+    model, hparams = case.params.model, case.params.hparams
+    if "ahead" in kind:
+        model = replace(model, image_attention="bidirectional")
+    if "fp32" in kind:  # without variable-length attention
+        hparams = replace(hparams, precision="fp32")
+    return replace(case.params, model=model, hparams=hparams), case.batches
+
+
+def create_step(params: Any, batches: list[Batch], *, compiled: bool) -> Callable[[int], Tensor]:
+    torch.manual_seed(0)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = create_model(params.model).train().to(device)
+    forward = parallelize(model, DistributedParams(), world=World(device=device), compile_blocks=compiled)
+    state = create_train_state(model, forward, hparams=params.hparams, ema=params.ema, total_steps=100)
+    options = {"handler": create_batch_handler(params), "hparams": params.hparams, "world": World(device=device)}
+    return lambda number: train_step(state, [batches[number % len(batches)]], **options).loss
+
+
+@pytest.fixture(scope="module")
+def varlen_on_cpu() -> Iterator[None]:
+    """torch's variable-length attention has no kernel for a CPU; with these, a CPU traces what a GPU runs."""
+
+    def split(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor) -> Any:
+        pairs = ((q, q_starts), (k, k_starts), (v, k_starts))
+        return zip(*(x.float().split(starts.diff().tolist()) for x, starts in pairs), strict=True)
+
+    ops = torch.ops.aten
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, *options: Any, **named: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        is_causal = options[2]
+        outputs = []
+        for parts in split(q, k, v, q_starts, k_starts):
+            rows = [part.transpose(0, 1)[None] for part in parts]
+            output, _ = ops._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, is_causal)
+            outputs.append(output[0].transpose(0, 1))
+        rng = torch.zeros(2, dtype=torch.uint64)
+        return torch.cat(outputs).to(q.dtype), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), rng
+
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        _: Tensor,
+        q_starts: Tensor,
+        k_starts: Tensor,
+        *options: Any,
+        **named: Any,
+    ) -> tuple[Tensor, ...]:
+        is_causal = options[2]
+        found: list[list[Tensor]] = [[], [], []]
+        grads = grad.float().split(q_starts.diff().tolist())
+        parts = split(q, k, v, q_starts, k_starts)
+        for grad_out, triple in zip(grads, parts, strict=True):
+            rows = [part.transpose(0, 1)[None] for part in triple]
+            output, lse = ops._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, is_causal)
+            results = ops._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out.transpose(0, 1)[None], *rows, output, lse, 0.0, is_causal
+            )
+            for sums, result in zip(found, results, strict=True):
+                sums.append(result[0].transpose(0, 1))
+        return tuple(torch.cat(pieces).to(q.dtype) for pieces in found)
+
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+    attention.VARLEN_DEVICES.add("cpu")
+    yield
+    attention.VARLEN_DEVICES.remove("cpu")
+
+
+KINDS = ("llm", "vlm padded", "vlm packed ahead", "vlm packed ahead fp32", "vla")
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """The checks of types in tests are code that a compiler would trace too."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("varlen_on_cpu", "no_type_checks")
+# dynamo looks at .grad, and hides the warning only where warnings are not errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_blocks_are_whole_graphs_that_take_all_sizes(kind: str, cases: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    params, batches = create_varying(cases, kind)
+    plain = create_step(params, batches, compiled=False)
+    torch.compiler.set_default_backend("eager")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = create_step(params, batches, compiled=True)
+    for number in range(NUM_WARM_UPS):
+        torch.testing.assert_close(compiled(number), plain(number), rtol=1e-5, atol=0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs
+    for number in range(NUM_WARM_UPS, NUM_WARM_UPS + NUM_STEPS):
+        compiled(number)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
