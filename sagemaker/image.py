@@ -19,6 +19,7 @@ _FILES = (
     "sagemaker/entry.py",
 )
 _TAG_LETTERS = 16
+_MIN_SECRET = 8
 
 
 def list_source(include: list[str]) -> dict[str, Path]:
@@ -45,6 +46,8 @@ def list_source(include: list[str]) -> dict[str, Path]:
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"sagemaker.include '{given}' must be below the working directory, by a relative path.")
         found = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+        if secret := next((item for item in found if item.name.endswith(".env")), None):
+            raise ValueError(f"sagemaker.include '{given}' brings {secret}. Files of secrets stay here.")
         added = {str(item): item for item in found if "__pycache__" not in item.parts}
         if both := sorted(added.keys() & files.keys()):
             raise ValueError(f"sagemaker.include '{given}' replaces {both[0]} of the package. Rename it.")
@@ -77,7 +80,8 @@ def refuse_secrets(content: bytes, secrets: dict[str, str], where: str) -> None:
         ValueError: one does; its name is told, not its value.
     """
     for name, value in secrets.items():
-        if value.encode() in content:
+        # a short value, such as "online", is none
+        if len(value) >= _MIN_SECRET and value.encode() in content:
             raise ValueError(f"{where} holds the value of the secret {name}. Remove it there.")
 
 

@@ -6,6 +6,7 @@ FLAGS are those of `vla-foundry train`. docs/launching.md says what happens.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,18 +16,25 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from image import build, ensure_image, list_source, pack, refuse_secrets, tag_of
+_ENVIRONMENT = "Run it from the checkout: uv run --group sagemaker sagemaker/launch_training.py ..."
+try:
+    from boto3.session import Session
+    from image import build, ensure_image, list_source, pack, refuse_secrets, tag_of
 
-from vla_foundry.config.command_line import parse, print_notices, run_command
-from vla_foundry.config.loading import dump_params
-from vla_foundry.config.resolve import require_resolved, resolve_known
-from vla_foundry.config.schema import EXPANDED, annotated_types, map_annotated
-from vla_foundry.data.facts import read_facts
-from vla_foundry.params.commands.launching import EXAMPLE_ROLE, ROLE_PATTERN, LaunchParams, SageMakerParams
-from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
-from vla_foundry.progress import say
-from vla_foundry.storage.uri import join_uri, write_text
-from vla_foundry.world import read_memory
+    from vla_foundry.config.command_line import parse, print_notices, run_command
+    from vla_foundry.config.loading import dump_params
+    from vla_foundry.config.resolve import require_resolved, resolve_known
+    from vla_foundry.config.schema import EXPANDED, annotated_types, map_annotated
+    from vla_foundry.data.facts import read_facts
+    from vla_foundry.params.commands.launching import EXAMPLE_ROLE, ROLE_PATTERN, LaunchParams, SageMakerParams
+    from vla_foundry.params.experiment import TrainExperimentParams, find_lack_of_memory
+    from vla_foundry.progress import say
+    from vla_foundry.run_folder import lock_folder
+    from vla_foundry.storage.uri import join_uri, read_text, write_text
+    from vla_foundry.world import read_memory
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"error: There is no module {error.name} here. {_ENVIRONMENT}\n")
+    sys.exit(2)
 
 # what a container sees instead of this machine's folders
 _SAVE_PATH = "/opt/ml/experiments"
@@ -51,7 +59,9 @@ def main(argv: list[str]) -> None:
     refuse_secrets(config.encode(), secrets, "The config")
     print_notices(parsed.notices + notices)
     if params.sagemaker.local:
-        run_locally(params, source, config, secrets)
+        base = Path(params.save_path).absolute() / "sagemaker"
+        with lock_folder(base, what="folder of local jobs", flag="--save_path"):
+            run_locally(base, params, source, config, secrets)
         return
     where = with_defaults(params.sagemaker, is_needed=not params.dry_run)
     job = describe_job(where, name, str(params.remote_sync), tag_of(source), has_secrets=bool(secrets))
@@ -133,11 +143,11 @@ def read_secrets(given: str | None) -> dict[str, str]:
     if given is None and not path.exists():
         return {}
     secrets = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(str(path)).splitlines(), start=1):
         name, equals, value = (part.strip() for part in line.partition("="))
         if not name or name.startswith("#"):
             continue
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or value.startswith(('"', "'")):
             raise ValueError(f"{path}:{number} is not KEY=VALUE. Write a name, = and a value without quotes.")
         secrets[name] = value if equals else os.environ.get(name, "")
     return {name: value for name, value in secrets.items() if value}
@@ -149,8 +159,6 @@ def with_defaults(where: SageMakerParams, *, is_needed: bool) -> SageMakerParams
     Raises:
         ValueError: there is no region; or no role, and it is needed.
     """
-    from boto3.session import Session
-
     role = where.role or os.environ.get("SAGEMAKER_ROLE") or (None if is_needed else EXAMPLE_ROLE)
     if role is None or not re.fullmatch(ROLE_PATTERN, role):
         raise ValueError("sagemaker.role is not given. Add --sagemaker.role ARN, or set SAGEMAKER_ROLE.")
@@ -221,14 +229,11 @@ def launch(where: SageMakerParams, job: dict[str, Any], source: bytes, config: s
         ValueError: the SDK is missing, or AWS refuses something.
     """
     try:
-        from boto3.session import Session
         from botocore.exceptions import BotoCoreError, ClientError
         from sagemaker.core.resources import TrainingJob
         from sagemaker.core.utils.code_injection.codec import transform
     except ImportError:
-        raise ValueError(
-            "The SageMaker SDK is not installed. Use uv run --group sagemaker sagemaker/launch_training.py ..."
-        ) from None
+        raise ValueError(f"The SageMaker SDK is not installed. {_ENVIRONMENT}") from None
     name, folder = job["TrainingJobName"], job["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
     logs = f"aws logs tail /aws/sagemaker/TrainingJobs --log-stream-name-prefix {name} --follow"
     try:
@@ -255,13 +260,12 @@ def store_secrets(client: Any, name: str, secrets: dict[str, str]) -> None:
         client.put_secret_value(SecretId=name, SecretString=text)
 
 
-def run_locally(params: LaunchParams, source: bytes, config: str, secrets: dict[str, str]) -> None:
+def run_locally(base: Path, params: LaunchParams, source: bytes, config: str, secrets: dict[str, str]) -> None:
     """Run the entry script on this machine in a folder laid out as a container's /opt/ml.
 
     Raises:
         SystemExit: the entry script's exit code, unless it is 0.
     """
-    base = Path(params.save_path).absolute() / "sagemaker"
     for folder, name, text in (
         ("input/data/config", "config.yaml", config),
         ("input/config", "resourceconfig.json", json.dumps({"hosts": ["algo-1"], "current_host": "algo-1"})),
@@ -275,6 +279,7 @@ def run_locally(params: LaunchParams, source: bytes, config: str, secrets: dict[
         words += ["--gpus", "all"] if os.path.exists("/dev/nvidiactl") else []
         words += [word for name in secrets for word in ("--env", name)] + [uri]
     else:
+        shutil.rmtree(base / "source", ignore_errors=True)
         with tarfile.open(fileobj=BytesIO(source)) as tar:
             tar.extractall(base / "source", filter="data")
         words = [sys.executable, str(base / "source/sagemaker/entry.py")]

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch"))
 # Slurm's commands as the scripts call them; the job was preempted before it was started again
 COMMANDS = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "srun": '[[ -z ${FAILS:-} ]] || exit 3; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'case "$1 $2" in "show hostnames") echo localhost;;'
     '"show job") echo " StartTime=2026-01-02T00:00:00"; echo " PreemptTime=${PREEMPTED:-None} x";;'
     '*) echo "$@" >> requests.txt;; esac',
@@ -92,9 +92,9 @@ def test_a_slurm_job_whose_time_is_up_saves_a_checkpoint_and_is_queued_again(
 def test_a_slurm_job_that_fails_is_queued_again_only_if_it_was_preempted_since_its_start(
     run_in_slurm: RunLater, tmp_path: Path, preempted: str, is_queued: bool
 ) -> None:
-    job = run_in_slurm("train.sbatch", "--no_such_flag", "1", PREEMPTED=preempted)
-    assert "no_such_flag" in job.communicate(timeout=60)[1]
-    assert job.returncode != 0
+    job = run_in_slurm("train.sbatch", FAILS="1", PREEMPTED=preempted)
+    job.communicate(timeout=20)
+    assert job.returncode == 3
     assert (tmp_path / "requests.txt").exists() == is_queued
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.evaluation.results import publish_table, show_table
+from vla_foundry.evaluation.results import check_output, publish_table
 from vla_foundry.params.commands.evaluation import CaptionScoreParams
 from vla_foundry.progress import show_progress
-from vla_foundry.storage.uri import join_uri, read_bytes, read_json, read_object, write_text
+from vla_foundry.storage.uri import exists, is_remote, join_uri, read_bytes, read_json, read_object, write_text
 
 _ORDERS = (1, 2, 3, 4)
 _BETA = 1.2
@@ -327,7 +327,7 @@ def _describe(error: KeyError | TypeError) -> str:
 
 
 def evaluate_captions(params: CaptionScoreParams) -> dict[str, Any]:
-    """Score a result file, or a run's captions of the annotated images; the result goes to the run or to the output.
+    """Score a result file, or a run's captions of the annotated images; the result is printed and kept.
 
     Returns:
         {"name", "metrics", "settings"}; see docs/benchmarks.md.
@@ -336,6 +336,7 @@ def evaluate_captions(params: CaptionScoreParams) -> dict[str, Any]:
         FileNotFoundError: a file or the run does not exist.
         ValueError: a file is broken, or images lack captions.
     """
+    check_output("output", params.output)
     references, names = read_references(params.annotations)
     settings: dict[str, Any] = {"annotations": params.annotations.rpartition("/")[2]}
     if params.checkpoint is None:
@@ -343,6 +344,7 @@ def evaluate_captions(params: CaptionScoreParams) -> dict[str, Any]:
         captions = read_captions(params.results)
         settings["results"] = params.results.rpartition("/")[2]
     else:
+        check_output("results", params.results)
         images = list(references)[: params.num_images]
         captions = _caption(params, images, names)
         options = ("prompt", "max_new_tokens", "num_images", "use_ema")
@@ -378,13 +380,17 @@ def _caption(params: CaptionScoreParams, images: Sequence[int], names: Mapping[i
     outside = next((names[image] for image in images if ".." in names[image].split("/")), None)
     if outside is not None:
         raise ValueError(f"{params.annotations}: file_name '{outside}' is outside of the folder of images.")
+    places = {image: join_uri(params.images, names[image]) for image in images}
+    missing = next((place for place in places.values() if not is_remote(place) and not exists(place)), None)
+    if missing is not None:
+        raise FileNotFoundError(f"images: {missing} does not exist.")
     captioner = load_captioner(params.checkpoint, device=params.device, use_ema=params.use_ema)
     prompt = captioner.default_prompt if params.prompt is None else params.prompt
     captions: dict[int, str] = {}
     with show_progress("captions", len(images), 0) as advance:
         for first in range(0, len(images), params.batch_size):
             part = images[first : first + params.batch_size]
-            questions = [Question((read_bytes(join_uri(params.images, names[image])),), prompt) for image in part]
+            questions = [Question((read_bytes(places[image]),), prompt, places[image]) for image in part]
             texts = answer(captioner, questions, max_new_tokens=params.max_new_tokens, batch_size=params.batch_size)
             captions |= dict(zip(part, texts, strict=True))
             advance(len(part))
@@ -394,4 +400,4 @@ def _caption(params: CaptionScoreParams, images: Sequence[int], names: Mapping[i
 def main(argv: list[str]) -> None:
     """Run `vla-foundry evaluate captions`: print each metric."""
     params = parse_command(CaptionScoreParams, argv, prog="vla-foundry evaluate captions")
-    show_table(evaluate_captions(params))
+    evaluate_captions(params)

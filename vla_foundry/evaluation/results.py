@@ -266,21 +266,32 @@ def _from_json(values: Mapping[str, Any]) -> EpisodeResult:
     return episode
 
 
+def check_output(flag: str, path: str | None) -> None:
+    """Raise ValueError, before the work is done, if a local file cannot be written."""
+    if path is None or is_remote(path):
+        return
+    place = Path(path).expanduser().absolute()
+    folder = next(parent for parent in place.parents if parent.exists())
+    if place.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "is a folder" if place.is_dir() else f"cannot be written to {folder}"
+        raise ValueError(f"{flag} {path} {why}. Name another file.")
+
+
 def publish_table(table: Mapping[str, Any], *, checkpoint: str | None, output: str | None) -> None:
-    """Write a table of metrics (docs/benchmarks.md) to its run, as evaluation/<name>.json, and to the output."""
+    """Print a table of metrics (docs/benchmarks.md), and write it to its run, as evaluation/<name>.json, and to the
+    output."""
+    _show_table(table)
     if checkpoint is not None:
         folder = find_run_folder(checkpoint)
-        if is_remote(folder):
-            if output is None:
-                sys.stderr.write(f"{folder} is remote, so the result is not kept there. Name a file with --output.\n")
-        else:
+        if not is_remote(folder) and os.access(folder, os.W_OK):
             record_evaluation(folder, table)
+        elif output is None:
+            sys.stderr.write(f"The result cannot be kept in {folder}. Name a file with --output.\n")
     if output is not None:
         write_text(output, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
-def show_table(table: Mapping[str, Any]) -> None:
-    """Print a table of metrics."""
+def _show_table(table: Mapping[str, Any]) -> None:
     width = max(map(len, table["metrics"]))
     for name, metric in table["metrics"].items():
         limits = metric.get("interval")

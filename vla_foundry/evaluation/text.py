@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla_foundry.config.command_line import parse_command
-from vla_foundry.evaluation.results import publish_table, show_table, wilson_interval
+from vla_foundry.evaluation.results import check_output, publish_table, wilson_interval
 from vla_foundry.inference.generate import load_language_model
 from vla_foundry.params.commands.evaluation import TextBenchmarkParams
 from vla_foundry.params.commands.runs import GenerateParams
@@ -182,7 +182,7 @@ def create_adapter(scorer: Scorer) -> "LM":
 
 
 def evaluate_text(params: TextBenchmarkParams) -> dict[str, Any]:
-    """Run the tasks; the result goes to the run and to the output.
+    """Run the tasks; the result is printed and goes to the run and to the output.
 
     Returns:
         {"name", "metrics", "settings"}; see docs/benchmarks.md. A metric is called <task>/<metric>.
@@ -205,6 +205,7 @@ def evaluate_text(params: TextBenchmarkParams) -> dict[str, Any]:
             with loading_published(f"the data of tasks {', '.join(names)}"):
                 return super().load(task_list)
 
+    check_output("output", params.output)
     names: list[Any] = [name for given in params.tasks for name in (PAPER_TASKS if given == "paper" else (given,))]
     if params.include_path is not None and not Path(params.include_path).is_dir():
         raise FileNotFoundError(f"include_path {params.include_path} is not a folder. Give the one of your task files.")
@@ -258,4 +259,4 @@ def read_metrics(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str]) -> None:
     """Run `vla-foundry evaluate text`: print each metric."""
-    show_table(evaluate_text(parse_command(TextBenchmarkParams, argv, prog="vla-foundry evaluate text")))
+    evaluate_text(parse_command(TextBenchmarkParams, argv, prog="vla-foundry evaluate text"))

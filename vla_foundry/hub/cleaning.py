@@ -15,7 +15,7 @@ from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME, PREPROCESSING_C
 
 # files of these names hold what a model reads, such as a vocabulary, which may well look like a path
 _VERBATIM = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|stats|normalizer)\.json|merges\.txt")
-_TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".csv", ".py", ".toml", ".cfg", ".ini")
+_KEY_SUFFIXES = (".env", ".pem", ".key", ".netrc")
 # preprocessing writes no paths to them, but names of cameras and fields, which may look like one (HDF5)
 _NAMES = (PREPROCESSING_CONFIG_NAME, SPEC_NAME)
 # values that say where and by whom a run was made
@@ -25,8 +25,10 @@ _PRIVATE: dict[str, Any] = {
 _IN_TEXT = re.compile(r"(?<![\w/.~:<])~?/(?:[\w.@+%~-]+/)+[\w.@+%~-]*")
 _HOMES = re.compile(r"(~|/home/[^/]+|/Users/[^/]+|/root)(/|$)")
 _LOCAL = re.compile(rb"(?<![\w.~-])/(home|Users|root)/[\w.-]+")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
 _MIN_SECRET = 8
+# a binary file has a zero among its first bytes
+_START = 1 << 16
 _SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}",
     "an AWS key": rb"(?<![A-Z0-9])A(KIA|SIA)[0-9A-Z]{16}(?![A-Z0-9])",
@@ -107,9 +109,12 @@ def find_private(name: str, path: Path, secrets: Iterable[bytes]) -> str | None:
 
     Files of text are searched for what looks like a secret or a local path, all files for values of `secrets`.
     """
-    is_text = name.endswith(_TEXT_SUFFIXES) and path.stat().st_size <= MAX_BYTES
+    if name.endswith(_KEY_SUFFIXES):
+        return "secrets, by its name"
     overlap, tail = max([64, *map(len, secrets)]), b""
     with path.open("rb") as file:
+        is_text = path.stat().st_size <= MAX_BYTES and b"\0" not in file.read(_START)
+        file.seek(0)
         while chunk := file.read(MAX_BYTES if is_text else 1 << 24):
             window = tail + chunk
             if any(secret in window for secret in secrets):

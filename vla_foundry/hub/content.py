@@ -88,7 +88,8 @@ def collect(source: str, scratch: Path, *, max_shard_gb: float) -> Content:
         raise ValueError(f"source {source} is not on this machine. Copy it here first.")
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"source {folder} does not exist. Give the folder of a run or of a dataset.")
+        fault = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"source {folder} {fault}. Give the folder of a run or of a dataset.")
     if (folder / LEROBOT_INFO).is_file():
         files = _list_files(folder)
         return Content(kind="lerobot", files=files, info=read_side_file(folder / LEROBOT_INFO) or {})

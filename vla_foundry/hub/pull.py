@@ -2,15 +2,20 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vla_foundry.hub.push import CARD_NAME
 from vla_foundry.params.commands.sharing import HubPullParams
 from vla_foundry.parsing import parse_object
-from vla_foundry.run_folder import PASSPORT_NAME, lock_folder
+from vla_foundry.run_folder import PASSPORT_NAME, hold_lock
 from vla_foundry.storage.hub import named_errors
-from vla_foundry.storage.local import hash_file
+from vla_foundry.storage.local import hash_file, name_errors
+
+# huggingface_hub's own notes about a download
+_CACHE = ".cache"
 
 
 def pull(params: HubPullParams) -> Path:
@@ -28,22 +33,34 @@ def pull(params: HubPullParams) -> Path:
         raise ValueError(f"output {output} exists. Choose another --output, or delete it.")
     aside = output.with_name(f".pulling_{output.name}")
     origin = f"hf://{'datasets/' if kind == 'dataset' else ''}{name}"
-    with lock_folder(aside, what="download", flag="--output"), named_errors(f"{origin}@{revision}"):
+    with named_errors(f"{origin}@{revision}"):
         commit = str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
         tree = HfApi().list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
         listed = {entry.path: entry for entry in tree if hasattr(entry, "size")}
+    with _lock(aside, output), name_errors(aside), named_errors(f"{origin}@{revision}"):
         snapshot_download(name, repo_type=kind, revision=commit, local_dir=aside)
         for path in [file for file in _list_files(aside) if file not in listed]:
             (aside / path).unlink()  # of another commit, which a killed download began with
         _check(aside, listed, f"{origin}@{commit[:12]}")
-        shutil.rmtree(aside / ".cache", ignore_errors=True)
+        shutil.rmtree(aside / _CACHE, ignore_errors=True)
         aside.rename(output)
     return output
 
 
+@contextmanager
+def _lock(aside: Path, output: Path) -> Iterator[None]:
+    """Hold the folder of a download; what is held goes away with it."""
+    inside = aside / _CACHE
+    inside.mkdir(parents=True, exist_ok=True)
+    with hold_lock(inside / "lock") as file:
+        if file is None or output.exists():
+            raise ValueError(f"output {output} is being pulled by another process. Wait, or choose another --output.")
+        yield
+
+
 def _list_files(folder: Path) -> list[str]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [path.as_posix() for path in found if path.parts[0] != ".cache"]
+    return [path.as_posix() for path in found if path.parts[0] != _CACHE]
 
 
 def _check(folder: Path, listed: dict[str, Any], origin: str) -> None:

@@ -12,10 +12,11 @@ from vla_foundry.parsing import parse_object
 from vla_foundry.progress import say
 from vla_foundry.run_folder import PASSPORT_NAME
 from vla_foundry.storage.hub import named_errors
-from vla_foundry.storage.local import size_and_sha256
+from vla_foundry.storage.local import name_errors, size_and_sha256
 
 CARD_NAME = "README.md"
 PASSPORT_VERSION = 1
+_MAIN = "main"
 
 
 def push(params: HubPushParams) -> str:
@@ -28,9 +29,10 @@ def push(params: HubPushParams) -> str:
         FileNotFoundError: the source does not exist.
         ValueError: the source is incomplete or holds a secret, or the hub refuses it.
     """
-    with tempfile.TemporaryDirectory(prefix="vla_foundry_push_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vla_foundry_push_") as scratch, name_errors(scratch):
         content = collect(params.source, Path(scratch), max_shard_gb=params.max_shard_gb)
-        files = dict(content.files)
+        # a passport that came with a pulled dataset is made anew
+        files = {name: path for name, path in content.files.items() if name != PASSPORT_NAME}
         if not (content.kind == "lerobot" and CARD_NAME in files):
             files[CARD_NAME] = Path(scratch, CARD_NAME)
             files[CARD_NAME].write_text(write_card(content, params), encoding="utf-8")
@@ -75,7 +77,13 @@ def _commit(content: Content, files: dict[str, Path], params: HubPushParams) -> 
 
     api, kind = HfApi(), content.repository_type
     with named_errors(f"hf://{_prefix(content)}{params.repo}"):
-        api.create_repo(params.repo, repo_type=kind, private=params.private, exist_ok=True)
+        if params.revision == _MAIN:
+            api.create_repo(params.repo, repo_type=kind, private=params.private, exist_ok=True)
+        elif not _has_revision(params, kind):
+            raise ValueError(
+                f"{params.repo} has no revision '{params.revision}', so nothing was published. Push without "
+                "--revision, or make the branch first (hf repos branch create)."
+            )
         gone = _list_published(params, kind) - set(files)
         operations = [
             *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
@@ -94,6 +102,17 @@ def _commit(content: Content, files: dict[str, Path], params: HubPushParams) -> 
                 f"{params.repo} was not changed: {' '.join(str(cause).split())}. Run the command again to go on."
             ) from error
     return str(done.oid)
+
+
+def _has_revision(params: HubPushParams, kind: str) -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().repo_info(params.repo, repo_type=kind, revision=params.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return False
+    return True
 
 
 def _list_published(params: HubPushParams, kind: str) -> set[str]:

@@ -46,6 +46,8 @@ class Question:
     images: tuple[bytes, ...]
     # <image> marks where images go; without it they come first
     prompt: str
+    # of the images, for errors
+    name: str = "an image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,10 @@ def encode_question(captioner: Captioner, question: Question) -> dict[str, Any]:
     from vla_foundry.data.pipelines.augment import CENTRE, prepare_images
     from vla_foundry.images.processor import TOKEN_KEYS
 
-    images, _ = prepare_images(question.images, captioner.data.augmentation, CENTRE)
+    try:
+        images, _ = prepare_images(question.images, captioner.data.augmentation, CENTRE)
+    except ValueError as error:
+        raise ValueError(f"{question.name}: {error}") from error
     content = place_images(question.prompt, len(images))
     if isinstance(captioner.data, ImageCaptionDataParams):
         return captioner.processor.encode(images, [Turn("user", content)])
@@ -227,7 +232,7 @@ def main(argv: list[str]) -> None:
     names = [", ".join(params.image)] if params.together else params.image
     answers = answer(
         captioner,
-        [Question(group, prompt) for group in groups],
+        [Question(group, prompt, name) for group, name in zip(groups, names, strict=True)],
         max_new_tokens=params.max_new_tokens,
         temperature=params.temperature,
         top_k=params.top_k,

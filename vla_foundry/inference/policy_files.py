@@ -219,10 +219,10 @@ def _create_camera(name: str, spec: DatasetSpec, options: dict[str, Any]) -> Cam
 
 def _read_image_options(run_folder: str, dataset: int | str | None) -> dict[str, Any]:
     location = join_uri(run_folder, PREPROCESSING_CONFIG_NAME)
-    if not exists(location):
-        return _IMAGE_OPTIONS
-    config = read_yaml(location)
+    config = (read_yaml(location) if exists(location) else None) or {}
     if 0 not in config:
+        if str(dataset or 0) != "0":
+            raise ValueError(f"dataset ({dataset}) names one of several, but the run has one. Leave it out.")
         return _choose_options(config)
     if dataset is not None:
         number = int(dataset) if str(dataset).isdigit() else -1
@@ -240,6 +240,5 @@ def _read_image_options(run_folder: str, dataset: int | str | None) -> dict[str,
     return first
 
 
-def _choose_options(config: dict[str, Any] | None) -> dict[str, Any]:
-    given = config or {}
+def _choose_options(given: dict[str, Any]) -> dict[str, Any]:
     return {key: default if given.get(key) is None else given[key] for key, default in _IMAGE_OPTIONS.items()}

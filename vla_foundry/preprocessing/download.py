@@ -8,6 +8,7 @@ where the next attempt goes on if the source has not changed. `<output>/.downloa
 import hashlib
 import io
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ from vla_foundry.storage.uri import (
     describe,
     exists,
     folder_of_names,
+    is_remote,
     join_uri,
     list_visible,
     name_of,
@@ -134,6 +136,10 @@ def _list_source(source: str, folder: str) -> Iterator[Remote]:
     elif is_web:
         yield Remote(source, inside + _file_name(source))
     else:
+        links = [] if is_remote(source) else Path(source).rglob("*")
+        broken = next((path for path in links if path.is_symlink() and not os.path.exists(path)), None)
+        if broken is not None:
+            raise FileNotFoundError(f"{broken} is a link to nothing. Repair it, or take it away.")
         base = folder_of_names(source)
         for uri, listed in list_visible(source).items():
             etag = str(listed.version).strip('"')
@@ -221,7 +227,8 @@ class Downloader:
                 raise ValueError(f"{file.uri} arrived damaged: its {algorithm} is {found}, not {wanted}. Run again.")
         part.replace(target)
         line = json.dumps({"path": file.path, "size": file.size, "version": file.version})
-        with self._lock, open(self._output / RECORD_NAME, "a", encoding="utf-8") as record:
+        path = self._output / RECORD_NAME
+        with self._lock, name_errors(path), path.open("a", encoding="utf-8") as record:
             record.write(line + "\n")
 
     def _fetch(self, file: Remote, part: Path) -> None:

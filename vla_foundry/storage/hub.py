@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from vla_foundry.storage.local import IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
+from vla_foundry.storage.local import FULL, IncompleteDownload, Listed, compile_pattern, is_pattern, replace_file
 
 _READ_SIZE = 4 << 20
 
@@ -43,6 +43,8 @@ def named_errors(uri: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, NotImplementedError) as error:
         raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
     except (OSError, *_client_errors()) as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+            raise  # of this machine's disk
         raise ValueError(f"{uri} cannot be reached: {' '.join(str(error).split())}") from None
 
 

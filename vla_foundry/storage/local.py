@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 # suffix of unfinished files; they may be deleted when no writer is alive
 TEMPORARY_SUFFIX = ".tmp"
 # only writing can fail with these
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Listed(NamedTuple):
@@ -105,7 +105,7 @@ def replace_file(path: str) -> Iterator[str]:
     # the name of the file may be as long as the file system allows
     temporary = os.path.join(folder, f".{os.path.basename(path)[:40]}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
     try:
-        with name_errors(path, _FULL):
+        with name_errors(path, FULL):
             yield temporary
         with name_errors(path):
             with open(temporary, "rb+") as file:
@@ -126,7 +126,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with name_errors(folder, _FULL):
+    with name_errors(folder, FULL):
         yield aside
     if not folder.exists() and any(aside.iterdir()):
         aside.rename(folder)

@@ -97,17 +97,11 @@ def describe_faults(folder: Path) -> list[str]:
 
 
 def find_run_folder(params: TrainExperimentParams) -> Path:
-    """Collective: call on every rank. Return the run's folder; an unset name is built from time and params.
-
-    Raises:
-        ValueError: the name is not a valid folder name.
-    """
+    """Collective: call on every rank. Return the run's folder; an unset name is built from time and params."""
     name = params.name or broadcast_object(
         f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-model_{params.model.type}-lr_{params.hparams.lr:g}"
         f"-bsz_{params.hparams.global_batch_size}"
     )
-    if "/" in name or name in (".", ".."):
-        raise ValueError(f"name ('{name}') must be the name of a folder, without '/'. The folder above is --save_path.")
     return Path(params.save_path) / name
 
 

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -136,36 +138,44 @@ def test_the_local_mode_runs_the_entry_script(aws: Aws, tmp_path: Path) -> None:
     assert find_markers(tmp_path, aws.objects()) == []
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--hparams.lr", "-1"), r"hparams\.lr"),
-        (
-            ("--hparams.global_batch_size", "17", "--sagemaker.instance_count", "2"),
-            r"\(17\) must be a multiple of num_ranks \(2\)",
-        ),
-        (("--data.dataset_manifest", "near/manifest.jsonl"), "is on this machine only. Copy it to s3://"),
-        (("--data.dataset_manifest", "s3://nowhere/manifest.jsonl"), "nowhere"),
-        (("--sagemaker.instance_type", "p4dx", "--sagemaker.gpus_per_instance", "null"), "is not one of p4d, p4de"),
-        (("--sagemaker.role", "me"), r"sagemaker\.role 'me' must be an ARN"),
-        (("--sagemaker.secrets_file", "none.env"), "No such file or directory: 'none.env'"),
-        (("--sagemaker.include", "near"), "near/token.txt holds the value of the secret HF_TOKEN"),
-        (("--sagemaker.include", "../x"), r"\.\./x"),
-        (("--wandb_entity", SECRETS["HF_TOKEN"]), "The config holds the value of the secret HF_TOKEN"),
-        (("--remote_sync", "copies"), "remote_sync is not an s3:// folder"),
-        (("--resume", "null", "--sagemaker.user", "..."), "needs a letter"),
-    ],
-)
-def test_what_is_wrong_is_one_line_before_anything_is_sent(
-    main: Callable[[list[str]], None], aws: Aws, words: tuple[str, ...], message: str
-) -> None:
+FAULTS: list[tuple[tuple[str, ...], str]] = [
+    (("--hparams.lr", "-1"), r"hparams\.lr"),
+    (
+        ("--hparams.global_batch_size", "17", "--sagemaker.instance_count", "2"),
+        r"\(17\) must be a multiple of num_ranks \(2\)",
+    ),
+    (("--data.dataset_manifest", "near/manifest.jsonl"), "is on this machine only. Copy it to s3://"),
+    (("--data.dataset_manifest", "s3://nowhere/manifest.jsonl"), "nowhere"),
+    (("--sagemaker.instance_type", "p4dx", "--sagemaker.gpus_per_instance", "null"), "is not one of p4d, p4de"),
+    (("--sagemaker.role", "me"), r"sagemaker\.role 'me' must be an ARN"),
+    (("--sagemaker.secrets_file", "none.env"), "none.env is not a file"),
+    (("--sagemaker.include", "near"), "near/token.txt holds the value of the secret HF_TOKEN"),
+    (("--sagemaker.include", "."), r"brings secrets\.env\. Files of secrets stay here"),
+    (("--sagemaker.secrets_file", "quoted.txt"), r"quoted\.txt:1 is not KEY=VALUE\. Write .* without quotes"),
+    (("--sagemaker.include", "../x"), r"\.\./x"),
+    (("--wandb_entity", SECRETS["HF_TOKEN"]), "The config holds the value of the secret HF_TOKEN"),
+    (("--remote_sync", "copies"), "remote_sync is not an s3:// folder"),
+    (("--resume", "null", "--sagemaker.user", "..."), "needs a letter"),
+]
+
+
+def test_what_is_wrong_is_one_line_before_anything_is_sent(main: Callable[[list[str]], None], aws: Aws) -> None:
     (aws.folder / "near").mkdir()
     (aws.folder / "near/manifest.jsonl").write_text('{"shard": "a", "num_sequences": 10000}\n', encoding="utf-8")
     (aws.folder / "near/token.txt").write_text(SECRETS["HF_TOKEN"], encoding="utf-8")
-    with pytest.raises((ValueError, OSError), match=message) as caught:
-        main(aws.words(*words))
-    assert not any(marker in str(caught.value) for marker in MARKERS)
+    (aws.folder / "quoted.txt").write_text('A="b"\n', encoding="utf-8")
+    for words, message in FAULTS:
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            main(aws.words(*words))
+        assert not any(marker in str(caught.value) for marker in MARKERS)
     assert aws.names() == []
+
+
+def test_another_environment_is_one_line() -> None:
+    words = [sys.executable, "-S", str(ROOT / "sagemaker/launch_training.py")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: There is no module boto3 here. Run it from the checkout: uv run --group")
 
 
 def test_an_image_is_named_by_the_content_of_its_files(image: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:

@@ -131,6 +131,8 @@ def test_tasks_have_the_accuracy_that_is_known(letters: Path, capsys: pytest.Cap
     [
         (["--tasks", "letters_choice", "--include_path", "nowhere"], "include_path nowhere is not a folder"),
         (["--tasks", "letters_choise"], "tasks 'letters_choise' is unknown. Did you mean 'letters_choice'?"),
+        (["--tasks", "letters_choice", "--name", "../x"], "name must be the name of a folder or file, without '/'"),
+        (["--tasks", "letters_choice", "--output", "."], "output . is a folder. Name another file."),
         (["--tasks", "paper"], "the data of tasks hellaswag, mmlu, arc_easy, arc_challenge, piqa, winogrande"),
     ],
 )

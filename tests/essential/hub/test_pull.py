@@ -44,12 +44,14 @@ def test_a_killed_pull_goes_on_and_leaves_no_folder(published: Hub, tmp_path: Pa
     command = [sys.executable, "-c", f"from vla_foundry.cli import main; main(['hub', *{words!r}])"]
     started = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any((tmp_path / ".pulling_copy").glob("config*.yaml")):
+    # what is complete has notes
+    notes = tmp_path / ".pulling_copy/.cache/huggingface/download"
+    while time.monotonic() < deadline and not any(notes.glob("config*.metadata")):
         time.sleep(0.02)
     started.kill()
     started.wait()
     assert not (tmp_path / "copy").exists()
-    done = {path.name for path in (tmp_path / ".pulling_copy").glob("*.*") if path.is_file()}
+    done = {path.stem for path in notes.glob("*.metadata") if path.stat().st_size}
     published.requests, published.download_s = [], 0.0
     fetch(tmp_path / "copy")
     again = {
@@ -119,4 +121,4 @@ def test_what_cannot_be_pulled_is_said_in_one_line(published: Hub, tmp_path: Pat
             HubPullParams(source=source)
     with pytest.raises(ValueError, match="push"):
         main(["psh"])
-    assert not (tmp_path / "copy").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"huggingface"}

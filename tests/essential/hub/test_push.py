@@ -27,7 +27,7 @@ PROMPT = ("--prompt", "the cat", "--max_new_tokens", "6", "--temperature", "0", 
 
 
 def send(source: Path, **options: Any) -> str:
-    return push(HubPushParams(source=str(source), repo="org/tiny", **options))
+    return push(HubPushParams(source=str(source), **{"repo": "org/tiny"} | options))
 
 
 def test_a_pushed_run_generates_the_same_text_from_the_hub_and_from_a_copy(
@@ -86,7 +86,8 @@ def test_no_secret_and_no_local_path_is_in_any_file(
         ("tokenizer/notes.txt", "hf_" + "a1B2" * 8, "what looks like a Hugging Face token"),
         ("processor/chat_template.jinja", "AKIA" + "ABCD" * 4, "what looks like an AWS key"),
         ("evaluation/x.jsonl", "s3://me:word@store", "what looks like a password in a URL"),
-        ("evaluation/x.md", "see /home/somebody/notes", "a local path"),
+        ("evaluation/x.log", "see /home/somebody/notes", "a local path"),
+        ("evaluation/secrets.env", "KEY=x", "secrets, by its name"),
     ],
 )
 def test_a_secret_stops_a_push_before_anything_is_sent(
@@ -190,6 +191,11 @@ def test_a_lerobot_dataset_goes_as_it_is(hub: Hub, tmp_path: Path) -> None:
         ".gitattributes", "README.md", "passport.json", "meta/info.json", "data/chunk-000/file-000.parquet",
     }  # fmt: skip
     assert "- robot_type: arm" in files["README.md"].decode()
+    # what was pulled is published anew, and arrives again
+    for number in range(2):
+        main(["pull", "datasets/org/set", "--output", str(tmp_path / f"copy{number}")])
+        send(tmp_path / f"copy{number}", repo="org/set")
+    assert (tmp_path / "copy1/meta/info.json").read_bytes() == (folder / "meta/info.json").read_bytes()
 
 
 def test_what_cannot_be_published_is_said_in_one_line(
@@ -199,6 +205,11 @@ def test_what_cannot_be_published_is_said_in_one_line(
         send(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         send(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"is a file\. Give the folder of a run"):
+        send(trained / "config.yaml")
+    with pytest.raises(ValueError, match="org/tiny has no revision 'nope', so nothing was published"):
+        send(trained, revision="nope")
+    assert hub.repositories == {}
     (tmp_path / "manifest.jsonl").write_text('{"shard": "a", "num_sequences": 1}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"lists a\.tar, which is missing"):
         send(tmp_path)

@@ -272,43 +272,27 @@ def test_an_s3_prefix_is_downloaded_and_checked(s3_bucket: str, tmp_path: Path) 
     assert digests["a.bin"] == ("md5", hashlib.md5(b"a" * 1000).hexdigest())
 
 
-HUB = """
-import sys
-from vla_foundry.cli import main
-main(["data", "download", *sys.argv[1:]])
-"""
-
-
-def test_a_repository_is_downloaded_at_one_commit(tmp_path: Path) -> None:
-    hub = hub_server.Hub()
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_repository_is_downloaded_at_one_commit(
+    hub: hub_server.Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = {"README.md": hub_server.Entry(b"hello\n", None), "data/large.bin": hub_server.Entry(LARGE, None)}
     files["data/large.bin"] = hub_server.Entry(LARGE, hashlib.sha256(LARGE).hexdigest())
     hub.repositories["dataset", "owner/set"] = [("1" * 40, files), ("2" * 40, {"README.md": files["README.md"]})]
-    server = hub_server.serve(hub)
-    # huggingface_hub reads its address when it is imported
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", HUB, *words]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
     old = "hf://datasets/owner/set@" + "1" * 40
-    done = run(old, "hf://datasets/owner/set/README.md", "--output", str(tmp_path / "out"))
-    assert done.returncode == 2, done.stderr
-    assert "would both become README.md" in done.stderr
-    done = run(old, "--output", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        download(old, "hf://datasets/owner/set/README.md", "--output", str(tmp_path / "out"))
+    assert "would both become README.md" in capsys.readouterr().err
+    download(old, "--output", str(tmp_path / "out"))
     assert read(tmp_path / "out") == {"README.md": b"hello\n", "data/large.bin": LARGE}
-    assert f"is hf://datasets/owner/set@{'1' * 40}" in done.stdout
-    done = run("hf://datasets/owner/set", "--output", str(tmp_path / "new"))
-    assert read(tmp_path / "new") == {"README.md": b"hello\n"}, done.stderr
+    assert f"is hf://datasets/owner/set@{'1' * 40}" in capsys.readouterr().out
+    download("hf://datasets/owner/set", "--output", str(tmp_path / "new"))
+    assert read(tmp_path / "new") == {"README.md": b"hello\n"}
     hub.replaced["README.md"] = b"hallo\n"
-    done = run("hf://datasets/owner/set", "--output", str(tmp_path / "damaged"))
-    assert done.returncode == 2
-    assert "arrived damaged: its git is" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        download("hf://datasets/owner/set", "--output", str(tmp_path / "damaged"))
+    assert "arrived damaged: its git is" in capsys.readouterr().err
     assert read(tmp_path / "damaged") == {}
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -337,6 +321,14 @@ def test_names_that_lead_elsewhere_are_refused(
         download("--url_list", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "out"))
     assert "is not a path below the output" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/x").symlink_to("gone")
+    with pytest.raises(SystemExit, match="2"):
+        download(str(tmp_path / "set"), "--output", str(tmp_path / "out"))
+    assert f"{tmp_path / 'set/x'} is a link to nothing" in capsys.readouterr().err
 
 
 def test_two_downloads_do_not_write_to_one_folder(server: Server, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Errors of the Hugging Face hub, and of the client that speaks to it, become one line."""
 
+import errno
+
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -22,3 +24,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line() -> None:
     )
     with pytest.raises(ValueError, match=message), loading_published("Tokenizer 'a/b'"):
         raise error
+
+
+def test_a_full_disk_is_not_a_fault_of_the_hub() -> None:
+    with pytest.raises(OSError, match="No space left"), named_errors("hf://a/b/c"):
+        raise OSError(errno.ENOSPC, "No space left on device")

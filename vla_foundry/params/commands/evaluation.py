@@ -24,6 +24,12 @@ from vla_foundry.params.commands.runs import InferenceParams
 FIRST_DEMO_SEED = 1_000_000
 
 
+def _check_name(name: str | None) -> None:
+    """Refuse a name of results that would leave their folder, or be hidden in it."""
+    if name is not None and not re.fullmatch(r"[^/\\.][^/\\]{0,99}", name):
+        raise ValueError(f"name must be the name of a folder or file, without '/' and a dot before it, got '{name}'.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LBMParams(BaseParams):
     """How to run the LBM simulator."""
@@ -159,8 +165,7 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     def _check_names(self) -> None:
         if not self.output or "://" in self.output:
             raise ValueError(f"output must be a local folder, got '{self.output}'.")
-        if self.name is not None and not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", self.name):
-            raise ValueError(f"name must be the name of a folder, got '{self.name}'.")
+        _check_name(self.name)
         for task in self.instructions:
             if self.tasks and task not in self.tasks:
                 raise ValueError(f"instructions has '{task}', which is none of tasks: {', '.join(self.tasks)}.")
@@ -224,6 +229,10 @@ class HarnessParams(InferenceParams):
     # the robot's dataset: its name in a mixture, or its index where their image options differ
     dataset: Name | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_name(self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActionErrorParams(InferenceParams):
@@ -276,6 +285,7 @@ class CaptionScoreParams(InferenceParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_name(self.name)
         if self.checkpoint is None and self.results is None:
             raise ValueError("Give --results FILE, or --checkpoint RUN and --images FOLDER.")
         if self.checkpoint is not None and self.images is None:
@@ -309,6 +319,7 @@ class TextBenchmarkParams(InferenceParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_name(self.name)
         if not self.tasks or not all(self.tasks):
             raise ValueError("tasks is empty. Name some: --tasks hellaswag,piqa, or --tasks paper.")
 

@@ -236,7 +236,7 @@ class DownloadParams(BaseParams):
     # only files whose path below the source matches one of these, such as '*.tar'
     pattern: list[str] = field(default_factory=list)
     # files at a time
-    num_workers: Size = 8
+    num_workers: NumThreads = 8
     # check hashes where they are known; sizes are always checked
     verify: bool = True
     # download again what is complete
