@@ -1,5 +1,6 @@
 """`vla-foundry data action-tokenizer --config_path FILE`: train a FAST tokenizer on the actions of a config."""
 
+import os
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -12,10 +13,9 @@ from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.params.commands.runs import ActionTokenizerParams
-from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.models.action_heads import DiscreteBinsParams, FastTokensParams
-from vla_foundry.params.models.policy import RobotPolicyParams, describe_normalization
+from vla_foundry.params.models.policy import RobotPolicyParams, check_chunk_lengths, describe_normalization
 from vla_foundry.robotics.action_tokens import FastTokenizer
 from vla_foundry.storage.uri import write_text
 from vla_foundry.world import World
@@ -32,8 +32,11 @@ def main(argv: list[str]) -> None:
     Raises:
         ValueError: an error that the user can fix.
         FileNotFoundError: a file that the config names does not exist.
+        IsADirectoryError: the output is a folder.
     """
     params = parse_command(ActionTokenizerParams, argv, prog="vla-foundry data action-tokenizer")
+    if os.path.isdir(params.output):
+        raise IsADirectoryError(f"output {params.output} is a folder. Name a file.")
     chunks, main = read_chunks(params)
     tokenizer = FastTokenizer.train(
         chunks,
@@ -72,11 +75,11 @@ def read_chunks(params: ActionTokenizerParams) -> tuple[Float[np.ndarray, "N T A
     given = _without_tokenizer(params)
     resolved = resolve(given, read_facts(given, 1))
     data = resolved.data
-    robots = data.robots() if isinstance(data, MixtureDataParams) else {"data": data}
+    robots = check_chunk_lengths(data)
+    if not robots:
+        raise ValueError(f"data.type '{data.type}' has no actions. Use a config with data.type robotics.")
     chunks: list[np.ndarray] = []
     for robot in robots.values():
-        if not isinstance(robot, RoboticsDataParams):
-            raise ValueError(f"data.type '{robot.type}' has no actions. Use a config with data.type robotics.")
         # actions alone: no images, no text
         order = [name for name in robot.stage_order or robot.default_stages() if name != "choose_instruction"]
         part = replace(

@@ -45,6 +45,8 @@ def test_the_command_reads_chunks_as_training_gets_them(arm: Any, tokenizer: str
     assert 0.3 < chunks.std(axis=(0, 1)).mean() < 2.0
     line = action_tokenizer.describe_tokenizer(read_fast_tokenizer(tokenizer), chunks)
     assert "a chunk of 6 x 10 = 60 values takes" in line
+    with pytest.raises(IsADirectoryError, match=r"^output .* is a folder\. Name a file\.$"):
+        action_tokenizer.main(["--config_path", f"{arm.run}/config.yaml", "--output", str(Path(tokenizer).parent)])
 
 
 def test_the_command_writes_to_object_storage(arm: Any, s3_bucket: str) -> None:
@@ -93,6 +95,13 @@ def test_a_tokenizer_for_other_chunks_is_refused(arm: Any, tokenizer: str, tmp_p
         (
             ["--model.action_head", "{type: discrete_bins, limits: [-5, 5], num_steps: 3}"],
             r"num_steps \(3\) must be data\.lowdim_future_timesteps \+ 1 \(6\)",
+        ),
+        (
+            [
+                *("--model.action_head", "{type: discrete_bins, limits: [-5, 5]}", "--data.seq_len", "60"),
+                *("--model.vision_language_backbone.vlm.transformer.max_seq_len", "60"),
+            ],
+            r"6 steps of 10 values as 60 tokens, but .*max_seq_len has room for 59 with images and text\. Lower data",
         ),
         (["--model.insulate_backbone", "true"], r"insulate_backbone is true, so nothing trains the backbone"),
         (

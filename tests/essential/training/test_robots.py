@@ -20,6 +20,7 @@ from vla_foundry.inference import Policy
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.commands.evaluation import ActionErrorParams
+from vla_foundry.params.models.policy import check_chunk_lengths
 from vla_foundry.training.experiment import train
 from vla_foundry.world import World
 
@@ -93,6 +94,8 @@ def test_two_robots_in_one_run_are_evaluated_apart(resolve_robots: Callable[...,
         "arm": (10, 10),
         "hand": (1, 10),
     }
+    with pytest.raises(ValueError, match=r"lowdim_future_timesteps differ \(arm 3, hand 5\)\. Make them equal\.$"):
+        check_chunk_lengths(data)
     train(params, World())
     run = str(Path(params.save_path) / "robots")
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

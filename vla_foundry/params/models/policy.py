@@ -97,39 +97,59 @@ class RobotPolicyParams(ModelParams):
                 f"{path}.type {part.type} needs a backbone with a language model, not {backbone.type}. Use "
                 "vlm_foundry_backbone or vlm_backbone."
             )
+        robots = check_chunk_lengths(root.data)
         window, width = root.data.robot_window(), root.data.robot_widths().get("action_dim")
-        chunk = facts.action_tokenizers.get(part.tokenizer) if isinstance(part, FastTokensParams) else None
-        steps = part.num_steps if isinstance(part, DiscreteBinsParams) else None
-        if window is not None and steps not in (None, window.future + 1):
-            raise ValueError(
-                f"{path}.num_steps ({steps}) must be data.lowdim_future_timesteps + 1 ({window.future + 1}). Leave it "
-                "out."
-            )
-        if chunk is not None and window is not None and width is not None:
-            found, needed = (chunk.num_steps, chunk.action_dim), (window.future + 1, width)
-            fields = tuple(getattr(root.data.main(), "action_fields", chunk.fields))
-            if found != needed or (chunk.fields and fields != chunk.fields):
-                what = f"{found[0]} steps of {found[1]} values ({', '.join(chunk.fields)})"
-                raise ValueError(
-                    f"{path}.tokenizer is for {what}, and the data has {needed[0]} of {needed[1]} "
-                    f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
-                )
-        normalization = getattr(root.data.main(), "normalization", None)
-        if chunk is not None and chunk.normalization and normalization is not None:
+        if isinstance(part, FastTokensParams):
+            self._check_tokenizer(part, root, facts, path)
+        if isinstance(part, DiscreteBinsParams) and window is not None and width is not None:
+            self._check_bins(part, window, width, facts, path)
+        for name, robot in robots.items():
+            normalization, key = robot.normalization, "data" if name == "data" else f"data.datasets.{name}"
+            if isinstance(part, DiscreteBinsParams) and normalization.method == "std" and normalization.enabled:
+                low, high = part.limits
+                if min(-low, high) < _LEAST_BIN_LIMIT:
+                    raise ValueError(
+                        f"{path}.limits ({list(part.limits)}) cut off many actions normalized by their standard "
+                        f"deviation. Use --{key}.normalization.method percentile_1_99 --{key}.normalization."
+                        f"centered_norm true, or --{path}.limits '[-5, 5]'."
+                    )
+            chunk = facts.action_tokenizers.get(part.tokenizer) if isinstance(part, FastTokensParams) else None
             own = describe_normalization(normalization)
-            if own != chunk.normalization:
+            if chunk is not None and chunk.normalization not in ("", own):
                 raise ValueError(
-                    f"{path}.tokenizer is for actions normalized by {chunk.normalization}, and data.normalization is "
-                    f"{own}. Change data.normalization, or make one for it with `vla-foundry data action-tokenizer`."
+                    f"{path}.tokenizer is for actions normalized by {chunk.normalization}, and {key}.normalization is "
+                    f"{own}. Change {key}.normalization, or make one for it with `vla-foundry data action-tokenizer`."
                 )
-        if isinstance(part, DiscreteBinsParams) and normalization is not None:
-            low, high = part.limits
-            if normalization.method == "std" and normalization.enabled and min(-low, high) < _LEAST_BIN_LIMIT:
-                raise ValueError(
-                    f"{path}.limits ({list(part.limits)}) cut off many actions normalized by their standard deviation. "
-                    "Use --data.normalization.method percentile_1_99 --data.normalization.centered_norm true, or "
-                    f"--{path}.limits '[-5, 5]'."
-                )
+
+    def _check_tokenizer(self, part: FastTokensParams, root: Any, facts: Facts, path: str) -> None:
+        """Check that a FAST tokenizer is for chunks of the data's size and fields."""
+        chunk, window = facts.action_tokenizers.get(part.tokenizer), root.data.robot_window()
+        width = root.data.robot_widths().get("action_dim")
+        if chunk is None or window is None or width is None:
+            return
+        found, needed = (chunk.num_steps, chunk.action_dim), (window.future + 1, width)
+        fields = tuple(getattr(root.data.main(), "action_fields", chunk.fields))
+        if found != needed or (chunk.fields and fields != chunk.fields):
+            what = f"{found[0]} steps of {found[1]} values ({', '.join(chunk.fields)})"
+            raise ValueError(
+                f"{path}.tokenizer is for {what}, and the data has {needed[0]} of {needed[1]} "
+                f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
+            )
+
+    def _check_bins(self, part: DiscreteBinsParams, window: Any, width: int, facts: Facts, path: str) -> None:
+        """Check that bins are for the data's steps, and that a chunk of them fits a row of the language model."""
+        steps = window.future + 1
+        if part.num_steps not in (None, steps):
+            raise ValueError(
+                f"{path}.num_steps ({part.num_steps}) must be data.lowdim_future_timesteps + 1 ({steps}). Leave it out."
+            )
+        limits, tokens = self.token_limits(facts), steps * width
+        if limits.max_seq_len is not None and tokens >= limits.max_seq_len:
+            raise ValueError(
+                f"{path}.type {part.type} writes {steps} steps of {width} values as {tokens} tokens, but "
+                f"{limits.source}max_seq_len has room for {limits.max_seq_len} with images and text. Lower "
+                "data.lowdim_future_timesteps, or use fast_tokens."
+            )
 
     def _check_layers(self, head: TransformerHeadParams, path: str) -> None:
         """Check that the backbone shows the head its layers at all tokens."""
@@ -180,6 +200,23 @@ class RegressionPolicyParams(RobotPolicyParams):
 
     # predicts actions from the backbone's output
     action_head: RegressionParams
+
+
+def check_chunk_lengths(data: Any) -> dict[str, Any]:
+    """Return the params of the robots by name, which all predict equally many steps, as action tokens need it.
+
+    Raises:
+        ValueError: they predict different numbers of steps.
+    """
+    robots = {name: robot for name, robot in data.parts().items() if robot.robot_window() is not None}
+    futures = {name: robot.robot_window().future for name, robot in robots.items()}
+    if len(set(futures.values())) > 1:
+        steps = ", ".join(f"{name} {future}" for name, future in futures.items())
+        raise ValueError(
+            "Action tokens are for chunks of one length, but data.datasets.NAME.lowdim_future_timesteps differ "
+            f"({steps}). Make them equal."
+        )
+    return robots
 
 
 def describe_normalization(params: Any) -> str:
