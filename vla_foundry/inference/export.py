@@ -176,7 +176,9 @@ class _GraphHead(ActionHead):
         free, held = window.free_mask(), window.held_actions()
         noise = draw_normals(key.samples, window.actions.shape[1:], seed=key.seed, purpose=f"{key.stage} noise")
         return self.process.sample(
-            lambda noised, times: self.step({"noised": noised, "times": times, **context})[0],
+            lambda noised, time: self.step({"noised": noised, "times": noise.new_full((len(noise),), time), **context})[
+                0
+            ],
             noise,
             num_steps or self.process.params.num_inference_steps,
             lambda x: torch.where(free, x, held),

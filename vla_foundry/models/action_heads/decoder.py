@@ -148,18 +148,23 @@ class DecoderBlock(nn.Module):
         cache: KeyValues | None,
         visibility: Visibility,
         *,
+        modulation: Float[Tensor, "M D6"] | None = None,
         num_outputs: int | None = None,
         is_last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, KeyValues | None]:
-        """Return the tokens, the context, and the context's keys and values; `cache` replaces the context."""
+        """Return the tokens, the context, and the context's keys and values; `cache` replaces the context.
+
+        Without tokens, return the modulation of each time in their place; `modulation` replaces the time.
+        """
         if cache is None and context is not None:
             cache, context = self._read_context(context, visibility, is_last)
+        if self.modulation is not None and time is not None:
+            modulation = self.modulation(F.silu(time))
         if x is None:
-            return None, context, cache
+            return modulation, context, cache
         shifts: tuple[Tensor, ...] = ()
-        if self.modulation is not None:
-            assert time is not None
-            shifts = self.modulation(F.silu(time)).unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
+        if modulation is not None:
+            shifts = modulation.unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
         h = _modulate(self.attention_norm(x), shifts[:2])
         added = self._attend(h, None if self.reading == "cross" else cache, visibility, num_outputs)
         x = x if num_outputs is None else x[:, -num_outputs:]
@@ -230,6 +235,7 @@ class ActionDecoder(nn.Module):
         *,
         time: Float[Tensor, "N D"] | None = None,
         cache: list[KeyValues] | None = None,
+        modulations: Sequence[Float[Tensor, "M D6"]] | None = None,
         num_outputs: int | None = None,
     ) -> Float[Tensor, "N S D"]:
         """Return the tokens after the last block.
@@ -239,6 +245,7 @@ class ActionDecoder(nn.Module):
             context: B rows; None: joint.
             time: encoded time, for adaLN-Zero.
             cache: result of `cache_context`; the values of `context` are then not read.
+            modulations: result of `cache_context`, in place of `time`: one row, or one for each of the tokens.
             num_outputs: return only this many last tokens.
         """
         visibility = self._find_visibility(tokens, context)
@@ -249,20 +256,30 @@ class ActionDecoder(nn.Module):
             kept = None if cache is None else cache[i]
             outputs = num_outputs if is_last else None
             values = self._select_layer(context, values, i)
-            x, values, _ = block(x, time, values, kept, visibility, num_outputs=outputs, is_last=is_last)
+            shifts = None if modulations is None else modulations[i]
+            x, values, _ = block(
+                x, time, values, kept, visibility, modulation=shifts, num_outputs=outputs, is_last=is_last
+            )
         assert x is not None
         return x if self.norm is None else self.norm(x)
 
-    def cache_context(self, context: Tokens) -> list[KeyValues]:
-        """Return the context's keys and values in each block, for reuse across calls."""
+    def cache_context(
+        self, context: Tokens, time: Float[Tensor, "S D"] | None = None
+    ) -> tuple[list[KeyValues], list[Tensor] | None]:
+        """Return what each block needs of the context and of S encoded times, for reuse across calls.
+
+        Returns:
+            The context's keys and values, and the modulations of adaLN-Zero, (S, 6 D).
+        """
         visibility = self._find_visibility(None, context)
         values: Tensor = context.values
-        cache = []
+        cache, modulations = [], []
         for i, block in enumerate(self.layers):
             states = self._select_layer(context, values, i)
-            _, values, kept = block(None, None, states, None, visibility, is_last=i == len(self.layers) - 1)
+            shifts, values, kept = block(None, time, states, None, visibility, is_last=i == len(self.layers) - 1)
             cache.append(kept)
-        return cache
+            modulations.append(shifts)
+        return cache, None if time is None else modulations
 
     def _select_layer(self, context: Tokens | None, values: Tensor | None, i: int) -> Tensor | None:
         """Return what block i reads: the context so far, or the states of the backbone's layer at its height."""

@@ -140,6 +140,8 @@ class Context(NamedTuple):
     # what is separate from it: (B, K + P, D), or (B, K, C) of layers; and its cached keys and values, if any
     tokens: Tokens | None
     cache: list[KeyValues] | None
+    # adaLN-Zero's of each block at all sampling times (S, 6 D), if they are cached
+    modulations: list[Tensor] | None
     # (N, T), False at padding; None: no padding
     step_mask: Tensor | None
 
@@ -193,15 +195,23 @@ class FlowTransformer(TransformerHead):
         if self.transformer.reading in ("joint", "layers"):
             parts = [(repeat(x, num_draws), None if mask is None else repeat(mask, num_draws)) for x, mask in parts]
             layers = None if self.transformer.reading == "joint" else join_parts([conditioning[:2]])
-            return Context(parts, layers, None, step_mask)
-        return Context([], join_parts(parts), None, step_mask)
+            return Context(parts, layers, None, None, step_mask)
+        return Context([], join_parts(parts), None, None, step_mask)
 
-    def cache_context(self, conditioning: Conditioning, window: ActionWindow) -> Context:
-        """Embed conditioning and proprioception for all sampling steps, with their keys and values."""
+    def cache_context(
+        self, conditioning: Conditioning, window: ActionWindow, times: Float[Tensor, " S"] | None = None
+    ) -> Context:
+        """Embed conditioning and proprioception for all sampling steps, with their keys and values.
+
+        Args:
+            times: of the sampling steps; with adaLN-Zero, the weights that read them are then used once for all.
+        """
         context = self.embed_context(conditioning, window)
         if context.tokens is None:
             return context
-        return context._replace(cache=self.transformer.cache_context(context.tokens))
+        time = self.embed_time(times) if self.is_modulated and times is not None else None
+        cache, modulations = self.transformer.cache_context(context.tokens, time)
+        return context._replace(cache=cache, modulations=modulations)
 
     def embed_conditioning(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B K D"]:
         """Map conditioning to the head's width."""
@@ -220,23 +230,31 @@ class FlowTransformer(TransformerHead):
         (tokens, mask), *others = parts
         return [(tokens + time.unsqueeze(1), mask), *others]
 
-    def embed_actions(self, noised: Float[Tensor, "N T A"], time: Float[Tensor, "N E"]) -> Float[Tensor, "N T D"]:
+    def embed_actions(
+        self, noised: Float[Tensor, "N T A"], time: Float[Tensor, "N E"] | None
+    ) -> Float[Tensor, "N T D"]:
         """Embed noised actions; with cross-attention and `add`, add the time."""
         actions = self.add_steps(self.action_encode(noised.to(self.dtype)))
         if self.transformer.reading in ("cross", "layers") and self.params.time_conditioning == "add":
+            assert time is not None
             actions = actions + time.unsqueeze(1)
         return actions
 
     def predict(
-        self, noised: Float[Tensor, "N T A"], times: Float[Tensor, " N"], context: Context
+        self, noised: Float[Tensor, "N T A"], times: Float[Tensor, " N"], context: Context, *, place: int | None = None
     ) -> Float[Tensor, "N T A"]:
         """Return the prediction of the noise process's target: velocity or noise.
 
         Args:
             noised: noised actions, with known values inserted.
             times: 0 is data, 1 is noise.
+            place: of their common time among the context's modulations, if it has any.
         """
-        time = self.embed_time(times)
+        modulations = None
+        if context.modulations is not None and place is not None:
+            modulations = [each[place : place + 1] for each in context.modulations]
+        # the modulations are all that adaLN-Zero needs of it
+        time: Any = None if modulations else self.embed_time(times)
         actions = self.embed_actions(noised, time)
         front = None
         if self.transformer.reading == "joint":
@@ -255,6 +273,7 @@ class FlowTransformer(TransformerHead):
             context.tokens,
             time=time if self.is_modulated else None,
             cache=context.cache,
+            modulations=modulations,
             num_outputs=actions.shape[1],
         )
         return self.output_layer(hidden)
@@ -291,11 +310,16 @@ class FlowTransformer(TransformerHead):
         self, noise: Float[Tensor, "B T A"], conditioning: Conditioning, window: ActionWindow, num_steps: int | None
     ) -> Float[Tensor, "B T A"]:
         """Sample actions from the given noise."""
-        context = self.cache_context(conditioning, window)
+        count: int = num_steps or self.process.params.num_inference_steps
+        places = {time: place for place, time in enumerate(self.process.sampling_times(count))}
+        # filled on the device, not copied to it
+        times = torch.cat([noise.new_full((1,), time, dtype=torch.float32) for time in places])
+        context = self.cache_context(conditioning, window, times)
         free, held = window.free_mask(), window.held_actions()
 
-        def predict(x: Tensor, times: Tensor) -> Tensor:
-            return self.predict(x, times, context).float()
+        def predict(x: Tensor, time: float) -> Tensor:
+            place = places[time]
+            return self.predict(x, times[place : place + 1].expand(len(x)), context, place=place).float()
 
         guidance = window.guidance
         return self.process.sample(
@@ -303,7 +327,7 @@ class FlowTransformer(TransformerHead):
             if guidance is None
             else self.process.guide(predict, guidance.target, guidance.weights[..., None] * free),
             noise,
-            num_steps or self.process.params.num_inference_steps,
+            count,
             lambda x: torch.where(free, x, held),
         )
 

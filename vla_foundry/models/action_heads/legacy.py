@@ -40,8 +40,8 @@ class LegacyFlowMatching(FlowMatching):
         """Return the noised actions at these times."""
         return self._clamp(super().add_noise(actions, noise, times))
 
-    def _tell(self, time: float, x: Tensor) -> Tensor:
-        return super()._tell(max(0.0, time - self.time_shift), x)
+    def _tell(self, time: float) -> float:
+        return max(0.0, time - self.time_shift)
 
     def _step(self, x: Tensor, width: float, velocity: Tensor) -> Tensor:
         return self._clamp(super()._step(x, width, velocity))

@@ -20,8 +20,8 @@ from vla_foundry.registry import Registry
 # actions, noise and times of N rows
 Actions = Float[Tensor, "N T A"]
 Times = Float[Tensor, " N"]
-# (noised actions (B, T, A), time (B,)) -> what the head predicts, (B, T, A)
-Predict = Callable[[Tensor, Tensor], Tensor]
+# (noised actions (B, T, A), their time) -> what the head predicts, (B, T, A)
+Predict = Callable[[Tensor, float], Tensor]
 
 # resolution of Beta's inverse distribution function
 _NUM_QUANTILES = 2048
@@ -58,6 +58,10 @@ class NoiseProcess:
 
     def target(self, actions: Actions, noise: Actions) -> Actions:
         """Return the head's training target."""
+        raise NotImplementedError
+
+    def sampling_times(self, num_steps: int) -> list[float]:
+        """Return the times that `sample` tells the head, each once."""
         raise NotImplementedError
 
     def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
@@ -126,17 +130,22 @@ class FlowMatching(NoiseProcess):
         """Return the velocity."""
         return noise - actions
 
+    def sampling_times(self, num_steps: int) -> list[float]:
+        """Return the times of the solver's calls."""
+        last = 1 if self.params.solver == "heun" else 0
+        return list(dict.fromkeys(self._tell(1 - step / num_steps) for step in range(num_steps + last)))
+
     def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Integrate the velocity from noise to actions; any number of steps covers [0, 1] exactly."""
-        # compute times on the host: nothing is read back, and each step has constants of its own
+        # on the host: nothing is read back, and each step has constants of its own
         times = [1 - step / num_steps for step in range(num_steps + 1)]
         x = hold(noise)
         for time, next_time in pairwise(times):
             width = time - next_time
-            velocity = predict(x, self._tell(time, x))
+            velocity = predict(x, self._tell(time))
             if self.params.solver == "heun":
                 ahead = hold(self._step(x, width, velocity))
-                velocity = (velocity + predict(ahead, self._tell(next_time, x))) / 2
+                velocity = (velocity + predict(ahead, self._tell(next_time))) / 2
             x = hold(self._step(x, width, velocity))
         return x
 
@@ -146,21 +155,20 @@ class FlowMatching(NoiseProcess):
         v - min(beta, (t^2 + (1 - t)^2) / (t (1 - t))) (weights (target - a))^T da/dx
         """
 
-        def guided(x: Tensor, times: Tensor) -> Tensor:
-            t = times[:, None, None]
+        def guided(x: Tensor, t: float) -> Tensor:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                velocity = predict(x, times)
+                velocity = predict(x, t)
                 estimate = x - t * velocity
                 (pull,) = torch.autograd.grad(estimate, x, weights * (target - estimate.detach()))
-            strength = ((t.square() + (1 - t).square()) / (t * (1 - t))).clamp(max=_MAX_GUIDANCE)
+            strength = min(_MAX_GUIDANCE, (t**2 + (1 - t) ** 2) / (t * (1 - t))) if 0 < t < 1 else _MAX_GUIDANCE
             return velocity.detach() - strength * pull
 
         return guided
 
-    def _tell(self, time: float, x: Tensor) -> Tensor:
-        """Return the time passed to the head, one per row."""
-        return torch.full((x.shape[0],), time, device=x.device)
+    def _tell(self, time: float) -> float:
+        """Return the time passed to the head."""
+        return time
 
     def _step(self, x: Tensor, width: float, velocity: Tensor) -> Tensor:
         return x - width * velocity
@@ -210,6 +218,14 @@ class DenoisingDiffusion(NoiseProcess):
         """Return the noise."""
         return noise
 
+    def sampling_times(self, num_steps: int) -> list[float]:
+        """Return times spaced evenly from 1 to 0, without 0."""
+        return [place / self.params.num_timesteps for place in self._places(num_steps)[:-1]]
+
+    def _places(self, num_steps: int) -> list[int]:
+        num = self.params.num_timesteps
+        return [round(num * (1 - step / num_steps)) for step in range(num_steps + 1)]
+
     def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Sample actions with DDIM at times spaced evenly from 1 to 0."""
         num, limits = self.params.num_timesteps, self.params.clamp_range
@@ -218,11 +234,10 @@ class DenoisingDiffusion(NoiseProcess):
                 f"num_steps ({num_steps}) must be at most model.action_head.noise.num_timesteps ({num}), the steps "
                 "that the head was trained on."
             )
-        places = [round(num * (1 - step / num_steps)) for step in range(num_steps + 1)]
         x = hold(noise)
-        for place, next_place in pairwise(places):
+        for place, next_place in pairwise(self._places(num_steps)):
             alpha, next_alpha = self.alphas[place], self.alphas[next_place]
-            found = self._to_noise(x, predict(x, torch.full((x.shape[0],), place / num, device=x.device)), alpha)
+            found = self._to_noise(x, predict(x, place / num), alpha)
             actions = (x - math.sqrt(1 - alpha) * found) / math.sqrt(alpha)
             if limits is not None:
                 actions = actions.clamp(*limits)

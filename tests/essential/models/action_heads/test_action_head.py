@@ -147,8 +147,13 @@ def test_kept_keys_and_values_change_nothing(name: str, num_tokens: int) -> None
     predicted = head.predict(noised, times, context)
     assert (context.tokens is not None) == (name not in ("flow concat", "flow add table", "flow concat table"))
     if context.tokens is not None:
-        kept = context._replace(cache=head.transformer.cache_context(context.tokens))
+        kept = head.cache_context(conditioning, window, times)
         torch.testing.assert_close(head.predict(noised, times, kept), predicted, rtol=1e-9, atol=1e-9)
+        assert (kept.modulations is not None) == head.is_modulated
+        for place, time in enumerate(times):
+            found = head.predict(noised, time.expand(B), kept, place=place)
+            expected = head.predict(noised, time.expand(B), context)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", HEADS)

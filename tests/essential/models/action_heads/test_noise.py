@@ -113,12 +113,11 @@ def test_a_point_is_reached_exactly_in_any_number_of_steps(params: NoiseParams, 
     target = torch.tensor([[[0.3, -1.2], [2.0, 0.0]]], dtype=torch.float64)
     noise = torch.randn(1, 2, 2, dtype=torch.float64)
 
-    def predict(x: Tensor, times: Tensor) -> Tensor:
+    def predict(x: Tensor, time: float) -> Tensor:
         if isinstance(params, FlowParams):
             # at time 0, where x is the target, the limit along the path
-            time = float(times[0].double())
             return (x - target) / time if time > 0 else noise - target
-        alpha = process.alphas[round(times[0].item() * params.num_timesteps)]  # pyright: ignore
+        alpha = process.alphas[round(time * params.num_timesteps)]  # pyright: ignore
         return (x - math.sqrt(alpha) * target) / math.sqrt(1 - alpha)
 
     reached = process.sample(predict, noise, num_steps, hold_nothing)
@@ -151,8 +150,8 @@ def integrate(solver: str, start: np.ndarray, num_steps: int) -> np.ndarray:
 
 
 def sample_mixture(solver: str, start: np.ndarray, num_steps: int) -> np.ndarray:
-    def predict(x: Tensor, times: Tensor) -> Tensor:
-        velocity = mixture_velocity(x[:, 0].numpy(), float(times[0].double()))
+    def predict(x: Tensor, time: float) -> Tensor:
+        velocity = mixture_velocity(x[:, 0].numpy(), time)
         return torch.from_numpy(velocity)[:, None]
 
     noise = torch.from_numpy(start)[:, None]
@@ -186,7 +185,7 @@ def test_what_is_held_is_in_every_input_and_in_the_result() -> None:
     def hold(x: Tensor) -> Tensor:
         return torch.cat((torch.full_like(x[:, :1], 9.0), x[:, 1:]), dim=1)
 
-    def predict(x: Tensor, times: Tensor) -> Tensor:
+    def predict(x: Tensor, time: float) -> Tensor:
         seen.append(x)
         return x
 
@@ -214,7 +213,7 @@ def test_guidance_is_that_of_the_paper(time: float) -> None:
     r2 = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
     strength = min(5.0, (1 - tau) / (tau * r2)) if 0 < tau < 1 else 5.0
     expected = -(-(A @ x.flatten()) + strength * (jacobian.T @ error))
-    found = guided(x, torch.tensor([time], dtype=torch.float64))
+    found = guided(x, time)
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -224,7 +223,7 @@ def test_clamping_limits_noised_actions_but_not_the_first_noise() -> None:
     assert noised.max() == 1
     inputs: list[float] = []
 
-    def predict(x: Tensor, times: Tensor) -> Tensor:
+    def predict(x: Tensor, time: float) -> Tensor:
         inputs.append(x.max().item())
         return torch.zeros_like(x)
 
@@ -260,8 +259,8 @@ def test_legacy_diffusion_recovers_actions_from_either_prediction(target: Any) -
     process = create_noise(LegacyDDPMParams(target=target, num_timesteps=20, clamp_range=None))
     actions, noise = torch.randn(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)).double()
 
-    def predict(x: Tensor, times: Tensor) -> Tensor:
-        alpha = process.alphas[round(times[0].item() * 20)]
+    def predict(x: Tensor, time: float) -> Tensor:
+        alpha = process.alphas[round(time * 20)]
         found = (x - math.sqrt(alpha) * actions) / math.sqrt(1 - alpha)
         return process.target(actions, found)
 
