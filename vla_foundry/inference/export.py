@@ -4,6 +4,7 @@
     step(noised actions, times, context) -> the prediction of the noise process's target: velocity or noise
 
 The number of rows is free, all else is fixed. The solver stays outside: `load_exported` returns a policy that runs it.
+A regression head has no steps: its only graph, `prefix`, returns the actions.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from vla_foundry.models.backbones.vit import ViTBackbone
 from vla_foundry.models.backbones.vlm_foundry import VLMFoundryBackbone
 from vla_foundry.models.policy import RoboticsBatchHandler, RobotPolicy
 from vla_foundry.params.commands.runs import ExportParams
-from vla_foundry.params.models.action_heads import DenoisingHeadParams
+from vla_foundry.params.models.action_heads import DenoisingHeadParams, RegressionParams
 from vla_foundry.storage.uri import read_object
 
 DESCRIPTION_NAME = "export.json"
@@ -134,6 +135,20 @@ class _Prefix(nn.Module):
         return tuple(leaf for leaf in self.flatten(*values)[0] if leaf is not None)
 
 
+class _Actions(nn.Module):
+    """A policy whose head predicts actions in one pass."""
+
+    def __init__(self, model: RobotPolicy, names: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.names = model.vision_language_backbone, model.action_head, tuple(names)
+
+    def forward(self, *values: Tensor) -> tuple[Tensor]:
+        inputs = dict(zip(self.names, values, strict=True))
+        past, steps = inputs["past_mask"], inputs.get("step_mask")
+        window = ActionWindow(inputs["actions"], past, ~past, None, inputs.get("proprioception"), steps)
+        return (self.head.predict(_encode(self.backbone, inputs), window).float(),)
+
+
 class _Step(nn.Module):
     """One call of the action head; leaves of its context that are no tensors are constants."""
 
@@ -155,43 +170,48 @@ class _GraphBackbone(nn.Module):
 
 
 class _GraphHead(ActionHead):
-    """Samples with the two graphs, as FlowTransformer.sample_from does."""
+    """Samples with the graphs, as FlowTransformer.sample_from or RegressionHead.sample do."""
 
-    def __init__(self, prefix: Graph, step: Graph, description: dict[str, Any], files: PolicyFiles) -> None:
+    def __init__(self, graphs: dict[str, Graph], description: dict[str, Any], files: PolicyFiles) -> None:
         super().__init__()
         model: Any = files.params.model
-        self.prefix, self.step, self.description = prefix, step, description
-        self.process = create_noise(model.action_head.noise)
+        self.graphs, self.description = graphs, description
+        self.process = create_noise(model.action_head.noise) if "step" in graphs else None
         # says where the policy runs
         self.place = nn.Parameter(torch.empty(0))
 
     def read(self, observation: dict[str, Any], window: ActionWindow) -> Inputs:
         facts = self.description
         inputs = read_observation(observation, facts["num_images"], facts["max_tokens"])
-        return inputs | read_window(window, has_past="step_mask" in facts["prefix"]["inputs"])
+        return inputs | read_window(window, facts["prefix"]["inputs"])
 
     def sample(self, conditioning: Any, window: ActionWindow, key: DrawKey, num_steps: int | None) -> Tensor:
-        names = list(self.description["prefix"]["outputs"])
-        context = dict(zip(names, self.prefix(self.read(conditioning, window)), strict=True))
         free, held = window.free_mask(), window.held_actions()
+        outputs = self.graphs["prefix"](self.read(conditioning, window))
+        if self.process is None:
+            return torch.where(free, outputs[0], held)
+        context = dict(zip(self.description["prefix"]["outputs"], outputs, strict=True))
         noise = draw_normals(key.samples, window.actions.shape[1:], seed=key.seed, purpose=f"{key.stage} noise")
         return self.process.sample(
-            lambda noised, time: self.step({"noised": noised, "times": noise.new_full((len(noise),), time), **context})[
-                0
-            ],
+            lambda noised, time: self.graphs["step"](
+                {"noised": noised, "times": noise.new_full((len(noise),), time), **context}
+            )[0],
             noise,
             num_steps or self.process.params.num_inference_steps,
             lambda x: torch.where(free, x, held),
         )
 
 
-def read_window(window: ActionWindow, *, has_past: bool) -> Inputs:
-    """Return the graph's tensors for what the head's context reads of a window."""
-    inputs = {} if window.proprioception is None else {"proprioception": window.proprioception}
-    if has_past:
-        padding = torch.ones_like(window.past_mask) if window.step_mask is None else window.step_mask
-        inputs["step_mask"] = padding
-    return inputs
+def read_window(window: ActionWindow, names: Collection[str]) -> Inputs:
+    """Return those of the graph's tensors that come from a window."""
+    step_mask = torch.ones_like(window.past_mask) if window.step_mask is None else window.step_mask
+    own = {
+        "proprioception": window.proprioception,
+        "step_mask": step_mask,
+        "actions": window.held_actions(),
+        "past_mask": window.past_mask,
+    }
+    return {name: value for name, value in own.items() if name in names and value is not None}
 
 
 def export(params: ExportParams) -> dict[str, Any]:
@@ -243,9 +263,9 @@ def write_graphs(policy: Policy, files: PolicyFiles, folder: Path, params: Expor
 def check_exportable(files: PolicyFiles) -> None:
     """Raise ValueError, one line, if graphs cannot hold the policy."""
     model: Any = files.params.model
-    if not isinstance(model.action_head, DenoisingHeadParams):
+    if not isinstance(model.action_head, DenoisingHeadParams | RegressionParams):
         raise ValueError(
-            f"model.action_head.type '{model.action_head.type}' has no denoising step, so it cannot be exported."
+            f"model.action_head.type '{model.action_head.type}' cannot be exported: it writes tokens one after another."
         )
     backbone = model.vision_language_backbone
     if backbone.type not in _BACKBONES:
@@ -279,26 +299,33 @@ def _imagine_inputs(policy: Policy, files: PolicyFiles, handler: RoboticsBatchHa
 def _trace(
     policy: Policy, inputs: dict[str, Any], max_tokens: int, folder: Path, params: ExportParams
 ) -> dict[str, Any]:
-    """Write both graphs; return their description."""
+    """Write the graphs; return their description."""
     model: RobotPolicy = policy.model
-    window = model._window(inputs)
+    head, window = model.action_head, model._window(inputs)
     num_images = len(policy.cameras) * len(policy.image_indices)
     given = read_observation(inputs["observation"], num_images, max_tokens)
-    given |= read_window(window, has_past=window.past_mask.shape[1] > policy.chunk_steps)
-    prefix = _Prefix(model, list(given))
-    leaves, structure = prefix.flatten(*given.values())
-    context = {f"context_{number}": leaf for number, leaf in enumerate(leaf for leaf in leaves if leaf is not None)}
-    step = _Step(model.action_head, leaves, structure)
-    noised = {"noised": torch.randn(window.actions.shape), "times": torch.rand(len(window.actions)), **context}
-    graphs = {"prefix": (prefix, given, list(context)), "step": (step, noised, ["prediction"])}
+    names = ["proprioception", *(["step_mask"] if window.past_mask.shape[1] > policy.chunk_steps else [])]
+    graphs: dict[str, tuple[nn.Module, Inputs, list[str]]]
+    if isinstance(head, FlowTransformer):
+        given |= read_window(window, names)
+        prefix = _Prefix(model, list(given))
+        leaves, structure = prefix.flatten(*given.values())
+        context = {f"context_{number}": leaf for number, leaf in enumerate(leaf for leaf in leaves if leaf is not None)}
+        noised = {"noised": torch.randn(window.actions.shape), "times": torch.rand(len(window.actions)), **context}
+        step = _Step(head, leaves, structure)
+        graphs = {"prefix": (prefix, given, list(context)), "step": (step, noised, ["prediction"])}
+    else:
+        given |= read_window(window, [*names, "actions", "past_mask"])
+        graphs = {"prefix": (_Actions(model, list(given)), given, ["prediction"])}
     description: dict[str, Any] = {
         "format": params.format,
         "run": params.run.rstrip("/").rpartition("/")[2],
         "num_images": num_images,
         "max_tokens": max_tokens,
-        "noise": {"type": model.action_head.params.noise.type, **dataclasses.asdict(model.action_head.params.noise)},
         "tolerance": params.tolerance,
     }
+    if isinstance(head, FlowTransformer):
+        description["noise"] = {"type": head.params.noise.type, **dataclasses.asdict(head.params.noise)}
     for name, (module, tensors, outputs) in graphs.items():
         _write_graph(module.eval(), tensors, outputs, folder / f"{name}.{_SUFFIXES[params.format]}", params.format)
         description[name] = {"inputs": {key: _describe(value) for key, value in tensors.items()}, "outputs": outputs}
@@ -313,8 +340,7 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 def _write_graph(module: nn.Module, inputs: Inputs, outputs: list[str], path: Path, kind: str) -> None:
     batch = torch.export.Dim("batch", min=1)
     shapes = [{0: batch} if len(value) == _TRACED_ROWS else None for value in inputs.values()]
-    argument = "values" if isinstance(module, _Prefix) else "context"
-    first = 0 if isinstance(module, _Prefix) else 2
+    argument, first = ("context", 2) if isinstance(module, _Step) else ("values", 0)
     dynamic = dict(zip(("noised", "times"), shapes[:first], strict=False)) | {argument: tuple(shapes[first:])}
     try:
         with warnings.catch_warnings():
@@ -344,9 +370,10 @@ def _import_onnxruntime() -> Any:
 def _load(folder: Path, description: dict[str, Any], files: PolicyFiles) -> RobotPolicy:
     open_graph = _open_program if description["format"] == "torch_export" else _open_session
     suffix = _SUFFIXES[description["format"]]
-    graphs = [open_graph(folder / f"{name}.{suffix}") for name in ("prefix", "step")]
+    names = [name for name in ("prefix", "step") if name in description]
+    graphs = {name: open_graph(folder / f"{name}.{suffix}") for name in names}
     model: Any = files.params.model
-    head = _GraphHead(graphs[0], graphs[1], description, files)
+    head = _GraphHead(graphs, description, files)
     return RobotPolicy(_GraphBackbone(), head, action_dim=model.action_dim).eval()
 
 
@@ -384,12 +411,16 @@ def _compare(policy: Policy, exported: RobotPolicy, inputs: dict[str, Any]) -> d
     seeds = torch.arange(len(window.actions))
     noised = draw_normals(seeds, window.actions.shape[1:], seed=1, purpose="export")
     times = torch.linspace(0.1, 0.9, len(seeds))
-    context = model.action_head.cache_context(model.vision_language_backbone(**inputs["observation"]), window)
-    values = head.prefix(head.read(inputs["observation"], window))
-    given = dict(zip(head.description["prefix"]["outputs"], values, strict=True))
-    found = head.step({"noised": noised, "times": times, **given})
+    conditioning = model.vision_language_backbone(**inputs["observation"])
+    outputs = head.graphs["prefix"](head.read(inputs["observation"], window))
+    if "step" in head.graphs:
+        given = dict(zip(head.description["prefix"]["outputs"], outputs, strict=True))
+        found = head.graphs["step"]({"noised": noised, "times": times, **given})[0]
+        expected = model.action_head.predict(noised, times, model.action_head.cache_context(conditioning, window))
+    else:
+        found, expected = outputs[0], model.action_head.predict(conditioning, window)
     return {
-        "prediction": _largest_error(found[0], model.action_head.predict(noised, times, context)),
+        "prediction": _largest_error(found, expected),
         "actions": _largest_error(exported.sample(inputs, seeds=seeds), model.sample(inputs, seeds=seeds)),
     }
 

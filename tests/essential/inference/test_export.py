@@ -19,9 +19,9 @@ from vla_foundry.inference.export import check_exportable, load_exported, main, 
 from vla_foundry.inference.policy_files import load_policy_files
 from vla_foundry.models import create_model
 from vla_foundry.params.commands.runs import ExportParams
-from vla_foundry.params.models.action_heads import RegressionParams
+from vla_foundry.params.models.action_heads import DiscreteBinsParams, RegressionParams
 from vla_foundry.params.models.backbones import VLMBackboneParams
-from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.params.models.policy import RegressionPolicyParams
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,18 @@ def test_one_joint_sequence_on_image_patches_is_exported(silent_arm: Any, tmp_pa
     assert set(description["prefix"]["inputs"]) == {"pixel_values", "step_mask"}
 
 
+@pytest.mark.parametrize("kind", ["torch_export", "onnx"])
+def test_a_regression_head_is_one_graph(arm: Any, tmp_path: Path, kind: Any) -> None:
+    def regress(model: Any) -> Any:
+        head = RegressionParams(transformer=dataclasses.replace(model.action_head.transformer, n_layers=1))
+        shared = {field.name: getattr(model, field.name) for field in dataclasses.fields(RegressionPolicyParams)}
+        return RegressionPolicyParams(**shared | {"action_head": head})
+
+    description = write_variant(arm, tmp_path, regress, format=kind, max_tokens=96)
+    assert {"actions", "past_mask"} < set(description["prefix"]["inputs"])
+    assert not list(tmp_path.glob("step.*"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -117,8 +129,8 @@ def test_an_export_that_fails_leaves_nothing(words: list[str], message: str, arm
     ("changes", "message"),
     [
         (
-            {"action_head": RegressionParams(transformer=TransformerParams())},
-            "model.action_head.type 'regression' has no denoising step",
+            {"action_head": DiscreteBinsParams()},
+            "model.action_head.type 'discrete_bins' cannot be exported: it writes tokens",
         ),
         (
             {"vision_language_backbone": VLMBackboneParams(hf_pretrained="owner/name")},
