@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -25,6 +25,8 @@ class ShardBytes(Protocol):
     def read(self, offset: int, size: int) -> bytes: ...
 
     def read_member(self, offset: int, size: int) -> bytes: ...
+
+    def read_members(self, spans: Sequence[tuple[int, int]]) -> list[bytes]: ...
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None: ...
 
@@ -59,6 +61,14 @@ class LocalBytes:
 
     # an index that is older than its local tar is not used
     read_member = read
+
+    def read_members(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read members, (offset, size), by one call if they are neighbours; see `read`."""
+        if len(join_members(spans)) != 1:
+            return [self.read(*span) for span in spans]
+        first = min(offset for offset, _ in spans)
+        content = self.read(first, max(map(sum, spans)) - first)
+        return [content[offset - first : offset - first + size] for offset, size in spans]
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
         """Do nothing: the system reads ahead itself."""
@@ -106,6 +116,10 @@ class RemoteBytes:
             detail = "it was written again after its index. Upload it together with its index"
             raise OSError(errno.ESTALE, detail, self._uri)
         return content[tarfile.BLOCKSIZE :]
+
+    def read_members(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read members, (offset, size); see `read_member`."""
+        return [self.read_member(*span) for span in spans]
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
         """Fetch ranges, (offset, size), in the background, and forget those that were wanted before."""

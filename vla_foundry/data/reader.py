@@ -28,8 +28,7 @@ _MAX_OPEN_SHARDS = 256
 _MAX_OPEN_EPISODES = 64
 # bytes of an episode's arrays that are fetched as a whole before a window of it is read
 _MOST_AHEAD = 1 << 20
-# types of a shard's document_offsets and document_ends; see TokenRecords
-_OFFSET, _END = np.dtype("<u8"), np.dtype("<u4")
+_OFFSET, _END = np.dtype("<u8"), np.dtype("<u4")  # types of document_offsets and document_ends; see TokenRecords
 
 
 class Dropped(ValueError):
@@ -151,8 +150,7 @@ class TokenShard:
 class SampleShard:
     """A shard of WebDataset samples, read member by member.
 
-    The index is kept in arrays: member i has the suffix `suffixes[suffix_numbers[i]]`, and sample n consists of members
-    starts[n] .. starts[n + 1] - 1.
+    Member i has the suffix `suffixes[suffix_numbers[i]]`; sample n has the members starts[n] .. starts[n + 1] - 1.
 
     Args:
         uri: name of the shard, for messages.
@@ -188,7 +186,11 @@ class SampleShard:
             Dropped: an earlier sample of the shard has the same key.
             OSError: the file cannot be read.
         """
-        return {suffix: self.read_member(member) for suffix, member in self.members(row).items()}
+        return dict(zip(self.members(row), self._tar.read_members(self._places(row)), strict=True))
+
+    def _places(self, row: int) -> list[tuple[int, int]]:
+        members = slice(self._starts[row], self._starts[row + 1])
+        return list(zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True))
 
     def members(self, row: int) -> dict[str, int]:
         """Return a sample's members: {lower-case suffix: member number for `read_member`}.
@@ -198,8 +200,8 @@ class SampleShard:
         """
         if row in self._repeated:
             raise Dropped("repeated key", f"an earlier sample of the shard has the key '{self._keys[row]}' too")
-        members = range(self._starts[row], self._starts[row + 1])
-        return {self._suffixes[self._suffix_numbers[member]]: member for member in members}
+        numbers = self._suffix_numbers[self._starts[row] : self._starts[row + 1]].tolist()
+        return {self._suffixes[number]: member for member, number in enumerate(numbers, int(self._starts[row]))}
 
     def read_member(self, member: int) -> bytes:
         """Return the content of one member.
@@ -211,9 +213,7 @@ class SampleShard:
 
     def read_ahead(self, rows: Iterable[int], *images: Any) -> None:
         """Fetch samples before they are read, each by one request, if they are remote."""
-        members = [slice(self._starts[row], self._starts[row + 1]) for row in rows]
-        places = [zip(self._offsets[each].tolist(), self._sizes[each].tolist(), strict=True) for each in members]
-        self._tar.want([span for each in places for span in join_members(each)])
+        self._tar.want([span for row in rows for span in join_members(self._places(row))])
 
 
 @dataclass(frozen=True, eq=False)

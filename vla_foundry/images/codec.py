@@ -2,7 +2,7 @@
 
 torchvision's operator decodes JPEG where it exists, else Pillow does: both use libjpeg-turbo and give the same pixels,
 but Pillow takes 1.6 times as long. (torchvision deprecated its Python wrapper in 0.29, so it may disappear.) Decoding
-at half size would save nothing, because most of the work is entropy decoding.
+at half size saves nothing: most of the work is entropy decoding, and only Pillow can do it.
 
 - The orientation is applied as Pillow's `exif_transpose` does: that of EXIF data, in a PNG also of a text chunk with
   EXIF data; without one, that of XMP data.
@@ -69,6 +69,9 @@ _PILLOW_ERRORS = (
 )
 # torchvision.io.ImageReadMode.RGB
 _RGB_MODE = 3
+# the first bytes of a JPEG's segment: 0xFF, its marker, its length
+_SEGMENT = struct.Struct(">BBH")
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # start of a JPEG's EXIF and XMP segments; the tag of the orientation, and the numbers it may be
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ORIENTATION, _EXIF_NUMBERS = 0x0112, {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
@@ -188,26 +191,31 @@ def check_size(size: Size, name: str = "image", *, max_pixels: int = MAX_PIXELS)
 def _read_jpeg_header(data: bytes) -> tuple[Size, int]:
     """Return the size and the orientation from the segments before the pixels, in any order."""
     position, size, exif, xmp = 2, None, b"", b""
-    while 0 <= (position := data.find(b"\xff", position)) <= len(data) - 4:  # bytes between segments are skipped
-        marker = data[position + 1]
+    last = len(data) - 4
+    while 0 <= position <= last:
+        mark, marker, length = _SEGMENT.unpack_from(data, position)
+        if mark != 0xFF:
+            position = data.find(b"\xff", position)  # bytes between segments are skipped
+            continue
         if marker in (0xD9, 0xDA):  # end of image, or pixels
             break
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill byte, or a marker without a length
             position += 1 if marker == 0xFF else 2
             continue
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        content = data[position + 4 : end]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and size is None and len(content) >= 5:
-            height, width = struct.unpack_from(">HH", content, 1)
+        end = position + 2 + length
+        if marker == 0xE1:
+            content = data[position + 4 : end]
+            if content.startswith(_EXIF):
+                exif += content.removeprefix(_EXIF)  # one directory may fill several segments
+            elif content.startswith(_XMP):
+                xmp = content
+        elif size is None and marker in _FRAME_MARKERS and min(end, len(data)) - position >= 9:
+            height, width = struct.unpack_from(">HH", data, position + 5)
             size = (height, width)
-        elif marker == 0xE1 and content.startswith(_EXIF):
-            exif += content.removeprefix(_EXIF)  # one directory may fill several segments
-        elif marker == 0xE1 and content.startswith(_XMP):
-            xmp = content
         position = end
     if size is None:
         raise _broken("JPEG", data, "it has no frame header")
-    return size, _read_orientation(exif, xmp)
+    return size, _read_orientation(exif, xmp) if exif or xmp else 1
 
 
 def _image_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:

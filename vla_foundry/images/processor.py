@@ -17,7 +17,8 @@ TOKEN_KEYS have one value per token and are padded like the tokens; other tensor
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ class Processor(ABC):
             ValueError: the document cannot be encoded; one line.
         """
 
+    def tokenize_ahead(self, conversations: Iterable[Sequence[Turn]]) -> None:  # noqa: B027 (optional)
+        """Tokenize what `encode` will get next, where tokens do not depend on pixels; `encode` reports its errors."""
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the processor to a folder, creating it if necessary."""
@@ -154,6 +158,21 @@ class ImageTextProcessor(Processor):
         self.resize_method: ResizeMethod = resize_method
         self.interpolation: Interpolation = interpolation
         self.prompt_layout = prompt_layout
+        # conversation -> number of images, and what `ChatTokenizer.encode` returns; see `tokenize_ahead`
+        self._ahead: dict[tuple[Turn, ...], tuple[int, tuple[list[int], list[bool]]]] = {}
+
+    def tokenize_ahead(self, conversations: Iterable[Sequence[Turn]]) -> None:
+        """See `Processor.tokenize_ahead`; what was tokenized ahead before is forgotten."""
+        self._ahead.clear()
+        for turns in conversations:
+            num_images = sum(turn.content.count(IMAGE_MARKER) for turn in turns)
+            with suppress(ValueError):
+                self._ahead[tuple(turns)] = (num_images, self._tokenize(turns, num_images))
+
+    def _tokenize(
+        self, turns: Sequence[Turn], num_images: int, max_tokens: int | None = None
+    ) -> tuple[list[int], list[bool]]:
+        return self._turns.encode(turns, [self._image_tokens] * num_images, max_tokens=max_tokens)
 
     def encode(
         self,
@@ -164,8 +183,10 @@ class ImageTextProcessor(Processor):
         nearest: Sequence[bool] = (),
     ) -> dict[str, Any]:
         """Return a sample's model inputs, see `Processor.encode`."""
-        ids, mask = self._turns.encode(turns, [self._image_tokens] * len(images), max_tokens=max_tokens)
-        return self._create_inputs(images, ids, mask, nearest)
+        num_images, tokens = self._ahead.get(tuple(turns), (None, ([], [])))
+        if num_images != len(images) or max_tokens is not None:
+            tokens = self._tokenize(turns, len(images), max_tokens)
+        return self._create_inputs(images, *tokens, nearest)
 
     def encode_document(
         self,
@@ -189,7 +210,7 @@ class ImageTextProcessor(Processor):
             "input_ids": torch.from_numpy(np.array(ids, dtype=np.int32)),
             "target_mask": torch.from_numpy(np.array(mask, dtype=np.bool_)),
             "pixel_values": pixel_values,
-            "image_index": torch.arange(len(images), dtype=torch.int32),
+            "image_index": torch.from_numpy(np.arange(len(images), dtype=np.int32)),
             "pixel_maps": pixel_maps,
         }
 
@@ -205,7 +226,10 @@ class ImageTextProcessor(Processor):
             )
             resized.append(pixels.permute(1, 2, 0))
             maps.append(pixel_map)
-        stacked = torch.stack(resized) if resized else torch.zeros((0, *self.image_size, 3), dtype=torch.uint8)
+        if len(resized) == 1:
+            stacked = resized[0].contiguous()[None]  # no copy, unless it is a part of a larger image
+        else:
+            stacked = torch.stack(resized) if resized else torch.zeros((0, *self.image_size, 3), dtype=torch.uint8)
         return stacked.permute(0, 3, 1, 2), maps
 
     def save(self, folder: Path) -> None:

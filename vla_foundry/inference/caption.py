@@ -136,7 +136,7 @@ def create_prompt_batch(captioner: Captioner, questions: Sequence[Question]) -> 
     import numpy as np
     import torch
 
-    from vla_foundry.data.pipelines.image_caption import join_samples
+    from vla_foundry.data.pipelines.rows import join_samples
     from vla_foundry.images.processor import TOKEN_KEYS
     from vla_foundry.models.batch_handlers import normalize_batch_images
 

@@ -10,9 +10,11 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from vla_foundry.parsing import parse_object
+from vla_foundry.text.tokenizers import encode_text
 
 # marks an image in all user text, whatever the model's own token is
 IMAGE_MARKER = "<image>"
@@ -90,7 +92,8 @@ PROMPT_LAYOUTS: dict[str, PromptLayout] = {
 }
 
 
-def template_fields(template: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def template_fields(template: str) -> tuple[str, ...]:
     """Return the names of the `{name}` fields in a prompt template.
 
     Raises:
@@ -104,7 +107,7 @@ def template_fields(template: str) -> list[str]:
     for name, spec, conversion in fields:
         if not name.isidentifier() or spec or conversion:
             raise ValueError(f"prompt template {template!r} may only have fields like {{caption}}, got {{{name}}}.")
-    return [name for name, _, _ in fields]
+    return tuple(name for name, _, _ in fields)
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
@@ -388,13 +391,15 @@ class ChatTokenizer:
         ids = None if is_target else self._cache.get((text, place))
         if ids is None:
             if self._continuing is None or place == "start":
-                ids = self._backend.encode(text, add_special_tokens=False).ids
+                ids = encode_text(self._backend, text)
             else:
-                ids = self._backend.encode(self.tokenizer.eos_token + text, add_special_tokens=False).ids[1:]
-                if place == "text":
+                begin = encode_text(self._continuing, text) if place == "text" else []
+                first = self._find_added(begin)
+                ids = begin
+                if place == "token" or first < len(begin):
                     # from its first added token on, the segment is as it would be anywhere else
-                    begin = self._continuing.encode(text, add_special_tokens=False).ids
-                    ids = begin[: self._find_added(begin)] + ids[self._find_added(ids) :]
+                    ids = encode_text(self._backend, self.tokenizer.eos_token + text)[1:]
+                    ids = begin[:first] + ids[self._find_added(ids) if begin else 0 :]
             if not is_target and len(self._cache) < _MAX_CACHED:
                 self._cache[text, place] = ids
         return ids

@@ -68,6 +68,12 @@ def create_encoder(definition: str) -> "Tokenizer":
     return encoder
 
 
+def encode_text(encoder: Any, text: str) -> list[int]:
+    """Return the ids of a text, without special tokens, by a tokenizer of the library tokenizers."""
+    # the fast method, which does not track where in the text a token lies, is there for batches only
+    return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
 def read_definition(name: str) -> str:
     """Return the content of a tokenizer's tokenizer.json, by the names that `load_tokenizer` takes.
 

@@ -79,6 +79,19 @@ def test_several_images_keep_their_order_and_none_is_fine(processor: ImageTextPr
     assert processor.encode([], [Turn("user", "Hello")])["pixel_values"].shape == (0, 3, 28, 42)
 
 
+def test_tokens_made_ahead_are_those_of_the_turns_as_they_are_now(processor: ImageTextProcessor, create_image) -> None:
+    image, turns = create_image(50, 60), list(TURNS)
+    expected = processor.encode([image], turns)
+    longer = [*TURNS, Turn("user", "Why?")]
+    processor.tokenize_ahead([turns, [Turn("user", "<image><image>two")], [Turn("assistant", "")]])
+    assert_same_inputs(processor.encode([image], turns), expected)
+    turns.append(longer[-1])  # a stage may change them in between
+    assert len(processor.encode([image], turns)["input_ids"]) > len(expected["input_ids"])
+    assert len(processor.encode([image], TURNS, max_tokens=24)["input_ids"]) == 24
+    with pytest.raises(ValueError, match="2 times, but there are 1 images"):
+        processor.encode([image], [Turn("user", "<image><image>two")])
+
+
 def test_a_saved_processor_gives_the_same_bits(processor: ImageTextProcessor, create_image, tmp_path: Path) -> None:
     processor.save(tmp_path / "run" / "processor")
     assert not list(tmp_path.rglob("*.pkl"))

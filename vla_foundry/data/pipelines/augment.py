@@ -175,7 +175,7 @@ def prepare_images(
             pixels = image
         else:
             pixels = decode_image(image) if limits is None else depth_to_grey(decode_depth(image), *limits)
-        num_pixels += pixels[0].numel()
+        num_pixels += pixels.shape[1] * pixels.shape[2]
         if num_pixels > MAX_SAMPLE_PIXELS:
             raise ValueError(f"its {len(images)} images have more than {MAX_SAMPLE_PIXELS:,} pixels together")
         pixel_map = identity_map((pixels.shape[1], pixels.shape[2]))
@@ -200,7 +200,8 @@ def add_images(
     Raises:
         Dropped: an image cannot be used.
     """
-    is_augmented = params.enabled and sample["__is_training__"]
+    kinds = params.image.crop, params.image.random_resized_crop, params.image.horizontal_flip, params.image.color_jitter
+    is_augmented = params.enabled and sample["__is_training__"] and any(kind.enabled for kind in kinds)
     draw = draw_augmentation(seed=sample["__seed__"], position=sample["__position__"]) if is_augmented else CENTRE
     try:
         prepared, maps = prepare_images(images, params, draw, depth)

@@ -20,19 +20,29 @@ prompts are never cut.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from vla_foundry.batch import Batch, Documents
+from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.stages import Dropped, Pipeline, Rows, Sample, Stage, check_text, register_pipeline
+from vla_foundry.data.pipelines.rows import ROW_MULTIPLE, bucket, join_samples
+from vla_foundry.data.pipelines.stages import (
+    BatchStage,
+    Dropped,
+    Pipeline,
+    Rows,
+    Sample,
+    Stage,
+    check_text,
+    register_pipeline,
+)
 from vla_foundry.data.pipelines.text_untokenized import pack
 from vla_foundry.data.reader import ShardReader
-from vla_foundry.images.processor import TOKEN_KEYS, ImageTextProcessor, Processor, load_processor
+from vla_foundry.images.processor import ImageTextProcessor, Processor, load_processor
 from vla_foundry.images.video import check_installed, read_frames
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.image_caption import ImageCaptionDataParams, ImageTextDataParams
@@ -43,23 +53,25 @@ from vla_foundry.text.captions import Unusable, read_texts
 from vla_foundry.text.chat import IMAGE_MARKER, Turn, create_caption_turns, place_images
 from vla_foundry.text.tokenizers import load_tokenizer
 
-# row length - 1 is a multiple of this: few enough lengths for compiled models, and little padding
-ROW_MULTIPLE = 16
 _IMAGE_SUFFIX = re.compile(r"(?:(?:image_)?(\d+)\.)?(?:jpe?g|png|webp)")
 _VIDEO_SUFFIX = re.compile(r"(?:(?:video_)?(\d+)\.)?(?:gif|m4v|mkv|mov|mp4|webm)")
 _MARKER = re.compile(f"{IMAGE_MARKER}|<video>")
-# keys of `encode` that are not simply concatenated along their first dimension
-_OWN_KEYS = (*TOKEN_KEYS, "image_index", "pixel_maps")
 
 
 def find_images(members: Iterable[str]) -> list[str]:
     """Return the suffixes of a sample's images in order, the unnumbered one first, the frames of a video together."""
+    return list(_find_images(tuple(members)))
+
+
+# the samples of a dataset have few different sets of members
+@lru_cache(maxsize=1024)
+def _find_images(members: tuple[str, ...]) -> tuple[str, ...]:
     found = []
     for name in members:
         file, _, frame = name.partition("/")
         if match := (_VIDEO_SUFFIX if frame else _IMAGE_SUFFIX).fullmatch(file):
             found.append((int(match[1] or -1), file, int(frame or 0), name))
-    return [name for *_, name in sorted(found)]
+    return tuple(name for *_, name in sorted(found))
 
 
 def file_of(image: str) -> str:
@@ -94,18 +106,36 @@ class SampleVideos:
         return {**sample, **frames}
 
 
-class CreateTurns:
+class CreateTurns(BatchStage):
     """A stage: text members -> `turns`, with `<image>` where the images go.
+
+    It runs on the whole microbatch before the first image is decoded, and tokenizes there, too: pixels drive everything
+    else out of the processor's caches, so that the same work takes twice as long between them.
 
     Args:
         prompts: templates of the user turn that the caption answers; one is drawn per sample.
         caption_key: key of the caption in the JSON; None: the text member, or else the key "caption". Of a list of
             captions, one that can be trained on is drawn.
+        encode: the stage that will encode the turns; None: they are not tokenized here.
     """
 
-    def __init__(self, prompts: Sequence[str], caption_key: str | None) -> None:
+    def __init__(self, prompts: Sequence[str], caption_key: str | None, encode: "Encode | None" = None) -> None:
         self.prompts = tuple(prompt.replace("<video>", IMAGE_MARKER) for prompt in prompts)
         self.caption_key = caption_key
+        self.encode = encode
+
+    def apply(self, samples: Sequence[Sample]) -> list[Sample | ValueError]:
+        """See BatchStage."""
+        results: list[Sample | ValueError] = []
+        for sample in samples:
+            try:
+                results.append(self(sample))
+            except ValueError as error:
+                results.append(error)
+        if self.encode is not None:
+            made = [result["turns"] for result in results if isinstance(result, dict)]
+            self.encode.load().tokenize_ahead(made)
+        return results
 
     def __call__(self, sample: Sample) -> Sample:
         """Create the turns.
@@ -352,95 +382,9 @@ class ImageCaptionPipeline(ImageTextPipeline):
 
     def __init__(self, params: ImageCaptionDataParams, stages: Sequence[Stage] | None = None) -> None:
         encode = Encode(params, max_tokens=params.seq_len + 1, truncate_answers=params.truncate_answers)
-        default = (CreateTurns(params.prompts, params.caption_key), PrepareImages(params.augmentation), encode)
+        turns = CreateTurns(params.prompts, params.caption_key, encode)
+        default = (turns, PrepareImages(params.augmentation), encode)
         super().__init__(params, encode, default, stages)
-
-
-def bucket(longest: int, seq_len: int) -> int:
-    """Return the length of rows that hold one sample each: a multiple of ROW_MULTIPLE, plus 1, or seq_len + 1."""
-    return min(-(-(longest - 1) // ROW_MULTIPLE) * ROW_MULTIPLE, max(seq_len, longest - 1)) + 1
-
-
-def join_samples(
-    samples: Sequence[Sample], rows: Sequence[Sequence[int]], length: int, *, processor: Processor
-) -> Batch:
-    """Pack encoded samples into rows, with their images in the same order.
-
-    Args:
-        samples: each with `inputs` from `Processor.encode`, and `color_factors` if all samples have them.
-        rows: for each row, the numbers of its samples in order.
-        length: tokens in a row.
-        processor: the processor that encoded the samples.
-
-    Raises:
-        ValueError: the images differ in size.
-    """
-    order = [number for row in rows for number in row]
-    inputs = [samples[number]["inputs"] for number in order]
-    batch = _lay_tokens(inputs, [len(row) for row in rows], length, processor)
-    for name in dict.fromkeys(name for each in inputs for name in each):  # a sample may have no images
-        if name not in _OWN_KEYS:
-            batch[name] = _join_tensors(name, [each[name] for each in inputs if name in each])
-    batch["image_mean"], batch["image_std"] = tuple(processor.image_mean), tuple(processor.image_std)
-    if "color_factors" in samples[0]:
-        indices = [each["image_index"].numpy() if "image_index" in each else np.zeros(0, np.int32) for each in inputs]
-        num_images = np.asarray([int(index.max(initial=-1)) + 1 for index in indices])
-        factors = [  # one row for all images of a sample, or one for each
-            np.broadcast_to(samples[number]["color_factors"], (count, 4))[index]
-            for number, count, index in zip(order, num_images, indices, strict=True)
-        ]
-        batch["color_factors"] = np.concatenate(factors)
-        if num_images.sum() < len(batch["color_factors"]):
-            firsts = np.cumsum(num_images) - num_images
-            parts = [index + first for index, first in zip(indices, firsts, strict=True)]
-            batch["image_index"] = np.concatenate(parts).astype(np.int32)
-    return batch
-
-
-def _lay_tokens(inputs: Sequence[Mapping[str, Any]], counts: Sequence[int], length: int, processor: Processor) -> Batch:
-    """Return the batch entries with one value per token; `counts` holds the number of samples in each row."""
-    batch: Batch = {}
-    for name in (name for name in TOKEN_KEYS if name in inputs[0]):
-        filler = processor.pad_token_id if name == "input_ids" else 0
-        dtype = np.bool_ if name == "target_mask" else np.int32
-        batch[name] = np.full((len(counts), length), filler, dtype=dtype)
-    segments: list[int] = []
-    is_padding: list[bool] = []
-    num_per_row = []
-    waiting = iter(inputs)
-    for row, count in enumerate(counts):
-        place = 0
-        for _ in range(count):
-            sample = next(waiting)
-            size = len(sample["input_ids"])
-            for name in TOKEN_KEYS:
-                if name in batch:
-                    batch[name][row, place : place + size] = sample[name].numpy()
-            if "target_mask" in batch:
-                batch["target_mask"][row, place] = False
-            place += size
-            segments.append(size)
-        is_padding += [False] * count
-        if place < length:
-            segments.append(length - place)
-            is_padding.append(True)
-        num_per_row.append(count + (place < length))
-    batch["documents"] = Documents(
-        lengths=np.asarray(segments, dtype=np.int32),
-        num_per_row=np.asarray(num_per_row, dtype=np.int32),
-        is_padding=np.asarray(is_padding, dtype=np.bool_),
-    )
-    return batch
-
-
-def _join_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"data.processor makes {name} of several sizes ({', '.join(map(str, sorted(shapes)))}). "
-            "Fix them with data.processor_kwargs, e.g. {size: {height: 224, width: 224}}."
-        )
-    return torch.cat(list(tensors))
 
 
 @register_pipeline("image_caption")

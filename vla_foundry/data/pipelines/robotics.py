@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vla_foundry.batch import Batch
 from vla_foundry.data.pipelines.augment import add_images
-from vla_foundry.data.pipelines.image_caption import ROW_MULTIPLE, Encode, join_samples
+from vla_foundry.data.pipelines.image_caption import Encode
+from vla_foundry.data.pipelines.rows import ROW_MULTIPLE, join_samples
 from vla_foundry.data.pipelines.stages import BatchStage, Dropped, Pipeline, Rows, Sample, Stage, register_pipeline
 from vla_foundry.data.reader import EpisodeShard, SampleShard, Shard, ShardReader
 from vla_foundry.data.robotics import complete_params, create_normalization, read_specs, save_robotics_files
@@ -367,7 +368,8 @@ class RoboticsPipeline(Pipeline):
 
     def create_batch(self, rows: Rows) -> Batch:
         """See Pipeline."""
-        return self._join(rows.read_samples(self.stages, read=self.read))
+        samples = rows.read_samples(self.stages, read=self.read)
+        return join_robot_samples(samples, self.encode.processor(), self.params)
 
     def create_empty_batch(self) -> Batch:
         """See Pipeline. The batch has one sample with black images, whose steps are all padding."""
@@ -401,10 +403,7 @@ class RoboticsPipeline(Pipeline):
         ):
             if names:
                 sample[key] = np.stack([np.eye(side, dtype=np.float32)] * len(names))
-        return self._join([sample])
-
-    def _join(self, samples: Sequence[Sample]) -> Batch:
-        return join_robot_samples(samples, self.encode.processor(), self.params)
+        return join_robot_samples([sample], processor, self.params)
 
 
 def join_robot_samples(samples: Sequence[Sample], processor: Processor | None, params: RoboticsDataParams) -> Batch:

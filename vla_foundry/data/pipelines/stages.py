@@ -127,12 +127,12 @@ def apply_stages(samples: "Sequence[Sample | Failure]", stages: Sequence[Stage])
 
 def _apply_each(sample: Sample, stages: Sequence[tuple[str, Any]]) -> Sample | Failure:
     for name, stage in stages:
-        step = name_of_stage(stage)
         try:
             result = RECORDING.time(name, 1, stage, sample)
         except Exception as error:  # a broken sample or an error in a user's stage must not end the run: count it
-            return _describe_failure(error, step)
+            return _describe_failure(error, name_of_stage(stage))
         if result is None:
+            step = name_of_stage(stage)
             return Failure(f"{step}: dropped", f"{step} dropped it")
         sample = result
     return sample

@@ -6,6 +6,7 @@ longest first, into rows of one length T per microbatch. T - 1 is a multiple of 
 rows x T. Rows depend only on the samples of the microbatch; nothing is carried over to the next one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from vla_foundry.data.reader import ShardReader
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.parsing import parse_record
-from vla_foundry.text.tokenizers import create_encoder, load_tokenizer, read_definition
+from vla_foundry.text.tokenizers import create_encoder, encode_text, load_tokenizer, read_definition
 
 TEXT_SUFFIXES = ("json", "txt")
 ROW_MULTIPLE = 64
@@ -102,7 +103,7 @@ class Tokenize:
 
     def __call__(self, sample: Sample) -> Sample:
         """Tokenize the sample's text as `preprocess text` does."""
-        tokens = self._encoder.encode(sample["text"], add_special_tokens=False).ids
+        tokens = encode_text(self._encoder, sample["text"])
         end = [self._end] if sample.get("is_last", True) else []
         return {**sample, "input_ids": np.asarray([*tokens, *end], dtype=np.int32)}
 
@@ -221,8 +222,15 @@ def pack(lengths: Sequence[int], seq_len: int, *, multiple: int = ROW_MULTIPLE) 
     candidates = [*range(shortest, seq_len, multiple), seq_len]
     if len(candidates) > _MAX_CANDIDATES:
         candidates = _promising(candidates, sum(lengths))
-    plans = [(candidate + 1, _first_fit(lengths, candidate + 1)) for candidate in candidates]
-    return min(plans, key=lambda plan: (len(plan[1]) * plan[0], len(plan[1])))
+    total, order = sum(lengths), sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    best, best_cost = (0, []), (math.inf, math.inf)
+    for size in (candidate + 1 for candidate in candidates):
+        fewest = -(-total // size)
+        if (fewest * size, fewest) < best_cost:
+            rows = _first_fit(lengths, order, size)
+            if (cost := (len(rows) * size, len(rows))) < best_cost:
+                best, best_cost = (size, rows), cost
+    return best
 
 
 def _promising(candidates: Sequence[int], total: int) -> list[int]:
@@ -238,10 +246,10 @@ def _promising(candidates: Sequence[int], total: int) -> list[int]:
     return chosen
 
 
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def _first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+    for number in order:
         length = lengths[number]
         row = next((row for row, room in enumerate(rooms) if room >= length), None)
         if row is None:
