@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from vla_foundry.config.schema import BaseParams, Bounds, Name
+from vla_foundry.config.schema import BaseParams, Bounds, Name, Size
+from vla_foundry.params.facts import Facts
 
 _LARGEST_PORT = 65535
 
@@ -15,6 +16,9 @@ class DistributedParams(BaseParams):
 
     # shard parameters, gradients and optimizer state with FSDP2; false: DDP when there is more than one process
     fsdp: bool = False
+    # groups of ranks that each hold the whole model, sharded within the group (HSDP): less memory is saved, but only
+    # gradients cross groups. The number of nodes keeps all other traffic within nodes
+    replicate_size: Size = 1
     # keep sharded parameters and optimizer state in host memory
     fsdp_cpu_offload: bool = False
     # free gathered parameters after a block's forward (less memory, one more all-gather)
@@ -33,3 +37,14 @@ class DistributedParams(BaseParams):
             raise ValueError(f"dist_url '{self.dist_url}' must be env://, tcp://HOST:PORT or file:///PATH.")
         if self.fsdp_cpu_offload and not self.fsdp:
             raise ValueError("fsdp_cpu_offload is true, but only FSDP offloads. Set fsdp true, or leave it out.")
+        if self.replicate_size > 1 and not self.fsdp:
+            raise ValueError("replicate_size is for FSDP; DDP replicates anyway. Set fsdp true, or leave it out.")
+
+    def check(self, root: Any, facts: Facts, path: str) -> list[str]:
+        """Check that the ranks form equal groups."""
+        if facts.world_size % self.replicate_size:
+            raise ValueError(
+                f"{path}.replicate_size ({self.replicate_size}) does not divide the number of ranks "
+                f"({facts.world_size}). Use the number of nodes."
+            )
+        return super().check(root, facts, path)

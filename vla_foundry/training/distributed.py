@@ -154,8 +154,12 @@ def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams,
         scalar.data = scalar.data.to(world.device)
     # only memory that a GPU copies from can be pinned; without one, the host is where parameters are anyway
     offload = CPUOffloadPolicy(pin_memory=world.device.startswith("cuda"))
+    sizes, names = (world.world_size,), ("shard",)
+    if params.replicate_size > 1:
+        sizes = (params.replicate_size, world.world_size // params.replicate_size)
+        names = ("replicate", "shard")
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(torch.device(world.device).type, (world.world_size,), mesh_dim_names=("shard",)),
+        "mesh": init_device_mesh(torch.device(world.device).type, sizes, mesh_dim_names=names),
         "reshard_after_forward": params.fsdp_reshard_after_forward,
         "offload_policy": offload if params.fsdp_cpu_offload else OffloadPolicy(),
         "ignored_params": scalars,

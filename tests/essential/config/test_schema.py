@@ -173,6 +173,7 @@ def test_every_number_has_a_range_and_what_lies_beyond_is_an_error_of_one_line()
         ("distributed: {dist_url: 'tcp://h:65536'}", r"distributed\.dist_url 'tcp://h:65536' must be env://"),
         ("distributed: {dist_url: abc}", r"distributed\.dist_url 'abc' must be env://, tcp://HOST:PORT or file:///"),
         ("distributed: {fsdp_cpu_offload: true}", r"distributed\.fsdp_cpu_offload is true, but only FSDP offloads"),
+        ("distributed: {replicate_size: 2}", r"distributed\.replicate_size is for FSDP"),
         ("hparams: {force_min_lr: 1}", r"hparams\.force_min_lr \(1\.0\) must not be above lr \(0\.0001\)"),
         (
             "hparams: {warmup: 0.75, decay: 0.3, lr_scheduler: warmup_constant_decay}",

@@ -102,6 +102,11 @@ TWO_DATASETS = replace(FACTS, datasets=(dataset(10_000), dataset(100)))
             FACTS,
             r"Use 16\.$",
         ),
+        (
+            replace(PARAMS, distributed=DistributedParams(fsdp=True, replicate_size=3)),
+            replace(FACTS, world_size=4),
+            r"^distributed\.replicate_size \(3\) does not divide the number of ranks \(4\)\. Use the",
+        ),
         (replace(PARAMS, total_train_samples=None), FACTS, r"^There is no budget\. Give --total_train_samples"),
         (replace(PARAMS, total_train_samples=7), FACTS, r"^total_train_samples \(7\) is less than one global batch"),
         (

@@ -35,6 +35,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "distributed__fsdp_reshard_after_forward": True,
         "hparams__grad_checkpointing": True,
     },
+    "hsdp": {"distributed__fsdp": True, "distributed__replicate_size": 2},
     "fsdp, offloaded": {"distributed__fsdp": True, "distributed__fsdp_cpu_offload": True},
     "ddp, single precision": {"hparams__precision": "fp32"},
     "fsdp, single precision": {"distributed__fsdp": True, "hparams__precision": "fp32"},
