@@ -47,6 +47,10 @@ _COMMANDS = {
     ),
     "hub": ("vla_foundry.hub.command:main", "share runs and datasets on the Hugging Face hub: push, pull"),
     "reproduce": ("vla_foundry.hub.reproduce:main", "run a recorded experiment again, and compare"),
+    "verify-resume": (
+        "vla_foundry.hub.verify_resume:main",
+        "prove that a killed run of a config, resumed, is the run never killed",
+    ),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

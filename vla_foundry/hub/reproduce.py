@@ -3,7 +3,6 @@
 import math
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from vla_foundry.config.command_line import PLUGINS_FLAG, named_plugins, parse_command
 from vla_foundry.config.loading import dump_value
+from vla_foundry.hub.verify_resume import training_command
 from vla_foundry.params.commands.sharing import ReproduceParams
 from vla_foundry.progress import say
 from vla_foundry.provenance import has_uncommitted_changes, read_all_versions, read_git_commit
@@ -199,11 +199,8 @@ def _train(config: dict[str, Any], folder: Path, num_processes: int) -> None:
     with tempfile.TemporaryDirectory(prefix="vla_foundry_reproduce_") as scratch:
         path = Path(scratch, CONFIG_NAME)
         path.write_text(dump_value(config), encoding="utf-8")
-        launcher = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [] if num_processes == 1 else ["--nproc_per_node", str(num_processes)]
-        words = [*launcher, "-m", "vla_foundry.main", "--config_path", str(path)]
-        words += ["--plugins", ",".join(plugins)] if plugins else []
-        done = subprocess.run([sys.executable, *words], check=False)
+        words = ["--plugins", ",".join(plugins)] if plugins else []
+        done = subprocess.run([*training_command(path, num_processes), *words], check=False)
     if done.returncode:
         raise ValueError(f"Training again ended with code {done.returncode}; see above.")
 

@@ -1,10 +1,11 @@
-"""Params of the commands that share runs and repeat them: `hub push`, `hub pull`, `reproduce`."""
+"""Params of the commands that share runs and repeat them: `hub push`, `hub pull`, `reproduce`, `verify-resume`."""
 
 import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, Name, NonNegative
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Location, Name, NonNegative, Size
+from vla_foundry.params.experiment import TrainExperimentParams
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 _PULLED = re.compile(r"(hf://)?(datasets/)?(?P<name>[^@]+)(@(?P<revision>[\w./-]+))?")
@@ -86,3 +87,15 @@ class ReproduceParams(BaseParams):
     data_folder: Location | None = None
     # print what differs from the record already, and do not train
     dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResumeParams(TrainExperimentParams):
+    """Prove that a killed run of a training config, resumed, is the run that was never killed, bit by bit."""
+
+    # steps to the checkpoint; as many are trained after it, in one of which the run is killed
+    steps: Annotated[int, Bounds(least=1, most=100_000)] = 5
+    # processes to train with, on this machine
+    num_processes: Size = 1
+    # new folder for the two runs
+    output: Location = "verify_resume"
