@@ -209,21 +209,27 @@ def evaluate_text(params: TextBenchmarkParams) -> dict[str, Any]:
     names: list[Any] = [name for given in params.tasks for name in (PAPER_TASKS if given == "paper" else (given,))]
     if params.include_path is not None and not Path(params.include_path).is_dir():
         raise FileNotFoundError(f"include_path {params.include_path} is not a folder. Give the one of your task files.")
-    manager = Tasks(include_path=params.include_path)
+    # lm-eval's own tasks are thousands of files, and a task of the user's own needs none of them
+    manager = Tasks(include_path=params.include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = Tasks(include_path=params.include_path)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.3)
             raise ValueError(unknown_name_message("tasks", name, near, listed_as="Near it"))
     shared = {name: getattr(params, name) for name in ("checkpoint", "tokenizer", "device", "use_ema", "seed")}
     model, tokenizer, ends = load_language_model(GenerateParams(prompt=["-"], **shared))
-    found: Any = simple_evaluate(
-        create_adapter(Scorer(model, tokenizer, ends, batch_size=params.batch_size)),
-        tasks=names,
-        num_fewshot=params.num_fewshot,
-        limit=params.limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    scorer = Scorer(model, tokenizer, ends, batch_size=params.batch_size)
+    # the harness runs the templates of task files, which may raise anything
+    with loading_published(f"tasks {', '.join(names)}", "cannot be evaluated"):
+        found: Any = simple_evaluate(
+            create_adapter(scorer),
+            tasks=names,
+            num_fewshot=params.num_fewshot,
+            limit=params.limit,
+            task_manager=manager,
+            log_samples=False,
+        )
     settings = {name: getattr(params, name) for name in ("tasks", "num_fewshot", "limit", "use_ema")}
     table = {"name": params.name, "metrics": read_metrics(found), "settings": {**settings, "lm_eval": version}}
     publish_table(table, checkpoint=params.checkpoint, output=params.output)

@@ -28,7 +28,7 @@ def pull(params: HubPullParams) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     kind, name, revision = params.repository
-    output = Path(os.path.abspath(params.output or name.partition("/")[2]))
+    output = Path(os.path.abspath(name.partition("/")[2] if params.output is None else params.output))
     if output.exists():
         raise ValueError(f"output {output} exists. Choose another --output, or delete it.")
     aside = output.with_name(f".pulling_{output.name}")

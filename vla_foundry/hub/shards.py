@@ -21,7 +21,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
             raise ValueError(f"{path} is not a readable .safetensors file.")
-        return parse_object(file.read(length), f"The header of {path}"), 8 + length
+        header = parse_object(file.read(length), f"The header of {path}")
+    size = path.stat().st_size - 8 - length
+    for name, tensor in header.items():
+        if name != "__metadata__" and not _is_tensor(tensor, size):
+            raise ValueError(f"{path} is not a readable .safetensors file: its header is wrong about '{name[:80]}'.")
+    return header, 8 + length
+
+
+def _is_tensor(entry: Any, size: int) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    places, shape = entry.get("data_offsets"), entry.get("shape")
+    if not isinstance(places, list) or not isinstance(shape, list) or len(places) != 2:
+        return False
+    return all(type(number) is int for number in (*places, *shape)) and 0 <= places[0] <= places[1] <= size
 
 
 def split_weights(path: Path, folder: Path, max_bytes: float) -> list[Path]:

@@ -92,6 +92,8 @@ target_delimiter: ""
 """
     choice = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: label\n"
     choice += "metric_list: [{metric: acc, aggregation: mean}, {metric: acc_norm, aggregation: mean}]\n"
+    gone = shared.replace("rows.jsonl", "gone.jsonl").replace("/cache", "/gone")
+    (folder / "gone.yaml").write_text(f"task: letters_gone\n{gone}{choice}", encoding="utf-8")
     (folder / "choice.yaml").write_text(f"task: letters_choice\n{shared}{choice}", encoding="utf-8")
     spoken = 'output_type: generate_until\ndoc_to_target: "efg"\ngeneration_kwargs: {until: ["."], max_gen_toks: 8}\n'
     spoken += "metric_list: [{metric: exact_match, aggregation: mean}]\n"
@@ -130,10 +132,15 @@ def test_tasks_have_the_accuracy_that_is_known(letters: Path, capsys: pytest.Cap
     ("words", "message"),
     [
         (["--tasks", "letters_choice", "--include_path", "nowhere"], "include_path nowhere is not a folder"),
-        (["--tasks", "letters_choise"], "tasks 'letters_choise' is unknown. Did you mean 'letters_choice'?"),
+        (
+            ["--tasks", "letters_choice", "--num_fewshot", "9"],
+            "tasks letters_choice cannot be evaluated: Sample larger",
+        ),
+        # the paper's tasks are known
+        (["--tasks", "paper,letters_choise"], "tasks 'letters_choise' is unknown. Did you mean 'letters_choice'?"),
         (["--tasks", "letters_choice", "--name", "../x"], "name must be the name of a folder or file, without '/'"),
         (["--tasks", "letters_choice", "--output", "."], "output . is a folder. Name another file."),
-        (["--tasks", "paper"], "the data of tasks hellaswag, mmlu, arc_easy, arc_challenge, piqa, winogrande"),
+        (["--tasks", "letters_gone"], "the data of tasks letters_gone cannot be loaded"),
     ],
 )
 def test_what_a_task_lacks_is_one_line(

@@ -15,6 +15,7 @@ import yaml
 from tests.essential.hub_server import TOKEN, Hub
 from vla_foundry.hub.command import main
 from vla_foundry.hub.push import push
+from vla_foundry.hub.shards import read_header
 from vla_foundry.inference.generate import main as generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_experiment_params_from_yaml, load_params_from_yaml
@@ -207,6 +208,9 @@ def test_what_cannot_be_published_is_said_in_one_line(
         send(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"is a file\. Give the folder of a run"):
         send(trained / "config.yaml")
+    (tmp_path / "x.safetensors").write_bytes((13).to_bytes(8, "little") + b'{"a": [1, 2]}')
+    with pytest.raises(ValueError, match="its header is wrong about 'a'"):
+        read_header(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="org/tiny has no revision 'nope', so nothing was published"):
         send(trained, revision="nope")
     assert hub.repositories == {}
