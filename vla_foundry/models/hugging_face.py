@@ -102,6 +102,8 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
         longest = getattr(self.text_config, "max_position_embeddings", None) or 0
         self.max_seq_len: int | None = count_positions(self.text_config.to_dict()) or (longest if longest > 0 else None)
         self.has_plain_head = _has_plain_head(model)
+        # set where blocks are compiled
+        self.compiles_loss = False
         self._has_said = False
 
     @property
@@ -119,7 +121,8 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
             return dense_language_model_loss(logits, targets, z_loss_coefficient=z_loss_coefficient)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        return language_model_loss(hidden, head, targets, z_loss_coefficient=z_loss_coefficient)
+        options: dict[str, Any] = {"z_loss_coefficient": z_loss_coefficient, "is_compiled": self.compiles_loss}
+        return language_model_loss(hidden, head, targets, **options)
 
     def count_flops(self, decoder: nn.Module, seq_len: int) -> float:
         """Return 6 FLOPs per matrix weight plus 12 L H K seq_len for attention; counts all experts of a mixture."""

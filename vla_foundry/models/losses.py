@@ -1,5 +1,8 @@
 """Losses as sums over valid targets; the language-model loss never holds the logits of all tokens at once."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -14,6 +17,8 @@ def count_valid_targets(targets: Int[Tensor, "*shape"]) -> Int[Tensor, ""]:
     return (targets != IGNORE_INDEX).sum()
 
 
+# devices that the host never waits for
+NEVER_WAITING = {"cpu"}
 # Logits per chunk. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
 _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
@@ -25,6 +30,7 @@ def language_model_loss(
     *,
     z_loss_coefficient: float = 0.0,
     chunk_tokens: int | None = None,
+    is_compiled: bool = False,
 ) -> LossOutput:
     """Cross-entropy of `hidden @ head.T` against `targets`, plus the z-loss, without building all logits.
 
@@ -37,14 +43,15 @@ def language_model_loss(
     Args:
         targets: IGNORE_INDEX marks positions without a target; they add nothing to either loss.
         chunk_tokens: tokens per chunk; None: chosen from the device and V.
+        is_compiled: compile what is computed from a chunk's logits, which is then one pass over them, or two.
 
     Returns:
         LossOutput with logs `cross_entropy` and `z_loss` (weighted by its coefficient); they add up to `sum`.
     """
     flat_hidden = hidden.flatten(0, 1)
     flat_targets = targets.flatten()
-    if hidden.device.type == "cpu":
-        # host synchronisation is free here, so drop positions without a target
+    if hidden.device.type in NEVER_WAITING:
+        # drop positions without a target
         kept = (flat_targets != IGNORE_INDEX).nonzero().squeeze(1)
         if kept.numel() < flat_targets.numel():
             flat_hidden, flat_targets = flat_hidden.index_select(0, kept), flat_targets.index_select(0, kept)
@@ -53,7 +60,7 @@ def language_model_loss(
     if chunk_tokens is None:
         chunk_tokens = _choose_chunk_tokens(head.shape[0], device_type)
     total, z_loss = _ChunkedLinearCrossEntropy.apply(
-        flat_hidden, head, flat_targets, z_loss_coefficient, chunk_tokens, dtype, torch.is_grad_enabled()
+        flat_hidden, head, flat_targets, z_loss_coefficient, chunk_tokens, dtype, torch.is_grad_enabled(), is_compiled
     )  # type: ignore[misc]
     z_loss = z_loss.detach()
     logs = {"cross_entropy": total.detach() - z_loss, "z_loss": z_loss}
@@ -92,6 +99,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
         is_grad_enabled: bool,
+        is_compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2] if is_grad_enabled else (False, False)  # type: ignore
         with torch.autocast(hidden.device.type, enabled=False):
@@ -101,14 +109,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             z_total = hidden.new_zeros((), dtype=accumulator)
             hidden_grad = torch.empty_like(hidden) if needs_hidden else None
             head_grad = torch.zeros_like(head, dtype=accumulator) if needs_head else None
+            compute = _compile_losses() if is_compiled else _losses_and_gradient_
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 inputs = hidden[rows].to(dtype)
-                logits = (inputs @ weight.T).to(accumulator)
-                losses, z_losses = _losses_and_gradient_(logits, targets[rows], z_loss_coefficient)
-                total += losses.sum()
-                z_total += z_losses.sum()
-                gradient = logits.to(dtype)
+                loss, z_loss, gradient = compute(inputs @ weight.T, targets[rows], z_loss_coefficient)
+                total += loss
+                z_total += z_loss
                 if hidden_grad is not None:
                     hidden_grad[rows] = gradient @ weight
                 if head_grad is not None:
@@ -129,11 +136,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(total_grad.to(hidden_grad.dtype))
         if head_grad is not None:
             head_grad = head_grad.mul_(total_grad).to(ctx.head_dtype)  # type: ignore
-        return hidden_grad, head_grad, None, None, None, None, None
+        return hidden_grad, head_grad, None, None, None, None, None, None
 
 
-def _losses_and_gradient_(logits: Tensor, targets: Tensor, z_loss_coefficient: float) -> tuple[Tensor, Tensor]:
-    """Return each row's loss and its z-loss part; overwrite `logits` with the gradient of the summed loss."""
+def _losses_and_gradient_(logits: Tensor, targets: Tensor, z_loss_coefficient: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss, its z-loss part and its gradient by `logits`, which are overwritten or no longer needed.
+
+    All is computed in at least fp32; the gradient has the dtype of the logits.
+    """
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
     is_valid = (targets != IGNORE_INDEX).unsqueeze(1)
     columns = targets.long().clamp(min=0).unsqueeze(1)
     weight = is_valid.to(logits.dtype)
@@ -145,7 +157,12 @@ def _losses_and_gradient_(logits: Tensor, targets: Tensor, z_loss_coefficient: f
     losses = (log_normalizer - target_logits) * weight + z_losses
     logits.mul_((1 + 2 * z_loss_coefficient * log_normalizer) * weight / normalizer)
     logits.scatter_add_(1, columns, -weight)
-    return losses, z_losses
+    return losses.sum(), z_losses.sum(), logits.to(dtype)
+
+
+@functools.cache
+def _compile_losses() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_losses_and_gradient_, fullgraph=True)
 
 
 def _add_product_(head_grad: Tensor, gradient: Tensor, inputs: Tensor) -> None:

@@ -66,6 +66,8 @@ class Transformer(nn.Module):
         self.max_seq_len = params.max_seq_len
         # each token sees only itself and earlier ones
         self.is_causal = params.is_causal
+        # set where blocks are compiled
+        self.compiles_loss = False
         dim = params.hidden_dim
         self.embeddings = nn.Embedding(params.vocab_size, dim) if params.vocab_size else None
         self.post_embed_norm = create_norm(params.norm_type, dim, params.norm_eps) if params.post_embed_norm else None
@@ -117,7 +119,8 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is 0: a model without an output head has no loss over tokens.")
         rows = self._arrange(inputs_embeds, attention_mask, documents, sees_ahead)
         hidden = self._hidden_states(inputs_embeds, rows)[-1]
-        return language_model_loss(hidden, self.output.weight, targets, z_loss_coefficient=z_loss_coefficient)
+        options: dict[str, Any] = {"z_loss_coefficient": z_loss_coefficient, "is_compiled": self.compiles_loss}
+        return language_model_loss(hidden, self.output.weight, targets, **options)
 
     def decode(
         self,

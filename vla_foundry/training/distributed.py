@@ -127,6 +127,9 @@ def parallelize(
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block, is_native in zip(blocks, are_native, strict=True):
             block.compile(fullgraph=is_native)
+        for part in model.modules():
+            if hasattr(part, "compiles_loss"):
+                part.compiles_loss = True
     if params.fsdp:
         return _shard(model, blocks, params, world)
     model.to(world.device)

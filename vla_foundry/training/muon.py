@@ -33,7 +33,10 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Collective: call on every rank. Update all weights, or none if the scalar `found_inf` is 1."""
+        """Collective: call on every rank. Update all weights from gradients divided by `grad_scale`, if there is one.
+
+        Update none if the scalar `found_inf` is 1.
+        """
         assert closure is None
         keep = 1.0 - self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         groups = self.param_groups
@@ -55,6 +58,9 @@ class MuonAdamW(torch.optim.AdamW):
         assert parameter.grad is not None
         # a gradient whose update is skipped may not be finite
         gradient = torch.where(keep > 0, local_shard(parameter.grad), 0.0)
+        scale: Tensor | None = self.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+        if scale is not None:
+            gradient = gradient / torch.where(keep > 0, scale, 1.0)
         average = local_shard(state["exp_avg"])
         average.mul_(torch.where(keep > 0, momentum, 1.0)).add_(gradient)
         state["step"] += keep

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.registry import match_names, summarize_names, unknown_name_message
+from vla_foundry.training.distributed import local_shard
 from vla_foundry.training.muon import MuonAdamW, is_for_muon
 
 # modules whose `weight` maps features to features and therefore decays
@@ -28,6 +29,9 @@ _MATRIX_MODULES = (
 _NOT_MATRICES = re.compile(
     r"bias|norm|embed|pos(ition|_)|token|latent|quer(y|ies)\b|probe|scale|_table|_log| D$", re.IGNORECASE
 )
+
+# as in torch's clip_grad_norm_
+_CLIP_EPS = 1e-6
 
 
 def create_optimizer(
@@ -194,18 +198,20 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     )
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients so that their norm, given as `norm`, is at most `max_norm`, without a host sync."""
-    for sharded in (False, True):
-        group = [parameter for parameter in parameters if isinstance(parameter, DTensor) is sharded]
-        if group:
-            clip_grads_with_norm_(group, max_norm, norm)
+def step_optimizer(optimizer: torch.optim.AdamW, skip: Tensor, norm: Tensor, max_norm: float | None) -> None:
+    """Update the weights from gradients of norm `norm`, clipped to `max_norm`, without a host sync.
 
-
-def step_optimizer(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
-    """Update the weights; if the scalar `skip` is 1, leave weights, moments and step counts unchanged.
-
-    The decision stays on the device: fused AdamW reads it like a gradient scaler's `found_inf`.
+    If the scalar `skip` is 1, leave weights, moments and step counts unchanged. Fused AdamW reads both like a gradient
+    scaler's `found_inf` and `grad_scale`, so that gradients are not scaled in a pass of their own.
     """
+    scale = None if max_norm is None else ((norm + _CLIP_EPS) / max_norm).clamp(min=1.0)
+    if scale is not None and scale.dtype == torch.float64:
+        # the kernel takes a scale in single precision
+        gradients = [
+            local_shard(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        torch._foreach_div_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        scale = None
     optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale = None if scale is None else scale.float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

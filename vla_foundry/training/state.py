@@ -11,7 +11,6 @@ from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.distributed import named_parameters, reduce_unsharded_gradients
 from vla_foundry.training.ema import EMA
 from vla_foundry.training.optimizer import (
-    clip_gradients,
     create_optimizer,
     gradient_norm,
     set_learning_rate,
@@ -113,12 +112,10 @@ def update_weights(state: TrainState, loss: Tensor, *, max_norm: float | None) -
     reduce_unsharded_gradients(state.forward)
     norm = gradient_norm(parameters)
     skip = 1.0 - (norm.isfinite() & loss.to(norm.device).isfinite()).float()
-    if max_norm is not None:
-        clip_gradients(parameters, max_norm, norm)
     position = counters.updates.clamp(max=len(state.schedule) - 1)
     state.lr.copy_(state.schedule.index_select(0, position).reshape(()))
     set_learning_rate(state.optimizer, state.lr)
-    step_optimizer(state.optimizer, skip)
+    step_optimizer(state.optimizer, skip, norm, max_norm)
     if state.ema is not None:
         state.ema.update(counters.updates, skip)
     skipped = skip.long()

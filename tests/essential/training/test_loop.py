@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla_foundry.run_folder import find_checkpoint
 from vla_foundry.training.checkpoint import load_checkpoint
@@ -72,26 +71,6 @@ def test_numbers_do_not_depend_on_the_accumulation(tiny, tmp_path: Path, size: i
     other = train_tiny(tiny, tmp_path / "2", hparams__per_gpu_batch_size=8)
     assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-12)
     assert losses_of(one, "validation") == pytest.approx(losses_of(other, "validation"), rel=1e-12)
-
-
-class ForbidHostSync(TorchDispatchMode):
-    """Fails when a value of a tensor is asked for on the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert "_local_scalar_dense" not in str(func), "a tensor's value is read inside the step"
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_never_waits_for_the_device(tiny, tmp_path: Path) -> None:
-    run = tiny.create_run(tiny.create_params(tmp_path), World())
-    source = run.loader.microbatches(0)
-    hparams = run.params.hparams
-    for _ in range(3):
-        batches = [next(source) for _ in range(8)]
-        with ForbidHostSync():
-            train_step(run.state, batches, handler=run.handler, hparams=hparams, world=World())
-    with pytest.raises(AssertionError, match="read inside"), ForbidHostSync():
-        run.state.counters.updates.item()
 
 
 def test_a_step_with_a_loss_that_is_not_finite_leaves_no_trace(tiny, tmp_path: Path) -> None:

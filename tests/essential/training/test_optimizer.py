@@ -1,5 +1,7 @@
 """Which parameters decay, and the gradient norm."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,6 @@ from torch import nn
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.training.optimizer import (
-    clip_gradients,
     decayed_parameters,
     describe_groups,
     freeze_weights,
@@ -108,16 +109,31 @@ def test_the_table_says_what_decays_and_what_is_frozen() -> None:
     )
 
 
-def test_norm_and_clipping_are_over_all_gradients() -> None:
+def test_the_norm_is_over_all_gradients() -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad = torch.tensor([1.0, 2.0, 2.0])
     parameters[1].grad = torch.full((2, 2), 2.0)
-    norm = gradient_norm(parameters)
-    assert float(norm) == 5.0
-    clip_gradients(parameters[:2], 10.0, norm)
-    assert parameters[0].grad.tolist() == [1.0, 2.0, 2.0]
-    clip_gradients(parameters[:2], 2.5, norm)
-    torch.testing.assert_close(parameters[1].grad, torch.full((2, 2), 1.0))
+    assert float(gradient_norm(parameters)) == 5.0
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_takes_the_clipped_gradients(max_norm: float, dtype: torch.dtype, optimizer: str) -> None:
+    weights = []
+    for is_clipped_before in (False, True):
+        torch.manual_seed(0)
+        model: Any = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(6, 6) for _ in range(2))}).to(dtype)
+        hparams = HyperParams(lr=1e-2, eps=1.0, warmup=0.0, optimizer=optimizer, precision="fp32")
+        state = create_train_state(model, model, hparams=hparams, ema=EMAParams(), total_steps=10)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            if is_clipped_before:
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            update_weights(state, torch.zeros(()), max_norm=None if is_clipped_before else max_norm)
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
 
 
 def updated(lr_multipliers: dict[str, float]) -> dict[str, torch.Tensor]:

@@ -11,13 +11,15 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map
 
 from vla_foundry.batch import Batch
-from vla_foundry.models import attention, create_batch_handler, create_model
+from vla_foundry.models import attention, create_batch_handler, create_model, losses
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.training.distributed import parallelize
 from vla_foundry.training.loop import train_step
-from vla_foundry.training.state import create_train_state
+from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
 
 NUM_WARM_UPS, NUM_STEPS = 3, 20
@@ -51,13 +53,19 @@ def create_varying(cases: Any, kind: str) -> tuple[Any, list[Batch]]:
     return replace(case.params, model=model, hparams=hparams), case.batches
 
 
-def create_step(params: Any, batches: list[Batch], *, compiled: bool) -> Callable[[int], Tensor]:
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def create_state(params: Any, *, compiled: bool = False) -> TrainState:
     torch.manual_seed(0)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = create_model(params.model).train().to(device)
-    forward = parallelize(model, DistributedParams(), world=World(device=device), compile_blocks=compiled)
-    state = create_train_state(model, forward, hparams=params.hparams, ema=params.ema, total_steps=100)
-    options = {"handler": create_batch_handler(params), "hparams": params.hparams, "world": World(device=device)}
+    model = create_model(params.model).train().to(DEVICE)
+    forward = parallelize(model, DistributedParams(), world=World(device=DEVICE), compile_blocks=compiled)
+    return create_train_state(model, forward, hparams=params.hparams, ema=params.ema, total_steps=100)
+
+
+def create_step(params: Any, batches: list[Batch], state: TrainState, handler: Any = None) -> Callable[[int], Tensor]:
+    handler = handler or create_batch_handler(params)
+    options = {"handler": handler, "hparams": params.hparams, "world": World(device=DEVICE)}
     return lambda number: train_step(state, [batches[number % len(batches)]], **options).loss
 
 
@@ -135,11 +143,11 @@ def test_blocks_are_whole_graphs_that_take_all_sizes(kind: str, cases: Any) -> N
     from torch._dynamo.utils import counters
 
     params, batches = create_varying(cases, kind)
-    plain = create_step(params, batches, compiled=False)
+    plain = create_step(params, batches, create_state(params))
     torch.compiler.set_default_backend("eager")
     torch._dynamo.reset()
     counters.clear()
-    compiled = create_step(params, batches, compiled=True)
+    compiled = create_step(params, batches, create_state(params, compiled=True))
     for number in range(NUM_WARM_UPS):
         torch.testing.assert_close(compiled(number), plain(number), rtol=1e-5, atol=0)
     graphs = counters["stats"]["unique_graphs"]
@@ -148,3 +156,53 @@ def test_blocks_are_whole_graphs_that_take_all_sizes(kind: str, cases: Any) -> N
         compiled(number)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+class Unreadable:
+    """A batch handler whose tensors have no values, which is what the host knows of a device's tensors."""
+
+    def __init__(self, handler: Any, mode: FakeTensorMode) -> None:
+        self.handler, self.mode = handler, mode
+        self.count_targets = handler.count_targets
+
+    def prepare(self, batch: Batch, device: str) -> dict[str, Any]:
+        with unset_fake_temporarily():
+            inputs = self.handler.prepare(batch, device)
+        return tree_map(lambda x: self.mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
+
+
+def refuse(self: Tensor, *args: Any, **options: Any) -> Any:
+    raise AssertionError("a tensor is copied to the host inside a step")
+
+
+@pytest.mark.parametrize("kind", ["llm", "vlm packed ahead", "vla"])
+def test_a_step_never_waits_for_the_device(kind: str, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, batches = create_varying(cases, kind)
+    if DEVICE != "cpu":
+        step = create_step(params, batches, create_state(params))
+        for number in range(NUM_WARM_UPS):
+            step(number)
+        torch.cuda.set_sync_debug_mode("error")
+        for number in range(NUM_STEPS):
+            step(number)
+        torch.cuda.set_sync_debug_mode("default")
+        return
+    # a CPU takes the branches of a GPU, with tensors that cannot be read
+    monkeypatch.setattr(attention, "VARLEN_DEVICES", {"cpu"})
+    monkeypatch.setattr(losses, "NEVER_WAITING", set())
+    for name in ("cpu", "numpy", "tolist"):
+        monkeypatch.setattr(FakeTensor, name, refuse, raising=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = create_model(params.model).train()
+    with mode, torch.random.fork_rng():
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        model._apply(mode.from_tensor)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeTensor, "__bool__", lambda self: True, raising=False)  # AdamW checks its rate
+            state = create_train_state(model, model, hparams=params.hparams, ema=params.ema, total_steps=100)
+        step = create_step(params, batches, state, Unreadable(create_batch_handler(params), mode))
+        step(0)
+        loss = step(1)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            loss.item()
