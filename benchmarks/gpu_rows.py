@@ -22,7 +22,6 @@ from torch._dynamo.utils import counters
 
 from vla_foundry.inference.cuda_graphs import GraphedSampler
 from vla_foundry.models import create_batch_handler, create_model
-from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.training.checkpoint import save_checkpoint
 from vla_foundry.training.distributed import parallelize
@@ -108,13 +107,12 @@ def measure_device(is_tiny: bool) -> Figures:
     return figures
 
 
-def wrap(model: nn.Module, device: str, *, compiled: bool) -> nn.Module:
+def wrap(model: nn.Module, device: str, precision: str, *, compiled: bool) -> nn.Module:
     """Compile a model's blocks as a run does it; on a CPU, blocks are traced, but no code is generated."""
-    is_cpu = device == "cpu"
-    if compiled and is_cpu:
-        for block in list_blocks(model):
-            block.compile(backend="eager")
-    return parallelize(model, DistributedParams(), world=World(device=device), compile_blocks=compiled and not is_cpu)
+    if device == "cpu":
+        torch.compiler.set_default_backend("eager")
+    world = World(device=device)
+    return parallelize(model, DistributedParams(), world=world, compile_blocks=compiled, precision=precision)
 
 
 def create_state(case: Case, device: str, *, compiled: bool) -> TrainState:
@@ -123,7 +121,7 @@ def create_state(case: Case, device: str, *, compiled: bool) -> TrainState:
     with torch.device(device):
         model = create_model(case.params.model)
     model.train()
-    forward = wrap(model, device, compiled=compiled)
+    forward = wrap(model, device, case.params.hparams.precision, compiled=compiled)
     hparams, ema = case.params.hparams, case.params.ema
     return create_train_state(model, forward, hparams=hparams, ema=ema, total_steps=10_000)
 
@@ -195,7 +193,7 @@ def infer(is_tiny: bool, *, compiled: bool = False, graphs: bool = False) -> Fig
     with torch.device(device):
         model: Any = create_model(case.params.model)
     model.eval()
-    wrap(model, device, compiled=compiled)
+    wrap(model, device, "fp32", compiled=compiled)
     handler: Any = create_batch_handler(case.params)
     seeds = torch.zeros(1, dtype=torch.int64, device=device)
 

@@ -22,7 +22,9 @@ from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.layers import SwiGLU
 from vla_foundry.params import DataParams, HyperParams, ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.data.text import TextDataParams
+from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.models.transformer import TransformerParams
+from vla_foundry.training.distributed import parallelize
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import create_train_state
 from vla_foundry.world import World
@@ -33,6 +35,7 @@ Step = Callable[[], None]
 def create_our_step(params: TransformerParams, hparams: HyperParams, data: DataParams, tokens: Tensor) -> Step:
     """Return the step of the training loop, as the trainer calls it."""
     model = create_model(params)
+    parallelize(model, DistributedParams(), world=World(), precision=hparams.precision)
     state = create_train_state(model, model, hparams=hparams, ema=root(params, hparams, data).ema, total_steps=10_000)
     handler = create_batch_handler(root(params, hparams, data))
     mask = torch.ones_like(tokens, dtype=torch.bool)

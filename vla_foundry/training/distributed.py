@@ -1,7 +1,8 @@
 """Distribute a single-device model over processes; no other file handles wrappers, meshes or process groups.
 
 The order is activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters keep their precision (fp32
-masters). Autocast lowers the precision of the computation, so results do not depend on the wrapper.
+masters). With amp_bfloat16, blocks compute with bf16 copies of their weights, made once a step (`lower_blocks`) or by
+FSDP2, and what they add up is bf16; autocast lowers the rest. So results do not depend on the wrapper.
 """
 
 import inspect
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,6 +105,7 @@ def parallelize(
     grad_checkpointing: bool = False,
     compile_blocks: bool = False,
     is_mixture: bool = False,
+    precision: str = "fp32",
 ) -> nn.Module:
     """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
 
@@ -111,6 +113,7 @@ def parallelize(
         model: on the CPU, the same on every rank; `list_blocks` names the units to wrap.
         is_mixture: microbatches use different parts of the model, the same ones on every rank. DDP expects all parts,
             so `reduce_unsharded_gradients` takes its place.
+        precision: `hparams.precision`.
 
     Returns:
         The module that a training step calls: the model itself, or its DDP wrapper.
@@ -119,19 +122,23 @@ def parallelize(
     if grad_checkpointing and not blocks:
         raise ValueError("hparams.grad_checkpointing needs blocks, but the model has no list of modules. Turn it off.")
     # transformers decides on the host in some blocks
-    are_native = [type(block).__module__.startswith("vla_foundry.") for block in blocks]
+    are_native = [_is_of(block, "vla_foundry") for block in blocks]
     if grad_checkpointing:
         blocks = _checkpoint_activations(model, blocks)
+    lowered = _find_lowered(model, precision)
+    for block in lowered:
+        block.register_forward_pre_hook(_lower_tokens)
     if compile_blocks:
         # sizes, documents or not, training or not: more than 8 variants of a block, which a whole graph may not exceed
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block, is_native in zip(blocks, are_native, strict=True):
-            block.compile(fullgraph=is_native)
-        for part in model.modules():
-            if hasattr(part, "compiles_loss"):
-                part.compiles_loss = True
+            # without its hooks, which cast and gather
+            block.forward = torch.compile(block.forward, fullgraph=is_native)
+        parts: list[Any] = [part for part in model.modules() if hasattr(part, "compiles_loss")]
+        for part in parts:
+            part.compiles_loss = True
     if params.fsdp:
-        return _shard(model, blocks, params, world)
+        return _shard(model, blocks, params, world, lowered)
     model.to(world.device)
     if world.world_size == 1 or is_mixture:
         return model
@@ -150,7 +157,48 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[n
     return [wrapped[block] for block in blocks]
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams, world: World) -> nn.Module:
+def _is_of(block: nn.Module, *packages: str) -> bool:
+    inner: Any = getattr(block, "_checkpoint_wrapped_module", block)
+    return type(inner).__module__.partition(".")[0] in packages
+
+
+def _find_lowered(model: nn.Module, precision: str) -> list[nn.Module]:
+    """Return the blocks that compute with bf16 weights. Others may keep theirs elsewhere, as nn.GRU does."""
+    blocks = list_blocks(model) if precision == "amp_bfloat16" else []
+    return [block for block in blocks if _is_of(block, "vla_foundry", "transformers")]
+
+
+def _lower_tokens(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make the tokens that enter a block bf16; tables of angles among the other arguments keep their precision."""
+    return tuple(x.bfloat16() if i == 0 and isinstance(x, Tensor) else x for i, x in enumerate(args))
+
+
+@contextmanager
+def lower_blocks(model: nn.Module, precision: str) -> Iterator[None]:
+    """Let blocks compute with bf16 copies of their weights, if the precision asks for it; FSDP2 makes its own.
+
+    Gradients pass through the copies and add up in the weights' precision.
+    """
+    blocks = [] if isinstance(model, FSDPModule) else _find_lowered(model, precision)
+    places = [
+        (module.__dict__, name, parameter)
+        for module in dict.fromkeys(module for block in blocks for module in block.modules())
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point()
+    ]
+    for attributes, name, parameter in places:
+        # an attribute hides a parameter of the same name, which stays where it is
+        attributes[name] = parameter.bfloat16()
+    try:
+        yield
+    finally:
+        for attributes, name, _ in places:
+            del attributes[name]
+
+
+def _shard(
+    model: nn.Module, blocks: list[nn.Module], params: DistributedParams, world: World, lowered: list[nn.Module]
+) -> nn.Module:
     # FSDP2 cannot shard scalars; they are few, and reduce_unsharded_gradients averages their gradients
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for scalar in scalars:
@@ -169,8 +217,9 @@ def _shard(model: nn.Module, blocks: list[nn.Module], params: DistributedParams,
     }
     # blocks return views (keys and values to read again), which nothing changes in place
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, **options)
+        fully_shard(block, mp_policy=low if block in lowered else MixedPrecisionPolicy(), **options)
     fully_shard(model, **options)
     return model
 

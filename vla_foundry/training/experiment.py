@@ -216,6 +216,7 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         world=world,
         grad_checkpointing=hparams.grad_checkpointing,
         compile_blocks=compiles_blocks(hparams, world),
+        precision=hparams.precision,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
     return create_train_state(

@@ -24,7 +24,7 @@ from vla_foundry.models.registry import BatchHandler, count_flops_per_token
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.checkpoint import save_checkpoint
-from vla_foundry.training.distributed import StopSignal, all_reduce, gradient_sync, reshard
+from vla_foundry.training.distributed import StopSignal, all_reduce, gradient_sync, lower_blocks, reshard
 from vla_foundry.training.meter import Meter, StepResult
 from vla_foundry.training.metrics import MetricLog
 from vla_foundry.training.remote_sync import RemoteSync
@@ -131,18 +131,20 @@ def train_step(
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     log_sums: dict[str, Tensor] = {}
     is_joint = len(counts) == 1
-    for index, (dataset, kwargs) in enumerate(zip(datasets, inputs, strict=True)):
-        # a part that the last microbatch does not use has gradients of earlier ones
-        with gradient_sync(state.forward, enabled=not is_joint or index == len(inputs) - 1):
-            with autocast(hparams.precision, world.device):
-                output = state.forward(**kwargs)
-            if not isinstance(output, LossOutput):
-                raise ValueError(f"The model's forward returned {type(output).__name__}, not a LossOutput (batch.py).")
-            share = output.sum * weights[dataset]
-            (share * world.world_size).backward()
-        loss += share.detach()
-        for name, value in name_logs(output, microbatches[index]).items():
-            log_sums[name] = log_sums.get(name, 0.0) + value.detach().double()
+    with lower_blocks(state.model, hparams.precision):
+        for index, (dataset, kwargs) in enumerate(zip(datasets, inputs, strict=True)):
+            # a part that the last microbatch does not use has gradients of earlier ones
+            with gradient_sync(state.forward, enabled=not is_joint or index == len(inputs) - 1):
+                with autocast(hparams.precision, world.device):
+                    output = state.forward(**kwargs)
+                if not isinstance(output, LossOutput):
+                    kind = type(output).__name__
+                    raise ValueError(f"The model's forward returned {kind}, not a LossOutput (batch.py).")
+                share = output.sum * weights[dataset]
+                (share * world.world_size).backward()
+            loss += share.detach()
+            for name, value in name_logs(output, microbatches[index]).items():
+                log_sums[name] = log_sums.get(name, 0.0) + value.detach().double()
     all_reduce(loss)
 
     # clip and update, unless loss or gradient is not finite
@@ -261,9 +263,10 @@ def validate(run: Run) -> None:
     totals: dict[str, Tensor] = {}
     state.model.eval()
     reshard(state.model)
-    with state.ema.swapped_in() if state.ema is not None else nullcontext():
+    precision, swapped_in = run.params.hparams.precision, nullcontext() if state.ema is None else state.ema.swapped_in()
+    with swapped_in, lower_blocks(state.model, precision):
         for batch in run.validation_loader.microbatches(0):
-            with autocast(run.params.hparams.precision, world.device):
+            with autocast(precision, world.device):
                 output = state.model(**run.handler.prepare(batch, world.device))
             num_samples = torch.full_like(output.sum, len(batch["positions"]), dtype=torch.float64)
             sums = torch.stack([output.sum.double(), output.count.double(), num_samples])

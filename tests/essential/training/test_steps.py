@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from vla_foundry.batch import Batch
 from vla_foundry.models import attention, create_batch_handler, create_model, losses
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.distributed import parallelize
+from vla_foundry.training.distributed import parallelize, start_process_group
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
@@ -56,10 +56,11 @@ def create_varying(cases: Any, kind: str) -> tuple[Any, list[Batch]]:
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def create_state(params: Any, *, compiled: bool = False) -> TrainState:
+def create_state(params: Any, *, compiled: bool = False, fsdp: bool = False) -> TrainState:
     torch.manual_seed(0)
     model = create_model(params.model).train().to(DEVICE)
-    forward = parallelize(model, DistributedParams(), world=World(device=DEVICE), compile_blocks=compiled)
+    options: dict[str, Any] = {"world": World(device=DEVICE), "precision": params.hparams.precision}
+    forward = parallelize(model, DistributedParams(fsdp=fsdp), compile_blocks=compiled, **options)
     return create_train_state(model, forward, hparams=params.hparams, ema=params.ema, total_steps=100)
 
 
@@ -156,6 +157,29 @@ def test_blocks_are_whole_graphs_that_take_all_sizes(kind: str, cases: Any) -> N
         compiled(number)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_blocks_add_up_bf16_and_learn_as_in_fp32_with_each_wrapper(cases: Any) -> None:
+    params, batches = create_varying(cases, "llm")
+    exact = replace(params, hparams=replace(params.hparams, precision="fp32"))
+    states = [create_state(exact), create_state(params)]
+    start_process_group(DistributedParams(fsdp=True), World(device=DEVICE))
+    try:
+        states.append(create_state(params, fsdp=True))
+        dtypes = []
+        for state in states[1:]:
+            last: Any = state.model
+            last.layers[-1].register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
+        all_params = (exact, params, params)
+        steps = [create_step(p, batches, state) for p, state in zip(all_params, states, strict=True)]
+        for number in range(8):
+            wanted, alone, sharded = (step(number).cpu() for step in steps)
+            torch.testing.assert_close(alone, wanted, rtol=5e-3, atol=0)
+            torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert set(dtypes) == {torch.bfloat16}
+    assert {p.dtype for state in states for p in state.parameters.values()} == {torch.float32}
 
 
 class Unreadable:

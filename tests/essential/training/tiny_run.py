@@ -217,6 +217,7 @@ def create_run(
         world=world,
         grad_checkpointing=hparams.grad_checkpointing,
         compile_blocks=bool(hparams.torchcompile),
+        precision=hparams.precision,
     )
     total_steps = (params.total_train_samples or 0) // hparams.global_batch_size
     state = create_train_state(model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps, base=base)
