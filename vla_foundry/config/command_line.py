@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -43,6 +44,8 @@ ENTRY_POINT_GROUP = "vla_foundry.plugins"
 EXPECTED_ERRORS = (ValueError, OSError)
 _ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
 # letters of a printed error
+# user and password in a URL
+_PASSWORD = re.compile(r"://[^/\s@]+@")
 _MAX_LINE = 2000
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
@@ -404,7 +407,7 @@ def describe_error(error: ValueError | OSError) -> str:
         if error.errno == errno.ENOSPC:
             folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
             message += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there; make room and run it again."
-    line = " ".join(message.split()) or type(error).__name__
+    line = _PASSWORD.sub("://***@", " ".join(message.split())) or type(error).__name__
     # a value that it shows may have a million letters; the key is at the start, and the fix at the end
     return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_foundry.config.command_line import Parsed, parse, parse_command, run_command
+from vla_foundry.config.command_line import Parsed, describe_error, parse, parse_command, run_command
 from vla_foundry.config.schema import BaseParams, ChoiceParams, register_choice
 from vla_foundry.storage.uri import read_text
 
@@ -351,6 +351,10 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
     with pytest.raises(SystemExit):
         run_command(fail, ["a"])
     assert capsys.readouterr().err.endswith("with the command and the traceback shown by --debug.\n")
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    assert describe_error(ValueError("https://me:secret@host/x@1: gone")) == "https://***@host/x@1: gone"
 
 
 def test_lack_of_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
