@@ -44,9 +44,9 @@ ENTRY_POINT_GROUP = "vla_foundry.plugins"
 EXPECTED_ERRORS = (ValueError, OSError)
 _ISSUES = "https://github.com/vla-foundry/vla_foundry/issues"
 # letters of a printed error
+_MAX_LINE = 2000
 # user and password in a URL
 _PASSWORD = re.compile(r"://[^/\s@]+@")
-_MAX_LINE = 2000
 # plug-ins that the user has named so far; spawned processes must import them again
 _named: list[str] = []
 # those that installed packages declare

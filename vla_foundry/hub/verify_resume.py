@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.config.loading import dump_params
@@ -72,7 +71,7 @@ def verify_resume(params: VerifyResumeParams) -> dict[str, bool]:
         if name == "killed":
             _train_and_kill(command, runs[name], params.steps)
         say(f"{name}: {'goes on' if name == 'killed' else 'trains'} to step {2 * params.steps}")
-        _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        _check(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode)
     return dict(compare(runs["whole"], runs["killed"], params.steps))
 
 
@@ -113,8 +112,7 @@ def _train_and_kill(command: list[str], run: Path, steps: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
-    if code not in (0, -signal.SIGKILL):
-        raise ValueError(f"Training ended with code {code}; see above.")
+    _check(0 if code == -signal.SIGKILL else code)
     if last.exists():
         raise ValueError(f"Training ended before it could be killed. Raise --steps above {steps}.")
     say(f"killed: SIGKILL in step {_count_steps(run) + 1}, after the checkpoint of step {steps}")
@@ -124,9 +122,9 @@ def _count_steps(run: Path) -> int:
     return max((step for step, _ in read_losses(run)["train"]), default=0)
 
 
-def _wait(process: subprocess.Popen[Any]) -> None:
-    if process.wait():
-        raise ValueError(f"Training ended with code {process.returncode}; see above.")
+def _check(code: int) -> None:
+    if code:
+        raise ValueError(f"Training ended with code {code}; see above.")
 
 
 def compare(whole: Path, killed: Path, steps: int) -> Iterator[tuple[str, bool]]:

@@ -118,12 +118,16 @@ def _encode_rows(backbone: VLMFoundryBackbone, ids: Tensor, counts: Tensor, pixe
     )
 
 
-class _Prefix(nn.Module):
-    """What happens once per observation."""
+class _Observer(nn.Module):
+    """What happens once per observation, given as tensors in the order of `names`."""
 
     def __init__(self, model: RobotPolicy, names: Sequence[str]) -> None:
         super().__init__()
         self.backbone, self.head, self.names = model.vision_language_backbone, model.action_head, tuple(names)
+
+
+class _Prefix(_Observer):
+    """Encodes an observation for a head that denoises."""
 
     def flatten(self, *values: Tensor) -> tuple[list[Any], TreeSpec]:
         inputs = dict(zip(self.names, values, strict=True))
@@ -135,12 +139,8 @@ class _Prefix(nn.Module):
         return tuple(leaf for leaf in self.flatten(*values)[0] if leaf is not None)
 
 
-class _Actions(nn.Module):
+class _Actions(_Observer):
     """A policy whose head predicts actions in one pass."""
-
-    def __init__(self, model: RobotPolicy, names: Sequence[str]) -> None:
-        super().__init__()
-        self.backbone, self.head, self.names = model.vision_language_backbone, model.action_head, tuple(names)
 
     def forward(self, *values: Tensor) -> tuple[Tensor]:
         inputs = dict(zip(self.names, values, strict=True))

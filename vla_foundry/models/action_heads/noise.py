@@ -132,15 +132,19 @@ class FlowMatching(NoiseProcess):
 
     def sampling_times(self, num_steps: int) -> list[float]:
         """Return the times of the solver's calls."""
-        last = 1 if self.params.solver == "heun" else 0
-        return list(dict.fromkeys(self._tell(1 - step / num_steps) for step in range(num_steps + last)))
+        times = self._times(num_steps)
+        asked = times if self.params.solver == "heun" else times[:-1]
+        return list(dict.fromkeys(map(self._tell, asked)))
+
+    def _times(self, num_steps: int) -> list[float]:
+        """Return the ends of the solver's steps, from 1 to 0."""
+        # on the host: nothing is read back, and each step has constants of its own
+        return [1 - step / num_steps for step in range(num_steps + 1)]
 
     def sample(self, predict: Predict, noise: Actions, num_steps: int, hold: Callable[[Tensor], Tensor]) -> Actions:
         """Integrate the velocity from noise to actions; any number of steps covers [0, 1] exactly."""
-        # on the host: nothing is read back, and each step has constants of its own
-        times = [1 - step / num_steps for step in range(num_steps + 1)]
         x = hold(noise)
-        for time, next_time in pairwise(times):
+        for time, next_time in pairwise(self._times(num_steps)):
             width = time - next_time
             velocity = predict(x, self._tell(time))
             if self.params.solver == "heun":

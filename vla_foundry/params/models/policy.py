@@ -98,58 +98,60 @@ class RobotPolicyParams(ModelParams):
                 "vlm_foundry_backbone or vlm_backbone."
             )
         robots = check_chunk_lengths(root.data)
-        window, width = root.data.robot_window(), root.data.robot_widths().get("action_dim")
         if isinstance(part, FastTokensParams):
-            self._check_tokenizer(part, root, facts, path)
-        if isinstance(part, DiscreteBinsParams) and window is not None and width is not None:
-            self._check_bins(part, window, width, facts, path)
-        for name, robot in robots.items():
-            normalization, key = robot.normalization, "data" if name == "data" else f"data.datasets.{name}"
-            if isinstance(part, DiscreteBinsParams) and normalization.method == "std" and normalization.enabled:
-                low, high = part.limits
-                if min(-low, high) < _LEAST_BIN_LIMIT:
-                    raise ValueError(
-                        f"{path}.limits ({list(part.limits)}) cut off many actions normalized by their standard "
-                        f"deviation. Use --{key}.normalization.method percentile_1_99 --{key}.normalization."
-                        f"centered_norm true, or --{path}.limits '[-5, 5]'."
-                    )
-            chunk = facts.action_tokenizers.get(part.tokenizer) if isinstance(part, FastTokensParams) else None
-            own = describe_normalization(normalization)
-            if chunk is not None and chunk.normalization not in ("", own):
-                raise ValueError(
-                    f"{path}.tokenizer is for actions normalized by {chunk.normalization}, and {key}.normalization is "
-                    f"{own}. Change {key}.normalization, or make one for it with `vla-foundry data action-tokenizer`."
-                )
+            self._check_tokenizer(part, robots, root, facts, path)
+        if isinstance(part, DiscreteBinsParams):
+            self._check_bins(part, robots, root, facts, path)
 
-    def _check_tokenizer(self, part: FastTokensParams, root: Any, facts: Facts, path: str) -> None:
-        """Check that a FAST tokenizer is for chunks of the data's size and fields."""
+    def _check_tokenizer(
+        self, part: FastTokensParams, robots: dict[str, Any], root: Any, facts: Facts, path: str
+    ) -> None:
+        """Check that a FAST tokenizer is for chunks of the data's size, fields and normalization."""
         chunk, window = facts.action_tokenizers.get(part.tokenizer), root.data.robot_window()
         width = root.data.robot_widths().get("action_dim")
-        if chunk is None or window is None or width is None:
+        if chunk is None:
             return
-        found, needed = (chunk.num_steps, chunk.action_dim), (window.future + 1, width)
-        fields = tuple(getattr(root.data.main(), "action_fields", chunk.fields))
-        if found != needed or (chunk.fields and fields != chunk.fields):
-            what = f"{found[0]} steps of {found[1]} values ({', '.join(chunk.fields)})"
-            raise ValueError(
-                f"{path}.tokenizer is for {what}, and the data has {needed[0]} of {needed[1]} "
-                f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
-            )
+        if window is not None and width is not None:
+            found, needed = (chunk.num_steps, chunk.action_dim), (window.future + 1, width)
+            fields = tuple(getattr(root.data.main(), "action_fields", chunk.fields))
+            if found != needed or (chunk.fields and fields != chunk.fields):
+                what = f"{found[0]} steps of {found[1]} values ({', '.join(chunk.fields)})"
+                raise ValueError(
+                    f"{path}.tokenizer is for {what}, and the data has {needed[0]} of {needed[1]} "
+                    f"({', '.join(fields)}). Make one for it with `vla-foundry data action-tokenizer`."
+                )
+        for name, robot in robots.items():
+            own, key = describe_normalization(robot.normalization), f"{_path_of(name)}.normalization"
+            if chunk.normalization not in ("", own):
+                raise ValueError(
+                    f"{path}.tokenizer is for actions normalized by {chunk.normalization}, and {key} is {own}. Change "
+                    f"{key}, or make one for it with `vla-foundry data action-tokenizer`."
+                )
 
-    def _check_bins(self, part: DiscreteBinsParams, window: Any, width: int, facts: Facts, path: str) -> None:
-        """Check that bins are for the data's steps, and that a chunk of them fits a row of the language model."""
-        steps = window.future + 1
-        if part.num_steps not in (None, steps):
-            raise ValueError(
-                f"{path}.num_steps ({part.num_steps}) must be data.lowdim_future_timesteps + 1 ({steps}). Leave it out."
-            )
-        limits, tokens = self.token_limits(facts), steps * width
-        if limits.max_seq_len is not None and tokens >= limits.max_seq_len:
-            raise ValueError(
-                f"{path}.type {part.type} writes {steps} steps of {width} values as {tokens} tokens, but "
-                f"{limits.source}max_seq_len has room for {limits.max_seq_len} with images and text. Lower "
-                "data.lowdim_future_timesteps, or use fast_tokens."
-            )
+    def _check_bins(self, part: DiscreteBinsParams, robots: dict[str, Any], root: Any, facts: Facts, path: str) -> None:
+        """Check that bins are for the data's steps and values, and that a chunk of them fits a row."""
+        window, width = root.data.robot_window(), root.data.robot_widths().get("action_dim")
+        if window is not None and width is not None:
+            steps, limits = window.future + 1, self.token_limits(facts)
+            if part.num_steps not in (None, steps):
+                raise ValueError(
+                    f"{path}.num_steps ({part.num_steps}) must be data.lowdim_future_timesteps + 1 ({steps}). Leave it "
+                    "out."
+                )
+            if limits.max_seq_len is not None and steps * width >= limits.max_seq_len:
+                raise ValueError(
+                    f"{path}.type {part.type} writes {steps} steps of {width} values as {steps * width} tokens, but "
+                    f"{limits.source}max_seq_len has room for {limits.max_seq_len} with images and text. Lower "
+                    "data.lowdim_future_timesteps, or use fast_tokens."
+                )
+        low, high = part.limits
+        for name, robot in robots.items():
+            normalization, key = robot.normalization, f"{_path_of(name)}.normalization"
+            if normalization.method == "std" and normalization.enabled and min(-low, high) < _LEAST_BIN_LIMIT:
+                raise ValueError(
+                    f"{path}.limits ({list(part.limits)}) cut off many actions normalized by their standard deviation. "
+                    f"Use --{key}.method percentile_1_99 --{key}.centered_norm true, or --{path}.limits '[-5, 5]'."
+                )
 
     def _check_layers(self, head: TransformerHeadParams, path: str) -> None:
         """Check that the backbone shows the head its layers at all tokens."""
@@ -217,6 +219,11 @@ def check_chunk_lengths(data: Any) -> dict[str, Any]:
             f"({steps}). Make them equal."
         )
     return robots
+
+
+def _path_of(part: str) -> str:
+    """Return the config path of a dataset by its name in `DataParams.parts`."""
+    return "data" if part == "data" else f"data.datasets.{part}"
 
 
 def describe_normalization(params: Any) -> str:
