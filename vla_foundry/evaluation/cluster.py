@@ -33,8 +33,7 @@ from vla_foundry.progress import say
 
 # after this time without any answer the user is told that Ray waits for room
 _SECONDS_TO_START = 60
-_NODE_ENDED = "process ended with its node."
-# how often a policy is started for an episode: Ray may place it on a node that it does not know to be dead
+# how often a policy or simulator is started for an episode: Ray may place it on a node that it does not know to be dead
 _ATTEMPTS = 3
 # a policy's options: where there is room, on all nodes alike
 _SPREAD: dict[str, Any] = {"scheduling_strategy": "SPREAD", "num_cpus": 0}
@@ -59,6 +58,8 @@ class ClusterPool(RolloutPool):
         self._owed: dict[Any, int] = {}
         self._requests: dict[int, Request] = {}
         self._started: set[int] = set()
+        # how often in a row workers died before their episode began
+        self._lost: dict[int, int] = {}
 
     def send(self, number: int, request: Request) -> None:
         """Ask a worker that owes no answer."""
@@ -90,18 +91,20 @@ class ClusterPool(RolloutPool):
             number = self._owed.pop(reference)
             try:
                 answers[number] = answer = ray.get(reference)
+                self._lost.pop(number, None)
                 if isinstance(answer, Failure):
                     place = _find_node(self.actors[number])
                     answers[number] = replace(answer, message=f"On node {place}: {answer.message}")
             except RayError as error:
                 ray.kill(self.actors.pop(number))
-                reason = _describe_end(error)
                 request = self._requests[number]
-                if reason == _NODE_ENDED and isinstance(request, partial) and request.func is not RolloutWorker.step:
-                    # the node was dead before the episode began, and Ray may not have known it
+                lost = self._lost.pop(number, 0) + 1
+                if isinstance(request, partial) and request.func is not RolloutWorker.step and lost < _ATTEMPTS:
+                    # it may have died before the episode began, and Ray may not have known it
+                    self._lost[number] = lost
                     self.send(number, request)
                 else:
-                    answers[number] = Death(reason=f"the simulator's {reason}")
+                    answers[number] = Death(reason=f"the simulator's {_describe_end(error)}")
         for number in answers:
             del self._asked[number]
         return answers
@@ -356,7 +359,7 @@ def _describe_end(error: RayError) -> str:
     # what follows are Ray's guesses, memory among them
     text = " ".join(str(error).split()).partition(" Some common causes")[0]
     if "node has died" in text or "node was terminated" in text:
-        return _NODE_ENDED
+        return "process ended with its node."
     if "OutOfMemory" in type(error).__name__ or "memory" in text:
         return f"process ended: is there enough memory? {text[:200]}"
     _, _, detail = text.rpartition("Worker exit detail: ")
