@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 os.environ["WANDB_MODE"] = "offline"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # before ray is imported: no `uv run` around each worker
+os.environ["RAY_worker_niceness"] = "0"  # 15 otherwise: workers starve beside the other tests
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -354,9 +354,9 @@ def test_a_simulator_with_other_cameras_and_actions_is_refused_with_both(run: Pa
 def cluster(toy_simulator: None) -> Iterator[Any]:
     """A Ray cluster of two nodes with two CPUs each, which evaluations of this process use."""
     with pytest.MonkeyPatch.context() as patch:
-        # the second: a busy machine may take long to start a node
-        for name, value in {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_raylet_start_wait_time_s": "120"}.items():
-            patch.setenv(name, value)
+        # a busy machine may take long to start a node, or a process that imports torch
+        patch.setenv("RAY_raylet_start_wait_time_s", "120")
+        patch.setenv("RAY_worker_register_timeout_seconds", "300")
         # of toy_simulator.py; unlike spawned processes, Ray's have paths of their own
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         from ray.cluster_utils import Cluster

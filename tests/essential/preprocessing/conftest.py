@@ -27,7 +27,6 @@ def ray_cluster(s3_environment: dict[str, str]) -> Iterator[str]:
     # the workers import the converter of the tests, robotics/rig_converter.py
     paths = filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).with_name("robotics"))))
     names = {
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
