@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the co
 os.environ["WANDB_MODE"] = "offline"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # before ray is imported: no `uv run` around each worker
-os.environ["RAY_worker_niceness"] = "0"  # 15 otherwise: workers starve beside the other tests
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 15 otherwise: workers starve beside the other tests
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
