@@ -46,7 +46,7 @@ from vla_foundry.training.distributed import (
     named_persistent_buffers,
     shard_like,
 )
-from vla_foundry.training.ema import EMA
+from vla_foundry.training.optimization.ema import EMA
 from vla_foundry.training.state import TrainState
 from vla_foundry.world import World
 

@@ -125,7 +125,7 @@ def parallelize(
     are_native = [_is_of(block, "vla_foundry") for block in blocks]
     if grad_checkpointing:
         blocks = _checkpoint_activations(model, blocks)
-    lowered = _find_lowered(model, precision)
+    lowered = find_lowered(model, precision)
     for block in lowered:
         block.register_forward_pre_hook(_lower_tokens)
     if compile_blocks:
@@ -162,7 +162,7 @@ def _is_of(block: nn.Module, *packages: str) -> bool:
     return type(inner).__module__.partition(".")[0] in packages
 
 
-def _find_lowered(model: nn.Module, precision: str) -> list[nn.Module]:
+def find_lowered(model: nn.Module, precision: str) -> list[nn.Module]:
     """Return the blocks that compute with bf16 weights. Others may keep theirs elsewhere, as nn.GRU does."""
     blocks = list_blocks(model) if precision == "amp_bfloat16" else []
     return [block for block in blocks if _is_of(block, "vla_foundry", "transformers")]
@@ -179,7 +179,7 @@ def lower_blocks(model: nn.Module, precision: str) -> Iterator[None]:
 
     Gradients pass through the copies and add up in the weights' precision.
     """
-    blocks = [] if isinstance(model, FSDPModule) else _find_lowered(model, precision)
+    blocks = [] if isinstance(model, FSDPModule) else find_lowered(model, precision)
     places = [
         (module.__dict__, name, parameter)
         for module in dict.fromkeys(module for block in blocks for module in block.modules())

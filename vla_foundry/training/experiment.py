@@ -39,9 +39,9 @@ from vla_foundry.training.distributed import (
 )
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
-from vla_foundry.training.optimizer import describe_groups, freeze_weights
+from vla_foundry.training.optimization.optimizer import describe_groups, freeze_weights
+from vla_foundry.training.optimization.schedules import learning_rates
 from vla_foundry.training.remote_sync import RemoteSync
-from vla_foundry.training.schedules import learning_rates
 from vla_foundry.training.start import (
     copy_tokenizer,
     fetch_to_other_disks,

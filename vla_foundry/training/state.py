@@ -9,14 +9,14 @@ from vla_foundry.models.weights import Base
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams
 from vla_foundry.training.distributed import named_parameters, reduce_unsharded_gradients
-from vla_foundry.training.ema import EMA
-from vla_foundry.training.optimizer import (
+from vla_foundry.training.optimization.ema import EMA
+from vla_foundry.training.optimization.optimizer import (
     create_optimizer,
     gradient_norm,
     set_learning_rate,
     step_optimizer,
 )
-from vla_foundry.training.schedules import learning_rates
+from vla_foundry.training.optimization.schedules import learning_rates
 
 
 @dataclass(kw_only=True)

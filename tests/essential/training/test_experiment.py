@@ -29,7 +29,7 @@ from vla_foundry.storage.local import IncompleteDownload
 from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.training import start
 from vla_foundry.training.experiment import train
-from vla_foundry.training.schedules import learning_rates
+from vla_foundry.training.optimization.schedules import learning_rates
 from vla_foundry.training.start import fetch_checkpoint, fetch_to_other_disks, find_start, write_configs
 from vla_foundry.world import World
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vla_foundry.run_folder import find_checkpoint
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.loop import create_meter, seed_dropout, train, train_step
-from vla_foundry.training.schedules import learning_rates
+from vla_foundry.training.optimization.schedules import learning_rates
 from vla_foundry.world import World
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
 from vla_foundry.registry import match_names, summarize_names, unknown_name_message
 from vla_foundry.training.distributed import local_shard
-from vla_foundry.training.muon import MuonAdamW, is_for_muon
+from vla_foundry.training.optimization.muon import MuonAdamW, is_for_muon
 
 # modules whose `weight` maps features to features and therefore decays
 _MATRIX_MODULES = (

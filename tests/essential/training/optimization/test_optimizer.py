@@ -8,7 +8,7 @@ from torch import nn
 
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams, ParameterGroup
-from vla_foundry.training.optimizer import (
+from vla_foundry.training.optimization.optimizer import (
     decayed_parameters,
     describe_groups,
     freeze_weights,

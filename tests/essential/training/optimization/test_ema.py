@@ -6,7 +6,7 @@ from torch import nn
 
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.training.distributed import named_parameters
-from vla_foundry.training.ema import EMA, ema_decay
+from vla_foundry.training.optimization.ema import EMA, ema_decay
 
 
 def decay(params: EMAParams, updates: int) -> float:

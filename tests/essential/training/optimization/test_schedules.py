@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.training.schedules import learning_rates
+from vla_foundry.training.optimization.schedules import learning_rates
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "warmup_constant_decay"])

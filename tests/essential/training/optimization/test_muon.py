@@ -8,8 +8,8 @@ from torch import nn
 
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.training.muon import MuonAdamW, orthogonalize
-from vla_foundry.training.optimizer import describe_groups
+from vla_foundry.training.optimization.muon import MuonAdamW, orthogonalize
+from vla_foundry.training.optimization.optimizer import describe_groups
 from vla_foundry.training.state import TrainState, create_train_state, update_weights
 
 

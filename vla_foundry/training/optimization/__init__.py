@@ -1,0 +1,1 @@
+"""How weights change in a step: optimizers, learning rates, and the average of the weights."""
