@@ -51,6 +51,7 @@ _COMMANDS = {
         "vla_foundry.hub.verify_resume:main",
         "prove that a killed run of a config, resumed, is the run never killed",
     ),
+    "plan": ("vla_foundry.hub.plan:main", "predict the memory of a run on each GPU, and say what fits"),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

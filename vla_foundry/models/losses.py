@@ -20,7 +20,7 @@ def count_valid_targets(targets: Int[Tensor, "*shape"]) -> Int[Tensor, ""]:
 # devices that the host never waits for
 NEVER_WAITING = {"cpu"}
 # Logits per chunk. On the CPU a chunk should stay in cache (32 MiB in fp32); on a GPU it should fill the device.
-_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def language_model_loss(
@@ -81,7 +81,7 @@ def dense_language_model_loss(
 
 
 def _choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
-    tokens = _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]) // max(1, vocab_size)
+    tokens = CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // max(1, vocab_size)
     # round down to whole tiles of the matrix multiplication
     return max(1, tokens // 32 * 32 if tokens >= 32 else tokens)
 

@@ -115,10 +115,13 @@ class _LiveBytes(TorchDispatchMode):
 def _as_on_a_gpu() -> Iterator[None]:
     """Let tensors of the CPU take the branches of a GPU."""
     devices, waiting = set(attention.VARLEN_DEVICES), set(losses.NEVER_WAITING)
+    chunks = dict(losses.CHUNK_LOGITS)
     attention.VARLEN_DEVICES.add("cpu")
     losses.NEVER_WAITING.discard("cpu")
+    losses.CHUNK_LOGITS["cpu"] = chunks["cuda"]
     try:
         yield
     finally:
+        losses.CHUNK_LOGITS.update(chunks)
         attention.VARLEN_DEVICES.intersection_update(devices)
         losses.NEVER_WAITING.update(waiting)

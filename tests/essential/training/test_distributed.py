@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from vla_foundry.hub.plan import count_held
+from vla_foundry.models.layers import add_adapters
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.run_folder import list_step_folders
 from vla_foundry.training import lost_ranks
 from vla_foundry.training.distributed import start_process_group
+from vla_foundry.training.experiment import cast_parameters
 from vla_foundry.world import World
 
 # name -> changes to the params of tiny_run.py (20 steps, global batch 16, clipping, EMA, two validations)
@@ -151,6 +155,23 @@ def test_a_checkpoint_of_sharded_ranks_goes_on_in_one_process_and_back(tiny, alo
     assert_close(together[0]["fsdp, adapters, from one process"], alone["ddp, adapters"], 1e-9, first_step=11)
     with pytest.raises(ValueError, match=r"was trained with adamw, which hparams\.optimizer must be to resume it"):
         tiny.run_scenario({"save_path": str(folder), "start": str(sharded), "hparams__optimizer": "muon"}, World())
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_rank_holds_what_the_planner_predicts(name: str, tiny, alone, together) -> None:
+    params = tiny.create_params("", **{key: value for key, value in SCENARIOS[name].items() if key != "spoiled"})
+    with torch.device("meta"):
+        model = tiny.TinyModel()
+        if params.model.lora is not None:
+            add_adapters(model, params.model.lora)
+    cast_parameters(model, params.hparams.precision)
+    for rank, result in enumerate(together):
+        assert count_held(model, params, 2, rank).sharded() == result[name]["held"]
+    unsharded = replace(params, distributed=DistributedParams())
+    assert count_held(model, unsharded, 1).sharded() == alone[name]["held"]
+    if name == "fsdp":
+        halves = sum(alone[name]["held"].values()) / 2
+        assert all(sum(result[name]["held"].values()) == pytest.approx(halves, rel=0.1) for result in together)
 
 
 def test_a_spoiled_microbatch_skips_the_update_on_every_rank(together) -> None:

@@ -33,6 +33,7 @@ from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
     gather,
     leave_process,
+    local_shard,
     parallelize,
     shard_like,
     start_process_group,
@@ -249,6 +250,20 @@ def read_result(run: Run) -> dict[str, Any]:
             for moment, tensor in state.optimizer.state[value].items()
         },
         "counters": {name: int(value) for name, value in vars(state.counters).items()},
+        "held": count_held(run),
+    }
+
+
+def count_held(run: Run) -> dict[str, int]:
+    """The bytes that this rank holds, by what they are."""
+    state = run.state
+    gradients = [value.grad for value in state.parameters.values() if value.grad is not None]
+    moments = [tensor for entry in state.optimizer.state.values() for tensor in entry.values()]
+    averages = [] if state.ema is None else [*state.ema.averages.values()]
+    parts = {"weights": [*state.parameters.values()], "gradients": gradients, "moments": moments, "average": averages}
+    return {
+        name: sum(local_shard(tensor).numel() * tensor.element_size() for tensor in tensors)
+        for name, tensors in parts.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Params of the commands that share runs and repeat them: `hub push`, `hub pull`, `reproduce`, `verify-resume`."""
+"""Params of commands that share, repeat and plan runs: `hub push`, `hub pull`, `reproduce`, `verify-resume`, `plan`."""
 
 import re
 from dataclasses import dataclass, field
@@ -99,3 +99,17 @@ class VerifyResumeParams(TrainExperimentParams):
     num_processes: Size = 1
     # new folder for the two runs
     output: Location = "verify_resume"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanParams(TrainExperimentParams):
+    """Predict the memory of a training config on each rank, and say what fits; needs neither a GPU nor the data."""
+
+    # ranks, one on each GPU
+    gpus: Size = 1
+    # memory of a GPU, GiB
+    gpu_memory: Annotated[float, Bounds(above=0, most=100_000)] = 80.0
+    # share of it to leave free: for CUDA, NCCL, and what an allocator cannot use
+    headroom: Annotated[float, Bounds(least=0, below=1)] = 0.1
+    # print JSON
+    json: bool = False
