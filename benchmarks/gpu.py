@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --rows llm_8 infer_graphs
     python benchmarks/gpu.py --preset tiny            # every row at a toy size, on a CPU too
 
-It needs torch, transformers and the base dependencies, but neither data nor published weights, and the package need not
-be installed. A row that fails, runs out of memory or exceeds its limit is a line with an `error`; the others still run.
-README.md says what the figures mean.
+It needs torch, transformers and the base dependencies (and torchao for the row with fp8), but neither data nor
+published weights, and the package need not be installed. A row that fails, runs out of memory or exceeds its limit is a
+line with an `error`; the others still run. README.md says what the figures mean.
 """
 
 import argparse
@@ -29,6 +29,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm_8_compiled": ("train_llm", {"batch": 8, "compiled": True}),
     "llm_16": ("train_llm", {"batch": 16}),
     "llm_16_compiled": ("train_llm", {"batch": 16, "compiled": True}),
+    "llm_16_budget_compiled": ("train_llm", {"batch": 16, "activation_budget": 0.7, "compiled": True}),
+    "llm_16_fp8_compiled": ("train_llm", {"batch": 16, "fp8": "tensorwise", "compiled": True}),
     "llm_8_documents_compiled": ("train_llm", {"batch": 8, "has_documents": True, "compiled": True}),
     "vlm_padded_compiled": ("train_vlm", {"packed": False, "compiled": True}),
     "vlm_packed_compiled": ("train_vlm", {"packed": True, "compiled": True}),

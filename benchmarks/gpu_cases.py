@@ -43,9 +43,9 @@ class Case:
     count_flops: Callable[..., float]
 
 
-def create_root(model: ModelParams, data: Any) -> TrainExperimentParams:
+def create_root(model: ModelParams, data: Any, **hparams: Any) -> TrainExperimentParams:
     """Return the config tree around a model."""
-    return TrainExperimentParams(model=model, data=data, hparams=HyperParams(grad_clip_norm=1.0))
+    return TrainExperimentParams(model=model, data=data, hparams=HyperParams(grad_clip_norm=1.0, **hparams))
 
 
 def shrink(params: Any) -> Any:
@@ -87,7 +87,7 @@ def fill_rows(lengths: Iterable[int], num_tokens: int) -> list[list[int]]:
     return rows
 
 
-def create_llm_case(is_tiny: bool, *, batch: int, has_documents: bool = False) -> Case:
+def create_llm_case(is_tiny: bool, *, batch: int, has_documents: bool = False, **hparams: Any) -> Case:
     """Rows of 2048 tokens: one document each, or about 8 of varying lengths."""
     params, T = load_model("foundry_llm_1.2b"), 2048
     if is_tiny:
@@ -116,7 +116,8 @@ def create_llm_case(is_tiny: bool, *, batch: int, has_documents: bool = False) -
         return total / len(batches) * T / (T + 1)
 
     data = TextDataParams(dataset_manifest=["none"], seq_len=T)
-    return Case(create_root(params, data), batches, {"samples": batch, "tokens": batch * T}, count_flops)
+    units = {"samples": batch, "tokens": batch * T}
+    return Case(create_root(params, data, **hparams), batches, units, count_flops)
 
 
 def create_vlm_case(is_tiny: bool, *, packed: bool) -> Case:

@@ -107,12 +107,12 @@ def measure_device(is_tiny: bool) -> Figures:
     return figures
 
 
-def wrap(model: nn.Module, device: str, precision: str, *, compiled: bool) -> nn.Module:
+def wrap(model: nn.Module, device: str, precision: str, *, compiled: bool, **options: Any) -> nn.Module:
     """Compile a model's blocks as a run does it; on a CPU, blocks are traced, but no code is generated."""
     if device == "cpu":
         torch.compiler.set_default_backend("eager")
-    world = World(device=device)
-    return parallelize(model, DistributedParams(), world=world, compile_blocks=compiled, precision=precision)
+    options |= {"world": World(device=device), "compile_blocks": compiled, "precision": precision}
+    return parallelize(model, DistributedParams(), **options)
 
 
 def create_state(case: Case, device: str, *, compiled: bool) -> TrainState:
@@ -121,8 +121,9 @@ def create_state(case: Case, device: str, *, compiled: bool) -> TrainState:
     with torch.device(device):
         model = create_model(case.params.model)
     model.train()
-    forward = wrap(model, device, case.params.hparams.precision, compiled=compiled)
     hparams, ema = case.params.hparams, case.params.ema
+    options: Any = {"fp8": hparams.fp8, "activation_budget": hparams.activation_budget}
+    forward = wrap(model, device, hparams.precision, compiled=compiled, **options)
     return create_train_state(model, forward, hparams=hparams, ema=ema, total_steps=10_000)
 
 
@@ -166,9 +167,9 @@ def train(case: Case, *, compiled: bool) -> Figures:
     return figures | {"flops": case.count_flops(state.model), "seconds": median}
 
 
-def train_llm(is_tiny: bool, *, batch: int, has_documents: bool = False, compiled: bool = False) -> Figures:
-    """Measure the language model of 1.2 B on rows of 2048 tokens."""
-    return train(create_llm_case(is_tiny, batch=batch, has_documents=has_documents), compiled=compiled)
+def train_llm(is_tiny: bool, *, compiled: bool = False, **options: Any) -> Figures:
+    """Measure the language model of 1.2 B on rows of 2048 tokens; see `create_llm_case` for the options."""
+    return train(create_llm_case(is_tiny, **options), compiled=compiled)
 
 
 def train_vlm(is_tiny: bool, *, packed: bool, compiled: bool = False) -> Figures:

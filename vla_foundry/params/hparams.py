@@ -43,6 +43,9 @@ class HyperParams(BaseParams):
 
     # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
+    # matrix products of blocks in 8-bit floats, scaled by each tensor's largest value; null: in the precision above.
+    # Needs `pip install 'vla-foundry[fp8]'`, and on GPUs compute capability 8.9 or newer
+    fp8: Literal["tensorwise"] | None = None
     # samples per optimizer step over all ranks
     global_batch_size: _Batch = 512
     # samples per forward pass on one rank; gradient accumulation fills the global batch
@@ -85,6 +88,9 @@ class HyperParams(BaseParams):
     grad_checkpointing: bool = False
     # torch.compile each block; null: on a GPU, if there is a C compiler
     torchcompile: bool | None = None
+    # share of a compiled block's activations to keep for the backward pass; below 1, the cheapest are computed again:
+    # at 0.7 elementwise operations, at 0 nearly all
+    activation_budget: Annotated[float, Bounds(least=0, most=1)] = 1.0
     # stop the run after this many consecutive steps with a non-finite loss or gradient
     max_skipped_steps: Count = 20
 
@@ -93,6 +99,12 @@ class HyperParams(BaseParams):
         for name in ("lr_cooldown_end", "force_min_lr"):
             if getattr(self, name) > self.lr:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be above lr ({self.lr}).")
+        if self.fp8 is not None and self.precision not in ("amp_bfloat16", "pure_bf16"):
+            raise ValueError(
+                f"fp8 is for precision amp_bfloat16 or pure_bf16, not {self.precision}. Change one of them."
+            )
+        if self.activation_budget < 1 and self.grad_checkpointing:
+            raise ValueError("activation_budget and grad_checkpointing both save activations. Use one of them.")
         shares = (self.warmup or 0.0, self.decay)
         if self.lr_scheduler == "warmup_constant_decay" and max(shares) < 1 and round(sum(shares), 9) > 1:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Distribute a single-device model over processes; no other file handles wrappers, meshes or process groups.
 
-The order is activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters keep their precision (fp32
+The order is fp8, activation checkpointing, per-block compile, then FSDP2 or DDP. Parameters keep their precision (fp32
 masters). With amp_bfloat16, blocks compute with bf16 copies of their weights, made once a step (`lower_blocks`) or by
 FSDP2, and what they add up is bf16; autocast lowers the rest. So results do not depend on the wrapper.
 """
@@ -28,10 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
+from vla_foundry.training.float8 import use_float8_products
 from vla_foundry.world import World
 
 # prefixes that wrappers add to parameter names
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+# packages of blocks that compute with bf16 weights; others may keep theirs elsewhere, as nn.GRU does
+_LOWERED_PACKAGES = ("vla_foundry", "transformers")
 # DDP need not broadcast buffers in every forward; newer versions of torch renamed the option
 _WITHOUT_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers"
@@ -106,6 +109,8 @@ def parallelize(
     compile_blocks: bool = False,
     is_mixture: bool = False,
     precision: str = "fp32",
+    fp8: str | None = None,
+    activation_budget: float = 1.0,
 ) -> nn.Module:
     """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
 
@@ -113,7 +118,7 @@ def parallelize(
         model: on the CPU, the same on every rank; `list_blocks` names the units to wrap.
         is_mixture: microbatches use different parts of the model, the same ones on every rank. DDP expects all parts,
             so `reduce_unsharded_gradients` takes its place.
-        precision: `hparams.precision`.
+        precision, fp8, activation_budget: see `hparams`.
 
     Returns:
         The module that a training step calls: the model itself, or its DDP wrapper.
@@ -123,6 +128,9 @@ def parallelize(
         raise ValueError("hparams.grad_checkpointing needs blocks, but the model has no list of modules. Turn it off.")
     # transformers decides on the host in some blocks
     are_native = [_is_of(block, "vla_foundry") for block in blocks]
+    if fp8 is not None:
+        # others keep fp32 weights (find_lowered)
+        use_float8_products([block for block in blocks if _is_of(block, *_LOWERED_PACKAGES)], world.device)
     if grad_checkpointing:
         blocks = _checkpoint_activations(model, blocks)
     lowered = find_lowered(model, precision)
@@ -131,6 +139,7 @@ def parallelize(
     if compile_blocks:
         # sizes, documents or not, training or not: more than 8 variants of a block, which a whole graph may not exceed
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        torch._functorch.config.activation_memory_budget = activation_budget
         for block, is_native in zip(blocks, are_native, strict=True):
             # without its hooks, which cast and gather
             block.forward = torch.compile(block.forward, fullgraph=is_native)
@@ -163,9 +172,9 @@ def _is_of(block: nn.Module, *packages: str) -> bool:
 
 
 def find_lowered(model: nn.Module, precision: str) -> list[nn.Module]:
-    """Return the blocks that compute with bf16 weights. Others may keep theirs elsewhere, as nn.GRU does."""
+    """Return the blocks that compute with bf16 copies of their weights."""
     blocks = list_blocks(model) if precision == "amp_bfloat16" else []
-    return [block for block in blocks if _is_of(block, "vla_foundry", "transformers")]
+    return [block for block in blocks if _is_of(block, *_LOWERED_PACKAGES)]
 
 
 def _lower_tokens(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

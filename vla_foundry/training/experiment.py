@@ -217,6 +217,8 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         grad_checkpointing=hparams.grad_checkpointing,
         compile_blocks=compiles_blocks(hparams, world),
         precision=hparams.precision,
+        fp8=hparams.fp8,
+        activation_budget=hparams.activation_budget,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
     return create_train_state(
@@ -243,10 +245,19 @@ def check_base_is_kept(digests: dict[str, str], other: dict[str, str]) -> None:
 
 
 def compiles_blocks(hparams: HyperParams, world: World) -> bool:
-    """Return whether a run compiles blocks."""
-    if hparams.torchcompile is not None:
-        return hparams.torchcompile
-    return world.device.startswith("cuda") and any(map(shutil.which, ("cc", "gcc", "clang")))
+    """Return whether a run compiles blocks.
+
+    Raises:
+        ValueError: it does not, but only compiled blocks have a budget.
+    """
+    has_compiler = world.device.startswith("cuda") and any(map(shutil.which, ("cc", "gcc", "clang")))
+    is_compiled = has_compiler if hparams.torchcompile is None else hparams.torchcompile
+    if hparams.activation_budget < 1 and not is_compiled:
+        raise ValueError(
+            f"hparams.activation_budget ({hparams.activation_budget:g}) is for compiled blocks, but this run compiles "
+            "none. Set --hparams.torchcompile true, or the budget to 1."
+        )
+    return is_compiled
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:

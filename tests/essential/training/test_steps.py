@@ -36,9 +36,10 @@ def cases() -> Iterator[Any]:
 
 def create_varying(cases: Any, kind: str) -> tuple[Any, list[Batch]]:
     """The params of a toy model, and batches that differ in documents, rows and images."""
-    if kind == "llm":
+    if "llm" in kind:
         case = cases.create_llm_case(True, batch=2, has_documents=True)
-        return case.params, case.batches
+        hparams = replace(case.params.hparams, fp8="tensorwise" if "fp8" in kind else None)
+        return replace(case.params, hparams=hparams), case.batches
     if kind == "vla":
         case = cases.create_vla_case(True, batch=2, draws=2)
         hidden = [torch.ones(2, cases.NUM_VIEWS, dtype=torch.bool) for _ in range(3)]
@@ -59,7 +60,9 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 def create_state(params: Any, *, compiled: bool = False, fsdp: bool = False) -> TrainState:
     torch.manual_seed(0)
     model = create_model(params.model).train().to(DEVICE)
-    options: dict[str, Any] = {"world": World(device=DEVICE), "precision": params.hparams.precision}
+    hparams = params.hparams
+    options: dict[str, Any] = {"world": World(device=DEVICE), "precision": hparams.precision, "fp8": hparams.fp8}
+    options["activation_budget"] = hparams.activation_budget
     forward = parallelize(model, DistributedParams(fsdp=fsdp), compile_blocks=compiled, **options)
     return create_train_state(model, forward, hparams=params.hparams, ema=params.ema, total_steps=100)
 
@@ -125,7 +128,7 @@ def varlen_on_cpu() -> Iterator[None]:
     attention.VARLEN_DEVICES.remove("cpu")
 
 
-KINDS = ("llm", "vlm padded", "vlm packed ahead", "vlm packed ahead fp32", "vla")
+KINDS = ("llm", "llm fp8", "vlm padded", "vlm packed ahead", "vlm packed ahead fp32", "vla")
 
 
 @pytest.fixture
@@ -157,6 +160,32 @@ def test_blocks_are_whole_graphs_that_take_all_sizes(kind: str, cases: Any) -> N
         compiled(number)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("varlen_on_cpu", "no_type_checks")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_budget_keeps_fewer_activations_and_changes_no_loss(cases: Any) -> None:
+    params, batches = create_varying(cases, "llm")
+    # the compiler's choice of what to keep, without its code
+    torch.compiler.set_default_backend("aot_eager_decomp_partition")
+    kept, losses_of = [], []
+    for budget in (1.0, 0.7):
+        torch._dynamo.reset()
+        params = replace(params, hparams=replace(params.hparams, activation_budget=budget))
+        state, storages = create_state(params, compiled=True), {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        step = create_step(params, batches, state)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses_of.append(step(0))
+        kept.append(sum(storages.values()))
+        losses_of[-1] = torch.stack([losses_of[-1], *(step(number) for number in range(1, 5))])
+    torch.compiler.set_default_backend("eager")
+    torch.testing.assert_close(*losses_of, rtol=1e-5, atol=0)
+    assert kept[1] < 0.9 * kept[0]
 
 
 def test_blocks_add_up_bf16_and_learn_as_in_fp32_with_each_wrapper(cases: Any) -> None:
