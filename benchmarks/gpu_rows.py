@@ -122,7 +122,7 @@ def create_state(case: Case, device: str, *, compiled: bool) -> TrainState:
         model = create_model(case.params.model)
     model.train()
     hparams, ema = case.params.hparams, case.params.ema
-    options: Any = {"fp8": hparams.fp8, "activation_budget": hparams.activation_budget}
+    options = {name: getattr(hparams, name) for name in ("fp8", "flash_attention_3", "activation_budget")}
     forward = wrap(model, device, hparams.precision, compiled=compiled, **options)
     return create_train_state(model, forward, hparams=hparams, ema=ema, total_steps=10_000)
 

@@ -46,6 +46,9 @@ class HyperParams(BaseParams):
     # matrix products of blocks in 8-bit floats, scaled by each tensor's largest value; null: in the precision above.
     # Needs `pip install 'vla-foundry[fp8]'`, and on GPUs compute capability 8.9 or newer
     fp8: Literal["tensorwise"] | None = None
+    # attention in FlashAttention 3, which needs its package (flash_attn_interface) and a GPU of compute capability 9;
+    # false: what torch chooses, cuDNN or FlashAttention 2
+    flash_attention_3: bool = False
     # samples per optimizer step over all ranks
     global_batch_size: _Batch = 512
     # samples per forward pass on one rank; gradient accumulation fills the global batch
@@ -99,10 +102,11 @@ class HyperParams(BaseParams):
         for name in ("lr_cooldown_end", "force_min_lr"):
             if getattr(self, name) > self.lr:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be above lr ({self.lr}).")
-        if self.fp8 is not None and self.precision not in ("amp_bfloat16", "pure_bf16"):
-            raise ValueError(
-                f"fp8 is for precision amp_bfloat16 or pure_bf16, not {self.precision}. Change one of them."
-            )
+        for name in ("fp8", "flash_attention_3"):
+            if getattr(self, name) and self.precision not in ("amp_bfloat16", "pure_bf16"):
+                raise ValueError(
+                    f"{name} is for precision amp_bfloat16 or pure_bf16, not {self.precision}. Change one of them."
+                )
         if self.activation_budget < 1 and self.grad_checkpointing:
             raise ValueError("activation_budget and grad_checkpointing both save activations. Use one of them.")
         shares = (self.warmup or 0.0, self.decay)

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.float8 import use_float8_products
+from vla_foundry.training.kernels import use_flash_attention_3, use_float8_products
 from vla_foundry.world import World
 
 # prefixes that wrappers add to parameter names
@@ -110,6 +111,7 @@ def parallelize(
     is_mixture: bool = False,
     precision: str = "fp32",
     fp8: str | None = None,
+    flash_attention_3: bool = False,
     activation_budget: float = 1.0,
 ) -> nn.Module:
     """Collective: call on every rank. Distribute `model` over the processes in place, and move it to its device.
@@ -118,7 +120,7 @@ def parallelize(
         model: on the CPU, the same on every rank; `list_blocks` names the units to wrap.
         is_mixture: microbatches use different parts of the model, the same ones on every rank. DDP expects all parts,
             so `reduce_unsharded_gradients` takes its place.
-        precision, fp8, activation_budget: see `hparams`.
+        precision, fp8, flash_attention_3, activation_budget: see `hparams`.
 
     Returns:
         The module that a training step calls: the model itself, or its DDP wrapper.
@@ -128,6 +130,8 @@ def parallelize(
         raise ValueError("hparams.grad_checkpointing needs blocks, but the model has no list of modules. Turn it off.")
     # transformers decides on the host in some blocks
     are_native = [_is_of(block, "vla_foundry") for block in blocks]
+    if flash_attention_3:
+        use_flash_attention_3(world.device)
     if fp8 is not None:
         # others keep fp32 weights (find_lowered)
         use_float8_products([block for block in blocks if _is_of(block, *_LOWERED_PACKAGES)], world.device)
@@ -139,7 +143,7 @@ def parallelize(
     if compile_blocks:
         # sizes, documents or not, training or not: more than 8 variants of a block, which a whole graph may not exceed
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        torch._functorch.config.activation_memory_budget = activation_budget
+        functorch_config.activation_memory_budget = activation_budget
         for block, is_native in zip(blocks, are_native, strict=True):
             # without its hooks, which cast and gather
             block.forward = torch.compile(block.forward, fullgraph=is_native)

@@ -218,6 +218,7 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         compile_blocks=compiles_blocks(hparams, world),
         precision=hparams.precision,
         fp8=hparams.fp8,
+        flash_attention_3=hparams.flash_attention_3,
         activation_budget=hparams.activation_budget,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )

@@ -1,4 +1,4 @@
-"""Matrix products in fp8, on a CPU: its kernels round as a GPU's do, and are slow."""
+"""Optional kernels. Products in fp8 run on a CPU, whose kernels round as a GPU's do; FlashAttention 3 does not."""
 
 import sys
 from dataclasses import replace
@@ -17,6 +17,7 @@ from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.models.roles import LoRAParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.training.distributed import parallelize, start_process_group
+from vla_foundry.training.kernels import use_flash_attention_3
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
@@ -125,7 +126,7 @@ def test_heads_adapters_and_odd_widths_keep_their_precision() -> None:
         create_state("tensorwise", replace(MODEL, hidden_dim=36, ffn_type="gelu"))
 
 
-def test_where_it_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_fp8_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="fp8 is for precision amp_bfloat16 or pure_bf16, not fp32"):
         HyperParams(fp8="tensorwise", precision="fp32")
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
@@ -135,3 +136,16 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match=r"compute capability 8.9 or newer .* but NVIDIA A100 has 8.0"):
         parallelize(create_model(MODEL), DistributedParams(), world=World(device="cuda:0"), fp8="tensorwise")
+
+
+def test_where_flash_attention_3_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="flash_attention_3 is for precision amp_bfloat16 or pure_bf16, not fp32"):
+        HyperParams(flash_attention_3=True, precision="fp32")
+    with pytest.raises(ValueError, match=r"compute capability 9 \(Hopper\), but the device is 'cpu'"):
+        parallelize(create_model(MODEL), DistributedParams(), world=World(), flash_attention_3=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match="needs the package flash_attn_interface of FlashAttention 3: No module named"):
+        use_flash_attention_3("cuda:0")
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(ValueError, match="needs a newer torch than"):
+        use_flash_attention_3("cuda:0")

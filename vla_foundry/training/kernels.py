@@ -1,13 +1,15 @@
-"""Matrix products of blocks in 8-bit floats (`hparams.fp8`), by torchao."""
+"""Optional kernels of a run: matrix products in 8-bit floats (`hparams.fp8`, torchao), and FlashAttention 3."""
 
 import logging
+from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import nn
 
 from vla_foundry.models.layers import LoRALinear
 
-# what the kernels take
+# what fp8's kernels take
 _MULTIPLE, _LEAST_CAPABILITY = 16, (8, 9)
 
 
@@ -57,3 +59,28 @@ def use_float8_products(blocks: list[nn.Module], device: str) -> None:
     config = Float8LinearConfig(pad_inner_dim=True)
     for block in blocks:
         convert_to_float8_training(block, config=config, module_filter_fn=lambda module, name: module in fitting)
+
+
+def use_flash_attention_3(device: str) -> None:
+    """Let attention in bf16 run in FlashAttention 3 in this process, through torch, in place of FlashAttention 2.
+
+    Raises:
+        ValueError: the GPU, torch or the kernels' package does not have it.
+    """
+    is_hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] == 9
+    if not is_hopper:
+        raise ValueError(
+            f"hparams.flash_attention_3 needs a GPU of compute capability 9 (Hopper), but the device is '{device}'. "
+            "Leave it out."
+        )
+    # newer than the oldest torch that we support
+    activate: Any = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        raise ValueError(f"hparams.flash_attention_3 needs a newer torch than {torch.__version__}. Leave it out.")
+    try:
+        activate("FA3")
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"hparams.flash_attention_3 needs the package flash_attn_interface of FlashAttention 3: {error}. "
+            "Install it, or leave the option out."
+        ) from error
