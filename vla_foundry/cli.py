@@ -52,6 +52,10 @@ _COMMANDS = {
         "prove that a killed run of a config, resumed, is the run never killed",
     ),
     "plan": ("vla_foundry.hub.plan:main", "predict the memory of a run on each GPU, and say what fits"),
+    "new-policy": (
+        "vla_foundry.quickstart.new_policy:main",
+        "write configs that train a policy on a LeRobot dataset",
+    ),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

@@ -1,4 +1,5 @@
-"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `quickstart`"""
+"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `new-policy`,
+`quickstart`."""
 
 import re
 from dataclasses import dataclass, field
@@ -206,6 +207,24 @@ class ActionTokenizerParams(TrainExperimentParams):
 def _check_png(output: str) -> None:
     if not output.endswith(".png"):
         raise ValueError(f"output '{output}' must be a .png file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewPolicyParams(BaseParams):
+    """Write complete, commented configs that train a policy on a LeRobot dataset."""
+
+    # LeRobot dataset: a folder, s3:// or hf://datasets/
+    dataset: Location
+    # small: ours, of 7 M parameters, from nothing; hf:NAME: a Hugging Face image-text model or CLIP, by name or folder;
+    # else a run of type vlm
+    backbone: Name = "small"
+    # folder to create
+    output: Location
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.dataset or not self.output:
+            raise ValueError(f"{'output' if self.dataset else 'dataset'} is empty. Name a folder.")
 
 
 STAGES = ("llm", "vlm", "vla")
