@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.data.kept import read_model_config
@@ -25,7 +26,7 @@ from vla_foundry.storage.uri import join_uri, read_object
 
 PREPROCESS_NAME, TRAIN_NAME = "preprocess.yaml", "train.yaml"
 _TOKENIZER, _SHARDS, _RUNS, _RUN = "tokenizer", "shards", "runs", "policy"
-# a chunk lasts about a second, and has this many actions at least and at most
+# a chunk has this many actions at least and at most
 _FEWEST_ACTIONS, _MOST_ACTIONS = 8, 50
 # of this many episodes and more, a tenth is held out
 _EPISODES_TO_HOLD_OUT = 10
@@ -33,6 +34,8 @@ _MOST_VALIDATION_SAMPLES = 1024
 # training sees each frame about this often
 _EPOCHS = 20
 _BATCH = 64
+# side of the small backbone's images at most, and of the cells that become a token each, pixels
+_SMALL_SIDE, _CELL = 128, 32
 # columns of a feature that are named in a comment
 _NAMED_COLUMNS = 12
 
@@ -62,8 +65,14 @@ class _Recorded:
 
     @property
     def chunk(self) -> int:
-        """Number of actions that are predicted together."""
-        return min(max(round(self.info.fps), _FEWEST_ACTIONS), _MOST_ACTIONS)
+        """Number of actions that are predicted together: a second, but short against the episodes."""
+        most = min(_MOST_ACTIONS, median(entry.length for entry in self.episodes) // 4)
+        return int(max(min(round(self.info.fps), most), _FEWEST_ACTIONS))
+
+    @property
+    def image_side(self) -> int:
+        """Shortest side of all images, pixels."""
+        return min(min(self.info.features[name].image_sizes[0]) for name in self.cameras)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +114,7 @@ def create_policy_config(params: NewPolicyParams) -> str:
     """
     output = check_output(params.output)
     recorded = _read(params.dataset)
-    backbone = _choose_backbone(params)
+    backbone = _choose_backbone(params, recorded)
     with create_aside(output) as folder:
         if params.backbone == "small":
             _train_tokenizer(recorded, folder)
@@ -134,19 +143,22 @@ def _read(dataset: str) -> _Recorded:
     return _Recorded(info=info, episodes=episodes, cameras=cameras, observations=observations, actions=actions)
 
 
-def _choose_backbone(params: NewPolicyParams) -> _Backbone:
+def _choose_backbone(params: NewPolicyParams, recorded: _Recorded) -> _Backbone:
     name = params.backbone
     if name == "small":
+        side = min(_SMALL_SIDE, max(1, recorded.image_side // _CELL) * _CELL)
         return _Backbone(
-            lines=_SMALL.splitlines(),
+            lines=_SMALL.format(side=side, num_tokens=(side // _CELL) ** 2).splitlines(),
             data_lines=[
                 "# byte-level, trained on the dataset's instructions; it can encode any other text too",
                 f"tokenizer: {_quote(join_uri(params.output, _TOKENIZER))}",
                 'prompts: ["<image>{instruction}"]',
+                "# images are padded to a square, so that nothing is cut off",
+                "image_resizing_method: resize_fit",
                 "# images, instruction and the observation token have room in the model's 512",
                 "seq_len: 384",
             ],
-            image_side=128,
+            image_side=side,
             head=(256, 6, 8),
             learning_rate=5e-4,
             per_gpu=_BATCH,
@@ -221,8 +233,8 @@ def _train_tokenizer(recorded: _Recorded, folder: Path) -> None:
 def _format_preprocess(params: NewPolicyParams, recorded: _Recorded, backbone: _Backbone) -> str:
     sizes = {recorded.info.features[name].image_sizes[0] for name in recorded.cameras}
     lines = [
-        f"# The recordings of {params.dataset} to shards. `vla-foundry preprocess robotics --help lerobot` says what else",
-        "# can be set: units, rotations and grippers of single columns (--field_map), another rate (--target_fps), ...",
+        f"# The recordings of {params.dataset} to shards. `vla-foundry preprocess robotics --help lerobot`",
+        "# says what else can be set: units, rotations and grippers of single columns (--field_map), another rate, ...",
         "type: lerobot",
         f"source_episodes: [{_quote(params.dataset)}]",
         f"output_dir: {_quote(join_uri(params.output, _SHARDS))}",
@@ -249,7 +261,10 @@ def _format_preprocess(params: NewPolicyParams, recorded: _Recorded, backbone: _
             "image_resizing_method: resize_no_crop",
         ]
     else:
-        lines += ["# images stay as recorded: the cameras have different shapes, or are small", "resize_images_size: null"]
+        lines += [
+            "# images stay as recorded: the cameras have different shapes, or are small",
+            "resize_images_size: null",
+        ]
     if recorded.has_validation:
         lines += ["# share of the episodes that are held out", "validation_fraction: 0.1"]
     return "\n".join(lines) + "\n"
@@ -334,7 +349,8 @@ def _describe(params: NewPolicyParams, recorded: _Recorded) -> str:
         f"  vla-foundry preprocess robotics --config_path {params.output}/{PREPROCESS_NAME}\n"
         f"  vla-foundry train --config_path {params.output}/{TRAIN_NAME}\n"
         f"  vla-foundry serve --checkpoint {params.output}/{_RUNS}/{_RUN}\n\n"
-        f"Before training, `vla-foundry doctor --config_path {params.output}/{TRAIN_NAME}` looks for faults in the data.\n"
+        "Before training, look for faults in the data:\n"
+        f"  vla-foundry doctor --config_path {params.output}/{TRAIN_NAME}\n"
     )
 
 
@@ -354,10 +370,10 @@ _SMALL = """type: vlm_foundry_backbone
 # the head reads these last layers at a token after the instruction
 num_vlm_layers_to_use: 2
 vlm:
-  # 16 tokens an image: a convolutional stem, then 2 x 2 of its cells in a token
+  # {num_tokens} tokens an image: a convolutional stem, then 2 x 2 of its cells in a token
   vit:
     type: vit
-    img_size: 128
+    img_size: {side}
     patch_size: 16
     stem: conv
     projector_pixel_shuffle_factor: 2
@@ -374,8 +390,8 @@ vlm:
     weight_tying: true
     max_seq_len: 512"""
 
-_TRAIN = """# A policy on {dataset}. Every key has a comment in `vla-foundry train --help SECTION`; all values can be given on
-# the command line too: --hparams.lr 0.0003.
+_TRAIN = """# A policy on {dataset}. `vla-foundry train --help SECTION` explains every key; all can be given on the
+# command line too: --hparams.lr 0.0003.
 model:
   type: diffusion_policy
   vision_language_backbone:

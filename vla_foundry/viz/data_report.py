@@ -2,6 +2,7 @@
 
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from vla_foundry.params.commands.runs import InspectConfigParams
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.storage.local import replace_file
 from vla_foundry.text.chat import IMAGE_MARKER
 from vla_foundry.world import World
@@ -28,8 +30,8 @@ _LINE_HEIGHT = 15
 
 
 @dataclass
-class _Measured:
-    """What was measured of one dataset."""
+class Measured:
+    """What was measured of one dataset's microbatches, while `read_batches` yields them."""
 
     num_samples: int = 0
     # tokens of each sample, before one that is too long is cut; of a document that is cut: seq_len + 2
@@ -94,15 +96,46 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
 
     Returns:
         {"samples": count, "mix": {dataset: {"weight", "share", "samples"}}, "datasets": {dataset: see
-        _Measured.summarize}, "contact_sheet": the PNG that was written, or None}
+        Measured.summarize}, "contact_sheet": the PNG that was written, or None}
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
+    data = params.data
+    parts = data.datasets if isinstance(data, MixtureDataParams) else {data.type: data}
+    measured = {name: Measured() for name in parts}
+    tiles: list[tuple[str, np.ndarray, str]] = []
+    mix: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, batch in read_batches(params, params.num_samples, mix):
+        measured[name].add(batch)
+        room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
+        tiles += [(name, *tile) for sample in RECORDING.samples[:room] if (tile := _draw_tile(sample)) is not None]
+    if tiles:
+        _draw_sheet(tiles, params.output)
+    return {
+        "samples": sum(each.num_samples for each in measured.values()),
+        "mix": _describe_mix(mix, data.shares() if isinstance(data, MixtureDataParams) else {data.type: 1.0}),
+        "datasets": {name: measured[name].summarize(longest_text(part)) for name, part in parts.items()},
+        "contact_sheet": params.output if tiles else None,
+    }
+
+
+def read_batches(
+    params: TrainExperimentParams, num_samples: int, mix: dict[str, dict[str, tuple[float, int]]] | None = None
+) -> Iterator[tuple[str, Batch]]:
+    """Yield the name of the dataset (its type, unless it is part of a mixture) and each microbatch, in training order.
+
+    RECORDING holds what was recorded of the samples of this microbatch.
+
+    Args:
+        params: a resolved config; everything is loaded in this process, and no share of bad samples is too much.
+        num_samples: stop after the microbatch with which there are as many.
+        mix: is filled, at the end, with {dataset: {manifest: (weight, samples)}}.
 
     Raises:
         ValueError: the data cannot be read.
     """
     data, hparams = _in_this_process(params.data), params.hparams
-    parts = data.datasets if isinstance(data, MixtureDataParams) else {data.type: data}
-    measured = {name: _Measured() for name in parts}
-    tiles: list[tuple[str, np.ndarray, str]] = []
     loader = create_dataloader(
         data,
         World(),
@@ -110,25 +143,18 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
         per_gpu_batch_size=hparams.per_gpu_batch_size,
         seed=hparams.seed if data.seed is None else data.seed,
     )
+    counts: Counter[str] = Counter()
     with closing(loader), RECORDING.on():
         for batch in loader.microbatches(0):
             name = batch.get("dataset", data.type)
-            measured[name].add(batch)
-            room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
-            tiles += [(name, *tile) for sample in RECORDING.samples[:room] if (tile := _draw_tile(sample)) is not None]
+            counts[name] += len(batch["positions"])
+            yield name, batch
             RECORDING.clear()
-            if sum(each.num_samples for each in measured.values()) >= params.num_samples:
+            if counts.total() >= num_samples:
                 break
         loaders = loader.loaders if isinstance(loader, MixtureLoader) else {data.type: loader}
-        mix = {name: loaders[name].mix(measured[name].num_samples) for name in parts}
-    if tiles:
-        _draw_sheet(tiles, params.output)
-    return {
-        "samples": sum(each.num_samples for each in measured.values()),
-        "mix": _describe_mix(mix, data.shares() if isinstance(data, MixtureDataParams) else {data.type: 1.0}),
-        "datasets": {name: measured[name].summarize(_longest(part)) for name, part in parts.items()},
-        "contact_sheet": params.output if tiles else None,
-    }
+        if mix is not None:
+            mix |= {name: each.mix(counts[name]) for name, each in loaders.items()}
 
 
 def _in_this_process(data: DataParams) -> DataParams:
@@ -139,7 +165,8 @@ def _in_this_process(data: DataParams) -> DataParams:
     return replace(data, **alone)
 
 
-def _longest(data: DataParams) -> int:
+def longest_text(data: DataParams) -> int:
+    """Return how many tokens a sample may have."""
     limit = data.max_text_seq_len if isinstance(data, RoboticsDataParams) else None
     return data.seq_len if limit is None else limit
 

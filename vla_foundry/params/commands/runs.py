@@ -1,5 +1,5 @@
-"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `new-policy`,
-`quickstart`."""
+"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `doctor`,
+`new-policy`, `quickstart`."""
 
 import re
 from dataclasses import dataclass, field
@@ -188,6 +188,16 @@ class InspectConfigParams(TrainExperimentParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_png(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorParams(TrainExperimentParams):
+    """Look for faults in a training config and its data; exit code 2 after an error, 3 after a warning."""
+
+    # samples to draw, in training order
+    num_samples: Size = 256
+    # print JSON
+    json: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

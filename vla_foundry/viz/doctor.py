@@ -1,0 +1,416 @@
+"""`vla-foundry doctor --config_path FILE`: look for faults in a config and its data before anything is trained."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.resolve import resolve
+from vla_foundry.data.facts import read_facts
+from vla_foundry.data.robotics import Normalization, create_normalization, read_specs
+from vla_foundry.params.commands.runs import DoctorParams
+from vla_foundry.params.data.base import DataParams
+from vla_foundry.params.data.mixture import MixtureDataParams
+from vla_foundry.params.data.robotics import RoboticsDataParams
+from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.robotics.fit import find_camera
+from vla_foundry.robotics.normalization import FieldScale
+from vla_foundry.robotics.spec import FieldDescription, NamedSpec
+from vla_foundry.robotics.statistics import FieldStatistics
+from vla_foundry.robotics.statistics_format import parse_statistics
+from vla_foundry.shards import parse_manifest
+from vla_foundry.storage.uri import file_test, parent_uri, read_text
+from vla_foundry.viz.data_report import Measured, longest_text, read_batches
+
+Severity = Literal["error", "warning", "info"]
+# exit code after the worst finding
+_EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "info": 0}
+# a normalized value beyond this is an outlier
+_OUTLIER = 10.0
+# the middle 98% of the values fill less than this share of a min_max range
+_USED_SHARE = 0.2
+# angles in radians stay below two turns
+_MOST_RADIANS = 4 * np.pi
+# positions of a robot on a table, metres
+_MOST_METRES = 10.0
+# a commanded and a measured column that belong together: spread and correlation
+_SPREADS, _SAME, _OPPOSITE = (1 / 3, 3.0), 0.7, -0.5
+# seconds of a chunk
+_SHORT_CHUNK, _LONG_CHUNK = 0.2, 5.0
+# shares: predicted steps beyond the episode's end; pixels that a crop cuts off; stored sides over the model's
+_MOST_BEYOND, _MOST_CROPPED, _MOST_LARGER = 0.3, 0.25, 3.0
+_BAD_SHARE = 0.001
+# columns whose values are printed
+_SHOWN_COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    severity: Severity
+    # what is wrong, or what was found to be as it should
+    text: str
+    # flag or command that mends it; "": nothing to mend
+    fix: str = ""
+    # the part of a mixture; "": the config
+    dataset: str = ""
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry doctor`.
+
+    Raises:
+        SystemExit: 2 if there is an error, 3 if there is a warning.
+        ValueError: an argument is wrong.
+    """
+    params = parse_command(DoctorParams, argv, prog="vla-foundry doctor")
+    findings = examine(params)
+    if params.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in format_findings(findings)))
+    code = max((_EXIT_CODES[finding.severity] for finding in findings), key=lambda code: (code == 2, code), default=0)
+    if code:
+        sys.stdout.flush()
+        raise SystemExit(code)
+
+
+def format_findings(findings: Sequence[Finding]) -> list[str]:
+    """Return the findings as text, the worst first."""
+    lines = []
+    for severity in _EXIT_CODES:
+        for finding in findings:
+            if finding.severity == severity:
+                where = f"{finding.dataset}: " if finding.dataset else ""
+                lines.append(f"{severity:<8}{where}{finding.text}")
+                lines += [f"        fix: {finding.fix}"] if finding.fix else []
+    counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _EXIT_CODES}
+    return [*lines, f"{counts['error']} errors, {counts['warning']} warnings"]
+
+
+def examine(params: DoctorParams) -> list[Finding]:
+    """Examine a config and its data; what fails is a finding too."""
+    try:
+        resolved = resolve(params, read_facts(params, 1))
+    except (ValueError, OSError) as error:
+        return [
+            Finding(
+                severity="error",
+                text=" ".join(str(error).split()),
+                fix="see above; what depends on it was not looked at",
+            )
+        ]
+    findings: list[Finding] = []
+    is_mixture = isinstance(resolved.data, MixtureDataParams)
+    parts = resolved.data.datasets if isinstance(resolved.data, MixtureDataParams) else {"": resolved.data}
+    normalizations: dict[str, Normalization] = {}
+    for name, data in parts.items():
+        flag = f"--data.datasets.{name}" if is_mixture else "--data"
+        found: list[Finding] = []
+        if isinstance(data, RoboticsDataParams):
+            specs = read_specs(data.dataset_manifest)
+            normalizations[name] = create_normalization(data, specs)
+            found += _check_statistics(data, specs)
+            found += _check_fields(data, specs, normalizations[name], flag)
+            found += _check_window(data, specs, flag)
+            found += _check_images(data, specs, flag)
+        findings += [replace(finding, dataset=name) for finding in found]
+    return findings + list(_check_samples(resolved, params.num_samples, parts, normalizations))
+
+
+def _check_statistics(data: RoboticsDataParams, specs: Sequence[NamedSpec]) -> Iterator[Finding]:
+    """Compare the number of samples in each statistics file with the manifest's."""
+    for dataset, path in zip(specs, data.dataset_statistics, strict=False):
+        name = dataset.name
+        statistics = parse_statistics(read_text(path), path, anchor_index=dataset.spec.past_lowdim_steps)
+        count = max((int(each.count.max()) for each in statistics.values()), default=0)
+        entries = parse_manifest(read_text(name), name, file_test(parent_uri(name)))
+        total = sum(entry.num_sequences for entry in entries)
+        if count != total:
+            yield Finding(
+                severity="warning",
+                text=f"{path} is of {count:,} samples, but {name} has {total:,}: the shards have changed since.",
+                fix=f"vla-foundry stats {parent_uri(name)} --overwrite true",
+            )
+
+
+def _check_fields(
+    data: RoboticsDataParams, specs: Sequence[NamedSpec], normalization: Normalization, flag: str
+) -> Iterator[Finding]:
+    described = {name: description for _, spec in reversed(specs) for name, description in spec.fields.items()}
+    for dimension in normalization.normalizer.near_constant:
+        name = dimension.partition("[")[0]
+        yield Finding(
+            severity="warning",
+            text=f"{dimension} hardly varies: its noise is scaled up as if it were motion.",
+            fix=f"{flag}.normalization.field_configs '{{{name}: {{range_floor: 0.01}}}}' (in the field's unit), or "
+            "leave the field out",
+        )
+    for name in dict.fromkeys([*data.action_fields, *data.proprioception_fields]):
+        scale, statistics = normalization.normalizer.scales[name], normalization.statistics.get(name)
+        description = described.get(name)
+        if name in data.action_fields:
+            yield _describe_zero(name, scale, description)
+        if statistics is not None:
+            yield from _check_outliers(name, scale, statistics, description, flag)
+            yield from _check_unit(name, statistics, description)
+
+
+def _describe_zero(name: str, scale: FieldScale, description: FieldDescription | None) -> Finding:
+    center = scale.center[0]
+    shown = [
+        f"{_label(description, column)} {value:.4g}" for column, value in enumerate(center[:_SHOWN_COLUMNS].tolist())
+    ]
+    more = ", ..." if len(center) > _SHOWN_COLUMNS else ""
+    unit = "" if description is None or description.unit is None else f" {description.unit}"
+    return Finding(severity="info", text=f"{name}: the model's zero is [{', '.join(shown)}{more}]{unit}")
+
+
+def _check_outliers(
+    name: str, scale: FieldScale, statistics: FieldStatistics, description: FieldDescription | None, flag: str
+) -> Iterator[Finding]:
+    low, high = statistics.min, statistics.max
+    fix = f"{flag}.normalization.method percentile_1_99 {flag}.normalization.clip 2"
+    if scale.rule.enabled and scale.rule.method == "min_max":
+        inner = statistics.percentiles[99] - statistics.percentiles[1]
+        for column in np.flatnonzero((high > low) & (inner < _USED_SHARE * (high - low))).tolist():
+            yield Finding(
+                severity="warning",
+                text=f"{name}[{_label(description, column)}]: 98% of its values fill "
+                f"{inner[column] / (high - low)[column]:.0%} of the range that min_max maps; outliers set it.",
+                fix=fix,
+            )
+    elif scale.rule.enabled and scale.rule.clip is None:
+        farthest = np.maximum(high - scale.center, scale.center - low) / scale.scale
+        for column in np.flatnonzero(farthest.max(axis=0) > _OUTLIER).tolist():
+            yield Finding(
+                severity="warning",
+                text=f"{name}[{_label(description, column)}] has values up to {farthest[:, column].max():.0f} after "
+                "normalization: few samples dominate the loss.",
+                fix=fix,
+            )
+
+
+def _check_unit(name: str, statistics: FieldStatistics, description: FieldDescription | None) -> Iterator[Finding]:
+    if description is None:
+        return
+    largest = np.maximum(np.abs(statistics.min), np.abs(statistics.max))
+    for unit, most, other in (("rad", _MOST_RADIANS, "degrees"), ("m", _MOST_METRES, "millimetres")):
+        if description.unit == unit and largest.max() > most:
+            column = int(largest.argmax())
+            yield Finding(
+                severity="warning",
+                text=f"{name}[{_label(description, column)}] reaches {largest[column]:.4g}, and its unit is {unit}: "
+                f"is it in {other}?",
+                fix="correct the unit in the field map, and preprocess again",
+            )
+    if description.gripper is None:
+        if any("gripper" in label for label in [name, *description.names]) and name.count("relative") == 0:
+            yield Finding(
+                severity="info",
+                text=f"{name}: the values of an open and a closed gripper are not described, so that no other dataset "
+                "can contradict them",
+                fix="a field map with gripper: {open: ..., closed: ...}",
+            )
+        return
+    low, high = sorted((description.gripper.open, description.gripper.closed))
+    if statistics.min.min() < low - 0.1 * (high - low) or statistics.max.max() > high + 0.1 * (high - low):
+        yield Finding(
+            severity="warning",
+            text=f"{name} goes from {statistics.min.min():.4g} to {statistics.max.max():.4g}, but its gripper is open "
+            f"at {description.gripper.open:g} and closed at {description.gripper.closed:g}.",
+            fix="correct gripper in the field map, and preprocess again",
+        )
+
+
+def _check_window(data: RoboticsDataParams, specs: Sequence[NamedSpec], flag: str) -> Iterator[Finding]:
+    rates = {spec.fps for _, spec in specs if spec.fps is not None}
+    if not rates:
+        yield Finding(severity="info", text="the data does not say how many frames a second it has")
+        return
+    num_actions, rate = data.window.future + 1, max(rates)
+    seconds = num_actions / rate
+    severity: Severity = "info" if _SHORT_CHUNK <= seconds <= _LONG_CHUNK else "warning"
+    text = f"a chunk of {num_actions} actions lasts {seconds:.2g} s at {rate:g} frames a second"
+    fix = f"{flag}.lowdim_future_timesteps {max(1, round(rate)) - 1} for a second" if severity == "warning" else ""
+    yield Finding(severity=severity, text=text, fix=fix)
+
+
+def _check_images(data: RoboticsDataParams, specs: Sequence[NamedSpec], flag: str) -> Iterator[Finding]:
+    if data.image_size is None:
+        return
+    side = data.image_size
+    for origin, spec in specs:
+        for name in data.camera_names or []:
+            camera = find_camera(name, spec, origin)
+            if camera is None:
+                continue
+            width, height = spec.cameras[camera].size
+            shorter, longer = sorted((width, height))
+            what = f"{name} is stored with {width} x {height} pixels in {origin}, and the model takes {side} x {side}"
+            if shorter < side:
+                yield Finding(
+                    severity="warning",
+                    text=f"{what}: images are enlarged, which costs time and adds nothing.",
+                    fix="a smaller image encoder, or preprocess again with larger --resize_images_size",
+                )
+            elif shorter > _MOST_LARGER * side:
+                yield Finding(
+                    severity="warning",
+                    text=f"{what}: most of the time of decoding is wasted.",
+                    fix=f"preprocess with --resize_images_size {round(width * side / shorter)} "
+                    f"{round(height * side / shorter)} --image_resizing_method resize_no_crop",
+                )
+            if data.image_resizing_method == "center_crop" and 1 - shorter / longer > _MOST_CROPPED:
+                yield Finding(
+                    severity="warning",
+                    text=f"{what}: the centre crop cuts off {1 - shorter / longer:.0%} of them.",
+                    fix=f"{flag}.image_resizing_method resize_fit",
+                )
+
+
+@dataclass
+class _Drawn:
+    """What was drawn of one robot dataset."""
+
+    measured: Measured = field(default_factory=Measured)
+    # (A,) and (P,) at the anchor
+    actions: list[np.ndarray] = field(default_factory=list)
+    proprioception: list[np.ndarray] = field(default_factory=list)
+    # predicted steps, and those of them within the episode
+    num_steps: int = 0
+    num_inside: int = 0
+
+
+def _check_samples(
+    params: TrainExperimentParams,
+    num_samples: int,
+    parts: Mapping[str, DataParams],
+    normalizations: Mapping[str, Normalization],
+) -> Iterator[Finding]:
+    """Draw samples as training does."""
+    drawn = {name: _Drawn() for name in parts}
+    try:
+        for name, batch in read_batches(params, num_samples):
+            one = drawn[name if name in drawn else ""]
+            one.measured.add(batch)
+            if "actions" in batch:
+                _add_robots(one, batch)
+    except (ValueError, OSError) as error:
+        yield Finding(severity="error", text=" ".join(str(error).split()))
+    for name, one in drawn.items():
+        if not one.measured.num_samples:
+            continue
+        data = parts[name]
+        flag = f"--data.datasets.{name}" if name else "--data"
+        found = list(_check_drawn(one, data, flag))
+        if isinstance(data, RoboticsDataParams) and one.actions:
+            found += _check_pairs(one, data, normalizations[name])
+        yield from (replace(finding, dataset=name) for finding in found)
+
+
+def _add_robots(one: _Drawn, batch: Mapping[str, Any]) -> None:
+    past, future = batch["past_mask"].numpy(), batch["future_mask"].numpy()
+    anchor = batch["actions"].shape[1] - 1 if not future.any() else int(np.argmax(future.any(axis=0)))
+    one.actions += list(batch["actions"][:, anchor].numpy())
+    one.num_steps += future[:, anchor:].size
+    one.num_inside += int((future | past)[:, anchor:].sum())
+    if batch.get("proprioception") is not None and batch["proprioception"].shape[-1]:
+        one.proprioception += list(batch["proprioception"][:, -1].numpy())
+
+
+def _check_drawn(one: _Drawn, data: DataParams, flag: str) -> Iterator[Finding]:
+    summary = one.measured.summarize(longest_text(data))
+    num_bad, num_good = sum(one.measured.bad.values()), one.measured.num_samples
+    share = num_bad / max(num_bad + num_good, 1)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in one.measured.bad.items())
+    if share > data.max_bad_fraction:
+        yield Finding(
+            severity="error",
+            text=f"{share:.1%} of {num_bad + num_good} samples cannot be used ({reasons}): training would stop.",
+            fix=f"mend the data, or {flag}.max_bad_fraction {min(1.0, round(2 * share, 3))}",
+        )
+    elif share > _BAD_SHARE:
+        yield Finding(severity="warning", text=f"{num_bad} of {num_bad + num_good} samples are left out: {reasons}")
+    else:
+        yield Finding(severity="info", text=f"{num_good} samples drawn, {num_bad} of them left out")
+    tokens = summary["tokens"]
+    if tokens is not None and tokens["truncated_share"]:
+        yield Finding(
+            severity="warning",
+            text=f"{tokens['truncated_share']:.1%} of the samples are longer than {tokens['seq_len']} tokens (up to "
+            f"{tokens['max']}) and are cut.",
+            fix=f"{flag}.seq_len {tokens['max']}",
+        )
+    elif tokens is not None:
+        yield Finding(
+            severity="info",
+            text=f"tokens of a sample: median {tokens['p50']}, at most {tokens['max']}, of {tokens['seq_len']}",
+        )
+    beyond = 1 - one.num_inside / one.num_steps if one.num_steps else 0.0
+    if beyond > _MOST_BEYOND:
+        yield Finding(
+            severity="warning",
+            text=f"{beyond:.0%} of the predicted steps lie beyond the end of their episode: the window is long for "
+            "these episodes.",
+            fix=f"smaller {flag}.lowdim_future_timesteps",
+        )
+
+
+def _check_pairs(one: _Drawn, data: RoboticsDataParams, normalization: Normalization) -> Iterator[Finding]:
+    """Compare what is commanded with what is measured, column by column, where they have the same columns.
+
+    Normalization changes neither the sign of a correlation nor, undone by the scale, the spread.
+    """
+    if not one.proprioception:
+        return
+    actions, measured = np.stack(one.actions), np.stack(one.proprioception)
+    offsets = {}
+    for fields, values in ((data.action_fields, actions), (data.proprioception_fields, measured)):
+        start = 0
+        for name in fields:
+            scale = normalization.normalizer.scales[name]
+            offsets[name] = values[:, start : start + scale.width] * scale.scale[-1]
+            start += scale.width
+    for action in data.action_fields:
+        for name in data.proprioception_fields:
+            first, second = offsets[action], offsets[name]
+            if first.shape != second.shape:
+                continue
+            spreads = first.std(axis=0), second.std(axis=0)
+            moves = (spreads[0] > 1e-9) & (spreads[1] > 1e-9)
+            together = np.array(
+                [np.corrcoef(first[:, c], second[:, c])[0, 1] if moves[c] else 0.0 for c in range(len(moves))]
+            )
+            # positions that follow positions, and not changes or other quantities
+            if moves.sum() < 2 or np.median(np.abs(together[moves])) < _SAME:
+                continue
+            yield from _compare_pair(action, name, together, spreads)
+
+
+def _compare_pair(
+    action: str, name: str, together: np.ndarray, spreads: tuple[np.ndarray, np.ndarray]
+) -> Iterator[Finding]:
+    for column, value in enumerate(together.tolist()):
+        if value < _OPPOSITE:
+            yield Finding(
+                severity="warning",
+                text=f"column {column} of {action} moves against column {column} of {name} (correlation {value:.2f}), "
+                "while others move together: is a sign wrong?",
+            )
+        elif value > _SAME and not _SPREADS[0] < spreads[0][column] / spreads[1][column] < _SPREADS[1]:
+            ratio = spreads[0][column] / spreads[1][column]
+            yield Finding(
+                severity="warning",
+                text=f"column {column} of {action} follows column {column} of {name}, but is {ratio:.3g} times as "
+                "large: different units?",
+            )
+
+
+def _label(description: FieldDescription | None, column: int) -> str:
+    return str(column) if description is None else description.label(column)
