@@ -56,7 +56,7 @@ _COMMANDS = {
         "vla_foundry.quickstart.new_policy:main",
         "write configs that train a policy on a LeRobot dataset",
     ),
-    "doctor": ("vla_foundry.viz.doctor:main", "look for faults in a config and its data before training"),
+    "doctor": ("vla_foundry.quickstart.doctor:main", "look for faults in a config and its data before training"),
     "quickstart": ("vla_foundry.quickstart.command:main", "all stages on this machine: real data, training, results"),
 }
 

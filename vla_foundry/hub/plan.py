@@ -330,13 +330,14 @@ def format_plan(found: Mapping[str, Any]) -> Iterator[str]:
         name = f"and {setting['flags'][-1]}" if setting["flags"] else "as configured"
         yield f"{name:<50}{_format_gib(setting['bytes']):>10}   {setting['largest_per_gpu_batch_size'] or 'none fits'}"
     yield ""
-    yield _advise(found)
+    yield advise(found)
     if "uncounted" in found:
         yield f"Activations are not counted, and come on top: {found['uncounted']}"
     yield "Samples per second are not predicted: benchmarks/README.md has no figure for a GPU yet."
 
 
-def _advise(found: Mapping[str, Any]) -> str:
+def advise(found: Mapping[str, Any]) -> str:
+    """Return a line that says whether a plan fits, or what would make it fit."""
     size, settings = found["per_gpu_batch_size"], found["settings"]
     fitting = next((setting for setting in settings if setting["fits"]), None)
     if fitting is settings[0]:
@@ -354,17 +355,22 @@ def _format_gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f}"
 
 
-def main(argv: list[str]) -> None:
-    """Run `vla-foundry plan`, and print tables or JSON."""
-    parsed = parse(PlanParams, argv, prog="vla-foundry plan")
-    params: PlanParams = parsed.params
+def resolve_without_data(params: PlanParams) -> TrainExperimentParams:
+    """Resolve params as far as their model needs; data and a budget may be missing."""
     facts = read_facts(params, params.gpus, offline=True)
     try:
         resolved: Resolved[Any] = resolve_known(params, facts)
     except MissingError as error:
-        # a budget or a dataset, neither of which the model depends on
         resolved = error.found
+    return resolved.params
+
+
+def main(argv: list[str]) -> None:
+    """Run `vla-foundry plan`, and print tables or JSON."""
+    parsed = parse(PlanParams, argv, prog="vla-foundry plan")
+    params: PlanParams = parsed.params
+    resolved = resolve_without_data(params)
     if not params.json:
         print_notices(parsed.notices)
-    found = plan(resolved.params, gpus=params.gpus, gpu_memory=params.gpu_memory, headroom=params.headroom)
+    found = plan(resolved, gpus=params.gpus, gpu_memory=params.gpu_memory, headroom=params.headroom)
     sys.stdout.write(json.dumps(found) + "\n" if params.json else "\n".join(format_plan(found)) + "\n")

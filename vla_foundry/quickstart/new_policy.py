@@ -5,14 +5,16 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.command_line import parse, parse_command
 from vla_foundry.data.kept import read_model_config
 from vla_foundry.importing.command import check_output, create_aside
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
 from vla_foundry.params.commands.runs import NewPolicyParams
+from vla_foundry.params.commands.sharing import PlanParams
 from vla_foundry.preprocessing.robotics.converters.field_map import default_role
 from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     DatasetInfo,
@@ -21,6 +23,8 @@ from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     read_info,
 )
 from vla_foundry.preprocessing.text.tokenizer import train_tokenizer
+from vla_foundry.progress import say
+from vla_foundry.quickstart.doctor import read_memory
 from vla_foundry.storage.hub import find_published
 from vla_foundry.storage.uri import join_uri, read_object
 
@@ -33,11 +37,16 @@ _EPISODES_TO_HOLD_OUT = 10
 _MOST_VALIDATION_SAMPLES = 1024
 # training sees each frame about this often
 _EPOCHS = 20
-_BATCH = 64
+# samples of a step; of a microbatch, where memory cannot be predicted
+_BATCH, _UNPLANNED = 64, 8
 # side of the small backbone's images at most, and of the cells that become a token each, pixels
 _SMALL_SIDE, _CELL = 128, 32
 # columns of a feature that are named in a comment
 _NAMED_COLUMNS = 12
+
+
+# texts and lists of texts, as YAML, which JSON is
+_quote = partial(json.dumps, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,10 @@ class _Recorded:
     @property
     def num_frames(self) -> int:
         return sum(entry.length for entry in self.episodes)
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for entry in self.episodes for task in entry.tasks})
 
     @property
     def has_validation(self) -> bool:
@@ -85,11 +98,9 @@ class _Backbone:
     data_lines: list[str]
     # shorter side of stored images, pixels
     image_side: int
-    # width, layers and heads of the action head
-    head: tuple[int, int, int]
+    # width and layers of the action head
+    head: tuple[int, int]
     learning_rate: float
-    # samples in a microbatch
-    per_gpu: int
 
 
 def main(argv: list[str]) -> None:
@@ -119,8 +130,18 @@ def create_policy_config(params: NewPolicyParams) -> str:
         if params.backbone == "small":
             _train_tokenizer(recorded, folder)
         (folder / PREPROCESS_NAME).write_text(_format_preprocess(params, recorded, backbone), encoding="utf-8")
-        (folder / TRAIN_NAME).write_text(_format_train(params, recorded, backbone), encoding="utf-8")
-    return _describe(params, recorded)
+        train = folder / TRAIN_NAME
+        train.write_text(_format_train(params, recorded, backbone, _BATCH), encoding="utf-8")
+        gpus, gib, what = read_memory()
+        per_gpu, flags = _choose_microbatch(train, recorded, gpus, gib)
+        train.write_text(_format_train(params, recorded, backbone, per_gpu), encoding="utf-8")
+    lines = [
+        f"{params.dataset}: {len(recorded.episodes)} episodes, {recorded.num_frames:,} frames at {recorded.info.fps:g} "
+        f"a second, {len(recorded.tasks)} instructions; cameras {', '.join(recorded.cameras)}",
+        f"written: {params.output}/{PREPROCESS_NAME} and {TRAIN_NAME}; every line is yours to change",
+        f"microbatches have {per_gpu} samples, for {gib:.3g} GiB ({what})",
+    ]
+    return "\n".join([*lines, *_list_commands(params.output, gpus, flags)]) + "\n"
 
 
 def _read(dataset: str) -> _Recorded:
@@ -148,7 +169,7 @@ def _choose_backbone(params: NewPolicyParams, recorded: _Recorded) -> _Backbone:
     if name == "small":
         side = min(_SMALL_SIDE, max(1, recorded.image_side // _CELL) * _CELL)
         return _Backbone(
-            lines=_SMALL.format(side=side, num_tokens=(side // _CELL) ** 2).splitlines(),
+            lines=_read_template("small_backbone.txt").format(side=side, num_tokens=(side // _CELL) ** 2).splitlines(),
             data_lines=[
                 "# byte-level, trained on the dataset's instructions; it can encode any other text too",
                 f"tokenizer: {_quote(join_uri(params.output, _TOKENIZER))}",
@@ -159,9 +180,8 @@ def _choose_backbone(params: NewPolicyParams, recorded: _Recorded) -> _Backbone:
                 "seq_len: 384",
             ],
             image_side=side,
-            head=(256, 6, 8),
+            head=(256, 6),
             learning_rate=5e-4,
-            per_gpu=_BATCH,
         )
     if name.startswith("hf:") and not name.startswith("hf://"):
         return _choose_published(name.removeprefix("hf:"))
@@ -173,19 +193,19 @@ def _choose_backbone(params: NewPolicyParams, recorded: _Recorded) -> _Backbone:
             f"backbone {name} {found}. Give small, hf:NAME_OR_FOLDER of a Hugging Face model, or a run of type vlm; a "
             "policy is trained further with vla-foundry train --config_path RUN/config.yaml."
         )
+    language = model.get("transformer") or {}
     return _Backbone(
         lines=[
             "type: vlm_foundry_backbone",
             "# weights, architecture, processor and prompts come from this run",
             f"resume_from_checkpoint: {_quote(name)}",
-            "num_vlm_layers_to_use: 4",
+            f"num_vlm_layers_to_use: {min(4, language.get('n_layers') or 4)}",
         ],
         # the observation token takes one
-        data_lines=[f"seq_len: {int((model.get('transformer') or {}).get('max_seq_len') or 513) - 1}"],
+        data_lines=[f"seq_len: {(language.get('max_seq_len') or 513) - 1}"],
         image_side=256,
-        head=(256, 6, 8),
+        head=(256, 6),
         learning_rate=3e-4,
-        per_gpu=16,
     )
 
 
@@ -196,38 +216,54 @@ def _choose_published(name: str) -> _Backbone:
     if kind == "clip":
         lines = ["type: clip_backbone", f"hf_pretrained: {_quote(name)}"]
         data_lines = ["# the text encoder takes no more", "max_text_seq_len: 77", "seq_len: 512"]
-        return _Backbone(
-            lines=lines, data_lines=data_lines, image_side=256, head=(512, 8, 8), learning_rate=1e-4, per_gpu=32
-        )
+        return _Backbone(lines=lines, data_lines=data_lines, image_side=256, head=(512, 8), learning_rate=1e-4)
     if "vision_config" not in config:
         raise ValueError(
             f"backbone hf:{name} is of model_type '{kind}', which is not an image-text model. Give one with a "
             "vision_config (Qwen3-VL, PaliGemma, SmolVLM2, ...) or a CLIP."
         )
-    lines = [
-        "type: vlm_backbone",
-        f"hf_pretrained: {_quote(name)}",
-        "# the head reads these last layers at a token after the instruction",
-        "num_vlm_layers_to_use: 4",
-        "# true: its weights stay as they are; less memory, and less success",
-        "freeze: false",
-    ]
+    lines = ["type: vlm_backbone", f"hf_pretrained: {_quote(name)}"]
+    lines += ["# the head reads these last layers at a token after the instruction", "num_vlm_layers_to_use: 4"]
     return _Backbone(
         lines=lines,
         data_lines=["# images and instruction; `vla-foundry data inspect --config_path` counts them", "seq_len: 2048"],
         image_side=384,
-        head=(512, 8, 8),
+        head=(512, 8),
         learning_rate=1e-4,
-        per_gpu=8,
     )
 
 
 def _train_tokenizer(recorded: _Recorded, folder: Path) -> None:
     """Train a tokenizer on the instructions, and keep these beside it."""
-    tasks = sorted({task for entry in recorded.episodes for task in entry.tasks}) or ["act"]
+    tasks = recorded.tasks or ["act"]
     source = folder / "instructions.jsonl"
     source.write_text("".join(f"{json.dumps({'text': task})}\n" for task in tasks), encoding="utf-8")
     train_tokenizer(TrainTokenizerParams(source=[str(source)], output=str(folder / _TOKENIZER), vocab_size=512))
+
+
+def _choose_microbatch(train: Path, recorded: _Recorded, gpus: int, gib: float) -> tuple[int, list[str]]:
+    """Return the largest microbatch that fits into a rank's memory, and flags without which none does."""
+    from vla_foundry.hub.plan import plan, resolve_without_data
+
+    widths = [
+        sum(recorded.info.features[name].width for name in names) for names in (recorded.actions, recorded.observations)
+    ]
+    words = ["--config_path", str(train), "--data.action_dim", str(widths[0])]
+    words += ["--data.proprioception_dim", str(widths[1])]
+    if (train.parent / _TOKENIZER).exists():
+        words += ["--data.tokenizer", str(train.parent / _TOKENIZER)]
+    try:
+        resolved = resolve_without_data(parse(PlanParams, words, prog="plan").params)
+        settings = plan(resolved, gpus=1, gpu_memory=gib, headroom=0.1)["settings"]
+    except (ValueError, OSError) as error:  # such as a published model that is not here yet
+        say(
+            f"microbatches are of {_UNPLANNED} samples, because memory is not predicted: {' '.join(str(error).split())}"
+        )
+        return _UNPLANNED, []
+    fitting = next((setting for setting in settings if setting["largest_per_gpu_batch_size"]), settings[-1])
+    # a batch is shared out evenly
+    most = _BATCH // (1 << (min(gpus, _BATCH) - 1).bit_length())
+    return min(fitting["largest_per_gpu_batch_size"] or 1, most), fitting["flags"]
 
 
 def _format_preprocess(params: NewPolicyParams, recorded: _Recorded, backbone: _Backbone) -> str:
@@ -279,20 +315,16 @@ def _stored_size(sizes: set[tuple[int, int]], side: int) -> tuple[int, int]:
     return (0, 0) if scale >= 1 else (round(width * scale), round(height * scale))
 
 
-def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backbone) -> str:
+def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backbone, per_gpu: int) -> str:
     shards = join_uri(params.output, _SHARDS)
     train = join_uri(shards, "train") if recorded.has_validation else shards
-    width, layers, heads = backbone.head
+    width, layers = backbone.head
     samples = max(1, math.ceil(recorded.num_frames * _EPOCHS / _BATCH)) * _BATCH
     seconds = recorded.chunk / recorded.info.fps
-    validation = (
-        [f"val_dataset_manifest: [{_quote(join_uri(shards, 'validation/manifest.jsonl'))}]"]
-        if recorded.has_validation
-        else []
-    )
+    held_out = f"val_dataset_manifest: [{_quote(join_uri(shards, 'validation/manifest.jsonl'))}]"
     data = [
         f"dataset_manifest: [{_quote(join_uri(train, 'manifest.jsonl'))}]",
-        *validation,
+        *([held_out] if recorded.has_validation else []),
         f"action_fields: {_quote(recorded.actions)}",
         f"proprioception_fields: {_quote(recorded.observations)}",
         "# in the order in which the model sees them",
@@ -319,15 +351,14 @@ def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backb
     ]
     num_validation = min(recorded.num_held_out, _MOST_VALIDATION_SAMPLES)
     budget = f"total_val_samples: {num_validation}\n" if recorded.has_validation else ""
-    return _TRAIN.format(
+    return _read_template("policy_template.txt").format(
         dataset=params.dataset,
         backbone="\n".join(f"    {line}" for line in backbone.lines),
         data="\n".join(f"  {line}" for line in data),
         width=width,
         layers=layers,
-        heads=heads,
         batch=_BATCH,
-        per_gpu=backbone.per_gpu,
+        per_gpu=per_gpu,
         lr=backbone.learning_rate,
         frames=recorded.num_frames,
         episodes=len(recorded.episodes),
@@ -339,19 +370,21 @@ def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backb
     )
 
 
-def _describe(params: NewPolicyParams, recorded: _Recorded) -> str:
-    tasks = {task for entry in recorded.episodes for task in entry.tasks}
-    cameras = ", ".join(recorded.cameras)
-    return (
-        f"{params.dataset}: {len(recorded.episodes)} episodes, {recorded.num_frames:,} frames at "
-        f"{recorded.info.fps:g} a second, {len(tasks)} instructions; cameras {cameras}\n"
-        f"written: {params.output}/{PREPROCESS_NAME} and {TRAIN_NAME}; every line is yours to change\n\n"
-        f"  vla-foundry preprocess robotics --config_path {params.output}/{PREPROCESS_NAME}\n"
-        f"  vla-foundry train --config_path {params.output}/{TRAIN_NAME}\n"
-        f"  vla-foundry serve --checkpoint {params.output}/{_RUNS}/{_RUN}\n\n"
-        "Before training, look for faults in the data:\n"
-        f"  vla-foundry doctor --config_path {params.output}/{TRAIN_NAME}\n"
-    )
+def _list_commands(output: str, gpus: int, flags: Sequence[str]) -> list[str]:
+    start = "vla-foundry train" if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} -m vla_foundry.main"
+    return [
+        "",
+        f"  vla-foundry preprocess robotics --config_path {output}/{PREPROCESS_NAME}",
+        f"  {' '.join([start, '--config_path', f'{output}/{TRAIN_NAME}', *flags])}",
+        f"  vla-foundry serve --checkpoint {output}/{_RUNS}/{_RUN}",
+        "",
+        "Before training, look for faults in the data:",
+        f"  vla-foundry doctor --config_path {output}/{TRAIN_NAME}",
+    ]
+
+
+def _read_template(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _name_columns(recorded: _Recorded, feature: str) -> str:
@@ -359,84 +392,3 @@ def _name_columns(recorded: _Recorded, feature: str) -> str:
     width = recorded.info.features[feature].width
     listed = ", ".join(names[:_NAMED_COLUMNS]) + (", ..." if len(names) > _NAMED_COLUMNS else "")
     return f"{feature}: {width} numbers" + (f" ({listed})" if listed else "")
-
-
-def _quote(value: object) -> str:
-    """Write a text or a list of texts as YAML, which JSON is."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-_SMALL = """type: vlm_foundry_backbone
-# the head reads these last layers at a token after the instruction
-num_vlm_layers_to_use: 2
-vlm:
-  # {num_tokens} tokens an image: a convolutional stem, then 2 x 2 of its cells in a token
-  vit:
-    type: vit
-    img_size: {side}
-    patch_size: 16
-    stem: conv
-    projector_pixel_shuffle_factor: 2
-    hidden_dim: 256
-    inter_dim: 1024
-    n_layers: 4
-    n_heads: 4
-  transformer:
-    type: transformer
-    norm_type: rms_norm
-    hidden_dim: 256
-    n_layers: 4
-    n_heads: 4
-    weight_tying: true
-    max_seq_len: 512"""
-
-_TRAIN = """# A policy on {dataset}. `vla-foundry train --help SECTION` explains every key; all can be given on the
-# command line too: --hparams.lr 0.0003.
-model:
-  type: diffusion_policy
-  vision_language_backbone:
-{backbone}
-  # flow matching: noise becomes a chunk of actions in num_inference_steps steps
-  action_head:
-    type: flow_transformer
-    time_conditioning: adaln_zero
-    # draws of noise and time per sample: images are encoded once for all
-    num_action_head_repeats: 4
-    noise:
-      type: flow
-      num_inference_steps: 10
-    transformer:
-      type: transformer
-      norm_type: rms_norm
-      is_causal: false
-      hidden_dim: {width}
-      n_layers: {layers}
-      n_heads: {heads}
-      vocab_size: 0
-      max_seq_len: 128
-data:
-  type: robotics
-{data}
-hparams:
-  optimizer: adamw
-  # samples per update, on all processes together; and at a time on each of them: halve it when memory runs out, which
-  # changes no result
-  global_batch_size: {batch}
-  per_gpu_batch_size: {per_gpu}
-  lr: {lr}
-  lr_scheduler: cosine
-  warmup: 0.05
-  wd: 0.01
-  grad_clip_norm: 1.0
-  precision: amp_bfloat16
-# an average of the weights, which acts better than the last ones
-ema:
-  enabled: true
-# {episodes} episodes, {frames:,} frames: each is seen about {epochs} times
-total_train_samples: {samples}
-{budget}num_checkpoints: 5
-log_every_n_steps: 25
-wandb: false
-save_path: {save_path}
-name: {name}
-"""

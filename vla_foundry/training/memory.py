@@ -1,5 +1,6 @@
 """Count the memory that a training step takes on a GPU, without one: shapes are followed, and nothing is computed."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -86,7 +86,9 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, ignored: list[Any]) -> None:
         super().__init__()
         self.most = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        # bytes by the number of a storage; one is dropped when the storage is freed
+        self._live: dict[int, int] = {}
+        self._total = 0
         # kept alive, so that no new storage takes the number of one of them
         self._ignored: dict[int, Tensor] = {}
         for value in ignored:
@@ -97,17 +99,22 @@ class _LiveBytes(TorchDispatchMode):
         if isinstance(value, Tensor):
             number = value.untyped_storage()._cdata
             self._ignored[number] = value
-            self._live.pop(number, None)
+            self._free(number)
+
+    def _free(self, number: int) -> None:
+        self._total -= self._live.pop(number, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        self._live = {number: entry for number, entry in self._live.items() if not entry[0].expired()}
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor):
                 storage = output.untyped_storage()
-                if storage._cdata not in self._ignored:
-                    self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.most = max(self.most, sum(num_bytes for _, num_bytes in self._live.values()))
+                number = storage._cdata
+                if number not in self._ignored and number not in self._live:
+                    self._live[number] = storage.nbytes()
+                    self._total += storage.nbytes()
+                    weakref.finalize(storage, self._free, number).atexit = False
+        self.most = max(self.most, self._total)
         return outputs
 
 

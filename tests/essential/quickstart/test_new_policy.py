@@ -1,4 +1,4 @@
-"""A LeRobot dataset to a trained policy by the configs and commands that `new-policy` writes, and what the doctor says."""
+"""A LeRobot dataset to a trained policy by the commands that `new-policy` prints, and what the doctor says of it."""
 
 import json
 import shlex
@@ -16,8 +16,8 @@ from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import NewPolicyParams
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
+from vla_foundry.quickstart.doctor import Finding, format_findings
 from vla_foundry.quickstart.new_policy import create_policy_config
-from vla_foundry.viz.doctor import Finding, format_findings
 
 JOINTS = ("shoulder", "elbow", "wrist_flex", "wrist_roll", "gripper")
 FEATURES = LeRobotFeatures(

@@ -225,8 +225,8 @@ class NewPolicyParams(BaseParams):
 
     # LeRobot dataset: a folder, s3:// or hf://datasets/
     dataset: Location
-    # small: ours, of 7 M parameters, from nothing; hf:NAME: a Hugging Face image-text model or CLIP, by name or folder;
-    # else a run of type vlm
+    # small: ours, of about 29 M parameters, from nothing; hf:NAME: a Hugging Face image-text model or CLIP, by name or
+    # folder; else a run of type vlm
     backbone: Name = "small"
     # folder to create
     output: Location

@@ -1,6 +1,8 @@
 """`vla-foundry doctor --config_path FILE`: look for faults in a config and its data before anything is trained."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -41,9 +43,8 @@ _MOST_METRES = 10.0
 _SPREADS, _SAME, _OPPOSITE = (1 / 3, 3.0), 0.7, -0.5
 # seconds of a chunk
 _SHORT_CHUNK, _LONG_CHUNK = 0.2, 5.0
-# shares: predicted steps beyond the episode's end; pixels that a crop cuts off; stored sides over the model's
-_MOST_BEYOND, _MOST_CROPPED, _MOST_LARGER = 0.3, 0.25, 3.0
-_BAD_SHARE = 0.001
+# shares: predicted steps beyond the end; pixels that a crop cuts off; stored sides over the model's; bad samples
+_MOST_BEYOND, _MOST_CROPPED, _MOST_LARGER, _BAD_SHARE = 0.3, 0.25, 3.0, 0.001
 # columns whose values are printed
 _SHOWN_COLUMNS = 8
 
@@ -98,13 +99,7 @@ def examine(params: DoctorParams) -> list[Finding]:
     try:
         resolved = resolve(params, read_facts(params, 1))
     except (ValueError, OSError) as error:
-        return [
-            Finding(
-                severity="error",
-                text=" ".join(str(error).split()),
-                fix="see above; what depends on it was not looked at",
-            )
-        ]
+        return [Finding(severity="error", text=" ".join(str(error).split()))]
     findings: list[Finding] = []
     is_mixture = isinstance(resolved.data, MixtureDataParams)
     parts = resolved.data.datasets if isinstance(resolved.data, MixtureDataParams) else {"": resolved.data}
@@ -120,7 +115,8 @@ def examine(params: DoctorParams) -> list[Finding]:
             found += _check_window(data, specs, flag)
             found += _check_images(data, specs, flag)
         findings += [replace(finding, dataset=name) for finding in found]
-    return findings + list(_check_samples(resolved, params.num_samples, parts, normalizations))
+    findings += _check_samples(resolved, params.num_samples, parts, normalizations)
+    return findings + list(_check_machine(resolved))
 
 
 def _check_statistics(data: RoboticsDataParams, specs: Sequence[NamedSpec]) -> Iterator[Finding]:
@@ -142,7 +138,7 @@ def _check_statistics(data: RoboticsDataParams, specs: Sequence[NamedSpec]) -> I
 def _check_fields(
     data: RoboticsDataParams, specs: Sequence[NamedSpec], normalization: Normalization, flag: str
 ) -> Iterator[Finding]:
-    described = {name: description for _, spec in reversed(specs) for name, description in spec.fields.items()}
+    described = {name: field for dataset in specs for name, field in data.describe_fields(dataset).items()}
     for dimension in normalization.normalizer.near_constant:
         name = dimension.partition("[")[0]
         yield Finding(
@@ -153,7 +149,7 @@ def _check_fields(
         )
     for name in dict.fromkeys([*data.action_fields, *data.proprioception_fields]):
         scale, statistics = normalization.normalizer.scales[name], normalization.statistics.get(name)
-        description = described.get(name)
+        description = described[name]
         if name in data.action_fields:
             yield _describe_zero(name, scale, description)
         if statistics is not None:
@@ -161,18 +157,18 @@ def _check_fields(
             yield from _check_unit(name, statistics, description)
 
 
-def _describe_zero(name: str, scale: FieldScale, description: FieldDescription | None) -> Finding:
+def _describe_zero(name: str, scale: FieldScale, description: FieldDescription) -> Finding:
     center = scale.center[0]
     shown = [
-        f"{_label(description, column)} {value:.4g}" for column, value in enumerate(center[:_SHOWN_COLUMNS].tolist())
+        f"{description.label(column)} {value:.4g}" for column, value in enumerate(center[:_SHOWN_COLUMNS].tolist())
     ]
     more = ", ..." if len(center) > _SHOWN_COLUMNS else ""
-    unit = "" if description is None or description.unit is None else f" {description.unit}"
+    unit = f" {description.unit}" if description.unit else ""
     return Finding(severity="info", text=f"{name}: the model's zero is [{', '.join(shown)}{more}]{unit}")
 
 
 def _check_outliers(
-    name: str, scale: FieldScale, statistics: FieldStatistics, description: FieldDescription | None, flag: str
+    name: str, scale: FieldScale, statistics: FieldStatistics, description: FieldDescription, flag: str
 ) -> Iterator[Finding]:
     low, high = statistics.min, statistics.max
     fix = f"{flag}.normalization.method percentile_1_99 {flag}.normalization.clip 2"
@@ -181,7 +177,7 @@ def _check_outliers(
         for column in np.flatnonzero((high > low) & (inner < _USED_SHARE * (high - low))).tolist():
             yield Finding(
                 severity="warning",
-                text=f"{name}[{_label(description, column)}]: 98% of its values fill "
+                text=f"{name}[{description.label(column)}]: 98% of its values fill "
                 f"{inner[column] / (high - low)[column]:.0%} of the range that min_max maps; outliers set it.",
                 fix=fix,
             )
@@ -190,22 +186,20 @@ def _check_outliers(
         for column in np.flatnonzero(farthest.max(axis=0) > _OUTLIER).tolist():
             yield Finding(
                 severity="warning",
-                text=f"{name}[{_label(description, column)}] has values up to {farthest[:, column].max():.0f} after "
+                text=f"{name}[{description.label(column)}] has values up to {farthest[:, column].max():.0f} after "
                 "normalization: few samples dominate the loss.",
                 fix=fix,
             )
 
 
-def _check_unit(name: str, statistics: FieldStatistics, description: FieldDescription | None) -> Iterator[Finding]:
-    if description is None:
-        return
+def _check_unit(name: str, statistics: FieldStatistics, description: FieldDescription) -> Iterator[Finding]:
     largest = np.maximum(np.abs(statistics.min), np.abs(statistics.max))
     for unit, most, other in (("rad", _MOST_RADIANS, "degrees"), ("m", _MOST_METRES, "millimetres")):
         if description.unit == unit and largest.max() > most:
             column = int(largest.argmax())
             yield Finding(
                 severity="warning",
-                text=f"{name}[{_label(description, column)}] reaches {largest[column]:.4g}, and its unit is {unit}: "
+                text=f"{name}[{description.label(column)}] reaches {largest[column]:.4g}, and its unit is {unit}: "
                 f"is it in {other}?",
                 fix="correct the unit in the field map, and preprocess again",
             )
@@ -272,6 +266,45 @@ def _check_images(data: RoboticsDataParams, specs: Sequence[NamedSpec], flag: st
                     text=f"{what}: the centre crop cuts off {1 - shorter / longer:.0%} of them.",
                     fix=f"{flag}.image_resizing_method resize_fit",
                 )
+
+
+def read_memory() -> tuple[int, float, str]:
+    """Return (ranks, GiB of each, what it is) of this machine: its GPUs, or half of its memory for one process."""
+    import torch
+
+    if count := torch.cuda.device_count():
+        sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(count)]
+        return count, min(sizes) / 2**30, "GPU"
+    return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**31, "half of this machine's memory"
+
+
+def _check_machine(params: TrainExperimentParams) -> Iterator[Finding]:
+    """Say whether this machine has the memory for a step, and its disk room for the checkpoints."""
+    from vla_foundry.hub.plan import advise, count_held, create_meta_model, plan
+
+    gpus, gib, what = read_memory()
+    try:
+        found = plan(params, gpus=gpus, gpu_memory=gib, headroom=0.1)
+        held = count_held(create_meta_model(params), params, 1)
+    except ValueError as error:
+        yield Finding(severity="info", text=f"memory is not predicted: {' '.join(str(error).split())}")
+        return
+    text = f"a rank needs about {found['settings'][0]['bytes'] / 2**30:.2g} GiB of {gib:.3g} ({what}). {advise(found)}"
+    yield Finding(severity="info" if found["settings"][0]["fits"] else "warning", text=text)
+    if "://" in params.save_path:
+        return
+    folder = os.path.abspath(params.save_path)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    count = min(params.num_checkpoints, params.max_checkpoint_limit or params.num_checkpoints)
+    needed, free = count * (held.weights + held.moments + held.average), shutil.disk_usage(folder).free
+    text = f"{count} checkpoints take about {needed / 2**30:.2g} GiB; {folder} has {free / 2**30:.3g} GiB left"
+    if needed > free:
+        yield Finding(
+            severity="error", text=text, fix="--max_checkpoint_limit 1, fewer --num_checkpoints, or another disk"
+        )
+    else:
+        yield Finding(severity="info", text=text)
 
 
 @dataclass
@@ -410,7 +443,3 @@ def _compare_pair(
                 text=f"column {column} of {action} follows column {column} of {name}, but is {ratio:.3g} times as "
                 "large: different units?",
             )
-
-
-def _label(description: FieldDescription | None, column: int) -> str:
-    return str(column) if description is None else description.label(column)
