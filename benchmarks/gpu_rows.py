@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from vla_foundry.inference.cuda_graphs import GraphedSampler
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.checkpoint import save_checkpoint
+from vla_foundry.training.checkpoint_writer import save_checkpoint
 from vla_foundry.training.distributed import parallelize
 from vla_foundry.training.loop import autocast, train_step
 from vla_foundry.training.state import TrainState, create_train_state

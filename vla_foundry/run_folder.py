@@ -14,8 +14,9 @@
       model_files/                     what a model's architecture needs beyond its params (Hugging Face's config.json)
       checkpoints/step_00000120/
         model.safetensors              all weights, tied ones once; ema.safetensors beside it where an average is kept;
-                                       of a published run perhaps several files, and model.safetensors.index.json
-        training_state/                optimizer moments, sharded, tensors only (safetensors)
+                                       of a published run perhaps several files, and model.safetensors.index.json; of
+                                       sharded ranks a file of each, with its rows of each tensor, and an index
+        training_state/                optimizer moments, a file of each rank, tensors only (safetensors)
         state.json                     step, counters, parameter groups, the plan of the data, and what its tokenizer,
                                        images and statistics were
         COMPLETE                       {file: [bytes, SHA-256]}; a step folder without it is not a checkpoint

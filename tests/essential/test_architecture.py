@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"models", "data", "preprocessing", "simulators", "record"},
     {"params"},
     {"config", "storage", "robotics", "text", "images"},
-    {"client", "registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance"},
+    {"client", "registry", "world", "batch", "randomness", "shards", "run_folder", "progress", "provenance", "tensors"},
     {"parsing", "tars"},
 ]
 # (importer, imported) within one layer

@@ -30,6 +30,7 @@ from vla_foundry.run_folder import (
     STATISTICS_NAME,
     TOKENIZER_FOLDER,
     find_checkpoint,
+    index_name,
     read_side_file,
     run_folder_candidates,
 )
@@ -160,8 +161,17 @@ def _collect_run(run: Path, step_folder: Path, scratch: Path, max_shard_gb: floa
         files[f"{below}/{STATE_NAME}"] = step_folder / STATE_NAME
     files = _write_cleaned(files, scratch)
     for name in (MODEL_WEIGHTS_NAME, EMA_WEIGHTS_NAME):
-        if (step_folder / name).is_file():
-            parts = split_weights(step_folder / name, scratch / below, max_shard_gb * _GB)
+        path = step_folder / name
+        if (step_folder / index_name(name)).is_file():
+            from vla_foundry.models.weights import list_weights_files
+            from vla_foundry.tensors import join_files
+
+            # others read whole tensors
+            path = scratch / "joined" / below / name
+            path.parent.mkdir(parents=True)
+            join_files(list_weights_files(step_folder, name), path)
+        if path.is_file():
+            parts = split_weights(path, scratch / below, max_shard_gb * _GB)
             files |= {f"{below}/{part.name}": part for part in parts}
     hashes = _mark_complete(files, below, scratch)
     if params is not None:

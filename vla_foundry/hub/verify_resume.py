@@ -7,7 +7,6 @@ Both are trained as `vla-foundry train` or torchrun train them. Losses, weights,
 bits.
 """
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -138,27 +137,14 @@ def compare(whole: Path, killed: Path, steps: int) -> Iterator[tuple[str, bool]]
     folders = [run / CHECKPOINTS_FOLDER / step_folder_name(2 * steps) for run in (whole, killed)]
     files = [read_object(str(folder / COMPLETE_NAME)) for folder in folders]
     for name, what in ((MODEL_WEIGHTS_NAME, "weights"), (EMA_WEIGHTS_NAME, "averaged weights")):
-        if name in files[0] or name in files[1]:
-            yield what, files[0].get(name) == files[1].get(name)
-    # torch's writer lays tensors out in the order in which they are ready
-    moments = [_hash_tensors(folder / TRAINING_STATE_FOLDER) for folder in folders]
+        # one file, or one of each rank
+        pair = [{file: each[file] for file in each if file.startswith(Path(name).stem)} for each in files]
+        if pair[0] or pair[1]:
+            yield what, pair[0] == pair[1]
+    moments = [{file: each[file] for file in each if file.startswith(TRAINING_STATE_FOLDER)} for each in files]
     yield "moments of the optimizer", moments[0] == moments[1]
     states = [read_object(str(folder / STATE_NAME)) for folder in folders]
     yield "step, counters and place in the data", states[0] == states[1]
-
-
-def _hash_tensors(folder: Path) -> dict[str, set[str]]:
-    """Return the SHA-256 of the parts of each tensor in a folder of safetensors files."""
-    import torch
-    from safetensors import safe_open
-
-    found: dict[str, set[str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                content = file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data
-                found.setdefault(name, set()).add(hashlib.sha256(content).hexdigest())
-    return found
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`vla-foundry merge`: make a run folder with whole weights of a run that trained adapters (LoRA)."""
+"""`vla-foundry merge`: make a run folder with whole weights of a run that trained adapters (LoRA), or sharded."""
 
 import json
 import sys
@@ -43,15 +43,12 @@ def merge(params: MergeParams) -> Path:
 
     Raises:
         FileNotFoundError: the run, or what its adapters belong to, is missing.
-        ValueError: the output exists, or the run has no adapters.
+        ValueError: the output exists, or the run's weights are whole.
     """
     output = check_output(params.output)
     run_folder = find_run_folder(params.checkpoint)
     experiment = load_experiment_params_from_yaml(join_uri(run_folder, CONFIG_NAME))
     adapted = experiment.model
-    if adapted.lora is None:
-        raise ValueError(f"checkpoint {params.checkpoint} has no adapters (model.lora), so there is nothing to merge.")
-
     # import torch last: errors up to here are reported within a second
     import torch
 
@@ -60,7 +57,13 @@ def merge(params: MergeParams) -> Path:
     from vla_foundry.inference.loading import load_run_model
     from vla_foundry.models.weights import has_ema, locate_weights
 
-    step = read_step(Path(locate_weights(params.checkpoint)).parent)
+    weights = Path(locate_weights(params.checkpoint))
+    if adapted.lora is None and weights.suffix != ".json":
+        raise ValueError(
+            f"checkpoint {params.checkpoint} has no adapters (model.lora) and its weights are one file, so there is "
+            "nothing to merge."
+        )
+    step = read_step(weights.parent)
 
     def load_each() -> "Iterator[tuple[str, nn.Module]]":
         for name, use_ema in ((MODEL_WEIGHTS_NAME, False), (EMA_WEIGHTS_NAME, True)):

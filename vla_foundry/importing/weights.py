@@ -24,8 +24,8 @@ from vla_foundry.run_folder import (
     MODEL_WEIGHTS_NAME,
     step_folder_name,
 )
-from vla_foundry.storage.local import sync_folder
-from vla_foundry.training.checkpoint import write_weights
+from vla_foundry.storage.local import name_errors, sync_folder
+from vla_foundry.tensors import as_parts, write_tensors
 from vla_foundry.training.distributed import named_persistent_buffers
 
 _ROTARY_TABLE = ".inv_freq"
@@ -113,7 +113,8 @@ def write_step_folder(run_folder: Path, step: int, models: Iterable[tuple[str, n
     files: dict[str, tuple[int, str]] = {}
     for name, model in models:
         tensors = {**dict(model.named_parameters()), **named_persistent_buffers(model)}
-        files[name] = write_weights(folder / name, tensors, is_main=True)
+        with name_errors(folder / name):
+            files[name] = write_tensors(folder / name, as_parts(tensors))
     with (folder / COMPLETE_NAME).open("w", encoding="utf-8") as file:
         file.write(json.dumps(files, indent=1))
         file.flush()

@@ -27,13 +27,13 @@ from vla_foundry.models.backbones.backbone import (
 )
 from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.models.registry import BatchHandler, create_batch_handler, register_batch_handler, register_model
-from vla_foundry.models.weights import Entry
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.action_heads import TokenHeadParams
 from vla_foundry.params.models.backbones import BackboneParams, VLMBackboneParams, VLMFoundryBackboneParams
 from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.robotics.action_tokens import FastTokenizer
 from vla_foundry.run_folder import FAST_TOKENIZER_NAME
+from vla_foundry.tensors import Entry
 
 # in checkpoints of the earlier implementation: the backbone, and the head's modules by the first part of their names
 _OLD_BACKBONE = "vision_language_backbone._model."

@@ -5,14 +5,12 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vla_foundry.params.models.policy import list_starts
@@ -31,6 +29,7 @@ from vla_foundry.run_folder import (
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.local import size_and_sha256
 from vla_foundry.storage.uri import exists, fetch, is_remote, join_uri, list_files, name_of, parent_uri, read_object
+from vla_foundry.tensors import Entry, open_tensors
 
 # tables that earlier code stored and this code computes
 _COMPUTED = re.compile(r"(^|\.)inv_freq$")
@@ -246,16 +245,9 @@ def open_checkpoint(
             values = _read_pt_weights(files[0])
             yield _clean_names({name: Entry(value.shape, lambda v=value: v) for name, value in values})
             return
-        entries: dict[str, Entry] = {}
-        with ExitStack() as stack:
-            for name in files:
-                try:
-                    file = stack.enter_context(safe_open(name, framework="pt"))
-                except SafetensorError as error:
-                    raise ValueError(f"Checkpoint {path} is not a readable .safetensors file: {error}.") from None
-                check_base(path, (file.metadata() or {}).get(BASE_KEY), base)
-                shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-                entries |= {key: Entry(shape, partial(file.get_tensor, key)) for key, shape in shapes.items()}
+        with open_tensors(files) as (entries, metadata):
+            for each in metadata:
+                check_base(path, each.get(BASE_KEY), base)
             yield _clean_names(entries)
 
 
@@ -284,14 +276,23 @@ def _fetch_weights(source: str, folder: str) -> list[Path]:
     return [bring(join_uri(parent_uri(source), name)) for name in _read_shard_names(first)]
 
 
+def list_weights_files(step_folder: Path, name: str) -> list[Path]:
+    """Return the files that hold the weights called `name` in a local step folder: that one, or those of its index."""
+    index = step_folder / index_name(name)
+    return [step_folder / shard for shard in _read_shard_names(index)] if index.is_file() else [step_folder / name]
+
+
 def _read_shard_names(index: Path) -> list[str]:
     """Return the names of the files of an index, in order.
 
     Raises:
         ValueError: it is broken, or names files elsewhere.
     """
-    weight_map = read_object(str(index)).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    content = read_object(str(index))
+    # ranks that each hold a part of all tensors write a list
+    listed = content.get("files", content.get("weight_map"))
+    listed = list(listed.values()) if isinstance(listed, dict) else listed
+    names = sorted(set(map(str, listed))) if isinstance(listed, list) else []
     if not names or any(not name.endswith(".safetensors") or "/" in name for name in names):
         raise ValueError(f"{index} names no files of weights beside it.")
     return names
@@ -304,13 +305,6 @@ def locate_weights(location: str, *, use_ema: bool = False) -> str:
     if is_remote(location):
         return _find_remote_weights(location, use_ema)
     return str(find_weights_file(location, use_ema=use_ema))
-
-
-class Entry(NamedTuple):
-    """A stored tensor: its shape, and how to read it."""
-
-    shape: torch.Size
-    read: Callable[[], Tensor]
 
 
 def _is_file_name(name: str) -> bool:

@@ -3,13 +3,13 @@
 import os
 from dataclasses import dataclass, field, fields
 from itertools import combinations
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import vla_foundry.params.data  # noqa: F401
 import vla_foundry.params.models  # noqa: F401  (both register their types)
 from vla_foundry.config.loading import load_params
 from vla_foundry.config.resolve import naming_section
-from vla_foundry.config.schema import BaseParams, Count, Derived, Location, MissingError, Name, Unavailable
+from vla_foundry.config.schema import BaseParams, Bounds, Count, Derived, Location, MissingError, Name, Unavailable
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.text import TextDataParams
@@ -70,7 +70,12 @@ class TrainExperimentParams(BaseParams):
     num_epochs: Count | None = None
     # number of checkpoints to save, spaced evenly over the run
     num_checkpoints: Count = 5
-    # number of newest checkpoints to keep; null: all
+    # also save a checkpoint when this many minutes have passed since the last one; null: do not
+    checkpoint_every_minutes: Annotated[float, Bounds(above=0, most=10**6)] | None = None
+    # write checkpoints in the background: training only waits for a copy in host memory, which takes as much of it as
+    # a rank's weights, average and moments; null: on a GPU
+    checkpoint_async: bool | None = None
+    # number of newest checkpoints to keep; an older one is deleted once a newer one is read back intact; null: all
     max_checkpoint_limit: Count | None = None
     # samples to validate on; null: no validation
     total_val_samples: Count | None = None

@@ -7,14 +7,12 @@ FSDP2, and what they add up is bf16; autocast lowers the rest. So results do not
 
 import inspect
 import os
-import signal
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -299,6 +297,34 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return True if ranks hold different parts of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return False
+    return any(place.is_shard() and tensor.device_mesh.size(axis) > 1 for axis, place in enumerate(tensor.placements))
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Return which rows of the whole tensor this rank holds; slice(None) if it holds all, or a scalar."""
+    if not isinstance(tensor, DTensor) or not is_sharded(tensor):
+        return slice(None)
+    axis = next(axis for axis, place in enumerate(tensor.placements) if place.is_shard())
+    assert tensor.placements[axis].is_shard(0), "FSDP2 divides the first dimension"
+    # as torch.chunk divides it: the last ranks may have fewer rows, or none
+    size = -(-tensor.shape[0] // tensor.device_mesh.size(axis))
+    first = min(size * tensor.device_mesh.get_local_rank(axis), tensor.shape[0])
+    return slice(first, first + tensor.to_local().shape[0])
+
+
+def is_writer(tensor: Tensor, index: int, world: World) -> bool:
+    """Return True on one of the ranks that hold the same part of a tensor; they take turns with `index`."""
+    if not isinstance(tensor, DTensor):
+        return index % world.world_size == world.rank
+    mesh = tensor.device_mesh
+    copies = [axis for axis, place in enumerate(tensor.placements) if place.is_replicate()]
+    return all(mesh.get_local_rank(axis) == index % mesh.size(axis) for axis in copies)
+
+
 def shard_like(local: Tensor, parameter: Tensor) -> Tensor:
     """View a rank's part as the sharded tensor it belongs to, laid out like `parameter`."""
     if not isinstance(parameter, DTensor):
@@ -326,21 +352,29 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def broadcast_object(value: Any) -> Any:
+def create_host_group(params: DistributedParams) -> dist.ProcessGroup | None:
+    """Collective: call on every rank. Return a group of all ranks for another thread's messages; None for one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=params.timeout_s))
+    return group
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Collective: call on every rank. Return rank 0's value."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
     return values[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Collective: call on every rank. Return the values of all ranks, in order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -349,7 +383,7 @@ def barrier() -> None:
     all_reduce(torch.zeros(1))
 
 
-def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
+def main_rank_first(world: World, action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Collective: call on every rank. Run `action` on rank 0 and return its result everywhere.
 
     Rank 0 raises its error; the other ranks exit with code 2, so that no rank waits and the error appears once.
@@ -361,67 +395,9 @@ def main_rank_first(world: World, action: Callable[[], Any]) -> Any:
             result = action()
         except (ValueError, OSError) as caught:
             error = caught
-    result, is_failed = broadcast_object((result, error is not None))
+    result, is_failed = broadcast_object((result, error is not None), group)
     if error is not None:
         raise error
     if is_failed:
         raise SystemExit(2)
     return result
-
-
-# each saves a checkpoint and ends the run with 128 + its number, as shells report it
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class StopSignal:
-    """Listen for SIGTERM, SIGINT and SIGHUP inside a `with` block, and stop all ranks after the same step.
-
-    A signal that was ignored when the run started stays ignored (nohup, jobs in the background). In a run of one
-    process, a second Ctrl-C interrupts at once.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._received = 0
-        self._flag = torch.zeros(1)
-        self._pending: dist.Work | None = None
-
-    def __enter__(self) -> "StopSignal":
-        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in heard}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if kind is None and self._pending is not None:
-            self._pending.wait()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        is_alone = self._world.world_size == 1
-        if number == signal.SIGINT and self._received and is_alone:
-            raise KeyboardInterrupt
-        self._received = self._received or number
-        if number == signal.SIGINT and self._world.is_main:
-            again = " Ctrl-C again stops at once, without it." if is_alone else ""
-            # a handler may interrupt a print, which could not print a second time
-            with suppress(OSError):
-                os.write(2, f"\nSaving a checkpoint after this step.{again}\n".encode())
-
-    def poll(self) -> int:
-        """Collective: call on every rank, once a step. Return the number of the signal to stop for now, or 0.
-
-        The signal reaches ranks at different moments. Each rank sends its own and reads the largest from one step
-        earlier: hosts agree without waiting for each other, and the accelerator is not touched.
-        """
-        if self._world.world_size == 1:
-            return self._received
-        number = 0
-        if self._pending is not None:
-            self._pending.wait()
-            number = int(self._flag[0])
-        self._flag = torch.tensor([float(self._received)])
-        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
-        return number

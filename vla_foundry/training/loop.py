@@ -6,16 +6,19 @@ the number of ranks or padding.
 """
 
 import hashlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -23,13 +26,16 @@ from vla_foundry.batch import Batch, LossOutput
 from vla_foundry.models.registry import BatchHandler, count_flops_per_token
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, checkpoint_steps
 from vla_foundry.params.hparams import HyperParams
-from vla_foundry.training.checkpoint import save_checkpoint
-from vla_foundry.training.distributed import StopSignal, all_reduce, gradient_sync, lower_blocks, reshard
+from vla_foundry.training.checkpoint_writer import CheckpointWriter
+from vla_foundry.training.distributed import all_reduce, gradient_sync, lower_blocks, reshard
 from vla_foundry.training.meter import Meter, StepResult
 from vla_foundry.training.metrics import MetricLog
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.state import TrainState, update_weights
 from vla_foundry.world import World
+
+# each saves a checkpoint and ends the run with 128 + its number, as shells report it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @runtime_checkable
@@ -81,7 +87,8 @@ def train(run: Run) -> int:
     if run.is_validation_owed and is_validation_due(run, saves):
         run.prepare()
         validate(run)
-    with StopSignal(world) as stop:
+    clock = SaveClock(params.checkpoint_every_minutes if world.is_main else None)
+    with create_writer(run) as writer, StopSignal(world) as stop:
         while state.step < run.total_steps:
             batches, waited = take_microbatches(microbatches, accumulation)
             meter.add_data(batches, waited)
@@ -89,23 +96,106 @@ def train(run: Run) -> int:
             run.prepare()
             run.log.advance(state.step)
 
-            stopping = stop.poll()
-            saving = stopping or state.step in saves
+            stopping, is_late, has_failed = stop.poll(clock.rings(), writer.has_failed)
+            if has_failed:
+                writer.wait()
+            saving = stopping or is_late or state.step in saves
             if saving or state.step == 1 or state.step % params.log_every_n_steps == 0:
                 log_metrics(run, meter)
             if saving:
                 is_due = is_validation_due(run, saves)
                 if is_due and not stopping:
                     validate(run)
-                save(run, is_validation_owed=is_due and bool(stopping))
+                save(run, writer, is_validation_owed=is_due and bool(stopping))
+                clock.reset()
                 meter.restart()
             if stopping:
+                writer.wait()
                 run.log.say(
                     f"Stopped by {signal.Signals(stopping).name} after step {state.step} of {run.total_steps}. "
                     "Continue with --resume auto."
                 )
                 return stopping
     return 0
+
+
+class SaveClock:
+    """Says once that it is time to save; it is set again by a save. Only rank 0's runs."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else 60 * minutes
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again."""
+        self._started: float | None = time.monotonic()
+
+    def rings(self) -> bool:
+        """Return True in the first call after the time is over."""
+        if self._seconds is None or self._started is None or time.monotonic() - self._started < self._seconds:
+            return False
+        self._started = None
+        return True
+
+
+class StopSignal:
+    """Listen for SIGTERM, SIGINT and SIGHUP inside a `with` block, and stop all ranks after the same step.
+
+    A signal that was ignored when the run started stays ignored (nohup, jobs in the background). In a run of one
+    process, a second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._received = 0
+        self._flags = torch.zeros(0)
+        self._pending: dist.Work | None = None
+
+    def __enter__(self) -> "StopSignal":
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heard}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if kind is None and self._pending is not None:
+            self._pending.wait()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_alone = self._world.world_size == 1
+        if number == signal.SIGINT and self._received and is_alone:
+            raise KeyboardInterrupt
+        self._received = self._received or number
+        if number == signal.SIGINT and self._world.is_main:
+            again = " Ctrl-C again stops at once, without it." if is_alone else ""
+            # a handler may interrupt a print, which could not print a second time
+            with suppress(OSError):
+                os.write(2, f"\nSaving a checkpoint after this step.{again}\n".encode())
+
+    def poll(self, *notes: bool) -> tuple[int, ...]:
+        """Collective: call on every rank, once a step. Return the number of the signal to stop for now, or 0.
+
+        The signal reaches ranks at different moments. Each rank sends its own and reads the largest from one step
+        earlier: hosts agree without waiting for each other, and the accelerator is not touched.
+
+        Args:
+            notes: what else all ranks must act on in the same step.
+
+        Returns:
+            The number, and for each note whether some rank gave it.
+        """
+        if self._world.world_size == 1:
+            return (self._received, *notes)
+        numbers = [0] * (1 + len(notes))
+        if self._pending is not None:
+            self._pending.wait()
+            numbers = [int(flag) for flag in self._flags]
+        self._flags = torch.tensor([float(self._received), *map(float, notes)])
+        self._pending = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        return tuple(numbers)
 
 
 def take_microbatches(source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
@@ -288,21 +378,32 @@ def validate(run: Run) -> None:
     run.log.write("validation", state.step, metrics)
 
 
-def save(run: Run, *, is_validation_owed: bool) -> None:
-    """Collective: call on every rank. Save a checkpoint, log it and request a remote copy."""
+def create_writer(run: Run) -> CheckpointWriter:
+    """Collective: call on every rank. Create the writer of a run's checkpoints."""
+
+    def report(line: str, folder: Path | None) -> None:
+        run.log.say(line)
+        if folder is not None and run.sync is not None:
+            run.sync.request()
+
+    in_background = run.params.checkpoint_async
+    if in_background is None:
+        in_background = run.world.device.startswith("cuda")
+    return CheckpointWriter(
+        run.folder,
+        run.world,
+        max_checkpoints=run.params.max_checkpoint_limit,
+        background=run.params.distributed if in_background else None,
+        report=report,
+    )
+
+
+def save(run: Run, writer: CheckpointWriter, *, is_validation_owed: bool) -> None:
+    """Collective: call on every rank. Save a checkpoint; once it is complete, log it and request a remote copy."""
     facts = {
         "data": run.loader.describe(),
         "samples": run.state.step * run.params.hparams.global_batch_size,
         "is_validation_owed": is_validation_owed,
         "inputs": run.prepare(),
     }
-    folder = save_checkpoint(
-        run.folder,
-        run.state,
-        world=run.world,
-        facts=facts,
-        max_checkpoints=run.params.max_checkpoint_limit,
-    )
-    run.log.say(f"Saved {folder}")
-    if run.sync is not None:
-        run.sync.request()
+    writer.save(run.state, facts)

@@ -38,7 +38,8 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
-from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
+from vla_foundry.training.checkpoint import load_checkpoint
+from vla_foundry.training.checkpoint_writer import save_checkpoint
 from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state

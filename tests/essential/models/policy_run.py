@@ -46,7 +46,8 @@ from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.robotics.action_tokens import FastTokenizer
-from vla_foundry.training.checkpoint import load_checkpoint, save_checkpoint
+from vla_foundry.training.checkpoint import load_checkpoint
+from vla_foundry.training.checkpoint_writer import save_checkpoint
 from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state

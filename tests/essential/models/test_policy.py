@@ -16,7 +16,7 @@ from vla_foundry.models.action_heads.action_head import HeadWidths, create_actio
 from vla_foundry.params import ModelParams, TrainExperimentParams, load_params_from_yaml
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.models.policy import RegressionPolicyParams
-from vla_foundry.training.checkpoint import save_checkpoint
+from vla_foundry.training.checkpoint_writer import save_checkpoint
 from vla_foundry.training.distributed import parallelize, strip_wrapper_names
 from vla_foundry.training.loop import train_step
 from vla_foundry.world import World

@@ -132,7 +132,8 @@ def main() -> None:
     params = create_params(manifest, folder)
     seconds = finish(replace(params, name="straight"))
 
-    killed = replace(params, name="killed")
+    # the kills fall into steps, and into saves in the background
+    killed = replace(params, name="killed", checkpoint_async=True, max_checkpoint_limit=3)
     kills: list[dict[str, Any]] = []
     for _ in range(4 * NUM_KILLS):
         if sum(kill["killed"] for kill in kills) == NUM_KILLS or count_steps(killed) == NUM_STEPS:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -17,11 +18,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from vla_foundry.hub.plan import count_held
 from vla_foundry.models.layers import add_adapters
+from vla_foundry.models.weights import has_ema, list_weights_files, open_checkpoint
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.run_folder import list_step_folders
+from vla_foundry.run_folder import EMA_WEIGHTS_NAME, MODEL_WEIGHTS_NAME, find_fault, list_step_folders
+from vla_foundry.tensors import join_files
 from vla_foundry.training import lost_ranks
 from vla_foundry.training.distributed import start_process_group
 from vla_foundry.training.experiment import cast_parameters
@@ -41,6 +47,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "hsdp": {"distributed__fsdp": True, "distributed__replicate_size": 2},
     "fsdp, offloaded": {"distributed__fsdp": True, "distributed__fsdp_cpu_offload": True},
+    "ddp, saved in the background": {"checkpoint_async": True, "max_checkpoint_limit": 1},
+    "fsdp, saved in the background": {
+        "distributed__fsdp": True,
+        "checkpoint_async": True,
+        "max_checkpoint_limit": 1,
+    },
     "ddp, single precision": {"hparams__precision": "fp32"},
     "fsdp, single precision": {"distributed__fsdp": True, "hparams__precision": "fp32"},
     "ddp, muon": {"hparams__optimizer": "muon"},
@@ -96,6 +108,19 @@ def together(alone: dict[str, Any], run_on_two_ranks, folder: Path) -> list[dict
         "distributed__fsdp": True,
         "start": str(folder / "alone ddp" / "checkpoints" / "step_00000010"),
     }
+    halfway = {kind: str(folder / kind / "checkpoints" / "step_00000010") for kind in ("ddp", "fsdp", "hsdp")}
+    for name, start in (("ddp", "fsdp"), ("fsdp, offloaded", "hsdp"), ("hsdp", "ddp")):
+        scenarios[f"{name}, from {start}"] = scenarios[name] | {
+            "name": f"{name} from {start}",
+            "start": halfway[start],
+        }
+    # every 60 microseconds: as soon as the ranks have agreed on it
+    scenarios["saved by the clock"] = {
+        "save_path": str(folder),
+        "name": "clock",
+        "num_checkpoints": 1,
+        "checkpoint_every_minutes": 1e-6,
+    }
     scenarios["fsdp, adapters, from one process"] = scenarios["fsdp, adapters and activation checkpointing"] | {
         "name": "adapters from one process",
         "start": str(folder / "alone ddp, adapters" / "checkpoints" / "step_00000010"),
@@ -147,12 +172,18 @@ def test_every_global_batch_has_the_same_samples(alone, together) -> None:
 
 def test_a_checkpoint_of_sharded_ranks_goes_on_in_one_process_and_back(tiny, alone, together, folder: Path) -> None:
     sharded = list_step_folders(folder / "fsdp")[-1]
-    assert len(list((sharded / "training_state").iterdir())) == 2
+    assert sorted(path.name for path in sharded.rglob("*-00002-of-00002.safetensors")) == [
+        "ema-00002-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "moments-00002-of-00002.safetensors",
+    ]
     result = tiny.run_scenario({"save_path": str(folder), "name": "from two ranks", "start": str(sharded)}, World())
     assert_close(result, alone["ddp"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, from one process"], alone["ddp"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, muon, from one process"], alone["ddp, muon"], 1e-9, first_step=11)
     assert_close(together[0]["fsdp, adapters, from one process"], alone["ddp, adapters"], 1e-9, first_step=11)
+    for name in ("ddp, from fsdp", "fsdp, offloaded, from hsdp", "hsdp, from ddp"):
+        assert_close(together[0][name], alone["ddp"], 1e-9, first_step=11)
     with pytest.raises(ValueError, match=r"was trained with adamw, which hparams\.optimizer must be to resume it"):
         tiny.run_scenario({"save_path": str(folder), "start": str(sharded), "hparams__optimizer": "muon"}, World())
 
@@ -172,6 +203,39 @@ def test_a_rank_holds_what_the_planner_predicts(name: str, tiny, alone, together
     if name == "fsdp":
         halves = sum(alone[name]["held"].values()) / 2
         assert all(sum(result[name]["held"].values()) == pytest.approx(halves, rel=0.1) for result in together)
+
+
+def test_weights_of_sharded_ranks_are_read_as_whole_ones(together, folder: Path, tmp_path: Path) -> None:
+    last = list_step_folders(folder / "fsdp")[0]
+    assert has_ema(folder / "fsdp")
+    for name, use_ema, kind in ((MODEL_WEIGHTS_NAME, False, "weights"), (EMA_WEIGHTS_NAME, True, "averages")):
+        expected = together[0]["fsdp"][kind]
+        with open_checkpoint(folder / "fsdp", use_ema=use_ema) as entries:
+            assert entries.keys() >= expected.keys()
+            assert all(torch.equal(entries[key].read(), value) for key, value in expected.items())
+        join_files(list_weights_files(last, name), tmp_path / name)
+        whole = load_file(tmp_path / name)
+        assert all(torch.equal(whole[key], value) for key, value in expected.items())
+    # the format is that of torch.distributed.checkpoint, which reads it too
+    wanted = {key: torch.zeros_like(together[0]["fsdp"]["moments"][f"{key} exp_avg"]) for key in expected}
+    wanted = {f"exp_avg.{key}": value for key, value in wanted.items() if value.ndim}
+    reader = HuggingFaceStorageReader(str(last / "training_state"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
+    for key, value in wanted.items():
+        assert torch.equal(value, together[0]["fsdp"]["moments"][f"{key.removeprefix('exp_avg.')} exp_avg"])
+
+
+def test_saves_in_the_background_and_by_the_clock_are_complete(folder: Path) -> None:
+    for name in ("ddp, saved in the background", "fsdp, saved in the background"):
+        folders = list_step_folders(folder / name)
+        assert [path.name for path in folders] == ["step_00000020"]
+        assert find_fault(folders[0]) is None
+        same = list_step_folders(folder / name.partition(",")[0])[0]
+        assert (folders[0] / "COMPLETE").read_bytes() == (same / "COMPLETE").read_bytes()
+    # each request reaches all ranks one step later
+    assert len(list_step_folders(folder / "clock")) >= 10
 
 
 def test_a_spoiled_microbatch_skips_the_update_on_every_rank(together) -> None:
@@ -202,7 +266,8 @@ SCRIPT = """
 import os, sys, torch.distributed as dist
 from vla_foundry.config.command_line import run_command
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.distributed import StopSignal, barrier, start_process_group
+from vla_foundry.training.distributed import barrier, start_process_group
+from vla_foundry.training.loop import StopSignal
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.world import read_world
 def main(argv):

@@ -26,6 +26,7 @@ from vla_foundry.params.experiment import TrainExperimentParams, load_experiment
 from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
 from vla_foundry.storage.local import IncompleteDownload
+from vla_foundry.tensors import write_tensors
 from vla_foundry.text.tokenizers import read_vocabulary
 from vla_foundry.training import start
 from vla_foundry.training.experiment import train
@@ -311,12 +312,34 @@ def test_another_run_goes_on_from_a_checkpoint_or_from_its_weights_alone(params:
         train(other, World())
 
 
-def test_old_checkpoints_are_deleted_beyond_the_limit(params: TrainExperimentParams) -> None:
-    train(replace(params, num_checkpoints=6, max_checkpoint_limit=2), World())
-    assert [path.name for path in list_step_folders(Path(params.save_path) / "run")] == [
-        "step_00000006",
-        "step_00000005",
-    ]
+def test_old_checkpoints_are_deleted_beyond_the_limit_once_a_newer_one_verifies(
+    params: TrainExperimentParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = replace(params, num_checkpoints=6, max_checkpoint_limit=2, checkpoint_async=True)
+    train(limited, World())
+    folder = Path(params.save_path) / "run"
+    assert [path.name for path in list_step_folders(folder)] == ["step_00000006", "step_00000005"]
+
+    def write_badly(path: Path, *rest: Any, **options: Any) -> tuple[int, str]:
+        size, digest = write_tensors(path, *rest, **options)
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+        return size, digest
+
+    monkeypatch.setattr("vla_foundry.training.checkpoint_writer.write_tensors", write_badly)
+    train(replace(limited, resume="auto", total_train_samples=56, num_checkpoints=7), World())
+    assert len(list_step_folders(folder)) == 3
+    assert "step_00000007 is damaged, so older checkpoints are kept" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_checkpoint_is_saved_when_some_minutes_have_passed(params: TrainExperimentParams) -> None:
+    folder = Path(params.save_path) / "run"
+    train(replace(params, num_checkpoints=1, checkpoint_every_minutes=1e-6), World())
+    assert len(list_step_folders(folder)) == 6
+    assert read_losses(folder, "train")[-1][0] == 6
+    train(replace(params, name="slow", num_checkpoints=1, checkpoint_every_minutes=10.0), World())
+    assert len(list_step_folders(folder.with_name("slow"))) == 1
 
 
 def test_the_run_is_copied_away_and_goes_on_from_the_copy(params: TrainExperimentParams, tmp_path: Path) -> None:
@@ -483,15 +506,23 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("limit", "name"), [(100_000, "model.safetensors"), (350_000, "training_state"), (1_000, "")])
+@pytest.mark.parametrize(
+    ("limit", "name", "is_async"),
+    [
+        (100_000, "model.safetensors", False),
+        (350_000, "training_state", False),
+        (350_000, "training_state", True),
+        (1_000, "", False),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_run_resumes(
-    params: TrainExperimentParams, limit: int, name: str
+    params: TrainExperimentParams, limit: int, name: str, is_async: bool
 ) -> None:
     """The weights take 249 kB, and the optimizer's moments twice that."""
     message = rf"step_00000004/{name}\S*: .*A checkpoint needs \d\.\d MB, and [\d,.]+ MB are free"
     folder = Path(params.save_path) / "run"
     train(replace(params, total_train_samples=16, num_checkpoints=1), World())
-    resumed = replace(params, resume="auto")
+    resumed = replace(params, resume="auto", checkpoint_async=is_async)
     with file_size_limit(limit), pytest.raises((ValueError, OSError), match=message if name else "yaml"):
         train(resumed, World())
     assert [step.name for step in list_step_folders(folder)] == ["step_00000002"]

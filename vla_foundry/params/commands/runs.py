@@ -116,7 +116,7 @@ class ImportParams(BaseParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeParams(BaseParams):
-    """Make a run folder with whole weights of a run that trained adapters (model.lora)."""
+    """Make a run folder with whole weights of a run that trained adapters (model.lora), or was sharded (FSDP)."""
 
     # run folder (its newest checkpoint) or step folder; local, s3:// or hf://
     checkpoint: Location
