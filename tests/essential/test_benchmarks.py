@@ -10,18 +10,31 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu.py"
 
 
+# of each kind, and of our models all that is compiled in its own way
+ROWS = (
+    *("device", "llm_8", "llm_8_compiled", "llm_16_budget_compiled", "llm_16_fp8_compiled", "llm_8_documents_compiled"),
+    *("vlm_padded_compiled", "vlm_packed_compiled", "vla_8_draws_compiled", "infer_compiled_graphs", "checkpoint"),
+)
+
+
 @pytest.mark.slow  # one process imports torch, whatever the rows
-def test_each_row_prints_its_figures() -> None:
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny"]
-    rows = ["device", "llm_8", "checkpoint"]
-    output = subprocess.run([*command, "--rows", *rows], capture_output=True, text=True, check=True).stdout
-    device, llm, checkpoint = map(json.loads, output.splitlines())
-    assert [device["row"], llm["row"], checkpoint["row"]] == rows
-    assert device["matmul_tflops"] > 0
-    assert llm["tokens_per_s"] > 0
-    assert 0 < llm["mfu"] < 1
-    assert 0 < llm["share_of_measured_peak"] < 1
-    assert checkpoint["gb"] > 0
+def test_each_row_prints_its_figures_and_is_compiled_whole_and_once() -> None:
+    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--rows", *ROWS]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = {row["row"]: row for row in map(json.loads, output.splitlines())}
+    assert tuple(rows) == ROWS
+    assert [row for row in rows.values() if "error" in row] == []
+    trained = [row for row in rows.values() if "step_ms" in row]
+    for row in trained:
+        assert row["samples_per_s"] > 0
+        assert 0 < row["mfu"] < 1
+        assert 0 < row["share_of_measured_peak"] < 1
+    compiled = [row for row in trained if "graph_breaks" in row]
+    assert len(compiled) == 7
+    assert {(row["graph_breaks"], row["recompilations"]) for row in compiled} == {(0, 0)}
+    assert rows["device"]["matmul_tflops"] > 0
+    assert rows["infer_compiled_graphs"]["p50_ms"] > 0
+    assert rows["checkpoint"]["gb"] > 0
 
 
 def test_an_unknown_row_is_an_error() -> None:

@@ -34,6 +34,7 @@ from vla_foundry.inference.cuda_graphs import GraphedSampler, Sample
 from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.inference.window_actions import decode_commands, encode_guidance, encode_past
+from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.models.policy import RoboticsBatchHandler
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.randomness import draw_index
@@ -430,7 +431,7 @@ class Policy:
         ]
 
         def predict() -> Sequence[Sequence[Command]]:
-            values = self._sample(inputs, torch.tensor(seeds, device=self.device)).cpu().numpy()
+            values = self._sample(inputs, to_device(torch.tensor(seeds), self.device)).cpu().numpy()
             pairs = zip(values, references, strict=False)  # without those that are repeated
             return [decode_commands(*pair, self._files.actions, self.commanded) for pair in pairs]
 

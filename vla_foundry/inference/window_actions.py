@@ -9,6 +9,7 @@ from jaxtyping import Float32
 from vla_foundry.client.chunks import Command, prefix_weights
 from vla_foundry.client.messages import split_rows
 from vla_foundry.models.action_heads.noise import Guidance
+from vla_foundry.models.batch_handlers import to_device
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.spec import FieldDescription
 from vla_foundry.robotics.transforms import ActionTransform
@@ -59,7 +60,7 @@ def encode_guidance(
         target[row] = transform.apply(fields, references=references)[0]
     if not weights.any():
         return None
-    return Guidance(*(torch.from_numpy(values).to(device) for values in (target, weights)))
+    return Guidance(*(to_device(torch.from_numpy(values), device) for values in (target, weights)))
 
 
 def decode_commands(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.essential.inference.test_policy import COMMANDED, load, roll
+from tests.essential.inference.test_policy import COMMANDED, load, observe, roll
 from vla_foundry.inference import Policy
 from vla_foundry.inference.cuda_graphs import _MAX_GRAPHS, GraphedSampler
 from vla_foundry.inference.policy_files import load_policy_files
@@ -112,3 +112,46 @@ def test_sampling_neither_reads_from_the_device_nor_feeds_it(name: str, request:
             with _WatchHost() as watch:
                 policy.model.sample(inputs, seeds=seeds)
         assert watch.found == []
+
+
+class _WatchCopies(TorchDispatchMode):
+    """Records copies from the host to the meta device: (dtype, number of dimensions, whether the host waits)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.dtype, int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        is_on_device = isinstance(output, Tensor) and output.device.type == "meta"
+        if is_on_device and any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.append((output.dtype, output.ndim, not (kwargs or {}).get("non_blocking", False)))
+        return output
+
+
+@pytest.mark.parametrize("execution", ["sync", "realtime"])
+def test_a_steady_prediction_waits_only_for_its_actions(arm: Any, execution: Any) -> None:
+    recording = arm.recordings[0]
+    options = {"execution": execution, "delay_steps": None if execution == "sync" else 2}
+    policy = Policy(copy.deepcopy(load(arm).model).to("meta"), load_policy_files(str(arm.run)), **options)
+    num_actions = 0
+
+    def read(inputs: dict[str, Any], seeds: Tensor) -> Tensor:
+        # anything else that is read from the meta device fails
+        nonlocal num_actions
+        num_actions += 1
+        return torch.zeros(policy.model.sample(inputs, seeds=seeds).shape)
+
+    policy._sample = read
+    roll(policy, recording, 8)
+    assert num_actions >= 2
+    watches = []
+    for frame in range(8, 16):
+        with _WatchCopies() as watch:
+            policy.act_many({None: observe(recording, min(frame, 13))})
+        watches.append(watch.found)
+    copied = max(watches, key=len)
+    assert (torch.uint8, 4, False) in copied
+    assert not any(dtype == torch.float32 and ndim == 4 for dtype, ndim, _ in copied)
+    assert not any(waits for _, _, waits in copied)
