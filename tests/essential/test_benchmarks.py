@@ -37,6 +37,20 @@ def test_each_row_prints_its_figures_and_is_compiled_whole_and_once() -> None:
     assert rows["checkpoint"]["gb"] > 0
 
 
+@pytest.mark.slow  # two launches of torchrun
+def test_every_wrapper_is_measured_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    words = ["--preset", "tiny", "--ranks", "1", "2", "--output", str(tmp_path / "lines")]
+    output = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("scaling.py")), *words], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [json.loads(line) for line in output.splitlines()]
+    measured = [(line["ranks"], line["wrapper"]) for line in lines]
+    assert measured == [(1, "ddp"), (1, "fsdp"), (2, "ddp"), (2, "fsdp"), (2, "hsdp")]
+    assert lines[0]["efficiency"] == 1
+    assert all(line["samples_per_s_per_gpu"] > 0 < line["efficiency"] for line in lines)
+    assert (tmp_path / "lines").read_text(encoding="utf-8") == output
+
+
 def test_an_unknown_row_is_an_error() -> None:
     found = subprocess.run([sys.executable, str(SCRIPT), "--rows", "llm_9"], capture_output=True, text=True)
     assert found.returncode == 2

@@ -59,7 +59,7 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
             raise
         # the launcher soon stops the others, perhaps before they have said which rank is gone: this process ends anyway
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        found = _ask(lambda: _find_lost_rank(store, places, world.rank, line))
+        found = _describe_stopped(places, world.rank) or _ask(lambda: _find_lost_rank(store, places, world.rank, line))
         raise ValueError(found or _describe_silence(places, world.rank, [], line)) from error
 
 
@@ -100,7 +100,7 @@ def _find_lost_rank(store: distributed_c10d.Store, places: Sequence[_Place], ran
     Raises:
         RuntimeError: the store is gone.
     """
-    neighbours = [other for other, place in enumerate(places) if place[:2] == places[rank][:2]]
+    neighbours = _list_neighbours(places, rank)
     deadline = time.monotonic() + _SECONDS_TO_HEAR
     while True:
         # who finds a process gone reports it before leaving, so look at the reports again before believing it
@@ -143,11 +143,33 @@ def _describe_silence(places: Sequence[_Place], rank: int, heard: Sequence[int],
     )
 
 
+def _list_neighbours(places: Sequence[_Place], rank: int) -> list[int]:
+    """Return the ranks whose processes this one sees."""
+    return [other for other, place in enumerate(places) if place[:2] == places[rank][:2]]
+
+
+def _describe_stopped(places: Sequence[_Place], rank: int) -> str:
+    """Return one line about a rank of this host whose process was stopped; "" if there is none."""
+    for other in _list_neighbours(places, rank):
+        if _read_state(places[other].process) in ("T", "t"):
+            place = places[other]
+            return (
+                f"rank {other} on {place.host} (process {place.process}) is stopped, by SIGSTOP or a debugger, so that "
+                "the others waited longer than distributed.timeout_s. Let it go on (kill -CONT), or end it."
+            )
+    return ""
+
+
 def _is_gone(pid: int) -> bool:
+    return _read_state(pid) in ("", "Z")
+
+
+def _read_state(pid: int) -> str:
+    """Return the letter of a process's state; "" if there is no such process, "?" if it is not known."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except ProcessLookupError:
-        return True
+        return ""
     except OSError:
-        return False
+        return "?"

@@ -374,6 +374,19 @@ def test_a_store_that_never_answers_is_not_waited_for(lose: Callable[..., str]) 
     assert time.monotonic() - start < 4
 
 
+def test_a_stopped_rank_of_this_host_is_named(lose: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        places = [PLACES[0], ("node-0", "here", process.pid, "10.0.0.0"), *PLACES[2:]]
+        monkeypatch.setattr(sys.modules[__name__], "PLACES", places)
+        assert f"rank 1 on node-0 (process {process.pid}) is stopped" in lose(RuntimeError(GLOO), DeafStore())
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_nccl_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a GPU"):
         start_process_group(DistributedParams(dist_backend="nccl"), World(world_size=2))

@@ -1,4 +1,4 @@
-"""Whole runs with real data and a real model: exact resume after kills and signals, and what is refused."""
+"""Whole runs with real data and a real model: what they write, resume and refuse. Kills: test_faults.py."""
 
 import gzip
 import hashlib
@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,8 +32,6 @@ from vla_foundry.training.experiment import train
 from vla_foundry.training.optimization.schedules import learning_rates
 from vla_foundry.training.start import fetch_checkpoint, fetch_to_other_disks, find_start, write_configs
 from vla_foundry.world import World
-
-_SCRIPT = Path(__file__).with_name("interrupted_runs.py")
 
 
 @pytest.fixture
@@ -60,55 +57,6 @@ def hash_tensors(step_folder: Path) -> dict[str, str]:
             for name in file.keys():  # noqa: SIM118
                 hashes[f"{path.name}:{name}"] = hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest()
     return hashes
-
-
-@pytest.fixture(scope="module")
-def interrupted(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of runs of interrupted_runs.py, and what it reported."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    seed = str(time.time_ns())
-    print(f"seed of the random instants: {seed}")
-    done = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(manifest), str(folder), seed],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", ["killed", "stopped"])
-def test_an_interrupted_run_equals_an_unbroken_one_bit_by_bit(name: str, interrupted) -> None:
-    folder, report = interrupted
-    for kind in ("train", "validation"):
-        straight, broken = (read_losses(folder / run, kind) for run in ("straight", name))
-        assert len(straight) == (160 if kind == "train" else 16)
-        assert broken == straight, report
-    last = [list_step_folders(folder / run)[0] for run in ("straight", name)]
-    assert last[0].name == last[1].name == "step_00000160"
-    hashes = hash_tensors(last[0])
-    assert {name.partition(":")[0] for name in hashes} >= {"model.safetensors", "ema.safetensors"}
-    assert len(hashes) > 40
-    assert hash_tensors(last[1]) == hashes
-
-
-def test_the_kills_landed_in_the_middle_of_the_run(interrupted) -> None:
-    _, report = interrupted
-    landed = [kill for kill in report["kills"] if kill["killed"]]
-    assert len(landed) >= 2, report
-    for kill in landed:
-        assert 0 < kill["steps_after"] < 160
-    assert len({kill["steps_after"] for kill in landed}) > 1
-
-
-def test_sigterm_saves_a_checkpoint_and_exits_with_its_code(interrupted) -> None:
-    _, report = interrupted
-    stop = report["stop"]
-    assert stop["exit_code"] == 143
-    assert 0 < stop["steps_after"] < 160
-    assert f"step_{stop['steps_after']:08d}" in report["checkpoints_at_stop"]
 
 
 def test_the_saved_model_config_names_no_checkpoint_to_start_from(
