@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vla_foundry.batch import Batch
+from vla_foundry.client.chunks import Schedule
 from vla_foundry.client.observation import RobotObservation as RobotObservation
 from vla_foundry.client.observation import RobotSteps, to_millimetres
 from vla_foundry.data.pipelines.robotics import (
@@ -25,6 +26,7 @@ from vla_foundry.data.pipelines.robotics import (
 from vla_foundry.data.pipelines.stages import Failure, Sample, Stage, apply_stages
 from vla_foundry.images.geometry import ImageOperations
 from vla_foundry.images.processor import Processor
+from vla_foundry.inference.image_features import Memory
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.robotics.fields import Window
 from vla_foundry.robotics.fit import FieldSources, WindowSpec
@@ -226,6 +228,22 @@ class EpisodeHistory:
             f"observation: the image of camera '{camera.name}' is missing, {self.num_observed - 1 - frame} steps back; "
             f"the images given were: {given}. Give it under that name, or train with data.pad_missing_images."
         )
+
+
+class RobotEpisode:
+    """One robot's episode."""
+
+    def __init__(self, seed: int, history: EpisodeHistory, schedule: Schedule) -> None:
+        self.seed = seed
+        self.history = history
+        self.schedule = schedule
+        self.instruction = ""
+        self.image_features: Memory = {}
+
+    @property
+    def step(self) -> int:
+        """The last observation's step."""
+        return self.history.num_observed - 1
 
 
 def _read_field(

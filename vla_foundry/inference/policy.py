@@ -29,9 +29,10 @@ from torch import nn
 from vla_foundry.batch import Batch
 from vla_foundry.client.chunks import Chunk, Command, DelayForecast, Execution, Schedule, Timing, count_delay_steps
 from vla_foundry.client.messages import join_rows
-from vla_foundry.client.observation import RobotSteps
+from vla_foundry.client.observation import RobotObservation, RobotSteps
 from vla_foundry.inference.cuda_graphs import GraphedSampler, Sample
-from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotObservation
+from vla_foundry.inference.image_features import ReusedFeatures
+from vla_foundry.inference.observations import Camera, EpisodeHistory, ObservationEncoder, RobotEpisode
 from vla_foundry.inference.policy_files import PolicyFiles, load_policy_files
 from vla_foundry.inference.window_actions import decode_commands, encode_guidance, encode_past
 from vla_foundry.models.batch_handlers import to_device
@@ -43,21 +44,6 @@ from vla_foundry.robotics.spec import FieldDescription, NamedSpec
 
 Precision = Literal["fp32", "bf16"]
 _NUM_SEEDS = 1 << 63
-
-
-class _Client:
-    """One robot's episode."""
-
-    def __init__(self, seed: int, history: EpisodeHistory, schedule: Schedule) -> None:
-        self.seed = seed
-        self.history = history
-        self.schedule = schedule
-        self.instruction = ""
-
-    @property
-    def step(self) -> int:
-        """The last observation's step."""
-        return self.history.num_observed - 1
 
 
 class Policy:
@@ -76,6 +62,7 @@ class Policy:
             for the oldest (temporal ensembling); None: the newest chunk decides.
         precision: what the model computes in; bf16: autocast, faster on a GPU.
         cuda_graphs: replay predictions as CUDA graphs.
+        reuse_image_features: do not encode images again that the robot's last prediction looked at.
         batch_size: robots in each prediction, exactly (the last one is repeated), so that bits do not depend on who
             else asks; None: all who ask.
 
@@ -95,6 +82,7 @@ class Policy:
         ensemble_decay: float | None = None,
         precision: Precision = "fp32",
         cuda_graphs: bool = False,
+        reuse_image_features: bool = False,
         batch_size: int | None = None,
     ) -> None:
         self.model: Any = model
@@ -123,9 +111,14 @@ class Policy:
         self._handler: Any = RoboticsBatchHandler(files.params)
         # chunks so far, over all clients
         self.num_predicted = 0
-        self._clients: dict[Hashable, _Client] = {}
+        self._clients: dict[Hashable, RobotEpisode] = {}
         self._encoder = ObservationEncoder(files.data, files.window_spec, files.normalizer, files.processor)
         self._window = files.window_spec.window
+        self._features: ReusedFeatures | None = None
+        if reuse_image_features:
+            capacity = len(files.cameras) * (1 - min(self.image_indices, default=0))
+            is_low = precision == "bf16"
+            self._features = ReusedFeatures(model, capacity=capacity, is_low=is_low, cuda_graphs=cuda_graphs)
 
     @classmethod
     def from_run(
@@ -248,10 +241,10 @@ class Policy:
         """
         self._clients[client] = self._begin_episode(seed)
 
-    def _begin_episode(self, seed: int) -> _Client:
+    def _begin_episode(self, seed: int) -> RobotEpisode:
         files = self._files
         history = EpisodeHistory(files.window_spec, files.cameras, pads_images=files.data.pad_missing_images)
-        return _Client(seed, history, Schedule(self._timing, self._means))
+        return RobotEpisode(seed, history, Schedule(self._timing, self._means))
 
     def forget(self, client: Hashable = None) -> None:
         """Discard the episode of a robot that will not act again."""
@@ -356,21 +349,23 @@ class Policy:
     def predict_from(self, robot: RobotSteps, *, client: Hashable = None) -> dict[str, np.ndarray]:
         """Return all actions predicted for a robot that keeps its own chunks: {field: (steps, C)}, the first for now.
 
-        Only the seed of its episode is remembered here, so requests may get lost, or come twice.
+        Only its episode's seed (and features of images) are remembered here: requests may get lost, or come twice.
 
         Raises:
             ValueError: no episode was begun, or what the robot tells lacks something.
         """
         if robot.rest and not self.can_be_guided:
             raise ValueError("real-time chunking needs an action head with flow matching. Use execution 'async'.")
-        episode = self._begin_episode(self._find(client).seed)
+        known = self._find(client)
+        episode = self._begin_episode(known.seed)
+        episode.image_features = known.image_features
         episode.history.replay(robot)
         episode.instruction = self._read_instruction(robot.observations[-1])
         episode.schedule.add(Chunk(robot.step, robot.rest), whole=True)
         (actions,) = self._prepare([episode], delay_steps=robot.delay_steps)()
         return join_rows(actions)
 
-    def _begin(self, clients: Sequence[_Client]) -> None:
+    def _begin(self, clients: Sequence[RobotEpisode]) -> None:
         """Begin a prediction, to be used when it is there, or after `delay_steps`."""
         predict = self._prepare(clients)
         if self._timing.is_measured:
@@ -392,7 +387,7 @@ class Policy:
         """
         return self._encode([self._find(client) for client in clients])
 
-    def _find(self, client: Hashable) -> _Client:
+    def _find(self, client: Hashable) -> RobotEpisode:
         if client not in self._clients:
             who = "" if client is None else f" of client {client!r}"
             raise ValueError(f"No episode{who} was begun. Call reset(seed) first.")
@@ -403,7 +398,7 @@ class Policy:
             raise ValueError("observation: the instruction is empty, but the policy follows instructions. Give one.")
         return observation.instruction
 
-    def _predict(self, clients: Sequence[_Client]) -> Sequence[Sequence[Command]]:
+    def _predict(self, clients: Sequence[RobotEpisode]) -> Sequence[Sequence[Command]]:
         """Predict now."""
         predict, start = self._prepare(clients), time.perf_counter()
         if not self._timing.is_measured:
@@ -414,13 +409,15 @@ class Policy:
         return actions
 
     def _prepare(
-        self, clients: Sequence[_Client], *, delay_steps: int | None = None
+        self, clients: Sequence[RobotEpisode], *, delay_steps: int | None = None
     ) -> Callable[[], Sequence[Sequence[Command]]]:
         """Return the prediction from the clients' last observations, which later ones do not change."""
         references = [client.history.references() for client in clients]
         self.num_predicted += len(clients)
         clients = [*clients, *[clients[-1]] * ((self._batch_size or 0) - len(clients))]
-        inputs = self._handler.prepare_sampling(self._encode(clients), self.device)
+        batch = self._encode(clients)
+        inputs = self._handler.prepare_sampling(batch, self.device)
+        memories = [client.image_features for client in clients]
         if delay_steps is None and self._timing.execution == "realtime":
             delay_steps = self._delays.forecast()
         if delay_steps:
@@ -431,7 +428,8 @@ class Policy:
         ]
 
         def predict() -> Sequence[Sequence[Command]]:
-            values = self._sample(inputs, to_device(torch.tensor(seeds), self.device)).cpu().numpy()
+            given = inputs if self._features is None else self._features.put(inputs, batch, memories)
+            values = self._sample(given, to_device(torch.tensor(seeds), self.device)).cpu().numpy()
             pairs = zip(values, references, strict=False)  # without those that are repeated
             return [decode_commands(*pair, self._files.actions, self.commanded) for pair in pairs]
 
@@ -441,7 +439,7 @@ class Policy:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model.sample(inputs, seeds=seeds, num_steps=self.num_inference_steps).float()
 
-    def _encode(self, clients: Sequence[_Client]) -> Batch:
+    def _encode(self, clients: Sequence[RobotEpisode]) -> Batch:
         batch = self._encoder.encode([client.history.window(client.instruction) for client in clients])
         if batch["past_mask"].any():
             past = [encode_past(client.history.past_actions(), self._window, self._files.actions) for client in clients]

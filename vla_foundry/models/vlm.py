@@ -175,17 +175,25 @@ class VLM(nn.Module):
         input_ids: Int[Tensor, "B T"],
         pixel_values: Float[Tensor, "*N 3 H W"] | None,
         image_positions: Int[Tensor, " n"],
+        image_features: Float[Tensor, "N S D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the token embeddings, with image features at the image tokens."""
+        """Return the token embeddings, with image features at the image tokens.
+
+        Args:
+            image_features: output of `encode_images`, in place of pixel_values.
+        """
         # the image token may have no row in the embedding table
         ids = input_ids.masked_fill(input_ids == self._image_token(), 0)
         embeds = self.transformer.embed_tokens(ids)  # (B, T, D)
-        if pixel_values is None or pixel_values.numel() == 0:
+        if image_features is not None:
+            features = image_features
+        elif pixel_values is None or pixel_values.numel() == 0:
             _check_counts(image_positions.numel(), 0, 0)
             # a rank without images must join the other ranks' collectives for the encoder
             empty = torch.zeros(1, 3, self.vit.image_size, self.vit.image_size, device=ids.device)
             return embeds + 0.0 * self.encode_images(empty).sum().to(embeds.dtype)
-        features = self.encode_images(pixel_values)  # (N, S, D)
+        else:
+            features = self.encode_images(pixel_values)  # (N, S, D)
         _check_counts(image_positions.numel(), features.shape[0], features.shape[1])
         flat = embeds.flatten(0, 1).index_copy(0, image_positions, features.flatten(0, 1).to(embeds.dtype))
         return flat.view_as(embeds)

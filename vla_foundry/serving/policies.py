@@ -51,6 +51,7 @@ def _load_run(params: ServeParams, checkpoint: str) -> Served:
         precision=None if params.precision == "auto" else params.precision,
         compile_blocks=params.compile,
         cuda_graphs=params.cuda_graphs,
+        reuse_image_features=params.reuse_image_features,
     )
     name = params.name or name_of(find_run_folder(checkpoint))
     info = {

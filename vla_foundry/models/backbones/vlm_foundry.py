@@ -51,6 +51,7 @@ class VLMFoundryBackbone(LanguageModelBackbone):
         token_mask: Bool[Tensor, "B W"] | None,
         mask: Bool[Tensor, "B 1 W W"] | None = None,
         suffix: Suffix | None = None,
+        image_features: Float[Tensor, "N S D"] | None = None,
     ) -> Conditioning:
         """Encode.
 
@@ -60,8 +61,9 @@ class VLMFoundryBackbone(LanguageModelBackbone):
             token_mask: True at tokens that the head may see (prefix only); None: all.
             mask: what each token sees, in place of documents and `sees_ahead`; native language models only.
             suffix: further tokens of each row.
+            image_features: output of the model's `encode_images`, in place of pixel_values.
         """
-        embeds = self.model.embed(input_ids, pixel_values, image_positions)
+        embeds = self.model.embed(input_ids, pixel_values, image_positions, image_features)
         embeds = self.put_embeddings(embeds, observation_places, suffix)
         rows = {"sees_ahead": sees_ahead if self.model.sees_ahead else None} if mask is None else {"mask": mask}
         states = self.model.transformer.encode(
@@ -85,9 +87,10 @@ class VLMFoundryBackbone(LanguageModelBackbone):
         observation_places: Int[Tensor, " B"] | None,
         token_mask: Bool[Tensor, "B W"] | None,
         suffix: Suffix,
+        image_features: Float[Tensor, "N S D"] | None = None,
     ) -> Writing:
         """Read the prompt and the suffix, from which `continue_writing` goes on; see `forward`."""
-        embeds = self.model.embed(input_ids, pixel_values, image_positions)
+        embeds = self.model.embed(input_ids, pixel_values, image_positions, image_features)
         embeds = self.put_embeddings(embeds, observation_places, suffix)
         mask = torch.from_numpy(~documents.padding_mask()).to(embeds.device).long()
         output = self.model.transformer.decode(

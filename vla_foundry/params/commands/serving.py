@@ -18,6 +18,7 @@ _OF_A_CHECKPOINT = (
     "precision",
     "compile",
     "cuda_graphs",
+    "reuse_image_features",
 )
 Port = Annotated[int, Bounds(least=0, most=65535, fix="0 takes a free one.")]
 
@@ -68,6 +69,9 @@ class ServeParams(InferenceParams):
     compile: bool = False
     # replay predictions as CUDA graphs, one client at a time: fewer launches on a GPU
     cuda_graphs: bool = False
+    # do not encode images again that a client's last prediction looked at: where image_indices name steps before the
+    # current one, and actions are predicted often enough to see a step twice
+    reuse_image_features: bool = False
     # exact: a client's actions do not depend on the other clients; fast: waiting clients share a prediction;
     # auto: exact on the CPU, fast on a GPU
     batching: Literal["auto", "exact", "fast"] = "auto"
