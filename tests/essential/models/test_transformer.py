@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vla_foundry.batch import Documents
-from vla_foundry.models import create_model
+from vla_foundry.models import attention, create_model
 from vla_foundry.models.layers import swiglu_hidden_dim
 from vla_foundry.models.transformer import Transformer
 from vla_foundry.params.models.transformer import TransformerParams
@@ -336,6 +336,29 @@ def test_what_can_not_be_is_said_in_one_line(create_tiny: Create, create_documen
     model.is_causal = False
     with pytest.raises(ValueError, match="needs causal attention"):
         model.decode(ids[:, :4])
+
+
+def test_variable_length_attention_reads_the_projection_without_a_copy(
+    create_documents: Callable[..., Documents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = create_model(TransformerParams(hidden_dim=32, n_layers=1, n_heads=2, vocab_size=61)).bfloat16()
+    projected: list[Tensor] = []
+    model.layers[0].attention.in_proj.register_forward_hook(lambda module, args, output: projected.append(output))
+    given: list[Tensor] = []
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, *ranges: Any, **options: Any) -> Tensor:
+        given.extend((queries, keys, values))
+        return torch.zeros_like(queries)
+
+    # the kernel has none for a CPU
+    monkeypatch.setattr(attention, "VARLEN_DEVICES", {"cpu"})
+    monkeypatch.setattr(attention, "varlen_attn", attend)
+    model(input_ids=torch.zeros(2, 9, dtype=torch.int64), documents=create_documents([4, 5], [9]))
+    queries, keys, values = given
+    assert values.untyped_storage().data_ptr() == projected[0].untyped_storage().data_ptr()
+    assert values.shape == queries.shape == keys.shape == (18, 2, 16)
+    # the kernel wants the numbers of a head side by side
+    assert {x.stride(-1) for x in given} == {1}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,21 @@ def test_company_changes_nothing(arm: Any, served: Served, num_clients: int) -> 
         assert_equal(actions, act_in_process(arm, recording, seed=seed))
 
 
+def test_sessions_that_reuse_features_of_images_act_as_they_would_alone(arm: Any) -> None:
+    options: dict[str, Any] = {"device": "cpu", "open_loop_steps": 1}
+    served = load_policy(ServeParams(checkpoint=str(arm.run), reuse_image_features=True, **options))
+    jobs = [(arm.recordings[seed % 2], seed) for seed in range(3)]
+    with serve(served) as ports, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(act_remotely, ports.grpc, recording, seed=seed, num_steps=5) for recording, seed in jobs]
+        found = [call.result() for call in calls]
+    policy = Policy.from_run(str(arm.run), **options)
+    for actions, (recording, seed) in zip(found, jobs, strict=True):
+        policy.reset(seed)
+        for frame, action in enumerate(actions):
+            expected = policy.act(observe(recording, frame))
+            assert all(np.allclose(action[name], values, rtol=0, atol=1e-5) for name, values in expected.items())
+
+
 def test_an_answer_that_came_too_late_is_never_given_again(arm: Any, served: Served) -> None:
     recording = arm.recordings[0]
     with serve(served) as ports, RemotePolicy(f"127.0.0.1:{ports.grpc}") as policy:
