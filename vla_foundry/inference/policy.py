@@ -62,7 +62,7 @@ class Policy:
             for the oldest (temporal ensembling); None: the newest chunk decides.
         precision: what the model computes in; bf16: autocast, faster on a GPU.
         cuda_graphs: replay predictions as CUDA graphs.
-        reuse_image_features: do not encode images again that the robot's last prediction looked at.
+        reuse_image_features: do not encode images again that earlier predictions of the robot looked at.
         batch_size: robots in each prediction, exactly (the last one is repeated), so that bits do not depend on who
             else asks; None: all who ask.
 

@@ -69,8 +69,8 @@ class ServeParams(InferenceParams):
     compile: bool = False
     # replay predictions as CUDA graphs, one client at a time: fewer launches on a GPU
     cuda_graphs: bool = False
-    # do not encode images again that a client's last prediction looked at: where image_indices name steps before the
-    # current one, and actions are predicted often enough to see a step twice
+    # do not encode images again that earlier predictions of a client looked at: for image_indices before the current
+    # step, where predictions come often enough to see a step twice
     reuse_image_features: bool = False
     # exact: a client's actions do not depend on the other clients; fast: waiting clients share a prediction;
     # auto: exact on the CPU, fast on a GPU
