@@ -144,7 +144,10 @@ class Terminal:
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
-        self._console = _Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+        # notebooks and CI set FORCE_COLOR, but show no bar that moves
+        self._console = _Console(
+            file=sys.stdout, force_terminal=sys.stdout.isatty(), soft_wrap=True, highlight=False, markup=False
+        )
         self._progress: Progress | None = None
         if self._console.is_terminal:
             columns = (
