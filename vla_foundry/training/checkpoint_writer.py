@@ -152,6 +152,7 @@ class CheckpointWriter:
         if self._error is not None:
             raise self._error
 
+    @torch.no_grad()
     def _plan(self, state: TrainState, facts: Mapping[str, Any]) -> _Save:
         world = self._world
         final = self._run_folder / CHECKPOINTS_FOLDER / step_folder_name(state.step)
