@@ -119,8 +119,26 @@ def load_model_checkpoint(
             _load(model, entries, str(path), but=base.names)
             _round_base(model, base, next(iter(entries.values())).read().dtype)
             return
-        translate: Any = getattr(model, "translate_weights", None)
-        _load(model, entries if translate is None else translate(entries), str(path))
+        _load(model, _translate(model, entries), str(path))
+
+
+def load_rows(model: nn.Module, path: str | Path, tensors: Mapping[str, tuple[Tensor, slice]]) -> None:
+    """Load some rows of each weight of a checkpoint that fits; see `load_model_checkpoint`.
+
+    Args:
+        model: may be sharded.
+        tensors: by name, where they go, and which rows of the whole tensor they are.
+    """
+    tied = find_tied_names(model)
+    with open_checkpoint(path) as entries:
+        found = {tied.get(name, name): entry for name, entry in _translate(model, entries).items()}
+        for name, (tensor, rows) in tensors.items():
+            tensor.copy_(found[name].read_rows(rows))
+
+
+def _translate(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    translate: Any = getattr(model, "translate_weights", None)
+    return entries if translate is None else translate(entries)
 
 
 @torch.no_grad()
@@ -385,7 +403,8 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str, *, but: C
             f'--SECTION "include RUN/config_model.yaml", with SECTION the part that starts from it.'
         )
     for name, entry in entries.items():
-        if tied.get(name) not in entries:
+        # on the meta device, that it fits is all there is to know
+        if tied.get(name) not in entries and not tensors[name].is_meta:
             tensors[name].copy_(entry.read())
 
 

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
@@ -213,7 +214,8 @@ def _shard(
     # FSDP2 cannot shard scalars; they are few, and reduce_unsharded_gradients averages their gradients
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for scalar in scalars:
-        scalar.data = scalar.data.to(world.device)
+        if not scalar.is_meta:
+            scalar.data = scalar.data.to(world.device)
     # only memory that a GPU copies from can be pinned; without one, the host is where parameters are anyway
     offload = CPUOffloadPolicy(pin_memory=world.device.startswith("cuda"))
     sizes, names = (world.world_size,), ("shard",)
@@ -233,6 +235,39 @@ def _shard(
         fully_shard(block, mp_policy=low if block in lowered else MixedPrecisionPolicy(), **options)
     fully_shard(model, **options)
     return model
+
+
+def materialize(model: nn.Module, world: World, *, draws: bool) -> None:
+    """Collective: call on every rank. Allocate a model that was sharded on the meta device, each rank its own part.
+
+    Args:
+        draws: initialise weights as one process does: a rank draws each tensor whole, and keeps its rows. False: leave
+            them as they are, because they will be loaded.
+    """
+    model.to_empty(device=world.device)
+    if draws:
+        init: Any = model
+        with torch.no_grad(), _WholeDraws():
+            init.init_weights()
+
+
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+
+class _WholeDraws(TorchDispatchMode):
+    """Gives sharded tensors the random numbers that whole ones would have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else None
+        if not isinstance(tensor, DTensor) or func not in (
+            torch.ops.aten.normal_.default,
+            torch.ops.aten.uniform_.default,
+        ):
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        func(whole, *args[1:], **(kwargs or {}))
+        tensor.to_local().copy_(whole[local_rows(tensor)])
+        return tensor
 
 
 @contextmanager

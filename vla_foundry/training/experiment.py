@@ -2,10 +2,11 @@
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import nn
 
 from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
 from vla_foundry.data.faults import FaultLog
+from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
-from vla_foundry.models.weights import describe_base, digest_frozen
+from vla_foundry.models.weights import describe_base, digest_frozen, load_rows
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.params.hparams import HyperParams
@@ -32,7 +34,12 @@ from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.distributed import (
     broadcast_object,
     leave_process,
+    local_rows,
+    local_shard,
     main_rank_first,
+    materialize,
+    named_parameters,
+    named_persistent_buffers,
     parallelize,
     start_process_group,
     stop_process_group,
@@ -52,6 +59,9 @@ from vla_foundry.training.start import (
 )
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
+
+# types whose weights `init_weights` draws, all of them
+_DRAWN_AT_ONCE = ("transformer", "vit")
 
 
 def train(params: TrainExperimentParams, world: World, origins: Mapping[str, str] | None = None) -> None:
@@ -202,14 +212,18 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         torch.manual_seed(hparams.seed + 1)
         other = main_rank_first(world, lambda: digest_frozen(create_model(params.model)))
     torch.manual_seed(hparams.seed)
-    # sharded models could be created on the meta device here and allocated after sharding
-    model = create_model(params.model, load_pretrained=has_base or not is_restored)
+    model = create_on_meta(params, world, is_restored=is_restored)
+    is_on_meta = model is not None
+    if model is None:
+        model = create_model(params.model, load_pretrained=has_base or not is_restored)
     base = describe_base(model, params.model)
     if other:
         main_rank_first(world, lambda: check_base_is_kept(digest_frozen(model), other))
     cast_parameters(model, hparams.precision)
     freeze_weights(model, hparams)
     model.train()
+    if compiles_blocks(hparams, world):
+        keep_compiled_code()
     forward = parallelize(
         model,
         params.distributed,
@@ -222,9 +236,44 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         activation_budget=hparams.activation_budget,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
+    if is_on_meta:
+        start = None if is_restored else params.model.resume_from_checkpoint
+        materialize(model, world, draws=start is None and not is_restored)
+        if start is not None:
+            tensors = {**named_parameters(model), **named_persistent_buffers(model)}
+            parts = {name: (local_shard(tensor), local_rows(tensor)) for name, tensor in tensors.items()}
+            load_rows(model, start, parts)
     return create_train_state(
         model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params), base=base
     )
+
+
+def create_on_meta(params: TrainExperimentParams, world: World, *, is_restored: bool) -> nn.Module | None:
+    """Create a model without memory for its weights, if each rank can make its own part after sharding; else None.
+
+    That is so for models without modules of other libraries, if all their weights will be loaded from one checkpoint,
+    or one function draws them: the order of the draws then is the one of a whole model.
+    """
+    hparams, model_params = params.hparams, params.model
+    is_drawn = not is_restored and model_params.resume_from_checkpoint is None
+    is_offloaded = params.distributed.fsdp_cpu_offload and world.device.startswith("cuda")
+    if (
+        not params.distributed.fsdp
+        or is_offloaded
+        or model_params.lora is not None
+        or hparams.fp8 is not None
+        # weights are drawn in fp32, and cast
+        or (is_drawn and (hparams.precision in ("fp64", "pure_bf16") or model_params.type not in _DRAWN_AT_ONCE))
+    ):
+        return None
+    with torch.device("meta"):
+        model = create_model(model_params, load_pretrained=not is_restored)
+    return model if is_native(model) else None
+
+
+def is_native(model: nn.Module) -> bool:
+    """Return True if all of a model's modules are ours or torch's, which need no more than their weights."""
+    return all(type(module).__module__.startswith(("vla_foundry.", "torch.nn.")) for module in model.modules())
 
 
 def check_base_is_kept(digests: dict[str, str], other: dict[str, str]) -> None:
@@ -259,6 +308,15 @@ def compiles_blocks(hparams: HyperParams, world: World) -> bool:
             "none. Set --hparams.torchcompile true, or the budget to 1."
         )
     return is_compiled
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code in the user's cache folder, where a restart finds it, not in a temporary one."""
+    folder = Path(user_cache_folder(), "compiled")
+    with suppress(OSError):  # torch's own folder will do
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:

@@ -6,6 +6,7 @@ Imported by the tests through the fixture `tiny`; run by torchrun as a script, f
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ from vla_foundry.training.distributed import (
     start_process_group,
     stop_process_group,
 )
-from vla_foundry.training.experiment import cast_parameters
+from vla_foundry.training.experiment import cast_parameters, create_state
 from vla_foundry.training.loop import Run, train
 from vla_foundry.training.metrics import MetricLog
 from vla_foundry.training.state import create_train_state
@@ -267,9 +268,26 @@ def count_held(run: Run) -> dict[str, int]:
     }
 
 
+def start_scenario(changes: dict[str, Any], world: World) -> dict[str, Any]:
+    """Create the state of a transformer as a run does; its weights, and by how much the peak of memory rose."""
+    model = TransformerParams(
+        hidden_dim=320, n_layers=28, n_heads=4, vocab_size=1003, resume_from_checkpoint=changes.pop("weights", None)
+    )
+    is_restored = changes.pop("is_restored", False)
+    params = replace(create_params("", hparams__precision="fp32", **changes), model=model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = create_state(params, world, is_restored=is_restored)
+    rise = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    weights = {name: gather(weight).clone() for name, weight in state.parameters.items()}
+    buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+    return {"weights": weights, "buffers": buffers, "rise": rise, "drawn_next": torch.rand(1)}
+
+
 def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
     """Train one scenario: changes to the params, and perhaps what befalls it."""
     changes = dict(scenario)
+    if changes.pop("starts", False):
+        return start_scenario(changes, world)
     start = changes.pop("start", None)
     spoiled = changes.pop("spoiled", [])
     stop_at, fail_at = changes.pop("stop_at", -1), changes.pop("fail_at", -1)

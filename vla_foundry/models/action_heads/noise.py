@@ -205,7 +205,7 @@ class DenoisingDiffusion(NoiseProcess):
         for beta in _betas(params):
             self.alphas.append(self.alphas[-1] * (1 - beta))
         # stays on the device used last
-        self._table = torch.tensor(self.alphas, dtype=torch.float64)
+        self._table = torch.tensor(self.alphas, dtype=torch.float64, device="cpu")
 
     def spread_times(self, uniforms: Times) -> Times:
         """Map uniform draws to the K times, all equally likely."""
