@@ -6,7 +6,7 @@ import sys
 
 from vla_foundry.world import follow_launcher, leave_on_interrupt, raise_on_interrupt
 
-_COMMANDS = {
+COMMANDS = {
     "train": ("vla_foundry.main:main", "train a model (with torchrun: torchrun -m vla_foundry.main ...)"),
     "preprocess": ("vla_foundry.preprocessing.command:main", "turn raw data into shards: text, tokenizer, ..."),
     "manifest": ("vla_foundry.preprocessing.manifest:main", "make or verify the manifest of a folder of shards"),
@@ -74,7 +74,7 @@ distributed and ema (vla-foundry train --help hparams; vla-foundry train --help 
 
 def usage() -> str:
     """Return the text of `vla-foundry --help`."""
-    return _USAGE.format(commands="\n".join(f"  {name:<18} {what}" for name, (_, what) in _COMMANDS.items()))
+    return _USAGE.format(commands="\n".join(f"  {name:<18} {what}" for name, (_, what) in COMMANDS.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _dispatch(words: list[str]) -> None:
-    if words[0] not in _COMMANDS:
+    if words[0] not in COMMANDS:
         from vla_foundry.config.command_line import unknown_command_message
 
-        raise ValueError(unknown_command_message(words[0], list(_COMMANDS)))
-    module, _, function = _COMMANDS[words[0]][0].partition(":")
+        raise ValueError(unknown_command_message(words[0], list(COMMANDS)))
+    module, _, function = COMMANDS[words[0]][0].partition(":")
     command = getattr(importlib.import_module(module), function)
     if words[0] != "train":  # which imports more, and then raises itself
         raise_on_interrupt()

@@ -77,11 +77,14 @@ def _summary(cls: Any) -> str:
 def _leaf_line(cls: Any, name: str, flag: str) -> str:
     comment = schema.field_comments(cls).get(name, "")
     ranges = schema.ranges(schema.annotated_types(cls)[name])
-    tail = f"{comment}{' ' if comment else ''}({'; '.join([_default(schema.fields_by_name(cls)[name]), *ranges])})"
+    tail = (
+        f"{comment}{' ' if comment else ''}({'; '.join([describe_default(schema.fields_by_name(cls)[name]), *ranges])})"
+    )
     return _columns(f"{flag} {schema.describe_type(schema.field_types(cls)[name])}", tail)
 
 
-def _default(item: Field) -> str:
+def describe_default(item: Field) -> str:
+    """Return a field's default as a user would type it, or `required`."""
     if schema.is_required(item):
         return "required"
     value = item.default if item.default_factory is MISSING else item.default_factory()
