@@ -1,4 +1,4 @@
-"""A hook of mkdocs: write the reference pages from the dataclasses, and let links out of docs/ lead to the repository."""
+"""A hook of mkdocs: write the reference pages from the code, and let links out of docs/ lead to the repository."""
 
 import contextlib
 import io

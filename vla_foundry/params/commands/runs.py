@@ -227,7 +227,7 @@ class NewPolicyParams(BaseParams):
     dataset: Location
     # small: ours, of about 29 M parameters, from nothing; hf:NAME: a Hugging Face image-text model or CLIP, by name or
     # folder; else a run of type vlm
-    backbone: Name = "small"
+    backbone: Location = "small"
     # folder to create
     output: Location
 
