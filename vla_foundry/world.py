@@ -1,6 +1,7 @@
 """Read this process's rank and the number of processes from the launcher's environment, never from the config."""
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -25,8 +26,14 @@ class _Launcher(NamedTuple):
 _TORCHRUN = _Launcher("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _OPEN_MPI = _Launcher(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
 _SLURM = _Launcher("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
-# the first launcher found wins: torchrun may itself be started by Slurm or MPI
-_LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _SLURM)
+# MPICH and Intel MPI
+_PMI = _Launcher("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
+# the first launcher found wins: torchrun may itself be started by Slurm or MPI, and MPI by Slurm
+_LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _SLURM, _PMI)
+# ports for ranks that are not told one: below those that systems give to connections
+_FIRST_PORT, _NUM_PORTS, _DEFAULT_PORT = 20_000, 10_000, "29500"
+# the first host of a Slurm list: node[01-04,07],other
+_FIRST_HOST = re.compile(r"([^\[,]+)(?:\[(\w+))?")
 # after its agent died, a rank has this long to save a checkpoint
 _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_SAVE = 2.0, 120.0
 
@@ -51,7 +58,7 @@ class World:
 
 
 def read_world(num_cuda_devices: int, environment: Mapping[str, str] = os.environ) -> World:
-    """Read the place of this process from its launcher's variables (torchrun, Open MPI or Slurm).
+    """Read the place of this process from its launcher's variables (torchrun, Slurm or MPI).
 
     Args:
         num_cuda_devices: CUDA devices this process sees (`torch.cuda.device_count()`); 0 means the CPU.
@@ -64,6 +71,11 @@ def read_world(num_cuda_devices: int, environment: Mapping[str, str] = os.enviro
     rank, local_rank, world_size = (
         (0, 0, 1) if launcher is None else (_read_int(environment, name) for name in launcher[:3])
     )
+    if launcher is not None and not 0 <= rank < world_size:
+        raise ValueError(
+            f"{launcher.rank} is {rank}, but {launcher.world_size} says that there are {world_size} processes, counted "
+            "from 0. Start each with a rank of its own, and all with the same number of processes."
+        )
     if num_cuda_devices == 0:
         device = "cpu"
     elif local_rank < num_cuda_devices:
@@ -80,6 +92,34 @@ def read_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Read only the number of processes; needs no torch."""
     names = [launcher.world_size for launcher in _LAUNCHERS if launcher.world_size in environment]
     return _read_int(environment, names[0]) if names else 1
+
+
+def find_meeting_point(world_size: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return MASTER_ADDR and MASTER_PORT, where ranks meet; torchrun sets them, Slurm and MPI do not.
+
+    Raises:
+        ValueError: it is not known where rank 0 is.
+    """
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    job = environment.get("SLURM_JOB_ID", "")
+    if not address and _TORCHRUN.rank not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+        if (match := _FIRST_HOST.match(nodes)) is not None:
+            address = match[1] + (match[2] or "")
+            port = port or (str(_FIRST_PORT + int(job) % _NUM_PORTS) if job.isdigit() else None)
+        elif _find(environment, [_OPEN_MPI.ranks_per_node, _PMI.ranks_per_node]) == str(world_size):
+            # all are here, and children of one process
+            address, port = "127.0.0.1", port or str(_FIRST_PORT + os.getppid() % _NUM_PORTS)
+    if not address:
+        raise ValueError(
+            "MASTER_ADDR is not set, so this process does not know where rank 0 is. Start the ranks with torchrun, or "
+            "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there (mpirun -x MASTER_ADDR=HOST -x "
+            "MASTER_PORT=29500)."
+        )
+    port = port or _DEFAULT_PORT
+    if not (port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(f"MASTER_PORT must be the number of a port, got '{port}'.")
+    return {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
 def leave_on_interrupt() -> None:
@@ -108,8 +148,12 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def follow_launcher() -> None:
     """Stop this process as SIGTERM does when torchrun's agent dies, which otherwise leaves its ranks behind.
 
+    Also keep torch, once it is imported, from writing warnings about connections.
+
     A process that torchrun did not start has no parent to die with (nohup, tmux); mpirun and srun end their own.
     """
+    if is_launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch_ancestors, args=(_find_ancestors(),), daemon=True).start()
 
@@ -145,7 +189,7 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return True if a launcher started this process (torchrun, Open MPI or Slurm)."""
+    """Return True if a launcher started this process (torchrun, Slurm or MPI)."""
     return any(launcher.world_size in environment for launcher in _LAUNCHERS)
 
 

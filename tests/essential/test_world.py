@@ -1,11 +1,20 @@
 """The place of a process, as torchrun, Open MPI and Slurm tell it."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from vla_foundry.world import World, is_first_process, read_rank, read_ranks_per_node, read_world, read_world_size
+from vla_foundry.world import (
+    World,
+    find_meeting_point,
+    is_first_process,
+    read_rank,
+    read_ranks_per_node,
+    read_world,
+    read_world_size,
+)
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI_NAMES = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")]
@@ -22,6 +31,36 @@ def test_every_launcher_tells_the_same(environment: dict[str, str]) -> None:
     assert not is_first_process(on_node=True, environment=environment)
     name = next(name for name, value in environment.items() if value == "1")
     assert is_first_process(on_node=True, environment={**environment, name: "0"})
+
+
+def test_mpich_tells_the_same() -> None:
+    names = ["PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"]
+    mpich: dict[str, str] = dict(zip(names, TORCHRUN.values(), strict=True))
+    assert read_world(2, mpich) == World(rank=5, local_rank=1, world_size=8, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"MASTER_ADDR": "first", "MASTER_PORT": "7"}, ("first", "7")),
+        ({"MASTER_ADDR": "first"}, ("first", "29500")),
+        ({**SLURM, "SLURM_JOB_ID": "10123", "SLURM_JOB_NODELIST": "gpu[07-08,11],other"}, ("gpu07", "20123")),
+        ({**SLURM, "SLURM_JOB_ID": "5", "SLURM_STEP_NODELIST": "one,two", "MASTER_PORT": "9"}, ("one", "9")),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, ("127.0.0.1", str(20_000 + os.getppid() % 10_000))),
+    ],
+)
+def test_ranks_know_where_to_meet(environment: dict[str, str], place: tuple[str, str]) -> None:
+    assert tuple(find_meeting_point(8, environment).values()) == place
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, TORCHRUN, {}])
+def test_ranks_that_do_not_know_where_to_meet_are_told_what_to_set(environment: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"MASTER_ADDR is not set.*mpirun -x MASTER_ADDR=HOST"):
+        find_meeting_point(8, environment)
+    with pytest.raises(ValueError, match="MASTER_PORT must be the number of a port, got 'http'"):
+        find_meeting_point(8, {"MASTER_ADDR": "here", "MASTER_PORT": "http"})
+    with pytest.raises(ValueError, match="RANK is 8, but WORLD_SIZE says that there are 8 processes"):
+        read_world(0, {**TORCHRUN, "RANK": "8"})
 
 
 def test_torchrun_counts_where_slurm_started_it() -> None:

@@ -329,7 +329,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         raise SystemExit(130) from None
     except SystemExit as error:
         if error.code and (place := _place_of(error, *_named, *_installed)):
-            _print_error(f"a plug-in{place} ended the command: SystemExit: {error.code}.")
+            print_error(f"a plug-in{place} ended the command: SystemExit: {error.code}.")
             raise SystemExit(1) from None
         raise
     except BaseException as error:  # the border of the process
@@ -338,11 +338,12 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if is_debug:
             raise
         is_expected = isinstance(error, EXPECTED_ERRORS)
-        _print_error(describe_error(error) if is_expected else _describe_bug(error))
+        print_error(describe_error(error) if is_expected else _describe_bug(error))
         raise SystemExit(2 if is_expected else 1) from None
 
 
-def _print_error(text: str) -> None:
+def print_error(text: str) -> None:
+    """Print an error as one line, which names the process if there are several, and tell the launcher."""
     where = "" if is_first_process() else f"process {read_rank()}: "
     line = f"error: {where}{text}"
     with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ class DistributedParams(BaseParams):
     dist_backend: Literal["auto", "gloo", "nccl"] = "auto"
     # rendezvous of torch.distributed: env://, tcp://HOST:PORT, or file:///PATH on a file system that all ranks share
     dist_url: Name = "env://"
-    # seconds after which a collective that does not return ends the run
+    # seconds after which a collective that does not return, or a rank that does not come, ends the run
     timeout_s: Annotated[float, Bounds(least=1, most=10**7)] = 1800.0
 
     def __post_init__(self) -> None:

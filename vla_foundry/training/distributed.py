@@ -7,11 +7,10 @@ FSDP2, and what they add up is bf16; autocast lowers the rest. So results do not
 
 import inspect
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.training.kernels import use_flash_attention_3, use_float8_products
+from vla_foundry.training.rendezvous import join_session, meeting_other_ranks
 from vla_foundry.world import World
 
 # prefixes that wrappers add to parameter names
@@ -61,21 +63,23 @@ def start_process_group(params: DistributedParams, world: World) -> None:
         return
     if on_gpu:
         torch.cuda.set_device(world.device)
-    try:
+    limit = timedelta(seconds=params.timeout_s)
+    with ExitStack() as stack:
+        # a single process needs no rendezvous
+        store: Store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        if world.world_size > 1:
+            stack.enter_context(meeting_other_ranks(params, world))
+            store, *_ = next(rendezvous(params.dist_url, world.rank, world.world_size, timeout=limit))
+            store = join_session(store, world, params.timeout_s)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if on_gpu and params.dist_backend != "gloo" else "gloo",
-            # a single process needs no rendezvous
-            init_method=None if world.world_size == 1 else params.dist_url,
-            store=dist.HashStore() if world.world_size == 1 else None,  # pyright: ignore[reportPrivateImportUsage]
+            store=store,
             rank=world.rank,
             world_size=world.world_size,
-            timeout=timedelta(seconds=params.timeout_s),
+            timeout=limit,
         )
-    except dist.DistError as error:
-        raise ValueError(
-            f"rank {world.rank} on {socket.gethostname()} did not reach the other ranks: {str(error).splitlines()[0]} "
-            "Does each node start, and does its network reach the address of the launcher?"
-        ) from error
+        # ranks that were told other numbers of ranks find each other, but no more
+        barrier()
 
 
 def stop_process_group() -> None:
