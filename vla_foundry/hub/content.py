@@ -168,7 +168,7 @@ def _collect_run(run: Path, step_folder: Path, scratch: Path, max_shard_gb: floa
 
             # others read whole tensors
             path = scratch / "joined" / below / name
-            path.parent.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             join_files(list_weights_files(step_folder, name), path)
         if path.is_file():
             parts = split_weights(path, scratch / below, max_shard_gb * _GB)

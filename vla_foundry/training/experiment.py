@@ -62,6 +62,7 @@ from vla_foundry.world import World
 
 # types whose weights `init_weights` draws, all of them
 _DRAWN_AT_ONCE = ("transformer", "vit")
+_COMPILED_KEY = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def train(params: TrainExperimentParams, world: World, origins: Mapping[str, str] | None = None) -> None:
@@ -312,11 +313,14 @@ def compiles_blocks(hparams: HyperParams, world: World) -> bool:
 
 def keep_compiled_code() -> None:
     """Let torch.compile keep its code in the user's cache folder, where a restart finds it, not in a temporary one."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     folder = Path(user_cache_folder(), "compiled")
     with suppress(OSError):  # torch's own folder will do
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        # torch may have set the variable to its own folder already
+        if os.access(folder, os.W_OK) and os.environ.get(_COMPILED_KEY) in (None, default_cache_dir()):
+            os.environ[_COMPILED_KEY] = str(folder)
 
 
 def cast_parameters(model: nn.Module, precision: str) -> None:

@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.essential.hub_server import TOKEN, Hub
 from vla_foundry.hub.command import main
+from vla_foundry.hub.content import collect
 from vla_foundry.hub.push import push
 from vla_foundry.hub.shards import read_header
+from vla_foundry.importing.merge import merge
 from vla_foundry.inference.generate import main as generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_experiment_params_from_yaml, load_params_from_yaml
+from vla_foundry.params.commands.runs import MergeParams
 from vla_foundry.params.commands.sharing import HubPushParams
 from vla_foundry.record import record_evaluation
+from vla_foundry.run_folder import find_checkpoint
+from vla_foundry.storage.local import size_and_sha256
+from vla_foundry.tensors import Part, write_tensors
 
 # of huggingface_hub's own client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -225,3 +233,36 @@ def test_what_cannot_be_published_is_said_in_one_line(
         send(trained)
     with pytest.raises(ValueError, match="repo 'tiny' must be ORG/NAME"):
         HubPushParams(source="x", repo="tiny")
+
+
+def test_sharded_weights_are_published_and_merged_as_whole_tensors(copy_run, tmp_path: Path) -> None:
+    run = copy_run()
+    step_folder = find_checkpoint(run)
+    (tmp_path / "scratch").mkdir()
+    before = {name: load_file(step_folder / name) for name in ("model.safetensors", "ema.safetensors")}
+    files = json.loads((step_folder / "COMPLETE").read_text(encoding="utf-8"))
+    for name, tensors in before.items():
+        stem = name.removesuffix(".safetensors")
+        names = [f"{stem}-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+        for number, part in enumerate(names):
+            halves = {key: value.tensor_split(2) for key, value in tensors.items()}
+            parts = {
+                key: Part(half[number].shape, half[number].dtype, half[number].detach, number * len(half[0]))
+                for key, half in halves.items()
+            }
+            files[part] = write_tensors(step_folder / part, parts, marks_parts=True)
+        (step_folder / f"{name}.index.json").write_text(json.dumps({"files": names}), encoding="utf-8")
+        files[f"{name}.index.json"] = size_and_sha256(step_folder / f"{name}.index.json")
+        (step_folder / name).unlink()
+        del files[name]
+    (step_folder / "COMPLETE").write_text(json.dumps(files), encoding="utf-8")
+    content = collect(str(run), tmp_path / "scratch", max_shard_gb=5.0)
+    merged = merge(MergeParams(checkpoint=str(run), output=str(tmp_path / "merged")))
+    for name, tensors in before.items():
+        published = content.files[f"checkpoints/{step_folder.name}/{name}"]
+        for path in (published, merged / name):
+            found = load_file(path)
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(MergeParams(checkpoint=str(tmp_path / "merged"), output=str(tmp_path / "again")))

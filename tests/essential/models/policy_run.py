@@ -46,6 +46,7 @@ from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.params.models.vit import ViTParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.robotics.action_tokens import FastTokenizer
+from vla_foundry.training import experiment
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.checkpoint_writer import save_checkpoint
 from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
@@ -264,7 +265,11 @@ def train(name: str, folder: Path, world: World) -> list[float]:
     losses = [step(state), step(state)]
     checkpoint = save_checkpoint(folder / f"{world.world_size} x {name}", state, world=world, facts={})
     losses.append(step(state))
-    resumed = create_state(params, world)
+    if world.world_size > 1:
+        budget = change(params, total_train_samples=4 * params.hparams.global_batch_size)
+        resumed = experiment.create_state(budget, world, is_restored=True)
+    else:
+        resumed = create_state(params, world)
     load_checkpoint(checkpoint, resumed)
     flops: Any = state.model.num_flops_per_token  # also of a sharded model
     whole = create_state(change(params, distributed=DistributedParams()), world)
