@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,9 @@ def create_batches(count: int) -> list[Batch]:
     return batches
 
 
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao (extra fp8)")
+
+
 def create_state(fp8: Any, model: TransformerParams = MODEL, *, fsdp: bool = False) -> TrainState:
     torch.manual_seed(0)
     module = create_model(model).train()
@@ -72,6 +76,7 @@ def train(state: TrainState, batches: list[Batch], fp8: Any) -> Tensor:
     return torch.stack([train_step(state, [batch], **options).loss for batch in batches])
 
 
+@needs_torchao
 def test_a_model_learns_as_in_bf16() -> None:
     batches = create_batches(NUM_STEPS)
     states = {fp8: create_state(fp8) for fp8 in (None, "tensorwise")}
@@ -86,6 +91,7 @@ def test_a_model_learns_as_in_bf16() -> None:
     assert [(name, w.dtype) for name, w in weights.items()] == [(name, w.dtype) for name, w in others.items()]
 
 
+@needs_torchao
 def test_gradients_point_where_those_of_bf16_do() -> None:
     gradients = []
     for fp8 in (None, "tensorwise"):
@@ -100,6 +106,7 @@ def test_gradients_point_where_those_of_bf16_do() -> None:
     assert torch.cosine_similarity(*whole, dim=0) > 0.98
 
 
+@needs_torchao
 def test_sharded_blocks_learn_the_same() -> None:
     batches = create_batches(4)
     alone = train(create_state("tensorwise"), batches, "tensorwise")
@@ -111,6 +118,7 @@ def test_sharded_blocks_learn_the_same() -> None:
     torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=0)
 
 
+@needs_torchao
 def test_heads_adapters_and_odd_widths_keep_their_precision() -> None:
     from torchao.float8.float8_linear import Float8Linear
 

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def varlen_on_cpu() -> Iterator[None]:
     attention.VARLEN_DEVICES.remove("cpu")
 
 
-KINDS = ("llm", "llm fp8", "vlm padded", "vlm packed ahead", "vlm packed ahead fp32", "vla")
+KINDS = ("llm", "vlm padded", "vlm packed ahead", "vlm packed ahead fp32", "vla")
+NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao (extra fp8)")
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def no_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("llm fp8", marks=NEEDS_TORCHAO)])
 @pytest.mark.usefixtures("varlen_on_cpu", "no_type_checks")
 # dynamo looks at .grad, and hides the warning only where warnings are not errors
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
