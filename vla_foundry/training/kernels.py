@@ -36,7 +36,10 @@ def use_float8_products(blocks: list[nn.Module], device: str) -> None:
     level = log.level
     log.setLevel(logging.ERROR)  # torchao registers constants in an older way
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+            Float8LinearConfig,
+            convert_to_float8_training,
+        )
     except ImportError as error:
         raise ValueError(f"hparams.fp8 needs torchao ({error}): pip install 'vla-foundry[fp8]'.") from error
     finally:
