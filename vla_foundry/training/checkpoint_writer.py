@@ -258,7 +258,11 @@ class CheckpointWriter:
 
     def _delete_old(self, newest: Path, mine: Mapping[str, Any]) -> None:
         """Collective: call on every rank. Delete checkpoints beyond the limit, once the newest is read back intact."""
-        old = list_step_folders(self._run_folder)[max(self._max_checkpoints or 1, 1) :] if self._world.is_main else []
+        old: list[Path] = []
+        if self._world.is_main:
+            folders = list_step_folders(self._run_folder)
+            # later steps are damaged checkpoints: a run continues from its newest valid one
+            old = folders[folders.index(newest) + (self._max_checkpoints or 1) :]
         if not broadcast_object(bool(old), self._group):
             return
         # each rank reads what it wrote

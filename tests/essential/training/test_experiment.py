@@ -23,7 +23,7 @@ from vla_foundry.params.data.text import TextDataParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams, load_experiment_params_from_yaml, load_params_from_yaml
 from vla_foundry.params.models.roles import ModelParams
-from vla_foundry.run_folder import COMPLETE_NAME, list_step_folders
+from vla_foundry.run_folder import COMPLETE_NAME, find_checkpoint, list_step_folders
 from vla_foundry.storage.local import IncompleteDownload
 from vla_foundry.tensors import write_tensors
 from vla_foundry.text.tokenizers import read_vocabulary
@@ -279,6 +279,18 @@ def test_old_checkpoints_are_deleted_beyond_the_limit_once_a_newer_one_verifies(
     train(replace(limited, resume="auto", total_train_samples=56, num_checkpoints=7), World())
     assert len(list_step_folders(folder)) == 3
     assert "step_00000007 is damaged, so older checkpoints are kept" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_limit_keeps_the_checkpoint_just_saved_where_damaged_ones_are_of_later_steps(
+    params: TrainExperimentParams,
+) -> None:
+    train(params, World())
+    folders = list_step_folders(Path(params.save_path) / "run")
+    for folder in folders[:2]:
+        (folder / "model.safetensors").write_bytes(b"")
+    train(replace(params, resume="auto", total_train_samples=24, num_checkpoints=1, max_checkpoint_limit=1), World())
+    assert find_checkpoint(folders[0].parent.parent).name == "step_00000003"
+    assert not folders[2].exists()
 
 
 def test_a_checkpoint_is_saved_when_some_minutes_have_passed(params: TrainExperimentParams) -> None:
