@@ -34,6 +34,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -185,6 +186,11 @@ def read_step(step_folder: Path) -> int:
     return int(match.group(1))
 
 
+def weights_patterns(weights_name: str) -> set[str]:
+    """Return patterns of the files that hold weights: the one of that name, or several and their index."""
+    return {weights_name, index_name(weights_name), f"{weights_name.removesuffix('.safetensors')}-*.safetensors"}
+
+
 def list_step_folders(run_folder: Path) -> list[Path]:
     """Return a run's step folders, newest first, complete or not."""
     checkpoints = run_folder / CHECKPOINTS_FOLDER
@@ -198,7 +204,7 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     """Compare a step folder with its COMPLETE file, sizes first, then SHA-256.
 
     Args:
-        only: names of the files to compare; None: all.
+        only: names of the files to compare, or patterns as `*.safetensors`; None: all.
 
     Returns:
         None, or the fault of the first bad file, beginning with its path.
@@ -213,7 +219,8 @@ def find_fault(step_folder: Path, only: Collection[str] | None = None) -> str | 
     for name, entry in listed.items():
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
             return f"{mark}: '{name}' must be [bytes, SHA-256], not {entry!r}"
-    entries = {step_folder / name: entry for name, entry in listed.items() if only is None or name in only}
+    wanted = [name for name in listed if only is None or any(fnmatchcase(name, pattern) for pattern in only)]
+    entries = {step_folder / name: listed[name] for name in wanted}
     for path, (size, _) in entries.items():
         if not path.is_file():
             return f"{path} is missing"
@@ -248,7 +255,7 @@ def find_checkpoint(
 
     Args:
         path: a run folder or a step folder.
-        only: names of the files that must be intact; None: all. Reading only weights does not need the rest.
+        only: names or patterns of the files that must be intact; None: all. Reading weights does not need the rest.
         notify: called with one line for each newer checkpoint that is skipped because it is damaged.
 
     Raises:

@@ -21,10 +21,10 @@ from vla_foundry.run_folder import (
     EMA_WEIGHTS_NAME,
     MODEL_WEIGHTS_NAME,
     find_checkpoint,
-    find_fault,
     index_name,
     list_step_folders,
     newest_step_folder,
+    weights_patterns,
 )
 from vla_foundry.shards import sha256_of
 from vla_foundry.storage.local import size_and_sha256
@@ -221,13 +221,10 @@ def find_weights_file(folder: str | Path, *, use_ema: bool = False) -> Path:
         if earlier:
             newest = earlier[max(earlier)]
             return newest.with_name(newest.name.replace("checkpoint_", "ema_")) if use_ema else newest
-    index = index_name(name)
-    path = find_checkpoint(folder, only={name, index}) / name
-    if not path.is_file() and path.with_name(index).is_file():
-        fault = find_fault(path.parent, only=_read_shard_names(path.with_name(index)))
-        if fault is not None:
-            raise ValueError(f"Checkpoint {path.parent} is not usable: {fault}.")
-        return path.with_name(index)
+    path = find_checkpoint(folder, only=weights_patterns(name)) / name
+    index = path.with_name(index_name(name))
+    if index.is_file():
+        return index
     if not path.is_file():
         fix = "The run kept no average of its weights (ema.enabled)." if use_ema else "Use another checkpoint."
         raise ValueError(f"Checkpoint {path.parent} has no {name}. {fix}")

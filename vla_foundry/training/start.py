@@ -41,6 +41,7 @@ from vla_foundry.run_folder import (
     find_fault,
     list_step_folders,
     read_step,
+    weights_patterns,
 )
 from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, IncompleteDownload, replace_folder
@@ -275,7 +276,7 @@ def pin_starts(params: P) -> P:
         if isinstance(value, BaseParams):
             changed[item.name] = pin_starts(value)
         elif item.name == "resume_from_checkpoint" and value is not None and list_step_folders(Path(value)):
-            changed[item.name] = str(find_checkpoint(value, only={MODEL_WEIGHTS_NAME}))
+            changed[item.name] = str(find_checkpoint(value, only=weights_patterns(MODEL_WEIGHTS_NAME)))
     return replace(params, **changed)
 
 

@@ -152,6 +152,27 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path: Path) -> No
         load_model_checkpoint(model, tmp_path / "checkpoints" / step_folder_name(11))
 
 
+@pytest.mark.parametrize("damaged", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_newest_checkpoint_with_a_damaged_part_is_skipped_for_an_older_one(tmp_path: Path, damaged: str) -> None:
+    models = [create(), create()]
+    for step, model in enumerate(models):
+        names = list(weights_of(model))
+        parts = [{name: weights_of(model)[name] for name in half} for half in (names[::2], names[1::2])]
+        files = {f"model-0000{number + 1}-of-00002.safetensors": part for number, part in enumerate(parts)}
+        folder = write_step(tmp_path, step, files)
+        index = json.dumps({"files": list(files)}).encode()
+        (folder / "model.safetensors.index.json").write_bytes(index)
+        listed = json.loads((folder / COMPLETE_NAME).read_text(encoding="utf-8"))
+        listed["model.safetensors.index.json"] = [len(index), hashlib.sha256(index).hexdigest()]
+        (folder / COMPLETE_NAME).write_text(json.dumps(listed), encoding="utf-8")
+    loaded = create()
+    load_model_checkpoint(loaded, tmp_path)
+    assert are_equal(loaded, models[1])
+    (folder / damaged).write_bytes(b"")
+    load_model_checkpoint(loaded, tmp_path)
+    assert are_equal(loaded, models[0])
+
+
 def test_averaged_weights_are_taken_where_asked_for(tmp_path: Path) -> None:
     plain, average, model = create(), create(), create()
     with_ema = {MODEL_WEIGHTS_NAME: weights_of(plain), EMA_WEIGHTS_NAME: weights_of(average)}
