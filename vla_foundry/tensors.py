@@ -153,16 +153,23 @@ def _join(name: str, found: list[tuple[int, Any, Path]]) -> Entry:
     """Put the parts of a tensor together.
 
     Raises:
-        ValueError: rows are missing.
+        ValueError: rows are missing, or the parts are not of one tensor.
     """
     pieces: list[tuple[int, int, Any]] = []
     shape: list[int] = []
+    kind = ""
     for first, file, path in sorted(found, key=lambda item: item[0]):
         before = pieces[-1][1] if pieces else 0
         if first != before:
             raise ValueError(f"{path}: '{name}' begins at row {first}, but other files hold {before} rows before it.")
-        shape = file.get_slice(name).get_shape()
-        pieces.append((first, first + (shape[0] if shape else 0), file.get_slice(name)))
+        part = file.get_slice(name)
+        shape, kind_before = part.get_shape(), kind
+        kind = f"{part.get_dtype()} of shape {['rows', *shape[1:]] if shape else shape}"
+        if pieces and (kind != kind_before or not shape):
+            raise ValueError(
+                f"{path}: '{name}' is {kind}, but {kind_before} in another file, which it cannot continue."
+            )
+        pieces.append((first, first + (shape[0] if shape else 0), part))
     if len(found) == 1:
         return Entry(torch.Size(shape), partial(found[0][1].get_tensor, name), partial(_read_rows, pieces))
     whole = torch.Size((pieces[-1][1], *shape[1:]))

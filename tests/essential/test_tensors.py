@@ -61,6 +61,16 @@ def test_missing_rows_and_strange_marks_are_one_line(tmp_path: Path) -> None:
             open_tensors([tmp_path / "bad.safetensors"]),
         ):
             pass
+    write_tensors(tmp_path / "scalar.safetensors", as_parts({"x": torch.zeros(())}))
+    for other in (torch.zeros(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(())):
+        part = Part(other.shape, other.dtype, other.detach, 6 if other.shape else 0)
+        write_tensors(tmp_path / "other.safetensors", {"x": part}, marks_parts=True)
+        files = paths if other.shape else [tmp_path / "scalar.safetensors"]
+        with (
+            pytest.raises(ValueError, match=r"other\.safetensors: 'x' is .*cannot continue"),
+            open_tensors([*files, tmp_path / "other.safetensors"]),
+        ):
+            pass
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="is not a readable"), open_tensors([tmp_path / "torn.safetensors"]):
         pass
