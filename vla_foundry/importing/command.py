@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import ImportParams
-from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME, MODEL_CONFIG_NAME, step_folder_name
+from vla_foundry.run_folder import CONFIG_NAME, EXPERIMENT_NAME, MODEL_CONFIG_NAME, lock_folder, step_folder_name
 from vla_foundry.storage.uri import download, is_remote, join_uri, name_of, read_text
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ def import_checkpoint(params: ImportParams) -> list[str]:
 
 
 def check_output(name: str) -> Path:
-    """Return the absolute path of a run folder to create.
+    """Return the absolute path of a folder to create.
 
     Raises:
-        ValueError: it exists.
+        ValueError: it exists, or is not on this machine's file system.
     """
-    output = Path(name).absolute()
+    if "://" in name:
+        raise ValueError(f"output {name} must be a folder of this machine. Give its path.")
+    output = Path(name).expanduser().absolute()
     if output.exists():
         raise ValueError(f"output {name} exists. Choose another name, or delete it.")
     return output
@@ -64,16 +66,21 @@ def check_output(name: str) -> Path:
 
 @contextmanager
 def create_aside(output: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it becomes `output` if all goes well, else it is deleted."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".importing_{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    """Yield a folder to fill; it becomes `output` if all goes well, else it is deleted.
+
+    Raises:
+        ValueError: another process creates it, or has created it.
+    """
+    with lock_folder(output, what="output", flag="--output"):
+        check_output(str(output))
+        aside = output.with_name(f".importing_{output.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        aside.mkdir()
+        try:
+            yield aside
+            aside.rename(output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_run(params: ImportParams, source: "Source", folder: Path, scratch: Path) -> list[str]:

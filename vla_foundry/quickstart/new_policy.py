@@ -2,10 +2,10 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -45,8 +45,10 @@ _SMALL_SIDE, _CELL = 128, 32
 _NAMED_COLUMNS = 12
 
 
-# texts and lists of texts, as YAML, which JSON is
-_quote = partial(json.dumps, ensure_ascii=False)
+def _quote(value: str | Sequence[str]) -> str:
+    """Return a text or texts as YAML, which JSON is; characters that YAML does not take are escaped."""
+    readable = json.dumps(value, ensure_ascii=False)
+    return readable if readable.isprintable() else json.dumps(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,14 +374,17 @@ def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backb
 
 def _list_commands(output: str, gpus: int, flags: Sequence[str]) -> list[str]:
     start = "vla-foundry train" if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} -m vla_foundry.main"
+    preprocess, train, run = (
+        shlex.quote(join_uri(output, *names)) for names in ((PREPROCESS_NAME,), (TRAIN_NAME,), (_RUNS, _RUN))
+    )
     return [
         "",
-        f"  vla-foundry preprocess robotics --config_path {output}/{PREPROCESS_NAME}",
-        f"  {' '.join([start, '--config_path', f'{output}/{TRAIN_NAME}', *flags])}",
-        f"  vla-foundry serve --checkpoint {output}/{_RUNS}/{_RUN}",
+        f"  vla-foundry preprocess robotics --config_path {preprocess}",
+        f"  {' '.join([start, '--config_path', train, *flags])}",
+        f"  vla-foundry serve --checkpoint {run}",
         "",
         "Before training, look for faults in the data:",
-        f"  vla-foundry doctor --config_path {output}/{TRAIN_NAME}",
+        f"  vla-foundry doctor --config_path {train}",
     ]
 
 
@@ -391,4 +396,6 @@ def _name_columns(recorded: _Recorded, feature: str) -> str:
     names = recorded.info.features[feature].names
     width = recorded.info.features[feature].width
     listed = ", ".join(names[:_NAMED_COLUMNS]) + (", ..." if len(names) > _NAMED_COLUMNS else "")
-    return f"{feature}: {width} numbers" + (f" ({listed})" if listed else "")
+    text = f"{feature}: {width} numbers" + (f" ({listed})" if listed else "")
+    # a comment is one line
+    return text if text.isprintable() else ascii(text)

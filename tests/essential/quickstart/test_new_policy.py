@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LlamaConf
 
 from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import NewPolicyParams
+from vla_foundry.parsing import parse_yaml
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
 from vla_foundry.quickstart.doctor import Finding, format_findings
 from vla_foundry.quickstart.new_policy import create_policy_config
+from vla_foundry.run_folder import lock_folder
 
 JOINTS = ("shoulder", "elbow", "wrist_flex", "wrist_roll", "gripper")
 FEATURES = LeRobotFeatures(
@@ -88,6 +91,44 @@ def test_what_is_printed_trains_a_policy(
     assert [*config["cameras"]] == ["observation.images.top", "observation.images.wrist"]
     assert [*config["fields"]] == ["action", "observation.state"]
     assert (run_folder / "checkpoints" / "step_00000002" / "model.safetensors").exists()
+
+
+def test_odd_names_stay_data(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset, output = 'the "arm\'s" {data} # é: x', "my 'policy' $HOME"
+    shutil.copytree(recordings, dataset)
+    path = Path(dataset, "meta", "info.json")
+    info = json.loads(path.read_text(encoding="utf-8"))
+    action = "action: {x} #\x7f"
+    info["features"][action] = info["features"].pop("action") | {"names": ["a\nplugins: [b]", "\x85", "é", "[", '"']}
+    path.write_text(json.dumps(info), encoding="utf-8")
+    page = create_policy_config(NewPolicyParams(dataset=dataset, output=output))
+    preprocess, train = (
+        parse_yaml(Path(output, name).read_text(encoding="utf-8"), name) for name in ("preprocess.yaml", "train.yaml")
+    )
+    assert preprocess["source_episodes"] == [dataset]
+    assert "plugins" not in preprocess
+    assert preprocess["action_keys"] == train["data"]["action_fields"] == [action]
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("  vla-foundry ")]
+    assert [words[-1] for words in commands] == [
+        f"{output}/{name}" for name in ("preprocess.yaml", "train.yaml", "runs/policy", "train.yaml")
+    ]
+
+
+def test_an_output_is_created_once_on_this_machine(recordings: Path, tmp_path: Path) -> None:
+    params = NewPolicyParams(dataset=str(recordings), output=str(tmp_path / "out"))
+    (tmp_path / ".importing_out" / "left").mkdir(parents=True)  # by a process that was killed
+    with (
+        lock_folder(tmp_path / "out", what="output", flag="--output"),
+        pytest.raises(ValueError, match="is in use by process"),
+    ):
+        create_policy_config(params)
+    assert (tmp_path / ".importing_out" / "left").exists()
+    create_policy_config(params)
+    assert not (tmp_path / ".importing_out").exists()
+    assert not (tmp_path / "out" / "left").exists()
+    with pytest.raises(ValueError, match="must be a folder of this machine"):
+        create_policy_config(replace(params, output="s3://bucket/out"))
 
 
 def test_published_backbones_and_runs_are_told_apart(recordings: Path, tmp_path: Path) -> None:
