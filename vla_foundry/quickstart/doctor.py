@@ -106,14 +106,18 @@ def examine(params: DoctorParams) -> list[Finding]:
     normalizations: dict[str, Normalization] = {}
     for name, data in parts.items():
         flag = f"--data.datasets.{name}" if is_mixture else "--data"
+        if not isinstance(data, RoboticsDataParams):
+            continue
         found: list[Finding] = []
-        if isinstance(data, RoboticsDataParams):
+        try:
             specs = read_specs(data.dataset_manifest)
+            found += _check_window(data, specs, flag)
+            found += _check_images(data, specs, flag)
             normalizations[name] = create_normalization(data, specs)
             found += _check_statistics(data, specs)
             found += _check_fields(data, specs, normalizations[name], flag)
-            found += _check_window(data, specs, flag)
-            found += _check_images(data, specs, flag)
+        except (ValueError, OSError) as error:
+            found.append(Finding(severity="error", text=" ".join(str(error).split())))
         findings += [replace(finding, dataset=name) for finding in found]
     findings += _check_samples(resolved, params.num_samples, parts, normalizations)
     return findings + list(_check_machine(resolved))
@@ -342,7 +346,7 @@ def _check_samples(
         data = parts[name]
         flag = f"--data.datasets.{name}" if name else "--data"
         found = list(_check_drawn(one, data, flag))
-        if isinstance(data, RoboticsDataParams) and one.actions:
+        if isinstance(data, RoboticsDataParams) and one.actions and name in normalizations:
             found += _check_pairs(one, data, normalizations[name])
         yield from (replace(finding, dataset=name) for finding in found)
 

@@ -188,11 +188,14 @@ def test_the_doctor_finds_what_is_wrong(
         "of the predicted steps lie beyond the end of their episode",
     ):
         assert expected in text, text
-    # samples that cannot be used, and a config that does not resolve, are findings too
+    # statistics that are damaged, samples that cannot be used, and a config that does not resolve, are findings too
     assert run(doctor, "--data.seq_len", "12") == 2
     assert "do not fit into 12" in capsys.readouterr().out
     assert run(doctor, "--hparams.per_gpu_batch_size", "7") == 2
     assert "hparams.global_batch_size (64) must be a multiple" in json.loads(capsys.readouterr().out)[0]["text"]
+    statistics.write_text("{", encoding="utf-8")
+    assert run(doctor) == 2
+    assert "stats.json" in json.loads(capsys.readouterr().out)[0]["text"]
 
 
 def test_the_worst_comes_first() -> None:
