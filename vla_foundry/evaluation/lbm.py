@@ -54,7 +54,8 @@ def evaluate_in_lbm(params: EvaluateParams) -> dict[str, SuccessRate]:
     if not params.tasks:
         raise ValueError("tasks is empty. Name tasks of LBM, such as --tasks PutMugOnSaucer.")
     host, _, port = (params.policy_server or f"127.0.0.1:{params.lbm.port}").rpartition(":")
-    folder = Path(params.output) / (params.name or re.sub(r"\W", "_", name_of(find_run_folder(origin))))
+    origin = name_of(find_run_folder(params.checkpoint)) if params.checkpoint else origin
+    folder = Path(params.output) / (params.name or re.sub(r"\W", "_", origin))
     commands = {task: create_command(params, task, folder, f"{host}:{port}") for task in params.tasks}
     if params.dry_run:
         for command in commands.values():

@@ -42,7 +42,7 @@ _MOST_METRES = 10.0
 # a commanded and a measured column that belong together: spread and correlation
 _SPREADS, _SAME, _OPPOSITE = (1 / 3, 3.0), 0.7, -0.5
 # seconds of a chunk
-_SHORT_CHUNK, _LONG_CHUNK = 0.2, 5.0
+_SHORT_CHUNK, _LONG_CHUNK = 0.1, 5.0
 # shares: predicted steps beyond the end; pixels that a crop cuts off; stored sides over the model's; bad samples
 _MOST_BEYOND, _MOST_CROPPED, _MOST_LARGER, _BAD_SHARE = 0.3, 0.25, 3.0, 0.001
 # columns whose values are printed

@@ -224,8 +224,9 @@ def _choose_published(name: str) -> _Backbone:
             f"backbone hf:{name} is of model_type '{kind}', which is not an image-text model. Give one with a "
             "vision_config (Qwen3-VL, PaliGemma, SmolVLM2, ...) or a CLIP."
         )
+    layers = min(4, (config.get("text_config") or {}).get("num_hidden_layers") or 4)
     lines = ["type: vlm_backbone", f"hf_pretrained: {_quote(name)}"]
-    lines += ["# the head reads these last layers at a token after the instruction", "num_vlm_layers_to_use: 4"]
+    lines += ["# the head reads these last layers at a token after the instruction", f"num_vlm_layers_to_use: {layers}"]
     return _Backbone(
         lines=lines,
         data_lines=["# images and instruction; `vla-foundry data inspect --config_path` counts them", "seq_len: 2048"],

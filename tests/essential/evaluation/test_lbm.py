@@ -122,3 +122,9 @@ def test_an_installed_command_is_told_where_the_policy_is(
     shown = capsys.readouterr().out
     assert shown.startswith("uv run evaluate --skill_type T --num_evaluations 20 --num_processes 1")
     assert shown.endswith(f"--output_directory {tmp_path}/mine/T/rollouts --server_uri robot:7\n")
+
+
+def test_results_of_a_server_are_named_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--simulator", "lbm", "--policy_server", "robot:50051", "--tasks", "T", "--output", str(tmp_path)]
+    main([*words, "--lbm.command", "evaluate", "--dry_run"])
+    assert f"{tmp_path}/robot_50051/T/rollouts" in capsys.readouterr().out

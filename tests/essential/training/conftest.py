@@ -48,7 +48,7 @@ def tiny() -> ModuleType:
 def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a Python script or module on `num_ranks` gloo processes, each with one thread."""
 
-    def run(num_ranks: int, *words: str, timeout: float = 120.0, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(num_ranks: int, *words: str, timeout: float = 280.0, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
         return subprocess.run(

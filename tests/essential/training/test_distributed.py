@@ -295,7 +295,7 @@ def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(togeth
 def test_an_error_of_one_rank_ends_all(launch, tiny, tmp_path: Path) -> None:
     scenario = {"save_path": str(tmp_path), "fail_at": 5 * 16 + 2, "distributed__fsdp": True}
     (tmp_path / "scenarios.json").write_text(json.dumps({"failing": scenario}), encoding="utf-8")
-    done = launch(2, tiny.__file__, str(tmp_path / "scenarios.json"), str(tmp_path / "result"), timeout=60.0)
+    done = launch(2, tiny.__file__, str(tmp_path / "scenarios.json"), str(tmp_path / "result"), timeout=150.0)
     assert done.returncode != 0
     assert "this rank fails" in done.stderr
 
@@ -332,7 +332,7 @@ run_command(main, sys.argv[1:])
 )
 def test_ranks_name_the_one_that_is_lost_and_why(launch, tmp_path: Path, way: str, message: str) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    done = launch(3, str(tmp_path / "script.py"), way, timeout=90.0)
+    done = launch(3, str(tmp_path / "script.py"), way, timeout=150.0)
     assert done.returncode != 0
     wanted = message.replace("{host}", re.escape(socket.gethostname()))
     assert re.search(rf"^error: {wanted}", done.stderr, re.MULTILINE), done.stderr
