@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vla_foundry.config.command_line import parse_command
+from vla_foundry.config.command_line import describe_error, parse_command
 from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.robotics import Normalization, create_normalization, read_specs
@@ -99,7 +99,7 @@ def examine(params: DoctorParams) -> list[Finding]:
     try:
         resolved = resolve(params, read_facts(params, 1))
     except (ValueError, OSError) as error:
-        return [Finding(severity="error", text=" ".join(str(error).split()))]
+        return [Finding(severity="error", text=describe_error(error))]
     findings: list[Finding] = []
     is_mixture = isinstance(resolved.data, MixtureDataParams)
     parts = resolved.data.datasets if isinstance(resolved.data, MixtureDataParams) else {"": resolved.data}
@@ -117,7 +117,7 @@ def examine(params: DoctorParams) -> list[Finding]:
             found += _check_statistics(data, specs)
             found += _check_fields(data, specs, normalizations[name], flag)
         except (ValueError, OSError) as error:
-            found.append(Finding(severity="error", text=" ".join(str(error).split())))
+            found.append(Finding(severity="error", text=describe_error(error)))
         findings += [replace(finding, dataset=name) for finding in found]
     findings += _check_samples(resolved, params.num_samples, parts, normalizations)
     return findings + list(_check_machine(resolved))
@@ -291,7 +291,7 @@ def _check_machine(params: TrainExperimentParams) -> Iterator[Finding]:
         found = plan(params, gpus=gpus, gpu_memory=gib, headroom=0.1)
         held = count_held(create_meta_model(params), params, 1)
     except ValueError as error:
-        yield Finding(severity="info", text=f"memory is not predicted: {' '.join(str(error).split())}")
+        yield Finding(severity="info", text=f"memory is not predicted: {describe_error(error)}")
         return
     text = f"a rank needs about {found['settings'][0]['bytes'] / 2**30:.2g} GiB of {gib:.3g} ({what}). {advise(found)}"
     yield Finding(severity="info" if found["settings"][0]["fits"] else "warning", text=text)
@@ -339,7 +339,7 @@ def _check_samples(
             if "actions" in batch:
                 _add_robots(one, batch)
     except (ValueError, OSError) as error:
-        yield Finding(severity="error", text=" ".join(str(error).split()))
+        yield Finding(severity="error", text=describe_error(error))
     for name, one in drawn.items():
         if not one.measured.num_samples:
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vla_foundry.config.command_line import parse, parse_command
+from vla_foundry.config.command_line import describe_error, parse, parse_command
 from vla_foundry.data.kept import read_model_config
 from vla_foundry.importing.command import check_output, create_aside
 from vla_foundry.params.commands.preprocessing import TrainTokenizerParams
@@ -259,9 +259,7 @@ def _choose_microbatch(train: Path, recorded: _Recorded, gpus: int, gib: float) 
         resolved = resolve_without_data(parse(PlanParams, words, prog="plan").params)
         settings = plan(resolved, gpus=1, gpu_memory=gib, headroom=0.1)["settings"]
     except (ValueError, OSError) as error:  # such as a published model that is not here yet
-        say(
-            f"microbatches are of {_UNPLANNED} samples, because memory is not predicted: {' '.join(str(error).split())}"
-        )
+        say(f"microbatches are of {_UNPLANNED} samples, because memory is not predicted: {describe_error(error)}")
         return _UNPLANNED, []
     fitting = next((setting for setting in settings if setting["largest_per_gpu_batch_size"]), settings[-1])
     # a batch is shared out evenly
