@@ -85,7 +85,7 @@ def escape(text: str) -> str:
 def format_commands() -> str:
     """Return a page with the help of each command."""
     lines = ["# Commands", "", "What `vla-foundry COMMAND --help` prints."]
-    for name, (_, what) in cli.COMMANDS.items():
+    for name, (_, what, _) in cli.COMMANDS.items():
         lines += ["", f"## {name}", "", f"{what[0].upper()}{what[1:]}."]
         for word in SUBCOMMANDS.get(name, ("",)):
             words = [name, word] if word else [name]

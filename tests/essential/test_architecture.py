@@ -80,7 +80,7 @@ WHOLE_HOUSE = {
     *("test_architecture.py", "test_end_to_end.py", "test_fuzz.py", "test_plugins.py", "test_presets.py"),
     *("compatibility/test_compatibility.py", "training/test_robots.py", "training/test_mixture.py"),
     *("training/test_lora.py", "training/test_steps.py", "test_examples.py", "test_benchmarks.py", "test_faults.py"),
-    "test_tutorials.py",
+    *("test_docs.py", "test_tutorials.py"),
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

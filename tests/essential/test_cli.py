@@ -432,3 +432,14 @@ def test_a_user_without_a_home_is_no_traceback(run: Run, workplace: Path, monkey
     assert run("train", "--config_path", "~nobody_has_this_name/job.yaml")[0] == 2
     with pytest.raises((FileNotFoundError, ValueError), match="nobody_has_this_name"):
         load_tokenizer("~nobody_has_this_name/tokenizer")
+
+
+@pytest.mark.parametrize(
+    "words", [(), *((name,) for name in cli.COMMANDS), ("evaluate", "text"), ("preprocess", "robotics")]
+)
+def test_help_ends_with_a_page_of_the_documentation(run: Run, words: tuple[str, ...]) -> None:
+    code, out, _ = run(*words, "--help")
+    page = out.rstrip().rpartition("/main/")[2]
+    assert code == 0
+    assert (ROOT / page).is_file()
+    assert not words or f"vla-foundry {words[0]}" in (ROOT / page).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.essential.training.conftest import manifest as manifest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch"))
 # Slurm's commands as the scripts call them; the job was preempted before it was started again
 COMMANDS = {
@@ -134,3 +137,43 @@ def test_the_skypilot_task_trains(flags: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = tmp_path / "experiments/llm/checkpoints/step_00000002/state.json"
     assert json.loads(config.read_text(encoding="utf-8"))["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_scripts_lead_from_text_to_a_served_policy(tmp_path: Path) -> None:
+    def run(script: str, *words: object, **variables: str) -> str:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "NUM_WORKERS": "0", "EPISODES": "0:1", **variables}
+        command = ["bash", str(EXAMPLES / script), *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "pictures").mkdir()
+    for page in (ROOT / "docs").glob("*.md"):
+        (tmp_path / "corpus" / f"{page.stem}.txt").write_bytes(page.read_bytes())
+    for color in ("red", "blue"):
+        Image.new("RGB", (64, 64), color).save(tmp_path / "pictures" / f"{color}.png")
+        (tmp_path / "pictures" / f"{color}.txt").write_text(f"all {color}", encoding="utf-8")
+
+    one_step = ["--hparams.global_batch_size", "2", "--hparams.per_gpu_batch_size", "1", "--num_checkpoints", "1"]
+    one_step += ["--total_train_samples", "2", "--hparams.warmup", "0"]
+    small = ["--model.hidden_dim", "32", "--model.n_layers", "1", "--model.n_heads", "2"]
+    llm, vlm = tmp_path / "llm", tmp_path / "vlm"
+    run("train_llm.sh", tmp_path / "corpus", llm, *small, *one_step)
+    run("train_vlm.sh", tmp_path / "pictures", llm / "runs/llm", vlm, *one_step)
+    robot = tmp_path / "robot"
+    run("preprocess_robotics.sh", "demos", robot, EPISODES="2", PICTURES=str(tmp_path))
+    run("train_vla.sh", robot / "demos", vlm / "runs/vlm", tmp_path / "vla", *one_step)
+    policy = tmp_path / "vla/runs/policy"
+    assert "name: other" in run("resume.sh", policy, "other", "--resolve_configs", "true")
+    assert "name: policy" in run("resume.sh", policy, "--resolve_configs", "true")
+    run("evaluate.sh", policy, tmp_path / "evaluation", "--max_steps", "3", "--tasks", "drawer-open-v3@half")
+    assert (tmp_path / "evaluation/report/report.html").is_file()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run("serve.sh", policy, tmp_path / "served", PORT=str(port), STEPS="3")
+    assert (tmp_path / "served/served/summary.json").is_file()

@@ -175,7 +175,8 @@ def _write_episode(
             episode, sources = resample_episode(episode, params.target_fps, recipe.fields, recipe.pose_groups)
         anchors = choose_anchors(episode.fields, len(episode.timestamps), recipe)
     if not len(anchors.frames):
-        raise Left("no samples")
+        far = "their windows reach too far beyond the episode (--future_lowdim_steps, --max_padding_right)"
+        raise Left(f"no samples: {'nothing moves' if anchors.dropped['still'] else far}")
     operations = {name: choose_operations(params, name) for name in recipe.cameras}
     cameras = {name: describe_camera(episode.cameras[name], operations[name]) for name in recipe.cameras}
     info = _describe_episode(episode, anchors, cameras)

@@ -1,6 +1,8 @@
 """The writers of recordings.py, the datasets they write, and a way to read one as the job does."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 WRITERS = Path(__file__).with_name("recordings.py")
+EXAMPLE = Path(__file__).resolve().parents[5] / "examples" / "preprocess_robotics.sh"
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +80,21 @@ def preprocess_with() -> Callable[[Any], None]:
         from vla_foundry.preprocessing.robotics.robotics_job import preprocess_robotics
 
         preprocess_robotics(params)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_example() -> Callable[..., None]:
+    """Convert recordings as examples/preprocess_robotics.sh does."""
+
+    def run(kind: str, source: Path, output: Path, *flags: object) -> None:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "NUM_WORKERS": "0", "PICTURES": str(output)}
+        command = ["bash", str(EXAMPLE), kind, str(source), str(output), *map(str, flags)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (output / "validation.png").is_file()
 
     return run
 

@@ -378,3 +378,10 @@ def test_transforms_and_their_inverses_give_the_fields_back(
     else:
         {"robomimic": write_robomimic, "libero": write_libero}[layout](path, recordings)
     check_inverse(params_of(path.parent, layout, instruction="lift"))
+
+
+@pytest.mark.slow
+def test_the_example_converts_robomimic(tmp_path: Path, recordings: ModuleType, run_example: Any) -> None:
+    write_robomimic(tmp_path / "lift" / "ph.hdf5", recordings)
+    flags = ["--field_map", "field_maps/robomimic.yaml", "--instruction", "lift", "--validation_fraction", "0.4"]
+    run_example("hdf5", tmp_path / "lift", tmp_path / "shards", *flags, "--future_lowdim_steps", "3")

@@ -296,3 +296,9 @@ def test_the_bomb_explodes_where_pickle_is_allowed(tmp_path: Path) -> None:
 
 def test_transforms_and_their_inverses_give_the_fields_back(raw: Path, check_inverse: Any) -> None:
     check_inverse(params_of(raw))
+
+
+@pytest.mark.slow
+def test_the_example_converts_spartan(tmp_path: Path, raw: Path, run_example: Any) -> None:
+    flags = ("--validation_fraction", "0.4", "--future_lowdim_steps", "3")
+    run_example("spartan", raw, tmp_path / "shards", *flags)
