@@ -19,6 +19,7 @@ from vla_foundry.config.resolve import Resolved, resolve_known
 from vla_foundry.config.schema import MissingError
 from vla_foundry.data.facts import read_facts
 from vla_foundry.hub.example_batch import create_example_batch
+from vla_foundry.hub.memory import count_activation_bytes
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.commands.sharing import PlanParams
@@ -31,7 +32,6 @@ from vla_foundry.params.models.policy import RobotPolicyParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.training.distributed import find_lowered, parallelize
 from vla_foundry.training.experiment import cast_parameters
-from vla_foundry.training.memory import count_activation_bytes
 from vla_foundry.training.optimization.muon import is_for_muon
 from vla_foundry.training.optimization.optimizer import decayed_parameters, freeze_weights
 from vla_foundry.training.state import Counters

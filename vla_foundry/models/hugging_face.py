@@ -3,7 +3,7 @@
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +24,11 @@ from vla_foundry.world import is_first_process
 
 # tables that older files hold and models compute
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|h\.\d+\.attn\.bias)$")
+# kinds whose logits are what their config says
+_KNOWN = {
+    *("gemma", "gemma2", "idefics3", "llama", "mistral", "paligemma", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_vl"),
+    "smolvlm",
+}
 # names shown in a message
 _NUM_NAMED = 3
 # settings under which logits are not hidden @ head.T, and the value that turns each off
@@ -88,7 +93,7 @@ class HuggingFaceModule(nn.Module):
         super()._apply(fn, recurse)
         for module, name, table in tables:
             moved = module._buffers[name]
-            if moved is not None and moved.dtype != table.dtype and not table.is_meta:
+            if moved is not None and moved.dtype != table.dtype:
                 module._buffers[name] = table.to(moved.device)
         return self
 
@@ -136,13 +141,15 @@ class HuggingFaceLanguageModel(HuggingFaceModule):
 def _has_plain_head(model: PreTrainedModel) -> bool:
     """Return True if logits are just the last hidden states times the head's weight: tried on three tokens.
 
-    On the meta device, where nothing can be tried, the config decides.
+    On the meta device, where nothing can be tried, the config decides, for kinds that have been tried.
     """
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     is_plain = getattr(head, "bias", None) is None and all(
         getattr(config, name, off) in (off, None) for name, off in _HEAD_SETTINGS.items()
     )
+    if head.weight.is_meta:
+        require_known(model, _KNOWN)
     if not is_plain or head.weight.is_meta:
         return is_plain
     # a soft cap shows in large logits only
@@ -156,6 +163,17 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     finally:
         hook.remove()
     return is_close(logits, 1024.0 * torch.nn.functional.linear(hidden, head.weight))
+
+
+def require_known(model: PreTrainedModel, kinds: Collection[str]) -> None:
+    """Raise NotImplementedError if a model is deferred, but is of a kind that must be tried, for which it is whole."""
+    if is_deferred() and model.config.model_type not in kinds:
+        raise NotImplementedError(f"a {type(model).__name__} is tried on tokens")
+
+
+def is_deferred() -> bool:
+    """Return True if weights get their values later (training/deferred.py), and are on the meta device until then."""
+    return torch.empty(1).is_meta and torch.get_default_device().type != "meta"
 
 
 def example_tokens(model: PreTrainedModel, count: int) -> Int[Tensor, "1 T"]:
@@ -261,6 +279,9 @@ def load_published_model(
             model, report = auto_class.from_pretrained(name, config=config, **options)
         finally:
             logging.set_verbosity(verbosity)
+        if is_deferred():
+            # weights that needed no other type lie in their files still
+            model.to("meta").tie_weights()
     unknown = _find_unknown(model, report["unexpected_keys"], is_part=is_part)
     shapes = {key: f" (has shape {tuple(found)}, needs {tuple(own)})" for key, found, own in report["mismatched_keys"]}
     absent = {key: "" for key in sorted(report["missing_keys"]) if is_needed(model, key)} | shapes

@@ -22,6 +22,7 @@ from vla_foundry.models.hugging_face import (
     example_tokens,
     is_close,
     load_published_model,
+    require_known,
     select_states,
 )
 from vla_foundry.models.registry import register_model
@@ -30,6 +31,8 @@ from vla_foundry.params.models.transformer import TransformerHFParams
 ATTENTION_NAME = "vla_foundry"
 # what architectures raise when they are tried on inputs that they cannot take
 _TRIAL_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+# kinds that keep documents, padding and caches as they should
+_KNOWN = {"gemma", "llama", "mistral", "qwen2", "qwen3"}
 # layers whose tokens interact only through attention
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -93,6 +96,8 @@ class TransformerHF(HuggingFaceLanguageModel):
         if not next(model.parameters()).is_meta:
             with torch.no_grad(), evaluating(model):
                 self._try_rows()
+        else:
+            require_known(model, _KNOWN)
 
     def _try_rows(self) -> None:
         """Compare the two halves of a row, each computed alone, with what this architecture makes of them together.

@@ -49,22 +49,30 @@ class Base(NamedTuple):
     source: str
 
 
-def digest_frozen(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of each frozen weight, its type and shape included."""
+def list_frozen(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are not trained, by name."""
+    return {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return the SHA-256 of each tensor by name, its type and shape included."""
     digests = {}
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            content = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
-            content.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            digests[name] = content.hexdigest()
+    for name, tensor in tensors:
+        content = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digests[name] = content.hexdigest()
     return digests
 
 
-def describe_base(model: nn.Module, params: ModelParams) -> Base | None:
-    """Describe the base of a model as `create_model` returns it, with its weights loaded; None without adapters."""
+def describe_base(model: nn.Module, params: ModelParams, digests: Mapping[str, str] | None = None) -> Base | None:
+    """Describe the base of a model as `create_model` returns it, with its weights loaded; None without adapters.
+
+    Args:
+        digests: of its frozen weights, if they are known.
+    """
     if params.lora is None:
         return None
-    digests = digest_frozen(model)
+    digests = digest_tensors(list_frozen(model).items()) if digests is None else digests
     digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     return Base(digest, frozenset(digests), ", ".join(list_starts(params)) or "new weights")
 
@@ -120,20 +128,6 @@ def load_model_checkpoint(
             _round_base(model, base, next(iter(entries.values())).read().dtype)
             return
         _load(model, _translate(model, entries), str(path))
-
-
-def load_rows(model: nn.Module, path: str | Path, tensors: Mapping[str, tuple[Tensor, slice]]) -> None:
-    """Load some rows of each weight of a checkpoint that fits; see `load_model_checkpoint`.
-
-    Args:
-        model: may be sharded.
-        tensors: by name, where they go, and which rows of the whole tensor they are.
-    """
-    tied = find_tied_names(model)
-    with open_checkpoint(path) as entries:
-        found = {tied.get(name, name): entry for name, entry in _translate(model, entries).items()}
-        for name, (tensor, rows) in tensors.items():
-            tensor.copy_(found[name].read_rows(rows))
 
 
 def _translate(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
@@ -400,8 +394,7 @@ def _load(model: nn.Module, entries: Mapping[str, Entry], source: str, *, but: C
             f'--SECTION "include RUN/config_model.yaml", with SECTION the part that starts from it.'
         )
     for name, entry in entries.items():
-        # on the meta device, that it fits is all there is to know
-        if tied.get(name) not in entries and not tensors[name].is_meta:
+        if tied.get(name) not in entries:
             tensors[name].copy_(entry.read())
 
 

@@ -25,7 +25,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla_foundry.models.registry import list_blocks
 from vla_foundry.params.distributed import DistributedParams
@@ -239,39 +238,6 @@ def _shard(
         fully_shard(block, mp_policy=low if block in lowered else MixedPrecisionPolicy(), **options)
     fully_shard(model, **options)
     return model
-
-
-def materialize(model: nn.Module, world: World, *, draws: bool) -> None:
-    """Collective: call on every rank. Allocate a model that was sharded on the meta device, each rank its own part.
-
-    Args:
-        draws: initialise weights as one process does: a rank draws each tensor whole, and keeps its rows. False: leave
-            them as they are, because they will be loaded.
-    """
-    model.to_empty(device=world.device)
-    if draws:
-        init: Any = model
-        with torch.no_grad(), _WholeDraws():
-            init.init_weights()
-
-
-_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
-
-
-class _WholeDraws(TorchDispatchMode):
-    """Gives sharded tensors the random numbers that whole ones would have."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = args[0] if args else None
-        if not isinstance(tensor, DTensor) or func not in (
-            torch.ops.aten.normal_.default,
-            torch.ops.aten.uniform_.default,
-        ):
-            return func(*args, **(kwargs or {}))
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        func(whole, *args[1:], **(kwargs or {}))
-        tensor.to_local().copy_(whole[local_rows(tensor)])
-        return tensor
 
 
 @contextmanager

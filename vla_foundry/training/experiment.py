@@ -6,14 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla_foundry.data import DataLoader, MixtureLoader, create_dataloader
 from vla_foundry.data.faults import FaultLog
@@ -21,7 +21,7 @@ from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.kept import describe_inputs
 from vla_foundry.models import create_batch_handler, create_model
 from vla_foundry.models.registry import MODELS, save_model_files
-from vla_foundry.models.weights import describe_base, digest_frozen, load_rows
+from vla_foundry.models.weights import describe_base, digest_tensors, list_frozen
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.experiment import TrainExperimentParams, accumulation_steps, total_steps
 from vla_foundry.params.hparams import HyperParams
@@ -31,18 +31,18 @@ from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_f
 from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
+from vla_foundry.training.deferred import Recording
 from vla_foundry.training.distributed import (
     broadcast_object,
     leave_process,
     local_rows,
     local_shard,
     main_rank_first,
-    materialize,
     named_parameters,
-    named_persistent_buffers,
     parallelize,
     start_process_group,
     stop_process_group,
+    strip_wrapper_names,
 )
 from vla_foundry.training.lost_ranks import naming_lost_ranks
 from vla_foundry.training.metrics import MetricLog, create_metric_log, open_sinks, truncate_metrics
@@ -60,8 +60,6 @@ from vla_foundry.training.start import (
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
 
-# types whose weights `init_weights` draws, all of them
-_DRAWN_AT_ONCE = ("transformer", "vit")
 _COMPILED_KEY = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -208,23 +206,22 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
     """
     hparams = params.hparams
     has_base = params.model.lora is not None
+    loads = has_base or not is_restored
     other: dict[str, str] = {}
     if has_base and not is_restored:
-        torch.manual_seed(hparams.seed + 1)
-        other = main_rank_first(world, lambda: digest_frozen(create_model(params.model)))
-    torch.manual_seed(hparams.seed)
-    model = create_on_meta(params, world, is_restored=is_restored)
-    is_on_meta = model is not None
-    if model is None:
-        model = create_model(params.model, load_pretrained=has_base or not is_restored)
-    base = describe_base(model, params.model)
+        create_other = partial(create_deferred, params, world, seed=hparams.seed + 1, load_pretrained=True)
+        other = main_rank_first(world, lambda: digest_frozen(*create_other()))
+    model, recording = create_deferred(params, world, seed=hparams.seed, load_pretrained=loads)
+    base = describe_base(model, params.model, digest_frozen(model, recording) if has_base else None)
     if other:
-        main_rank_first(world, lambda: check_base_is_kept(digest_frozen(model), other))
-    cast_parameters(model, hparams.precision)
+        main_rank_first(world, lambda: check_base_is_kept(digest_frozen(model, recording), other))
+    with recording or nullcontext():
+        cast_parameters(model, hparams.precision)
     freeze_weights(model, hparams)
     model.train()
     if compiles_blocks(hparams, world):
         keep_compiled_code()
+    tensors = list_tensors(model)
     forward = parallelize(
         model,
         params.distributed,
@@ -237,44 +234,56 @@ def create_state(params: TrainExperimentParams, world: World, *, is_restored: bo
         activation_budget=hparams.activation_budget,
         is_mixture=isinstance(params.data, MixtureDataParams),
     )
-    if is_on_meta:
-        start = None if is_restored else params.model.resume_from_checkpoint
-        materialize(model, world, draws=start is None and not is_restored)
-        if start is not None:
-            tensors = {**named_parameters(model), **named_persistent_buffers(model)}
-            parts = {name: (local_shard(tensor), local_rows(tensor)) for name, tensor in tensors.items()}
-            load_rows(model, start, parts)
+    if recording is not None:
+        model.to_empty(device=world.device)
+        own = list_tensors(model)
+        # a checkpoint overwrites all but tables that it does not hold, and the base of adapters
+        kept = own if loads else {name: own[name] for name in own.keys() - named_parameters(model).keys()}
+        rows = {name: local_rows(own[name]) for name in kept}
+        wanted = {name: tensors[name] for name in tensors if name in kept}
+        for name, value in recording.play(wanted, rows, draws=loads):
+            local_shard(own[name]).copy_(value)
     return create_train_state(
         model, forward, hparams=hparams, ema=params.ema, total_steps=total_steps(params), base=base
     )
 
 
-def create_on_meta(params: TrainExperimentParams, world: World, *, is_restored: bool) -> nn.Module | None:
-    """Create a model without memory for its weights, if each rank can make its own part after sharding; else None.
+def create_deferred(
+    params: TrainExperimentParams, world: World, *, seed: int, load_pretrained: bool
+) -> tuple[nn.Module, Recording | None]:
+    """Create a run's model; if it is going to be sharded, without memory, and with the recording that makes its parts.
 
-    That is so for models without modules of other libraries, if all their weights will be loaded from one checkpoint,
-    or one function draws them: the order of the draws then is the one of a whole model.
+    A model whose code looks at values of weights is made whole, and so is one that needs its weights before it is
+    sharded.
     """
-    hparams, model_params = params.hparams, params.model
-    is_drawn = not is_restored and model_params.resume_from_checkpoint is None
+    torch.manual_seed(seed)
     is_offloaded = params.distributed.fsdp_cpu_offload and world.device.startswith("cuda")
-    if (
-        not params.distributed.fsdp
-        or is_offloaded
-        or model_params.lora is not None
-        or hparams.fp8 is not None
-        # weights are drawn in fp32, and cast
-        or (is_drawn and (hparams.precision in ("fp64", "pure_bf16") or model_params.type not in _DRAWN_AT_ONCE))
-    ):
-        return None
-    with torch.device("meta"):
-        model = create_model(model_params, load_pretrained=not is_restored)
-    return model if is_native(model) else None
+    if params.distributed.fsdp and not is_offloaded and params.hparams.fp8 is None:
+        recording = Recording()
+        try:
+            with recording:
+                model = create_model(params.model, load_pretrained=load_pretrained)
+            if unset := recording.find_unset(dict(model.named_parameters())):
+                raise NotImplementedError(f"{unset[0]} gets no value")
+            return model, recording
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            logging.getLogger(__name__).warning("each rank makes the whole model before it is sharded: %s", reason)
+            torch.manual_seed(seed)
+    return create_model(params.model, load_pretrained=load_pretrained), None
 
 
-def is_native(model: nn.Module) -> bool:
-    """Return True if all of a model's modules are ours or torch's, which need no more than their weights."""
-    return all(type(module).__module__.startswith(("vla_foundry.", "torch.nn.")) for module in model.modules())
+def digest_frozen(model: nn.Module, recording: Recording | None) -> dict[str, str]:
+    """Return the SHA-256 of each weight that is not trained; one at a time is in memory if they are recorded."""
+    frozen = list_frozen(model)
+    found = digest_tensors(frozen.items() if recording is None else recording.play(frozen))
+    return {name: found[name] for name in frozen}
+
+
+def list_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return weights and buffers by name without wrapper prefixes; a tied weight appears once."""
+    buffers = {strip_wrapper_names(name): buffer for name, buffer in model.named_buffers()}
+    return {**named_parameters(model), **buffers}
 
 
 def check_base_is_kept(digests: dict[str, str], other: dict[str, str]) -> None:

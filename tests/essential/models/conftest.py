@@ -101,6 +101,7 @@ def check_two_ranks() -> Callable[[Path, Path, Mapping[str, list[float]]], None]
             together = json.loads((folder / f"losses.{rank}.json").read_text(encoding="utf-8"))
             for name, losses in alone.items():
                 assert together[name] == pytest.approx(losses, rel=1e-5), name
+                assert together[name][-1] == 0
         for losses in alone.values():
             assert losses[3] == losses[2]
             assert losses[4:6] == losses[:2]

@@ -38,9 +38,16 @@ from vla_foundry.params.models.roles import ModelParams
 from vla_foundry.params.models.transformer import TransformerHFParams, TransformerParams
 from vla_foundry.params.models.vit import ViTHFParams, ViTParams
 from vla_foundry.params.models.vlm import VLMHFParams, VLMParams
+from vla_foundry.training import experiment
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.checkpoint_writer import save_checkpoint
-from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
+from vla_foundry.training.distributed import (
+    leave_process,
+    local_rows,
+    local_shard,
+    start_process_group,
+    stop_process_group,
+)
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World, read_world
@@ -175,25 +182,38 @@ def create_model_params(name: str, folder: Path) -> ModelParams:
 
 def create_params(name: str, folder: Path) -> TrainExperimentParams:
     return TrainExperimentParams(
+        total_train_samples=4 * HyperParams().global_batch_size,
         data=ImageCaptionDataParams(tokenizer="t"),
         model=create_model_params(name, folder),
-        hparams=HyperParams(precision="fp32", lr=1e-2, warmup=0.0, lr_scheduler="constant", wd=0.1, grad_clip_norm=1.0),
+        hparams=HyperParams(
+            precision="fp32", lr=1e-2, warmup=0.0, lr_scheduler="constant", wd=0.1, grad_clip_norm=1.0, seed=0
+        ),
         distributed=DistributedParams(fsdp=True),
     )
 
 
-def create_state(params: TrainExperimentParams, world: World, *, load_pretrained: bool) -> TrainState:
+def create_state(params: TrainExperimentParams, world: World, *, is_restored: bool = False) -> TrainState:
+    if world.world_size > 1:
+        return experiment.create_state(params, world, is_restored=is_restored)
     torch.manual_seed(0)
-    model = create_model(params.model, load_pretrained=load_pretrained)
-    forward = parallelize(model, params.distributed, world=world) if world.world_size > 1 else model
-    return create_train_state(model, forward, hparams=params.hparams, ema=EMAParams(), total_steps=4)
+    model = create_model(params.model, load_pretrained=not is_restored)
+    return create_train_state(model, model, hparams=params.hparams, ema=EMAParams(), total_steps=4)
+
+
+def count_different(state: TrainState, params: TrainExperimentParams) -> int:
+    """The tensors of this rank that are not rows of the ones that a whole model starts with."""
+    torch.manual_seed(0)
+    own, whole = experiment.list_tensors(state.model), experiment.list_tensors(create_model(params.model))
+    assert own.keys() == whole.keys()
+    parts = ((local_shard(own[name]), whole[name], local_rows(own[name])) for name in own)
+    return sum(not torch.equal(part, value if rows == slice(None) else value[rows]) for part, value, rows in parts)
 
 
 def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float]:
     """Train two steps, save, and resume in a new model, and train two steps without sharding.
 
     Returns:
-        The loss of each step, then the FLOPs of a token.
+        The loss of each step, then the FLOPs of a token, and `count_different` at the start.
     """
     params = create_params(name, folder)
     handler = create_batch_handler(params)
@@ -202,15 +222,16 @@ def train(name: str, folder: Path, run_folder: Path, world: World) -> list[float
         batches: Sequence[Any] = global_batch(name, state.step)[world.rank :: world.world_size]
         return train_step(state, batches, handler=handler, hparams=params.hparams, world=world).loss.item()
 
-    state = create_state(params, world, load_pretrained=True)
+    state = create_state(params, world)
+    different = count_different(state, params)
     losses = [step(state), step(state)]
     checkpoint = save_checkpoint(run_folder, state, world=world, facts={})
     losses.append(step(state))
-    resumed = create_state(params, world, load_pretrained=False)
+    resumed = create_state(params, world, is_restored=True)
     load_checkpoint(checkpoint, resumed)
     flops: Any = state.model.num_flops_per_token  # also of a sharded model
-    whole = create_state(dataclasses.replace(params, distributed=DistributedParams()), world, load_pretrained=True)
-    return [*losses, step(resumed), step(whole), step(whole), flops(20)]
+    whole = create_state(dataclasses.replace(params, distributed=DistributedParams()), world)
+    return [*losses, step(resumed), step(whole), step(whole), flops(20), different]
 
 
 def main(folder: Path) -> None:

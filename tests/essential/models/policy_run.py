@@ -49,7 +49,13 @@ from vla_foundry.robotics.action_tokens import FastTokenizer
 from vla_foundry.training import experiment
 from vla_foundry.training.checkpoint import load_checkpoint
 from vla_foundry.training.checkpoint_writer import save_checkpoint
-from vla_foundry.training.distributed import leave_process, parallelize, start_process_group, stop_process_group
+from vla_foundry.training.distributed import (
+    leave_process,
+    local_rows,
+    local_shard,
+    start_process_group,
+    stop_process_group,
+)
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World, read_world
@@ -156,7 +162,15 @@ def create_params(
     if is_insulated:
         tokens = FastTokensParams(tokenizer=create_fast_tokenizer()[1])
         insulation = {"insulate_backbone": True, "action_tokens": tokens}
-    hparams = {"precision": "fp32", "lr": 1e-2, "warmup": 0.0, "lr_scheduler": "constant", "wd": 0.1, **changes}
+    hparams = {
+        "precision": "fp32",
+        "lr": 1e-2,
+        "warmup": 0.0,
+        "lr_scheduler": "constant",
+        "wd": 0.1,
+        "seed": 0,
+        **changes,
+    }
     return TrainExperimentParams(
         data=RoboticsDataParams(),
         model=(RegressionPolicyParams if isinstance(head, RegressionParams) else DiffusionPolicyParams)(
@@ -233,17 +247,27 @@ def create_policy(params: TrainExperimentParams, *, load_pretrained: bool = True
     return create_model(params.model, load_pretrained=load_pretrained)
 
 
-def create_state(params: TrainExperimentParams, world: World) -> TrainState:
-    model = create_policy(params)
-    forward = parallelize(model, params.distributed, world=world) if world.world_size > 1 else model
-    return create_train_state(model, forward, hparams=params.hparams, ema=EMAParams(), total_steps=4)
+def create_state(params: TrainExperimentParams, world: World, *, is_restored: bool = False) -> TrainState:
+    if world.world_size > 1:
+        budget = change(params, total_train_samples=4 * params.hparams.global_batch_size)
+        return experiment.create_state(budget, world, is_restored=is_restored)
+    model = create_policy(params, load_pretrained=not is_restored)
+    return create_train_state(model, model, hparams=params.hparams, ema=EMAParams(), total_steps=4)
+
+
+def count_different(state: TrainState, params: TrainExperimentParams) -> int:
+    """The tensors of this rank that are not rows of the ones that a whole model starts with."""
+    own, whole = experiment.list_tensors(state.model), experiment.list_tensors(create_policy(params))
+    assert own.keys() == whole.keys()
+    parts = ((local_shard(own[name]), whole[name], local_rows(own[name])) for name in own)
+    return sum(not torch.equal(part, value if rows == slice(None) else value[rows]) for part, value, rows in parts)
 
 
 def train(name: str, folder: Path, world: World) -> list[float]:
     """Train two steps on two microbatches, save, and resume in a new model; train two steps without sharding.
 
     Returns:
-        The loss of each step, then the FLOPs of a token.
+        The loss of each step, then the FLOPs of a token, and `count_different` at the start.
     """
     if name in HEADS:
         backbone = "vlm layers" if "layers" in name else "vlm prefix" if "cross" in name else "vlm"
@@ -262,18 +286,15 @@ def train(name: str, folder: Path, world: World) -> list[float]:
         return train_step(state, batches, handler=handler, hparams=params.hparams, world=world).loss.item()
 
     state = create_state(params, world)
+    different = count_different(state, params)
     losses = [step(state), step(state)]
     checkpoint = save_checkpoint(folder / f"{world.world_size} x {name}", state, world=world, facts={})
     losses.append(step(state))
-    if world.world_size > 1:
-        budget = change(params, total_train_samples=4 * params.hparams.global_batch_size)
-        resumed = experiment.create_state(budget, world, is_restored=True)
-    else:
-        resumed = create_state(params, world)
+    resumed = create_state(params, world, is_restored=True)
     load_checkpoint(checkpoint, resumed)
     flops: Any = state.model.num_flops_per_token  # also of a sharded model
     whole = create_state(change(params, distributed=DistributedParams()), world)
-    return [*losses, step(resumed), step(whole), step(whole), flops(20)]
+    return [*losses, step(resumed), step(whole), step(whole), flops(20), different]
 
 
 def main(folder: Path) -> None:

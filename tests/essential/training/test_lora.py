@@ -17,6 +17,7 @@ from vla_foundry.models import create_model
 from vla_foundry.models.layers import LoRALinear, merge_adapters
 from vla_foundry.models.weights import describe_base, load_model_checkpoint
 from vla_foundry.params import ModelParams, load_params_from_yaml
+from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.ema import EMAParams
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.params.models.roles import LoRAParams
@@ -88,6 +89,21 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(adapted: Path, base: Tr
         straight, resumed = (read_tensors(list_step_folders(run)[0] / file) for run in (adapted, broken))
         assert straight.keys() == resumed.keys()
         assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+def test_adapters_of_sharded_weights_start_and_resume_as_those_of_whole_ones(
+    adapted: Path, base: TrainExperimentParams
+) -> None:
+    sharded = adapt(base, "sharded", distributed=DistributedParams(fsdp=True))
+    train(sharded, World())
+    folder = Path(base.save_path) / "sharded"
+    shutil.rmtree(list_step_folders(folder)[0])
+    train(replace(sharded, resume="auto"), World())
+    for file in (MODEL_WEIGHTS_NAME, EMA_WEIGHTS_NAME):
+        whole, own = (read_tensors(list_step_folders(run)[0] / file) for run in (adapted, folder))
+        assert whole.keys() == own.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(own[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vla_foundry.batch import Documents, LossOutput
+from vla_foundry.hub.memory import count_activation_bytes
 from vla_foundry.models import attention, create_model, losses
 from vla_foundry.params.distributed import DistributedParams
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.training.distributed import parallelize
-from vla_foundry.training.memory import count_activation_bytes
 from vla_foundry.world import World
 
 PARAMS = TransformerParams(hidden_dim=64, n_layers=4, n_heads=2, vocab_size=128, max_seq_len=128)
