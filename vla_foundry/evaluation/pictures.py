@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vla_foundry.evaluation.results import EpisodeResult
+from vla_foundry.images.video import read_frames
 from vla_foundry.preprocessing.robotics.lerobot_recording import VideoEncoder
 
 # pictures in a strip
@@ -74,6 +75,22 @@ class Film:
         assert self._encoder is not None
         self._encoder.close()
         return self._file.getvalue()
+
+
+def animate_film(film: bytes, *, num_frames: int = 40, frame_ms: int = 80) -> tuple[bytes, bytes]:
+    """Return a film as an animated WebP of at most so many frames, and its last frame.
+
+    Raises:
+        ValueError: it is not a readable video.
+    """
+    frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in read_frames(film, num_frames)]
+    animation, still = BytesIO(), BytesIO()
+    # the end stays for a while
+    durations = [frame_ms] * (len(frames) - 1) + [1500]
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+    frames[0].save(animation, "WEBP", quality=70, **options)
+    frames[-1].save(still, "WEBP", quality=80)
+    return animation.getvalue(), still.getvalue()
 
 
 # pixels

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +14,9 @@ from rich.console import Console
 from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import QuickstartParams
 from vla_foundry.quickstart.llm import create_llm_stage
-from vla_foundry.quickstart.steps import FULL, Sizes, Stage, run_steps
-from vla_foundry.quickstart.vla import comparison_page, create_vla_stage
+from vla_foundry.quickstart.report import PAGE_NAME, write_page
+from vla_foundry.quickstart.steps import FULL, Sizes, Stage, Step, run_steps
+from vla_foundry.quickstart.vla import create_vla_stage
 from vla_foundry.quickstart.vlm import create_vlm_stage
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
@@ -43,19 +45,34 @@ def main(argv: list[str]) -> None:
     output_dir = Path(params.output_dir)
     sizes = FULL if params.full else Sizes()
     stages = [_STAGES[name](output_dir, sizes, params) for name in params.stages]
-    steps = [step for stage in stages for step in stage.steps]
+    markers = output_dir / "done"
     with lock_folder(output_dir, what="quickstart folder", flag="--output_dir"):
-        run_steps(steps, output_dir / "done", console, overwrite=params.overwrite)
+        run_steps(with_pages(stages, output_dir, markers), markers, console, overwrite=params.overwrite)
     page = "\n".join(stage.summary.read_text(encoding="utf-8") for stage in stages)
     summary = output_dir / "summary.txt"
     summary.write_text(page, encoding="utf-8")
     console.print(f"\n{page}", markup=False)
     console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")
-    if "vla" in params.stages:
-        page = comparison_page(output_dir)
-        console.print(
-            f"The comparison of the policies, on one page: {page}\nOpen it: {opening_command(page)}", markup=False
+    page = output_dir / PAGE_NAME
+    console.print(
+        f"The report, on one page: curves, captions, episodes, times.\nOpen it: {opening_command(page)}", markup=False
+    )
+
+
+def with_pages(stages: Sequence[Stage], output_dir: Path, markers: Path) -> list[Step]:
+    """Return the steps of all stages, each followed by one that writes the report of what is there so far."""
+    steps: list[Step] = []
+    for stage in stages:
+        steps += stage.steps
+        page = Step(
+            name=f"page_{stage.summary.parent.name}",
+            what=f"Write the report so far: {output_dir / PAGE_NAME}",
+            seconds=3,
+            function=partial(write_page, output_dir, tuple(steps), markers),
+            is_repeated=True,
         )
+        steps.append(page)
+    return steps
 
 
 def opening_command(page: Path, platform: str = sys.platform) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 MIN_CHARACTERS = 80
 # one in this many source files is held out
 HELD_OUT_EVERY = 20
+# folders below a package: other packages, and tests, which take most of the time and hold little text
+_LEFT_OUT = {"site-packages", "test", "tests"}
 _HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -80,7 +82,7 @@ def _source_roots(packages: tuple[str, ...]) -> list[Path]:
 
 
 def _source_files(root: Path) -> list[Path]:
-    files = (path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
+    files = (path for path in root.rglob("*.py") if _LEFT_OUT.isdisjoint(path.relative_to(root).parts))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 

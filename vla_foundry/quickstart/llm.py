@@ -1,6 +1,7 @@
 """The language stage: docstrings -> tokenizer -> shards -> language model -> report and generated text."""
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -23,19 +24,22 @@ VOCAB_SIZE = 4096
 SEQ_LEN = 256
 PRESET = "config_presets/training_jobs/llm_quickstart.yaml"
 PROMPTS = ("Return the", "Compute the eigenvalues of")
+INSTRUCTION = "open the drawer"
+# in the stage's folder: the loss on held-out documents and that of a unigram model; and the text that it generates
+LOSSES_NAME, GENERATED_NAME = "losses.json", "generated.txt"
 
 
 def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
     """Build the language stage, which writes below `<output_dir>/llm`."""
     folder = output_dir / "llm"
     text, tokenizer, shards, run = folder / "text", folder / "tokenizer", folder / "shards", folder / "runs" / "llm"
-    summary, figure = folder / "summary.txt", folder / "loss.png"
+    summary, losses = folder / "summary.txt", folder / LOSSES_NAME
 
     steps = (
         Step(
             name="harvest",
             what="Collect real English: docstrings of the standard library, numpy and scipy",
-            seconds=8,
+            seconds=5,
             function=lambda: _harvest(text),
             outputs=(text / "train" / "docstrings.jsonl", text / "validation" / "docstrings.jsonl"),
         ),
@@ -46,6 +50,11 @@ def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
             words=words_of("preprocess tokenizer", source=text / "train", output=tokenizer, vocab_size=VOCAB_SIZE),
             outputs=(tokenizer / "tokenizer.json",),
             folder=tokenizer,
+        ),
+        Step(
+            name="show_tokens",
+            what="Cut an instruction for the robot into tokens",
+            function=lambda: _show_tokens(tokenizer),
         ),
         *(_preprocess(split, text, shards, tokenizer) for split in ("train", "validation")),
         training_step(
@@ -59,13 +68,6 @@ def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
             flags=sizes.training_flags(sizes.llm_samples),
         ),
         Step(
-            name="llm_report",
-            what="Compare with a model that ignores context",
-            seconds=4,
-            function=lambda: write_llm_report(run, summary=summary, figure=figure),
-            outputs=(summary, figure),
-        ),
-        Step(
             name="generate",
             what="Continue two prompts",
             seconds=5,
@@ -74,6 +76,15 @@ def create_llm_stage(output_dir: Path, sizes: Sizes) -> Stage:
                 *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
                 *words_of("", max_new_tokens=40, temperature=0.7, seed=0),
             ),
+            output=folder / GENERATED_NAME,
+            outputs=(folder / GENERATED_NAME,),
+        ),
+        Step(
+            name="llm_report",
+            what="Compare with a model that ignores context",
+            seconds=4,
+            function=lambda: write_llm_report(run, summary=summary, losses=losses),
+            outputs=(summary, losses),
         ),
     )
     return Stage(steps=steps, summary=summary)
@@ -108,13 +119,22 @@ def _harvest(text: Path) -> None:
     print(f"  the first: {' '.join(first.split())[:100]}...")  # noqa: T201
 
 
-def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
-    """Compare the run's held-out loss with that of a unigram model of the same data, and draw the loss curve.
+def _show_tokens(tokenizer: Path) -> None:
+    from vla_foundry.text.tokenizers import load_tokenizer
+
+    loaded = load_tokenizer(str(tokenizer))
+    ids = loaded.encode(INSTRUCTION, add_special_tokens=False)
+    pieces = "|".join(loaded.decode([number]) for number in ids)
+    print(f"  {INSTRUCTION!r} -> {pieces}\n  which a model sees as {ids}")  # noqa: T201
+
+
+def write_llm_report(run: Path, *, summary: Path, losses: Path) -> str:
+    """Compare the run's held-out loss with that of a unigram model of the same data.
 
     Args:
         run: folder of the language run.
         summary: text file to write.
-        figure: PNG to write.
+        losses: JSON file to write.
 
     Returns:
         The summary.
@@ -137,12 +157,11 @@ def write_llm_report(run: Path, *, summary: Path, figure: Path) -> str:
             f"  loss on held-out documents  {held_out:.3f} nats per token",
             f"  a unigram model there       {baseline:.3f} nats per token",
             f"  the model is better by      {baseline - held_out:.3f} nats per token (goal: at least 1)",
-            f"  loss curve                  {figure}",
             "",
             *sketch_curve(training),
         )
     )
-    draw_loss_curve(training, validation, baseline, figure)
+    losses.write_text(json.dumps({"held_out": held_out, "unigram": baseline}) + "\n", encoding="utf-8")
     summary.write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -204,20 +223,3 @@ def sketch_curve(points: list[tuple[int, float]], *, width: int = 64, height: in
         for row in range(height)
     ]
     return [*lines, f"  {'':>6} +{'-' * width}", f"  {'':>7} step {steps[0]:.0f} to {steps[-1]:.0f}"]
-
-
-def draw_loss_curve(
-    training: list[tuple[int, float]], validation: list[tuple[int, float]], baseline: float, path: Path
-) -> None:
-    """Plot the loss over steps as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="tight")
-    axes = figure.subplots()
-    axes.plot(*zip(*training, strict=True), color="#4878a8", linewidth=1.4, label="training")
-    axes.plot(*zip(*validation, strict=True), "o", color="#c44e52", label="held-out documents")
-    axes.axhline(baseline, color="#777777", linestyle="--", linewidth=1, label="unigram model, held-out")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title="Language model")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path)

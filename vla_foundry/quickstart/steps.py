@@ -66,12 +66,14 @@ class Step:
     function: Callable[[], object] | None = None
     # what the function writes, if that is known beforehand: a change of it runs the step again
     text: str = ""
-    # file for the command's standard output
+    # file for the command's standard output, which is printed when it ends
     output: Path | None = None
     # files it writes; the step is not done while one is missing
     outputs: tuple[Path, ...] = ()
     # folder with all that it writes; deleted before the step runs with a new command
     folder: Path | None = None
+    # run it even if it is done: it is quick, and reads what may have changed
+    is_repeated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +157,9 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
         clock.begin(step)
         if step.words:
-            console.print(f"  $ {shlex.join(_shown_command(step))}", markup=False)
-        if not overwrite and _holds(done, fingerprint) and all(path.exists() for path in step.outputs):
+            console.print(f"  $ {shlex.join(shown_command(step))}", markup=False)
+        is_done = _holds(done, fingerprint) and all(path.exists() for path in step.outputs)
+        if is_done and not overwrite and not step.is_repeated:
             console.print("  done before; skipped")
             clock.skip(step)
             continue
@@ -165,13 +168,23 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
         started.write_text(fingerprint, encoding="utf-8")
-        _run(step, clock.show)
-        done.write_text(fingerprint, encoding="utf-8")
-        console.print(f"  {clock.end(step)}")
+        _run(step, console, clock.show)
+        seconds, cpu_seconds = clock.end(step)
+        done.write_text(f"{fingerprint}\n{seconds:.1f}\n{cpu_seconds:.1f}\n", encoding="utf-8")
+        console.print(f"  {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
+
+
+def read_times(markers: Path, step: Step) -> tuple[float, float] | None:
+    """Return the seconds and CPU seconds that a step took when it was done; None: it is not, or they are unknown."""
+    with suppress(OSError, ValueError):
+        _, seconds, cpu_seconds = (markers / f"{step.name}.done").read_text(encoding="utf-8").split()
+        return float(seconds), float(cpu_seconds)
+    return None
 
 
 def _holds(marker: Path, fingerprint: str) -> bool:
-    return marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
+    """Return whether a marker is of this fingerprint, which is its first line."""
+    return marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").split("\n")[0] == fingerprint
 
 
 class _Clock:
@@ -192,11 +205,11 @@ class _Clock:
     def skip(self, step: Step) -> None:
         self._over += step.seconds
 
-    def end(self, step: Step) -> str:
-        """Return how long the step took."""
+    def end(self, step: Step) -> tuple[float, float]:
+        """Return how long the step took: seconds, and seconds of CPU time."""
         self._over += step.seconds
         self._ran += step.seconds
-        return f"{time.monotonic() - self._step_start:.0f} s, {_cpu_seconds() - self._step_cpu:.0f} s of CPU time"
+        return time.monotonic() - self._step_start, _cpu_seconds() - self._step_cpu
 
     def show(self) -> None:
         """Print the progress line."""
@@ -223,7 +236,7 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _run(step: Step, show_progress: Callable[[], None]) -> None:
+def _run(step: Step, console: Console, show_progress: Callable[[], None]) -> None:
     if step.function is not None:
         step.function()
         return
@@ -243,6 +256,8 @@ def _run(step: Step, show_progress: Callable[[], None]) -> None:
         raise StepFailedError(
             f"The step '{step.name}' ended with code {process.returncode}. Start the quickstart again to resume."
         )
+    if step.output is not None:
+        console.print(step.output.read_text(encoding="utf-8").rstrip("\n"), markup=False)
 
 
 def _ends_within(process: subprocess.Popen[bytes], seconds: int) -> bool:
@@ -251,7 +266,8 @@ def _ends_within(process: subprocess.Popen[bytes], seconds: int) -> bool:
     return process.returncode is not None
 
 
-def _shown_command(step: Step) -> tuple[str, ...]:
+def shown_command(step: Step) -> tuple[str, ...]:
+    """Return the words that run a step alone."""
     return ("torchrun", *_torchrun_words(step)) if step.num_processes > 1 else ("vla-foundry", *step.words)
 
 

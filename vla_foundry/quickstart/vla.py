@@ -15,12 +15,14 @@ from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, tra
 TASKS = ("drawer-open-v3@half", "drawer-close-v3@half", "window-open-v3@half", "window-close-v3@half")
 # rollouts of each policy on each task, at most
 NUM_EPISODES = 32
+# rollouts of a trained policy on each task that are filmed
+NUM_FILMED = 2
 # control steps of an episode; trained policies took up to 130
 MAX_STEPS = 200
 FIELD_MAP = "config_presets/field_maps/metaworld.yaml"
 PRESET = "config_presets/training_jobs/vla_quickstart.yaml"
 # model in the results -> its label on the page
-_LABELS = {
+LABELS = {
     "policy": "from the vision-language model",
     "from_nothing": "the same, trained from nothing",
     "null": "no motion",
@@ -30,7 +32,7 @@ _ABLATIONS = {"other_images": "policy, pictures of another episode", "wrong_inst
 _GOAL, _ERROR_GOAL = 0.8, 0.5
 _COLUMN_WIDTH = 13
 # what is compared, declared before the first rollout
-_FAMILY = f"""models: {json.dumps(list(_LABELS))}
+_FAMILY = f"""models: {json.dumps(list(LABELS))}
 tasks: {json.dumps(TASKS)}
 alpha: 0.05
 max_sample_size: {NUM_EPISODES}
@@ -115,7 +117,6 @@ def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> li
                 f"Without a policy: {name} actions",
                 policy=name,
                 until_decided=results / "policy",
-                num_pictured=0,
             )
             for name in ("null", "random")
         ),
@@ -220,7 +221,10 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         "episodes": f"0:{NUM_EPISODES}",
         "max_steps": MAX_STEPS,
         "output": results,
+        "num_pictured": 0,
     }
+    if "checkpoint" in flags:
+        options |= {"save_videos": "all", "max_videos": NUM_FILMED}
     words = words_of("evaluate", **options, **flags)
     # results of other weights or settings are deleted, not resumed
     return Step(
@@ -262,12 +266,11 @@ def write_vla_report(folder: Path, *, summary: Path, ablations: bool = False) ->
         (
             "Action stage: success in closed loop; policies that share a letter are not told apart",
             *_format_rates(comparison),
-            *_format_decisions(comparison),
+            *(f"  {line}" for line in decisions(comparison)),
             *(_format_ablations(folder / "ablations") if ablations else ()),
             f"  goal: {_GOAL:.0%} for the policy, at most 10% without one, and the one from nothing told apart from it",
             *(folder / "action_error.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"),
             f"  goal: at most {_ERROR_GOAL:.2f} in the last column",
-            f"  pictures of episodes  {results / 'policy' / 'contact_sheet.png'}",
         )
     )
     summary.write_text(text + "\n", encoding="utf-8")
@@ -275,29 +278,39 @@ def write_vla_report(folder: Path, *, summary: Path, ablations: bool = False) ->
 
 
 def _format_rates(comparison: Comparison) -> Iterator[str]:
-    """Format a table: a row per policy, a column per task, and the mean over tasks."""
+    heads, rows = rate_cells(comparison)
+    width = max(map(len, LABELS.values()))
+    for label, *cells in (("", *heads), *rows):
+        yield f"  {label:{width}}{''.join(f'{cell:>{_COLUMN_WIDTH}}' for cell in cells)}"
+
+
+def rate_cells(comparison: Comparison) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return a table as text: the heads of its columns, and a row per policy that begins with its name.
+
+    The columns are the tasks and their mean. Cells hold a rate and the letters; "-" where there is no rollout.
+    """
     *tasks, mean = comparison.columns
-    width = max(map(len, _LABELS.values()))
-    heads = "".join(f"{task.name.partition('-v3')[0]:>{_COLUMN_WIDTH}}" for task in tasks)
-    yield f"  {'':{width}}{heads}{'mean':>{_COLUMN_WIDTH}}"
-    for model, label in _LABELS.items():
-        rates = (task.rates[model] for task in tasks)
-        counts = [f"{rate.num_successes}/{rate.num_trials}" for rate in rates]
-        cells = [f"{count} {task.letters[model]:<2}" for count, task in zip(counts, tasks, strict=True)]
-        cells.append(f"{mean.means[model]:.0%} {mean.letters[model]:<2}")
-        yield f"  {label:{width}}{''.join(f'{cell:>{_COLUMN_WIDTH}}' for cell in cells)}".rstrip()
+    rows = []
+    for model, label in LABELS.items():
+        cells = []
+        for task in tasks:
+            rate = task.rates.get(model)
+            cells.append(f"{rate.num_successes}/{rate.num_trials} {task.letters[model]}" if rate else "-")
+        cells.append(f"{mean.means[model]:.0%} {mean.letters[model]}" if model in mean.means else "-")
+        rows.append((label, *cells))
+    return [*(task.name.partition("-v3")[0] for task in tasks), "mean"], rows
 
 
-def _format_decisions(comparison: Comparison) -> Iterator[str]:
+def decisions(comparison: Comparison) -> Iterator[str]:
     """Say whether the policy is told apart from each other one, and how many rollouts that saved."""
     *tasks, mean = comparison.columns
     for pair in mean.pairs:
         if "policy" in (pair.first, pair.second):
-            other = _LABELS[pair.second if pair.first == "policy" else pair.first]
-            yield f"  policy against '{other}': {_describe_decision(pair, mean)}"
-    planned = sum(task.n_max for task in tasks) * len(_LABELS)
+            other = LABELS[pair.second if pair.first == "policy" else pair.first]
+            yield f"policy against '{other}': {_describe_decision(pair, mean)}"
+    planned = sum(task.n_max for task in tasks) * len(LABELS)
     run = sum(rate.num_trials for task in tasks for rate in task.rates.values())
-    yield f"  rollouts: {run} of {planned} planned; {planned - run} saved by the sequential test"
+    yield f"rollouts: {run} of {planned} planned; {planned - run} saved by the sequential test"
 
 
 def _describe_decision(pair: PairResult, mean: Column) -> str:

@@ -1,6 +1,7 @@
 """The vision-language stage: simulated scenes -> shards -> a model that starts from the LLM and captions them."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from vla_foundry.datagen.scene_captions import AttributeScore, score_captions
@@ -14,7 +15,7 @@ PRESET = "config_presets/training_jobs/vlm_quickstart.yaml"
 # held-out scenes whose captions are printed
 SHOWN = (0, 1, 2)
 # attribute -> its label in the report, and the accuracy to reach
-_ROWS: dict[str, tuple[str, float | None]] = {
+ROWS: dict[str, tuple[str, float | None]] = {
     "object": ("object", 0.9),
     "state": ("its state", 0.9),
     "object_position": ("where it is, within a cell", 0.9),
@@ -25,15 +26,15 @@ _ROWS: dict[str, tuple[str, float | None]] = {
     "object_position_exact": ("where it is, the very cell", None),
     "caption": ("the whole caption", None),
 }
-# held-out scenes in the figure
-_NUM_DRAWN = 8
+# in the stage's folder: what is said of each held-out scene, and what is true
+CAPTIONS_NAME = "captions.json"
 
 
 def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
     """Build the vision-language stage, which writes below `<output_dir>/vlm` and starts from the run in `llm`."""
     folder, llm_run = output_dir / "vlm", output_dir / "llm" / "runs" / "llm"
     scenes, shards, run = folder / "scenes", folder / "shards", folder / "runs" / "vlm"
-    summary, figure = folder / "summary.txt", folder / "captions.png"
+    summary, captions = folder / "summary.txt", folder / CAPTIONS_NAME
     held_out = scenes / "validation"
 
     def preprocess(split: str) -> Step:
@@ -81,21 +82,21 @@ def create_vlm_stage(output_dir: Path, sizes: Sizes) -> Stage:
             name="vlm_report",
             what="Caption all held-out scenes and score the captions",
             seconds=6,
-            function=lambda: write_vlm_report(run, held_out, summary=summary, figure=figure),
-            outputs=(summary, figure),
+            function=lambda: write_vlm_report(run, held_out, summary=summary, captions=captions),
+            outputs=(summary, captions),
         ),
     )
     return Stage(steps=steps, summary=summary)
 
 
-def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) -> str:
+def write_vlm_report(run: Path, scenes: Path, *, summary: Path, captions: Path) -> str:
     """Caption held-out scenes and score the captions, attribute by attribute.
 
     Args:
         run: folder of the vision-language run.
         scenes: folder of the held-out scenes: 00000000.png, .txt ...
         summary: text file to write.
-        figure: PNG to write: some scenes with their captions.
+        captions: JSON file to write: the caption of each scene, and the true one.
 
     Returns:
         The summary.
@@ -115,10 +116,13 @@ def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) ->
         (
             f"Vision-language stage: captions of {len(truths)} held-out scenes",
             *format_scores(score_captions(predictions, truths)),
-            f"  pictures with captions  {figure}",
         )
     )
-    draw_captions(pictures[:_NUM_DRAWN], predictions, truths, figure)
+    rows = [
+        {"picture": path.name, "caption": caption, "truth": truth}
+        for path, caption, truth in zip(pictures, predictions, truths, strict=True)
+    ]
+    captions.write_text(json.dumps({"captions": rows}, indent=1) + "\n", encoding="utf-8")
     summary.write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -126,31 +130,10 @@ def write_vlm_report(run: Path, scenes: Path, *, summary: Path, figure: Path) ->
 def format_scores(scores: Mapping[str, AttributeScore]) -> list[str]:
     """Format a table: each attribute's accuracy beside chance, the best constant answer and the goal."""
     lines = [f"  {'right, of held-out scenes':<37}{'model':>7}{'chance':>9}{'constant':>10}{'goal':>7}"]
-    for name, (label, goal) in _ROWS.items():
+    for name, (label, goal) in ROWS.items():
         score = scores[name]
         shown_goal = "" if goal is None else f"{goal:.0%}"
         lines.append(
             f"  {label:<37}{score.accuracy:>7.1%}{score.chance:>9.1%}{score.constant:>10.1%}{shown_goal:>7}".rstrip()
         )
     return [*lines, "  (constant: the best single answer for all pictures)"]
-
-
-def draw_captions(pictures: Sequence[Path], predictions: Sequence[str], truths: Sequence[str], path: Path) -> None:
-    """Draw scenes with their predicted captions; add the true caption where it differs."""
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-
-    num_rows = -(-len(pictures) // 4)
-    figure = Figure(figsize=(14, 5 * num_rows), dpi=90, layout="tight")
-    axes = figure.subplots(num_rows, 4)
-    for axis, picture, caption, truth in zip(axes.flat, pictures, predictions, truths, strict=False):
-        axis.imshow(imread(picture), interpolation="nearest")
-        lines = caption.strip().replace(". ", ".\n")
-        if caption.strip() != truth:
-            lines += "\n(true) " + truth.replace(". ", ".\n")
-        axis.set_title(lines, fontsize=8, loc="left", color="#222222" if caption.strip() == truth else "#c44e52")
-    for axis in axes.flat:
-        # set_axis_off would leave no room for the titles
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    figure.savefig(path)

@@ -1,11 +1,9 @@
 """The report of the quickstart's language stage."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from vla_foundry.quickstart.llm import draw_loss_curve, sketch_curve, unigram_loss
+from vla_foundry.quickstart.llm import sketch_curve, unigram_loss
 
 
 def test_unigram_loss_is_the_entropy_of_the_data_it_was_fitted_to() -> None:
@@ -23,8 +21,3 @@ def test_sketch_goes_down_with_the_loss() -> None:
     assert lines[0].strip().startswith("9.00 |*")
     assert lines[4].strip().startswith("4.00 |")
     assert lines[4].endswith("*")
-
-
-def test_loss_curve_is_a_png(tmp_path: Path) -> None:
-    draw_loss_curve([(0, 9.0), (10, 5.0)], [(10, 5.2)], 6.5, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,15 +1,11 @@
 """The preset and the report of the quickstart's vision-language stage."""
 
-from pathlib import Path
-
-from PIL import Image
-
 from vla_foundry.config.command_line import parse
 from vla_foundry.datagen.scene_captions import describe_scene, score_captions
 from vla_foundry.params import TrainExperimentParams
 from vla_foundry.params.models.vlm import VLMParams
 from vla_foundry.quickstart.llm import PRESET as LLM_PRESET
-from vla_foundry.quickstart.vlm import PRESET, draw_captions, format_scores
+from vla_foundry.quickstart.vlm import PRESET, format_scores
 
 
 def caption(row: int, state: str = "open") -> str:
@@ -47,14 +43,3 @@ def test_the_table_shows_accuracy_beside_chance_and_goal() -> None:
     assert state.split()[-4:] == ["50.0%", "50.0%", "50.0%", "90%"]
     position = next(line for line in lines if "where it is, within a cell" in line)
     assert position.split()[-4] == "25.0%"
-
-
-def test_scenes_are_drawn_with_what_was_said(tmp_path: Path) -> None:
-    pictures = []
-    for number in range(5):
-        pictures.append(tmp_path / f"{number}.png")
-        Image.new("RGB", (16, 16), (number * 40, 0, 0)).save(pictures[-1])
-    truths = [caption(row) for row in range(1, 6)]
-    draw_captions(pictures, [truths[0]] * 5, truths, tmp_path / "figure.png")
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.size == (1260, 900)

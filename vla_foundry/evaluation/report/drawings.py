@@ -3,8 +3,10 @@
 Marks differ in shape and lightness, not in colour alone. The page puts a table with the same numbers below each.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -114,6 +116,80 @@ def _stretches(outcomes: Iterable[str | None]) -> list[tuple[str | None, int, in
         else:
             found.append((outcome, place, 1))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line, or dots, over the steps of a run."""
+
+    name: str
+    # (step, value), in the order of the steps
+    points: Sequence[tuple[float, float]]
+    # how it is drawn
+    mark: Literal["line", "dashes", "dots"] = "line"
+
+
+# height of the field of curves, and where it begins
+_FIELD, _FIELD_TOP, _FIELD_LEFT = 170, 22, 40
+
+
+def draw_curves(curves: Sequence[Curve], label: str, *, unit: str) -> str:
+    """Draw curves over steps; values that differ tenfold or more go on a logarithmic axis.
+
+    Args:
+        unit: what the values are.
+
+    Raises:
+        ValueError: no curve has a finite value.
+    """
+    kept = [[point for point in curve.points if math.isfinite(point[1])] for curve in curves]
+    steps, values = zip(*(point for points in kept for point in points), strict=True) if any(kept) else ((), ())
+    if not values:
+        raise ValueError(f"{label}: there are no values to draw.")
+    low, high, last = min(values), max(values), max(steps)
+    is_log = low > 0 and high >= 10 * low
+    scale = math.log if is_log else float
+    bottom, height = scale(low), (scale(high) - scale(low)) or 1.0
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = _FIELD_LEFT + step / (last or 1) * (_RIGHT - _FIELD_LEFT)
+        return x, _FIELD_TOP + _FIELD * (1 - (scale(value) - bottom) / height)
+
+    parts = []
+    for tick in _ticks(low, high, is_log=is_log):
+        _, y = place(0.0, tick)
+        parts.append(f'<path d="M{_FIELD_LEFT} {y:.1f}H{_RIGHT}" stroke="#ccc"/>')
+        parts.append(f'<text x="{_FIELD_LEFT - 4}" y="{y + 4:.1f}" font-size="11" text-anchor="end">{tick:g}</text>')
+    x = float(_FIELD_LEFT)
+    for curve, points in zip(curves, kept, strict=True):
+        shown = [place(*point) for point in points]
+        sample = [(x + 9.0, 10.0)] if curve.mark == "dots" else [(x, 10.0), (x + 18.0, 10.0)]
+        parts += [_mark(curve.mark, sample), _mark(curve.mark, shown)]
+        parts.append(f'<text x="{x + 22:g}" y="14" font-size="11">{escape(curve.name)}</text>')
+        x += 34 + round(5.8 * len(curve.name))
+    under = _FIELD_TOP + _FIELD + 16
+    parts.append(f'<text x="{_FIELD_LEFT}" y="{under}" font-size="11">{escape(unit)}{", logarithmic" * is_log}</text>')
+    parts.append(f'<text x="{_RIGHT}" y="{under}" font-size="11" text-anchor="end">step {last:g}</text>')
+    return _svg(parts, under + 6, label)
+
+
+def _ticks(low: float, high: float, *, is_log: bool) -> list[float]:
+    """Return round values between two: 1, 2 and 5 times powers of ten, or about four even ones."""
+    if is_log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        return [value for power in powers for factor in (1, 2, 5) if low <= (value := factor * 10.0**power) <= high]
+    size = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1.0))
+    step = next(factor * size for factor in (0.2, 0.25, 0.5, 1, 2, 2.5) if (high - low) / (factor * size) <= 5)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _mark(mark: str, points: Sequence[tuple[float, float]]) -> str:
+    if mark == "dots":
+        return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_WARN}"/>' for x, y in points)
+    dashes = ' stroke-dasharray="5 3"' if mark == "dashes" else ""
+    way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    color = _WARN if dashes else _DARK
+    return f'<polyline points="{way}" fill="none" stroke="{color}" stroke-width="1.8"{dashes}/>'
 
 
 # patterns of the parts of a bar, in their order

@@ -20,7 +20,7 @@ from vla_foundry.evaluation.report.tables import Table, escape, escape_markdown,
 
 # nothing is loaded or run, whatever the data held
 _HEAD = """<!doctype html><html lang=en><head><meta charset=utf-8>
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name=viewport content="width=device-width,initial-scale=1"><title>{title}</title><style>
 body{{font:15px/1.45 system-ui,sans-serif;color:#111;background:#fff;max-width:1240px;margin:0 auto}}
 body{{padding:0 12px 40px}}h1{{font-size:1.5em}}h2{{margin-top:1.8em;border-bottom:2px solid #1b3a5c}}
@@ -36,7 +36,7 @@ th,td{{border:1px solid #bbb;padding:2px 6px;text-align:left;vertical-align:top}
 .heat thead th{{vertical-align:bottom;max-width:6.5em}}.heat small{{display:block}}
 details{{border:1px solid #ccc;border-radius:4px;padding:4px 8px;margin:6px 0;min-width:0}}
 summary{{cursor:pointer;padding:4px 0}}
-{shades}
+{style}
 @media print{{td{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}}}</style></head><body>"""
 # the heat map's shades, from white to dark, in steps of 10%
 _NUM_SHADES = 11
@@ -51,13 +51,22 @@ def write_page(contents: Contents, title: str, recordings: Sequence[Path], folde
         recordings: videos and pictures to link.
         folder: where the page will lie.
     """
-    parts = [_HEAD.format(title=escape(title), shades=_shades()), PATTERNS, f"<h1>{escape(title)}</h1>"]
+    parts = [begin_page(title, _shades())]
     parts += [_facts(contents), _overview(contents), _heat_map(contents), _violins(contents), _differences(contents)]
     if contents.against is not None:
-        parts.append(_section("Against a published policy", contents.tables["against"].to_html()))
+        parts.append(section("Against a published policy", contents.tables["against"].to_html()))
     parts += [_seeds(contents), _failures(contents), _floor(contents), _budget(contents)]
     parts.append(_recordings(recordings, folder))
     return "\n".join(parts) + "</body></html>\n"
+
+
+def begin_page(title: str, style: str = "") -> str:
+    """Return the beginning of a page, up to its title.
+
+    Args:
+        style: CSS besides that of all pages.
+    """
+    return f"{_HEAD.format(title=escape(title), style=style)}{PATTERNS}<h1>{escape(title)}</h1>"
 
 
 def describe(contents: Contents) -> list[str]:
@@ -130,15 +139,18 @@ def _rates_by_task(contents: Contents) -> Table:
     return Table(name="by_task", caption="Success rates in percent and letters, by task", columns=titles, rows=rows)
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """Return a section of a page: a title, which is HTML, and its parts."""
     return f"<section><h2>{title}</h2>{''.join(parts)}</section>"
 
 
-def _figure(title: str, drawing: str, table: str) -> str:
+def figure(title: str, drawing: str, table: str) -> str:
+    """Return a drawing with its title above and a table with its numbers below."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}{table}</figure>"
 
 
-def _folded(title: str, *parts: str) -> str:
+def folded(title: str, *parts: str) -> str:
+    """Return what a reader unfolds by a click on its title."""
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
 
 
@@ -161,11 +173,11 @@ def _overview(contents: Contents) -> str:
     )
     left = f"<p>Left out, because some model lacks it: {escape(', '.join(column.left_out))}." if column.left_out else ""
     table = contents.tables["rates"].only(column.name, f"{contents.title(column)}: success rates")
-    return _section(
+    return section(
         "Success rates",
         text,
         left,
-        _figure(contents.title(column), _draw_violins(contents, column), table.to_html()),
+        figure(contents.title(column), _draw_violins(contents, column), table.to_html()),
         contents.tables["readings"].to_html(),
     )
 
@@ -176,8 +188,8 @@ def _violins(contents: Contents) -> str:
         if not is_aggregate(column) and len(contents.columns) > 1:
             table = contents.tables["rates"].only(column.name, f"{contents.title(column)}: success rates")
             drawing = _draw_violins(contents, column)
-            cards.append(_figure(contents.title(column), drawing, _folded("Table", table.to_html())))
-    return _section("Each task", f'<div class="cards">{"".join(cards)}</div>') if cards else ""
+            cards.append(figure(contents.title(column), drawing, folded("Table", table.to_html())))
+    return section("Each task", f'<div class="cards">{"".join(cards)}</div>') if cards else ""
 
 
 def _heat_map(contents: Contents) -> str:
@@ -189,7 +201,7 @@ def _heat_map(contents: Contents) -> str:
         cells = [_heat_cell(contents, column, model) for column in columns]
         rows.append(f"<tr><th scope=row>{escape(model)}{''.join(cells)}")
     caption = "Success rate in percent, and letters within the task; darker is higher"
-    return _section(
+    return section(
         "Heat map",
         f'<div class="scroll heat" tabindex=0 role=region aria-label="{caption}"><table><caption>{caption}</caption>'
         f"<thead><tr><th scope=col>model{head}<tbody>{''.join(rows)}</table></div>",
@@ -223,7 +235,7 @@ def _differences(contents: Contents) -> str:
         "<p>Rate of the first model minus that of the second, with the 95% interval of this pair alone. A filled dot: "
         "the pair is separated in its family. Rollouts of each: how many the decision took."
     )
-    return _section("Differences between pairs", text, *parts) if parts else ""
+    return section("Differences between pairs", text, *parts) if parts else ""
 
 
 def _pairs_of(contents: Contents, column: Column, pairs: Sequence[PairResult]) -> str:
@@ -235,7 +247,7 @@ def _pairs_of(contents: Contents, column: Column, pairs: Sequence[PairResult]) -
     title = contents.title(column)
     drawing = draw_differences(rows, f"{title}: differences of pairs; the table below has the numbers")
     table = contents.tables["pairs"].only(column.name, f"{title}: differences of pairs")
-    return _folded(f"{title}: {num_separated} of {len(pairs)} pairs separated", drawing, table.to_html())
+    return folded(f"{title}: {num_separated} of {len(pairs)} pairs separated", drawing, table.to_html())
 
 
 def _seeds(contents: Contents) -> str:
@@ -249,12 +261,12 @@ def _seeds(contents: Contents) -> str:
         title = f"{contents.title(column)}: seeds {seeds[0]} to {seeds[-1]}"
         drawing = draw_seeds(rows, f"{title}, outcome of each; the table below lists them")
         table = contents.tables["seeds"].only(column.name, title).to_html()
-        parts.append(_folded(title, drawing, f'<div class="seeds">{table}</div>'))
+        parts.append(folded(title, drawing, f'<div class="seeds">{table}</div>'))
     text = (
         "<p>One mark per seed, from left to right. Full bar: success; light full bar: success of a start that succeeds "
         "by itself; low mark: failure; high red mark: invalid; nothing: not run."
     )
-    return _section("Every seed", text, *parts)
+    return section("Every seed", text, *parts)
 
 
 def _failures(contents: Contents) -> str:
@@ -262,36 +274,34 @@ def _failures(contents: Contents) -> str:
     rows = [(row[0], row[1:], f"{sum(row[3:6])} invalid") for row in table.rows]
     drawing = draw_bars(rows, KINDS, "Episodes by outcome; the table has the numbers")
     more = reasons.to_html() if reasons.rows else "<p>No episode left a message."
-    return _section("Failures and invalid episodes", _figure(table.caption, drawing, table.to_html()), more)
+    return section("Failures and invalid episodes", figure(table.caption, drawing, table.to_html()), more)
 
 
 def _floor(contents: Contents) -> str:
     table = contents.tables["trivial"]
     if not table.rows:
-        return _section(
-            "Floor", "<p>No start is known to succeed by itself. A null policy shows whether there are any."
-        )
+        return section("Floor", "<p>No start is known to succeed by itself. A null policy shows whether there are any.")
     rows = [(f"{row[0]}: {row[1]}", (row[2], row[3] - row[2]), f"{percent(row[4])}%") for row in table.rows]
     drawing = draw_bars(
         rows, ("trivial", "other starts"), "Starts that succeed by themselves; the table has the numbers"
     )
     text = "<p>The null policy, or nearly every model of the set, succeeds on these starts before a policy can act."
-    return _section("Floor", text, _figure(table.caption, drawing, table.to_html()))
+    return section("Floor", text, figure(table.caption, drawing, table.to_html()))
 
 
 def _budget(contents: Contents) -> str:
     table = contents.tables["budget"]
     rows = [(row[0], (row[3], row[4]), f"{row[3]:,} of {row[2]:,}") for row in table.rows]
     drawing = draw_bars(rows, ("run", "not run"), "Rollouts run and planned; the table has the numbers")
-    return _section("Budget", _figure(table.caption, drawing, table.to_html()))
+    return section("Budget", figure(table.caption, drawing, table.to_html()))
 
 
 def _recordings(paths: Sequence[Path], folder: Path) -> str:
     if not paths:
-        return _section("Recordings", "<p>There are no videos or pictures below the results.")
+        return section("Recordings", "<p>There are no videos or pictures below the results.")
     links = []
     for path in paths:
         place = os.path.relpath(path, folder)
         href = html.escape(quote(os.fsencode(place).replace(os.sep.encode(), b"/")))
         links.append(f'<li><a href="{href}" target=_blank>{escape(place)}</a>')
-    return _section("Recordings", _folded(f"{len(paths)} videos and pictures", f"<ul>{''.join(links)}</ul>"))
+    return section("Recordings", folded(f"{len(paths)} videos and pictures", f"<ul>{''.join(links)}</ul>"))

@@ -39,6 +39,7 @@ _FORMATS = {
     "rate": percent,
     "difference": lambda value: f"{100 * value:+.1f}",
     "p_value": lambda value: f"{value:.2g}",
+    "seconds": lambda value: f"{value:,.0f}",
 }
 
 
@@ -54,7 +55,7 @@ class Table:
     # of its CSV file
     name: str
     caption: str
-    # name of a column -> text, count, rate (shown in percent), difference (of rates) or p_value
+    # name of a column -> text, count, rate (shown in percent), difference (of rates), p_value or seconds
     columns: dict[str, str]
     rows: Sequence[tuple[Any, ...]]
 
