@@ -28,7 +28,8 @@ _NUM_SCENES = 12
 _STYLE = """img{max-width:100%;display:block;border-radius:4px;background:#eee}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:16px}
 .films{grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr))}
-@media(max-width:600px){.scenes{grid-template-columns:1fr 1fr}}.pictures img{width:100%;aspect-ratio:1}.pair{display:grid;grid-template-columns:1fr 1fr;gap:6px}
+@media(max-width:600px){.scenes{grid-template-columns:1fr 1fr}}
+.pictures img{width:100%;aspect-ratio:1}.pair{display:grid;grid-template-columns:1fr 1fr;gap:6px}
 .small{font-size:13px;margin:4px 0}mark{background:#ffd9d4;color:#111;text-decoration:line-through}
 ins{background:#d5ecd5;color:#111;text-decoration:none}.right{color:#12591f;font-weight:600}
 .wrong{color:#a11d16;font-weight:600}.missing{border-left:4px solid #b3261e;padding:2px 8px;background:#fbeeed}
