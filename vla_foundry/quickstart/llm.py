@@ -124,7 +124,7 @@ def _show_tokens(tokenizer: Path) -> None:
 
     loaded = load_tokenizer(str(tokenizer))
     ids = loaded.encode(INSTRUCTION, add_special_tokens=False)
-    pieces = "|".join(loaded.decode([number]) for number in ids)
+    pieces = "|".join(str(loaded.decode([number])) for number in ids)
     print(f"  {INSTRUCTION!r} -> {pieces}\n  which a model sees as {ids}")  # noqa: T201
 
 

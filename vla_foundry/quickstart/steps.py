@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vla_foundry.config.command_line import parse
+from vla_foundry.evaluation.dashboard.jobs import end_with_parent
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.world import num_cores
 
@@ -248,7 +249,9 @@ def _run(step: Step, console: Console, show_progress: Callable[[], None]) -> Non
         command = [sys.executable, "-m", "torch.distributed.run", *_torchrun_words(step)]
     with ExitStack() as stack:
         file = stack.enter_context(step.output.open("w", encoding="utf-8")) if step.output else None
-        process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=file))
+        process = stack.enter_context(
+            subprocess.Popen(command, env=environment, stdout=file, preexec_fn=end_with_parent)
+        )
         stack.callback(process.kill)
         while not _ends_within(process, _SECONDS_BETWEEN_LINES):
             show_progress()

@@ -326,7 +326,7 @@ def _identify(pid: int) -> str:
     return f"{boot} {start} {words.replace(bytes(1), b' ').decode('utf-8', 'replace').strip()}" if words else ""
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have this process terminated when the one that started it is killed: nobody could stop it any more."""
     # PR_SET_PDEATHSIG of Linux
     with suppress(AttributeError):
@@ -349,7 +349,7 @@ def main(path: Path, words: list[str]) -> None:
     sys.stderr.write(f"$ {' '.join(['vla-foundry', *words])}\n")
     sys.stderr.flush()
     command = [sys.executable, "-m", "vla_foundry.cli", *words]
-    code = subprocess.call(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+    code = subprocess.call(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
     with hold_lock(lock, wait=True):
         job = read_job(path)
         # it may have been removed by hand meanwhile
