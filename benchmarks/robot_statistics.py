@@ -14,11 +14,12 @@ import numpy as np
 from vla_foundry.params.commands.preprocessing_robotics import StatsParams
 from vla_foundry.preprocessing.robotics.statistics import compute_statistics
 from vla_foundry.preprocessing.shard_writer import open_shard
-from vla_foundry.robotics.episode_blocks import EpisodeInfo, format_arrays, format_episode
+from vla_foundry.robotics.episode_blocks import EpisodeInfo, format_episode
 from vla_foundry.robotics.fields import PoseGroup
 from vla_foundry.robotics.rotations import matrix_to_rotation
 from vla_foundry.robotics.spec import DatasetSpec, FieldDescription, format_spec
 from vla_foundry.shards import MANIFEST_NAME, format_manifest
+from vla_foundry.storage.npz import format_arrays
 
 SHARD_FRAMES, EPISODE_FRAMES = 2048, 256
 SIDES = ("left", "right")

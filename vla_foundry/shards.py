@@ -19,7 +19,7 @@ from itertools import chain, pairwise
 from typing import Any, BinaryIO, Literal
 
 from vla_foundry.parsing import MAX_RECORD_BYTES, parse_object
-from vla_foundry.tars import find_files, refuse_pipe
+from vla_foundry.tars import Bytes, find_files, refuse_pipe
 
 MANIFEST_NAME = "manifest.jsonl"
 PROVENANCE_NAME = "provenance.json"
@@ -223,8 +223,13 @@ def index_shard(file: BinaryIO) -> ShardIndex:
     Raises:
         ValueError: the file is not a readable tar, or a member of a sample cannot be read.
     """
-    samples: list[tuple[str, dict[str, MemberSpan]]] = []
     files, ends_properly = find_files(file)
+    return replace(create_index(file, files), ends_properly=ends_properly)
+
+
+def create_index(file: BinaryIO, files: Iterable[tuple[str, Bytes | str]]) -> ShardIndex:
+    """Return the index of a tar whose files are known, see `find_files`; for its errors see `index_shard`."""
+    samples: list[tuple[str, dict[str, MemberSpan]]] = []
     num_bytes = file.seek(0, 2)
     for name, content in files:
         key, suffix = split_member_name(name) or (None, "")
@@ -239,14 +244,12 @@ def index_shard(file: BinaryIO) -> ShardIndex:
             samples.append((key, {}))
         samples[-1][1][suffix] = span
     if len(samples) == 1 and RECORDS_INFO_SUFFIX in samples[0][1]:
-        index = _index_records(file, samples[0][1], num_bytes)
-    elif samples and EPISODE_SUFFIX in samples[0][1]:
+        return _index_records(file, samples[0][1], num_bytes)
+    if samples and EPISODE_SUFFIX in samples[0][1]:
         episodes = tuple(_index_episode(file, key, spans) for key, spans in samples)
         num_anchors = sum(len(episode.anchors) for episode in episodes)
-        index = ShardIndex(num_sequences=num_anchors, num_bytes=num_bytes, episodes=episodes)
-    else:
-        index = ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
-    return replace(index, ends_properly=ends_properly)
+        return ShardIndex(num_sequences=num_anchors, num_bytes=num_bytes, episodes=episodes)
+    return ShardIndex(num_sequences=len(samples), num_bytes=num_bytes, samples=tuple(samples))
 
 
 def format_records_info(*, dtype: str, record_length: int, num_sequences: int) -> str:

@@ -1,4 +1,4 @@
-"""Find the files in a tar and where their bytes lie, as GNU tar would extract them; or read them in sequence."""
+"""Find the files in a tar and where their bytes lie, as GNU tar would extract them; read them in turn; write files."""
 
 import posixpath
 import re
@@ -182,3 +182,30 @@ def _find_next_archive(file: BinaryIO) -> int | None:
             f"not a readable tar (another archive follows at byte {start}: it is damaged, cut off or compressed)"
         )
     return None
+
+
+_PLAIN = tarfile.TarInfo()
+_PLAIN.mode = 0o644
+# the header of an empty file without a name; time, owner and group are 0
+_EMPTY = _PLAIN.tobuf(tarfile.GNU_FORMAT)
+_EMPTY_SUM = sum(_EMPTY) - sum(_EMPTY[148:156]) + 8 * ord(" ")
+# bytes of a name in one header, and the first size that does not fit there
+_NAME_SIZE, _LARGE = 100, 8**11
+
+
+def format_member(name: str, content: bytes) -> tuple[bytes, bytes]:
+    """Return what comes before and after a file's content in a tar: the bytes that `tarfile` writes, in less time."""
+    encoded, size = name.encode("utf-8", "surrogateescape"), b"%011o" % len(content)
+    padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+    if len(encoded) > _NAME_SIZE or len(content) >= _LARGE:
+        info = tarfile.TarInfo(name)
+        info.mode, info.size = _PLAIN.mode, len(content)
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), padding
+    checksum = _EMPTY_SUM + sum(encoded) + sum(size) - 11 * ord("0")
+    start = encoded.ljust(_NAME_SIZE, b"\0") + _EMPTY[_NAME_SIZE:124] + size + _EMPTY[135:148]
+    return start + b"%06o\0 " % checksum + _EMPTY[156:], padding
+
+
+def format_end(num_bytes: int) -> bytes:
+    """Return the end of a tar whose members take `num_bytes`."""
+    return bytes(2 * tarfile.BLOCKSIZE + -(num_bytes + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)

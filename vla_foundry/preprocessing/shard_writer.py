@@ -4,21 +4,23 @@ webdataset's own TarWriter does not fit: it sorts the members of a sample, ignor
 tar as a stream, so that a failed episode could not be removed again.
 """
 
-import io
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from vla_foundry.shards import ManifestEntry, format_index, index_shard, sha256_of
+from vla_foundry.shards import ManifestEntry, create_index, format_index, sha256_of
 from vla_foundry.storage.uri import join_uri, open_output, write_text
+from vla_foundry.tars import Bytes, format_end, format_member
 
 
 class ShardWriter:
     """Adds samples to one open tar; see open_shard."""
 
-    def __init__(self, tar: tarfile.TarFile, file: BinaryIO) -> None:
-        self._tar, self._file = tar, file
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        # each member's name and place, in order
+        self.members: list[tuple[str, Bytes]] = []
         # known when open_shard's block has ended
         self.entry: ManifestEntry | None = None
 
@@ -32,21 +34,24 @@ class ShardWriter:
         assert "." not in key.rpartition("/")[2], f"a sample key may have no dot: {key}"
         for suffix, content in members.items():
             assert suffix == suffix.lower(), f"a member's suffix must be in lower case: {suffix}"
-            info = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and group are 0
-            info.mode = 0o644
-            info.size = len(content)
-            self._tar.addfile(info, io.BytesIO(content))
+            name = f"{key}.{suffix}"
+            before, after = format_member(name, content)
+            for part in (before, content, after):
+                self._file.write(part)
+            self.members.append((name, (self.num_bytes + len(before), len(content))))
+            self.num_bytes += len(before) + len(content) + len(after)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Remove all that the block added if it raises."""
-        start = self._tar.offset
+        start, count = self.num_bytes, len(self.members)
         try:
             yield
         except BaseException:
             self._file.seek(start)
             self._file.truncate()
-            self._tar.offset = start
+            self.num_bytes = start
+            del self.members[count:]
             raise
 
 
@@ -57,12 +62,12 @@ def open_shard(folder: str, shard: str) -> Iterator[ShardWriter]:
     The writer's `entry`, the shard's line for the manifest, is set at the end.
     """
     with open_output(join_uri(folder, f"{shard}.tar")) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            writer = ShardWriter(tar, file)
-            yield writer
+        writer = ShardWriter(file)
+        yield writer
+        file.write(format_end(writer.num_bytes))
         file.flush()
         with open(file.name, "rb") as written:
-            index = index_shard(written)
+            index = create_index(written, writer.members)
             written.seek(0)
             digest = sha256_of(written)
     write_text(join_uri(folder, f"{shard}.index.json"), format_index(index))

@@ -13,21 +13,16 @@ An episode's members, in this order. <key> is the episode id: unique in the data
 A shard's samples are the anchors of its episodes, in the order of the tar.
 """
 
-import io
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vla_foundry.parsing import parse_json
 from vla_foundry.shards import EPISODE_SUFFIX as EPISODE_SUFFIX
 from vla_foundry.shards import EPISODE_VERSION, parse_episode_header
 from vla_foundry.shards import frame_suffix as frame_suffix
-
-if TYPE_CHECKING:
-    import numpy as np
 
 LOWDIM_SUFFIX = "lowdim.npz"
 TIMESTAMP_FIELD = "timestamp"
@@ -133,21 +128,3 @@ def _parse_camera(value: Mapping[str, Any]) -> EpisodeCamera:
     return EpisodeCamera(
         original_size=(original[0], original[1]), size=(size[0], size[1]), extension=value["extension"]
     )
-
-
-def format_arrays(arrays: "Mapping[str, np.ndarray]", *, compressed: bool = False) -> bytes:
-    """Format arrays as an .npz: the same arrays in the same order give the same bytes. Any name is allowed.
-
-    (numpy.savez takes the arrays as keyword arguments, so some names clash with its own.)
-    """
-    from numpy.lib import format as npy
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            npy.write_array(content, array, allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy")  # the default timestamp, 1980, is the same in every archive
-            entry.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-            archive.writestr(entry, content.getvalue())
-    return buffer.getvalue()

@@ -1,20 +1,22 @@
-"""Read single arrays of an .npz, or a range of their rows, without reading the rest of the file.
+"""Read single arrays of an .npz, or a range of their rows, without reading the rest of the file; and write an .npz.
 
 NumPy opens an .npz through `zipfile`, which takes longer than reading a window of robot data. This module reads the
 directory at the end of the file once. For each requested array it reads the header and only the requested bytes: a
-range of rows, if the array is stored uncompressed. It never unpickles.
+range of rows, if the array is stored uncompressed. It never unpickles. It writes the bytes that `zipfile` would.
 """
 
 import ast
+import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from vla_foundry.registry import unknown_name_message
 
@@ -265,3 +267,52 @@ def _array_of(name: str, header: _Header, content: bytes, shape: tuple[int, ...]
         raise ValueError(f"array '{name}' is truncated")
     array = np.frombuffer(content, dtype=header.dtype, count=count)
     return array.reshape(shape, order="F" if header.is_fortran else "C")
+
+
+# of every member: the version of the format (2.0), Unix, 1 January 1980, a file that its owner may read and write
+_VERSION, _UNIX, _DATE, _MODE = 20, 3 << 8, 33, 0o600 << 16
+_UTF8 = 0x800
+
+
+def format_arrays(arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> bytes:
+    """Format arrays as an .npz: the same arrays in the same order give the same bytes. Any name is allowed.
+
+    (numpy.savez takes the arrays as keyword arguments, so some names clash with its own.)
+
+    Raises:
+        ValueError: an array holds Python objects, or they take 4 GiB or more.
+    """
+    parts: list[bytes] = []
+    directory: list[bytes] = []
+    offset = 0
+    for name, array in arrays.items():
+        content = _format_header(array.dtype, array.shape, _is_fortran(array)) + array.tobytes("A")
+        packed = content
+        if compressed:
+            packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -zlib.MAX_WBITS)
+            packed = packer.compress(content) + packer.flush()
+        member = f"{name}.npy".encode()
+        sizes = (zlib.crc32(content), len(packed), len(content), len(member), 0)
+        kind = (_VERSION, 0 if member.isascii() else _UTF8, _DEFLATED if compressed else _STORED, 0, _DATE)
+        if offset + len(packed) >= 0xFFFFFFFF or len(content) >= 0xFFFFFFFF:
+            raise ValueError("an .npz over 4 GiB is not supported")
+        directory += [_ENTRY.pack(b"PK\1\2", _VERSION | _UNIX, *kind, *sizes, 0, 0, 0, _MODE, offset), member]
+        parts += [_LOCAL.pack(b"PK\3\4", *kind, *sizes), member, packed]
+        offset += _LOCAL.size + len(member) + len(packed)
+    entries = b"".join(directory)
+    end = _END.pack(b"PK\5\6", 0, 0, len(arrays), len(arrays), len(entries), offset, 0)
+    return b"".join([*parts, entries, end])
+
+
+def _is_fortran(array: np.ndarray) -> bool:
+    return array.flags.f_contiguous and not array.flags.c_contiguous
+
+
+@lru_cache(maxsize=4096)
+def _format_header(dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool) -> bytes:
+    if dtype.hasobject:
+        raise ValueError("an array holds Python objects")
+    header = io.BytesIO()
+    described = {"descr": npy.dtype_to_descr(dtype), "fortran_order": is_fortran, "shape": shape}
+    npy.write_array_header_1_0(header, described)
+    return header.getvalue()

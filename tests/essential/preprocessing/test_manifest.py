@@ -15,9 +15,10 @@ from vla_foundry.preprocessing import manifest
 from vla_foundry.preprocessing.manifest import build_manifest, find_faults, verify_dataset
 from vla_foundry.preprocessing.shard_writer import write_shard
 from vla_foundry.preprocessing.text.packing import Records, write_records
-from vla_foundry.robotics.episode_blocks import EpisodeCamera, EpisodeInfo, format_arrays, format_episode
+from vla_foundry.robotics.episode_blocks import EpisodeCamera, EpisodeInfo, format_episode
 from vla_foundry.shards import ManifestEntry, format_manifest, parse_index, parse_manifest
 from vla_foundry.storage import uri
+from vla_foundry.storage.npz import format_arrays
 
 
 def write_tar(path: Path, names: list[str], *, content: bytes = b"content") -> None:

@@ -1,5 +1,6 @@
 """Shards are written whole, with the same bytes every time, and with an index that fits."""
 
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -21,6 +22,25 @@ def test_bytes_depend_on_content_alone(tmp_path: Path):
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
             assert member.mode == 0o644
+
+
+def test_a_tar_has_the_bytes_that_tarfile_writes(tmp_path: Path):
+    members = {
+        "a.jpg": b"x" * 5,
+        "empty": b"",
+        "n" * 98: b"y" * 512,
+        "é" * 50: b"z" * 513,
+        "n" * 99: b"",
+        "m" * 99: b"1",
+    }
+    write_shard(str(tmp_path), "shard", [("k", members)])
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(f"k.{suffix}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert (tmp_path / "shard.tar").read_bytes() == expected.getvalue()
 
 
 def test_entry_and_index_describe_the_tar(tmp_path: Path):

@@ -16,13 +16,13 @@ from vla_foundry.robotics.episode_blocks import (
     EpisodeCamera,
     EpisodeInfo,
     InstructionSpan,
-    format_arrays,
     format_episode,
     frame_suffix,
     is_episode_id,
     parse_episode,
 )
 from vla_foundry.shards import ShardIndex, format_index, index_shard, parse_index
+from vla_foundry.storage.npz import format_arrays
 
 INFO = EpisodeInfo(
     episode_id="run_1",
@@ -108,13 +108,6 @@ def test_an_episode_that_is_no_json_is_named():
 def test_ids_are_plain():
     assert is_episode_id("a_B-9")
     assert not any(is_episode_id(text) for text in ("", "a.b", "a/b", "ä", "a b"))
-
-
-def test_the_same_arrays_have_the_same_bytes():
-    arrays = {"file": np.arange(6.0).reshape(3, 2), "timestamp": np.arange(3.0)}
-    assert format_arrays(arrays) == format_arrays({name: array.copy() for name, array in arrays.items()})
-    with np.load(io.BytesIO(format_arrays(arrays, compressed=True))) as archive:
-        np.testing.assert_array_equal(archive["file"], arrays["file"])
 
 
 def test_the_index_finds_every_frame_of_every_camera():

@@ -1,13 +1,14 @@
 """Arrays out of an .npz: NumPy's own reader is the authority."""
 
 import io
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vla_foundry.storage.npz import NpzFile
+from vla_foundry.storage.npz import NpzFile, format_arrays
 
 
 def write_npz(arrays: dict[str, Any], *, is_packed: bool) -> bytes:
@@ -115,3 +116,23 @@ def test_an_unchecked_file_checks_an_array_before_its_first_rows() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="array 'bad' is damaged: its checksum differs"):
             unchecked.read_rows("bad", 0, 2)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_arrays_are_written_as_zipfile_and_numpy_write_them(arrays: dict[str, Any], is_packed: bool) -> None:
+    written = arrays | {"file": np.arange(6.0), "é|x": np.arange(12).reshape(3, 4)[:, ::2], "turned": np.eye(2, 3).T}
+    written = {name: np.asarray(array) for name, array in written.items()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in written.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, array)
+            member = zipfile.ZipInfo(f"{name}.npy")
+            member.compress_type = zipfile.ZIP_DEFLATED if is_packed else zipfile.ZIP_STORED
+            archive.writestr(member, content.getvalue())
+    assert format_arrays(written, compressed=is_packed) == buffer.getvalue()
+
+
+def test_python_objects_are_not_written() -> None:
+    with pytest.raises(ValueError, match="Python objects"):
+        format_arrays({"a": np.asarray([{}])})

@@ -16,12 +16,12 @@ from vla_foundry.robotics.episode_blocks import (
     EpisodeCamera,
     EpisodeInfo,
     InstructionSpan,
-    format_arrays,
     format_episode,
     frame_suffix,
 )
 from vla_foundry.robotics.spec import CameraDescription, DatasetSpec, FieldDescription, format_spec
 from vla_foundry.shards import format_manifest
+from vla_foundry.storage.npz import format_arrays
 
 SIZE, NUM_FRAMES = (96, 80), 8
 CAMERAS = ("front", "wrist")

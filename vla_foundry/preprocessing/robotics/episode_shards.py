@@ -40,11 +40,11 @@ from vla_foundry.robotics.episode_blocks import (
     TIMESTAMP_FIELD,
     EpisodeCamera,
     EpisodeInfo,
-    format_arrays,
     format_episode,
     frame_suffix,
 )
 from vla_foundry.robotics.statistics_format import pack_statistics
+from vla_foundry.storage.npz import format_arrays
 from vla_foundry.storage.uri import delete, join_uri, write_bytes
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from vla_foundry.preprocessing.output import PROGRESS_FOLDER
 from vla_foundry.preprocessing.tasks import Task, ray_cluster, run_tasks
 from vla_foundry.progress import say
 from vla_foundry.robotics.accumulator import StatisticsAccumulator
-from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, format_arrays, parse_episode
+from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, parse_episode
 from vla_foundry.robotics.fields import Window, is_relative_field
 from vla_foundry.robotics.fit import create_statistics_window, find_contradictions
 from vla_foundry.robotics.spec import DatasetSpec, NamedSpec, read_spec
@@ -34,7 +34,7 @@ from vla_foundry.robotics.statistics_format import (
 from vla_foundry.robotics.windows import RobotWindow, iterate_windows, read_episode_fields, read_sample_window
 from vla_foundry.run_folder import STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, EpisodeSpans, MemberSpan, index_shard, parse_index, parse_manifest
-from vla_foundry.storage.npz import NpzFile
+from vla_foundry.storage.npz import NpzFile, format_arrays
 from vla_foundry.storage.uri import (
     absolute_uri,
     delete,
