@@ -2,7 +2,7 @@
 
 state        weights, gradients, moments, average and buffers: exact, from the model on the meta device
 wrapper      copies of weights and gradients that the wrapper makes in a step: estimated
-activations  what a microbatch keeps for its backward pass: counted on fake tensors
+activations  what a microbatch keeps for its backward pass: counted on fake tensors, of blocks that are not compiled
 """
 
 import json
@@ -235,12 +235,28 @@ def list_settings(params: TrainExperimentParams, gpus: int) -> Iterator[tuple[li
     """Yield the params as they are, and with more and more flags that need less memory, the cheapest first."""
     flags: list[str] = []
     yield flags, params
+    has_budget = params.hparams.activation_budget < 1
     for section, name in _REMEDIES if gpus > 1 else _REMEDIES_ALONE:
         part: Any = getattr(params, section)
         if not getattr(part, name):
+            changes: dict[str, Any] = {name: True}
             flags = [*flags, f"--{section}.{name} true"]
-            params = replace(params, **{section: replace(part, **{name: True})})
+            if name == "grad_checkpointing" and has_budget:  # one or the other
+                changes["activation_budget"] = 1.0
+                flags[-1] += " --hparams.activation_budget 1"
+            params = replace(params, **{section: replace(part, **changes)})
             yield flags, params
+
+
+def list_left_out(params: TrainExperimentParams) -> list[str]:
+    """Return which settings the count of activations leaves out, for the user."""
+    hparams = params.hparams
+    left = ["that compiled blocks keep less (--hparams.torchcompile)"] if hparams.torchcompile is not False else []
+    if hparams.activation_budget < 1:
+        left.append(f"--hparams.activation_budget {hparams.activation_budget:g}, with which they keep less again")
+    if hparams.fp8 is not None:
+        left.append(f"--hparams.fp8 {hparams.fp8}")
+    return left
 
 
 def plan(params: TrainExperimentParams, *, gpus: int, gpu_memory: float, headroom: float) -> dict[str, Any]:
@@ -296,6 +312,7 @@ def plan(params: TrainExperimentParams, *, gpus: int, gpu_memory: float, headroo
         "per_gpu_batch_size": size,
         "limit": round(limit),
         **found,
+        "left_out": list_left_out(params),
         "settings": settings,
     }
 
@@ -333,6 +350,8 @@ def format_plan(found: Mapping[str, Any]) -> Iterator[str]:
     yield advise(found)
     if "uncounted" in found:
         yield f"Activations are not counted, and come on top: {found['uncounted']}"
+    elif found["left_out"]:
+        yield f"Activations are counted without {'; '.join(found['left_out'])}."
     yield "Samples per second are not predicted: benchmarks/README.md has no figure for a GPU yet."
 
 

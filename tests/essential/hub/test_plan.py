@@ -63,6 +63,19 @@ def test_what_does_not_fit_is_told_what_to_add(capsys: pytest.CaptureFixture[str
         main([*command, "80", "--gpus", "3"])
 
 
+def test_what_the_count_leaves_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f'--model "include {PRESETS}/transformer_11m.yaml" --data.type text --data.seq_len 512'
+    assert plan(capsys, f"{words} --hparams.torchcompile false")["left_out"] == []
+    left = " --hparams.activation_budget 0.5 --hparams.fp8 tensorwise"
+    needed = plan(capsys, words + left)["settings"][0]["bytes"] / 0.9 / 2**30
+    main([*shlex.split(words + left), "--hparams.global_batch_size", "32", "--gpu_memory", str(needed * 0.99)])
+    output = capsys.readouterr().out
+    assert "Add --hparams.grad_checkpointing true --hparams.activation_budget 1.\n" in output
+    said = "Activations are counted without that compiled blocks keep less (--hparams.torchcompile); "
+    said += "--hparams.activation_budget 0.5, with which they keep less again; --hparams.fp8 tensorwise."
+    assert said in output.splitlines()
+
+
 def test_activations_that_cannot_be_counted_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     robot = ROBOT.replace("--data.image_indices [0]", "")
     main(shlex.split(f'--model "include {PRESETS}/vla_11m.yaml" {robot} --hparams.global_batch_size 32'))
