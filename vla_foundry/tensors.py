@@ -133,7 +133,9 @@ def open_tensors(paths: Iterable[Path]) -> Iterator[tuple[dict[str, Entry], list
         for path in paths:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
+            except FileNotFoundError:
+                raise
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is not a readable .safetensors file: {error}.") from None
             metadata.append(dict(file.metadata() or {}))
             marks = parse_object(metadata[-1].get(_PARTS_KEY, "{}"), f"{_PARTS_KEY} of {path}")

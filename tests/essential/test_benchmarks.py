@@ -68,6 +68,21 @@ def test_every_wrapper_is_measured_on_one_rank_and_on_two(tmp_path: Path) -> Non
     assert (tmp_path / "lines").read_text(encoding="utf-8") == output
 
 
+@pytest.mark.slow  # a launch of torchrun
+def test_saves_at_once_and_in_the_background_are_timed_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    words = ["--hidden_dim", "32", "--n_layers", "1", "--saves", "1", "--folder", str(tmp_path)]
+    output = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("checkpoint.py")), *words], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [(line["ranks"], line["wrapper"]) for line in lines] == [(1, "none"), (2, "FSDP2")]
+    for line in lines:
+        assert line["megabytes"] > 8
+        assert 0 < line["at_once"]["waits"] <= line["at_once"]["seconds"]
+        assert line["share"] == pytest.approx(line["background"]["waits"] / line["at_once"]["waits"], rel=0.1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_row_is_an_error() -> None:
     found = subprocess.run([sys.executable, str(SCRIPT), "--rows", "llm_9"], capture_output=True, text=True)
     assert found.returncode == 2

@@ -71,6 +71,9 @@ def test_missing_rows_and_strange_marks_are_one_line(tmp_path: Path) -> None:
             open_tensors([*files, tmp_path / "other.safetensors"]),
         ):
             pass
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="is not a readable"), open_tensors([tmp_path / "folder.safetensors"]):
+        pass
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="is not a readable"), open_tensors([tmp_path / "torn.safetensors"]):
         pass

@@ -83,6 +83,7 @@ def _shorten(params: VerifyResumeParams, output: Path) -> TrainExperimentParams:
         total_train_samples=2 * params.steps * params.hparams.global_batch_size,
         num_epochs=None,
         num_checkpoints=2,
+        checkpoint_every_minutes=None,
         max_checkpoint_limit=None,
         total_val_samples=None,
         log_every_n_steps=1,

@@ -407,7 +407,11 @@ def digest_weights(checkpoint: str, use_ema: bool | None) -> str | None:
         return entry[1] if isinstance(entry, list) and location.endswith(".safetensors") else None
     path = find_weights_file(checkpoint, use_ema=has_ema(checkpoint) if use_ema is None else use_ema)
     if path.suffix == ".json":  # of several files, that of their SHA-256s
-        listed = read_object(str(path.with_name(COMPLETE_NAME)))
-        return hashlib.sha256("".join(listed[name][1] for name in _read_shard_names(path)).encode()).hexdigest()
+        mark, names = path.with_name(COMPLETE_NAME), _read_shard_names(path)
+        listed = read_object(str(mark))
+        unlisted = [name for name in names if name not in listed]
+        if unlisted:
+            raise ValueError(f"{mark} does not list {unlisted[0]}, which {path.name} names. Use another checkpoint.")
+        return hashlib.sha256("".join(listed[name][1] for name in names).encode()).hexdigest()
     with path.open("rb") as file:
         return sha256_of(file)

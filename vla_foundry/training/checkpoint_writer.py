@@ -271,7 +271,10 @@ class CheckpointWriter:
         if fault is not None and self._world.is_main:
             self._report(f"warning: {newest.name} is damaged, so older checkpoints are kept: {fault}.", None)
         for folder in old if fault is None else []:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                self._report(f"warning: {folder.name} is beyond the limit, but stays: {error}.", None)
 
 
 def save_checkpoint(
@@ -306,7 +309,7 @@ def _find_parts(tensors: Mapping[str, Tensor], world: World, is_shared: bool, sp
             parts[name] = Part(tensor.shape, tensor.dtype, partial(gather, tensor))
         elif is_writer(tensor, index, world) if spreads else world.is_main:
             local, first = local_shard(tensor), local_rows(tensor).start or 0
-            if local.numel() or not first:
+            if not first or len(local):
                 parts[name] = Part(local.shape, local.dtype, local.detach, first)
     return parts
 

@@ -17,7 +17,7 @@ from vla_foundry.batch import IGNORE_INDEX, LossOutput
 from vla_foundry.inference.decoding import generate
 from vla_foundry.models import create_model, load_model_checkpoint
 from vla_foundry.models.transformer import Transformer
-from vla_foundry.models.weights import find_tied_names, has_ema
+from vla_foundry.models.weights import digest_weights, find_tied_names, has_ema
 from vla_foundry.params import ModelParams, load_params_from_yaml
 from vla_foundry.params.models.transformer import TransformerParams
 from vla_foundry.run_folder import COMPLETE_NAME, EMA_WEIGHTS_NAME, MODEL_WEIGHTS_NAME, step_folder_name
@@ -168,6 +168,10 @@ def test_a_newest_checkpoint_with_a_damaged_part_is_skipped_for_an_older_one(tmp
     loaded = create()
     load_model_checkpoint(loaded, tmp_path)
     assert are_equal(loaded, models[1])
+    del listed["model-00001-of-00002.safetensors"]
+    (folder / COMPLETE_NAME).write_text(json.dumps(listed), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"does not list model-00001-of-00002\.safetensors, which"):
+        digest_weights(str(folder), use_ema=False)
     (folder / damaged).write_bytes(b"")
     load_model_checkpoint(loaded, tmp_path)
     assert are_equal(loaded, models[0])

@@ -83,6 +83,10 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
+# the position in whose step the disk of a rank becomes full, after the first checkpoint
+FULL = {"full, rank 0": 12 * 16, "full, rank 1": 12 * 16 + 2}
+
+
 def write_start(folder: Path, tiny) -> str:
     """Write the weights of another seed to a file; return its path."""
     weights = tiny.start_scenario({"hparams__seed": 7}, World())["weights"]
@@ -153,6 +157,8 @@ def together(tiny, alone: dict[str, Any], run_on_two_ranks, folder: Path) -> lis
     }
     # a position of rank 1 in the sixth step
     scenarios["stopped"] = {"save_path": str(folder), "name": "stopped", "stop_at": 5 * 16 + 2}
+    for name, full_at in FULL.items():
+        scenarios[name] = scenarios["fsdp, saved in the background"] | {"name": name, "full_at": full_at}
     return run_on_two_ranks(scenarios)
 
 
@@ -289,6 +295,20 @@ def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(togeth
     steps = [result["stopped"]["step"] for result in together]
     assert steps == [7, 7]
     assert [path.name for path in list_step_folders(folder / "stopped")] == ["step_00000007"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_save_in_the_background_that_fails_on_one_rank_is_one_line(name: str, together, folder: Path) -> None:
+    errors = [result[name]["error"] for result in together]
+    assert errors[1] == "2"
+    assert re.search(
+        r"step_00000020/\S+: File too large\. A checkpoint needs .* continue with --resume auto\.$", errors[0]
+    )
+    assert "\n" not in errors[0]
+    kept = list_step_folders(folder / name)
+    assert [path.name for path in kept] == ["step_00000010"]
+    assert find_fault(kept[0]) is None
+    assert [path.name for path in kept[0].parent.iterdir()] == ["step_00000010"]
 
 
 @pytest.mark.slow

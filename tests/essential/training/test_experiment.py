@@ -281,16 +281,22 @@ def test_old_checkpoints_are_deleted_beyond_the_limit_once_a_newer_one_verifies(
     assert "step_00000007 is damaged, so older checkpoints are kept" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("is_linked", [False, True])
 def test_a_limit_keeps_the_checkpoint_just_saved_where_damaged_ones_are_of_later_steps(
-    params: TrainExperimentParams,
+    params: TrainExperimentParams, capsys: pytest.CaptureFixture[str], is_linked: bool
 ) -> None:
     train(params, World())
     folders = list_step_folders(Path(params.save_path) / "run")
     for folder in folders[:2]:
         (folder / "model.safetensors").write_bytes(b"")
+    if is_linked:  # a folder that cannot be deleted
+        folders[2].rename(folders[2].with_name("elsewhere"))
+        folders[2].symlink_to(folders[2].with_name("elsewhere"))
     train(replace(params, resume="auto", total_train_samples=24, num_checkpoints=1, max_checkpoint_limit=1), World())
     assert find_checkpoint(folders[0].parent.parent).name == "step_00000003"
-    assert not folders[2].exists()
+    assert folders[2].exists() is is_linked
+    output = " ".join(capsys.readouterr().out.split())
+    assert (f"warning: {folders[2].name} is beyond the limit, but stays: " in output) is is_linked
 
 
 def test_a_checkpoint_is_saved_when_some_minutes_have_passed(params: TrainExperimentParams) -> None:

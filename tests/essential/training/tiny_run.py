@@ -95,9 +95,10 @@ class TinyHandler:
 
     seen: list[list[int]]
     spoiled: list[int]
-    # position at which this process gets SIGTERM, or fails
+    # position at which this process gets SIGTERM, fails, or can write no more than some bytes to a file
     stop_at: int = -1
     fail_at: int = -1
+    full_at: int = -1
 
     def prepare(self, batch: Batch, device: torch.device | str) -> dict[str, Any]:
         self.seen.append(batch["positions"].tolist())
@@ -105,6 +106,8 @@ class TinyHandler:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.fail_at in self.seen[-1]:
             raise ValueError("this rank fails")
+        if self.full_at in self.seen[-1]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         tokens = batch["input_ids"].long()
         targets = tokens[:, 1:].masked_fill(~batch["target_mask"][:, 1:], -100)
         factor = float("nan") if set(self.spoiled) & set(self.seen[-1]) else 1.0
@@ -283,6 +286,17 @@ def start_scenario(changes: dict[str, Any], world: World) -> dict[str, Any]:
     return {"weights": weights, "buffers": buffers, "rise": rise, "drawn_next": torch.rand(1)}
 
 
+def read_error(run: Run) -> str:
+    """Train until a save fails; what this rank says then, or the code that it ends with."""
+    try:
+        train(run)
+    except (ValueError, SystemExit) as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ""
+
+
 def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
     """Train one scenario: changes to the params, and perhaps what befalls it."""
     changes = dict(scenario)
@@ -291,10 +305,13 @@ def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
     start = changes.pop("start", None)
     spoiled = changes.pop("spoiled", [])
     stop_at, fail_at = changes.pop("stop_at", -1), changes.pop("fail_at", -1)
+    full_at = changes.pop("full_at", -1)
     run = create_run(create_params(**changes), world, spoiled=spoiled)
-    run.handler.stop_at, run.handler.fail_at = stop_at, fail_at
+    run.handler.stop_at, run.handler.fail_at, run.handler.full_at = stop_at, fail_at, full_at
     if start is not None:
         load_checkpoint(find_checkpoint(start), run.state)
+    if full_at >= 0:
+        return {"error": read_error(run)}
     assert (train(run) == 0) is (stop_at < 0)
     return {**read_result(run), "positions": run.handler.seen, "step": run.state.step}
 
