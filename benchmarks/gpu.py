@@ -14,9 +14,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +53,7 @@ PEAK_TFLOPS = 989.0
 def run_row(name: str, is_tiny: bool, sender: Connection) -> None:
     """Measure one row and send its result; called in the row's own process."""
     os.setsid()  # compile workers are stopped with it
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     import gpu_rows
 
     function, arguments = ROWS[name]
@@ -61,6 +63,14 @@ def run_row(name: str, is_tiny: bool, sender: Connection) -> None:
         lines = str(error).strip().splitlines() or [""]
         result = {"error": f"{type(error).__name__}: {lines[0]}"}
     sender.send(result)
+
+
+def leave_with_parent() -> None:
+    """End this process, and what it started, when the one that supervises it is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def supervise(name: str, is_tiny: bool, limit_s: float) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def supervise(name: str, is_tiny: bool, limit_s: float) -> dict[str, Any]:
     try:
         if receiver.poll(limit_s):
             return receiver.recv()
-        return {"error": f"stopped at its limit of {limit_s:.0f} s"}
+        return {"error": f"stopped at its limit of {limit_s:g} s"}
     except EOFError:
         process.join()
         return {"error": f"the process ended with exit code {process.exitcode}"}
@@ -112,6 +122,11 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.limit_s > 0 and arguments.minutes > 0):
         parser.error("--limit_s and --minutes must be above 0.")
+    if arguments.output is not None:
+        try:
+            arguments.output.open("a").close()
+        except OSError as error:
+            parser.error(f"--output {arguments.output} cannot be written: {error.strerror}.")
     if arguments.preset == "full":
         import torch
 
@@ -120,10 +135,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Run the rows one after the other."""
+def main() -> int:
+    """Run the rows one after the other; return 2 if a line could not be written to the file."""
     end = time.perf_counter()
     arguments = parse()
+    code = 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the row is stopped, its files deleted
     end += 60 * arguments.minutes
     here = Path(__file__).resolve().parent
     paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -145,8 +162,13 @@ def main() -> None:
             line = json.dumps(row)
             print(line, flush=True)
             if arguments.output is not None:
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                try:
+                    with arguments.output.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+                except OSError as error:  # the line is on the screen, and other rows may still be of use
+                    print(f"error: --output {arguments.output}: {error.strerror}", file=sys.stderr)
+                    code = 2
+    return code
 
 
 if __name__ == "__main__":

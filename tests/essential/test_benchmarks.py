@@ -1,9 +1,11 @@
 """The benchmark of every speed claim runs at a toy size, each row in a process of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,15 @@ def run_rows(*words: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), "--preset", "tiny", *words]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {row["row"]: row for row in map(json.loads, output.splitlines())}
+
+
+def find_sessions(pid: int) -> set[int]:
+    """Return the sessions of a process and its descendants."""
+    found = {os.getsid(pid)} if Path(f"/proc/{pid}").exists() else set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text(encoding="utf-8").split():
+            found |= find_sessions(int(child))
+    return found
 
 
 @pytest.mark.slow  # all rows; the last one starts two processes, which import torch
@@ -83,7 +94,23 @@ def test_saves_at_once_and_in_the_background_are_timed_on_one_rank_and_on_two(tm
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_row_is_an_error() -> None:
-    found = subprocess.run([sys.executable, str(SCRIPT), "--rows", "llm_9"], capture_output=True, text=True)
+@pytest.mark.parametrize("words", [("--rows", "llm_9"), ("--output", "/none/file"), ("--limit_s", "nan")])
+def test_what_cannot_be_run_is_an_error(words: tuple[str, str]) -> None:
+    found = subprocess.run([sys.executable, str(SCRIPT), "--preset", "tiny", *words], capture_output=True, text=True)
     assert found.returncode == 2
-    assert "llm_9" in found.stderr
+    assert words[0] in found.stderr.splitlines()[-1]
+
+
+def test_a_row_ends_with_the_run_that_is_killed() -> None:
+    words = ["--preset", "tiny", "--rows", "qwen3vla_8_draws_compiled"]
+    with subprocess.Popen([sys.executable, str(SCRIPT), *words], start_new_session=True) as run:
+        deadline = time.monotonic() + 60
+        # the row's process leads a session of its own, which is that of no other process of the run
+        while not (rows := find_sessions(run.pid) - {run.pid}) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.kill()
+    assert rows
+    deadline = time.monotonic() + 3  # by itself it would go on for longer
+    while any(Path(f"/proc/{row}").exists() for row in rows) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{row}").exists() for row in rows)

@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
         """Embed the image, cropped to whole patches."""
         height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
         # crop first: otherwise the stem's convolutions would see the remainder and round the size
-        pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
+        pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size].to(self.conv.weight.dtype)
         x = self.conv(pixels if self.stem is None else self.stem(pixels))
         x = x.flatten(2).transpose(1, 2)  # (N, T, D)
         if self.cls_token is not None:

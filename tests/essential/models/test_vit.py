@@ -25,6 +25,16 @@ def random_images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("stem", ["conv", "patch"])
+def test_images_in_single_precision_are_encoded_in_that_of_the_weights(stem: str) -> None:
+    model = create(patch_size=14, stem=stem).eval()
+    images = random_images(2, 3, 28, 28)
+    expected = model(images)
+    found = model.double()(images)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected)
+
+
 def test_state_dict_has_the_names_and_shapes_of_published_checkpoints() -> None:
     state = create(n_layers=1, cls_flag=True).state_dict()
     block = {
