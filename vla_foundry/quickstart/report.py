@@ -168,7 +168,7 @@ def _vision_parts(folder: Path) -> dict[str, Callable[[], str]]:
 
 
 def _action_parts(folder: Path) -> dict[str, Callable[[], str]]:
-    runs = {LABELS["policy"]: folder / "runs" / "vla", LABELS["from_nothing"]: folder / "runs" / "vla_from_nothing"}
+    runs = {LABELS["policy"]: folder / "runs" / "vla", "from nothing": folder / "runs" / "vla_from_nothing"}
     return {
         "loss": lambda: _draw_losses(runs),
         "comparison": lambda: _draw_comparison(folder),

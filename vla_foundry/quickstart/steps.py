@@ -19,6 +19,8 @@ from rich.console import Console
 from vla_foundry.config.command_line import parse
 from vla_foundry.evaluation.dashboard.jobs import end_with_parent
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.parsing import parse_object
+from vla_foundry.run_folder import METRICS_NAME
 from vla_foundry.world import num_cores
 
 # the batch sizes of the stages' presets are divisible by it
@@ -64,11 +66,16 @@ class Step:
     words: tuple[str, ...] = ()
     # processes that train together under torchrun; the first word is then `train`
     num_processes: int = 1
+    # threads of torch in a process that does not train; None: one per core
+    num_threads: int | None = None
     function: Callable[[], object] | None = None
     # what the function writes, if that is known beforehand: a change of it runs the step again
     text: str = ""
     # file for the command's standard output, which is printed when it ends
     output: Path | None = None
+    # of training: the file with a line per logged step, and the last step; they say how far it is
+    metrics: Path | None = None
+    last_step: int = 1
     # files it writes; the step is not done while one is missing
     outputs: tuple[Path, ...] = ()
     # folder with all that it writes; deleted before the step runs with a new command
@@ -120,13 +127,21 @@ def training_step(
     words += words_of("", **{"data.dataset_manifest": shards / "train" / "manifest.jsonl"})
     words += words_of("", **{"data.val_dataset_manifest": shards / "validation" / "manifest.jsonl"})
     words += words_of("", save_path=run.parent, name=run.name, resume="auto")
+    params = parse(TrainExperimentParams, ["--config_path", preset], prog="train").params
+    num_samples = int(str(flags.get("total_train_samples", params.total_train_samples)))
     if num_processes > 1:
-        params = parse(TrainExperimentParams, ["--config_path", preset], prog="train").params
         share = params.hparams.global_batch_size // num_processes
         words += words_of("", **{"hparams.per_gpu_batch_size": share, "data.num_workers": 0})
-    outputs = (run / "metrics.jsonl",)
     return Step(
-        name=name, what=what, seconds=seconds, words=words, num_processes=num_processes, outputs=outputs, folder=run
+        name=name,
+        what=what,
+        seconds=seconds,
+        words=words,
+        num_processes=num_processes,
+        metrics=run / METRICS_NAME,
+        last_step=num_samples // params.hparams.global_batch_size,
+        outputs=(run / METRICS_NAME,),
+        folder=run,
     )
 
 
@@ -156,7 +171,6 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         ).hexdigest()
         started, done = markers / f"{step.name}.started", markers / f"{step.name}.done"
         console.print(f"\n[bold]{number}/{len(steps)} {step.what}[/bold]")
-        clock.begin(step)
         if step.words:
             console.print(f"  $ {shlex.join(shown_command(step))}", markup=False)
         is_done = _holds(done, fingerprint) and all(path.exists() for path in step.outputs)
@@ -164,11 +178,12 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
             console.print("  done before; skipped")
             clock.skip(step)
             continue
-        clock.show()
         done.unlink(missing_ok=True)
         if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
         started.write_text(fingerprint, encoding="utf-8")
+        clock.begin(step)
+        clock.show()
         _run(step, console, clock.show)
         seconds, cpu_seconds = clock.end(step)
         done.write_text(f"{fingerprint}\n{seconds:.1f}\n{cpu_seconds:.1f}\n", encoding="utf-8")
@@ -195,13 +210,14 @@ class _Clock:
         self._total = sum(step.seconds for step in steps)
         # usual seconds of steps that are over, and of those among them that ran now
         self._over = self._ran = 0.0
-        self._step = steps[0]
-        self._start = self._step_start = time.monotonic()
-        self._step_cpu = _cpu_seconds()
+        self._start = time.monotonic()
         self._console = console
+        self.begin(steps[0])
 
     def begin(self, step: Step) -> None:
         self._step, self._step_start, self._step_cpu = step, time.monotonic(), _cpu_seconds()
+        # what an earlier, interrupted attempt left
+        self._share_before = _trained_share(step) or 0.0
 
     def skip(self, step: Step) -> None:
         self._over += step.seconds
@@ -209,27 +225,37 @@ class _Clock:
     def end(self, step: Step) -> tuple[float, float]:
         """Return how long the step took: seconds, and seconds of CPU time."""
         self._over += step.seconds
-        self._ran += step.seconds
+        self._ran += step.seconds * (1 - self._share_before)
         return time.monotonic() - self._step_start, _cpu_seconds() - self._step_cpu
 
     def show(self) -> None:
         """Print the progress line."""
-        now = time.monotonic()
-        elapsed = now - self._start
-        # a step that takes longer than usual is taken to be nearly over
-        inside = min((now - self._step_start) * self.pace, 0.95 * self._step.seconds)
-        left = (self._total - self._over - inside) / self.pace
+        now, step = time.monotonic(), self._step
+        ran, ran_for = self._ran, self._step_start - self._start
+        share = _trained_share(step)
+        if share is not None:
+            ran, ran_for = ran + (share - self._share_before) * step.seconds, now - self._start
+        # usual seconds that pass in a second here; a first guess counts as much as a minute
+        pace = (ran + 60) / (ran_for + 60)
+        if share is None:
+            # one that takes longer than usual is taken to be nearly over
+            share = min((now - self._step_start) * pace / step.seconds, 0.95)
+        done = self._over + share * step.seconds
+        left = (self._total - done) / pace / 60
         self._console.print(
-            f"  \\[quickstart {(self._over + inside) / self._total:.0%} after {elapsed / 60:.1f} min, "
-            f"about {left / 60:.0f} min left]"
+            f"  \\[quickstart {done / self._total:.0%} after {(now - self._start) / 60:.1f} min, "
+            f"{f'about {left:.0f} min' if left >= 1 else 'less than a minute'} left]"
         )
 
-    @property
-    def pace(self) -> float:
-        """Usual seconds that pass in a second here."""
-        ran_for = self._step_start - self._start
-        # a first guess counts as much as a minute
-        return (self._ran + 60) / (ran_for + 60)
+
+def _trained_share(step: Step) -> float | None:
+    """Return how much of a training step is done, as its newest metrics say; None: they do not say."""
+    if step.metrics is None:
+        return None
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        *_, last = step.metrics.read_text(encoding="utf-8").splitlines()
+        return min(float(parse_object(last, str(step.metrics))["step"]) / step.last_step, 1.0)
+    return None
 
 
 def _cpu_seconds() -> float:
@@ -243,6 +269,8 @@ def _run(step: Step, console: Console, show_progress: Callable[[], None]) -> Non
         return
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "vla_foundry.cli", *step.words]
+    if step.num_threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(step.num_threads)}
     if step.num_processes > 1:
         # one thread each: matrices of these sizes gain more from processes than from threads
         environment |= {"OMP_NUM_THREADS": "1"}
@@ -271,7 +299,10 @@ def _ends_within(process: subprocess.Popen[bytes], seconds: int) -> bool:
 
 def shown_command(step: Step) -> tuple[str, ...]:
     """Return the words that run a step alone."""
-    return ("torchrun", *_torchrun_words(step)) if step.num_processes > 1 else ("vla-foundry", *step.words)
+    if step.num_processes > 1:
+        return ("torchrun", *_torchrun_words(step))
+    variables = () if step.num_threads is None else (f"OMP_NUM_THREADS={step.num_threads}",)
+    return (*variables, "vla-foundry", *step.words)
 
 
 def _torchrun_words(step: Step) -> tuple[str, ...]:

@@ -233,6 +233,8 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         # one without a policy is soon told apart
         seconds=140 if "checkpoint" in flags else 10,
         words=words,
+        # matrices of one robot are small; two threads took a third more CPU time than one
+        num_threads=1,
         outputs=(results / folder / SUMMARY_NAME,),
         folder=results / folder,
     )

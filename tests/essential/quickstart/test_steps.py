@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vla_foundry.quickstart.steps import Step, StepFailedError, count_trainers, run_steps
+from vla_foundry.quickstart.steps import Step, StepFailedError, _Clock, count_trainers, run_steps
 
 
 @pytest.fixture
@@ -120,3 +120,18 @@ def test_a_failed_command_stops_the_quickstart(tmp_path: Path, console: Console,
         run_steps([bad, later], tmp_path / "done", console, overwrite=False)
     assert calls == []
     assert "no_such_command" in capfd.readouterr().err
+
+
+def test_training_says_itself_how_far_it_is(tmp_path: Path, console: Console) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    step = Step(name="train", what="train", seconds=600, metrics=metrics, last_step=100, words=("--help",))
+    clock = _Clock([step], console)
+    for number in (1, 50):
+        metrics.write_text(f'{{"step": {number}}}\n', encoding="utf-8")
+        clock.show()
+    metrics.write_text('{"step": ', encoding="utf-8")
+    clock.show()
+    lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [line.split()[1] for line in lines] == ["1%", "50%", "0%"]
+    # half of ten minutes in no time: the rest takes little
+    assert lines[1].endswith("less than a minute left]")

@@ -7,7 +7,14 @@ from vla_foundry.evaluation.comparison.family import read_family
 from vla_foundry.evaluation.results import EpisodeResult, write_results
 from vla_foundry.params.commands.evaluation import EvaluateParams
 from vla_foundry.quickstart.steps import Sizes, Step
-from vla_foundry.quickstart.vla import NUM_EPISODES, TASKS, ablation_steps, create_vla_stage, write_vla_report
+from vla_foundry.quickstart.vla import (
+    NUM_EPISODES,
+    NUM_FILMED,
+    TASKS,
+    ablation_steps,
+    create_vla_stage,
+    write_vla_report,
+)
 
 
 def steps_of(folder: Path) -> dict[str, Step]:
@@ -57,6 +64,16 @@ def test_the_family_is_declared_before_the_first_rollout(tmp_path: Path) -> None
         params = parameters_of(steps[f"evaluate_{model}"])
         assert (params.name or params.policy, params.seeds) == (model, range(NUM_EPISODES))
         assert params.until_decided == (None if model == "policy" else str(tmp_path / "vla/evaluation/policy"))
+
+
+def test_few_episodes_are_filmed_and_only_of_trained_policies(tmp_path: Path) -> None:
+    films = {}
+    for name, step in steps_of(tmp_path).items():
+        if name in ("evaluate_policy", "evaluate_from_nothing", "evaluate_null", "evaluate_random"):
+            params = parameters_of(step)
+            films[name] = (params.save_videos, params.max_videos, params.num_pictured)
+    filmed, none = ("all", NUM_FILMED, 0), ("none", EvaluateParams.max_videos, 0)
+    assert list(films.values()) == [filmed, filmed, none, none]
 
 
 def test_the_policies_differ_only_in_what_they_start_from(tmp_path: Path) -> None:
