@@ -109,6 +109,11 @@ class HyperParams(BaseParams):
                 )
         if self.activation_budget < 1 and self.grad_checkpointing:
             raise ValueError("activation_budget and grad_checkpointing both save activations. Use one of them.")
+        if self.activation_budget < 1 and self.torchcompile is False:
+            raise ValueError(
+                f"activation_budget ({self.activation_budget:g}) is for compiled blocks, but torchcompile is false. "
+                "Set it to true, or the budget to 1."
+            )
         shares = (self.warmup or 0.0, self.decay)
         if self.lr_scheduler == "warmup_constant_decay" and max(shares) < 1 and round(sum(shares), 9) > 1:
             raise ValueError(

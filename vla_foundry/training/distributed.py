@@ -5,6 +5,7 @@ masters). With amp_bfloat16, blocks compute with bf16 copies of their weights, m
 FSDP2, and what they add up is bf16; autocast lowers the rest. So results do not depend on the wrapper.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -158,6 +159,28 @@ def parallelize(
     if world.world_size == 1 or is_mixture:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC)
+
+
+@contextmanager
+def naming_compile_faults() -> Iterator[None]:
+    """Raise a ValueError in place of torch.compile's error where the machine lacks something, not the code.
+
+    Raises:
+        ValueError: there is no C++ compiler, or the cache of compiled code cannot be written.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        cause = getattr(error, "inner_exception", None)  # of torch's BackendCompilerFailed
+        line, full = " ".join(str(cause).split()), os.strerror(errno.ENOSPC)
+        if not (full in line or isinstance(cause, OSError) or type(cause).__name__ == "InvalidCxxCompiler"):
+            raise
+        reason = (
+            f"{full} (TORCHINDUCTOR_CACHE_DIR names another folder for its cache)"
+            if full in line
+            else line[:300].rstrip(".")
+        )
+        raise ValueError(f"torch.compile: {reason}. Mend it, or set hparams.torchcompile to false.") from error
 
 
 def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:

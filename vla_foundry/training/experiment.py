@@ -39,6 +39,7 @@ from vla_foundry.training.distributed import (
     local_shard,
     main_rank_first,
     named_parameters,
+    naming_compile_faults,
     parallelize,
     start_process_group,
     stop_process_group,
@@ -80,7 +81,7 @@ def train(params: TrainExperimentParams, world: World, origins: Mapping[str, str
     learning_rates(params.hparams, total_steps(params))
     start_process_group(params.distributed, world)
     folder = find_run_folder(params)
-    with ExitStack() as stack, naming_lost_ranks(world):
+    with ExitStack() as stack, naming_lost_ranks(world), naming_compile_faults():
         run = create_run(params, world, folder, stack, origins or {})
         stopped_by = loop.train(run)
         if world.is_main:

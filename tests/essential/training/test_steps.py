@@ -1,6 +1,8 @@
 """Training steps of each kind of model: compiled once, and never waiting for the device."""
 
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,13 +14,15 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 from vla_foundry.batch import Batch
 from vla_foundry.models import attention, create_batch_handler, create_model, losses
 from vla_foundry.params.distributed import DistributedParams
-from vla_foundry.training.distributed import parallelize, start_process_group
+from vla_foundry.training.distributed import naming_compile_faults, parallelize, start_process_group
 from vla_foundry.training.loop import train_step
 from vla_foundry.training.state import TrainState, create_train_state
 from vla_foundry.world import World
@@ -261,3 +265,26 @@ def test_a_step_never_waits_for_the_device(kind: str, cases: Any, monkeypatch: p
         loss = step(1)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             loss.item()
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            ValueError,
+            "No space left on device .TORCHINDUCTOR_CACHE",
+        ),
+        (InvalidCxxCompiler("g++"), ValueError, "torch.compile: Compiler: g.. is not found. Mend it, or set hparams."),
+        (KeyError("a fault of the compiler"), BackendCompilerFailed, "a fault of the compiler"),
+    ],
+)
+def test_what_a_machine_lacks_to_compile_is_told_apart_from_faults_of_the_compiler(
+    cause: Exception, expected: type[Exception], message: str
+) -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise cause
+
+    torch._dynamo.reset()
+    with pytest.raises(expected, match=message), naming_compile_faults():
+        torch.compile(lambda x: x + 1, backend=refuse)(torch.ones(1))
