@@ -163,8 +163,11 @@ class RotaryTables(nn.Module):
         self.sin = angles.sin().float().to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
-        super()._apply(fn, recurse)
-        self._fill(self.cos.device)
+        # not cast but made again: on the meta device there may be nothing to cast
+        device = fn(torch.empty(0, dtype=torch.int32, device=self.cos.device)).device
+        if device.type == "meta" and not self.cos.is_meta:
+            super()._apply(fn, recurse)
+        self._fill(device)
         return self
 
 
