@@ -18,7 +18,7 @@ from vla_foundry.params import TrainExperimentParams
 SUBCOMMANDS = {
     "preprocess": ("tokenizer", "text", "image_caption", "interleaved", "robotics"),
     "manifest": ("build", "verify"),
-    "data": ("inspect", "action-tokenizer", "download"),
+    "data": ("inspect", "explore", "action-tokenizer", "download"),
     "evaluate": ("", "text", "captions"),
     "hub": ("push", "pull"),
 }

@@ -16,6 +16,11 @@ COMMANDS = {
         "data",
     ),
     "data": ("vla_foundry.viz.inspection:main", "download data; inspect it: draw a sample as training gets it", "data"),
+    "view": (
+        "vla_foundry.viz.view:main",
+        "write episodes, training batches or rollouts for the rerun viewer",
+        "robotics_data",
+    ),
     "stats": (
         "vla_foundry.preprocessing.robotics.statistics:main",
         "compute or merge the statistics of robot data",

@@ -50,7 +50,7 @@ class TrainExperimentParams(BaseParams):
     resolve_configs: bool = False
     # folder where resolve_configs writes resolved_config.yaml
     resolve_configs_path: Location | None = None
-    # log to Weights & Biases; null: only if credentials are found
+    # log to Weights & Biases, with a few of a batch's pictures at each checkpoint; null: only if credentials are found
     wandb: bool | None = None
     # W&B entity; null: the W&B default
     wandb_entity: Name | None = None
@@ -58,7 +58,7 @@ class TrainExperimentParams(BaseParams):
     wandb_project_name: Name = "vla_foundry"
     # W&B tags
     wandb_tags: list[Name] = field(default_factory=list)
-    # write TensorBoard files to the run folder
+    # write TensorBoard files to the run folder, with pictures too
     tensorboard: bool = False
     # steps between log lines
     log_every_n_steps: Count = 20

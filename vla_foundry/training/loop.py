@@ -102,6 +102,8 @@ def train(run: Run) -> int:
             saving = stopping or is_late or state.step in saves
             if saving or state.step == 1 or state.step % params.log_every_n_steps == 0:
                 log_metrics(run, meter)
+            if saving or state.step == 1:
+                run.log.show(state.step, batches[0])
             if saving:
                 is_due = is_validation_due(run, saves)
                 if is_due and not stopping:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
+from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
+from vla_foundry.batch import Batch
 from vla_foundry.config.loading import to_plain
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.parsing import parse_json, parse_record
@@ -41,6 +44,8 @@ _SHOWN = (
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gb", "memory", "{:.2f} GiB"),
 )
+# pictures of a batch that are shown
+_MOST_PICTURES = 8
 # the subset shown beside the progress bar
 _SHOWN_IN_BAR = ("loss", "tokens_per_second")
 # shown if they are not 0
@@ -70,6 +75,17 @@ class MetricLog:
         """Write metrics of kind "train" or "validation" after `step` steps."""
         for sink in self._sinks:
             sink.write(kind, step, metrics)
+
+    def show(self, step: int, batch: Batch) -> None:
+        """Send a few of a batch's pictures to the sinks that show pictures, with the first sample's instruction."""
+        pixels = batch.get("pixel_values")
+        # a Hugging Face processor's patches are no pictures
+        if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3:
+            return
+        caption = (batch.get("instructions") or [""])[0]
+        for sink in self._sinks:
+            if isinstance(sink, TensorBoardFile | Wandb):
+                sink.show(step, pixels[:_MOST_PICTURES].cpu(), caption)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -217,6 +233,11 @@ class TensorBoardFile:
             if isinstance(value, int | float):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
+    def show(self, step: int, pictures: UInt8[Tensor, "N 3 H W"], caption: str) -> None:
+        """Write pictures."""
+        self._writer.add_images("train/pictures", pictures, step)
+        self._writer.add_text("train/caption", caption, step)
+
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
@@ -256,6 +277,13 @@ class Wandb:
     def write(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Log under `<kind>/<name>` against the step."""
         self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in metrics.items()}})
+
+    def show(self, step: int, pictures: UInt8[Tensor, "N 3 H W"], caption: str) -> None:
+        """Log pictures under train/pictures."""
+        import wandb
+
+        images = [wandb.Image(picture.permute(1, 2, 0).numpy(), caption=caption) for picture in pictures]
+        self._run.log({"step": step, "train/pictures": images})
 
     def close(self) -> None:
         """Finish the run."""

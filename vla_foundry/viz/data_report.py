@@ -109,7 +109,8 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
     for name, batch in read_batches(params, params.num_samples, mix):
         measured[name].add(batch)
         room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
-        tiles += [(name, *tile) for sample in RECORDING.samples[:room] if (tile := _draw_tile(sample)) is not None]
+        found = map(read_pictures, RECORDING.samples[:room])
+        tiles += [(name, pictures[0], text) for pictures, text in found if pictures]
     if tiles:
         _draw_sheet(tiles, params.output)
     return {
@@ -210,20 +211,19 @@ def format_report(report: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{sheet}: pictures with their texts" if sheet else "no pictures"]
 
 
-def _draw_tile(sample: Sample) -> tuple[np.ndarray, str] | None:
-    """Return a sample's first picture as the model gets it, (H, W, 3), and its text; None: it has none."""
+def read_pictures(sample: Sample) -> tuple[list[np.ndarray], str]:
+    """Return a recorded sample's pictures as the model gets them, each (H, W, 3), and its text."""
     pixels = sample.get("inputs", {}).get("pixel_values", ())
     window = sample.get("window")
     stored = [sample[name] for name in find_images(sample)] if window is None else window.images
     if len(pixels) and pixels[0].ndim == 3 and pixels[0].shape[0] == 3:
-        image = pixels[0]
-    elif stored and stored[0] is not None:  # the model gets patches: show what is stored
-        image = decode_image(stored[0])
-    else:
-        return None
+        images = list(pixels)
+    else:  # the model gets patches: show what is stored
+        images = [decode_image(image) for image in stored if image is not None]
     turns = " / ".join(turn.content for turn in sample.get("turns", ()))
     document = "".join(IMAGE_MARKER if part is None else part for part in sample.get("parts", ()))
-    return np.asarray(image.permute(1, 2, 0)), sample.get("instruction") or turns or document
+    pictures = [np.asarray(image.permute(1, 2, 0)) for image in images]
+    return pictures, sample.get("instruction") or turns or document
 
 
 def _draw_sheet(tiles: list[tuple[str, np.ndarray, str]], path: str) -> None:

@@ -31,12 +31,14 @@ from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
 from vla_foundry.shards import MANIFEST_NAME, parse_manifest
 from vla_foundry.storage.uri import absolute_uri, exists, file_test, join_uri, parent_uri, read_text
 from vla_foundry.viz.data_report import format_report, measure
+from vla_foundry.viz.episodes import CACHE_BYTES
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
 
 _USAGE = """usage: vla-foundry data inspect DIR | --training RUN [--sample N] [--output FILE.png]
        vla-foundry data inspect --config_path FILE [--num_samples N] [--output SHEET.png] [--json true] [flags of train]
+       vla-foundry data explore DIR [--port N]
        vla-foundry data action-tokenizer --config_path FILE [--output FILE.json] [flags of train]
        vla-foundry data download SOURCE ... --output FOLDER
 """
@@ -45,7 +47,6 @@ _LEAST_SIDE = 64
 # longest text shown, in characters
 _MOST_TEXT = 1500
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_CACHE_BYTES = 10_000_000_000
 
 
 def main(argv: list[str]) -> None:
@@ -62,6 +63,11 @@ def main(argv: list[str]) -> None:
     if what in ("--help", "-h"):
         sys.stdout.write(_USAGE)
         return
+    if what == "explore":
+        from vla_foundry.viz import explorer
+
+        explorer.main(argv[1:])
+        return
     if what == "action-tokenizer":
         from vla_foundry.data import action_tokenizer
 
@@ -73,7 +79,7 @@ def main(argv: list[str]) -> None:
         download.main(argv[1:])
         return
     if what != "inspect":
-        raise ValueError(unknown_name_message("data", what, ["download", "inspect", "action-tokenizer"]))
+        raise ValueError(unknown_name_message("data", what, ["download", "inspect", "explore", "action-tokenizer"]))
     prog = "vla-foundry data inspect"
     if any(word.partition("=")[0] == f"--{CONFIG_FLAG}" for word in argv):
         for line in inspect_config(parse_command(InspectConfigParams, argv[1:], prog=prog)):
@@ -239,7 +245,7 @@ def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
         raise ValueError(f"sample ({number}) must be below {ends[-1]}, the number of samples.")
     place = bisect_right(ends, number)
     row = number - (ends[place - 1] if place else 0)
-    cache = ShardCache(os.path.join(user_cache_folder(), "shards"), _CACHE_BYTES)
+    cache = ShardCache(os.path.join(user_cache_folder(), "shards"), CACHE_BYTES)
     shard = ShardReader([Dataset(manifest=manifest, modality="", entries=entries)], cache).open(0, place)
     if isinstance(shard, TokenShard):
         return [f"record {row} of {shard.uri}", *_describe_record(shard, row, parent_uri(manifest))]

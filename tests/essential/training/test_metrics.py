@@ -27,6 +27,7 @@ from vla_foundry.training.metrics import (
 from vla_foundry.training.state import create_train_state
 from vla_foundry.world import World
 
+BATCH = {"pixel_values": torch.zeros(10, 3, 16, 32, dtype=torch.uint8), "instructions": ["open the drawer", "close it"]}
 PARAMS = TrainExperimentParams(name="run", data=TextDataParams(), model=TransformerParams())
 
 
@@ -103,7 +104,9 @@ def test_an_offline_wandb_run_goes_on_under_its_id(tmp_path: Path, monkeypatch: 
         log = create_metric_log(params, tmp_path, is_main=True, total_steps=5, first_step=step)
         log.add(open_sinks(params, tmp_path, first_step=step))
         log.write("train", step, {"loss": 1.5})
+        log.show(step, BATCH)
         assert wandb.run is not None
+        assert wandb.run.summary["train/pictures"]["count"] == 8
         assert wandb.run.summary["train/loss"] == 1.5
         assert wandb.run.settings.host == "host"
         ids.append(wandb.run.id)
@@ -121,10 +124,13 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     log = create_metric_log(params, tmp_path, is_main=True, total_steps=5, first_step=0)
     log.add(open_sinks(params, tmp_path, first_step=0))
     log.write("train", 1, {"loss": 1.5, "reasons": {}})
+    log.show(1, BATCH)
+    log.show(2, {"pixel_values": torch.zeros(6, 48)})  # patches
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.5)]
+    assert [(event.step, event.width, event.height) for event in events.Images("train/pictures")] == [(1, 8 * 32, 16)]
 
 
 def test_what_is_said_tells_nobody_where_the_users_home_is(

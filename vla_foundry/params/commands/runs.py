@@ -1,5 +1,5 @@
-"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `doctor`,
-`new-policy`, `quickstart`."""
+"""Params of commands on runs: `generate`, `caption`, `import-checkpoint`, `merge`, `export`, `inspect`, `view`,
+`explore`, `doctor`, `new-policy`, `quickstart`."""
 
 import re
 from dataclasses import dataclass, field
@@ -172,6 +172,36 @@ class InspectParams(BaseParams):
         if (self.dataset is None) == (self.training is None):
             raise ValueError("Give either a dataset (vla-foundry data inspect FOLDER) or --training RUN.")
         _check_png(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewParams(BaseParams):
+    """Write episodes, training batches or rollouts as a recording for the rerun viewer."""
+
+    # a dataset of episodes; a training config or run, whose samples are shown as training reads them; a folder of
+    # evaluations with videos
+    what: Location
+    # number of the first episode, sample or video
+    first: NonNegativeInt = 0
+    # how many of them
+    count: Size = 3
+    # recording to write
+    output: Location = "view.rrd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output.endswith(".rrd"):
+            raise ValueError(f"output '{self.output}' must be a .rrd file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreParams(BaseParams):
+    """Show a robot dataset in the browser: episodes, windows, statistics, instructions."""
+
+    # folder of shards, or their manifest, local or s3://
+    dataset: Location
+    # port on this machine (127.0.0.1); 0: any
+    port: Annotated[int, Bounds(least=0, most=65535)] = 7861
 
 
 @dataclass(frozen=True, kw_only=True)
