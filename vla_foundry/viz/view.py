@@ -120,20 +120,21 @@ def _log_batches(stream: "RecordingStream", params: ViewParams) -> str:
     path = what if what.endswith((".yaml", ".yml")) else join_uri(what, CONFIG_NAME)
     config = load_experiment_params_from_yaml(path)
     config = resolve(config, read_facts(config, 1))
-    tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    name = getattr(config.data, "tokenizer", None)
+    tokenizer = load_tokenizer(name) if isinstance(name, str) else None
     number = 0
-    for name, batch in read_batches(config, params.first + params.count):
+    for dataset, batch in read_batches(config, params.first + params.count):
         samples = RECORDING.samples or [{"input_ids": row} for row in batch["input_ids"]]
         for row, sample in enumerate(samples):
             if params.first <= number < params.first + params.count:
                 stream.set_time("sample", sequence=number)
                 pictures, text = read_pictures(sample)
                 if not text and "input_ids" in sample and tokenizer is not None:
-                    text = tokenizer.decode(sample["input_ids"].tolist())
-                stream.log(f"{name}/text", rerun.TextDocument(text))
+                    text = str(tokenizer.decode(sample["input_ids"].tolist()))
+                stream.log(f"{dataset}/text", rerun.TextDocument(text))
                 for place, picture in enumerate(pictures):
-                    stream.log(f"{name}/images/{place}", rerun.Image(picture))
-                _log_steps(stream, name, batch, row)
+                    stream.log(f"{dataset}/images/{place}", rerun.Image(picture))
+                _log_steps(stream, dataset, batch, row)
             number += 1
     seen = min(number, params.first + params.count) - params.first
     return f"{seen} samples as training reads them" if seen > 0 else ""
