@@ -102,6 +102,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", help="where checkpoints are written, and deleted again; default: a temporary one")
     args = parser.parse_args()
+    if min(args.n_layers, args.saves) < 1 or args.hidden_dim < 16 or args.hidden_dim % 16:
+        parser.error("--n_layers and --saves must be above 0, and --hidden_dim a multiple of 16.")
+    if args.folder is not None and not Path(args.folder).is_dir():
+        parser.error(f"--folder {args.folder} does not exist.")
     world = read_world(torch.cuda.device_count())
     if world.world_size > 1:
         found = measure(args, world)

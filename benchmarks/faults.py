@@ -386,7 +386,12 @@ def parse() -> argparse.Namespace:
         "--cases", nargs="+", metavar="CASE", help="kill term torn disk nan dead hung loader store resize"
     )
     parser.add_argument("--output", type=Path, help="a file that the lines are appended to as well")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.kills, arguments.torn) < 0:
+        parser.error("--kills and --torn must not be below 0.")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        parser.error(f"--output {arguments.output}: its folder does not exist.")
+    return arguments
 
 
 def main() -> int:

@@ -156,6 +156,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ranks and min(arguments.ranks) < 1:
         parser.error("--ranks must be above 0.")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        parser.error(f"--output {arguments.output}: its folder does not exist.")
     if arguments.preset != "tiny":
         import torch
 

@@ -51,6 +51,7 @@ from vla_foundry.training.optimization.optimizer import describe_groups, freeze_
 from vla_foundry.training.optimization.schedules import learning_rates
 from vla_foundry.training.remote_sync import RemoteSync
 from vla_foundry.training.start import (
+    check_same_config,
     copy_tokenizer,
     fetch_to_other_disks,
     find_start,
@@ -80,6 +81,7 @@ def train(params: TrainExperimentParams, world: World, origins: Mapping[str, str
     # fail early if the schedule does not fit into the run
     learning_rates(params.hparams, total_steps(params))
     start_process_group(params.distributed, world)
+    check_same_config(params, world)
     folder = find_run_folder(params)
     with ExitStack() as stack, naming_lost_ranks(world), naming_compile_faults():
         run = create_run(params, world, folder, stack, origins or {})

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from vla_foundry.storage.hub import loading_published
 from vla_foundry.storage.local import TEMPORARY_SUFFIX, IncompleteDownload, replace_folder
 from vla_foundry.storage.uri import download, is_remote, join_uri, list_files, parent_uri, write_text
 from vla_foundry.text.tokenizers import GENERATION_NAME, read_end_token_ids, read_vocabulary
-from vla_foundry.training.distributed import gather_objects
+from vla_foundry.training.distributed import gather_objects, main_rank_first
 from vla_foundry.training.metrics import TENSORBOARD_FOLDER, WANDB_ID_NAME
 from vla_foundry.world import World
 
@@ -62,6 +62,35 @@ _LOG_FILES = frozenset((
 ))  # fmt: skip
 # params that say how to start a run, not what it trains
 _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
+
+
+def check_same_config(params: TrainExperimentParams, world: World) -> None:
+    """Collective: call on every rank. Check that all ranks were given one config, but for where they find their data.
+
+    Raises:
+        ValueError: they were not, as happens where two runs meet at one address.
+    """
+    sections = {name: section for name, section in to_plain(params).items() if name != "data"}
+    every = gather_objects(dict(_list_leaves(sections)))
+
+    def check() -> None:
+        for rank, given in enumerate(every):
+            other = [key for key in every[0] | given if every[0].get(key) != given.get(key)]
+            if other:
+                raise ValueError(
+                    f"{other[0]} is {given.get(other[0])} on rank {rank}, but {every[0].get(other[0])} on rank 0. Give "
+                    "all ranks of a run the same config, and each run an address of its own (MASTER_ADDR, MASTER_PORT)."
+                )
+
+    main_rank_first(world, check)
+
+
+def _list_leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        yield path, values
+        return
+    for key, value in values.items():
+        yield from _list_leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> Path | None:

@@ -157,6 +157,7 @@ def together(tiny, alone: dict[str, Any], run_on_two_ranks, folder: Path) -> lis
     }
     # a position of rank 1 in the sixth step
     scenarios["stopped"] = {"save_path": str(folder), "name": "stopped", "stop_at": 5 * 16 + 2}
+    scenarios["two configs"] = {"differs": True}
     for name, full_at in FULL.items():
         scenarios[name] = scenarios["fsdp, saved in the background"] | {"name": name, "full_at": full_at}
     return run_on_two_ranks(scenarios)
@@ -295,6 +296,14 @@ def test_sigterm_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(togeth
     steps = [result["stopped"]["step"] for result in together]
     assert steps == [7, 7]
     assert [path.name for path in list_step_folders(folder / "stopped")] == ["step_00000007"]
+
+
+def test_ranks_of_two_runs_are_one_line(together) -> None:
+    errors = [result["two configs"]["error"] for result in together]
+    assert errors[0].startswith(
+        "hparams.lr is 2.0 on rank 1, but 1.0 on rank 0. Give all ranks of a run the same config"
+    )
+    assert errors[1] == "2"
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from vla_foundry.training.distributed import (
 from vla_foundry.training.experiment import cast_parameters, create_state
 from vla_foundry.training.loop import Run, train
 from vla_foundry.training.metrics import MetricLog
+from vla_foundry.training.start import check_same_config
 from vla_foundry.training.state import create_train_state
 from vla_foundry.world import World, read_world
 
@@ -286,10 +287,10 @@ def start_scenario(changes: dict[str, Any], world: World) -> dict[str, Any]:
     return {"weights": weights, "buffers": buffers, "rise": rise, "drawn_next": torch.rand(1)}
 
 
-def read_error(run: Run) -> str:
-    """Train until a save fails; what this rank says then, or the code that it ends with."""
+def read_error(action: Callable[[], Any]) -> str:
+    """What this rank says when an action fails, or the code that it ends with."""
     try:
-        train(run)
+        action()
     except (ValueError, SystemExit) as error:
         return str(error)
     finally:
@@ -302,6 +303,8 @@ def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
     changes = dict(scenario)
     if changes.pop("starts", False):
         return start_scenario(changes, world)
+    if changes.pop("differs", False):
+        return {"error": read_error(lambda: check_same_config(create_params("", hparams__lr=1.0 + world.rank), world))}
     start = changes.pop("start", None)
     spoiled = changes.pop("spoiled", [])
     stop_at, fail_at = changes.pop("stop_at", -1), changes.pop("fail_at", -1)
@@ -311,7 +314,7 @@ def run_scenario(scenario: dict[str, Any], world: World) -> dict[str, Any]:
     if start is not None:
         load_checkpoint(find_checkpoint(start), run.state)
     if full_at >= 0:
-        return {"error": read_error(run)}
+        return {"error": read_error(lambda: train(run))}
     assert (train(run) == 0) is (stop_at < 0)
     return {**read_result(run), "positions": run.handler.seen, "step": run.state.step}
 
