@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vla_foundry.quickstart.docstrings import harvest_docstrings
 
-harvest_docstrings(Path("text"), packages=("numpy", "json"), num_processes=1)
+harvest_docstrings(Path("text"), packages=("numpy", "json"))
 
 # %% magic_args="-e" language="bash"
 # vla-foundry preprocess tokenizer --source text/train --output tokenizer --vocab_size 4096

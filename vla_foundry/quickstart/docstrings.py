@@ -5,10 +5,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import multiprocessing
 import sysconfig
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 # shorter docstrings carry little information and repeat
@@ -20,13 +18,12 @@ _LEFT_OUT = {"site-packages", "test", "tests"}
 _HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_processes: int) -> dict[str, int]:
+def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...]) -> dict[str, int]:
     """Write each distinct long docstring as a {"text": ...} line; all docstrings of a source file share a split.
 
     Args:
         output_dir: receives train/docstrings.jsonl and validation/docstrings.jsonl.
         packages: installed packages to read besides the standard library; they are read, not imported.
-        num_processes: processes that parse source files; they do not change the result.
 
     Returns:
         Documents and characters per split: {"train_documents": ..., "train_characters": ..., ...}.
@@ -34,14 +31,13 @@ def harvest_docstrings(output_dir: Path, *, packages: tuple[str, ...], num_proce
     Raises:
         ValueError: a package is not installed.
     """
+    # in this process: parsing takes seconds, and processes of a killed pool would stay
     sources = [(root.name, path) for root in _source_roots(packages) for path in _source_files(root)]
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(read_docstrings, [path for _, path in sources], chunksize=16))
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     seen: set[str] = set()
-    for (root_name, path), docstrings in zip(sources, found, strict=True):
+    for root_name, path in sources:
         split = "validation" if _is_held_out(f"{root_name}/{path.name}") else "train"
-        for text in docstrings:
+        for text in read_docstrings(path):
             if text not in seen:
                 seen.add(text)
                 splits[split].append(text)

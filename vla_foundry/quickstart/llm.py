@@ -17,7 +17,7 @@ from vla_foundry.parsing import parse_object
 from vla_foundry.quickstart.docstrings import harvest_docstrings
 from vla_foundry.quickstart.steps import Sizes, Stage, Step, count_trainers, training_step, words_of
 from vla_foundry.run_folder import CONFIG_NAME, METRICS_NAME
-from vla_foundry.world import World, num_cores
+from vla_foundry.world import World
 
 PACKAGES = ("numpy", "scipy")
 VOCAB_SIZE = 4096
@@ -110,7 +110,7 @@ def _preprocess(split: str, text: Path, shards: Path, tokenizer: Path) -> Step:
 
 
 def _harvest(text: Path) -> None:
-    counts = harvest_docstrings(text, packages=PACKAGES, num_processes=num_cores())
+    counts = harvest_docstrings(text, packages=PACKAGES)
     for split in ("train", "validation"):
         megabytes = counts[f"{split}_characters"] / 1e6
         print(f"  {split}: {counts[f'{split}_documents']:,} docstrings, {megabytes:.1f} MB")  # noqa: T201

@@ -3,7 +3,7 @@
 import base64
 import difflib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from vla_foundry.params.commands.evaluation import ComparisonParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.quickstart.llm import GENERATED_NAME, LOSSES_NAME
 from vla_foundry.quickstart.steps import Step, read_times, shown_command
-from vla_foundry.quickstart.vla import LABELS, NUM_FILMED, TASKS, decisions, rate_cells
+from vla_foundry.quickstart.vla import LABELS, NUM_FILMED, TASKS, decisions, format_ablations, rate_cells
 from vla_foundry.quickstart.vlm import CAPTIONS_NAME, ROWS
 from vla_foundry.run_folder import METRICS_NAME
 
@@ -139,8 +139,7 @@ def _language_parts(folder: Path) -> dict[str, Callable[[], str]]:
         return Table(name="losses", caption=caption, columns=columns_of(("text", "model", "loss")), rows=rows).to_html()
 
     def generated() -> str:
-        text = (folder / GENERATED_NAME).read_text(encoding="utf-8", errors="replace")
-        return f"<p>What it makes of two beginnings:<pre>{escape_lines(text)}</pre>"
+        return f"<p>How it continues two beginnings:<pre>{_lines(_read_lines(folder / GENERATED_NAME))}</pre>"
 
     return {
         "loss": lambda: _draw_losses({"language model": folder / "runs" / "llm"}),
@@ -169,20 +168,30 @@ def _vision_parts(folder: Path) -> dict[str, Callable[[], str]]:
 
 def _action_parts(folder: Path) -> dict[str, Callable[[], str]]:
     runs = {LABELS["policy"]: folder / "runs" / "vla", "from nothing": folder / "runs" / "vla_from_nothing"}
+    ablations = folder / "ablations"
+    shown = {
+        "ablations": lambda: (
+            f"<p>Without its own pictures or instruction:<pre>{_lines(format_ablations(ablations))}</pre>"
+        )
+    }
     return {
         "loss": lambda: _draw_losses(runs),
         "comparison": lambda: _draw_comparison(folder),
+        **(shown if ablations.is_dir() else {}),
         "episodes": lambda: _draw_episodes(folder / "evaluation"),
         "errors of actions": lambda: (
             "<p>Errors of its actions on held-out demonstrations:<pre>"
-            f"{escape_lines((folder / 'action_error.txt').read_text(encoding='utf-8', errors='replace'))}</pre>"
+            f"{_lines(_read_lines(folder / 'action_error.txt'))}</pre>"
         ),
     }
 
 
-def escape_lines(text: str) -> str:
-    """Escape text whose line breaks are kept."""
-    return "\n".join(map(escape, text.rstrip("\n").split("\n")))
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(map(escape, lines))
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
 
 
 def _read_losses(folder: Path) -> dict[str, float]:

@@ -182,7 +182,7 @@ def _train(name: str, what: str, sizes: Sizes, run: Path, start: dict[str, objec
     return training_step(
         name,
         what,
-        seconds=120,
+        seconds=140,
         preset=PRESET,
         run=run,
         shards=run.parent.parent / "shards",
@@ -231,7 +231,7 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         name=f"evaluate_{folder}",
         what=what,
         # one without a policy is soon told apart
-        seconds=140 if "checkpoint" in flags else 10,
+        seconds=110 if "checkpoint" in flags else 10,
         words=words,
         # matrices of one robot are small; two threads took a third more CPU time than one
         num_threads=1,
@@ -269,7 +269,7 @@ def write_vla_report(folder: Path, *, summary: Path, ablations: bool = False) ->
             "Action stage: success in closed loop; policies that share a letter are not told apart",
             *_format_rates(comparison),
             *(f"  {line}" for line in decisions(comparison)),
-            *(_format_ablations(folder / "ablations") if ablations else ()),
+            *(format_ablations(folder / "ablations") if ablations else ()),
             f"  goal: {_GOAL:.0%} for the policy, at most 10% without one, and the one from nothing told apart from it",
             *(folder / "action_error.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"),
             f"  goal: at most {_ERROR_GOAL:.2f} in the last column",
@@ -322,7 +322,8 @@ def _describe_decision(pair: PairResult, mean: Column) -> str:
     return f"{verb}, decided after {pair.num_rollouts} of {mean.n_max} rollouts of each"
 
 
-def _format_ablations(results: Path) -> Iterator[str]:
+def format_ablations(results: Path) -> Iterator[str]:
+    """Yield the success rate of each ablation, a line each."""
     for name, label in _ABLATIONS.items():
         total = add_rates(read_summary(results / name / SUMMARY_NAME).values())
         yield f"  {label:<36}{total.format()}"

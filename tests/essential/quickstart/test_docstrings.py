@@ -26,7 +26,7 @@ def test_what_is_not_python_has_no_docstrings(tmp_path: Path, content: bytes) ->
 
 
 def test_harvest_holds_no_text_twice_and_splits_by_file(tmp_path: Path) -> None:
-    counts = harvest_docstrings(tmp_path, packages=(), num_processes=2)
+    counts = harvest_docstrings(tmp_path, packages=())
     splits = {
         split: [
             json.loads(line)["text"]
@@ -45,4 +45,4 @@ def test_harvest_holds_no_text_twice_and_splits_by_file(tmp_path: Path) -> None:
 
 def test_harvest_names_a_missing_package(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'no_such_package' is not installed"):
-        harvest_docstrings(tmp_path, packages=("no_such_package",), num_processes=1)
+        harvest_docstrings(tmp_path, packages=("no_such_package",))
