@@ -112,7 +112,7 @@ def test_a_command_of_the_documentation_is_taken(
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"))
 def test_yaml_of_the_documentation_is_sound(place: str, text: str) -> None:
-    yaml.safe_load(re.sub(r"!include\s+\S+", "null", text))
+    yaml.safe_load(re.sub(r"!include\s+\S+", "{}", text))
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("python"))
