@@ -119,7 +119,9 @@ def _vision_goal(folder: Path) -> str:
 def _action_goal(folder: Path) -> str:
     comparison = _compare(folder)
     mean = comparison.columns[-1]
-    rates = {model: f"{mean.means[model]:.0%}" if model in mean.means else "?" for model in LABELS}
+    if missing := [label for model, label in LABELS.items() if model not in mean.means]:
+        return escape(f"the policy is still to be compared with: {', '.join(missing)}")
+    rates = {model: f"{mean.means[model]:.0%}" for model in LABELS}
     is_better = any(
         pair.better == "policy" and {pair.first, pair.second} == {"policy", "from_nothing"} for pair in mean.pairs
     )
@@ -127,7 +129,7 @@ def _action_goal(folder: Path) -> str:
         f"the policy succeeds in {rates['policy']} of episodes (goal: 80%), the same from nothing in "
         f"{rates['from_nothing']}, no motion in {rates['null']}, random motion in {rates['random']}"
     )
-    return _goal(text, is_reached=mean.means.get("policy", 0) >= 0.8 and is_better)
+    return _goal(text, is_reached=mean.means["policy"] >= 0.8 and is_better)
 
 
 def _language_parts(folder: Path) -> dict[str, Callable[[], str]]:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -119,6 +120,13 @@ def test_the_page_shows_all_stages_and_loads_nothing(folder: Path) -> None:
     assert "policy against 'no motion': better" in page.text
     assert "61" in page.text
     assert "\u202e" not in text
+
+
+def test_a_goal_is_neither_reached_nor_missed_before_all_policies_ran(folder: Path) -> None:
+    assert "✓ reached" in read_page(folder)[1].text.split("1. A language model")[0]
+    shutil.rmtree(folder / "vla/evaluation/random")
+    goals = read_page(folder)[1].text.split("1. A language model")[0]
+    assert "the policy is still to be compared with: random motion" in goals
 
 
 def test_a_film_is_an_animation_of_few_frames() -> None:
