@@ -91,6 +91,7 @@ def create_vla_stage(output_dir: Path, sizes: Sizes, *, ablations: bool) -> Stag
 
 def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> list[Step]:
     """Return the steps from the declaration to the report."""
+    films = {"save_videos": "all", "max_videos": NUM_FILMED}
     return [
         Step(
             name="declare",
@@ -101,7 +102,7 @@ def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> li
             # rollouts under another declaration
             folder=results,
         ),
-        _evaluate(results, "policy", "Evaluate the policy in closed loop", checkpoint=run, name="policy"),
+        _evaluate(results, "policy", "Evaluate the policy in closed loop", checkpoint=run, name="policy", **films),
         _evaluate(
             results,
             "from_nothing",
@@ -109,6 +110,7 @@ def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> li
             checkpoint=scratch,
             name="from_nothing",
             until_decided=results / "policy",
+            **films,
         ),
         *(
             _evaluate(
@@ -223,8 +225,6 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         "output": results,
         "num_pictured": 0,
     }
-    if "checkpoint" in flags:
-        options |= {"save_videos": "all", "max_videos": NUM_FILMED}
     words = words_of("evaluate", **options, **flags)
     # results of other weights or settings are deleted, not resumed
     return Step(
