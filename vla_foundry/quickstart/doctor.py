@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -15,10 +14,10 @@ from vla_foundry.config.resolve import resolve
 from vla_foundry.data.facts import read_facts
 from vla_foundry.data.robotics import Normalization, create_normalization, read_specs
 from vla_foundry.params.commands.runs import DoctorParams
-from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.mixture import MixtureDataParams
 from vla_foundry.params.data.robotics import RoboticsDataParams
 from vla_foundry.params.experiment import TrainExperimentParams
+from vla_foundry.quickstart.samples import Finding, Severity, check_samples
 from vla_foundry.robotics.fit import find_camera
 from vla_foundry.robotics.normalization import FieldScale
 from vla_foundry.robotics.spec import FieldDescription, NamedSpec
@@ -26,9 +25,7 @@ from vla_foundry.robotics.statistics import FieldStatistics
 from vla_foundry.robotics.statistics_format import parse_statistics
 from vla_foundry.shards import parse_manifest
 from vla_foundry.storage.uri import file_test, parent_uri, read_text
-from vla_foundry.viz.data_report import Measured, longest_text, read_batches
 
-Severity = Literal["error", "warning", "info"]
 # exit code after the worst finding
 _EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "info": 0}
 # a normalized value beyond this is an outlier
@@ -39,27 +36,12 @@ _USED_SHARE = 0.2
 _MOST_RADIANS = 4 * np.pi
 # positions of a robot on a table, metres
 _MOST_METRES = 10.0
-# a commanded and a measured column that belong together: spread and correlation
-_SPREADS, _SAME, _OPPOSITE = (1 / 3, 3.0), 0.7, -0.5
 # seconds of a chunk
 _SHORT_CHUNK, _LONG_CHUNK = 0.1, 5.0
-# shares: predicted steps beyond the end; pixels that a crop cuts off; stored sides over the model's; bad samples
-_MOST_BEYOND, _MOST_CROPPED, _MOST_LARGER, _BAD_SHARE = 0.3, 0.25, 3.0, 0.001
+# shares: pixels that a crop cuts off; stored sides over the model's
+_MOST_CROPPED, _MOST_LARGER = 0.25, 3.0
 # columns whose values are printed
 _SHOWN_COLUMNS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    severity: Severity
-    # what is wrong, or what was found to be as it should
-    text: str
-    # flag or command that mends it; "": nothing to mend
-    fix: str = ""
-    # the part of a mixture; "": the config
-    dataset: str = ""
 
 
 def main(argv: list[str]) -> None:
@@ -119,7 +101,7 @@ def examine(params: DoctorParams) -> list[Finding]:
         except (ValueError, OSError) as error:
             found.append(Finding(severity="error", text=describe_error(error)))
         findings += [replace(finding, dataset=name) for finding in found]
-    findings += _check_samples(resolved, params.num_samples, parts, normalizations)
+    findings += check_samples(resolved, params.num_samples, parts, normalizations)
     return findings + list(_check_machine(resolved))
 
 
@@ -309,141 +291,3 @@ def _check_machine(params: TrainExperimentParams) -> Iterator[Finding]:
         )
     else:
         yield Finding(severity="info", text=text)
-
-
-@dataclass
-class _Drawn:
-    """What was drawn of one robot dataset."""
-
-    measured: Measured = field(default_factory=Measured)
-    # (A,) and (P,) at the anchor
-    actions: list[np.ndarray] = field(default_factory=list)
-    proprioception: list[np.ndarray] = field(default_factory=list)
-    # predicted steps, and those of them within the episode
-    num_steps: int = 0
-    num_inside: int = 0
-
-
-def _check_samples(
-    params: TrainExperimentParams,
-    num_samples: int,
-    parts: Mapping[str, DataParams],
-    normalizations: Mapping[str, Normalization],
-) -> Iterator[Finding]:
-    """Draw samples as training does."""
-    drawn = {name: _Drawn() for name in parts}
-    try:
-        for name, batch in read_batches(params, num_samples):
-            one = drawn[name if name in drawn else ""]
-            one.measured.add(batch)
-            if "actions" in batch:
-                _add_robots(one, batch)
-    except (ValueError, OSError) as error:
-        yield Finding(severity="error", text=describe_error(error))
-    for name, one in drawn.items():
-        if not one.measured.num_samples:
-            continue
-        data = parts[name]
-        flag = f"--data.datasets.{name}" if name else "--data"
-        found = list(_check_drawn(one, data, flag))
-        if isinstance(data, RoboticsDataParams) and one.actions and name in normalizations:
-            found += _check_pairs(one, data, normalizations[name])
-        yield from (replace(finding, dataset=name) for finding in found)
-
-
-def _add_robots(one: _Drawn, batch: Mapping[str, Any]) -> None:
-    past, future = batch["past_mask"].numpy(), batch["future_mask"].numpy()
-    anchor = batch["actions"].shape[1] - 1 if not future.any() else int(np.argmax(future.any(axis=0)))
-    one.actions += list(batch["actions"][:, anchor].numpy())
-    one.num_steps += future[:, anchor:].size
-    one.num_inside += int((future | past)[:, anchor:].sum())
-    if batch.get("proprioception") is not None and batch["proprioception"].shape[-1]:
-        one.proprioception += list(batch["proprioception"][:, -1].numpy())
-
-
-def _check_drawn(one: _Drawn, data: DataParams, flag: str) -> Iterator[Finding]:
-    summary = one.measured.summarize(longest_text(data))
-    num_bad, num_good = sum(one.measured.bad.values()), one.measured.num_samples
-    share = num_bad / max(num_bad + num_good, 1)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in one.measured.bad.items())
-    if share > data.max_bad_fraction:
-        yield Finding(
-            severity="error",
-            text=f"{share:.1%} of {num_bad + num_good} samples cannot be used ({reasons}): training would stop.",
-            fix=f"mend the data, or {flag}.max_bad_fraction {min(1.0, round(2 * share, 3))}",
-        )
-    elif share > _BAD_SHARE:
-        yield Finding(severity="warning", text=f"{num_bad} of {num_bad + num_good} samples are left out: {reasons}")
-    else:
-        yield Finding(severity="info", text=f"{num_good} samples drawn, {num_bad} of them left out")
-    tokens = summary["tokens"]
-    if tokens is not None and tokens["truncated_share"]:
-        yield Finding(
-            severity="warning",
-            text=f"{tokens['truncated_share']:.1%} of the samples are longer than {tokens['seq_len']} tokens (up to "
-            f"{tokens['max']}) and are cut.",
-            fix=f"{flag}.seq_len {tokens['max']}",
-        )
-    elif tokens is not None:
-        yield Finding(
-            severity="info",
-            text=f"tokens of a sample: median {tokens['p50']}, at most {tokens['max']}, of {tokens['seq_len']}",
-        )
-    beyond = 1 - one.num_inside / one.num_steps if one.num_steps else 0.0
-    if beyond > _MOST_BEYOND:
-        yield Finding(
-            severity="warning",
-            text=f"{beyond:.0%} of the predicted steps lie beyond the end of their episode: the window is long for "
-            "these episodes.",
-            fix=f"smaller {flag}.lowdim_future_timesteps",
-        )
-
-
-def _check_pairs(one: _Drawn, data: RoboticsDataParams, normalization: Normalization) -> Iterator[Finding]:
-    """Compare what is commanded with what is measured, column by column, where they have the same columns.
-
-    Normalization changes neither the sign of a correlation nor, undone by the scale, the spread.
-    """
-    if not one.proprioception:
-        return
-    actions, measured = np.stack(one.actions), np.stack(one.proprioception)
-    offsets = {}
-    for fields, values in ((data.action_fields, actions), (data.proprioception_fields, measured)):
-        start = 0
-        for name in fields:
-            scale = normalization.normalizer.scales[name]
-            offsets[name] = values[:, start : start + scale.width] * scale.scale[-1]
-            start += scale.width
-    for action in data.action_fields:
-        for name in data.proprioception_fields:
-            first, second = offsets[action], offsets[name]
-            if first.shape != second.shape:
-                continue
-            spreads = first.std(axis=0), second.std(axis=0)
-            moves = (spreads[0] > 1e-9) & (spreads[1] > 1e-9)
-            together = np.array(
-                [np.corrcoef(first[:, c], second[:, c])[0, 1] if moves[c] else 0.0 for c in range(len(moves))]
-            )
-            # positions that follow positions, and not changes or other quantities
-            if moves.sum() < 2 or np.median(np.abs(together[moves])) < _SAME:
-                continue
-            yield from _compare_pair(action, name, together, spreads)
-
-
-def _compare_pair(
-    action: str, name: str, together: np.ndarray, spreads: tuple[np.ndarray, np.ndarray]
-) -> Iterator[Finding]:
-    for column, value in enumerate(together.tolist()):
-        if value < _OPPOSITE:
-            yield Finding(
-                severity="warning",
-                text=f"column {column} of {action} moves against column {column} of {name} (correlation {value:.2f}), "
-                "while others move together: is a sign wrong?",
-            )
-        elif value > _SAME and not _SPREADS[0] < spreads[0][column] / spreads[1][column] < _SPREADS[1]:
-            ratio = spreads[0][column] / spreads[1][column]
-            yield Finding(
-                severity="warning",
-                text=f"column {column} of {action} follows column {column} of {name}, but is {ratio:.3g} times as "
-                "large: different units?",
-            )

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vla_foundry.batch import Batch
+from vla_foundry.data.loader import Split
 from vla_foundry.data.mixture import MixtureLoader, create_dataloader
 from vla_foundry.data.pipelines.image_caption import find_images
 from vla_foundry.data.pipelines.stages import RECORDING, Sample
@@ -122,7 +123,11 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
 
 
 def read_batches(
-    params: TrainExperimentParams, num_samples: int, mix: dict[str, dict[str, tuple[float, int]]] | None = None
+    params: TrainExperimentParams,
+    num_samples: int,
+    mix: dict[str, dict[str, tuple[float, int]]] | None = None,
+    *,
+    split: Split = "train",
 ) -> Iterator[tuple[str, Batch]]:
     """Yield the name of the dataset (its type, unless it is part of a mixture) and each microbatch, in training order.
 
@@ -132,6 +137,7 @@ def read_batches(
         params: a resolved config; everything is loaded in this process, and no share of bad samples is too much.
         num_samples: stop after the microbatch with which there are as many.
         mix: is filled, at the end, with {dataset: {manifest: (weight, samples)}}.
+        split: "train", or "validation" for the validation data.
 
     Raises:
         ValueError: the data cannot be read.
@@ -143,6 +149,8 @@ def read_batches(
         global_batch_size=hparams.global_batch_size,
         per_gpu_batch_size=hparams.per_gpu_batch_size,
         seed=hparams.seed if data.seed is None else data.seed,
+        split=split,
+        total_samples=params.total_val_samples if split == "validation" else None,
     )
     counts: Counter[str] = Counter()
     with closing(loader), RECORDING.on():

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from vla_foundry.params.commands.runs import NewPolicyParams
 from vla_foundry.parsing import parse_yaml
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
-from vla_foundry.quickstart.doctor import Finding, format_findings
+from vla_foundry.quickstart.doctor import format_findings
 from vla_foundry.quickstart.new_policy import create_policy_config
+from vla_foundry.quickstart.samples import Finding
 from vla_foundry.run_folder import lock_folder
 
 JOINTS = ("shoulder", "elbow", "wrist_flex", "wrist_roll", "gripper")
@@ -33,8 +34,12 @@ FEATURES = LeRobotFeatures(
 NUM_EPISODES, LENGTH = 12, 40
 
 
-def record(folder: Path, change: Callable[[np.ndarray], np.ndarray] = lambda actions: actions) -> Path:
-    """Record an arm that follows its commands a frame later."""
+def record(
+    folder: Path,
+    change: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
+    cameras: Sequence[str] = tuple(FEATURES.cameras),
+) -> Path:
+    """Record an arm that follows its commands a frame later; the first of the cameras sees another scene."""
     writer = LeRobotWriter(folder, FEATURES)
     for number in range(NUM_EPISODES):
         rng = np.random.default_rng(number)
@@ -44,7 +49,7 @@ def record(folder: Path, change: Callable[[np.ndarray], np.ndarray] = lambda act
             for time in range(LENGTH):
                 vectors = {"observation.state": angles[time], "action": change(angles[time + 1].copy())}
                 image = np.full((48, 64, 3), 20 + 5 * time, np.uint8)
-                recorder.add(vectors, dict.fromkeys(FEATURES.cameras, image))
+                recorder.add(vectors, dict(zip(cameras, (image, 255 - image), strict=True)))
             recorder.finish(("pick the cup", "put it down")[number % 2])
         writer.add_episode(part)
     writer.finish()
@@ -188,6 +193,22 @@ def test_the_doctor_finds_what_is_wrong(
         "of the predicted steps lie beyond the end of their episode",
     ):
         assert expected in text, text
+    assert "validation samples drawn, 0 of them left out" in text, text
+    # cameras that were swapped in another dataset
+    record(tmp_path / "other", spoil, tuple(FEATURES.cameras)[::-1])
+    preprocess = "vla-foundry preprocess robotics --config_path mine/preprocess.yaml --num_workers 0"
+    assert run(f"{preprocess} --source_episodes other --output_dir other_shards") == 0
+    both = "mine/shards/train/manifest.jsonl,other_shards/train/manifest.jsonl"
+    capsys.readouterr()
+    assert run(doctor, *flags, "--data.dataset_manifest", both, "--total_val_samples", "null") == 3
+    assert "are they swapped?" in capsys.readouterr().out
+    # validation data that cannot be read
+    shard = next(Path("mine/shards/validation").glob("*.tar"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert run(doctor, *flags) == 2
+    assert '"text": "validation: ' in capsys.readouterr().out
+    shard.write_bytes(content)
     # statistics that are damaged, samples that cannot be used, and a config that does not resolve, are findings too
     assert run(doctor, "--data.seq_len", "12") == 2
     assert "do not fit into 12" in capsys.readouterr().out
