@@ -213,7 +213,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _draw_losses(runs: dict[str, Path]) -> str:
-    """Draw the losses in training of one or two runs, and those on held-out data, which the newest dot shows."""
+    """Draw the losses in training of one or two runs, and those on held-out data as dots."""
     curves, rows = [], []
     for (name, run), mark in zip(runs.items(), ("line", "dashes"), strict=False):
         if not (run / METRICS_NAME).exists() and curves:
@@ -294,9 +294,7 @@ def _draw_comparison(folder: Path) -> str:
     drawing = draw_violins(violins, "Posteriors of success rates over all tasks; the table below has the numbers")
     lines = "".join(f"<li>{escape(line)}" for line in (*decisions(compared.comparison), *compared.comparison.notes))
     more = folder / "evaluation" / "report" / PAGE_NAME
-    link = (
-        f'<p><a href="vla/evaluation/report/{PAGE_NAME}">All of the comparison, and how its errors are controlled</a>'
-    )
+    link = f'<p><a href="vla/evaluation/report/{PAGE_NAME}">The whole comparison, and how its errors are controlled</a>'
     return (
         figure("Success in closed loop", drawing, table.to_html()) + f"<ul>{lines}</ul>{link if more.exists() else ''}"
     )
@@ -324,7 +322,7 @@ def _find_films(folder: Path) -> dict[int, tuple[EpisodeResult, Path]]:
         return {}
     found = {}
     for episode in read_results(path)[0]:
-        film = path.parent / episode.task / f"demonstration_{episode.seed}" / "video.mp4"
+        film = path.parent / folder.name / f"demonstration_{episode.seed}" / "video.mp4"
         if episode.outcome is not None and film.exists():
             found[episode.seed] = episode, film
     return found

@@ -91,7 +91,7 @@ def create_vla_stage(output_dir: Path, sizes: Sizes, *, ablations: bool) -> Stag
 
 def _comparison_steps(results: Path, run: Path, scratch: Path, page: Path) -> list[Step]:
     """Return the steps from the declaration to the report."""
-    films = {"save_videos": "all", "max_videos": NUM_FILMED}
+    films = {"save_videos": "all", "max_videos": NUM_FILMED, "num_pictured": NUM_FILMED}
     return [
         Step(
             name="declare",
@@ -225,7 +225,7 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         "output": results,
         "num_pictured": 0,
     }
-    words = words_of("evaluate", **options, **flags)
+    words = words_of("evaluate", **(options | flags))
     # results of other weights or settings are deleted, not resumed
     return Step(
         name=f"evaluate_{folder}",

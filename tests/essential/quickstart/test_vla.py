@@ -72,7 +72,7 @@ def test_few_episodes_are_filmed_and_only_of_trained_policies(tmp_path: Path) ->
         if name in ("evaluate_policy", "evaluate_from_nothing", "evaluate_null", "evaluate_random"):
             params = parameters_of(step)
             films[name] = (params.save_videos, params.max_videos, params.num_pictured)
-    filmed, none = ("all", NUM_FILMED, 0), ("none", EvaluateParams.max_videos, 0)
+    filmed, none = ("all", NUM_FILMED, NUM_FILMED), ("none", EvaluateParams.max_videos, 0)
     assert list(films.values()) == [filmed, filmed, none, none]
 
 
