@@ -233,12 +233,7 @@ class Policy:
         self._files.check_robot(robot)
 
     def reset(self, seed: int, *, client: Hashable = None) -> None:
-        """Begin an episode and forget the previous one.
-
-        Args:
-            seed: the episode's seed.
-            client: the robot, if there are several.
-        """
+        """Begin an episode with this seed and forget the previous one; `client` is the robot, if there are several."""
         self._clients[client] = self._begin_episode(seed)
 
     def _begin_episode(self, seed: int) -> RobotEpisode:
@@ -275,11 +270,18 @@ class Policy:
         """Return the action of each robot; new chunks are predicted in one batch. A robot whose chunk is late has none.
 
         Raises:
-            ValueError: as `act`.
+            ValueError: as `act`; no robot's observation was taken in then.
         """
-        for name, observation in observations.items():
-            self.observe(observation, client=name)
-        return self.choose_actions(list(observations))
+        seen: list[Hashable] = []
+        try:
+            for name, observation in observations.items():
+                self.observe(observation, client=name)
+                seen.append(name)
+            return self.choose_actions(seen)
+        except ValueError:
+            for name in seen:
+                self.retract(name)
+            raise
 
     def observe(self, observation: RobotObservation, *, client: Hashable = None, step: int | None = None) -> None:
         """Take in a robot's next observation, without choosing its action.

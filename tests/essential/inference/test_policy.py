@@ -377,9 +377,15 @@ def test_what_an_observation_lacks_is_named(arm: Any) -> None:
         ({"fields": fields | {OBSERVED[0]: np.array([0, np.nan, 1])}}, r"must be 3 finite numbers, got \[0\.0, nan"),
         ({"instruction": ""}, r"instruction"),
     ):
+        bad = dataclasses.replace(good, **changes)
         policy.reset(seed=0)
+        policy.reset(seed=0, client="a")
         with pytest.raises(ValueError, match=message):
-            policy.act(dataclasses.replace(good, **changes))
+            policy.act(bad)
+        with pytest.raises(ValueError, match=message):
+            policy.act_many({"a": good, None: bad})
+        # nobody has taken a step
+        assert policy.act_many({"a": good, None: good}).keys() == {"a", None}
 
 
 def test_a_robot_that_means_something_else_is_refused(arm: Any) -> None:
