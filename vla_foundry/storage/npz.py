@@ -182,7 +182,7 @@ def _read_directory(read: ReadRange, size: int) -> dict[str, _Entry]:
         raise ValueError("the .npz is truncated or not an .npz")
     *_, count, directory_size, directory_start, _ = _END.unpack_from(tail, place)
     if count == 0xFFFF or directory_start == 0xFFFFFFFF:
-        raise ValueError("an .npz over 4 GiB is not supported")
+        raise ValueError("an .npz over 4 GiB, or of more than 65,534 arrays, is not supported")
     if directory_start >= tail_start:
         directory = tail[directory_start - tail_start :]
     else:
@@ -280,8 +280,10 @@ def format_arrays(arrays: Mapping[str, np.ndarray], *, compressed: bool = False)
     (numpy.savez takes the arrays as keyword arguments, so some names clash with its own.)
 
     Raises:
-        ValueError: an array holds Python objects, or they take 4 GiB or more.
+        ValueError: an array holds Python objects, or there are too many: 65,535, or 4 GiB.
     """
+    if len(arrays) >= 0xFFFF:
+        raise ValueError(f"an .npz holds at most 65,534 arrays, not {len(arrays):,}")
     parts: list[bytes] = []
     directory: list[bytes] = []
     offset = 0

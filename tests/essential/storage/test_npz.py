@@ -133,6 +133,10 @@ def test_arrays_are_written_as_zipfile_and_numpy_write_them(arrays: dict[str, An
     assert format_arrays(written, compressed=is_packed) == buffer.getvalue()
 
 
-def test_python_objects_are_not_written() -> None:
+def test_what_does_not_fit_is_not_written() -> None:
     with pytest.raises(ValueError, match="Python objects"):
         format_arrays({"a": np.asarray([{}])})
+    many = dict.fromkeys(map(str, range(0xFFFE)), np.zeros(()))
+    assert len(NpzFile.from_bytes(format_arrays(many)).names) == 0xFFFE
+    with pytest.raises(ValueError, match="at most 65,534 arrays, not 65,535"):
+        format_arrays({**many, "one more": np.zeros(())})
