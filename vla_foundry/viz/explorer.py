@@ -16,6 +16,7 @@ from vla_foundry.config.command_line import parse_command
 from vla_foundry.params.commands.runs import ExploreParams
 from vla_foundry.robotics.statistics_format import parse_statistics
 from vla_foundry.run_folder import STATISTICS_NAME
+from vla_foundry.serving.guard import Guard
 from vla_foundry.storage.uri import exists, join_uri, parent_uri, read_text
 from vla_foundry.viz.episodes import StoredEpisode, StoredEpisodes
 from vla_foundry.viz.inspection import read_dataset_sample
@@ -48,9 +49,12 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "explore needs gradio, which is not installed: uv pip install 'vla-foundry[dashboard]'."
         ) from None
+    from starlette.middleware import Middleware
+
     blocks = create_blocks(Explorer(params.dataset))
+    guard = {"middleware": [Middleware(Guard, password=None, is_local=True)]}
     try:
-        _, address, _ = blocks.launch(**_LAUNCH, css=_STYLE, server_port=params.port or None)
+        _, address, _ = blocks.launch(**_LAUNCH, css=_STYLE, server_port=params.port or None, app_kwargs=guard)
     except OSError:
         raise ValueError(f"port {params.port} of this machine is in use. Give another, or --port 0.") from None
     sys.stdout.write(f"{params.dataset}: {address}\n")
@@ -140,7 +144,8 @@ class Explorer:
             unit = self._stored.spec.fields[name].unit
             axis.plot(seconds, values, linewidth=1)
             axis.axvline(frame / episode.info.fps, color="black", linewidth=0.8)
-            axis.set_title(f"{name}{f' ({unit})' if unit else ''}", fontsize=8, loc="left")
+            title = f"{name}{f' ({unit})' if unit else ''}"
+            axis.set_title(title, fontsize=8, loc="left", parse_math=False)
         axes[-1].set_xlabel("seconds")
         return figure
 

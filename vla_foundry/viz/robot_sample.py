@@ -105,7 +105,7 @@ def take_sample(batch: Batch, row: int, pipeline: RoboticsPipeline, fields: dict
 def _take_images(batch: Batch, row: int, num_images: int) -> list[np.ndarray]:
     """Return a sample's images as the model sees them, colour augmentation included."""
     pixels = batch["pixel_values"]
-    if pixels.ndim != 4 or len(pixels) != len(batch["episode_ids"]) * num_images:
+    if num_images == 0 or pixels.ndim != 4 or len(pixels) != len(batch["episode_ids"]) * num_images:
         return []
     rows = slice(row * num_images, (row + 1) * num_images)
     factors = batch["color_factors"][rows] if "color_factors" in batch else None

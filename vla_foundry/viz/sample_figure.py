@@ -30,6 +30,7 @@ def draw_sample(sample: RobotSample, path: str) -> None:
         ValueError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -47,8 +48,10 @@ def draw_sample(sample: RobotSample, path: str) -> None:
     figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100)
     canvas = FigureCanvasAgg(figure)
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for row, (_, draw) in zip(rows, parts, strict=True):
-        draw(row, sample)
+    # texts of the data are no formulas
+    with rc_context({"text.parse_math": False}):
+        for row, (_, draw) in zip(rows, parts, strict=True):
+            draw(row, sample)
     with replace_file(path) as temporary:
         # without matplotlib's version, so that the same sample gives the same file
         canvas.print_figure(temporary, format="png", metadata={"Software": None})
@@ -153,6 +156,7 @@ def _draw_proprioception(part: "SubFigure", sample: RobotSample) -> None:
             label.set_horizontalalignment("right")
     if np.abs(values).max() > _FAR:  # otherwise one dimension would hide the others
         axis.set_yscale("symlog", linthresh=_FAR)
+        axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xlim(-0.7, len(values) - 0.3)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_title("proprioception at the anchor, as the model gets it", fontsize=8, loc="left")

@@ -1,6 +1,7 @@
 """`vla-foundry view WHAT`: write episodes, training batches or rollouts as a recording for the rerun viewer."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _APPLICATION = "vla-foundry"
 _VIDEOS = (".mp4", ".webm")
+# more episodes are counted, not named
+_MOST_NAMES = 10
 # values of a batch that are drawn over the steps of a window: (steps, columns) for each sample
 _STEPPED = ("actions", "proprioception")
 _MASKS = ("past_mask", "future_mask", "is_padding")
@@ -48,7 +51,7 @@ def write_recording(params: ViewParams) -> str:
     """Write the recording, and return what was written and how to see it.
 
     Raises:
-        ValueError: rerun is not installed, or there is nothing to see.
+        ValueError: rerun is not installed, there is nothing to see, or the disk is full.
         FileNotFoundError: what to view does not exist.
     """
     try:
@@ -58,13 +61,18 @@ def write_recording(params: ViewParams) -> str:
     log = _choose(params.what)
     stream = rerun.RecordingStream(_APPLICATION, recording_id=os.path.basename(params.what.rstrip("/")) or "view")
     with replace_file(params.output) as temporary:
+        # rerun's own error would not say what is wrong
+        open(temporary, "wb").close()
         stream.save(temporary)
         found = log(stream, params)
-        stream.flush()
+        try:
+            stream.flush()
+        except RuntimeError as error:
+            raise ValueError(f"{params.output} cannot be written; is the disk full? rerun says: {error}") from None
         stream.disconnect()
         if not found:
             raise ValueError(f"{params.what} has nothing from number {params.first} on. Give a smaller --first.")
-    return f"{params.output}: {found}; see it with: rerun {params.output}"
+    return f"{params.output}: {found}; see it with: rerun {shlex.quote(params.output)}"
 
 
 def _choose(what: str) -> "Callable[[RecordingStream, ViewParams], str]":
@@ -84,6 +92,8 @@ def _log_episodes(stream: "RecordingStream", params: ViewParams) -> str:
     for episode in islice(episodes, params.first, params.first + params.count):
         names.append(episode.info.episode_id)
         _log_episode(stream, episode, list(episodes.spec.fields))
+    if len(names) > _MOST_NAMES:
+        return f"{len(names):,} episodes"
     return f"episodes {', '.join(names)}" if names else ""
 
 
@@ -91,6 +101,7 @@ def _log_episode(stream: "RecordingStream", episode: StoredEpisode, fields: list
     import rerun
 
     info = episode.info
+    root = rerun.escape_entity_path_part(info.episode_id)
     frames = np.arange(info.num_frames)
     indexes = [
         rerun.TimeColumn("frame", sequence=frames),
@@ -106,11 +117,14 @@ def _log_episode(stream: "RecordingStream", episode: StoredEpisode, fields: list
         more = {"meter": np.full(len(files), 1000.0)} if is_depth else {}
         media = [f"image/{'png' if is_depth else 'jpeg'}"] * len(files)
         stream.send_columns(
-            f"{info.episode_id}/cameras/{camera}", indexes, kind.columns(blob=files, media_type=media, **more)
+            f"{root}/cameras/{rerun.escape_entity_path_part(camera)}",
+            indexes,
+            kind.columns(blob=files, media_type=media, **more),
         )
     for name, values in episode.read_fields(fields).items():
-        stream.send_columns(f"{info.episode_id}/fields/{name}", indexes, rerun.Scalars.columns(scalars=values))
-    stream.log(f"{info.episode_id}/instruction", rerun.TextDocument(episode.instruction), static=True)
+        place = f"{root}/fields/{rerun.escape_entity_path_part(name)}"
+        stream.send_columns(place, indexes, rerun.Scalars.columns(scalars=values))
+    stream.log(f"{root}/instruction", rerun.TextDocument(episode.instruction), static=True)
 
 
 def _log_batches(stream: "RecordingStream", params: ViewParams) -> str:
@@ -165,7 +179,7 @@ def _log_rollouts(stream: "RecordingStream", params: ViewParams) -> str:
     chosen = videos[params.first : params.first + params.count]
     for path in chosen:
         video = rerun.AssetVideo(path=path)
-        place = path.relative_to(root).with_suffix("").as_posix()
+        place = rerun.new_entity_path(list(path.relative_to(root).with_suffix("").parts))
         stream.log(place, video, static=True)
         times = video.read_frame_timestamps_nanos()
         stream.send_columns(

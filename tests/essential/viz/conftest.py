@@ -42,7 +42,14 @@ class RobotData:
 def write_data() -> Callable[..., RobotData]:
     """A function that writes the dataset to a folder."""
 
-    def write(folder: Path, *, language_types: tuple[str, ...] = ("original",), statistics: bool = True) -> RobotData:
+    def write(
+        folder: Path,
+        *,
+        language_types: tuple[str, ...] = ("original",),
+        statistics: bool = True,
+        cameras: tuple[str, ...] = CAMERAS,
+        unit: str = "m",
+    ) -> RobotData:
         data = RobotData(folder, {}, {})
         rng = np.random.default_rng(0)
         with open_shard(str(folder), "shard_000000") as writer:
@@ -60,7 +67,7 @@ def write_data() -> Callable[..., RobotData]:
                     num_frames=NUM_FRAMES,
                     fps=10.0,
                     anchors=tuple(range(NUM_FRAMES)),
-                    cameras={name: EpisodeCamera(original_size=SIZE, size=SIZE, extension="jpg") for name in CAMERAS},
+                    cameras={name: EpisodeCamera(original_size=SIZE, size=SIZE, extension="jpg") for name in cameras},
                     instructions=(InstructionSpan(start=0, end=NUM_FRAMES, texts=texts),),
                 )
                 writer.add(
@@ -68,7 +75,7 @@ def write_data() -> Callable[..., RobotData]:
                 )
                 for frame in range(NUM_FRAMES):
                     files = {}
-                    for place, camera in enumerate(CAMERAS):
+                    for place, camera in enumerate(cameras):
                         image = np.full((SIZE[1], SIZE[0], 3), (20 * frame, 100 * place, 80 * number), dtype=np.uint8)
                         buffer = io.BytesIO()
                         Image.fromarray(image).save(buffer, "JPEG", quality=95)
@@ -84,9 +91,9 @@ def write_data() -> Callable[..., RobotData]:
             future_lowdim_steps=3,
             image_indices=(-1, 0),
             padding_strategy="copy",
-            cameras={name: CameraDescription(size=SIZE, original_size=SIZE) for name in CAMERAS},
+            cameras={name: CameraDescription(size=SIZE, original_size=SIZE) for name in cameras},
             fields={
-                "action.arm": FieldDescription(shape=(3,), unit="m", role="action"),
+                "action.arm": FieldDescription(shape=(3,), unit=unit, role="action"),
                 "state": FieldDescription(shape=(2,), names=("elbow", "wrist")),
             },
             language_types=language_types,

@@ -3,6 +3,8 @@ import re
 import shutil
 import subprocess
 import sys
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -70,6 +72,10 @@ def test_the_page_in_a_browser(robot_data) -> None:
             page.wait_for_selector("#window img")
             page.get_by_role("tab", name="Statistics").click()
             expect(page.get_by_role("gridcell", name="1 (wrist)").first).to_be_visible(timeout=60_000)
+            # a site that lets its name point here; another site's page
+            for strange in ({"Host": "example.org"}, {"Origin": "http://example.org"}):
+                with pytest.raises(HTTPError, match="403"):
+                    urlopen(Request(f"{address}config", headers=strange))
         finally:
             server.kill()
     assert faults == []

@@ -16,6 +16,7 @@ from vla_foundry.preprocessing.text.packing import RecordPacker, write_records
 from vla_foundry.robotics.spec import DatasetSpec, parse_spec
 from vla_foundry.shards import format_manifest
 from vla_foundry.viz import data_report
+from vla_foundry.viz.explorer import Explorer
 from vla_foundry.viz.inspection import inspect_data, read_dataset_sample
 from vla_foundry.viz.robot_sample import RobotSample
 from vla_foundry.viz.sample_figure import draw_sample
@@ -73,10 +74,12 @@ def test_without_statistics_values_are_drawn_as_they_are(tmp_path, write_data):
     np.testing.assert_array_equal(sample.actions[0].raw, data.fields["episode_0"]["action.arm"][:6])
 
 
-def test_a_dataset_without_instructions_is_drawn(tmp_path, write_data):
-    data = write_data(tmp_path / "data", language_types=())
+def test_a_dataset_without_instructions_and_cameras_is_drawn(tmp_path, write_data):
+    # a unit that would be a faulty formula
+    data = write_data(tmp_path / "data", language_types=(), cameras=(), unit="$\\m$")
     lines = inspect_data(InspectParams(dataset=str(data.folder), output=str(tmp_path / "s.png")))
     assert "instruction: (none)" in lines
+    Explorer(str(data.folder)).draw_fields(0, 2).savefig(tmp_path / "f.png")
 
 
 def test_the_names_of_columns_are_shown(robot_data, tmp_path):

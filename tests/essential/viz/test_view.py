@@ -59,8 +59,18 @@ def test_errors_are_one_line_and_leave_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_number_too_high_is_an_error(robot_data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["view", str(robot_data.folder), "--first", "9", "--output", str(tmp_path / "a.rrd")])
-    assert "has nothing from number 9 on. Give a smaller --first." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--first", "9"], "has nothing from number 9 on. Give a smaller --first."),
+        (["--output", "/proc/a.rrd"], "error: /proc/.a.rrd"),
+    ],
+)
+def test_a_dataset_that_cannot_be_recorded_leaves_no_file(
+    words: list[str], message: str, robot_data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["view", str(robot_data.folder), "--output", str(tmp_path / "a.rrd"), *words])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
