@@ -5,6 +5,10 @@ set -euo pipefail
 [ $# -eq 2 ] || { echo "usage: $0 RUN OUTPUT" >&2; exit 2; }
 run=$1 output=$2 port=${PORT:-50051}
 
+if (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+  echo "error: port $port is in use, and another policy might answer. Set PORT." >&2
+  exit 2
+fi
 vla-foundry serve --checkpoint "$run" --port "$port" --websocket_port null &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" || true' EXIT

@@ -8,6 +8,7 @@ quickstart=$1 output=$2 seed=${SEED:-1} samples=${SAMPLES:-30000}
 vlm=$quickstart/vlm/runs/vlm shards=$output/shards
 tasks=drawer-open-v3@half,drawer-close-v3@half,window-open-v3@half,window-close-v3@half
 
+[ -e "$vlm/config_model.yaml" ] || { echo "error: $vlm is no run; $quickstart must be a finished quickstart" >&2; exit 2; }
 vla-foundry demos --tasks "$tasks" --episodes "${EPISODES:-12}" --output_dir "$output/demos"
 vla-foundry preprocess robotics --type lerobot --source_episodes "$output/demos" --output_dir "$shards" \
   --field_map config_presets/field_maps/metaworld.yaml --past_lowdim_steps 0 --future_lowdim_steps 7 \

@@ -8,7 +8,11 @@ dataset=$1 backbone=$2 output=$3
 shift 3
 gpus=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
 
-[ -e "$output/train.yaml" ] || vla-foundry new-policy --dataset "$dataset" --backbone "$backbone" --output "$output"
+if [ -e "$output/train.yaml" ]; then
+  echo "$output/train.yaml exists and is used; DATASET and BACKBONE are not. Give another OUTPUT for others." >&2
+else
+  vla-foundry new-policy --dataset "$dataset" --backbone "$backbone" --output "$output"
+fi
 vla-foundry preprocess robotics --config_path "$output/preprocess.yaml" --num_workers "${NUM_WORKERS:-null}"
 torchrun --standalone --nproc_per_node "$gpus" -m vla_foundry.main --config_path "$output/train.yaml" --resume auto "$@"
 # then: vla-foundry serve --checkpoint OUTPUT/runs/policy

@@ -107,6 +107,24 @@ def test_a_slurm_array_with_more_jobs_than_policies_says_so(run_in_slurm: RunLat
     assert job.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("serve.sh", "is in use, and another policy might answer"),
+        ("train_cotrained.sh", "must be a finished quickstart"),
+        ("evaluate.sh", "usage: "),
+    ],
+)
+def test_scripts_refuse_what_cannot_work(script: str, message: str, tmp_path: Path) -> None:
+    words = [] if message == "usage: " else [str(tmp_path / "my run"), str(tmp_path / "output")]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {**os.environ, "PORT": str(server.getsockname()[1])}
+        command = ["bash", str(EXAMPLES / script), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ray_takes_the_cluster() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
