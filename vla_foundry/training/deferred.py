@@ -6,16 +6,18 @@ soon as it is final, and rows of stored tensors are read from their files withou
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -108,11 +110,28 @@ class _Stored:
         return (found[0] if len(found) == 1 else torch.cat(found)).to(self.dtype)
 
 
+_IS_META: Any = Tensor.is_meta
+# what code raises where it looks at values that there are none of
+NO_VALUES = (NotImplementedError, RuntimeError, TypeError, BufferError)
+
+
+class _FullInit(TorchFunctionMode):
+    """Lets nn.init do all that it does: newer versions leave tensors on the meta device as they are."""
+
+    # no function, which type checkers would wrap: the frame above must be the caller's
+    __torch_function__ = lambda self, func, types, args=(), kwargs=None: (  # noqa: E731
+        False
+        if func == _IS_META.__get__ and sys._getframe(1).f_globals is vars(nn.init)
+        else func(*args, **(kwargs or {}))
+    )
+
+
 class Recording(TorchDispatchMode):
     """Records what happens to tensors in its context, in place of allocating them.
 
     Raises:
-        NotImplementedError, RuntimeError: in its context, where code looks at values that there are none of yet.
+        NO_VALUES: in its context, where code looks at values that there are none of yet, or sets the random state; at
+            its end, if that code has caught the error.
     """
 
     def __init__(self) -> None:
@@ -126,6 +145,8 @@ class Recording(TorchDispatchMode):
         self._set: set[int] = set()
         self._random_state = torch.get_rng_state()
         self._stack = ExitStack()
+        # why it cannot be played back
+        self._fault = ""
 
     def __enter__(self) -> "Recording":
         """Start recording, or go on."""
@@ -133,12 +154,21 @@ class Recording(TorchDispatchMode):
         # draws until all numbers are within bounds, and so nothing on the meta device
         draw = partial(self._draw_truncated, nn.init._no_grad_trunc_normal_)
         self._stack.enter_context(patch.object(nn.init, "_no_grad_trunc_normal_", draw))
+        for name in ("manual_seed", "set_rng_state"):
+            self._stack.enter_context(patch.object(torch, name, partial(self._refuse, f"torch.{name} is called")))
+        self._stack.enter_context(_FullInit())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Stop recording."""
         super().__exit__(*error)
         self._stack.close()
+        if self._fault and error[0] is None:
+            self._refuse(self._fault)
+
+    def _refuse(self, fault: str, *_: Any) -> NoReturn:
+        self._fault = fault
+        raise NotImplementedError(fault)
 
     def _draw_truncated(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not tensor.is_meta:
@@ -166,10 +196,14 @@ class Recording(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         if is_writing and not (written and all(isinstance(each, Tensor) and each.is_meta for each in written)):
-            raise NotImplementedError(f"{func} changes what is not recorded")
+            self._refuse(f"{func} changes what is not recorded")
         is_on_cpu = (given[0].device if device is None and given else torch.device(device or "cpu")).type != "meta"
         is_on_cpu = is_on_cpu or (device is None and any(self._key(tensor) in self._on_cpu for tensor in given))
-        result = func(*tree_map(_to_meta, args), **_on_meta(func, tree_map(_to_meta, kwargs), is_made=not given))
+        try:
+            result = func(*tree_map(_to_meta, args), **_on_meta(func, tree_map(_to_meta, kwargs), is_made=not given))
+        except NO_VALUES as error:
+            self._fault = str(error).partition("\n")[0]
+            raise
         keys = {self._key(tensor) for tensor in given if tensor.is_meta}
         made = [self._view(t) for t in tree_leaves(result) if isinstance(t, Tensor) and self._key(t) not in keys]
         self._on_cpu |= {view.key for view in made} if is_on_cpu else set()
@@ -186,7 +220,7 @@ class Recording(TorchDispatchMode):
         read = tree_leaves((args[1:] if is_replaced else args, kwargs))
         reads = frozenset(self._key(leaf) for leaf in read if isinstance(leaf, Tensor) and leaf.is_meta)
         if (reads - writes) & self._on_cpu - self._set:
-            raise NotImplementedError(f"{function} reads a tensor that has no values")
+            self._refuse(f"{function} reads a tensor that has no values")
         self._set |= writes | {view.key for view in made}
         self._operations.append(
             _Operation(

@@ -31,7 +31,7 @@ from vla_foundry.run_folder import MODEL_FILES_FOLDER, list_step_folders, lock_f
 from vla_foundry.storage.local import replace_folder
 from vla_foundry.training import loop
 from vla_foundry.training.checkpoint import load_checkpoint
-from vla_foundry.training.deferred import Recording
+from vla_foundry.training.deferred import NO_VALUES, Recording
 from vla_foundry.training.distributed import (
     broadcast_object,
     leave_process,
@@ -269,7 +269,7 @@ def create_deferred(
             if unset := recording.find_unset(dict(model.named_parameters())):
                 raise NotImplementedError(f"{unset[0]} gets no value")
             return model, recording
-        except (NotImplementedError, RuntimeError) as error:
+        except NO_VALUES as error:
             reason = str(error).partition("\n")[0]
             logging.getLogger(__name__).warning("each rank makes the whole model before it is sharded: %s", reason)
             torch.manual_seed(seed)

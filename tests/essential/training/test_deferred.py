@@ -1,13 +1,15 @@
 """Recordings of what code does to weights, played back by parts."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vla_foundry.tensors import as_parts, open_tensors, write_tensors
-from vla_foundry.training.deferred import Recording
+from vla_foundry.training.deferred import NO_VALUES, Recording
 
 
 class Odd(nn.Module):
@@ -35,6 +37,12 @@ class Odd(nn.Module):
         with open_tensors(files) as (entries, _), torch.no_grad():
             self.stored.copy_(entries["a"].read())
             self.cast.copy_(entries["a"].read().bfloat16().double())
+        # newer versions of torch leave tensors on the meta device as they are
+        self.orthogonal, self.sparse = nn.Linear(5, 3), nn.Linear(5, 4)
+        nn.init.orthogonal_(self.orthogonal.weight)
+        nn.init.sparse_(self.sparse.weight, sparsity=0.3)
+        self.dirac = nn.Conv1d(4, 3, 3)
+        nn.init.dirac_(self.dirac.weight)
         self.last = nn.Parameter(torch.rand(3))
 
 
@@ -77,14 +85,46 @@ def test_parts_are_those_of_a_model_made_at_once(rows: slice, files: list[Path])
     assert torch.equal(some["bias"], torch.zeros(6))
 
 
-def test_code_that_looks_at_values_or_sets_none_is_found_out() -> None:
+def give_no_value() -> None:
+    torch.empty(4, 3) * 2
+
+
+def write_through_numpy() -> None:
+    nn.Linear(4, 3).weight.detach().numpy()[:] = 0.5
+
+
+def set_seed() -> None:
+    torch.manual_seed(1)
+    torch.randn(3)
+
+
+def draw_apart() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.randn(3)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        pytest.param(lambda: bool(torch.randn(3).sum() > 0), "meta|Meta", id="branch"),
+        pytest.param(lambda: torch.tensor([1.0, 2.0]).normal_(), "normal_.* changes what is not recorded", id="small"),
+        pytest.param(give_no_value, "mul.* reads a tensor that has no values", id="empty"),
+        pytest.param(write_through_numpy, "can't convert meta device type tensor to numpy", id="numpy"),
+        pytest.param(set_seed, r"torch\.manual_seed is called", id="seed"),
+        pytest.param(draw_apart, r"torch\.set_rng_state is called", id="fork"),
+        # torch catches an error here
+        pytest.param(lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 4)), "geqrf", id="caught"),
+    ],
+)
+def test_code_that_looks_at_values_is_found_out(act: Callable[[], Any], message: str) -> None:
+    before = dict(vars(nn.init)), torch.manual_seed, torch.set_rng_state
+    with pytest.raises(NO_VALUES, match=message), Recording():
+        act()
+    assert (dict(vars(nn.init)), torch.manual_seed, torch.set_rng_state) == before
+
+
+def test_a_tensor_that_nothing_is_written_to_is_found() -> None:
     recording = Recording()
-    with recording, pytest.raises((NotImplementedError, RuntimeError)):
-        bool(torch.randn(3).sum() > 0)
-    with recording, pytest.raises(NotImplementedError, match=r"normal_.* changes what is not recorded"):
-        torch.tensor([1.0, 2.0]).normal_()
-    with recording, pytest.raises(NotImplementedError, match=r"mul.* reads a tensor that has no values"):
-        nn.init.orthogonal_(torch.empty(4, 3)) * 2
     with recording:
         empty = torch.empty(3)
     assert recording.find_unset({"empty": empty, "real": torch.ones(1)}) == ["empty"]
