@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vla_foundry.config.loading import dump_params, to_plain
-from vla_foundry.config.schema import BaseParams
+from vla_foundry.config.schema import EXPANDED, BaseParams, annotated_types
 from vla_foundry.data.facts import read_provenance
 from vla_foundry.params.data.base import DataParams
 from vla_foundry.params.data.images import ImageProcessorParams
@@ -65,13 +65,12 @@ _INCIDENTAL = ("resume", "resolve_configs", "resolve_configs_path", "log_level")
 
 
 def check_same_config(params: TrainExperimentParams, world: World) -> None:
-    """Collective: call on every rank. Check that all ranks were given one config, but for where they find their data.
+    """Collective: call on every rank. Check that all ranks were given one config, but for where they find files.
 
     Raises:
         ValueError: they were not, as happens where two runs meet at one address.
     """
-    sections = {name: section for name, section in to_plain(params).items() if name != "data"}
-    every = gather_objects(dict(_list_leaves(sections)))
+    every = gather_objects(dict(_list_values(params)))
 
     def check() -> None:
         for rank, given in enumerate(every):
@@ -85,12 +84,15 @@ def check_same_config(params: TrainExperimentParams, world: World) -> None:
     main_rank_first(world, check)
 
 
-def _list_leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        yield path, values
-        return
-    for key, value in values.items():
-        yield from _list_leaves(value, f"{path}.{key}" if path else str(key))
+def _list_values(params: BaseParams, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value but those of data, and paths and URIs, which may differ between machines."""
+    hints = annotated_types(type(params))
+    for name, value in to_plain(params).items():
+        section = getattr(params, name, None)
+        if isinstance(section, BaseParams) and not isinstance(section, DataParams):
+            yield from _list_values(section, f"{path}{name}.")
+        elif not isinstance(section, DataParams) and EXPANDED not in str(hints.get(name)):
+            yield f"{path}{name}", value
 
 
 def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> Path | None:
