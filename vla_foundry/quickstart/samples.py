@@ -65,14 +65,16 @@ def check_samples(
 ) -> Iterator[Finding]:
     """Draw samples as training does."""
     drawn = {name: _Drawn() for name in parts}
+    num_datasets = sum(len(data.dataset_manifest) for data in parts.values() if isinstance(data, RoboticsDataParams))
     try:
-        for name, batch in read_batches(params, num_samples):
-            one = drawn[name if name in drawn else ""]
+        for dataset, batch in read_batches(params, num_samples):
+            name = dataset if dataset in drawn else ""
+            one, data = drawn[name], parts[name]
             one.measured.add(batch)
-            data = parts[name if name in drawn else ""]
             if isinstance(data, RoboticsDataParams):
                 _add_robots(one, batch)
-                for shard, sample in zip(batch["shards"], RECORDING.samples, strict=False):
+                # a single dataset has no other to be compared with
+                for shard, sample in zip(batch["shards"], RECORDING.samples if num_datasets > 1 else (), strict=False):
                     _add_pictures(one.pictures.setdefault(parent_uri(shard), {}), sample, data)
     except (ValueError, OSError) as error:
         yield Finding(severity="error", text=describe_error(error))
@@ -113,7 +115,7 @@ def _add_pictures(seen: dict[str, list[np.ndarray]], sample: Sample, data: Robot
         return
     for camera, stored in zip(cameras, window.images[-len(cameras) :], strict=False):
         if stored is not None and camera not in (data.depth_cameras or {}):
-            pixels = decode_image(stored) if isinstance(stored, bytes) else stored
+            pixels = decode_image(stored)
             rows, columns = (np.linspace(0, size - 1, _THUMBNAIL).astype(int) for size in pixels.shape[1:])
             seen.setdefault(camera, []).append(np.asarray(pixels)[:, rows][:, :, columns].astype(np.float32))
 

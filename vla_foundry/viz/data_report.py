@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
         measured[name].add(batch)
         room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
         found = map(read_pictures, RECORDING.samples[:room])
-        tiles += [(name, pictures[0], text) for pictures, text in found if pictures]
+        tiles += [(name, first, text) for pictures, text in found for first in islice(pictures, 1)]
     if tiles:
         _draw_sheet(tiles, params.output)
     return {
@@ -219,19 +220,18 @@ def format_report(report: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{sheet}: pictures with their texts" if sheet else "no pictures"]
 
 
-def read_pictures(sample: Sample) -> tuple[list[np.ndarray], str]:
+def read_pictures(sample: Sample) -> tuple[Iterator[np.ndarray], str]:
     """Return a recorded sample's pictures as the model gets them, each (H, W, 3), and its text."""
     pixels = sample.get("inputs", {}).get("pixel_values", ())
     window = sample.get("window")
     stored = [sample[name] for name in find_images(sample)] if window is None else window.images
     if len(pixels) and pixels[0].ndim == 3 and pixels[0].shape[0] == 3:
-        images = list(pixels)
+        images = iter(pixels)
     else:  # the model gets patches: show what is stored
-        images = [decode_image(image) for image in stored if image is not None]
+        images = (decode_image(image) for image in stored if image is not None)
     turns = " / ".join(turn.content for turn in sample.get("turns", ()))
     document = "".join(IMAGE_MARKER if part is None else part for part in sample.get("parts", ()))
-    pictures = [np.asarray(image.permute(1, 2, 0)) for image in images]
-    return pictures, sample.get("instruction") or turns or document
+    return (np.asarray(image.permute(1, 2, 0)) for image in images), sample.get("instruction") or turns or document
 
 
 def _draw_sheet(tiles: list[tuple[str, np.ndarray, str]], path: str) -> None:

@@ -1,7 +1,7 @@
 """Read the stored episodes of a robot dataset whole: every frame of every camera, and every field."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,29 @@ from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.reader import Dataset, EpisodeShard, ShardReader
 from vla_foundry.robotics.episode_blocks import EpisodeInfo
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
-from vla_foundry.shards import MANIFEST_NAME, parse_manifest
+from vla_foundry.shards import MANIFEST_NAME, ManifestEntry, parse_manifest
 from vla_foundry.storage.uri import absolute_uri, exists, file_test, join_uri, parent_uri, read_text
 
-CACHE_BYTES = 10_000_000_000
+_CACHE_BYTES = 10_000_000_000
+
+
+def find_manifest(dataset: str) -> str:
+    """Return the manifest of a dataset that is given by its folder or by its manifest.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+    """
+    manifest = absolute_uri(dataset if dataset.endswith(".jsonl") else join_uri(dataset, MANIFEST_NAME))
+    if not exists(manifest):
+        raise FileNotFoundError(f"{manifest} does not exist. Name a folder that `vla-foundry preprocess` made.")
+    return manifest
+
+
+def open_shards(manifest: str) -> tuple[ShardReader, tuple[ManifestEntry, ...]]:
+    """Return a reader of a dataset's shards, and their entries."""
+    entries = tuple(parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest))))
+    cache = ShardCache(os.path.join(user_cache_folder(), "shards"), _CACHE_BYTES)
+    return ShardReader([Dataset(manifest=manifest, modality="", entries=entries)], cache), entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +49,7 @@ class StoredEpisode:
         """Return an image file; None: the episode lacks the camera."""
         return self._shard.read_frame(self._number, camera, frame)
 
-    def read_fields(self, names: Iterator[str] | list[str]) -> dict[str, np.ndarray]:
+    def read_fields(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Return fields by name, each (L, C)."""
         arrays = self._shard.episode(self._number).arrays
         return {name: arrays.read(name) for name in names if name in arrays.names}
@@ -54,10 +73,7 @@ class StoredEpisodes:
     """
 
     def __init__(self, folder: str) -> None:
-        manifest = folder if folder.endswith(".jsonl") else join_uri(folder, MANIFEST_NAME)
-        self.manifest = absolute_uri(manifest)
-        if not exists(self.manifest):
-            raise FileNotFoundError(f"{manifest} does not exist. Name a folder that `vla-foundry preprocess` made.")
+        self.manifest = find_manifest(folder)
         try:
             self.spec: DatasetSpec = read_spec(self.manifest)
         except FileNotFoundError:
@@ -68,10 +84,7 @@ class StoredEpisodes:
             raise ValueError(
                 f"{folder} stores windows, not episodes. See them with: vla-foundry data inspect {folder} --sample N"
             )
-        read = read_text(self.manifest)
-        entries = tuple(parse_manifest(read, self.manifest, file_test(parent_uri(self.manifest))))
-        cache = ShardCache(os.path.join(user_cache_folder(), "shards"), CACHE_BYTES)
-        self._reader = ShardReader([Dataset(manifest=self.manifest, modality="", entries=entries)], cache)
+        self._reader, entries = open_shards(self.manifest)
         self._num_shards = len(entries)
 
     def __iter__(self) -> Iterator[StoredEpisode]:

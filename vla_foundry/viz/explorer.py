@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import os
 import sys
 import tempfile
@@ -159,7 +158,7 @@ class Explorer:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "window.png"
             draw_sample(sample, str(path))
-            with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            with Image.open(path) as picture:
                 return np.asarray(picture.convert("RGB"))
 
 

@@ -14,13 +14,11 @@ from itertools import accumulate, islice
 
 from vla_foundry.config.command_line import CONFIG_FLAG, parse_command
 from vla_foundry.config.resolve import resolve
-from vla_foundry.data.cache import ShardCache
 from vla_foundry.data.facts import read_facts
-from vla_foundry.data.indexing import user_cache_folder
 from vla_foundry.data.loader import create_dataloader
 from vla_foundry.data.pipelines.robotics import ChooseInstruction, RoboticsPipeline
 from vla_foundry.data.pipelines.stages import read_record
-from vla_foundry.data.reader import Dataset, SampleShard, ShardReader, TokenShard
+from vla_foundry.data.reader import SampleShard, TokenShard
 from vla_foundry.data.robotics import read_specs
 from vla_foundry.params.commands.runs import InspectConfigParams, InspectParams
 from vla_foundry.params.data.robotics import NormalizationParams, RoboticsDataParams
@@ -28,10 +26,9 @@ from vla_foundry.params.experiment import load_experiment_params_from_yaml
 from vla_foundry.registry import unknown_name_message
 from vla_foundry.robotics.spec import DatasetSpec, read_spec
 from vla_foundry.run_folder import CONFIG_NAME, STATISTICS_NAME
-from vla_foundry.shards import MANIFEST_NAME, parse_manifest
-from vla_foundry.storage.uri import absolute_uri, exists, file_test, join_uri, parent_uri, read_text
+from vla_foundry.storage.uri import exists, join_uri, parent_uri
 from vla_foundry.viz.data_report import format_report, measure
-from vla_foundry.viz.episodes import CACHE_BYTES
+from vla_foundry.viz.episodes import find_manifest, open_shards
 from vla_foundry.viz.robot_sample import RobotSample, take_sample
 from vla_foundry.viz.sample_figure import draw_sample
 from vla_foundry.world import World
@@ -112,10 +109,7 @@ def inspect_data(params: InspectParams) -> list[str]:
         sample = read_training_sample(params.training, params.sample)
     else:
         assert params.dataset is not None, "InspectParams wants either"
-        manifest = params.dataset
-        if not manifest.endswith(".jsonl"):
-            manifest = join_uri(manifest, MANIFEST_NAME)
-        manifest = absolute_uri(manifest)
+        manifest = find_manifest(params.dataset)
         spec = _read_spec(manifest)
         if spec is None:
             return show_stored_sample(manifest, params.sample, params.output)
@@ -140,8 +134,6 @@ def inspect_data(params: InspectParams) -> list[str]:
 
 
 def _read_spec(manifest: str) -> DatasetSpec | None:
-    if not exists(manifest):
-        raise FileNotFoundError(f"{manifest} does not exist. Name a folder that `vla-foundry preprocess` made.")
     try:
         return read_spec(manifest)
     except FileNotFoundError:
@@ -239,14 +231,13 @@ def show_stored_sample(manifest: str, number: int, output: str) -> list[str]:
     Raises:
         ValueError: the sample does not exist, or its shard is broken.
     """
-    entries = tuple(parse_manifest(read_text(manifest), manifest, file_test(parent_uri(manifest))))
+    reader, entries = open_shards(manifest)
     ends = list(accumulate(entry.num_sequences for entry in entries))
     if number >= ends[-1]:
         raise ValueError(f"sample ({number}) must be below {ends[-1]}, the number of samples.")
     place = bisect_right(ends, number)
     row = number - (ends[place - 1] if place else 0)
-    cache = ShardCache(os.path.join(user_cache_folder(), "shards"), CACHE_BYTES)
-    shard = ShardReader([Dataset(manifest=manifest, modality="", entries=entries)], cache).open(0, place)
+    shard = reader.open(0, place)
     if isinstance(shard, TokenShard):
         return [f"record {row} of {shard.uri}", *_describe_record(shard, row, parent_uri(manifest))]
     if not isinstance(shard, SampleShard):
