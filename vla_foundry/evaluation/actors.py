@@ -23,6 +23,10 @@ class Actor(Protocol):
         """Return whether the slot's next observation must contain images."""
         ...
 
+    def predicts_next(self, slot: int) -> bool:
+        """Return whether the slot's next action may take a prediction, which is cheaper for several slots at once."""
+        ...
+
     def act(self, observed: Mapping[int, Reply]) -> Mapping[int, np.ndarray | Death | None]:
         """Return the action of each slot; None: the simulator's expert acts; Death: the policy's process died."""
         ...
@@ -88,6 +92,10 @@ class NullActor:
         """See Actor."""
 
     def needs_images(self, slot: int) -> bool:
+        """See Actor."""
+        return False
+
+    def predicts_next(self, slot: int) -> bool:
         """See Actor."""
         return False
 

@@ -4,6 +4,7 @@ The queue of episodes, their results and the random numbers stay in this process
 policy that died, or whose node did, is started again where there is room.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,10 +73,12 @@ class ClusterPool(RolloutPool):
         self._owed[self.actors[number].handle.remote(request)] = number
         self._asked[number] = time.monotonic() + self._setup.timeout_s
 
-    def wait(self) -> dict[int, Any]:
-        """Wait until workers have answered; return what they say: their answers, or a Death."""
+    def wait(self, seconds: float = math.inf) -> dict[int, Any]:
+        """Wait until workers have answered; return what they say: their answers, or a Death. Nothing if time is up."""
         owed, end = list(self._owed), min(self._asked.values())
-        if not ray.wait(owed, timeout=max(0.0, min(_SECONDS_TO_START, end - time.monotonic())))[0]:
+        patience = min(_SECONDS_TO_START, end - time.monotonic())
+        is_ready = bool(ray.wait(owed, timeout=max(0.0, min(seconds, patience)))[0])
+        if not is_ready and seconds >= patience:
             if time.monotonic() < end:
                 say(f"no simulator has answered for {_SECONDS_TO_START} s: Ray may be waiting for free CPUs")
             ray.wait(owed, timeout=max(0.0, end - time.monotonic()))
@@ -153,10 +156,10 @@ class PolicyHost:
         self.open(robot, facts)
         self._actors[robot].begin(*episode)
 
-    def act(self, robot: int, observed: Mapping[int, Reply]) -> tuple[Mapping[int, Any], dict[int, bool]]:
-        """Return the action of each slot, and whether its next observation must contain images."""
+    def act(self, robot: int, observed: Mapping[int, Reply]) -> tuple[Mapping[int, Any], dict[int, tuple[bool, bool]]]:
+        """Return the action of each slot; whether its next observation needs images, and leads to a prediction."""
         actor = self._actors[robot]
-        return actor.act(observed), {slot: actor.needs_images(slot) for slot in observed}
+        return actor.act(observed), {slot: (actor.needs_images(slot), actor.predicts_next(slot)) for slot in observed}
 
     def end(self, robot: int, slot: int) -> Sequence[float]:
         """See Actor."""
@@ -210,7 +213,8 @@ class ClusterActor:
 
     def __init__(self, hosts: PolicyHosts, robot: int, facts: RobotFacts) -> None:
         self.hosts, self._robot, self._facts = hosts, robot, facts
-        self._needs_images: dict[int, bool] = {}
+        # whether a slot's next observation must contain images, and leads to a prediction
+        self._next: dict[int, tuple[bool, bool]] = {}
         # the host of each slot's episode
         self._begun: dict[int, Any] = {}
         _get_all(hosts.all(), lambda host: host.open.remote(robot, facts))
@@ -228,11 +232,15 @@ class ClusterActor:
                 self.hosts.lose(host)
                 if attempt == _ATTEMPTS:
                     raise ValueError(f"A policy cannot be loaded: its {_describe_end(error)}") from None
-        self._begun[slot] = self.hosts.find(slot)
+        self._begun[slot], self._next[slot] = self.hosts.find(slot), (True, True)
 
     def needs_images(self, slot: int) -> bool:
         """See Actor."""
-        return self._needs_images[slot]
+        return self._next[slot][0]
+
+    def predicts_next(self, slot: int) -> bool:
+        """See Actor."""
+        return self._next[slot][1]
 
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | Death | None]:
         """See Actor."""
@@ -243,7 +251,7 @@ class ClusterActor:
         actions: dict[int, np.ndarray | Death | None] = {}
         for host, reference in asked.items():
             try:
-                found, needs_images = ray.get(reference)
+                found, expected = ray.get(reference)
             except RayTaskError as error:
                 raise _name_node(error, host) from None
             except RayError as error:
@@ -251,7 +259,7 @@ class ClusterActor:
                 actions |= dict.fromkeys(groups[host], Death(reason=f"the policy's {_describe_end(error)}"))
             else:
                 actions |= found
-                self._needs_images |= needs_images
+                self._next |= expected
         return actions
 
     def end(self, slot: int) -> Sequence[float]:

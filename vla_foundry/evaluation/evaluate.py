@@ -162,7 +162,9 @@ def _run_all(
     for task in tasks:
         stack.callback(task.write)
     counts: Counter[Outcome | None] = Counter(episode.outcome for task in tasks for episode in task.episodes.values())
-    for result in run_episodes(pool, queue):
+    # a server makes batches of its own, and each policy on a cluster one
+    batch_size = params.batch_size * params.num_policies if params.checkpoint is not None else 1
+    for result in run_episodes(pool, queue, batch_size=batch_size):
         task = by_name[result.task]
         if result.seed in task.episodes:
             # it was invalid, and has run again

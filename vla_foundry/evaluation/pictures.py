@@ -9,7 +9,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vla_foundry.evaluation.results import EpisodeResult
-from vla_foundry.images.video import read_frames
 from vla_foundry.preprocessing.robotics.lerobot_recording import VideoEncoder
 
 # pictures in a strip
@@ -83,6 +82,9 @@ def animate_film(film: bytes, *, num_frames: int = 40, frame_ms: int = 80) -> tu
     Raises:
         ValueError: it is not a readable video.
     """
+    # it needs torch, which simulators' processes do without
+    from vla_foundry.images.video import read_frames
+
     frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in read_frames(film, num_frames)]
     animation, still = BytesIO(), BytesIO()
     # the end stays for a while

@@ -247,6 +247,10 @@ class PolicyActor:
         """See Actor."""
         return slot not in self._held and self.policy.needs_images(slot)
 
+    def predicts_next(self, slot: int) -> bool:
+        """See Actor."""
+        return slot not in self._held and self.policy.predicts_next(slot)
+
     def act(self, observed: Mapping[int, Reply]) -> dict[int, np.ndarray | None]:
         """See Actor."""
         actions: dict[int, np.ndarray | None] = {slot: self._hold(slot) for slot in observed if slot in self._held}

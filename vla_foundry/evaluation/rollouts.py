@@ -4,6 +4,7 @@ A worker that is free takes the next episode. The policy answers whoever asks, s
 it answers depends on the episode alone (inference.Policy), so neither the number of workers nor their speed matters.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -60,12 +61,12 @@ class RolloutPool:
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(request)
 
-    def wait(self) -> dict[int, Any]:
-        """Wait until workers have answered; return what they say: their answers, or a Death."""
+    def wait(self, seconds: float = math.inf) -> dict[int, Any]:
+        """Wait until workers have answered; return what they say: their answers, or a Death. Nothing if time is up."""
         owing = {number: self._workers[number] for number in self._asked}
         # a process of the simulator's own can keep a dead worker's end open, so the worker is watched too
         watched = [each for connection, process in owing.values() for each in (connection, process.sentinel)]
-        ready = set(wait(watched, max(0.0, min(self._asked.values()) - time.monotonic())))
+        ready = set(wait(watched, min(seconds, max(0.0, min(self._asked.values()) - time.monotonic()))))
         answers: dict[int, Any] = {}
         for number, (connection, process) in owing.items():
             is_late = time.monotonic() > self._asked[number]
@@ -184,14 +185,21 @@ class _Run:
     attempt: int = 0
 
 
-def run_episodes(pool: RolloutPool, episodes: Iterable[Episode]) -> Iterator[EpisodeResult]:
+def run_episodes(pool: RolloutPool, episodes: Iterable[Episode], *, batch_size: int = 1) -> Iterator[EpisodeResult]:
     """Run episodes, each taken as soon as a worker is free, and yield their results as they end.
 
     A simulator that fails invalidates only its own episode. If its process dies, the episode runs once more.
+
+    Args:
+        batch_size: a robot whose action takes a prediction waits until as many do, or as long as the last prediction
+            took, so that simulators which are faster than the policy get it in batches.
     """
     waiting = iter(episodes)
     runs: dict[int, _Run] = {}
     free = list(range(pool.num_workers))
+    # observations of robots that wait for others
+    held: dict[int, Reply] = {}
+    last_s = 0.0
     while True:
         while free and (episode := next(waiting, None)) is not None:
             number = free.pop(0)
@@ -199,20 +207,17 @@ def run_episodes(pool: RolloutPool, episodes: Iterable[Episode]) -> Iterator[Epi
             _begin(pool, number, runs[number])
         if not runs:
             return
-        replies: dict[int, Reply] = {}
-        deaths: dict[int, Death] = {}
-        for number, answer in pool.wait().items():
-            run = runs[number]
-            if isinstance(answer, Death):
-                deaths[number] = answer
-                continue
-            run.result = _advance(run.result, answer)
-            if isinstance(answer, Reply):
-                for path, content in answer.files.items():
-                    write_bytes(path, content)
-                if run.result.outcome is None:
-                    replies[number] = answer
-        for number, death in (deaths | _act(pool, runs, replies)).items():
+        answers = pool.wait(last_s if held else math.inf)
+        replies, deaths = _take(answers, runs)
+        replies |= held
+        due = _list_due(runs, replies) if batch_size > 1 else []
+        is_full = len(due) >= batch_size or not answers or not _are_more_coming(runs, replies, deaths)
+        held = {} if is_full else {number: replies.pop(number) for number in due}
+        start = time.monotonic()
+        deaths |= _act(pool, runs, replies)
+        if due and not held:
+            last_s = time.monotonic() - start
+        for number, death in deaths.items():
             if runs[number].attempt < _ATTEMPTS:
                 _begin(pool, number, runs[number])
             else:
@@ -220,6 +225,32 @@ def run_episodes(pool: RolloutPool, episodes: Iterable[Episode]) -> Iterator[Epi
         for number in [number for number, run in runs.items() if run.result.outcome is not None]:
             yield _finish(runs.pop(number), number)
             free.append(number)
+
+
+def _take(answers: Mapping[int, Any], runs: Mapping[int, _Run]) -> tuple[dict[int, Reply], dict[int, Death]]:
+    """Note what workers answered; return the observations of episodes that go on, and the deaths."""
+    replies, deaths = dict[int, Reply](), dict[int, Death]()
+    for number, answer in answers.items():
+        run = runs[number]
+        if isinstance(answer, Death):
+            deaths[number] = answer
+            continue
+        run.result = _advance(run.result, answer)
+        if isinstance(answer, Reply):
+            for path, content in answer.files.items():
+                write_bytes(path, content)
+            if run.result.outcome is None:
+                replies[number] = answer
+    return replies, deaths
+
+
+def _list_due(runs: Mapping[int, _Run], replies: Mapping[int, Reply]) -> list[int]:
+    """Return the slots whose action takes a prediction."""
+    return [number for number in replies if runs[number].episode.actor.predicts_next(number)]
+
+
+def _are_more_coming(runs: Mapping[int, _Run], replies: Mapping[int, Reply], deaths: Mapping[int, Death]) -> bool:
+    return any(run.result.outcome is None and number not in replies.keys() | deaths for number, run in runs.items())
 
 
 def _begin_result(episode: Episode) -> EpisodeResult:

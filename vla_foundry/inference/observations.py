@@ -245,6 +245,10 @@ class RobotEpisode:
         """The last observation's step."""
         return self.history.num_observed - 1
 
+    def may_predict(self, indices: Sequence[int]) -> bool:
+        """Return whether a chunk may begin where the next observation is one of its steps, counted from its start."""
+        return any(self.schedule.may_predict_at(self.step + 1 - index) for index in indices)
+
 
 def _read_field(
     name: str, described: FieldDescription, fields: Mapping[str, np.ndarray], *, what: str = "observation"

@@ -104,8 +104,7 @@ class Policy:
         self._delays = DelayForecast(delay_steps)
         # one thread: predictions do not compete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
-        self.num_inference_steps = num_inference_steps
-        self.precision, self._batch_size = precision, batch_size
+        self.num_inference_steps, self.precision, self._batch_size = num_inference_steps, precision, batch_size
         self.predicted: list[Hashable] = []  # for whom, when actions were last chosen
         self._files = files
         self._handler: Any = RoboticsBatchHandler(files.params)
@@ -248,10 +247,12 @@ class Policy:
     def needs_images(self, client: Hashable = None) -> bool:
         """True if the next observation must hold images: a chunk begins there, or a later one looks back at it."""
         found = self._find(client)
-        step = found.history.num_observed
-        indices = self._files.window_spec.image_indices
         # steps before the start are padded with the first step's images
-        return bool(indices) and (step == 0 or any(found.schedule.may_predict_at(step - index) for index in indices))
+        return bool(self.image_indices) and (found.step < 0 or found.may_predict(self.image_indices))
+
+    def predicts_next(self, client: Hashable = None) -> bool:
+        """True if a chunk may begin at the next observation."""
+        return self._find(client).may_predict([0])
 
     def act(self, observation: RobotObservation) -> dict[str, np.ndarray]:
         """Return the action that follows an observation: {field: (C,)}.

@@ -1,5 +1,6 @@
 """The queue of episodes: outcomes do not depend on how many run, in which order they answer, or who dies."""
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -60,8 +61,11 @@ class ShuffledPool(RolloutPool):
         if request.func is RolloutWorker.begin:
             self.episodes[number] = (request.keywords["task"], request.keywords["seed"])
 
-    def wait(self) -> dict[int, Any]:
-        ready = [number for number in self.requests if self.episodes[number][1] != self.slow_seed] or [*self.requests]
+    def wait(self, seconds: float = math.inf) -> dict[int, Any]:
+        ready = [number for number in self.requests if self.episodes[number][1] != self.slow_seed]
+        if not ready and seconds < math.inf:
+            return {}
+        ready = ready or [*self.requests]
         chosen = self.random.choice(ready, size=self.random.integers(1, len(ready) + 1), replace=False)
         return {int(number): self.answer(int(number)) for number in chosen}
 
@@ -151,6 +155,30 @@ def test_a_slow_process_delays_no_other(tmp_path: Path, monkeypatch: pytest.Monk
         actor = ExpertActor(pool.describe(["slow"])[0])
         ends = [result.seed for result in run_episodes(pool, list_episodes(["slow"], actor, 5))]
     assert ends == [1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("slow_seed", [None, 5])
+def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(slow_seed: int | None) -> None:
+    sizes: list[int] = []
+
+    class Thinker(RandomActor):
+        def predicts_next(self, slot: int) -> bool:
+            return self._steps[slot] % 2 == 0
+
+        def act(self, observed: Any) -> dict[int, np.ndarray | None]:
+            sizes.append(sum(map(self.predicts_next, observed)))
+            return super().act(observed)
+
+    episodes = list_episodes(["easy"], Thinker(describe_toy(), seed=3), 40)
+    alone = by_seed([*run_episodes(ShuffledPool(create_setup(), 1, seed=0), episodes)])
+    sizes.clear()
+    pool = ShuffledPool(create_setup(), 6, seed=1, deaths=0.02, slow_seed=slow_seed)
+    ends = [*run_episodes(pool, episodes, batch_size=3)]
+    assert by_seed(ends) == alone
+    assert pool.died
+    assert slow_seed is None or ends[-1].seed == slow_seed
+    # few are smaller: the last ones
+    assert np.mean([size for size in sizes if size > 0]) > 2.8
 
 
 def test_actions_that_are_not_finite_are_the_policys_failure() -> None:

@@ -112,7 +112,8 @@ class EvaluateParams(InferenceParams, SimulatorParams):
     # the same actions are applied
     images: Literal["own", "other_episode"] = "own"
     # robots in each prediction, always as many (some may be repeated): it affects the last bits of their numbers. 1 is
-    # exact: equal to a server's batching 'exact'; raise it on a GPU to about num_workers
+    # exact: equal to a server's batching 'exact'; more are faster where the policy is slower than the simulators, with
+    # num_workers above it
     batch_size: Size = 1
     # simulator processes, one episode each at a time; they do not affect outcomes; null: one per core
     num_workers: NumThreads | None = None
