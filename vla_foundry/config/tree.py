@@ -79,10 +79,11 @@ def merge(base: Node, over: Node, path: str = "") -> Node:
     for key, node in over.children.items():
         below = f"{path}.{key}" if path else str(key)
         children[key] = merge(children[key], node, below) if key in children else node
-    superseded = dict(base.superseded)
+    superseded: dict[Any, str | None] = {}
     if TYPE_KEY in over.children and text_of(over.children.get(TYPE_KEY)) != text_of(base.children.get(TYPE_KEY)):
-        superseded.update(dict.fromkeys(base.children, text_of(base.children.get(TYPE_KEY))))
-    superseded.update(over.superseded)
+        superseded = dict.fromkeys(base.children, text_of(base.children.get(TYPE_KEY)))
+    # a key that an earlier change of type left behind belongs to the type before that
+    superseded |= base.superseded | over.superseded
     for key in over.children.keys() - over.superseded.keys():
         superseded.pop(key, None)
     return Branch(children, over.origin, superseded)

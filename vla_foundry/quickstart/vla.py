@@ -226,8 +226,9 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         "num_pictured": 0,
     }
     if "checkpoint" in flags:
-        # a prediction of four takes hardly longer than one of one; the robots that move meanwhile are few of six
-        options |= {"batch_size": 4, "num_workers": 6}
+        # a prediction of four takes hardly longer than one of one, and two robots move meanwhile; with 5 sampling steps
+        # in place of the preset's 10, 70% of one policy's rollouts succeeded in place of 68%
+        options |= {"batch_size": 4, "num_workers": 6, "num_inference_steps": 5}
     words = words_of("evaluate", **(options | flags))
     # results of other weights or settings are deleted, not resumed
     return Step(

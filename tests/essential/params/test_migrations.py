@@ -391,6 +391,14 @@ def test_a_section_of_another_model_is_named_with_the_models_that_have_it(words:
         parse_train(*words)
 
 
+def test_a_type_can_change_twice_over_presets() -> None:
+    preset = "config_presets/training_jobs/vla_qwen3_st.yaml"
+    parsed = parse_train("--config_path", preset, "--model.vision_language_backbone.type", "clip_backbone")
+    (notice,) = (notice for notice in parsed.notices if "clip_backbone" in notice)
+    for key in ("vlm", "final_norm", "num_vlm_layers_to_use"):
+        assert f"model.vision_language_backbone.{key}" in notice
+
+
 # the commands of the paper
 MANIFEST = ["--data.dataset_manifest", '["s3://B/P/manifest.jsonl"]', "--data.dataset_weighting", "[1.0]"]
 BUDGET = ["--total_train_samples", "14_000_000", "--num_checkpoints", "5", "--hparams.per_gpu_batch_size"]
