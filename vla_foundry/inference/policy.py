@@ -104,7 +104,8 @@ class Policy:
         self._delays = DelayForecast(delay_steps)
         # one thread: predictions do not compete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
-        self.num_inference_steps, self.precision, self._batch_size = num_inference_steps, precision, batch_size
+        self.num_inference_steps = num_inference_steps
+        self.precision, self._batch_size = precision, batch_size
         self.predicted: list[Hashable] = []  # for whom, when actions were last chosen
         self._files = files
         self._handler: Any = RoboticsBatchHandler(files.params)
@@ -246,9 +247,7 @@ class Policy:
 
     def needs_images(self, client: Hashable = None) -> bool:
         """True if the next observation must hold images: a chunk begins there, or a later one looks back at it."""
-        found = self._find(client)
-        # steps before the start are padded with the first step's images
-        return bool(self.image_indices) and (found.step < 0 or found.may_predict(self.image_indices))
+        return self._find(client).may_predict(self.image_indices)
 
     def predicts_next(self, client: Hashable = None) -> bool:
         """True if a chunk may begin at the next observation."""

@@ -225,7 +225,8 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         "output": results,
         "num_pictured": 0,
     }
-    if "checkpoint" in flags:
+    is_trained = "checkpoint" in flags
+    if is_trained:
         # a prediction of four takes hardly longer than one of one, and two robots move meanwhile; with 5 sampling steps
         # in place of the preset's 10, 70% of one policy's rollouts succeeded in place of 68%
         options |= {"batch_size": 4, "num_workers": 6, "num_inference_steps": 5}
@@ -235,7 +236,7 @@ def _evaluate(results: Path, folder: str, what: str, **flags: object) -> Step:
         name=f"evaluate_{folder}",
         what=what,
         # one without a policy is soon told apart
-        seconds=60 if "checkpoint" in flags else 10,
+        seconds=60 if is_trained else 10,
         words=words,
         # matrices of one robot are small; two threads took a third more CPU time than one
         num_threads=1,
