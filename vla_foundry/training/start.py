@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from vla_foundry.config.loading import dump_params, to_plain
 from vla_foundry.config.schema import EXPANDED, BaseParams, annotated_types
@@ -91,8 +91,12 @@ def _list_values(params: BaseParams, path: str = "") -> Iterator[tuple[str, Any]
         section = getattr(params, name, None)
         if isinstance(section, BaseParams) and not isinstance(section, DataParams):
             yield from _list_values(section, f"{path}{name}.")
-        elif not isinstance(section, DataParams) and EXPANDED not in str(hints.get(name)):
+        elif not isinstance(section, DataParams) and not _holds_locations(hints.get(name)):
             yield f"{path}{name}", value
+
+
+def _holds_locations(hint: Any) -> bool:
+    return hint == EXPANDED or any(map(_holds_locations, get_args(hint)))
 
 
 def find_start(params: TrainExperimentParams, run_folder: Path, notify: Callable[[str], None]) -> Path | None:

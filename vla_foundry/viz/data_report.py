@@ -129,6 +129,7 @@ def read_batches(
     mix: dict[str, dict[str, tuple[float, int]]] | None = None,
     *,
     split: Split = "train",
+    first_global_batch: int = 0,
 ) -> Iterator[tuple[str, Batch]]:
     """Yield the name of the dataset (its type, unless it is part of a mixture) and each microbatch, in training order.
 
@@ -139,6 +140,7 @@ def read_batches(
         num_samples: stop after the microbatch with which there are as many.
         mix: is filled, at the end, with {dataset: {manifest: (weight, samples)}}.
         split: "train", or "validation" for the validation data.
+        first_global_batch: global batches before it are not read.
 
     Raises:
         ValueError: the data cannot be read.
@@ -155,7 +157,7 @@ def read_batches(
     )
     counts: Counter[str] = Counter()
     with closing(loader), RECORDING.on():
-        for batch in loader.microbatches(0):
+        for batch in loader.microbatches(first_global_batch):
             name = batch.get("dataset", data.type)
             counts[name] += len(batch["positions"])
             yield name, batch

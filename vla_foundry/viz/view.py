@@ -136,11 +136,14 @@ def _log_batches(stream: "RecordingStream", params: ViewParams) -> str:
     config = resolve(config, read_facts(config, 1))
     name = getattr(config.data, "tokenizer", None)
     tokenizer = load_tokenizer(name) if isinstance(name, str) else None
-    number = 0
-    for dataset, batch in read_batches(config, params.first + params.count):
+    # the order is a function: nothing before the global batch of the first sample is read
+    first_batch = params.first // config.hparams.global_batch_size
+    number = first_batch * config.hparams.global_batch_size
+    end = params.first + params.count
+    for dataset, batch in read_batches(config, end - number, first_global_batch=first_batch):
         samples = RECORDING.samples or [{"input_ids": row} for row in batch["input_ids"]]
         for row, sample in enumerate(samples):
-            if params.first <= number < params.first + params.count:
+            if params.first <= number < end:
                 stream.set_time("sample", sequence=number)
                 pictures, text = read_pictures(sample)
                 if not text and "input_ids" in sample and tokenizer is not None:
@@ -150,7 +153,7 @@ def _log_batches(stream: "RecordingStream", params: ViewParams) -> str:
                     stream.log(f"{dataset}/images/{place}", rerun.Image(picture))
                 _log_steps(stream, dataset, batch, row)
             number += 1
-    seen = min(number, params.first + params.count) - params.first
+    seen = min(number, end) - params.first
     return f"{seen} samples as training reads them" if seen > 0 else ""
 
 

@@ -1,6 +1,4 @@
 import os
-import re
-import shutil
 import subprocess
 import sys
 from urllib.error import HTTPError
@@ -8,11 +6,11 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 
+from tests.essential.browser import browse, needs_browser
 from vla_foundry.cli import main
 from vla_foundry.viz.explorer import Explorer
-
-CHROMIUM = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 
 
 def test_tables_say_what_the_dataset_holds(robot_data) -> None:
@@ -42,26 +40,18 @@ def test_other_data_is_refused_with_what_to_do(tmp_path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
+@needs_browser
 def test_the_page_in_a_browser(robot_data) -> None:
-    from playwright.sync_api import expect, sync_playwright
-
     command = [sys.executable, "-m", "vla_foundry.cli", "data", "explore", str(robot_data.folder), "--port", "0"]
     faults: list[str] = []
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as server,
-        sync_playwright() as playwright,
+        browse(faults) as open_page,
     ):
         assert server.stdout is not None
         address = server.stdout.readline().rpartition(" ")[2].strip()
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
-            page = browser.new_page()
-            page.set_default_timeout(120_000)
-            page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-            is_here = re.compile(r"(https?://127\.0\.0\.1:|data:|blob:)")
-            page.on("request", lambda request: is_here.match(request.url) or faults.append(request.url))
-            page.goto(address)
+            page = open_page(address)
             expect(page.locator("#about")).to_have_text("episode_0: move thing 0", timeout=120_000)
             page.get_by_label("Episode (0 to 1)").fill("1")
             page.get_by_label("Episode (0 to 1)").press("Tab")

@@ -3,30 +3,29 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.essential.browser import browse, needs_browser
 from vla_foundry.config.command_line import run_command
 from vla_foundry.evaluation.dashboard.server import main
 
-CHROMIUM = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}{{x}}%2e%2e"
 WAIT_MS = 600_000
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium"),
+    needs_browser,
 ]
 
 
@@ -52,27 +51,6 @@ def serve(root: Path, *words: str, password: str | None = None) -> Iterator[str]
             server.kill()
 
 
-@contextmanager
-def browse(faults: list[str]) -> Iterator[Callable[..., Page]]:
-    """Yield what opens a page in a browser of its own; errors and requests to other machines go to a list."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-
-        def open_page(address: str, width: int = 1280) -> Page:
-            page = browser.new_page(viewport={"width": width, "height": 900}, accept_downloads=True)
-            page.set_default_timeout(WAIT_MS)
-            page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("dialog", lambda dialog: faults.append(dialog.message))
-            is_here = re.compile(r"(https?://127\.0\.0\.1:|data:|blob:)")
-            page.on("request", lambda request: is_here.match(request.url) or faults.append(request.url))
-            page.goto(address)
-            return page
-
-        yield open_page
-        browser.close()
-
-
 def pick(page: Page, field: str, value: str) -> None:
     page.locator(f"#{field} input").click()
     page.get_by_role("option", name=value, exact=True).click()
@@ -96,7 +74,7 @@ def test_a_dashboard_in_two_browsers(tmp_path: Path) -> None:
     (root / "good" / "away.mp4").symlink_to("/etc/passwd")
     faults: list[str] = []
     expect.set_options(timeout=WAIT_MS)
-    with browse(faults) as open_page:
+    with browse(faults, WAIT_MS) as open_page:
         with serve(root) as address:
             page, phone = open_page(address), open_page(address, 390)
             report = page.frame_locator("#report iframe")
