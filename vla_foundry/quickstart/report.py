@@ -109,11 +109,10 @@ def _language_goal(folder: Path) -> str:
 
 def _vision_goal(folder: Path) -> str:
     scores = score_captions(*_read_captions(folder)[1:])
-    worst = min((scores[name].accuracy, label) for name, (label, goal) in ROWS.items() if goal)
-    text = (
-        f"the vision-language model describes scenes it has not seen; at worst, {worst[1]}: {worst[0]:.0%} (goal: 90%)"
-    )
-    return _goal(text, is_reached=worst[0] >= 0.9)
+    found = [(scores[name].accuracy, goal, label) for name, (label, goal) in ROWS.items() if goal]
+    accuracy, goal, label = min(found, key=lambda row: row[0] - row[1])
+    text = f"the vision-language model describes scenes it has not seen; at worst, {label}: {accuracy:.0%}"
+    return _goal(f"{text} (goal: {goal:.0%})", is_reached=accuracy >= goal)
 
 
 def _action_goal(folder: Path) -> str:

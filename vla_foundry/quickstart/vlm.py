@@ -17,7 +17,8 @@ SHOWN = (0, 1, 2)
 # attribute -> its label in the report, and the accuracy to reach
 ROWS: dict[str, tuple[str, float | None]] = {
     "object": ("object", 0.9),
-    "state": ("its state", 0.9),
+    # some 240 held-out scenes have one, so that 90 right of 100 come out as anything from 86 to 94
+    "state": ("its state", 0.85),
     "object_position": ("where it is, within a cell", 0.9),
     "gripper_position": ("where the gripper is, within a cell", 0.9),
     "side": ("to the left or right", None),

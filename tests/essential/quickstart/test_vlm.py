@@ -40,6 +40,6 @@ def test_the_table_shows_accuracy_beside_chance_and_goal() -> None:
     truths = [caption(row, ("closed", "open")[row % 2]) for row in range(1, 9)]
     lines = format_scores(score_captions([truths[0]] * 8, truths))
     state = next(line for line in lines if "its state" in line)
-    assert state.split()[-4:] == ["50.0%", "50.0%", "50.0%", "90%"]
+    assert state.split()[-4:] == ["50.0%", "50.0%", "50.0%", "85%"]
     position = next(line for line in lines if "where it is, within a cell" in line)
     assert position.split()[-4] == "25.0%"
