@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.essential.processes import is_running
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu.py"
 FP8 = "llm_16_fp8_compiled"
 
@@ -21,14 +23,6 @@ def run_rows(*words: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), "--preset", "tiny", *words]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {row["row"]: row for row in map(json.loads, output.splitlines())}
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process has not ended; an ended one is listed until its parent has asked for its exit code."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def find_sessions(pid: int) -> set[int]:

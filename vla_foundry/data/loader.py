@@ -240,6 +240,10 @@ class DataLoader:
         self._started = None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+            # a process that exits at once would leave semaphores of queues behind whose threads have not ended
+            for queue in iterator._index_queues:
+                if queue._thread is not None:
+                    queue._thread.join(timeout=1.0)
 
 
 def create_dataloader(

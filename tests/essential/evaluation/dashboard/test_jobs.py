@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.essential.processes import is_group_running
 from vla_foundry.evaluation.dashboard.jobs import FOLDER_NAME, Job, Queue, _identify, read_job, write_job
 
 FLAGS = {"policy": "null", "tasks": "easy", "episodes": "0:4", "simulator": "toy", "num_workers": "1"}
@@ -27,14 +28,6 @@ def wait_for(queue: Queue, condition: Callable[[], bool], seconds: float = 600) 
         assert time.monotonic() < end, queue.jobs()
         queue.step()
         time.sleep(0.1)
-
-
-def is_group(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def num_trials(queue: Queue, job: Job) -> int:
@@ -139,7 +132,7 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     wait_for(later, lambda: read_job(path_of(later, long)).state == "stopped")
     for process in queue.started:
         process.wait(60)  # it is a child of this process, which stays until it is waited for
-    wait_for(later, lambda: not is_group(running.pid))
+    wait_for(later, lambda: not is_group_running(running.pid))
     wait_for(later, lambda: read_job(path_of(later, done)).state == "done")
     failed = read_job(path_of(later, dies))
     assert failed.state == "failed"
@@ -153,7 +146,7 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     leader = read_job(path_of(later, long)).pid
     os.kill(leader, signal.SIGKILL)
     wait_for(later, lambda: read_job(path_of(later, long)).state == "failed")
-    wait_for(later, lambda: not is_group(leader))
+    wait_for(later, lambda: not is_group_running(leader))
     assert "without a word" in read_job(path_of(later, long)).note
 
 
