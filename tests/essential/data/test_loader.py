@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -412,6 +413,8 @@ def test_close_ends_the_processes(loaders: Loaders, dataset: Path) -> None:
     loader.close()
     assert time.monotonic() - start < 5
     assert not any(process.is_alive() for process in processes)
+    # these would leave semaphores behind in a process that exits at once
+    assert "QueueFeederThread" not in {thread.name for thread in threading.enumerate()}
     loader.close()
 
 
