@@ -1,14 +1,15 @@
 """The examples of launchers are what their schedulers take, and their scripts train."""
 
+import getpass
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,38 @@ from tests.essential.training.conftest import manifest as manifest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch"))
-# Slurm's commands as the scripts call them; the job was preempted before it was started again
+# Slurm's commands as the scripts call them, for a job that fails; it was preempted before it was started again
 COMMANDS = {
-    "srun": '[[ -z ${FAILS:-} ]] || exit 3; while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "srun": "exit 3",
     "scontrol": 'case "$1 $2" in "show hostnames") echo localhost;;'
     '"show job") echo " StartTime=2026-01-02T00:00:00"; echo " PreemptTime=${PREEMPTED:-None} x";;'
     '*) echo "$@" >> requests.txt;; esac',
 }
 RunLater = Callable[..., subprocess.Popen[str]]
+# two nodes on this machine, the first of which has its name; a step's processes are all killed, as by control groups
+SLURM_CONFIG = """
+ClusterName=here
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
+NodeName={host}-second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
 
 
 def read_skypilot() -> dict[str, Any]:
@@ -76,26 +101,80 @@ def test_shell_scripts_are_sound(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.fixture
+def run_slurm(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Call Slurm's commands for a cluster of two nodes on this machine, and return what they print."""
+    if shutil.which("slurmctld") is None or shutil.which("slurmd") is None:
+        pytest.skip("needs Slurm: apt-get install slurmctld slurmd slurm-client")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    with ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+    host = socket.gethostname().partition(".")[0]
+    names = {"host": host, "user": getpass.getuser(), "folder": folder}
+    (folder / "slurm.conf").write_text(SLURM_CONFIG.format(ports=ports, **names), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    with ExitStack() as stack:
+        for words in (["slurmctld"], ["slurmd", "-N", host], ["slurmd", "-N", f"{host}-second"]):
+            log = stack.enter_context((folder / f"{words[-1]}.log").open("w"))
+            daemon = subprocess.Popen([*words, "-D"], env=environment, stdout=log, stderr=log)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.kill)
+        end = time.monotonic() + 30
+        while run("sinfo", "--noheader", "--format=%T").split() != ["idle"]:
+            if time.monotonic() > end:
+                pytest.skip(f"Slurm does not start on this machine: {run('sinfo', '--Node')}")
+            time.sleep(0.2)
+        yield run
+        run("scancel", f"--user={names['user']}")
+        wait_for(lambda: run("squeue", "--noheader") == "", lambda: run("squeue"))
+
+
+def wait_for(is_time: Callable[[], bool], describe: Callable[[], str]) -> None:
+    """Wait for a job to come as far."""
+    end = time.monotonic() + 120
+    while not is_time():
+        assert time.monotonic() < end, describe()
+        time.sleep(0.2)
+
+
+@pytest.mark.slow  # two nodes, each with a process of torchrun
 def test_a_slurm_job_whose_time_is_up_saves_a_checkpoint_and_is_queued_again(
-    run_in_slurm: RunLater, flags: list[str], tmp_path: Path
+    run_slurm: Callable[..., str], flags: list[str], tmp_path: Path
 ) -> None:
-    job = run_in_slurm("train.sbatch", *flags, "--total_train_samples", "1600000", "--num_checkpoints", "50000")
-    end = time.monotonic() + 60
-    while not list(tmp_path.glob("experiments/llm/checkpoints/step_*")):
-        assert job.poll() is None, job.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    errors = job.communicate(timeout=60)[1]
-    assert job.returncode != 0
-    assert (tmp_path / "requests.txt").read_text(encoding="utf-8") == "requeue 7\n", errors
+    words = [*flags, "--total_train_samples", "1600000", "--num_checkpoints", "1"]
+    options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--output=log"]
+    job = run_slurm("sbatch", "--parsable", *options, str(EXAMPLES / "slurm" / "train.sbatch"), *words).strip()
+    log = tmp_path / "log"
+
+    def describe() -> str:
+        return run_slurm("scontrol", "show", "job", job) + (log.read_text(encoding="utf-8") if log.exists() else "")
+
+    wait_for(lambda: "\nstep 1/" in describe(), describe)
+    # as Slurm does some minutes before the end
+    run_slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: "Restarts=1" in describe(), describe)
+    found = describe()
+    assert "on 2 x cpu" in found
+    assert "Stopped by SIGTERM after step" in found
+    assert len(list(tmp_path.glob("experiments/llm/checkpoints/step_*"))) == 1
 
 
 @pytest.mark.parametrize(("preempted", "is_queued"), [("2026-01-02T00:00:05", True), ("2026-01-01T00:00:00", False)])
 def test_a_slurm_job_that_fails_is_queued_again_only_if_it_was_preempted_since_its_start(
     run_in_slurm: RunLater, tmp_path: Path, preempted: str, is_queued: bool
 ) -> None:
-    job = run_in_slurm("train.sbatch", FAILS="1", PREEMPTED=preempted)
+    job = run_in_slurm("train.sbatch", PREEMPTED=preempted)
     job.communicate(timeout=20)
     assert job.returncode == 3
     assert (tmp_path / "requests.txt").exists() == is_queued

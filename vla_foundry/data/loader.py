@@ -32,6 +32,7 @@ from vla_foundry.data.worker import (
     describe_dead_process,
     prepare_process,
     start_context,
+    stop_processes,
     widen_pipe,
 )
 from vla_foundry.params.data.base import DataParams
@@ -238,12 +239,7 @@ class DataLoader:
         """Stop the worker processes."""
         iterator, self._iterator, self._torch_loader._iterator = self._iterator, None, None
         self._started = None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-            # a process that exits at once would leave semaphores of queues behind whose threads have not ended
-            for queue in iterator._index_queues:
-                if queue._thread is not None:
-                    queue._thread.join(timeout=1.0)
+        stop_processes(iterator)
 
 
 def create_dataloader(

@@ -326,6 +326,17 @@ def _leave_later(signal_number: int, frame: Any) -> None:
     timer.start()
 
 
+def stop_processes(iterator: Any) -> None:
+    """Stop the processes of a torch loader's iterator, if it has some."""
+    if not hasattr(iterator, "_shutdown_workers"):
+        return
+    iterator._shutdown_workers()
+    # a process that exits at once would leave semaphores of queues behind whose threads have not ended
+    for queue in iterator._index_queues:
+        if queue._thread is not None:
+            queue._thread.join(timeout=1.0)
+
+
 def describe_dead_process(iterator: Any, params: DataParams) -> str:
     """Explain why workers died, in one line."""
     codes = {process.exitcode for process in iterator._workers if process.exitcode}
