@@ -254,13 +254,17 @@ def _check_images(data: RoboticsDataParams, specs: Sequence[NamedSpec], flag: st
                 )
 
 
+# what memory is, beside half of the machine's
+GPU = "GPU"
+
+
 def read_memory() -> tuple[int, float, str]:
     """Return (ranks, GiB of each, what it is) of this machine: its GPUs, or half of its memory for one process."""
     import torch
 
     if count := torch.cuda.device_count():
         sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(count)]
-        return count, min(sizes) / 2**30, "GPU"
+        return count, min(sizes) / 2**30, GPU
     return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**31, "half of this machine's memory"
 
 

@@ -23,8 +23,7 @@ from vla_foundry.preprocessing.robotics.converters.lerobot_metadata import (
     read_info,
 )
 from vla_foundry.preprocessing.text.tokenizer import train_tokenizer
-from vla_foundry.progress import say
-from vla_foundry.quickstart.doctor import read_memory
+from vla_foundry.quickstart.doctor import GPU, read_memory
 from vla_foundry.storage.hub import find_published
 from vla_foundry.storage.uri import join_uri, read_object
 
@@ -133,17 +132,19 @@ def create_policy_config(params: NewPolicyParams) -> str:
             _train_tokenizer(recorded, folder)
         (folder / PREPROCESS_NAME).write_text(_format_preprocess(params, recorded, backbone), encoding="utf-8")
         train = folder / TRAIN_NAME
-        train.write_text(_format_train(params, recorded, backbone, _BATCH), encoding="utf-8")
         gpus, gib, what = read_memory()
-        per_gpu, flags = _choose_microbatch(train, recorded, gpus, gib)
-        train.write_text(_format_train(params, recorded, backbone, per_gpu), encoding="utf-8")
+        # a step's samples are shared out evenly
+        ranks = 1 << (min(gpus, _BATCH).bit_length() - 1)
+        train.write_text(_format_train(params, recorded, backbone, _BATCH // ranks), encoding="utf-8")
+        fit = _fit(train, recorded, ranks, gib, what)
+        train.write_text(_format_train(params, recorded, backbone, fit.per_gpu), encoding="utf-8")
     lines = [
         f"{params.dataset}: {len(recorded.episodes)} episodes, {recorded.num_frames:,} frames at {recorded.info.fps:g} "
         f"a second, {len(recorded.tasks)} instructions; cameras {', '.join(recorded.cameras)}",
         f"written: {params.output}/{PREPROCESS_NAME} and {TRAIN_NAME}; every line is yours to change",
-        f"microbatches have {per_gpu} samples, for {gib:.3g} GiB ({what})",
+        f"microbatches have {fit.per_gpu} sample{'s' * (fit.per_gpu > 1)}{fit.reason}",
     ]
-    return "\n".join([*lines, *_list_commands(params.output, gpus, flags)]) + "\n"
+    return "\n".join([*lines, *_list_commands(params.output, ranks, fit.flags)]) + "\n"
 
 
 def _read(dataset: str) -> _Recorded:
@@ -244,8 +245,19 @@ def _train_tokenizer(recorded: _Recorded, folder: Path) -> None:
     train_tokenizer(TrainTokenizerParams(source=[str(source)], output=str(folder / _TOKENIZER), vocab_size=512))
 
 
-def _choose_microbatch(train: Path, recorded: _Recorded, gpus: int, gib: float) -> tuple[int, list[str]]:
-    """Return the largest microbatch that fits into a rank's memory, and flags without which none does."""
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """How a run fits into the memory of this machine."""
+
+    per_gpu: int
+    # without which no microbatch fits
+    flags: tuple[str, ...] = ()
+    # words that follow the number of samples
+    reason: str
+
+
+def _fit(train: Path, recorded: _Recorded, ranks: int, gib: float, what: str) -> _Fit:
+    """Choose the largest microbatch that fits into a rank's memory, or a small one where that is not known."""
     from vla_foundry.hub.plan import plan, resolve_without_data
 
     widths = [
@@ -255,16 +267,25 @@ def _choose_microbatch(train: Path, recorded: _Recorded, gpus: int, gib: float) 
     words += ["--data.proprioception_dim", str(widths[1])]
     if (train.parent / _TOKENIZER).exists():
         words += ["--data.tokenizer", str(train.parent / _TOKENIZER)]
+    memory, small = f"{gib:.3g} GiB ({what})", min(_UNPLANNED, _BATCH // ranks)
     try:
         resolved = resolve_without_data(parse(PlanParams, words, prog="plan").params)
-        settings = plan(resolved, gpus=1, gpu_memory=gib, headroom=0.1)["settings"]
+        found = plan(resolved, gpus=ranks, gpu_memory=gib, headroom=0.1)
+        if "uncounted" in found:  # half is left to activations
+            found = plan(resolved, gpus=ranks, gpu_memory=gib, headroom=0.5)
     except (ValueError, OSError) as error:  # such as a published model that is not here yet
-        say(f"microbatches are of {_UNPLANNED} samples, because memory is not predicted: {describe_error(error)}")
-        return _UNPLANNED, []
-    fitting = next((setting for setting in settings if setting["largest_per_gpu_batch_size"]), settings[-1])
-    # a batch is shared out evenly
-    most = _BATCH // (1 << (min(gpus, _BATCH) - 1).bit_length())
-    return min(fitting["largest_per_gpu_batch_size"] or 1, most), fitting["flags"]
+        return _Fit(per_gpu=small, reason=f", because memory is not predicted: {describe_error(error)}")
+    # without a GPU, nothing is gained by sharding or by moving weights to the host
+    settings = [one for one in found["settings"] if what == GPU or not any("fsdp" in flag for flag in one["flags"])]
+    best = next((one for one in settings if one["largest_per_gpu_batch_size"]), None)
+    if best is None:
+        held = sum(found["parts"].values()) - found["parts"]["activations"]
+        reason = f", and do not fit: without activations a rank needs {held / 2**30:.3g} GiB, and there are {memory}"
+        return _Fit(per_gpu=1, reason=f"{reason}. Train on a larger machine, and run new-policy there")
+    if "uncounted" in found:
+        reason = f", a guess: without activations, which are not counted, a rank needs {best['bytes'] / 2**30:.3g} GiB"
+        return _Fit(per_gpu=small, flags=tuple(best["flags"]), reason=f"{reason} of {memory}")
+    return _Fit(per_gpu=best["largest_per_gpu_batch_size"], flags=tuple(best["flags"]), reason=f", for {memory}")
 
 
 def _format_preprocess(params: NewPolicyParams, recorded: _Recorded, backbone: _Backbone) -> str:
@@ -371,8 +392,8 @@ def _format_train(params: NewPolicyParams, recorded: _Recorded, backbone: _Backb
     )
 
 
-def _list_commands(output: str, gpus: int, flags: Sequence[str]) -> list[str]:
-    start = "vla-foundry train" if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} -m vla_foundry.main"
+def _list_commands(output: str, ranks: int, flags: Sequence[str]) -> list[str]:
+    start = "vla-foundry train" if ranks == 1 else f"torchrun --standalone --nproc_per_node {ranks} -m vla_foundry.main"
     preprocess, train, run = (
         shlex.quote(join_uri(output, *names)) for names in ((PREPROCESS_NAME,), (TRAIN_NAME,), (_RUNS, _RUN))
     )

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, LlamaConfig
+from transformers import CLIPConfig, LlamaConfig
 
 from vla_foundry.cli import main
 from vla_foundry.params.commands.runs import NewPolicyParams
 from vla_foundry.parsing import parse_yaml
 from vla_foundry.preprocessing.robotics.lerobot_recording import EpisodeRecorder, LeRobotFeatures
 from vla_foundry.preprocessing.robotics.lerobot_writer import LeRobotWriter
+from vla_foundry.quickstart import new_policy
 from vla_foundry.quickstart.doctor import format_findings
 from vla_foundry.quickstart.new_policy import create_policy_config
 from vla_foundry.quickstart.samples import Finding
@@ -136,9 +137,41 @@ def test_an_output_is_created_once_on_this_machine(recordings: Path, tmp_path: P
         create_policy_config(replace(params, output="s3://bucket/out"))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "memory", "microbatches", "train"),
+    [
+        ("small", (1, 12.0, "half of this machine's memory"), "have 64 samples, for 12 GiB", "vla-foundry train"),
+        ("small", (1, 0.05, "half"), "have 1 sample, and do not fit: without activations", "vla-foundry train"),
+        ("small", (6, 80.0, "GPU"), "have 16 samples, for 80 GiB (GPU)", "torchrun --standalone --nproc_per_node 4 -m"),
+        ("small", (8, 0.5, "GPU"), "have 8 samples, for 0.5 GiB", "--distributed.fsdp true"),
+        ("clip", (1, 12.0, "half"), "have 8 samples, a guess: without activations", "vla-foundry train"),
+    ],
+)
+def test_microbatches_fit_into_the_memory_of_this_machine(
+    recordings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    memory: tuple[int, float, str],
+    microbatches: str,
+    train: str,
+) -> None:
+    monkeypatch.setattr(new_policy, "read_memory", lambda: memory)
+    if backbone == "clip":
+        CLIPConfig().save_pretrained(tmp_path / "clip")
+        backbone = f"hf:{tmp_path / 'clip'}"
+    page = create_policy_config(
+        NewPolicyParams(dataset=str(recordings), backbone=backbone, output=str(tmp_path / "policy"))
+    )
+    line = next(line for line in page.splitlines() if line.startswith("microbatches "))
+    assert line.startswith(f"microbatches {microbatches}")
+    command = next(line for line in page.splitlines() if "train.yaml" in line and line.startswith("  "))
+    assert train in command
+    assert ("fsdp" in command) == ("fsdp" in train)
+
+
 def test_published_backbones_and_runs_are_told_apart(recordings: Path, tmp_path: Path) -> None:
-    clip = CLIPConfig(text_config=CLIPTextConfig().to_dict(), vision_config=CLIPVisionConfig().to_dict())
-    clip.save_pretrained(tmp_path / "clip")
+    CLIPConfig().save_pretrained(tmp_path / "clip")
     LlamaConfig().save_pretrained(tmp_path / "llama")
     params = NewPolicyParams(dataset=str(recordings), output=str(tmp_path / "out"))
     create_policy_config(replace(params, backbone=f"hf:{tmp_path / 'clip'}"))
