@@ -375,12 +375,20 @@ def _format_gib(num_bytes: int) -> str:
 
 
 def resolve_without_data(params: PlanParams) -> TrainExperimentParams:
-    """Resolve params as far as their model needs; data and a budget may be missing."""
+    """Resolve params as far as their model needs; data and a budget may be missing.
+
+    Raises:
+        ValueError: a policy's widths are known neither from its data, which is not there yet, nor from its params.
+    """
     facts = read_facts(params, params.gpus, offline=True)
     try:
         resolved: Resolved[Any] = resolve_known(params, facts)
     except MissingError as error:
         resolved = error.found
+    for name in ("action_dim", "proprioception_dim"):
+        needs = resolved.unresolved.get(f"data.{name}")
+        if needs is not None and getattr(resolved.params.model, name, 0) is None:
+            raise ValueError(f"data.{name} needs {needs}. Preprocess the data first, or give --data.{name} N.")
     return resolved.params
 
 

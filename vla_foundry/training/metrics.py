@@ -12,6 +12,7 @@ import os
 import sys
 import uuid
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
@@ -159,7 +160,7 @@ class Terminal:
     """Print lines to standard output, with a progress bar below them on a terminal."""
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
-        self._total_steps = total_steps
+        self._total_steps, self._first_step = total_steps, first_step
         # notebooks and CI set FORCE_COLOR, but show no bar that moves
         self._console = _Console(
             file=sys.stdout, force_terminal=sys.stdout.isatty(), soft_wrap=True, highlight=False, markup=False
@@ -196,6 +197,10 @@ class Terminal:
         if self._progress is not None and kind == "train":
             self._progress.update(self._task, status=format_metrics(metrics, names=_SHOWN_IN_BAR))
         label = "" if kind == "train" else f"{kind} "
+        left = metrics.get("step_seconds", 0.0) * (self._total_steps - step)
+        # the bar shows it; the first step of a run is slower than others
+        if self._progress is None and kind == "train" and step > self._first_step + 1 and left:
+            text += f"  ETA {timedelta(seconds=round(left))}"
         self.say(f"step {step}/{self._total_steps}  {label}{text}")
 
     def close(self) -> None:

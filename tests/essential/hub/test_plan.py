@@ -82,3 +82,14 @@ def test_activations_that_cannot_be_counted_are_said(capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert "It fits as configured, without activations." in lines
     assert "come on top: data.camera_names or data.image_indices is not known" in lines[-2]
+
+
+def test_a_policy_whose_data_is_not_there_yet_is_told_so(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    words = shlex.split(ROBOT.replace(" --model.action_dim 4 --model.proprioception_dim 3", ""))
+    words += ["--model", f"include {PRESETS}/vla_11m.yaml", "--data.dataset_manifest", str(manifest)]
+    words += ["--data.action_fields", "[a]", "--data.proprioception_fields", "[b]"]
+    words += ["--data.tokenizer", "nowhere", "--data.seq_len", "1024"]
+    message = rf"data\.action_dim needs {tmp_path}/robotics\.json\. Preprocess the data first, or give"
+    with pytest.raises(ValueError, match=message):
+        main([*words, "--hparams.global_batch_size", "32", "--total_train_samples", "3200"])

@@ -17,6 +17,7 @@ from vla_foundry.training.meter import Meter, StepResult, count_tokens, peak_flo
 from vla_foundry.training.metrics import (
     WANDB_ID_NAME,
     MetricsFile,
+    Terminal,
     create_metric_log,
     format_metrics,
     has_wandb_credentials,
@@ -158,6 +159,21 @@ def test_a_line_shows_what_matters() -> None:
     )
     assert line == "loss 2.5000  lr 1.00e-03  tokens/s 12,346  MFU 41.5%  skipped 2"
     assert format_metrics({"loss": None}) == "loss not finite"
+
+
+def test_lines_without_a_bar_say_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(total_steps=100, first_step=10)
+    # the first step compiles and fills caches; at the end nothing is left
+    for step in (11, 60, 100):
+        terminal.write("train", step, {"loss": 2.5, "step_seconds": 100.0})
+    terminal.write("validation", 60, {"loss": 2.5})
+    terminal.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 11/100  loss 2.5000",
+        "step 60/100  loss 2.5000  ETA 1:06:40",
+        "step 100/100  loss 2.5000",
+        "step 60/100  validation loss 2.5000",
+    ]
 
 
 def test_tokens_are_those_that_enter_the_model() -> None:
