@@ -63,7 +63,8 @@ def _wrong_type(hint: Any, value: Value, path: str, origin: Origin) -> ValueErro
     if isinstance(value, Scalar) and abs(_decode_float(value.text) or 0) >= _LARGEST_INT:
         wanted = wanted.replace(_MUST_BE[int], f"{_MUST_BE[int]} below 10^18")
     shown = "null" if is_null(value) else f"'{show(value)}'" if isinstance(value, Scalar) else show(value)
-    return ValueError(f"{origin.prefix}{path} must be {wanted}, got {shown}.")
+    quoted = ' In quotes, "null" is text.' if is_null(value) and str in options(hint) else ""
+    return ValueError(f"{origin.prefix}{path} must be {wanted}, got {shown}.{quoted}")
 
 
 def _must_be(hint: Any) -> str:
