@@ -1,5 +1,6 @@
 """`vla-foundry data inspect --config_path FILE`: measure the data of a training config before it is trained on."""
 
+import math
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from vla_foundry.world import World
 # contact sheet: tiles in all and in a row; side of a picture and height of its text, pixels; lines of text
 _MOST_TILES, _NUM_COLUMNS, _SIDE, _TEXT, _NUM_LINES, _LINE_LENGTH = 24, 6, 224, 80, 5, 36
 _LINE_HEIGHT = 15
+# a sample's pictures in its tile, in rows, in the model's order
+_MOST_IN_TILE = 16
 
 
 @dataclass
@@ -106,13 +109,15 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
     data = params.data
     parts = data.datasets if isinstance(data, MixtureDataParams) else {data.type: data}
     measured = {name: Measured() for name in parts}
-    tiles: list[tuple[str, np.ndarray, str]] = []
+    tiles: list[tuple[str, list[np.ndarray], str]] = []
     mix: dict[str, dict[str, tuple[float, int]]] = {}
     for name, batch in read_batches(params, params.num_samples, mix):
         measured[name].add(batch)
         room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
-        found = map(read_pictures, RECORDING.samples[:room])
-        tiles += [(name, first, text) for pictures, text in found for first in islice(pictures, 1)]
+        found = (
+            (list(islice(images, _MOST_IN_TILE)), text) for images, text in map(read_pictures, RECORDING.samples[:room])
+        )
+        tiles += [(name, pictures, text) for pictures, text in found if pictures]
     if tiles:
         _draw_sheet(tiles, params.output)
     return {
@@ -236,17 +241,20 @@ def read_pictures(sample: Sample) -> tuple[Iterator[np.ndarray], str]:
     return (np.asarray(image.permute(1, 2, 0)) for image in images), sample.get("instruction") or turns or document
 
 
-def _draw_sheet(tiles: list[tuple[str, np.ndarray, str]], path: str) -> None:
+def _draw_sheet(tiles: list[tuple[str, list[np.ndarray], str]], path: str) -> None:
     num_rows = -(-len(tiles) // _NUM_COLUMNS)
     sheet = Image.new("RGB", (_NUM_COLUMNS * _SIDE, num_rows * (_SIDE + _TEXT)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (name, pixels, text) in enumerate(tiles):
+    for number, (name, pictures, text) in enumerate(tiles):
         row, column = divmod(number, _NUM_COLUMNS)
         left, top = column * _SIDE, row * (_SIDE + _TEXT)
-        picture = Image.fromarray(pixels)
-        scale = (_SIDE - 4) / max(picture.size)
-        size = [max(1, round(side * scale)) for side in picture.size]
-        sheet.paste(picture.resize((size[0], size[1])), (left + 2, top + 2))
+        per_row = math.ceil(math.sqrt(len(pictures)))
+        cell = _SIDE // per_row
+        for place, picture in enumerate(map(Image.fromarray, pictures)):
+            scale = (cell - 4) / max(picture.size)
+            size = [max(1, round(side * scale)) for side in picture.size]
+            below, right = divmod(place, per_row)
+            sheet.paste(picture.resize((size[0], size[1])), (left + right * cell + 2, top + below * cell + 2))
         lines = textwrap.wrap(f"{name}: {text}", _LINE_LENGTH, max_lines=_NUM_LINES, placeholder=" ...")
         for line_number, line in enumerate(lines):
             # the built-in font has Latin characters only
