@@ -44,7 +44,7 @@ class HyperParams(BaseParams):
     # arithmetic: fp32; amp_bfloat16 (fp32 master weights, bf16 compute); pure_bf16 (no masters); fp64 (numerics tests)
     precision: Literal["fp32", "amp_bfloat16", "pure_bf16", "fp64"] = "amp_bfloat16"
     # matrix products of blocks in 8-bit floats, scaled by each tensor's largest value; null: in the precision above.
-    # Needs `pip install 'vla-foundry[fp8]'`, and on GPUs compute capability 8.9 or newer
+    # Needs `uv pip install 'vla-foundry[fp8]'`, and on GPUs compute capability 8.9 or newer
     fp8: Literal["tensorwise"] | None = None
     # attention in FlashAttention 3, which needs its package (flash_attn_interface) and a GPU of compute capability 9;
     # false: what torch chooses, cuDNN or FlashAttention 2

@@ -41,7 +41,7 @@ def use_float8_products(blocks: list[nn.Module], device: str) -> None:
             convert_to_float8_training,
         )
     except ImportError as error:
-        raise ValueError(f"hparams.fp8 needs torchao ({error}): pip install 'vla-foundry[fp8]'.") from error
+        raise ValueError(f"hparams.fp8 needs torchao ({error}): uv pip install 'vla-foundry[fp8]'.") from error
     finally:
         log.setLevel(level)
     modules = [module for block in blocks for module in block.modules()]
