@@ -153,6 +153,8 @@ def _choose_type(role: Any, branch: Branch, path: str) -> tuple[str, Origin]:
 
 def _find_retyped(role: type, name: str, tree: Branch) -> tuple[str, str] | None:
     """Return the new type of a section and the key that selects it; None if the type is unchanged."""
+    other = {key for key, old in tree.superseded.items() if old is not None}
+    tree = Branch({key: node for key, node in tree.children.items() if key not in other}, tree.origin)
     for migration in migrations_of(role):
         retyped = migration.retyped.get(name, Retyped(to=name))
         for keys, is_new in ((retyped.when, True), (retyped.unless, False)):
@@ -196,11 +198,13 @@ def _drop_superseded(role: Any, name: str, branch: Branch, path: str) -> tuple[B
         The branch, and the config paths of the dropped keys.
     """
     types = schema.members(role)
-    known = schema.accepted_keys(types[name])
+    known, current = schema.accepted_keys(types[name]), schema.field_types(types[name])
     dropped = []
     for key, old in branch.superseded.items():
         owners = [types[old]] if old in types else types.values()
-        if key not in known and any(key in schema.accepted_keys(owner) for owner in owners):
+        # what is an old name here, and a name there, is another thing
+        is_of_others = key not in known or (old in types and key in schema.field_types(types[old]))
+        if key not in current and is_of_others and any(key in schema.accepted_keys(owner) for owner in owners):
             dropped.append(key)
     children = {key: node for key, node in branch.children.items() if key not in dropped}
     return Branch(children, branch.origin), [f"{path}.{key}" for key in dropped]

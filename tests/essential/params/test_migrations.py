@@ -388,6 +388,23 @@ def test_a_section_of_another_model_is_named_with_the_models_that_have_it(words:
         parse_train(*words)
 
 
+def test_sections_of_another_type_are_not_taken_for_old_names() -> None:
+    """A vision-language model has a transformer; so had earlier policies, as their action head."""
+    preset, policy = "config_presets/training_jobs/vlm_quickstart.yaml", "config_presets/models/vla_11m.yaml"
+    parsed = parse_train("--config_path", preset, "--model", f"include {policy}")
+    assert parsed.params.model.action_head == load_params_from_yaml(ModelParams, policy).action_head
+    (notice,) = (notice for notice in parsed.notices if "model.t" in notice)
+    assert notice.endswith("dropped model.image_attention, model.vit, model.transformer, which belong to another type.")
+    head = parse_train("--config_path", preset, "--model.type", "diffusion_policy").params.model.action_head
+    assert head.registered_name() == "flow_transformer"
+
+
+def test_what_an_earlier_head_was_given_does_not_bring_its_type_back() -> None:
+    preset = "config_presets/training_jobs/vla_qwen3_st.yaml"
+    head = parse_train("--config_path", preset, "--model.action_head.type", "flow_transformer").params.model.action_head
+    assert head.registered_name() == "flow_transformer"
+
+
 def test_a_type_can_change_twice_over_presets() -> None:
     preset = "config_presets/training_jobs/vla_qwen3_st.yaml"
     parsed = parse_train("--config_path", preset, "--model.vision_language_backbone.type", "clip_backbone")
