@@ -199,7 +199,7 @@ def run_episodes(pool: RolloutPool, episodes: Iterable[Episode], *, batch_size: 
     free = list(range(pool.num_workers))
     # observations of robots that wait for others
     held: dict[int, Reply] = {}
-    last_s = 0.0
+    last_s, until = 0.0, math.inf
     while True:
         while free and (episode := next(waiting, None)) is not None:
             number = free.pop(0)
@@ -207,13 +207,14 @@ def run_episodes(pool: RolloutPool, episodes: Iterable[Episode], *, batch_size: 
             _begin(pool, number, runs[number])
         if not runs:
             return
-        answers = pool.wait(last_s if held else math.inf)
+        answers = pool.wait(max(0.0, until - time.monotonic()))
         replies, deaths = _take(answers, runs)
         replies |= held
         due = _list_due(runs, replies) if batch_size > 1 else []
-        is_full = len(due) >= batch_size or not answers or not _are_more_coming(runs, replies, deaths)
-        held = {} if is_full else {number: replies.pop(number) for number in due}
         start = time.monotonic()
+        is_full = len(due) >= batch_size or start >= until or not _are_more_coming(runs, replies, deaths)
+        held = {} if is_full else {number: replies.pop(number) for number in due}
+        until = min(until, start + last_s) if held else math.inf
         deaths |= _act(pool, runs, replies)
         if due and not held:
             last_s = time.monotonic() - start

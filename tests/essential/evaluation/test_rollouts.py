@@ -181,6 +181,30 @@ def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(s
     assert np.mean([size for size in sizes if size > 0]) > 2.8
 
 
+def test_a_robot_does_not_wait_for_those_that_only_follow_their_chunks() -> None:
+    waits = [0]
+
+    class Thinker(RandomActor):
+        def predicts_next(self, slot: int) -> bool:
+            return slot == 0
+
+        def act(self, observed: Any) -> dict[int, np.ndarray | None]:
+            waits.append(0 if 0 in observed else waits[-1] + 1)
+            time.sleep(0.01 if 0 in observed else 0)
+            return super().act(observed)
+
+    class InTurn(ShuffledPool):
+        def wait(self, seconds: float = math.inf) -> dict[int, Any]:
+            time.sleep(min(seconds, 0.001))
+            first = next(iter(self.requests))
+            return {first: self.answer(first)} if seconds > 0.001 else {}
+
+    episodes = list_episodes(["easy"], Thinker(describe_toy(), seed=3), 6)
+    list(run_episodes(InTurn(create_setup(), 6, seed=1), episodes, batch_size=4))
+    # the others act some ten times while one prediction is made, and a hundred times in all
+    assert max(waits) < 30
+
+
 def test_actions_that_are_not_finite_are_the_policys_failure() -> None:
     class Broken(NullActor):
         def act(self, observed: Any) -> dict[int, np.ndarray | None]:
