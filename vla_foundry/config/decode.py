@@ -106,7 +106,9 @@ def _choose(cls: Any, tree: Branch, decoding: Decoding, path: str) -> tuple[Any,
     # a slot may accept only a subclass of the given type
     chosen = cls if issubclass(cls, chosen) else chosen
     if not issubclass(chosen, cls):
-        raise ValueError(f"{origin.prefix}{type_path} is '{name}', not '{cls.registered_name()}'.")
+        own = cls.registered_name()
+        fix = f" Give --{type_path} {own}." if path else ""
+        raise ValueError(f"{origin.prefix}{type_path} is '{name}', not '{own}'.{fix}")
     decoding.origins[type_path] = origin
     checkpoint = _checkpoint_of(role, tree)
     if TYPE_KEY not in tree.children and checkpoint is not None and is_remote(checkpoint):

@@ -336,7 +336,10 @@ def _split_lists(tree: Branch, path: str) -> dict[str, Node]:
     """
     given = tree.children.get("datasets")
     if isinstance(given, Branch) and given.children:
-        raise ValueError(f"{path}.dataset_manifest and {path}.datasets are both given. Use one of them.")
+        raise ValueError(
+            f"{path}.dataset_manifest and {path}.datasets are both given. Use one of them; each of the "
+            f"datasets has its own, such as --{path}.datasets.NAME.dataset_manifest."
+        )
     parts: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
     for prefix in ("", "val_"):
