@@ -20,9 +20,12 @@ from vla_foundry.quickstart.vla import create_vla_stage
 from vla_foundry.quickstart.vlm import create_vlm_stage
 from vla_foundry.run_folder import lock_folder
 from vla_foundry.simulators.mujoco_renderer import choose_opengl
+from vla_foundry.storage.uri import is_remote
 
 # installs a renderer that needs no GPU, on Debian and Ubuntu
 _INSTALL = ("apt-get", "install", "--yes", "libosmesa6")
+# the results of all stages as text
+_SUMMARY_NAME = "summary.txt"
 
 _STAGES: dict[str, Callable[[Path, Sizes, QuickstartParams], Stage]] = {
     "llm": lambda output_dir, sizes, _: create_llm_stage(output_dir, sizes),
@@ -38,6 +41,8 @@ def main(argv: list[str]) -> None:
         ValueError: an argument is wrong, a step failed, or another process uses the output folder.
     """
     params = parse_command(QuickstartParams, argv, prog="vla-foundry quickstart")
+    if is_remote(params.output_dir):
+        raise ValueError(f"output_dir {params.output_dir} must be a folder of this machine. Give its path.")
     if len(params.stages) > 1:
         # check first, because the stages before it take minutes
         require_renderer(may_install=params.install_system_packages)
@@ -48,10 +53,8 @@ def main(argv: list[str]) -> None:
     markers = output_dir / "done"
     with lock_folder(output_dir, what="quickstart folder", flag="--output_dir"):
         run_steps(with_pages(stages, output_dir, markers), markers, console, overwrite=params.overwrite)
-    page = "\n".join(stage.summary.read_text(encoding="utf-8") for stage in stages)
-    summary = output_dir / "summary.txt"
-    summary.write_text(page, encoding="utf-8")
-    console.print(f"\n{page}", markup=False)
+    summary = output_dir / _SUMMARY_NAME
+    console.print(f"\n{summary.read_text(encoding='utf-8')}", markup=False)
     console.print(f"All done. Everything is in {output_dir}; this summary is in {summary}.")
     page = output_dir / PAGE_NAME
     console.print(
@@ -60,7 +63,10 @@ def main(argv: list[str]) -> None:
 
 
 def with_pages(stages: Sequence[Stage], output_dir: Path, markers: Path) -> list[Step]:
-    """Return the steps of all stages, each followed by one that writes the report of what is there so far."""
+    """Return the steps of all stages, each followed by one that writes the report of what is there so far.
+
+    The last step joins the stages' summaries.
+    """
     steps: list[Step] = []
     for stage in stages:
         steps += stage.steps
@@ -69,10 +75,21 @@ def with_pages(stages: Sequence[Stage], output_dir: Path, markers: Path) -> list
             what=f"Write the report so far: {output_dir / PAGE_NAME}",
             seconds=3,
             function=partial(write_page, output_dir, tuple(steps), markers),
+            outputs=(output_dir / PAGE_NAME,),
             is_repeated=True,
         )
         steps.append(page)
-    return steps
+    summary = output_dir / _SUMMARY_NAME
+    last = Step(
+        name="summary",
+        what=f"Join the summaries: {summary}",
+        function=lambda: summary.write_text(
+            "\n".join(stage.summary.read_text(encoding="utf-8") for stage in stages), encoding="utf-8"
+        ),
+        outputs=(summary,),
+        is_repeated=True,
+    )
+    return [*steps, last]
 
 
 def opening_command(page: Path, platform: str = sys.platform) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,9 @@ from vla_foundry.evaluation.dashboard.jobs import end_with_parent
 from vla_foundry.params.experiment import TrainExperimentParams
 from vla_foundry.parsing import parse_object
 from vla_foundry.run_folder import METRICS_NAME
+from vla_foundry.storage.local import FULL as DISK_FULL
+from vla_foundry.storage.local import name_errors
+from vla_foundry.storage.uri import write_text
 from vla_foundry.world import num_cores
 
 # the batch sizes of the stages' presets are divisible by it
@@ -161,7 +164,9 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
 
     Raises:
         StepFailedError: a command failed; earlier steps stay done.
+        ValueError: a step would delete or overwrite what is not the quickstart's; no step has run.
     """
+    _check_ownership(steps, markers)
     markers.mkdir(parents=True, exist_ok=True)
     clock = _Clock(steps, console)
     fingerprint = json.dumps({name: metadata.version(name) for name in _PINNED_PACKAGES})
@@ -181,13 +186,29 @@ def run_steps(steps: Sequence[Step], markers: Path, console: Console, *, overwri
         done.unlink(missing_ok=True)
         if step.folder is not None and (overwrite or not _holds(started, fingerprint)):
             shutil.rmtree(step.folder, ignore_errors=True)
-        started.write_text(fingerprint, encoding="utf-8")
+        write_text(str(started), fingerprint)
         clock.begin(step)
         clock.show()
         _run(step, console, clock.show)
         seconds, cpu_seconds = clock.end(step)
-        done.write_text(f"{fingerprint}\n{seconds:.1f}\n{cpu_seconds:.1f}\n", encoding="utf-8")
+        write_text(str(done), f"{fingerprint}\n{seconds:.1f}\n{cpu_seconds:.1f}\n")
         console.print(f"  {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
+
+
+def _check_ownership(steps: Sequence[Step], markers: Path) -> None:
+    """Refuse to run over files that no earlier quickstart made: a step's folder is its own once the step has started.
+
+    Files outside such folders are the quickstart's own once any step has started.
+    """
+    is_first = next(markers.glob("*.started"), None) is None
+    for step in steps:
+        is_new = not (markers / f"{step.name}.started").exists()
+        for path in (step.folder if is_new else None, *(step.outputs if is_first else ())):
+            if path is not None and (any(path.iterdir()) if path.is_dir() else os.path.lexists(path)):
+                raise ValueError(
+                    f"{path} is not of an earlier quickstart, and the step '{step.name}' would replace it. Choose "
+                    "another --output_dir, or move it away."
+                )
 
 
 def read_times(markers: Path, step: Step) -> tuple[float, float] | None:
@@ -265,7 +286,9 @@ def _cpu_seconds() -> float:
 
 def _run(step: Step, console: Console, show_progress: Callable[[], None]) -> None:
     if step.function is not None:
-        step.function()
+        # the file is not known where a write() fails
+        with name_errors(os.path.commonpath(step.outputs), DISK_FULL) if step.outputs else nullcontext():
+            step.function()
         return
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "vla_foundry.cli", *step.words]

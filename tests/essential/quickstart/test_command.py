@@ -11,6 +11,7 @@ from vla_foundry.quickstart.command import (
     create_llm_stage,
     create_vla_stage,
     create_vlm_stage,
+    main,
     opening_command,
     require_renderer,
 )
@@ -26,6 +27,11 @@ def test_stages_come_in_order_from_the_first() -> None:
         QuickstartParams(stages=["llm", "policy"])
     with pytest.raises(ValueError, match="stages is empty"):
         QuickstartParams(stages=[])
+
+
+def test_the_output_is_on_this_machine() -> None:
+    with pytest.raises(ValueError, match="output_dir s3://b/x must be a folder of this machine"):
+        main(["--output_dir", "s3://b/x"])
 
 
 def test_ablations_are_of_the_policy() -> None:

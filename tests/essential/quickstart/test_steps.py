@@ -79,6 +79,45 @@ def test_an_interrupted_step_keeps_what_it_had(tmp_path: Path, console: Console)
     assert partial.read_text(encoding="utf-8") == "half"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["out.txt", "model.pt"])
+def test_what_no_quickstart_made_stays(tmp_path: Path, console: Console, name: str, *, overwrite: bool) -> None:
+    (first, calls), (second, _) = counting_step(tmp_path, "one"), counting_step(tmp_path, "two")
+    mine = tmp_path / "two" / name
+    mine.parent.mkdir()
+    # an empty folder is nobody's
+    run_steps([first], tmp_path / "done", console, overwrite=False)
+    mine.write_text("precious", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"two is not of an earlier quickstart, .*'two'.* another --output_dir"):
+        run_steps([first, second], tmp_path / "done", console, overwrite=overwrite)
+    assert calls == ["one"]
+    assert mine.read_text(encoding="utf-8") == "precious"
+
+
+def test_the_first_quickstart_overwrites_no_file(tmp_path: Path, console: Console) -> None:
+    page = tmp_path / "report.html"
+    step = Step(name="page", what="write", function=lambda: page.write_text("new", encoding="utf-8"), outputs=(page,))
+    page.write_text("precious", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"report.html is not of an earlier quickstart"):
+        run_steps([step], tmp_path / "done", console, overwrite=False)
+    page.unlink()
+    run_steps([step], tmp_path / "done", console, overwrite=False)
+    # a file that the earlier version's step of another name wrote
+    run_steps([replace(step, name="page_2")], tmp_path / "done", console, overwrite=False)
+    assert page.read_text(encoding="utf-8") == "new"
+
+
+def test_a_full_disk_is_named(tmp_path: Path, console: Console) -> None:
+    def fill() -> None:
+        with Path("/dev/full").open("w", encoding="utf-8") as file:
+            file.write("text")
+
+    step = Step(name="one", what="fill", function=fill, outputs=(tmp_path / "a" / "x", tmp_path / "a" / "y"))
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_steps([step], tmp_path / "done", console, overwrite=False)
+    assert caught.value.filename == str(tmp_path / "a")
+
+
 @pytest.mark.parametrize(("gpus", "cores", "trainers"), [(0, 4, 4), (0, 6, 4), (1, 16, 1), (8, 64, 8)])
 def test_one_process_trains_per_gpu_or_else_per_core(
     monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int, trainers: int
