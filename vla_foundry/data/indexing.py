@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import stat
 import tarfile
 from functools import lru_cache
 from typing import BinaryIO
@@ -136,3 +137,19 @@ def fits(tar: ShardBytes, index: ShardIndex) -> bool:
         spans = [span for _, members in (*index.samples[:1], *index.samples[-1:]) for span in members.values()]
     block = tarfile.BLOCKSIZE
     return all(is_header(tar.read(max(span.offset - block, 0), block), span.size) for span in spans)
+
+
+def open_local(path: str, manifest: str) -> BinaryIO:
+    """Open a shard on this machine.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is a folder, a named pipe, or another special file.
+    """
+    try:
+        # opening a named pipe would wait for its writer
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Shard {path}, which {manifest} lists, is missing.") from None
+    raise ValueError(f"Shard {path}, which {manifest} lists, is not a regular file.")

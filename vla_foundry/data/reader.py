@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from vla_foundry.data.cache import DamagedShardError, RemoteShard, ShardCache
-from vla_foundry.data.indexing import fits, is_intact, load_index, read_remote_index
+from vla_foundry.data.indexing import fits, is_intact, load_index, open_local, read_remote_index
 from vla_foundry.data.plan import Location
 from vla_foundry.data.ranges import LocalBytes, RemoteBytes, ShardBytes, join_members
 from vla_foundry.robotics.episode_blocks import EPISODE_SUFFIX, LOWDIM_SUFFIX, EpisodeInfo, parse_episode
@@ -278,9 +278,10 @@ class EpisodeShard:
                 if suffix not in members:
                     raise ValueError(f"episode '{key}' has no member '{suffix}'")
             span = members[EPISODE_SUFFIX]
-            info = parse_episode(self._tar.read_member(span.offset, span.size), f"{key}.{EPISODE_SUFFIX}")
+            info = parse_episode(self._tar.read_member(span.offset, span.size), f"{self.uri}: {key}.{EPISODE_SUFFIX}")
             stored = members[LOWDIM_SUFFIX]
-            arrays = NpzFile(self._range_reader(stored), stored.size, is_checked=self._is_checked)
+            origin = f"{self.uri}: {key}.{LOWDIM_SUFFIX}"
+            arrays = NpzFile(self._range_reader(stored), stored.size, is_checked=self._is_checked, origin=origin)
             opened = OpenEpisode(info, arrays)
             self._open[number] = opened
             if len(self._open) > _MAX_OPEN_EPISODES:
@@ -388,7 +389,7 @@ class ShardReader:
                 self._intact[number, shard] = False
                 raise Dropped("damaged shard", str(error)) from None
         else:
-            file, path = _open_local(uri, dataset.manifest), uri
+            file, path = open_local(uri, dataset.manifest), uri
         with file:
             _check_size(dataset, shard, os.fstat(file.fileno()).st_size)
             sha256 = dataset.entries[shard].sha256
@@ -423,13 +424,6 @@ def _max_open_shards() -> int:
     """Return how many shards may be open, at most half of the files that this process may open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_OPEN_SHARDS if limit < 0 else max(1, min(_MAX_OPEN_SHARDS, limit // 2))
-
-
-def _open_local(path: str, manifest: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"Shard {path}, which {manifest} lists, is missing.") from None
 
 
 def _check_size(dataset: Dataset, shard: int, num_bytes: int) -> None:

@@ -14,6 +14,7 @@ A shard's samples are the anchors of its episodes, in the order of the tar.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -109,11 +110,14 @@ def parse_episode(text: str | bytes, origin: str) -> EpisodeInfo:
     header = parse_episode_header(text, origin)
     try:
         values = parse_json(text, "it")
+        fps = float(values["fps"])
+        if not 0 < fps < math.inf:
+            raise ValueError(f"'fps' must be a finite number above 0, not {fps:g}")
         return EpisodeInfo(
             episode_id=values["episode_id"],
             task=values["task"],
             num_frames=header.num_frames,
-            fps=float(values["fps"]),
+            fps=fps,
             anchors=header.anchors,
             cameras={name: _parse_camera(value) for name, value in values["cameras"].items()},
             instructions=tuple(InstructionSpan(**span) for span in values["instructions"]),

@@ -12,14 +12,16 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
 
 from vla_foundry.registry import unknown_name_message
 
+P = ParamSpec("P")
+R = TypeVar("R")
 # (offset, size) -> the bytes there
 ReadRange = Callable[[int, int], bytes]
 
@@ -57,6 +59,21 @@ class _Header:
     is_fortran: bool
 
 
+def _names_file(method: "Callable[Concatenate[NpzFile, P], R]") -> "Callable[Concatenate[NpzFile, P], R]":
+    """Let each error of a method begin with the file's name, once."""
+
+    @wraps(method)
+    def call(self: "NpzFile", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except ValueError as error:
+            if str(error).startswith(self._prefix):
+                raise
+            raise ValueError(f"{self._prefix}{error}") from None
+
+    return call
+
+
 class NpzFile:
     """An .npz, read array by array.
 
@@ -64,15 +81,17 @@ class NpzFile:
         read: reads a byte range of the file.
         size: size of the file in bytes.
         is_checked: the file's own checksum was compared; False: an array is checked before its first rows are read.
+        origin: the file's name, which begins each error; "": the caller names it.
 
     Raises:
         ValueError: the file is not a complete .npz.
     """
 
-    def __init__(self, read: ReadRange, size: int, *, is_checked: bool = True) -> None:
+    def __init__(self, read: ReadRange, size: int, *, is_checked: bool = True, origin: str = "") -> None:
         self._read_range = read
         self._is_checked = is_checked
-        self._entries = _read_directory(read, size)
+        self._prefix = origin and f"{origin}: "
+        self._entries = self._read_directory(size)
         # (header, where the values begin) of stored arrays
         self._headers: dict[str, tuple[_Header, int]] = {}
         self._checked: set[str] = set()
@@ -92,6 +111,7 @@ class NpzFile:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    @_names_file
     def read(self, name: str) -> np.ndarray:
         """Return an array and check its checksum.
 
@@ -111,6 +131,7 @@ class NpzFile:
         header, skip = _parse_header(name, content)
         return _array_of(name, header, content[skip:], header.shape)
 
+    @_names_file
     def read_rows(self, name: str, first: int, end: int) -> np.ndarray:
         """Return rows first .. end - 1 of an array; an uncompressed array is read no further.
 
@@ -132,6 +153,7 @@ class NpzFile:
         content = self._read_exactly(name, start + first * row_size, (end - first) * row_size)
         return _array_of(name, header, content, (end - first, *header.shape[1:]))
 
+    @_names_file
     def shape(self, name: str) -> tuple[int, ...]:
         """Return an array's shape; an uncompressed array is read no further than its header.
 
@@ -140,6 +162,10 @@ class NpzFile:
         """
         entry = self._find(name)
         return self._read_header(name, entry)[0].shape if entry.method == _STORED else self.read(name).shape
+
+    @_names_file
+    def _read_directory(self, size: int) -> dict[str, _Entry]:
+        return _read_directory(self._read_range, size)
 
     def _find(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -215,8 +215,13 @@ def list_visible(folder_or_glob: str) -> dict[str, Listed]:
 
 
 def folder_of_names(folder_or_glob: str) -> str:
-    """Return the folder, with a slash, to which the names of the listed files are relative."""
+    """Return the folder, with a slash, to which the names of the listed files are relative.
+
+    A local path that exists is no pattern, whatever its characters.
+    """
     text = folder_or_glob if is_remote(folder_or_glob) else os.path.expanduser(folder_or_glob)
+    if not is_remote(text) and os.path.exists(text):
+        return text.rstrip("/") + "/"
     fixed = re.split(r"[*?\[]", text, maxsplit=1)[0]
     return (fixed.rstrip("/") if fixed == text else fixed.rpartition("/")[0]) + "/"
 

@@ -219,6 +219,9 @@ def test_missing_shard_is_named(tmp_path: Path, write_records: Callable) -> None
     (tmp_path / "d" / "shard_000000.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard_000000.tar, which .*manifest.jsonl lists, is missing"):
         open_reader(manifest).open(0, 0)
+    os.mkfifo(tmp_path / "d" / "shard_000000.tar")
+    with pytest.raises(ValueError, match=r"shard_000000.tar, which .*manifest.jsonl lists, is not a regular file"):
+        open_reader(manifest).open(0, 0)
 
 
 @pytest.mark.parametrize("documents", [[[3, 10]], [[5, 3]], [[0, 9]], [[3, 3, 9]]])

@@ -91,6 +91,9 @@ def test_instructions_hold_from_their_start_up_to_their_end():
         ({"anchors": [-1]}, "each of 'anchors' must be a whole number from 0"),
         ({"anchors": ["0"]}, "each of 'anchors' must be a whole number from 0"),
         ({"cameras": {"a": {"original_size": [1, 1], "size": [1, 1], "extension": "gif"}}}, "extension 'gif'"),
+        ({"fps": 0}, "'fps' must be a finite number above 0, not 0"),
+        ({"fps": -1}, "'fps' must be a finite number above 0, not -1"),
+        ({"fps": float("inf")}, "is not an episode of version 1"),
         ({"num_frames": None}, "is not an episode of version 1"),
     ],
 )

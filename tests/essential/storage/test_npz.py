@@ -103,6 +103,23 @@ def test_what_is_no_npz_is_said() -> None:
             NpzFile.from_bytes(content)
 
 
+def test_each_error_begins_with_the_file_s_name_once() -> None:
+    content = write_npz({"values": np.arange(3)}, is_packed=True)
+
+    def read(offset: int, size: int) -> bytes:
+        return content[offset : offset + size]
+
+    with pytest.raises(ValueError, match=r"^a\.npz: array 'values' of shape \(3,\) has no rows 0 to 4"):
+        NpzFile(read, len(content), origin="a.npz").read_rows("values", 0, 4)
+    with pytest.raises(ValueError, match=r"^a\.npz: the \.npz is truncated"):
+        NpzFile(read, 9, origin="a.npz")
+    damaged = flip_in_values(content)
+    with pytest.raises(ValueError, match=r"^a\.npz: (?!a\.npz)"):
+        NpzFile(lambda offset, size: damaged[offset : offset + size], len(content), origin="a.npz").read_rows(
+            "values", 0, 1
+        )
+
+
 def test_an_unchecked_file_checks_an_array_before_its_first_rows() -> None:
     buffer = io.BytesIO()
     np.savez(buffer, good=np.arange(12.0).reshape(6, 2), bad=np.arange(12.0).reshape(6, 2))

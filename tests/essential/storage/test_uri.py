@@ -62,6 +62,12 @@ def test_hidden_files_below_a_folder_are_not_visible(base: str):
     assert visible("b/._c.txt") == ["b/._c.txt"]
 
 
+def test_a_path_that_exists_is_no_pattern(tmp_path):
+    name = str(tmp_path / "[p]" / ".hidden*" / "a.txt")
+    uri.write_bytes(name, b"x")
+    assert list(uri.list_visible(name)) == list(uri.list_visible(uri.parent_uri(name))) == [name]
+
+
 def test_missing_file_is_named(base: str):
     uri.write_bytes(uri.join_uri(base, "there"), b"x")
     name = uri.join_uri(base, "missing.bin")
