@@ -219,9 +219,11 @@ def folder_of_names(folder_or_glob: str) -> str:
 
     A local path that exists is no pattern, whatever its characters.
     """
-    text = folder_or_glob if is_remote(folder_or_glob) else os.path.expanduser(folder_or_glob)
-    if not is_remote(text) and os.path.exists(text):
-        return text.rstrip("/") + "/"
+    text = folder_or_glob
+    if not is_remote(text):
+        text = os.path.expanduser(text)
+        if os.path.exists(text):
+            return text.rstrip("/") + "/"
     fixed = re.split(r"[*?\[]", text, maxsplit=1)[0]
     return (fixed.rstrip("/") if fixed == text else fixed.rpartition("/")[0]) + "/"
 

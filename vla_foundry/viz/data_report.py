@@ -114,10 +114,9 @@ def measure(params: InspectConfigParams) -> dict[str, Any]:
     for name, batch in read_batches(params, params.num_samples, mix):
         measured[name].add(batch)
         room = (_MOST_TILES // len(parts) or 1) - sum(of == name for of, _, _ in tiles)
-        found = (
-            (list(islice(images, _MOST_IN_TILE)), text) for images, text in map(read_pictures, RECORDING.samples[:room])
-        )
-        tiles += [(name, pictures, text) for pictures, text in found if pictures]
+        for images, text in map(read_pictures, RECORDING.samples[:room]):
+            if pictures := list(islice(images, _MOST_IN_TILE)):
+                tiles.append((name, pictures, text))
     if tiles:
         _draw_sheet(tiles, params.output)
     return {
