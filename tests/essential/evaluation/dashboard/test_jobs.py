@@ -148,6 +148,8 @@ def test_jobs_run_one_at_a_time_and_outlive_the_dashboard(tmp_path: Path, queue_
     wait_for(later, lambda: read_job(path_of(later, long)).state == "failed")
     wait_for(later, lambda: not is_group_running(leader))
     assert "without a word" in read_job(path_of(later, long)).note
+    for process in later.started:
+        process.wait(60)
 
 
 def test_a_process_of_the_same_number_is_another_process(tmp_path: Path) -> None:
