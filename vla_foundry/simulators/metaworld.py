@@ -306,8 +306,8 @@ def _create_environment(name: str) -> tuple[Any, Any]:
         from metaworld.policies import ENV_POLICY_MAP
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"The simulator 'metaworld' needs the package '{error.name}'. Install it with "
-            "`pip install 'vla-foundry[simulators]'`."
+            f"The simulator 'metaworld' needs {error.name}, which is not installed: "
+            "uv pip install 'vla-foundry[simulators]'"
         ) from None
     create: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"]
     environment = create(seed=0)

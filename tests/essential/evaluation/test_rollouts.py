@@ -35,6 +35,15 @@ def describe_toy() -> RobotFacts:
     return RolloutWorker(create_setup()).describe(task="easy")
 
 
+class Clock:
+    """A clock that goes on only as a test says."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
 class ShuffledPool(RolloutPool):
     """Workers in this process. They answer in a random order, some die, and one may be slower than all others.
 
@@ -54,6 +63,7 @@ class ShuffledPool(RolloutPool):
         self.requests: dict[int, Any] = {}
         self.episodes: dict[int, tuple[str, int]] = {}
         self.died: list[tuple[str, int]] = []
+        self.clock = Clock()
 
     def send(self, number: int, request: Any) -> None:
         assert number not in self.requests
@@ -64,6 +74,7 @@ class ShuffledPool(RolloutPool):
     def wait(self, seconds: float = math.inf) -> dict[int, Any]:
         ready = [number for number in self.requests if self.episodes[number][1] != self.slow_seed]
         if not ready and seconds < math.inf:
+            self.clock.seconds += seconds
             return {}
         ready = ready or [*self.requests]
         chosen = self.random.choice(ready, size=self.random.integers(1, len(ready) + 1), replace=False)
@@ -158,7 +169,9 @@ def test_a_slow_process_delays_no_other(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("slow_seed", [None, 5])
-def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(slow_seed: int | None) -> None:
+def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(
+    monkeypatch: pytest.MonkeyPatch, slow_seed: int | None
+) -> None:
     sizes: list[int] = []
 
     class Thinker(RandomActor):
@@ -167,12 +180,15 @@ def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(s
 
         def act(self, observed: Any) -> dict[int, np.ndarray | None]:
             sizes.append(sum(map(self.predicts_next, observed)))
+            pool.clock.seconds += min(sizes[-1], 1)
             return super().act(observed)
 
     episodes = list_episodes(["easy"], Thinker(describe_toy(), seed=3), 40)
-    alone = by_seed([*run_episodes(ShuffledPool(create_setup(), 1, seed=0), episodes)])
+    pool = ShuffledPool(create_setup(), 1, seed=0)
+    alone = by_seed([*run_episodes(pool, episodes)])
     sizes.clear()
     pool = ShuffledPool(create_setup(), 6, seed=1, deaths=0.02, slow_seed=slow_seed)
+    monkeypatch.setattr("vla_foundry.evaluation.rollouts.time", pool.clock)
     ends = [*run_episodes(pool, episodes, batch_size=3)]
     assert by_seed(ends) == alone
     assert pool.died
@@ -181,7 +197,7 @@ def test_predictions_are_made_in_batches_and_nobody_waits_for_a_slow_simulator(s
     assert np.mean([size for size in sizes if size > 0]) > 2.8
 
 
-def test_a_robot_does_not_wait_for_those_that_only_follow_their_chunks() -> None:
+def test_a_robot_does_not_wait_for_those_that_only_follow_their_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = [0]
 
     class Thinker(RandomActor):
@@ -190,19 +206,21 @@ def test_a_robot_does_not_wait_for_those_that_only_follow_their_chunks() -> None
 
         def act(self, observed: Any) -> dict[int, np.ndarray | None]:
             waits.append(0 if 0 in observed else waits[-1] + 1)
-            time.sleep(0.01 if 0 in observed else 0)
+            pool.clock.seconds += 10 if 0 in observed else 0
             return super().act(observed)
 
     class InTurn(ShuffledPool):
         def wait(self, seconds: float = math.inf) -> dict[int, Any]:
-            time.sleep(min(seconds, 0.001))
+            self.clock.seconds += min(seconds, 1)
             first = next(iter(self.requests))
-            return {first: self.answer(first)} if seconds > 0.001 else {}
+            return {first: self.answer(first)} if seconds >= 1 else {}
 
     episodes = list_episodes(["easy"], Thinker(describe_toy(), seed=3), 6)
-    list(run_episodes(InTurn(create_setup(), 6, seed=1), episodes, batch_size=4))
+    pool = InTurn(create_setup(), 6, seed=1)
+    monkeypatch.setattr("vla_foundry.evaluation.rollouts.time", pool.clock)
+    list(run_episodes(pool, episodes, batch_size=4))
     # the others act some ten times while one prediction is made, and a hundred times in all
-    assert max(waits) < 30
+    assert max(waits) < 20
 
 
 def test_actions_that_are_not_finite_are_the_policys_failure() -> None:

@@ -294,7 +294,7 @@ def _merge_group(folder: str, task: Task) -> None:
 
 def _open(folder: str, name: str) -> NpzFile:
     uri = join_uri(folder, name)
-    return NpzFile(lambda offset, size: read_range(uri, offset, size), size_of(uri))
+    return NpzFile(lambda offset, size: read_range(uri, offset, size), size_of(uri), origin=uri)
 
 
 def _field_names(part: NpzFile) -> list[str]:
