@@ -352,7 +352,7 @@ def test_shard_that_cannot_be_opened_is_named(loaders: Loaders, dataset: Path, n
     shard = dataset.parent / "shard_000004.tar"
     shard.unlink()
     shard.mkdir()
-    with pytest.raises(ValueError, match=rf"^Shard {shard}, .* is not a regular file\.$"):
+    with pytest.raises(ValueError, match=rf"^Shard {shard}, which {dataset} lists, is not a regular file\.$"):
         take(loaders.create(dataset, num_workers=num_workers), 50)
 
 
